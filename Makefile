@@ -1,0 +1,27 @@
+# make install | train | test | lint | clean.   make train ARGS='attention=mla steps=100'
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install train test lint clean
+
+install: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $(READY)
+
+train: $(READY)
+	$(BIN)/python train.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest -n auto -m 'not slow' $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache
