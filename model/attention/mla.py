@@ -1,0 +1,172 @@
+"""Multi-head latent attention with decoupled RoPE (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+Keys and values of all heads are read from one narrow latent per token, which is all that decoding has to keep.
+A rotation depends on the position and so cannot be folded into constant matrices; hence the position goes into a
+few dimensions of its own, rotated, shared by all heads and kept beside the latent.
+
+    q_nope | q_rope  per head      = q_proj x,  or  q_up norm(q_down x)
+    latent | k_rope                = kv_down x;     latent = norm(latent)
+    k_nope | v       per head      = kv_up latent
+    score                          = (q_nope · k_nope + q_rope · k_rope) / sqrt(n + r)
+
+The same parameters run in three ways:
+
+    naive      keeps the keys and values of every head: the reference
+    expanded   keeps the latent, and reads keys and values from it for all visible tokens
+    absorbed   keeps the latent, and moves kv_up to the query's side:
+               q_nope · (W_uk latent) = (W_ukᵀ q_nope) · latent,  and  sum p (W_uv latent) = W_uv (sum p latent);
+               the latent then is the one wide key and value head of a multi-query attention
+"""
+
+import logging
+import math
+from collections import OrderedDict
+from typing import Literal, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from model.attention.base import (
+    Attention,
+    AttentionConfig,
+    Context,
+    grouped_kv_heads,
+    head_dim_of,
+    through_cache,
+)
+from model.cache import FullCache
+from model.kernels.base import Kernel
+from model.norm import RMSNorm
+from model.rope import Layout, Rope
+
+Execution = Literal["auto", "naive", "expanded", "absorbed"]
+
+
+class MLAConfig(AttentionConfig):
+    """Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide (n + r = v) and
+    the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512, n 128, r 64,
+    v 128, q_lora_rank 1536."""
+
+    q_lora_rank: int | None = Field(None, ge=0)  # 0 and None: queries straight from the hidden state
+    kv_lora_rank: int | None = Field(None, ge=1)  # c: d_model / 4
+    qk_nope_head_dim: int | None = Field(None, ge=1)  # n: head_dim - qk_rope_head_dim
+    qk_rope_head_dim: int | None = Field(None, ge=1)  # r: head_dim / 4, rounded up to an even number
+    v_head_dim: int | None = Field(None, ge=1)  # v: head_dim
+    rope_theta: float = Field(10000.0, gt=0)
+    rope_layout: Layout = "half"
+    execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
+
+    def derive(self, d_model: int, n_heads: int) -> Self:
+        head_dim = head_dim_of(d_model, n_heads)
+        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim / 8)
+        if rope_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={rope_dim} is odd: RoPE rotates pairs, choose an even one")
+        nope_dim = self.qk_nope_head_dim or head_dim - rope_dim
+        if nope_dim < 1:
+            raise ValueError(
+                f"qk_rope_head_dim={rope_dim} leaves nothing of head_dim={head_dim} for qk_nope_head_dim: "
+                "choose a smaller one, or set qk_nope_head_dim"
+            )
+        return self.model_copy(
+            update={
+                "q_lora_rank": self.q_lora_rank or 0,
+                "kv_lora_rank": self.kv_lora_rank or max(1, d_model // 4),
+                "qk_nope_head_dim": nope_dim,
+                "qk_rope_head_dim": rope_dim,
+                "v_head_dim": self.v_head_dim or head_dim,
+            }
+        )
+
+    def build(self, d_model: int, n_heads: int, kernel: Kernel) -> "MLA":
+        grouped = 2 * grouped_kv_heads(n_heads) * head_dim_of(d_model, n_heads)
+        if self.cache_elements > grouped:
+            logging.getLogger("headroom").warning(
+                f"MLA's cache of {self.cache_elements} numbers per token and layer is larger than attention=gqa's "
+                f"{grouped}: kv_lora_rank below {grouped - self.qk_rope_head_dim} would make it smaller"
+            )
+        return MLA(self, d_model, n_heads, kernel)
+
+    @property
+    def cache_elements(self) -> int:
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+class MLA(Attention):
+    """Letters in comments: H heads, n and r the key dims without and with rotation, v the value dim, c the latent."""
+
+    def __init__(self, config: MLAConfig, d_model: int, n_heads: int, kernel: Kernel):
+        super().__init__()
+        n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
+        self.n_heads, self.nope_dim, self.rope_dim, self.v_dim, self.rank = n_heads, n, r, v, c
+        self.scale = (n + r) ** -0.5  # in absorbed form too, though its keys are c + r wide
+        self.attend = kernel
+        self.rope = Rope(r, config.rope_theta, config.rope_layout)
+        self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r))  # rows of a head: nope | rope
+        self.kv_down = nn.Linear(d_model, c + r, bias=False)  # rows: latent | rope key
+        self.kv_norm = RMSNorm(c)
+        self.kv_up = nn.Linear(c, n_heads * (n + v), bias=False)  # rows of a head: k_nope | v
+        self.o_proj = nn.Linear(n_heads * v, d_model, bias=False)
+        # Expanding costs c(n+v) products per visible token and head, once; absorbing costs 2c-n-v more per query.
+        self.break_even = c * (n + v) / (2 * c - n - v) if 2 * c > n + v else math.inf  # queries
+        self.execute = {
+            "auto": self._cheaper,
+            "naive": self._naive,
+            "expanded": self._expanded,
+            "absorbed": self._absorbed,
+        }[config.execution]
+        self.caches_heads = config.execution == "naive"
+
+    def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        table = ctx.rotary[self.rope]
+        q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
+        q_rope = self.rope.rotate(q_rope, table)  # (B, T, H, r)
+        latent, k_rope = self.kv_down(x).unsqueeze(2).split([self.rank, self.rope_dim], -1)
+        # One row per token, all that a latent cache keeps: (B, T, 1, c + r)
+        row = torch.cat((self.kv_norm(latent), self.rope.rotate(k_rope, table)), dim=-1)
+        y = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
+        return self.o_proj(y.flatten(2)), {}
+
+    def make_cache(self, batch_size: int, capacity: int) -> FullCache:
+        columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
+        if self.caches_heads:
+            columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
+        return FullCache(batch_size, capacity, columns, like=self.kv_up.weight)
+
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
+        k, v = self._expand(row)
+        (k, v), mask = through_cache(ctx, cache, k=k, v=v)
+        return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
+
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
+        (row,), mask = through_cache(ctx, cache, latent_and_k_rope=row)
+        k, v = self._expand(row)
+        return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
+
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
+        (row,), mask = through_cache(ctx, cache, latent_and_k_rope=row)
+        w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
+        q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
+        # The row serves as value too, without a copy; its rope columns are dropped from the output.
+        y = self.attend(q, row, row, mask, self.scale)[..., : self.rank]
+        return torch.einsum("bthc,hvc->bthv", y, w_uv)
+
+    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
+        absorb = cache is not None and row.shape[1] <= self.break_even
+        return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
+
+    def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
+        latent, k_rope = row.split([self.rank, self.rope_dim], -1)
+        k_nope, v = (
+            self.kv_up(latent.squeeze(2)).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
+        )
+        return torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1), v
+
+
+def _query(d_model: int, rank: int, width: int) -> nn.Module:
+    """d_model -> width: one matrix, or through a normed latent of its own (then `down`, `norm` and `up`)."""
+    if not rank:
+        return nn.Linear(d_model, width, bias=False)
+    down, up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, width, bias=False)
+    return nn.Sequential(OrderedDict(down=down, norm=RMSNorm(rank), up=up))

@@ -1,0 +1,9 @@
+"""The base of every typed configuration object."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Config(BaseModel):
+    """Frozen and strict: unknown keys and wrong types are refused where the object is made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)

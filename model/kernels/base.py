@@ -1,0 +1,46 @@
+"""The contract of an attention kernel."""
+
+import functools
+import logging
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from model.config import Config
+from model.mask import Mask
+
+
+class Kernel(Config, ABC):
+    """A frozen callable, handed to an attention at construction."""
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        """softmax(scale · q kᵀ | mask) v.
+
+        q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); G divides H, and query head i attends to
+        key head i // (H / G). Raises ValueError where this device, dtype or shape lacks the kernel.
+        """
+
+
+def group_queries(q: Tensor, n_kv_heads: int) -> Tensor:
+    """(B, T, H, D) -> (B, T, G, H/G, D): the query heads that share a key head, side by side."""
+    return q.unflatten(2, (n_kv_heads, -1))
+
+
+_log_once = functools.cache(logging.getLogger("headroom").info)
+
+
+@torch.compiler.assume_constant_result  # while compiling, it speaks when the call is traced
+def _say(message: str) -> None:
+    _log_once(message)
+
+
+def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
+    """Say once per shape which kernel really runs. Sequence lengths are left out: decoding meets them all."""
+    phase = "causal" if mask.plain else "positions"
+    grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
+    _say(
+        f"kernel {name}: {q.shape[2]} query heads on {k.shape[2]} key heads of {q.shape[3]}, "
+        f"values of {v.shape[3]}, {phase} mask, {str(q.dtype).removeprefix('torch.')} on {q.device.type}{grad}"
+    )

@@ -1,0 +1,71 @@
+"""PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.kernels.base import Kernel, announce, group_queries
+from model.mask import Mask
+
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
+QUERY_TILE = 256  # queries whose boolean mask exists at one time
+
+
+class SDPA(Kernel):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        if q.device.type not in DEVICES:
+            raise ValueError(
+                f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {q.device.type}: kernel=naive"
+            )
+        announce("sdpa", q, k, v, mask)
+        value_dim = v.shape[-1]
+        # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
+        # nor the values that are kept.
+        width = max(q.shape[-1], value_dim)
+        q, k, v = (_widen(x, width) for x in (q, k, v))
+        out = _causal(q, k, v, scale) if mask.plain else _by_positions(q, k, v, mask, scale)
+        return out[..., :value_dim]
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return _fused(*heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+
+
+def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S.
+
+    The query heads that share a key head become rows of one head, so keys are read once and never repeated.
+    """
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
+    tiles = []
+    for start in range(0, q.shape[1], QUERY_TILE):
+        rows = slice(start, start + QUERY_TILE)
+        grouped = group_queries(q[:, rows], k.shape[1])  # (B, t, G, R, D)
+        t, repeats = grouped.shape[1], grouped.shape[3]
+        visible = mask.visible(rows)[:, None]  # (B or 1, 1, t, S)
+        if t > 1:
+            visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, S); a single query broadcasts
+        out = _fused(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k, v, attn_mask=visible, scale=scale)
+        tiles.append(out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3))  # (B, t, H, D)
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+    """(B, heads, rows, D) each. Refuses, where PyTorch would fall to its slow math path in silence."""
+    try:
+        with sdpa_kernel(FUSED):
+            return F.scaled_dot_product_attention(q, k, v, **how)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise ValueError(
+            f"kernel=sdpa has no fused kernel for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: "
+            "choose kernel=naive, or a smaller head dim"
+        ) from None

@@ -1,0 +1,170 @@
+"""The causal language model: blocks of attention and MLP on a residual stream."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from model.attention.base import AttentionConfig, Context
+from model.cache import FullCache
+from model.config import Config
+from model.kernels.base import Kernel
+from model.mlp import MLPConfig
+from model.norm import RMSNorm
+
+VOCAB_MULTIPLE = 64  # matrix units want aligned widths
+RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
+
+
+class ModelConfig(Config):
+    """Owns the dimensions that everything else derives from. The vocabulary belongs to the tokenizer."""
+
+    n_layers: int = Field(ge=1)
+    d_model: int = Field(ge=1)
+    n_heads: int = Field(ge=1)
+    context_length: int = Field(ge=1)  # tokens in a training window, and the most a text may have
+    tie_embeddings: bool = True  # one matrix for the input embedding and the output head
+    attention: AttentionConfig
+    mlp: MLPConfig
+    kernel: Kernel
+
+    @field_validator("attention")
+    @classmethod
+    def _derive_attention(cls, attention: AttentionConfig, info: ValidationInfo) -> AttentionConfig:
+        if {"d_model", "n_heads"} <= info.data.keys():  # absent if they were themselves refused
+            return attention.derive(info.data["d_model"], info.data["n_heads"])
+        return attention
+
+    @field_validator("mlp")
+    @classmethod
+    def _derive_mlp(cls, mlp: MLPConfig, info: ValidationInfo) -> MLPConfig:
+        return mlp.derive(info.data["d_model"]) if "d_model" in info.data else mlp
+
+
+class Output(NamedTuple):
+    logits: Tensor  # (B, T, V), or (B, K, V) where K tokens were asked for
+    extras: dict[str, Tensor]  # what layers had to say, as "layers.3.name"
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.d_model)
+        self.attention = config.attention.build(config.d_model, config.n_heads, config.kernel)
+        self.mlp_norm = RMSNorm(config.d_model)
+        self.mlp = config.mlp.build(config.d_model)
+
+    def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        attended, extras = self.attention(self.attention_norm(x), ctx, cache)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), extras
+
+
+class VocabMatrix(nn.Module):
+    """One row per token. Rows beyond the vocabulary pad it to a multiple of 64: they are zero and stay zero (nothing
+    reads them, so their gradient is zero), and the state dict does not know them."""
+
+    def __init__(self, vocab_size: int, d_model: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.weight = nn.Parameter(torch.empty(-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, d_model))
+        self.register_state_dict_post_hook(_without_padding)
+        self.register_load_state_dict_pre_hook(_with_padding)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, T, d)."""
+        return F.embedding(tokens, self.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, T, V): the real vocabulary only."""
+        return F.linear(x, self.weight)[..., : self.vocab_size]
+
+
+def _without_padding(module: VocabMatrix, state: dict, prefix: str, _metadata) -> None:
+    state[prefix + "weight"] = state[prefix + "weight"][: module.vocab_size]
+
+
+def _with_padding(module: VocabMatrix, state: dict, prefix: str, *_) -> None:
+    name = prefix + "weight"
+    if name in state and state[name].shape == (module.vocab_size, module.weight.shape[1]):
+        state[name] = F.pad(state[name], (0, 0, 0, module.weight.shape[0] - module.vocab_size))
+
+
+class TransformerLM(nn.Module):
+    """Pre-norm decoder. The same seed gives the same float32 weights whatever kernel, device or precision."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.embedding = VocabMatrix(vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model)
+        self.head = None if config.tie_embeddings else VocabMatrix(vocab_size, config.d_model)
+        self.ropes = {block.attention.rope for block in self.layers}
+        self._initialise(seed)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        plain: bool = False,
+        caches: Sequence[FullCache] | None = None,
+        extent: int | None = None,
+        only: Tensor | None = None,
+    ) -> Output:
+        """tokens (B, T) int64 -> logits (B, T, V).
+
+        positions: (B, T) or (1, T) of the tokens; negative is padding. Without them: 0..T-1, which is plain. With
+            caches they are required: a decoder that forgot them would restart at 0 in silence.
+        plain: the caller's word that the positions given are 0..T-1 and that the caches are empty (a prefill).
+        caches: one per layer, from `make_caches`; written in place.
+        extent: how many cache rows may be visible, if fewer than the capacity.
+        only: (B, K) indices of the tokens whose logits are wanted.
+        """
+        if positions is None:
+            if caches is not None:
+                raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
+            positions, plain = torch.arange(tokens.shape[1], device=tokens.device)[None], True
+        rotary = {rope: rope.table(positions) for rope in self.ropes}
+        ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary)
+        x = self.embedding.embed(tokens)
+        extras = {}
+        for i, block in enumerate(self.layers):
+            x, said = block(x, ctx, None if caches is None else caches[i])
+            extras |= {f"layers.{i}.{name}": value for name, value in said.items()}
+        if only is not None:
+            x = x.take_along_dim(only[..., None], dim=1)
+        return Output((self.head or self.embedding).logits(self.norm(x)), extras)
+
+    def make_caches(self, batch_size: int, capacity: int) -> list[FullCache]:
+        """One empty cache per layer; the caller owns them."""
+        return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Each matrix draws from a generator of (seed, its name), so models that differ in one part share the rest.
+
+        Embeddings: std 0.02. Matrices: 1/sqrt(fan-in), and 1/sqrt(2 · n_layers) of that where they write to the
+        residual stream (Radford et al. 2019), so that its variance does not grow with depth.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2 or parameter.is_meta:
+                continue  # norms start at one; tensors without memory have nothing to draw
+            if isinstance(self.get_submodule(name.rpartition(".")[0]), VocabMatrix):
+                std = 0.02
+            else:
+                std = parameter.shape[1] ** -0.5
+            if name.endswith(RESIDUAL_OUTPUTS):
+                std /= (2 * self.config.n_layers) ** 0.5
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        for matrix in (self.embedding, self.head):
+            if matrix is not None:
+                matrix.weight[matrix.vocab_size :] = 0
