@@ -1,0 +1,1 @@
+"""Documents -> tokens -> memory-mapped shards -> batches."""

@@ -1,0 +1,73 @@
+"""Which tokens a step trains on, as a function of the step: nothing to save, nothing to lose on resuming.
+
+Window i of a stream predicts tokens i·T+1 ... i·T+T from tokens i·T ... i·T+T-1; the tail that fills no window is
+dropped. Sequence g, counted over the whole training, is one window: epoch g // N is a permutation of all N of them.
+"""
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import UserError
+from data.prepare import Prepared
+from data.shards import TokenStream
+
+
+def windows(stream: TokenStream, length: int) -> int:
+    """How many windows of `length` tokens the stream holds."""
+    return max(0, (len(stream) - 1) // length)
+
+
+def window(stream: TokenStream, length: int, index: int) -> np.ndarray:
+    """(length + 1,) tokens: the inputs are all but the last, the targets all but the first."""
+    return stream.read(index * length, length + 1)
+
+
+def training_batch(stream: TokenStream, length: int, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
+    n = windows(stream, length)
+    indices = [int(_permutation(n, seed, g // n)[g % n]) for g in range(first, first + count)]
+    return stack(stream, length, indices)
+
+
+def micro_batches(
+    stream: TokenStream, length: int, seed: int, step: int, sequences: int, micro_batch: int, device: torch.device
+) -> list[tuple[Tensor, Tensor]]:
+    """Step s trains on sequences s·G ... s·G + G - 1, in pieces of micro_batch, which divides G."""
+    inputs, targets = (part.to(device) for part in training_batch(stream, length, seed, step * sequences, sequences))
+    return list(zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True))
+
+
+def refuse_short(corpus: Prepared, length: int) -> None:
+    """Raises UserError where a split holds not even one window."""
+    for split, stream in (("training", corpus.train), ("validation", corpus.val)):
+        if not windows(stream, length):
+            raise UserError(
+                f"the {split} split holds {len(stream)} tokens, one window of model.context_length={length} takes "
+                f"{length + 1}: give more text, or a shorter context"
+            )
+
+
+def stack(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """The windows of these indices -> inputs and targets, each (len(indices), length) int64."""
+    rows = np.stack([window(stream, length, i) for i in indices]).astype(np.int64)
+    tokens = torch.from_numpy(rows)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) the order of the windows in an epoch: they are sorted by a hash of (seed, epoch, index). Libraries promise
+    no stability for their own shuffles; integer arithmetic gives the same order everywhere."""
+    key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)
+    return np.argsort(_mix(_mix(key) ^ np.arange(n, dtype=np.uint64)), kind="stable")
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection that looks random. Wraps around 2^64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,5 @@
+"""The one exception that is shown to the user as a line, without a traceback."""
+
+
+class UserError(Exception):
+    """A mistake of the user's or a fault of a file: the message names the value, the limit and the way out."""

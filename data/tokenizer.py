@@ -1,0 +1,199 @@
+"""Text to tokens and back: bytes, or byte-pair encoding. Every text comes back exactly."""
+
+import base64
+import functools
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from data.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
+# Words with the character before them, numbers of up to three digits, punctuation with the line's end, white space.
+# Every character belongs to one of these, so nothing is lost.
+PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PIECE = 25_000  # characters given to tiktoken at once (at most 100 kB): its regex engine overflows on very long runs
+
+
+class Tokenizer(ABC):
+    """Tokens 0..V-2 stand for byte strings; the last one ends a text and stands for none."""
+
+    tokens: Sequence[bytes]  # all but the last token
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens) + 1
+
+    @property
+    def end_of_text(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def dtype(self) -> type:
+        """The smallest type that holds a token."""
+        return np.uint16 if self.vocab_size <= 2**16 else np.uint32
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """(V,) int64: bytes of text each token stands for."""
+        return np.array([*map(len, self.tokens), 0])
+
+    @abstractmethod
+    def encode(self, text: str) -> np.ndarray:
+        """(n,) of `dtype`. Special tokens never come out of plain text. Raises UserError for lone surrogates."""
+
+    def decode_bytes(self, tokens: Iterable[int]) -> bytes:
+        """The end of a text decodes to nothing."""
+        return b"".join(self.tokens[token] for token in tokens if token != self.end_of_text)
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        return self.decode_bytes(tokens).decode(errors="replace")
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What makes this tokenizer what it is, as plain JSON values."""
+
+    @functools.cached_property
+    def hash(self) -> str:
+        return _hash(self.describe())
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.describe() | {"hash": self.hash}, indent=0))
+
+
+class ByteTokenizer(Tokenizer):
+    tokens = tuple(bytes([i]) for i in range(256))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(_utf8(text), dtype=np.uint8).astype(self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "byte"}
+
+
+class BPETokenizer(Tokenizer):
+    """tokens: the 256 bytes, then every merged token in the order in which merges apply."""
+
+    def __init__(self, tokens: Sequence[bytes], pattern: str):
+        import tiktoken
+
+        self.tokens, self.pattern = tuple(tokens), pattern
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        self.encoding = tiktoken.Encoding(
+            "headroom", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+        )
+
+    def encode(self, text: str) -> np.ndarray:
+        _utf8(text)
+        pieces = [self.encoding.encode_ordinary(piece) for piece in _pieces(text)]
+        return np.concatenate([np.array(piece, dtype=self.dtype) for piece in pieces] or [np.array([], self.dtype)])
+
+    def describe(self) -> dict[str, Any]:
+        tokens = [base64.b64encode(token).decode() for token in self.tokens]
+        return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens}
+
+
+class TokenizerConfig(BaseModel, ABC):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short word for folders."""
+
+    @abstractmethod
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        """The same texts in the same order give the same tokenizer."""
+
+
+class ByteConfig(TokenizerConfig):
+    @property
+    def name(self) -> str:
+        return "byte"
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        return ByteTokenizer()
+
+
+class BPEConfig(TokenizerConfig):
+    vocab_size: int = Field(4096, ge=257, le=65536)  # a small corpus may yield fewer
+
+    @property
+    def name(self) -> str:
+        return f"bpe{self.vocab_size}"
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as Trainee
+
+        trainee = Trainee(models.BPE())
+        trainee.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=self.vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
+        trainee.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        merges = json.loads(trainee.to_str())["model"]["merges"]
+        byte_of = {visible: byte for byte, visible in _visible_bytes()}
+        merged = (bytes(byte_of[character] for character in left + right) for left, right in merges)
+        return BPETokenizer(list(dict.fromkeys([*ByteTokenizer.tokens, *merged])), PATTERN)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Raises UserError where the file is missing, damaged, or not a tokenizer."""
+    try:
+        content = json.loads(path.read_text())
+        expected = content.pop("hash")
+        if _hash(content) != expected:
+            raise ValueError("its hash does not match its content")
+        if content["kind"] == "byte":
+            return ByteTokenizer()
+        return BPETokenizer([base64.b64decode(token) for token in content["tokens"]], content["pattern"])
+    except OSError as error:
+        raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the tokenizer {path} is damaged: {error}") from None
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cuts a long text after line ends where it can; the cuts depend on the text alone."""
+    start = 0
+    while start < len(text):
+        end = start + PIECE
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
+
+
+def _visible_bytes() -> Iterator[tuple[int, str]]:
+    """The characters by which byte-level BPE (Radford et al. 2019) spells bytes: printable Latin-1 stands for itself,
+    the others for 256, 257, ... in their order."""
+    spare = 256
+    for byte in range(256):
+        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
+            yield byte, chr(byte)
+        else:
+            yield byte, chr(spare)
+            spare += 1
