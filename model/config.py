@@ -3,6 +3,10 @@
 from pydantic import BaseModel, ConfigDict
 
 
+class Unsupported(ValueError):
+    """A choice that this device, dtype or shape does not have; the message says what to choose instead."""
+
+
 class Config(BaseModel):
     """Frozen and strict: unknown keys and wrong types are refused where the object is made."""
 

@@ -19,7 +19,7 @@ class Kernel(Config, ABC):
         """softmax(scale · q kᵀ | mask) v.
 
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); G divides H, and query head i attends to
-        key head i // (H / G). Raises ValueError where this device, dtype or shape lacks the kernel.
+        key head i // (H / G). Raises Unsupported where this device, dtype or shape lacks the kernel.
         """
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.config import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 
@@ -16,7 +17,7 @@ QUERY_TILE = 256  # queries whose boolean mask exists at one time
 class SDPA(Kernel):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
         if q.device.type not in DEVICES:
-            raise ValueError(
+            raise Unsupported(
                 f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {q.device.type}: kernel=naive"
             )
         announce("sdpa", q, k, v, mask)
@@ -65,7 +66,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
     except RuntimeError as error:
         if "No available kernel" not in str(error):
             raise
-        raise ValueError(
+        raise Unsupported(
             f"kernel=sdpa has no fused kernel for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: "
             "choose kernel=naive, or a smaller head dim"
         ) from None

@@ -1,0 +1,129 @@
+"""Continues a prompt with a trained model, decoding through the cache of its attention.
+
+python sample.py "def solve("                     # the newest run; streams the text
+python sample.py --run runs/NAME --max-new-tokens 300 --temperature 0.8 --top-k 50 --seed 7 --stats
+"""
+
+import argparse
+import codecs
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+from data.errors import UserError
+from training.command import fail, one_line_errors
+
+# torch, and all that needs it, is imported inside `sample`: --help answers before it would have loaded.
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (python sample.py --help lists the options)")
+
+
+def number(kind: type, least: float, most: float = float("inf")):
+    """An argparse type: a number between two limits, both allowed."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value <= most:
+            upper = "" if most == float("inf") else f" and at most {most}"
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {least}{upper}")
+        return value
+
+    return parse
+
+
+def arguments() -> argparse.Namespace:
+    kernels = sorted(path.stem for path in (Path(__file__).resolve().parent / "conf" / "kernel").glob("*.yaml"))
+    parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompt", nargs="?", default="", help="text to continue, verbatim; without one, a new document begins")
+    add("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
+    add("--max-new-tokens", type=number(int, 1), default=200, metavar="N", help="default: 200")
+    add("--temperature", type=number(float, 0), default=0.8, metavar="T", help="0 is greedy; default: 0.8")
+    add("--top-k", type=number(int, 1), metavar="K", help="sample among the K likeliest tokens")
+    add("--top-p", type=number(float, 0, 1), metavar="P", help="sample among the fewest tokens that reach P")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="S", help="same seed, same text; default: 0")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: fp32 on a CPU, else bf16")
+    add("--kernel", choices=kernels, default="auto", help="how attention is computed; default: auto")
+    add("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
+    add("--no-cache", action="store_true", help="compute the whole text anew for every token")
+    add("--stats", action="store_true", help="print speeds and the cache's size to stderr")
+    return parser.parse_args()
+
+
+def sample(args: argparse.Namespace) -> None:
+    from model.generate import Sampler, generate
+    from training.checkpoint import load_run
+    from training.config import load_choice
+    from training.device import choose_device
+    from training.log import to_stderr
+    from training.precision import Working, choose_dtype
+    from training.preview import prompt_tokens
+    from training.run_folder import newest
+
+    to_stderr()
+    device = choose_device(args.device)
+    precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
+    folder = args.run or newest(with_checkpoint=True)
+    model, tokenizer = load_run(folder, device, kernel=load_choice("kernel", args.kernel), execution=args.execution)
+    model = Working(model, choose_dtype(precision, device)).model
+    prompt = prompt_tokens(tokenizer, args.prompt)
+    limit = model.config.context_length
+    if len(prompt) >= limit:
+        raise UserError(f"the prompt has {len(prompt)} tokens, the context of {folder} holds {limit}: shorten it")
+    print(f"run {folder}", file=sys.stderr)
+
+    steps = generate(
+        model,
+        [prompt],
+        Sampler(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p),
+        max_new_tokens=args.max_new_tokens,
+        seeds=[args.seed],
+        end_token=tokenizer.end_of_text,
+        cached=not args.no_cache,
+    )
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character until it is whole
+    sys.stdout.reconfigure(encoding="utf-8")
+    print(args.prompt, end="", flush=True)
+    times = [time.perf_counter()]
+    for step in steps:
+        times.append(time.perf_counter())
+        token = int(step[0])
+        print(text.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+    print(text.decode(b"", final=True))
+
+    new = len(times) - 1
+    if token == tokenizer.end_of_text:
+        print("[end of document]", file=sys.stderr)
+    elif len(prompt) + new == limit:
+        print(f"[the context of {limit} tokens is full]", file=sys.stderr)
+    if args.stats:
+        cache = 0 if args.no_cache else sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
+        decode = f"{(new - 1) / (times[-1] - times[1]):.1f}" if new > 1 else "n/a"
+        print(f"prefill_tokens_per_second={len(prompt) / (times[1] - times[0]):.1f}", file=sys.stderr)
+        print(f"decode_tokens_per_second={decode}", file=sys.stderr)
+        print(f"cache_bytes_per_token={cache}", file=sys.stderr)
+
+
+def main() -> None:
+    with one_line_errors():
+        try:
+            sample(arguments())
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # whoever read the text has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""One thread per test process (they run side by side), and no network: what a test needs, it makes."""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty folder to work in, so that runs/ and cache/ land there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,74 @@
+"""What documents come out of, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from data.corpus import SYMPY_FINGERPRINT, FilesCorpus, SympyCorpus, SyntheticCorpus
+from data.errors import UserError
+
+
+def test_sympy_is_the_pinned_source_split_by_file():
+    corpus = SympyCorpus()
+    assert corpus.fingerprint() == SYMPY_FINGERPRINT
+    train, val = ({document.name for document in corpus.documents(split)} for split in ("train", "val"))
+    assert not train & val
+    assert 0.03 < len(val) / len(train) < 0.1
+    assert not any("tests" in name.split("/") for name in train | val)
+    assert "core/add.py" in train | val
+
+
+def test_another_sympy_is_warned_of(caplog, monkeypatch, tmp_path):
+    (tmp_path / "one.py").write_text("x = 1\n")
+    monkeypatch.setattr(SympyCorpus, "_root", staticmethod(lambda: tmp_path))
+    SympyCorpus().fingerprint()
+    assert "is not the source of sympy==1.14.0" in caplog.text
+
+
+def test_files_hold_out_the_last_part_of_each_after_a_line_end(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(100)))
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "c.txt").write_text("ünï\n" * 50)
+    corpus = FilesCorpus(path=f"{tmp_path}/**/*.txt")
+    train, val = (list(corpus.documents(split)) for split in ("train", "val"))
+    assert [d.name for d in train] == [d.name for d in val] == sorted(str(p) for p in tmp_path.rglob("*.txt"))
+    for first, last in zip(train, val, strict=True):
+        whole = Path(first.name).read_text()
+        assert first.text + last.text == whole
+        assert first.text.endswith("\n")
+        assert 0.85 < len(first.text) / len(whole) < 0.95
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n")
+    corpus = FilesCorpus(path=f"{tmp_path}/*.txt")
+    before = corpus.fingerprint()
+    assert before == corpus.fingerprint()
+    (tmp_path / "b.txt").write_text("two\n")
+    assert corpus.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "is empty"), (b"text \xff\xfe", "is not UTF-8 text"), (b"a\0b\n", "NUL"), (None, "matches no file")],
+    ids=["empty", "binary", "nul", "missing"],
+)
+def test_files_that_are_not_text_are_named(tmp_path, content, complaint):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    corpus = FilesCorpus(path=f"{tmp_path}/*.txt")
+    with pytest.raises(UserError, match=complaint) as caught:
+        corpus.fingerprint()
+        list(corpus.documents("train"))
+    assert "txt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_synthetic_text_is_seeded():
+    first, again, other = (
+        [list(SyntheticCorpus(size=20, seed=seed).documents(split)) for split in ("train", "val")] for seed in (0, 0, 1)
+    )
+    assert first == again != other
+    assert len(first[0]) == 18
+    assert len(first[1]) == 2

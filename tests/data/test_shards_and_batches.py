@@ -1,0 +1,147 @@
+"""Tokens on disk: whole or refused. Tokens in batches: each once per epoch, whatever the batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.batches import micro_batches, refuse_short, training_batch, windows
+from data.corpus import FilesCorpus, SyntheticCorpus
+from data.errors import UserError
+from data.prepare import prepare
+from data.shards import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
+from data.tokenizer import BPEConfig, ByteConfig
+
+T = 16
+
+
+def write(folder, tokens, shard_tokens=100):
+    writer = ShardWriter(folder, "train", np.uint16, "hash", shard_tokens)
+    for part in np.array_split(tokens, 7):
+        writer.write(part)
+    writer.close()
+
+
+@pytest.fixture
+def stream(tmp_path):
+    write(tmp_path, np.arange(1000))
+    return open_stream(tmp_path, "train", "hash")
+
+
+def test_several_shards_read_as_one(stream):
+    assert len(stream.shards) == 10
+    assert len(stream) == 1000
+    for start, count in ((0, 1000), (99, 2), (100, 100), (250, 333), (999, 1)):
+        assert stream.read(start, count).tolist() == list(range(start, start + count))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip token", "flip header", "magic", "empty", "append"])
+def test_a_damaged_shard_is_named(tmp_path, damage):
+    write(tmp_path, np.arange(500), shard_tokens=1000)
+    path = tmp_path / "train_00000.tokens"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        content = content[:-10]
+    elif damage == "flip token":
+        content[HEADER_BYTES + 101] ^= 4
+    elif damage == "flip header":
+        content[20] ^= 0x80
+    elif damage == "magic":
+        content[0] ^= 1
+    elif damage == "append":
+        content += b"xx"
+    else:
+        content = bytearray()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="train_00000") as caught:
+        open_shard(path, "hash")
+    assert "rebuild" in str(caught.value)
+
+
+def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
+    write(tmp_path, np.arange(10))
+    with pytest.raises(UserError, match="another tokenizer"):
+        open_stream(tmp_path, "train", "other")
+
+
+def test_windows_predict_every_token_once_and_drop_the_tail(stream):
+    n = windows(stream, T)
+    assert n == (1000 - 1) // T
+    inputs, targets = training_batch(stream, T, seed=0, first=0, count=n)
+    assert sorted(targets.flatten().tolist()) == list(range(1, n * T + 1))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    again, _ = training_batch(stream, T, seed=0, first=n, count=n)
+    assert sorted(again.flatten().tolist()) == sorted(inputs.flatten().tolist())
+    assert not torch.equal(again, inputs)  # another epoch, another order
+    assert not torch.equal(training_batch(stream, T, seed=1, first=0, count=n)[0], inputs)
+
+
+def test_the_order_is_the_same_on_every_machine(stream):
+    first = [int(row[0]) // T for row in training_batch(stream, T, seed=0, first=0, count=8)[0]]
+    assert first == [28, 54, 24, 15, 0, 50, 61, 11]
+
+
+def test_steps_take_consecutive_sequences_whatever_the_micro_batch(stream):
+    whole, _ = training_batch(stream, T, seed=3, first=0, count=24)
+    for micro_batch in (1, 4, 12):
+        steps = [micro_batches(stream, T, 3, step, 12, micro_batch, torch.device("cpu")) for step in (0, 1)]
+        assert all(len(inputs) == micro_batch for step in steps for inputs, _ in step)
+        assert torch.equal(torch.cat([inputs for step in steps for inputs, _ in step]), whole)
+
+
+def test_prepared_once_and_found_again(workplace):
+    corpus, config = SyntheticCorpus(size=20), BPEConfig(vocab_size=300)
+    first = prepare(corpus, config, workplace / "cache")
+    written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    again = prepare(corpus, config, workplace / "cache")
+    assert again.folder == first.folder
+    assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
+    assert [path.name for path in (workplace / "cache").iterdir()] == [first.folder.name]
+    assert prepare(corpus, ByteConfig(), workplace / "cache").folder != first.folder
+
+
+def test_the_end_of_text_precedes_each_document(workplace):
+    corpus = SyntheticCorpus(size=20)
+    made = prepare(corpus, ByteConfig(), workplace / "cache")
+    for split, stream in (("train", made.train), ("val", made.val)):
+        expected = []
+        for document in corpus.documents(split):
+            expected += [256, *document.text.encode()]
+        assert stream.read(0, len(stream)).tolist() == expected
+
+
+@pytest.mark.parametrize("fault", ["tokenizer", "killed"])
+def test_nothing_half_built_is_left_or_used(workplace, monkeypatch, fault):
+    corpus = SyntheticCorpus(size=20)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data.prepare._encode" if fault == "killed" else "data.tokenizer.ByteConfig.train", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, ByteConfig(), workplace / "cache")
+    assert list((workplace / "cache").iterdir()) == []
+
+
+def test_a_tokenizer_that_is_not_the_shards_is_refused(workplace):
+    corpus = SyntheticCorpus(size=20)
+    made = prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
+    BPEConfig(vocab_size=290).train(["other text " * 50]).save(made.folder / "tokenizer.json")
+    with pytest.raises(UserError, match="another tokenizer"):
+        prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
+
+
+def test_too_little_text_is_refused_before_a_run(workplace):
+    (workplace / "a.txt").write_text("a short text\n" * 12)
+    made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
+    with pytest.raises(UserError, match="validation split holds 14 tokens"):
+        refuse_short(made, 32)
+
+
+def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
+    (workplace / "cache").write_text("a file")
+    with pytest.raises(UserError, match="cache_dir"):
+        prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+
+
+def test_an_empty_stream_has_no_windows():
+    assert windows(TokenStream([np.array([], np.uint16)]), 4) == 0

@@ -1,0 +1,106 @@
+"""The laws every attention obeys, as functions that raise AssertionError. Each is tested to catch what it is for."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from model.cache import FullCache
+from model.transformer import TransformerLM
+from tests.support import relative_error, some_tokens
+
+
+def check_causality(model: TransformerLM) -> None:
+    """d logits[t] / d embedding[t'] is exactly zero for t' > t, and not for t' <= t. Needs an untied head: each token
+    stands once, so that its row of the embedding's gradient is the gradient at its place."""
+    length = 12
+    tokens = torch.randperm(model.vocab_size, generator=torch.Generator().manual_seed(1))[None, :length]
+    logits = model(tokens).logits[0]
+    for t in range(length):
+        (grad,) = torch.autograd.grad(logits[t].square().sum(), model.embedding.weight, retain_graph=True)
+        reach = grad[tokens[0]].abs().sum(-1)
+        assert (reach[t + 1 :] == 0).all(), f"token {t} sees a later one"
+        assert (reach[: t + 1] > 0).all(), f"token {t} does not see all earlier ones"
+
+
+@torch.no_grad()
+def decode_in_chunks(
+    model: TransformerLM, tokens: Tensor, chunks: Sequence[int], caches: list[FullCache], *, extent=None, grow=False
+) -> Tensor:
+    """Logits (B, T, V), the tokens fed through the caches a chunk at a time."""
+    outputs, start = [], 0
+    for size in chunks:
+        positions = torch.arange(start, start + size)[None].expand(tokens.shape[0], -1)
+        if grow:
+            for cache in caches:
+                if cache.capacity < start + size:
+                    cache.grow(max(start + size, 2 * cache.capacity))
+        seen = None if extent is None else extent(start + size)
+        outputs.append(model(tokens[:, start : start + size], positions=positions, caches=caches, extent=seen).logits)
+        start += size
+    return torch.cat(outputs, dim=1)
+
+
+@torch.no_grad()
+def ways_to_decode(model: TransformerLM, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same logits (B, T, V), through the cache in every way a caller may choose."""
+    batch, length = tokens.shape
+    positions = torch.arange(length)[None].expand(batch, -1)
+    caches = model.make_caches(batch, length)
+    yield "plain prefill", model(tokens, positions=positions, plain=True, caches=caches).logits
+    yield "prefill by positions", decode_in_chunks(model, tokens, [length], model.make_caches(batch, length))
+    yield "token by token", decode_in_chunks(model, tokens, [1] * length, model.make_caches(batch, length))
+    odd = [5, 1, 7, 3, 1, 1, length - 18]
+    yield "odd chunks", decode_in_chunks(model, tokens, odd, model.make_caches(batch, length))
+    yield "growing", decode_in_chunks(model, tokens, odd, model.make_caches(batch, 2), grow=True)
+    caches = model.make_caches(batch, 4 * length)
+    yield "extents", decode_in_chunks(model, tokens, odd, caches, extent=lambda seen: seen + 3)
+    yield "stale rows", decode_in_chunks(model, tokens, odd, caches)  # the same caches again, full of old rows
+    caches = model.make_caches(batch, length)
+    first = model(tokens[:, :9], positions=positions[:, :9], plain=True, caches=caches).logits
+    rest = [
+        model(tokens[:, t : t + 1], positions=positions[:, t : t + 1], caches=caches).logits for t in range(9, length)
+    ]
+    yield "plain prefill, then token by token", torch.cat([first, *rest], dim=1)
+
+
+def check_cached(model: TransformerLM, oracle: TransformerLM, tolerance: float = 1e-5) -> None:
+    """Decoding gives, at every position, the logits of the oracle's one uncached forward."""
+    tokens = some_tokens(2, 23)
+    with torch.no_grad():
+        expected = oracle(tokens).logits
+    for way, found in ways_to_decode(model, tokens):
+        assert relative_error(found, expected) <= tolerance, way
+
+
+@torch.no_grad()
+def check_ragged(model: TransformerLM, oracle: TransformerLM, tolerance: float = 1e-5) -> None:
+    """Rows of different length, padded on the left with negative positions, decode as each does alone."""
+    lengths, total = (5, 11, 8), 11
+    rows = [some_tokens(1, n + 4, seed=n)[0] for n in lengths]
+    expected = [oracle(row[None]).logits[0] for row in rows]
+    tokens = torch.zeros(len(rows), total, dtype=torch.int64)
+    positions = torch.full((len(rows), total), -1)
+    for i, n in enumerate(lengths):
+        tokens[i, total - n :], positions[i, total - n :] = rows[i][:n], torch.arange(n)
+    uncached = model(tokens, positions=positions).logits
+    caches = model.make_caches(len(rows), total + 4)
+    prefill = model(tokens, positions=positions, caches=caches).logits
+    for i, n in enumerate(lengths):
+        assert relative_error(uncached[i, total - n :], expected[i][:n]) <= tolerance, "uncached"
+        assert relative_error(prefill[i, total - n :], expected[i][:n]) <= tolerance, "prefill"
+    for step in range(4):
+        token = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])[:, None]
+        position = torch.tensor([[n + step] for n in lengths])
+        logits = model(token, positions=position, caches=caches).logits
+        for i, n in enumerate(lengths):
+            assert relative_error(logits[i, 0], expected[i][n + step]) <= tolerance, f"row {i}, step {step}"
+
+
+@torch.no_grad()
+def check_relative_positions(model: TransformerLM, tolerance: float = 1e-4) -> None:
+    """Moving all positions by the same amount changes nothing."""
+    tokens, positions = some_tokens(2, 16), torch.arange(16)[None]
+    for shift in (1, 37):
+        moved = model(tokens, positions=positions + shift).logits
+        assert relative_error(moved, model(tokens).logits) <= tolerance, f"shift {shift}"

@@ -1,0 +1,260 @@
+"""Every law, for every file under conf/attention and the choices within them (DESIGN: the laws)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention.base import Context
+from model.attention.mla import MLA
+from model.generate import bucket, decode_step
+from model.kernels.auto import Auto
+from model.kernels.base import Kernel
+from model.kernels.naive import Naive
+from model.kernels.sdpa import SDPA
+from model.mask import Mask
+from model.transformer import TransformerLM
+from tests.model.attention import laws
+from tests.support import CASES, relative_error, small_model, some_tokens
+
+KERNELS = [Naive(), SDPA(), Auto()]
+every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
+
+
+def oracle_for(case: tuple[str, ...]) -> TransformerLM:
+    """The same weights, uncached by whoever calls it, on the naive kernel and with MLA's reference execution."""
+    plain = [part for part in case if "execution" not in part]
+    return small_model(*plain, *(["attention.execution=naive"] if "attention=mla" in case else []), kernel=Naive())
+
+
+@every_case
+def test_causality(case):
+    laws.check_causality(small_model(*case, "model.tie_embeddings=false"))
+
+
+@every_case
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+def test_cached_equals_uncached(case, kernel):
+    laws.check_cached(small_model(*case, kernel=kernel), oracle_for(case))
+
+
+@every_case
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+def test_ragged_batch_equals_each_row_alone(case, kernel):
+    laws.check_ragged(small_model(*case, kernel=kernel), oracle_for(case))
+
+
+@every_case
+def test_kernels_agree_and_so_do_their_gradients(case):
+    tokens = some_tokens(2, 24)
+    naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=SDPA())
+    for model in (naive, fused):
+        model(tokens).logits.square().mean().backward()
+    assert relative_error(fused(tokens).logits, naive(tokens).logits) <= 1e-5
+    expected = dict(naive.named_parameters())
+    for name, parameter in fused.named_parameters():
+        assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
+
+
+@every_case
+def test_scores_depend_on_differences_of_positions(case):
+    laws.check_relative_positions(small_model(*case))
+
+
+@every_case
+def test_cache_holds_what_the_formula_says(case):
+    model = small_model(*case)
+    caches = model.make_caches(1, 8)
+    laws.decode_in_chunks(model, some_tokens(1, 8), [8], caches)
+    attention = model.config.attention
+    heads_times_key_and_value = 0
+    if "attention.execution=naive" in case:
+        heads_times_key_and_value = 4 * (16 + attention.v_head_dim)
+    for cache in caches:
+        assert cache.bytes_per_token == 4 * (heads_times_key_and_value or attention.cache_elements)
+
+
+def test_cache_sizes_by_hand():
+    """d_model 64, 4 heads of 16; latent 16 + rope key 4. Elements per token of one layer."""
+    expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
+    for name, elements in expected.items():
+        assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
+
+
+def test_a_latent_cache_never_holds_a_tensor_per_head():
+    for execution in ("auto", "expanded", "absorbed"):
+        model = small_model("attention=mla", f"attention.execution={execution}")
+        for column in model.make_caches(2, 8)[0].columns.values():
+            assert column.shape[2] == 1, execution
+
+
+@every_case
+def test_decode_step_compiles_once(case):
+    model = small_model(*case, kernel=SDPA())
+    torch._dynamo.reset()
+    step = torch.compile(decode_step, backend="eager", fullgraph=True)
+    caches = model.make_caches(2, 64)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (3, 17, 40):
+            laws.decode_in_chunks(model, some_tokens(2, length), [length], caches)
+            positions = torch.full((2, 1), length)
+            found = step(model, some_tokens(2, 1), positions, caches, bucket(length + 1))
+            caches_again = model.make_caches(2, 64)
+            laws.decode_in_chunks(model, some_tokens(2, length), [length], caches_again)
+            expected = decode_step(model, some_tokens(2, 1), positions, caches_again, 64)
+            assert relative_error(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_absorbed_expanded_and_naive_are_one_function(q_lora_rank):
+    tokens = some_tokens(2, 20)
+    common = ("attention=mla", f"attention.q_lora_rank={q_lora_rank}")
+    models = {
+        execution: small_model(*common, f"attention.execution={execution}")
+        for execution in ("naive", "expanded", "absorbed", "auto")
+    }
+    expected = models["naive"](tokens).logits
+    for execution, model in models.items():
+        assert relative_error(model(tokens).logits, expected) <= 1e-5, execution
+        assert relative_error(_decoded(model, tokens), expected) <= 1e-5, execution
+
+
+def test_prefused_matrices_are_the_same_function_too():
+    """W_uq W_uk and W_uv W_o multiplied out ahead: an identity, here for one layer and all positions at once."""
+    model = small_model("attention=mla", "attention.q_lora_rank=24")
+    layer: MLA = model.layers[0].attention
+    n, r, v, c, heads = layer.nope_dim, layer.rope_dim, layer.v_dim, layer.rank, layer.n_heads
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(9)[None]
+    table = layer.rope.table(positions)
+    with torch.no_grad():
+        up = layer.q_proj.up.weight.view(heads, n + r, 24)
+        w_uk, w_uv = layer.kv_up.weight.view(heads, n + v, c).split([n, v], 1)
+        fused_q = torch.einsum("hnq,hnc->hcq", up[:, :n], w_uk)
+        fused_o = torch.einsum("dhv,hvc->dhc", layer.o_proj.weight.view(64, heads, v), w_uv)
+        query = layer.q_proj.norm(layer.q_proj.down(x))
+        latent, k_rope = layer.kv_down(x).split([c, r], -1)
+        latent, k_rope = layer.kv_norm(latent), layer.rope.rotate(k_rope[:, :, None], table)[:, :, 0]
+        q_rope = layer.rope.rotate(torch.einsum("hrq,btq->bthr", up[:, n:], query), table)
+        scores = torch.einsum("hcq,btq,bsc->bhts", fused_q, query, latent)
+        scores = (scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * (n + r) ** -0.5
+        probs = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
+        found = torch.einsum("bhts,bsc,dhc->btd", probs, latent, fused_o)
+        expected, _ = layer(x, Context(positions, plain=True, extent=None, rotary={layer.rope: table}))
+    assert relative_error(found, expected) <= 1e-5
+
+
+def test_auto_execution_absorbs_below_the_break_even_point_and_expands_above():
+    layer: MLA = small_model("attention=mla", "attention.kv_lora_rank=48").layers[0].attention
+    n, v, c = layer.nope_dim, layer.v_dim, layer.rank
+    assert layer.break_even == c * (n + v) / (2 * c - n - v)
+    deepseek_v3 = 512 * 256 / (2 * 512 - 256)
+    assert round(deepseek_v3) == 171
+    layer._absorbed, layer._expanded = lambda *_: "absorbed", lambda *_: "expanded"
+    for queries, expected in ((1, "absorbed"), (int(layer.break_even) + 1, "expanded")):
+        row = torch.zeros(1, queries, 1, 1)
+        assert layer._cheaper(row, row, row, None, cache=object()) == expected
+        assert layer._cheaper(row, row, row, None, cache=None) == "expanded"
+
+
+@every_case
+def test_bfloat16_stays_near_float32(case):
+    tokens = some_tokens(2, 20)
+    exact = small_model(*case)
+    low = small_model(*case, kernel=SDPA())
+    for parameter in low.parameters():
+        if parameter.ndim >= 2:
+            parameter.data = parameter.data.bfloat16()
+    with torch.no_grad():
+        expected = exact(tokens).logits
+        assert relative_error(low(tokens).logits, expected) <= 0.06
+        assert relative_error(_decoded(low, tokens), expected) <= 0.06
+
+
+# Negative tests: what the laws are for is caught by them.
+
+
+class ScaleFromKeyDim(Naive):
+    """Scores scaled by the width of the key it is handed: right for MHA, wrong for absorbed MLA."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        return super().__call__(q, k, v, mask, k.shape[-1] ** -0.5)
+
+
+class TopLeftCausal(SDPA):
+    """Takes the causal fast path whatever the positions: one query then sees the first key only."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, plain=True), scale)
+
+
+class OnlineSoftmax(Kernel):
+    """A running maximum and sum over keys, one at a time; `sign` +1 is the correct rescaling, -1 the misprint."""
+
+    sign: int = 1
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        repeats = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
+        visible = mask.visible()
+        largest = torch.full((*q.shape[:3], 1), -1e30)
+        total, out = torch.zeros_like(largest), torch.zeros(*q.shape[:3], v.shape[-1])
+        for s in range(k.shape[1]):
+            score = scale * (q * k[:, s : s + 1]).sum(-1, keepdim=True)
+            score = score.masked_fill(~visible[:, :, s, None, None], -1e30)
+            new = torch.maximum(largest, score)
+            rescale = (self.sign * (largest - new)).exp().clamp(max=1e30)
+            weight = (score - new).exp() * visible[:, :, s, None, None]
+            total, out, largest = total * rescale + weight, out * rescale + weight * v[:, s : s + 1], new
+        return out / total
+
+
+def test_a_scale_from_the_wrong_dimension_is_caught():
+    case = ("attention=mla", "attention.execution=absorbed")
+    with pytest.raises(AssertionError):
+        laws.check_cached(small_model(*case, kernel=ScaleFromKeyDim()), oracle_for(case))
+
+
+def test_a_top_left_causal_mask_in_decoding_is_caught():
+    with pytest.raises(AssertionError):
+        laws.check_cached(small_model("attention=gqa", kernel=TopLeftCausal()), oracle_for(("attention=gqa",)))
+
+
+def test_the_wrong_rescaling_sign_is_caught():
+    expected = oracle_for(("attention=gqa",))
+    laws.check_cached(small_model("attention=gqa", kernel=OnlineSoftmax()), expected)
+    with pytest.raises(AssertionError):
+        laws.check_cached(small_model("attention=gqa", kernel=OnlineSoftmax(sign=-1)), expected)
+
+
+def test_positions_restarted_at_zero_are_caught():
+    class Forgetful(TransformerLM):
+        def forward(self, tokens, *, positions=None, **rest):
+            restarted = None if positions is None else torch.arange(tokens.shape[1])[None].expand_as(tokens)
+            return super().forward(tokens, positions=restarted, **rest)
+
+    model = small_model("attention=mla")
+    model.__class__ = Forgetful
+    with pytest.raises(AssertionError):
+        laws.check_cached(model, oracle_for(("attention=mla",)))
+
+
+def test_a_look_ahead_is_caught():
+    class SeesAll(Naive):
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+            everywhere = torch.full_like(mask.q_pos, 10**6)
+            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, plain=False), scale)
+
+    with pytest.raises(AssertionError):
+        laws.check_causality(small_model("attention=mha", "model.tie_embeddings=false", kernel=SeesAll()))
+
+
+def test_a_forward_with_caches_but_without_positions_is_refused():
+    model = small_model("attention=mha")
+    with pytest.raises(ValueError, match="positions"):
+        model(some_tokens(1, 3), caches=model.make_caches(1, 8))
+
+
+def _decoded(model: TransformerLM, tokens: Tensor) -> Tensor:
+    return laws.decode_in_chunks(
+        model, tokens, [6] + [1] * (tokens.shape[1] - 6), model.make_caches(2, tokens.shape[1])
+    )

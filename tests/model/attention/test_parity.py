@@ -1,0 +1,106 @@
+"""Our oracle against code written elsewhere: randomly initialised transformers models, their weights mapped to ours.
+
+Llama is MHA and GQA, Qwen3 adds the norms on queries and keys, DeepSeek-V3 (its dense blocks) is MLA.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.transformer import TransformerLM
+from tests.support import load_composed, relative_error, some_tokens
+
+transformers = pytest.importorskip("transformers")
+
+VOCAB, LAYERS, WIDTH, HEADS, HIDDEN = 100, 2, 64, 4, 96
+SHAPE = {
+    "vocab_size": VOCAB,
+    "num_hidden_layers": LAYERS,
+    "hidden_size": WIDTH,
+    "num_attention_heads": HEADS,
+    "intermediate_size": HIDDEN,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 64,
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+}
+OURS = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.tie_embeddings=false", "mlp.d_ff=96")
+NAMES = {
+    "model.embed_tokens": "embedding",
+    "lm_head": "head",
+    "model.norm": "norm",
+    "model.layers": "layers",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "mlp_norm",
+    "self_attn": "attention",
+    # MLA
+    "q_a_proj": "q_proj.down",
+    "q_a_layernorm": "q_proj.norm",
+    "q_b_proj": "q_proj.up",
+    "kv_a_proj_with_mqa": "kv_down",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "kv_up",
+}
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, mine in NAMES.items():
+            name = name.replace(theirs, mine)
+        ours[name] = tensor
+    return ours
+
+
+def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
+    theirs = theirs.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():  # theirs begin nearly uniform, which would hide differences
+            spread = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * spread if "norm" in name else spread * parameter.shape[-1] ** -0.5 * 2)
+    config = load_composed(*OURS, "kernel=naive", *overrides).model
+    mine = TransformerLM(config, VOCAB)
+    mine.load_state_dict(renamed(theirs.state_dict()))
+    tokens = some_tokens(2, 40)
+    with torch.no_grad():
+        assert relative_error(mine(tokens).logits, theirs(tokens, use_cache=False).logits) <= 1e-4
+
+
+@pytest.mark.parametrize(("kv_heads", "attention"), [(4, "mha"), (2, "gqa"), (1, "mqa")])
+def test_llama(kv_heads, attention):
+    config = transformers.LlamaConfig(**SHAPE, num_key_value_heads=kv_heads)
+    check_parity(transformers.LlamaForCausalLM(config), f"attention={attention}", "attention.qk_norm=false")
+
+
+def test_qwen3_with_norms_on_queries_and_keys():
+    config = transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)
+    check_parity(transformers.Qwen3ForCausalLM(config), "attention=gqa")
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 24])
+@pytest.mark.parametrize("execution", ["naive", "absorbed"])
+def test_deepseek_v3(q_lora_rank, execution):
+    config = transformers.DeepseekV3Config(
+        **SHAPE,
+        num_key_value_heads=HEADS,
+        q_lora_rank=q_lora_rank,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=LAYERS,  # dense blocks only
+        rope_interleave=True,
+    )
+    check_parity(
+        transformers.DeepseekV3ForCausalLM(config),
+        "attention=mla",
+        f"attention.q_lora_rank={q_lora_rank or 0}",
+        "attention.kv_lora_rank=16",
+        "attention.qk_nope_head_dim=12",
+        "attention.qk_rope_head_dim=8",
+        "attention.v_head_dim=16",
+        "attention.rope_layout=interleaved",
+        f"attention.execution={execution}",
+    )

@@ -1,0 +1,135 @@
+"""Rotary tables, the norm, the cache, and the model's weights."""
+
+import cmath
+
+import pytest
+import torch
+
+from model.cache import FullCache
+from model.norm import RMSNorm
+from model.rope import Rope
+from model.transformer import TransformerLM
+from tests.support import ATTENTIONS, compose, load_composed, small_config, some_tokens
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_rope_turns_each_pair_by_its_angle(layout):
+    """A pair is a complex number; its rotation is a multiplication by e^(i · position · theta^(-2j/dim))."""
+    rope = Rope(8, 10000.0, layout)
+    x = torch.randn(1, 3, 1, 8, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 5, 1000]])
+    rotated = rope.rotate(x, rope.table(positions))
+    for t, position in enumerate(positions[0].tolist()):
+        for j in range(4):
+            a, b = (j, j + 4) if layout == "half" else (2 * j, 2 * j + 1)
+            turned = complex(x[0, t, 0, a], x[0, t, 0, b]) * cmath.exp(1j * position * 10000.0 ** (-2 * j / 8))
+            assert abs(complex(rotated[0, t, 0, a], rotated[0, t, 0, b]) - turned) <= 1e-3 if position else 1e-6
+
+
+def test_rope_tables_are_float32_for_any_input():
+    rope = Rope(4, 10000.0, "half")
+    table = rope.table(torch.tensor([[257]]))
+    assert table[0].dtype == torch.float32
+    assert rope.rotate(torch.ones(1, 1, 1, 4, dtype=torch.bfloat16), table).dtype == torch.bfloat16
+
+
+def test_norm_is_computed_in_float32():
+    x = torch.full((1, 4), 300.0, dtype=torch.bfloat16)
+    y = RMSNorm(4)(x * 1e18)  # its square is beyond bfloat16's and float32's range when taken carelessly
+    assert y.dtype == torch.bfloat16
+    assert torch.allclose(RMSNorm(4)(x), torch.ones(1, 4, dtype=torch.bfloat16))
+
+
+def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
+    cache = FullCache(2, 4, {"k": (1,)}, like=torch.zeros(()))
+    cache.write(torch.tensor([[2, -1], [0, 3]]), k=torch.tensor([[[5.0], [6.0]], [[7.0], [8.0]]]))
+    (k,) = cache.read()
+    assert k[:, :, 0].tolist() == [[0, 0, 5, 0], [7, 0, 0, 8]]
+    assert cache.read(3)[0].shape == (2, 3, 1)
+    cache.grow(6)
+    assert cache.read()[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
+    assert cache.capacity == 6
+    with pytest.raises(IndexError):
+        cache.write(torch.tensor([[7], [7]]), k=torch.zeros(2, 1, 1))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_same_seed_gives_the_same_weights_whatever_the_kernel(attention):
+    models = [
+        TransformerLM(load_composed(f"attention={attention}", f"kernel={kernel}").model, 300, seed)
+        for kernel, seed in (("naive", 1), ("sdpa", 1), ("auto", 2))
+    ]
+    first, second, other = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
+
+
+def test_variants_share_the_weights_of_what_they_have_in_common():
+    mha, mla = (TransformerLM(small_config(f"attention={name}"), 100).state_dict() for name in ("mha", "mla"))
+    shared = [name for name in mha if "attention." not in name]
+    assert len(shared) == 2 * 5 + 2
+    assert all(torch.equal(mha[name], mla[name]) for name in shared)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_the_padding_of_the_vocabulary_is_never_scored_saved_or_learned(tied):
+    model = TransformerLM(small_config("attention=mha", f"model.tie_embeddings={tied}"), vocab_size=100)
+    assert model.embedding.weight.shape[0] == 128
+    tokens = some_tokens(2, 8)
+    output = model(tokens)
+    assert output.logits.shape == (2, 8, 100)
+    output.logits.square().mean().backward()
+    matrix = model.head or model.embedding
+    assert (matrix.weight.grad[100:] == 0).all()
+    assert (matrix.weight[100:] == 0).all()
+    state = model.state_dict()
+    assert state["embedding.weight"].shape[0] == 100
+    assert ("head.weight" in state) == (tied == "false")
+    again = TransformerLM(model.config, 100, seed=9)
+    again.load_state_dict(state)
+    assert torch.equal(again(tokens).logits, output.logits)
+    assert (again.embedding.weight[100:] == 0).all()
+
+
+def test_a_layer_may_say_more_than_its_output():
+    model = TransformerLM(small_config("attention=mha"), 100)
+    quiet = model(some_tokens(1, 4))
+    assert quiet.extras == {}
+    attention = model.layers[1].attention
+    speak = attention.forward
+    attention.forward = lambda x, ctx, cache=None: (speak(x, ctx, cache)[0], {"max_logit": torch.tensor(2.5)})
+    assert model(some_tokens(1, 4)).extras == {"layers.1.max_logit": torch.tensor(2.5)}
+
+
+def test_only_the_wanted_logits_are_computed():
+    model = TransformerLM(small_config("attention=mla"), 100)
+    tokens = some_tokens(2, 6)
+    wanted = torch.tensor([[5], [2]])
+    found = model(tokens, only=wanted).logits
+    everything = model(tokens).logits
+    assert torch.allclose(found[:, 0], everything[torch.arange(2), wanted[:, 0]], atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "gpt2"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_presets_have_kernel_friendly_dimensions_and_the_size_they_claim(size, attention):
+    config = load_composed(f"model={size}", f"attention={attention}").model
+    if attention == "mla":
+        mla = config.attention
+        assert mla.qk_nope_head_dim + mla.qk_rope_head_dim == mla.v_head_dim == config.d_model // config.n_heads
+        assert mla.kv_lora_rank + mla.qk_rope_head_dim <= 256
+    with torch.device("meta"):
+        model = TransformerLM(config, 50257)
+    parameters = sum(p.numel() for p in model.parameters())
+    if (size, attention) == ("gpt2", "mha"):
+        assert abs(parameters - 124e6) < 2e6
+    gqa = compose("attention=gqa")
+    assert gqa["attention"]["n_kv_heads"] is None
+
+
+def test_a_latent_cache_larger_than_gqa_is_warned_of(caplog):
+    with caplog.at_level("WARNING", logger="headroom"):
+        TransformerLM(small_config("attention=mla"), 100)
+        assert not caplog.records
+        TransformerLM(small_config("attention=mla", "attention.kv_lora_rank=512"), 100)
+    assert "larger than attention=gqa's 64" in caplog.text

@@ -1,0 +1,81 @@
+"""What several tests share: composed configurations, small sharpened models, and the program called in-process."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from model.kernels.naive import Naive
+from model.transformer import ModelConfig, TransformerLM
+from training.command import plain_tree
+from training.config import Run, load
+
+ROOT = Path(__file__).resolve().parent.parent
+ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
+SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
+# Every attention as it comes, and the choices within one that change its arithmetic.
+CASES = [
+    *((f"attention={name}",) for name in ATTENTIONS),
+    ("attention=gqa", "attention.rope_layout=interleaved", "attention.qk_norm=false"),
+    ("attention=mla", "attention.q_lora_rank=24", "attention.rope_layout=interleaved"),
+    ("attention=mla", "attention.execution=naive"),
+    ("attention=mla", "attention.execution=expanded", "attention.v_head_dim=24"),
+    ("attention=mla", "attention.execution=absorbed", "attention.q_lora_rank=24"),
+]
+
+
+def compose(*overrides: str) -> dict[str, Any]:
+    """The configuration tree that `python train.py *overrides` composes."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return plain_tree(hydra_compose("train", list(overrides)))
+
+
+def load_composed(*overrides: str) -> Run:
+    tree = compose(*overrides)
+    tree.pop("resume")
+    return load(tree)
+
+
+def small_config(*overrides: str, kernel=None) -> ModelConfig:
+    return load_composed(*SMALL, *overrides).model.model_copy(update={"kernel": kernel or Naive()})
+
+
+def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int = 0) -> TransformerLM:
+    """A model whose attention looks somewhere: freshly initialised ones look everywhere alike, and hide errors."""
+    model = TransformerLM(small_config(*overrides, kernel=kernel), vocab_size, seed)
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+            elif ".attention." in name:
+                parameter.mul_(2)
+    return model
+
+
+def some_tokens(batch: int, length: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest magnitude expected. NaN counts as infinite."""
+    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return float(error.detach().nan_to_num(nan=float("inf")))
+
+
+def call(program: str, arguments: Sequence[str], monkeypatch) -> int:
+    """Runs train.py or sample.py in this process -> its exit code."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+    try:
+        importlib.import_module(program).main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0

@@ -1,0 +1,154 @@
+"""The two programs as a user meets them: what they print, what they leave, what they refuse."""
+
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.support import ROOT, call
+
+SMOKE = ["experiment=smoke", "tune_malloc=false"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with one trained run of each kind."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("place")
+        patch.chdir(folder)
+        for attention in ("gqa", "mla"):
+            assert call("train", [*SMOKE, f"attention={attention}", f"run_dir=runs/{attention}"], patch) == 0
+    return folder
+
+
+def sample(place, monkeypatch, capsys, *arguments: str) -> tuple[str, str]:
+    monkeypatch.chdir(place)
+    assert call("sample", arguments, monkeypatch) == 0
+    captured = capsys.readouterr()
+    return captured.out, captured.err
+
+
+def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "sample_every=20", "sample_prompt=The key"], monkeypatch) == 0
+    out, err = capsys.readouterr()
+    (run,) = (workplace / "runs").iterdir()
+    assert re.fullmatch(r"\d{8}-\d{6}-[a-z]+-[a-z]+", run.name)
+    assert re.search(r"validation +\d\.\d+ nats per token, \d\.\d+ bits per byte", out)
+    assert re.search(r"speed +[\d,]+ training tokens per second", out)
+    assert f"runs/{run.name}" in out and "python sample.py 'The key'" in out and "The key" in out.split("validation")[0]
+    assert "step 30/30" in err and "micro-batches" in err
+    assert err.count("The key") >= 1  # the preview at step 20
+
+
+def test_two_runs_in_one_second_have_two_folders(workplace, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    monkeypatch.setattr("random.choice", lambda words: words[0])
+    for _ in range(2):
+        assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
+    assert len(list((workplace / "runs").iterdir())) == 2
+
+
+def test_sampling_is_seeded_streams_whole_text_and_takes_the_newest_run(place, monkeypatch, capsys):
+    first, err = sample(place, monkeypatch, capsys, "The query", "--seed", "3", "--max-new-tokens", "30")
+    assert first.startswith("The query") and "run runs/mla" in err
+    assert sample(place, monkeypatch, capsys, "The query", "--seed", "3", "--max-new-tokens", "30")[0] == first
+    assert sample(place, monkeypatch, capsys, "The query", "--seed", "4", "--max-new-tokens", "30")[0] != first
+    assert len(first.rstrip("\n")) <= len("The query") + 30
+
+
+@pytest.mark.parametrize("execution", ["naive", "expanded", "absorbed"])
+def test_every_way_to_decode_writes_the_same_text(place, monkeypatch, capsys, execution):
+    arguments = ["A head = ", "--run", "runs/mla", "--max-new-tokens", "40", "--top-k", "20"]
+    expected, _ = sample(place, monkeypatch, capsys, *arguments, "--no-cache", "--kernel", "naive")
+    assert sample(place, monkeypatch, capsys, *arguments, "--execution", execution)[0] == expected
+
+
+def test_stats_are_counted(place, monkeypatch, capsys):
+    for run, numbers in (("gqa", 2 * 2 * 16), ("mla", 16 + 4)):
+        _, err = sample(place, monkeypatch, capsys, "The", "--run", f"runs/{run}", "--stats", "--max-new-tokens", "5")
+        assert f"cache_bytes_per_token={2 * 4 * numbers}\n" in err
+        assert float(re.search(r"decode_tokens_per_second=(.*)", err)[1]) > 0
+        assert float(re.search(r"prefill_tokens_per_second=(.*)", err)[1]) > 0
+
+
+def test_a_full_context_is_said(place, monkeypatch, capsys):
+    _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--max-new-tokens", "500")
+    assert "[the context of 64 tokens is full]" in err or "[end of document]" in err
+
+
+BAD_SAMPLES = {
+    "a long prompt": (["x" * 64], "the prompt has 64 tokens, the context of"),
+    "cold": (["x", "--temperature", "-1"], "--temperature: '-1'"),
+    "top-p beyond 1": (["x", "--top-p", "7"], "--top-p: '7'"),
+    "top-k of nothing": (["x", "--top-k", "0"], "--top-k: '0'"),
+    "nan": (["x", "--temperature", "nan"], "--temperature: 'nan'"),
+    "unknown flag": (["x", "--tempreature", "1"], "--tempreature"),
+    "unknown run": (["x", "--run", "runs/none"], "runs/none is not a run"),
+    "execution of GQA": (["x", "--run", "runs/gqa", "--execution", "absorbed"], "execution=absorbed is a choice"),
+    "no CUDA": (["x", "--device", "cuda:9"], "device=cuda:9"),
+    "nonsense device": (["x", "--device", "toaster"], "device=toaster"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), BAD_SAMPLES.values(), ids=BAD_SAMPLES)
+def test_sampling_refuses_in_one_line(place, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.chdir(place)
+    assert call("sample", arguments, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert complaint in err and err.count("\n") == 1 and out == ""
+
+
+BAD_RUNS = {
+    "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
+    "heads": (["model=gpt2", "attention=gqa", "attention.n_kv_heads=5"], "n_kv_heads=5 does not divide n_heads=12"),
+    "no attention": (["attention=null"], "a group was set to null"),
+    "key": (["foo=1"], "foo: no such setting"),
+    "added key": (["+foo=1"], "foo=1: no such key"),
+    "type": (["steps=abc"], "steps=abc"),
+    "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),
+    "glob": (["data=files", "data.path='nothing/*.txt'"], "matches no file"),
+    "empty file": (["data=files", "data.path=empty.txt"], "empty.txt is empty"),
+    "binary file": (["data=files", "data.path=binary.txt"], "binary.txt is not UTF-8"),
+    "short file": (["tokenizer=byte", "data=files", "data.path=short.txt"], "give more text"),
+    "device": (["device=cuda:9"], "device=cuda:9"),
+    "taken folder": (["run_dir=taken"], "run_dir=taken exists already"),
+    "no run": (["resume=latest"], "there is no run in"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), BAD_RUNS.values(), ids=BAD_RUNS)
+def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch, capsys, overrides, complaint):
+    (workplace / "empty.txt").touch()
+    (workplace / "binary.txt").write_bytes(bytes(range(256)))
+    (workplace / "short.txt").write_text("short\n" * 20)
+    (workplace / "taken").mkdir()
+    (workplace / "taken" / "something").touch()
+    before = {path for path in workplace.rglob("*") if "cache" not in path.parts}
+    assert call("train", overrides, monkeypatch) == 2
+    err = capsys.readouterr().err.strip().splitlines()
+    assert complaint in err[-1]
+    assert sum(line.startswith("error:") for line in err) == 1 and "Traceback" not in "".join(err)
+    assert {path for path in workplace.rglob("*") if "cache" not in path.parts} == before
+
+
+def test_help_answers_without_loading_torch():
+    for program in ("train.py", "sample.py"):
+        code = f"import sys, runpy; sys.argv = [{program!r}, '--help']\n"
+        code += f"try:\n    runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
+        code += "sys.exit('torch' in sys.modules)"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert result.returncode == 0, result.stderr
+        assert "attention" in result.stdout.lower()
+
+
+def test_as_real_processes(tmp_path):
+    """The whole way once, through the shell's eyes: train, then sample into a pipe that closes early."""
+    train = subprocess.run(
+        [sys.executable, ROOT / "train.py", *SMOKE, "steps=3"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert train.returncode == 0, train.stderr
+    command = f"{sys.executable} {ROOT / 'sample.py'} 'The ' --max-new-tokens 40 | head -c 5"
+    piped = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert piped.stdout.startswith("The ") and "Traceback" not in piped.stderr

@@ -1,0 +1,123 @@
+"""The border: everything under conf/ passes, nonsense is one line, and a configuration executes nothing."""
+
+import itertools
+
+import pytest
+import yaml
+from hydra.errors import HydraException
+
+from data.errors import UserError
+from model.attention.base import AttentionConfig
+from tests.support import ATTENTIONS, ROOT, compose, load_composed
+from training.config import Run, choices, dump, load, load_choice, resolve_target
+
+GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+NEEDS = {("data", "files"): ("data.path='*.txt'",)}
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)], ids=lambda x: x
+)
+def test_every_file_under_conf_composes_and_loads(group, choice):
+    run = load_composed(f"{group}={choice}", *NEEDS.get((group, choice), ()))
+    assert isinstance(run, Run)
+    assert load(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
+
+
+@pytest.mark.parametrize(("attention", "model"), itertools.product(ATTENTIONS, choices("model")))
+def test_every_attention_fits_every_model(attention, model):
+    assert load_composed(f"attention={attention}", f"model={model}").model.attention.cache_elements > 0
+
+
+def test_unset_dimensions_derive_by_the_documented_rules():
+    gpt2 = load_composed("model=gpt2", "attention=mla")
+    mla = gpt2.model.attention
+    assert (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (192, 48, 16, 64)
+    assert gpt2.model.mlp.d_ff == 2048
+    assert gpt2.optim.lr == pytest.approx(0.5 / 768)
+    kv_heads = {
+        heads: load_composed("attention=gqa", f"model.n_heads={heads}", "model.d_model=768").model.attention.n_kv_heads
+        for heads in (1, 2, 4, 6, 8, 12, 16)
+    }
+    assert kv_heads == {1: 1, 2: 2, 4: 2, 6: 2, 8: 2, 12: 3, 16: 4}
+    assert load_composed("model=gpt2", "batch_tokens=65536").micro_batch == 8
+    assert load_composed("batch_tokens=2560", "micro_batch_size=null").micro_batch == 10
+
+
+BAD = [
+    (
+        ("attention.n_kv_heads=5", "model=gpt2", "attention=gqa"),
+        "n_kv_heads=5 does not divide n_heads=12: choose one of 1, 2, 3, 4, 6, 12",
+    ),
+    (("attention=mla", "attention.qk_rope_head_dim=7"), "qk_rope_head_dim=7 is odd"),
+    (("attention=mla", "attention.qk_rope_head_dim=64"), "qk_rope_head_dim=64 leaves nothing of head_dim=64"),
+    (("attention.head_dim=7",), "head_dim=7 is odd"),
+    (("model.n_heads=7",), "d_model=256 is not a multiple of n_heads=7"),
+    (("steps=abc",), "steps=abc"),
+    (("steps=0",), "steps=0"),
+    (("steps=1.5",), "steps=1.5"),
+    (("seed=-1",), "seed=-1"),
+    (("compile=maybe",), "compile=maybe"),
+    (("precision=fp8",), "precision=fp8"),
+    (("device=gpu",), "device=gpu"),
+    (("+foo=1",), "foo=1: no such key"),
+    (("+attention.n_kv_head=2",), "did you mean n_kv_heads?"),
+    (("+optim.learning_rate=2",), "optim.learning_rate=2: no such key"),
+    (("attention.rope_layout=diagonal",), "attention.rope_layout=diagonal"),
+    (("attention=mla", "attention.execution=fast"), "attention.execution=fast"),
+    (("batch_tokens=1000",), "batch_tokens=1000 is not a multiple of model.context_length=256: choose 768 or 1024"),
+    (("micro_batch_size=3", "batch_tokens=2048"), "micro_batch_size=3 does not divide the 8 sequences"),
+    (("eval_tokens=10",), "eval_tokens=10 is less than"),
+    (("optim.lr=-1",), "optim.lr=-1"),
+    (("optim.beta1=1",), "optim.beta1=1"),
+    (("schedule.warmup=2",), "schedule.warmup=2"),
+    (("tokenizer.vocab_size=100",), "tokenizer.vocab_size=100"),
+    (("data=files",), "data.path is not set"),
+    (("data=files", "data.path=x", "data.val_fraction=1"), "data.val_fraction=1"),
+    (("attention._target_=model.mlp.SwiGLUConfig",), "does not name a AttentionConfig"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "complaint"), BAD, ids=[" ".join(overrides) for overrides, _ in BAD])
+def test_nonsense_is_refused_in_one_line(overrides, complaint):
+    with pytest.raises(UserError) as caught:
+        load_composed(*overrides)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_choices_and_keys_are_refused_while_composing():
+    for override in ("attention=gqaa", "foo=1", "attention.foo=1"):
+        with pytest.raises(HydraException):
+            compose(override)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "model.attention.gqa.os.system",
+        "model.attention.gqa.Attention",  # imported there, not defined there
+        "model.attention.gqa.GQA",  # a module, not a config
+        "model.attention.base.AttentionConfig",  # abstract
+        "model.attention.gqa.GQAConfig.model_validate",
+        "model..attention.gqa.GQAConfig",
+        "model/attention/gqa.GQAConfig",
+        "tests.support.load",
+        "train.main",
+        "model.no_such.Thing",
+        "",
+        None,
+        7,
+        ["model.attention.gqa.GQAConfig"],
+    ],
+)
+def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
+    with pytest.raises(UserError, match="_target_"):
+        resolve_target(target, AttentionConfig, "attention")
+
+
+def test_a_choice_can_be_loaded_alone():
+    assert type(load_choice("kernel", "naive")).__name__ == "Naive"
+    with pytest.raises(UserError, match="choose one of auto, naive, sdpa"):
+        load_choice("kernel", "fast")

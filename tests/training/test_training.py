@@ -1,0 +1,181 @@
+"""Steps, schedules, precision, evaluation and checkpoints, by what they promise a run."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from data.errors import UserError
+from data.shards import TokenStream
+from data.tokenizer import ByteTokenizer
+from model.kernels.sdpa import SDPA
+from model.transformer import TransformerLM
+from tests.support import relative_error, small_config, small_model, some_tokens
+from training.compilation import maybe_compiled
+from training.device import choose_device
+from training.loss import token_losses
+from training.optim import AdamWConfig
+from training.precision import Working, choose_dtype
+from training.schedule import Cosine
+from training.step import evaluate, mean_loss, train_step
+
+
+def batches(count: int, micro: int, seed: int = 0):
+    tokens = some_tokens(count, 17, seed=seed)
+    return [(part[:, :-1], part[:, 1:]) for part in tokens.split(micro)]
+
+
+def trained(micro: int, dtype=torch.float32, steps: int = 5, attention: str = "mla") -> TransformerLM:
+    model = TransformerLM(small_config(f"attention={attention}", kernel=SDPA()), 100)
+    optimizer = AdamWConfig(lr=1e-2).build(model)
+    working = Working(model, dtype)
+    for step in range(steps):
+        train_step(working, list(model.parameters()), optimizer, batches(8, micro, step), 1e-2, 1.0)
+    return model
+
+
+def test_the_loss_is_cross_entropy_of_the_next_token():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.tensor([[0, 1, 2], [3, 4, 0]])
+    expected = -logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    found = token_losses(logits, targets)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, expected)
+
+
+def test_training_learns():
+    model = small_model("attention=gqa", kernel=SDPA())
+    optimizer, working = AdamWConfig(lr=3e-3).build(model), Working(model, torch.float32)
+    data = batches(8, 8)
+    losses = [train_step(working, list(model.parameters()), optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accumulation_changes_nothing_but_rounding(dtype):
+    whole, split = trained(8, dtype, steps=1), trained(2, dtype, steps=1)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.2
+    for (name, a), b in zip(whole.named_parameters(), split.parameters(), strict=True):
+        assert (a - b).norm() <= tolerance * a.norm().clamp(min=1), name
+
+
+def test_bfloat16_copies_leave_the_float32_weights_in_charge():
+    model = small_model("attention=mla", kernel=SDPA())
+    working = Working(model, torch.bfloat16)
+    for master, twin in zip(model.parameters(), working.model.parameters(), strict=True):
+        assert master.dtype == torch.float32
+        assert (twin is master) == (master.ndim < 2)
+        assert master is twin or twin.dtype == torch.bfloat16
+    with torch.no_grad():
+        model.layers[0].mlp.up_proj.weight.mul_(2)
+    working.refresh()
+    assert torch.equal(working.model.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.weight.bfloat16())
+    ((inputs, targets),) = batches(4, 4)
+    mean_loss(working.model, inputs, targets).backward()
+    working.collect_gradients()
+    low = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert all(grad.dtype == torch.float32 for grad in low.values())
+    assert all(p.grad is None for p in working.copies)
+    model.zero_grad()
+    mean_loss(model, inputs, targets).backward()
+    for name, parameter in model.named_parameters():
+        cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), low[name].flatten(), dim=0)
+        assert cosine > 0.98, name
+
+
+def test_auto_precision_says_what_it_chose(caplog):
+    with caplog.at_level("INFO", logger="headroom"):
+        chosen = choose_dtype("auto", torch.device("cpu"))
+    assert chosen in (torch.bfloat16, torch.float32)
+    assert caplog.records[-1].message.startswith("precision bf16" if chosen == torch.bfloat16 else "precision fp32")
+    assert choose_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_device_this_machine_lacks_is_refused():
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(UserError, match="device=cuda:99"):
+        choose_device("cuda:99")
+
+
+def test_clipping_bounds_the_update_and_zero_turns_it_off():
+    for clip_norm, expected in ((0.5, 0.5), (0.0, None)):
+        model = small_model("attention=mha", kernel=SDPA())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        result = train_step(
+            Working(model, torch.float32), list(model.parameters()), optimizer, batches(4, 4), 1.0, clip_norm
+        )
+        moved = torch.stack([(p - b).norm() for p, b in zip(model.parameters(), before, strict=True)]).norm()
+        assert moved.item() == pytest.approx(expected or result.grad_norm.item(), rel=1e-3)
+        assert result.grad_norm > 0.5
+
+
+def test_decay_touches_matrices_only():
+    model = small_model("attention=mla")
+    decayed, rest = AdamWConfig(lr=1e-3).build(model).param_groups
+    assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
+    assert all(p.ndim < 2 for p in rest["params"]) and rest["weight_decay"] == 0
+    assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+
+
+def test_the_cosine_schedule_by_its_landmarks():
+    schedule = Cosine(warmup=0.1, final_fraction=0.2)
+    rates = [schedule(step, 101) for step in range(101)]
+    assert rates[0] == pytest.approx(1 / 11.1)
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates.index(max(rates)) in (10, 11)
+    assert rates[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(rates[11:]))
+    assert rates[0] > 0 and Cosine(warmup=0.0)(0, 1) > 0
+
+
+def test_evaluation_weighs_tokens_alike_whatever_the_batch():
+    model = TransformerLM(small_config("attention=gqa"), 257)
+    text = "The mask sees a key — ñ.\n" * 40
+    tokens = np.array([256, *text.encode()], np.uint16)
+    stream, lengths = TokenStream([tokens]), torch.from_numpy(ByteTokenizer().byte_lengths)
+    scores = [evaluate(model, stream, 16, batch, lengths) for batch in (1, 5, 1000)]
+    count = (len(tokens) - 1) // 16 * 16
+    with torch.no_grad():
+        inputs = torch.from_numpy(tokens[:count].astype(np.int64)).view(-1, 16)
+        targets = torch.from_numpy(tokens[1 : count + 1].astype(np.int64)).view(-1, 16)
+        nats = token_losses(model(inputs).logits, targets).double().sum().item()
+    for score in scores:
+        assert score.tokens == count
+        assert score.loss == pytest.approx(nats / count, rel=1e-6)
+        assert score.bpb == pytest.approx(nats / math.log(2) / count, rel=1e-6)  # each of these tokens is one byte
+    assert evaluate(model, stream, 16, 4, lengths, most_tokens=100).tokens == 96
+
+
+def test_a_separator_costs_nats_but_has_no_bytes():
+    model = TransformerLM(small_config("attention=gqa"), 257)
+    tokens = np.array([256, 65, 66, 256, 67], np.uint16)
+    score = evaluate(model, TokenStream([tokens]), 4, 1, torch.from_numpy(ByteTokenizer().byte_lengths))
+    assert score.bpb == pytest.approx(score.loss * 4 / (math.log(2) * 3))
+
+
+def test_compilation_falls_back_to_eager_and_says_so(caplog, monkeypatch):
+    def broken(function, **_):
+        def call(*_):
+            raise RuntimeError("no compiler here\nsecond line")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    doubled = maybe_compiled(lambda x: 2 * x, enabled=True)
+    assert doubled(3) == 6 and doubled(4) == 8
+    assert caplog.text.count("running eagerly: no compiler here") == 1
+    assert maybe_compiled(abs, enabled=False) is abs
+
+
+def test_compiled_training_computes_the_same():
+    model = small_model("attention=mla", kernel=SDPA())
+    ((inputs, targets),) = batches(4, 4)
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
+    for found, exact in zip(
+        torch.autograd.grad(compiled(model, inputs, targets), list(model.parameters())), expected, strict=True
+    ):
+        assert relative_error(found, exact) <= 1e-4

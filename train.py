@@ -1,0 +1,97 @@
+"""Trains a language model: the story of one run, from the composed configuration to a sampled text.
+
+python train.py                                   # tiny MHA model on SymPy's source, minutes on a laptop
+python train.py attention=mla steps=300           # any setting of conf/ can be overridden
+python train.py --help
+"""
+
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from training.command import one_line_errors, plain_tree
+
+# torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
+
+
+@hydra.main(config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train", version_base="1.3")
+def composed(cfg: DictConfig) -> None:
+    with one_line_errors():
+        train(plain_tree(cfg), typed=HydraConfig.get().overrides.task)
+
+
+def main() -> None:
+    with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
+        composed()
+
+
+def train(tree: dict, typed: list[str]) -> None:
+    """tree: the composed configuration; typed: the overrides on the command line."""
+    import torch
+
+    from data.batches import micro_batches, refuse_short
+    from data.prepare import prepare
+    from model.transformer import TransformerLM
+    from training import checkpoint, run_folder
+    from training.allocator import keep_buffers
+    from training.compilation import maybe_compiled
+    from training.config import load
+    from training.device import choose_device
+    from training.log import to_stderr
+    from training.precision import Working, choose_dtype
+    from training.preview import continuation
+    from training.report import Report
+    from training.step import Score, each_loss, evaluate, mean_loss, train_step
+
+    to_stderr()
+    resume = tree.pop("resume")
+    if resume is not None:
+        run, folder = run_folder.resumed(resume, tree, typed)
+    else:
+        run = load(tree)
+        run_folder.refuse_taken(run.run_dir)
+    device = choose_device(run.device)
+    if device.type == "cpu" and run.tune_malloc:
+        keep_buffers()
+    corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
+    tokenizer, window = corpus.tokenizer, run.model.context_length
+    refuse_short(corpus, window)
+
+    model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
+    optimizer = run.optim.build(model)
+    if resume is not None:
+        done = checkpoint.resume(folder, run, corpus, model, optimizer)
+    else:
+        folder, done = run_folder.create(run, tokenizer), 0
+    working = Working(model, choose_dtype(run.precision, device))
+    parameters = list(model.parameters())
+    loss, losses = maybe_compiled(mean_loss, run.compile), maybe_compiled(each_loss, run.compile)
+    byte_lengths = torch.from_numpy(tokenizer.byte_lengths).to(device)
+
+    def validate(most_tokens: int | None) -> Score:
+        working.refresh()
+        return evaluate(working.model, corpus.val, window, run.micro_batch, byte_lengths, most_tokens, losses)
+
+    def preview() -> str:
+        return continuation(model, tokenizer, run.sample_prompt, run.seed)
+
+    with Report(run, folder, corpus, model, done, byte_lengths) as report:
+        for step in range(done, run.steps):
+            batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch, device)
+            result = train_step(working, parameters, optimizer, batches, run.lr(step), run.clip_norm, loss)
+            now, last = step + 1, step + 1 == run.steps
+            with report.aside():
+                score = validate(None if last else run.eval_tokens) if last or now % run.eval_every == 0 else None
+            report.step(now, result, batches, score)
+            with report.aside():
+                if last or now % run.save_every == 0:
+                    checkpoint.save(folder, model, optimizer, now, now * run.sequences, corpus)
+                if run.sample_every and now % run.sample_every == 0 and not last:
+                    report.say(preview())
+    report.end(score, preview())
+
+
+if __name__ == "__main__":
+    main()

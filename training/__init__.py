@@ -1,0 +1,1 @@
+"""What turns a model and a corpus into a run. Stands above model/ and data/."""

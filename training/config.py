@@ -1,0 +1,196 @@
+"""The border: whatever comes in as text or a tree of plain values leaves it typed, or as one clear line of error.
+
+YAML names a config class (`_target_: model.attention.mla.MLAConfig`). It is resolved here and nowhere else: Hydra's
+`instantiate` would call anything a configuration names, and a checkpoint's configuration is somebody's file.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from data.corpus import Corpus
+from data.errors import UserError
+from data.tokenizer import TokenizerConfig
+from model.attention.base import AttentionConfig
+from model.config import Config
+from model.kernels.base import Kernel
+from model.mlp import MLPConfig
+from model.transformer import ModelConfig
+from training.log import Logger
+from training.optim import OptimConfig
+from training.schedule import Schedule
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL_PARTS = {"attention": AttentionConfig, "mlp": MLPConfig, "kernel": Kernel}
+RUN_PARTS = {
+    "data": Corpus,
+    "tokenizer": TokenizerConfig,
+    "optim": OptimConfig,
+    "schedule": Schedule,
+    "logger": Logger,
+}
+MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
+
+
+class Run(Config):
+    """Everything one training run depends on. The comments in conf/train.yaml describe each setting."""
+
+    model: ModelConfig
+    data: Corpus
+    tokenizer: TokenizerConfig
+    optim: OptimConfig
+    schedule: Schedule
+    logger: Logger
+    steps: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1)
+    micro_batch_size: int | None = Field(ge=1)
+    clip_norm: float = Field(ge=0)
+    eval_every: int = Field(ge=1)
+    eval_tokens: int = Field(ge=1)
+    save_every: int = Field(ge=1)
+    sample_every: int = Field(ge=0)
+    sample_prompt: str
+    seed: int = Field(ge=0, lt=2**63)
+    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    precision: Literal["auto", "bf16", "fp32"]
+    compile: bool
+    tune_malloc: bool
+    run_dir: str | None
+    cache_dir: str
+
+    @field_validator("optim")
+    @classmethod
+    def _derive_optim(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
+        return optim.derive(info.data["model"].d_model) if "model" in info.data else optim
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Self:
+        window = self.model.context_length
+        if self.batch_tokens % window:
+            below = self.batch_tokens // window * window
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of model.context_length={window}: "
+                f"choose {f'{below} or ' if below else ''}{below + window}"
+            )
+        if self.eval_tokens < window:
+            raise ValueError(f"eval_tokens={self.eval_tokens} is less than model.context_length={window}")
+        if self.micro_batch_size is not None and self.sequences % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} does not divide the {self.sequences} sequences of "
+                f"batch_tokens={self.batch_tokens}: choose one of "
+                f"{', '.join(str(n) for n in range(1, self.sequences + 1) if self.sequences % n == 0)}"
+            )
+        return self
+
+    @property
+    def sequences(self) -> int:
+        """Training windows per optimizer step."""
+        return self.batch_tokens // self.model.context_length
+
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward and backward: as set, or the most that divide the batch within 8192 tokens."""
+        if self.micro_batch_size is not None:
+            return self.micro_batch_size
+        most = max(1, MICRO_BATCH_TOKENS // self.model.context_length)
+        return max(n for n in range(1, min(most, self.sequences) + 1) if self.sequences % n == 0)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of the update that step (counted from 0) makes."""
+        return self.optim.lr * self.schedule(step, self.steps)
+
+
+def load(tree: Mapping[str, Any]) -> Run:
+    """A tree of plain values, as composed from conf/ or read from a run's config.yaml -> Run. Raises UserError."""
+    tree = dict(tree)
+    parts = {name: _part(tree, name, base) for name, base in (MODEL_PARTS | RUN_PARTS).items()}
+    dims = tree.pop("model", {})
+    if not isinstance(dims, Mapping):
+        raise UserError(f"model={dims!r}: expected a group of settings, such as model=tiny")
+    model = _build(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
+    return _build(Run, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
+
+
+def dump(run: Run) -> dict[str, Any]:
+    """The inverse of `load`: derived dimensions filled in, the form a run's config.yaml holds."""
+    model = {name: getattr(run.model, name) for name in ModelConfig.model_fields if name not in MODEL_PARTS}
+    scalars = {name: getattr(run, name) for name in Run.model_fields if name != "model" and name not in RUN_PARTS}
+    parts = {name: getattr(run.model, name) for name in MODEL_PARTS} | {name: getattr(run, name) for name in RUN_PARTS}
+    return {"model": model} | {name: _dump_part(part) for name, part in parts.items()} | scalars
+
+
+def choices(group: str) -> list[str]:
+    """What a group offers: the files of its folder under conf/."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def load_choice(group: str, name: str) -> Any:
+    """One of a group's choices with its default settings, outside a run. Raises UserError for an unknown one."""
+    if name not in choices(group):
+        raise UserError(f"{group}={name}: choose one of {', '.join(choices(group))}")
+    section = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    return _part({group: section}, group, (MODEL_PARTS | RUN_PARTS)[group])
+
+
+def resolve_target(target: Any, base: type, key: str) -> type[BaseModel]:
+    """The class a `_target_` names: defined in a file of this project's own packages, and a kind of `base`."""
+    problem = UserError(f"{key}._target_={target!r} does not name a {base.__name__} of this project")
+    if not isinstance(target, str) or not re.fullmatch(r"(model|data|training)(\.[a-z_0-9]+)+\.[A-Za-z_0-9]+", target):
+        raise problem
+    module_name, _, class_name = target.rpartition(".")
+    if not ROOT.joinpath(*module_name.split(".")).with_suffix(".py").is_file():
+        raise problem
+    found = vars(importlib.import_module(module_name)).get(class_name)
+    if not (inspect.isclass(found) and found.__module__ == module_name and issubclass(found, base)):
+        raise problem
+    if inspect.isabstract(found):
+        raise problem
+    return found
+
+
+def _part(tree: dict[str, Any], name: str, base: type) -> BaseModel:
+    section = tree.pop(name, None)
+    if not isinstance(section, Mapping):
+        raise UserError(f"{name}={section!r}: choose one of {', '.join(choices(name))}")
+    section = dict(section)
+    return _build(resolve_target(section.pop("_target_", None), base, name), name, section, {})
+
+
+def _dump_part(part: BaseModel) -> dict[str, Any]:
+    return {"_target_": f"{type(part).__module__}.{type(part).__name__}"} | part.model_dump()
+
+
+def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    unknown = [name for name in settings if name not in cls.model_fields or name in parts]
+    if unknown:
+        name, valid = unknown[0], [field for field in cls.model_fields if field not in parts]
+        close = difflib.get_close_matches(str(name), valid, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"{_dotted(key, name)}={settings[name]!r}: no such key; {hint}valid: {', '.join(valid)}")
+    try:
+        return cls.model_validate({**settings, **parts})
+    except ValidationError as error:
+        raise UserError(_one_line(key, error)) from None
+
+
+def _one_line(key: str, error: ValidationError) -> str:
+    first, *rest = error.errors()
+    if first["type"] == "value_error":  # ours: it names the value itself
+        message = str(first["ctx"]["error"])
+    else:
+        where = _dotted(key, *first["loc"])
+        given = "not set" if first["type"] == "missing" else f"{where}={first['input']}"
+        message = f"{given}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        message = message if first["type"] != "missing" else f"{where} is not set"
+    return message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _dotted(*path: Any) -> str:
+    return ".".join(str(part) for part in path if part != "")

@@ -1,0 +1,22 @@
+"""Which device a run uses."""
+
+import torch
+
+from data.errors import UserError
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps") from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            raise UserError(f"device={device}: PyTorch sees {count} CUDA devices here: choose device=cpu or auto")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
+    return chosen

@@ -1,0 +1,128 @@
+"""What a run writes down while it trains: metrics.jsonl always, a logger by choice, and a line for whoever watches."""
+
+import json
+import logging
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from model.config import Config
+
+log = logging.getLogger("headroom")
+
+
+class Logger(Config, ABC):
+    """Where metrics go besides metrics.jsonl."""
+
+    @abstractmethod
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+        """Called once, when the run's folder exists -> a function that takes each row of metrics."""
+
+
+class NoLogger(Logger):
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+        return lambda row: None
+
+
+class WandbLogger(Logger):
+    """Weights & Biases. Offline unless asked, so it never prompts; failing to start never stops training."""
+
+    project: str = "headroom"
+    mode: Literal["online", "offline", "disabled"] = "offline"
+
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+        try:
+            import wandb
+
+            settings = wandb.Settings(silent=True)
+            session = wandb.init(
+                project=self.project,
+                mode=self.mode,
+                dir=folder,
+                name=folder.name,
+                config=dict(config),
+                settings=settings,
+            )
+        except Exception as error:
+            log.warning(f"logger=wandb did not start, training goes on without it: {error}")
+            return lambda row: None
+        return lambda row: session.log(dict(row), step=row["step"])
+
+
+class MetricsFile:
+    """metrics.jsonl: one object per step, in order, each step once."""
+
+    def __init__(self, path: Path, resume_after: int):
+        """Rows after the step a run resumes from belong to a future that is computed anew: they are dropped."""
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_after]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, path)
+        self.file = open(path, "a")  # noqa: SIM115
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows written so far; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Watch:
+    """The live line on a terminal; elsewhere, a plain line every tenth of the way. All on stderr."""
+
+    def __init__(self, first_step: int, steps: int):
+        columns = BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}")
+        self.console = Console(stderr=True)
+        self.live = self.console.is_terminal
+        self.progress = Progress(*columns, console=self.console, disable=not self.live)
+        self.task = self.progress.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step)
+        self.steps, self.said = steps, first_step
+        self.progress.start()
+
+    def step(self, step: int, loss: float, bpb: float, tokens_per_second: float, seconds_left: float) -> None:
+        left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+        line = (
+            f"step {step}/{self.steps}  loss {loss:.3f}  bpb {bpb:.3f}  {tokens_per_second:,.0f} tokens/s  ETA {left}"
+        )
+        self.progress.update(self.task, completed=step, description=line)
+        if not self.live and (step - self.said >= self.steps / 10 or step == self.steps):
+            self.say(line)
+            self.said = step
+
+    def say(self, line: str) -> None:
+        """Above the live line."""
+        self.console.print(Text(line), soft_wrap=True)
+
+    def stop(self) -> None:
+        self.progress.stop()
+
+
+class _Stderr(logging.Handler):
+    """Looks sys.stderr up at every message: a live line replaces it while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
+def to_stderr() -> None:
+    """What the program announces goes to stderr, a plain line each."""
+    log.handlers[:] = [_Stderr()]
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -1,0 +1,44 @@
+"""Optimizers: typed settings that build a torch.optim.Optimizer."""
+
+from abc import ABC, abstractmethod
+from typing import Self
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from model.config import Config
+
+
+class OptimConfig(Config, ABC):
+    lr: float | None = Field(None, gt=0)  # peak; unset, it derives from d_model
+
+    @abstractmethod
+    def derive(self, d_model: int) -> Self:
+        """The same choice with the learning rate filled in."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        """An optimizer over all of the model's parameters."""
+
+
+class AdamWConfig(OptimConfig):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Decay applies to matrices, embeddings included, and not to
+    vectors. Unset, lr is 0.5 / d_model: the best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466)."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+    def derive(self, d_model: int) -> Self:
+        return self.model_copy(update={"lr": self.lr or 0.5 / d_model})
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=fused)

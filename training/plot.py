@@ -1,0 +1,38 @@
+"""The loss curve of a run, as a picture."""
+
+from pathlib import Path
+
+from training.log import read_metrics
+
+
+def plot_loss(folder: Path) -> None:
+    """Draws metrics.jsonl into loss.png: every step's training loss, its running mean, and the validation losses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = read_metrics(folder / "metrics.jsonl")
+    train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _running_mean(losses), color="tab:blue", label="training (running mean)")
+    if val:
+        axes.plot(*zip(*val, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
+        axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(0, 8), ha="center")
+    axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+
+
+def _running_mean(values: tuple[float, ...], weight: float = 0.1) -> list[float]:
+    means, mean = [], values[0]
+    for value in values:
+        mean += weight * (value - mean)
+        means.append(mean)
+    return means

@@ -1,0 +1,141 @@
+"""What a run tells while it trains and when it ends."""
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from data.prepare import Prepared
+from model.transformer import TransformerLM
+from training.config import Run, dump
+from training.log import MetricsFile, Watch
+from training.plot import plot_loss
+from training.step import Score, StepResult
+
+FLUSH_SECONDS = 0.5  # reading a loss waits for the device, so it is not done at every step
+
+
+class Report:
+    """Rows of metrics for the file and the logger, a live line, the loss curve, and the speed of training alone."""
+
+    def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, byte_lengths: Tensor):
+        """done: steps before the first of this process. byte_lengths (V,): on the device of the losses."""
+        self.run, self.folder, self.byte_lengths = run, folder, byte_lengths
+        self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
+        self.log_row = run.logger.open(folder, dump(run))
+        self.watch = Watch(done, run.steps)
+        self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm and bytes
+        self.total_tokens, self.total_seconds = 0, 0.0
+        for line in _opening(run, folder, corpus, model, byte_lengths.device):
+            self.watch.say(line)
+        self._restart_clock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        self.watch.stop()
+        plot_loss(self.folder)
+        if kind is KeyboardInterrupt:
+            print(f"interrupted; continue with: python train.py resume={self.folder}", file=sys.stderr)
+            sys.exit(130)
+
+    def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
+        """Call after every step, with the validation score if there is one."""
+        targets = torch.cat([targets for _, targets in batches])
+        row = {"step": step, "tokens": step * targets.numel(), "lr": self.run.lr(step - 1)}
+        if score is not None:
+            row |= {"val_loss": score.loss, "val_bpb": score.bpb}
+        text_bytes = self.byte_lengths[targets].sum()
+        self.pending.append((row, torch.stack((result.loss, result.grad_norm, text_bytes.to(result.loss)))))
+        self.interval_tokens += targets.numel()
+        if score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS:
+            self._flush()
+        if score is not None:
+            self.say(f"step {step}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte")
+
+    def say(self, line: str) -> None:
+        """Above the live line."""
+        self.watch.say(line)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around whatever is not training: its time does not count."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self.interval_start += time.perf_counter() - start
+
+    def end(self, score: Score, sample: str) -> None:
+        """The last words of a run, on stdout."""
+        prompt = self.run.sample_prompt or "def solve("
+        print(
+            f"\n{sample}\n\n"
+            f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
+            f"(the whole validation set, {score.tokens:,} tokens)\n"
+            f"speed        {self.tokens_per_second:,.0f} training tokens per second\n"
+            f"run          {self.folder}  (loss.png is its curve)\n"
+            f"next         python sample.py {shlex.quote(prompt)} --run {self.folder}\n"
+            f"             python train.py resume={self.folder} steps={2 * self.run.steps}\n"
+            f"             python train.py attention=mla"
+        )
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all steps of this process; evaluation, saving and sampling excluded."""
+        return self.total_tokens / max(self.total_seconds, 1e-9)
+
+    def _flush(self) -> None:
+        values = torch.stack([tensors for _, tensors in self.pending]).tolist()  # waits for the device
+        seconds = self._elapsed()
+        speed = self.interval_tokens / max(seconds, 1e-9)
+        self.total_tokens += self.interval_tokens
+        self.total_seconds += seconds
+        for (row, _), (loss, grad_norm, _) in zip(self.pending, values, strict=True):
+            row |= {"train_loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
+            self.metrics.write(row)
+            self.log_row(row)
+        last, (loss, _, text_bytes) = self.pending[-1][0], values[-1]
+        bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
+        seconds_left = (self.run.steps - last["step"]) * self.run.batch_tokens / self.tokens_per_second
+        self.watch.step(last["step"], loss, bpb, speed, seconds_left)
+        self.pending.clear()
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self.interval_tokens, self.interval_start = 0, time.perf_counter()
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self.interval_start
+
+    def _synchronize(self) -> None:
+        if self.byte_lengths.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, device: torch.device) -> Iterator[str]:
+    dims, attention = run.model, type(run.model.attention).__name__.removesuffix("Config")
+    parameters = sum(p.numel() for p in model.parameters())
+    cache = sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
+    text_bytes = corpus.tokenizer.byte_lengths[corpus.val.read(0, len(corpus.val))].sum()
+    yield (
+        f"model        {dims.n_layers} layers of {attention}, d_model {dims.d_model}, {dims.n_heads} heads, "
+        f"{parameters:,} parameters, on {device.type}"
+    )
+    yield f"cache        {cache:,} bytes per token when decoding in float32"
+    yield (
+        f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "
+        f"{text_bytes / len(corpus.val):.2f} bytes per token, fingerprint {corpus.fingerprint[:12]}"
+    )
+    yield (
+        f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch} "
+        f"micro-batches of {run.micro_batch} x {dims.context_length}"
+    )
+    yield f"run          {folder}"
