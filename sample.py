@@ -10,38 +10,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
 
-from data.errors import UserError
-from training.command import fail, one_line_errors
+from training.command import CONF, Parser, number, one_line_errors
 
 # torch, and all that needs it, is imported inside `sample`: --help answers before it would have loaded.
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(f"{message} (python sample.py --help lists the options)")
-
-
-def number(kind: type, least: float, most: float = float("inf")):
-    """An argparse type: a number between two limits, both allowed."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not least <= value <= most:
-            upper = "" if most == float("inf") else f" and at most {most}"
-            word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {least}{upper}")
-        return value
-
-    return parse
-
-
 def arguments() -> argparse.Namespace:
-    kernels = sorted(path.stem for path in (Path(__file__).resolve().parent / "conf" / "kernel").glob("*.yaml"))
+    kernels = sorted(path.stem for path in (CONF / "kernel").glob("*.yaml"))
     parser = Parser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompt", nargs="?", default="", help="text to continue, verbatim; without one, a new document begins")
@@ -52,7 +28,12 @@ def arguments() -> argparse.Namespace:
     add("--top-p", type=number(float, 0, 1), metavar="P", help="sample among the fewest tokens that reach P")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="S", help="same seed, same text; default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="auto: fp32 on a CPU, else bf16")
+    add(
+        "--precision",
+        choices=["auto", "bf16", "fp32"],
+        default="auto",
+        help="auto: fp32 on a CPU",
+    )
     add("--kernel", choices=kernels, default="auto", help="how attention is computed; default: auto")
     add("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     add("--no-cache", action="store_true", help="compute the whole text anew for every token")
@@ -66,7 +47,7 @@ def sample(args: argparse.Namespace) -> None:
     from training.config import load_choice
     from training.device import choose_device
     from training.log import to_stderr
-    from training.precision import Working, choose_dtype
+    from training.precision import Working, choose_precision
     from training.preview import prompt_tokens
     from training.run_folder import newest
 
@@ -75,11 +56,9 @@ def sample(args: argparse.Namespace) -> None:
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
     folder = args.run or newest(with_checkpoint=True)
     model, tokenizer = load_run(folder, device, kernel=load_choice("kernel", args.kernel), execution=args.execution)
-    model = Working(model, choose_dtype(precision, device)).model
-    prompt = prompt_tokens(tokenizer, args.prompt)
+    model = Working(model, choose_precision(precision, device)).model
     limit = model.config.context_length
-    if len(prompt) >= limit:
-        raise UserError(f"the prompt has {len(prompt)} tokens, the context of {folder} holds {limit}: shorten it")
+    prompt = prompt_tokens(tokenizer, args.prompt, limit)
     print(f"run {folder}", file=sys.stderr)
 
     steps = generate(

@@ -40,8 +40,8 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.config import load
     from training.device import choose_device
     from training.log import to_stderr
-    from training.precision import Working, choose_dtype
-    from training.preview import continuation
+    from training.precision import Working, choose_precision
+    from training.preview import continuation, prompt_tokens
     from training.report import Report
     from training.step import Score, each_loss, evaluate, mean_loss, train_step
 
@@ -58,6 +58,8 @@ def train(tree: dict, typed: list[str]) -> None:
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window = corpus.tokenizer, run.model.context_length
     refuse_short(corpus, window)
+    prompt_tokens(tokenizer, run.sample_prompt, window)  # refuses one that is too long
+    run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
 
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
     optimizer = run.optim.build(model)
@@ -65,30 +67,33 @@ def train(tree: dict, typed: list[str]) -> None:
         done = checkpoint.resume(folder, run, corpus, model, optimizer)
     else:
         folder, done = run_folder.create(run, tokenizer), 0
-    working = Working(model, choose_dtype(run.precision, device))
+    working = Working(model, run.precision)
     parameters = list(model.parameters())
     loss, losses = maybe_compiled(mean_loss, run.compile), maybe_compiled(each_loss, run.compile)
-    byte_lengths = torch.from_numpy(tokenizer.byte_lengths).to(device)
+    byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
 
     def validate(most_tokens: int | None) -> Score:
         working.refresh()
-        return evaluate(working.model, corpus.val, window, run.micro_batch, byte_lengths, most_tokens, losses)
+        return evaluate(working.model, corpus.val, window, run.micro_batch_size, byte_lengths, most_tokens, losses)
 
     def preview() -> str:
         return continuation(model, tokenizer, run.sample_prompt, run.seed)
 
-    with Report(run, folder, corpus, model, done, byte_lengths) as report:
+    with Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report:
         for step in range(done, run.steps):
-            batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch, device)
+            batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, device)
             result = train_step(working, parameters, optimizer, batches, run.lr(step), run.clip_norm, loss)
-            now, last = step + 1, step + 1 == run.steps
-            with report.aside():
-                score = validate(None if last else run.eval_tokens) if last or now % run.eval_every == 0 else None
+            now, last, score = step + 1, step + 1 == run.steps, None
+            if last or now % run.eval_every == 0:
+                with report.aside():
+                    score = validate(None if last else run.eval_tokens)
             report.step(now, result, batches, score)
-            with report.aside():
-                if last or now % run.save_every == 0:
+            if last or now % run.save_every == 0:
+                report.flush()
+                with report.aside():
                     checkpoint.save(folder, model, optimizer, now, now * run.sequences, corpus)
-                if run.sample_every and now % run.sample_every == 0 and not last:
+            if run.sample_every and now % run.sample_every == 0 and not last:
+                with report.aside():
                     report.say(preview())
     report.end(score, preview())
 

@@ -47,6 +47,10 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
 
 
 def _build(corpus: Corpus, config: TokenizerConfig, folder: Path) -> None:
+    documents = {split: list(corpus.documents(split)) for split in ("train", "val")}
+    for split, found in documents.items():
+        if not found:
+            raise UserError(f"the {split} split of data={corpus.name} is empty: more or longer text is needed")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
@@ -54,10 +58,6 @@ def _build(corpus: Corpus, config: TokenizerConfig, folder: Path) -> None:
         raise UserError(f"cache_dir={folder.parent} cannot be written: {error.strerror}") from None
     try:
         with _progress() as progress:
-            documents = {split: list(corpus.documents(split)) for split in ("train", "val")}
-            for split, found in documents.items():
-                if not found:
-                    raise UserError(f"the {split} split of data={corpus.name} is empty: more or longer text is needed")
             megabytes = sum(len(d.text.encode()) for found in documents.values() for d in found) / 1e6
             task = progress.add_task(f"training the {config.name} tokenizer", total=None)
             tokenizer = config.train(document.text for document in documents["train"])
@@ -65,6 +65,7 @@ def _build(corpus: Corpus, config: TokenizerConfig, folder: Path) -> None:
             progress.update(task, description=f"encoding {megabytes:.1f} MB", total=megabytes)
             for split, found in documents.items():
                 _encode(found, tokenizer, building, split, lambda done: progress.advance(task, done / 1e6))
+        building.chmod(0o755)
         try:
             os.rename(building, folder)
         except OSError:

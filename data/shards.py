@@ -7,6 +7,7 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,25 +25,31 @@ class ShardWriter:
     def __init__(self, folder: Path, split: str, dtype: type, tokenizer_hash: str, shard_tokens: int = SHARD_TOKENS):
         self.folder, self.split, self.dtype, self.tokenizer_hash = folder, split, np.dtype(dtype), tokenizer_hash
         self.shard_tokens = shard_tokens
-        self.shards, self.file = 0, None
+        self.shards, self.total = 0, 0
         self._open()
 
     def write(self, tokens: np.ndarray) -> None:
         while len(tokens):
             if self.written == self.shard_tokens:
-                self.close()
+                self._finish(last=False)
                 self._open()
             part = tokens[: self.shard_tokens - self.written].astype(self.dtype.newbyteorder("<"))
             self.file.write(part.tobytes())
             self.digest.update(part.tobytes())
             self.written += len(part)
+            self.total += len(part)
             tokens = tokens[len(part) :]
 
     def close(self) -> None:
+        self._finish(last=True)
+
+    def _finish(self, last: bool) -> None:
         header = {
             "version": VERSION,
             "dtype": self.dtype.name,
             "tokens": self.written,
+            "end": self.total,  # of the stream, after this shard
+            "last": last,
             "tokenizer": self.tokenizer_hash,
             "sha256": self.digest.hexdigest(),
         }
@@ -58,8 +65,8 @@ class ShardWriter:
         self.digest, self.written = hashlib.sha256(), 0
 
 
-def open_shard(path: Path, tokenizer_hash: str) -> np.ndarray:
-    """(n,) tokens, mapped read-only. Raises UserError for a file that is not whole, or not of this tokenizer."""
+def open_shard(path: Path, tokenizer_hash: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """(n,) tokens, mapped read-only, and the header. Raises UserError for a file not whole or of another tokenizer."""
     way_out = f"delete the folder {path.parent} and run again to rebuild it"
     try:
         with open(path, "rb") as file:
@@ -73,7 +80,7 @@ def open_shard(path: Path, tokenizer_hash: str) -> np.ndarray:
         header = json.loads(head[16 : 16 + int.from_bytes(head[8:16], "little")])
         version, tokens, checksum = header["version"], int(header["tokens"]), header["sha256"]
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
-        written_by = header["tokenizer"]
+        written_by, _ = header["tokenizer"], (header["end"], header["last"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} has a damaged header: {way_out}") from None
     if version != VERSION:
@@ -86,11 +93,11 @@ def open_shard(path: Path, tokenizer_hash: str) -> np.ndarray:
             f"{path} was written with another tokenizer ({written_by[:12]}) than the one given ({tokenizer_hash[:12]})"
         )
     if tokens == 0:
-        return np.array([], dtype)
+        return np.array([], dtype), header
     mapped = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
     if hashlib.sha256(mapped).hexdigest() != checksum:
         raise UserError(f"{path} is damaged: its tokens do not match their checksum: {way_out}")
-    return mapped
+    return mapped, header
 
 
 class TokenStream:
@@ -121,4 +128,13 @@ def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
     paths = sorted(folder.glob(f"{split}_*.tokens"))
     if not paths:
         raise UserError(f"{folder} holds no {split} shard: delete the folder and run again to rebuild it")
-    return TokenStream([open_shard(path, tokenizer_hash) for path in paths])
+    shards, total, last = [], 0, False
+    for path in paths:
+        tokens, header = open_shard(path, tokenizer_hash)
+        total, last = total + len(tokens), header["last"]
+        if header["end"] != total:
+            raise UserError(f"a shard before {path} is missing: delete the folder {folder} and run again to rebuild it")
+        shards.append(tokens)
+    if not last:
+        raise UserError(f"a shard after {paths[-1]} is missing: delete the folder {folder} and run again to rebuild it")
+    return TokenStream(shards)

@@ -101,7 +101,7 @@ class BPETokenizer(Tokenizer):
 
 
 class TokenizerConfig(BaseModel, ABC):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     @property
     @abstractmethod

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class FullCache:
-    """Keeps every position: row p of each named column holds what was written for position p.
+    """Keeps every position: what was written for position p is in row p of what `read` gives, for each named column.
 
     A query at position p sees rows <= p, so unfilled and stale rows hide themselves and no length counter is
-    needed. Writes to negative positions (padding) land in a spare row behind the last one, which is never read.
+    needed. Writes to negative positions (padding) land in a spare row before the first one, which is never read.
     """
 
     def __init__(self, batch_size: int, capacity: int, columns: Mapping[str, tuple[int, ...]], like: Tensor):
@@ -30,13 +30,13 @@ class FullCache:
 
     def write(self, positions: Tensor, **fresh: Tensor) -> None:
         """positions (B, T) or (1, T), each fresh (B, T, *shape). Positions beyond the capacity are an IndexError."""
-        rows = torch.where(positions < 0, self.capacity, positions)
+        rows = positions.clamp(min=-1) + 1
         for name, value in fresh.items():
             self.columns[name][self.sequences, rows] = value
 
     def read(self, extent: int | None = None) -> tuple[Tensor, ...]:
         """The first `extent` rows of every column, (B, extent, *shape), in the columns' order; views, not copies."""
-        return tuple(column[:, : self.rows(extent)] for column in self.columns.values())
+        return tuple(column[:, 1 : 1 + self.rows(extent)] for column in self.columns.values())
 
     def positions(self, extent: int | None = None) -> Tensor:
         """(1, extent): the position each row of `read` stands for."""
@@ -50,4 +50,4 @@ class FullCache:
         held = self.capacity
         for name, column in self.columns.items():
             self.columns[name] = column.new_zeros(column.shape[0], capacity + 1, *column.shape[2:])
-            self.columns[name][:, :held] = column[:, :held]
+            self.columns[name][:, : held + 1] = column

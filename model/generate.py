@@ -39,14 +39,15 @@ class Sampler(Config):
         """logits (B, V), uniform (B,) numbers in [0, 1) -> tokens (B,), by inverting the distribution function."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.double() / self.temperature
+        logits = logits.double()
+        logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)
         cumulative = logits.softmax(-1).cumsum(-1)
         threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def bucket(n: int) -> int:

@@ -150,21 +150,20 @@ class TransformerLM(nn.Module):
     def _initialise(self, seed: int) -> None:
         """Each matrix draws from a generator of (seed, its name), so models that differ in one part share the rest.
 
-        Embeddings: std 0.02. Matrices: 1/sqrt(fan-in), and 1/sqrt(2 · n_layers) of that where they write to the
-        residual stream (Radford et al. 2019), so that its variance does not grow with depth.
+        The std is 1/sqrt(width of the input): fan-in for matrices, d_model for embeddings, so that a tied head begins
+        with logits of about unit size. Matrices that write to the residual stream start at zero: every block begins as
+        the identity (Zhang et al. 2019, arXiv:1901.09321).
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2 or parameter.is_meta:
                 continue  # norms start at one; tensors without memory have nothing to draw
-            if isinstance(self.get_submodule(name.rpartition(".")[0]), VocabMatrix):
-                std = 0.02
-            else:
-                std = parameter.shape[1] ** -0.5
             if name.endswith(RESIDUAL_OUTPUTS):
-                std /= (2 * self.config.n_layers) ** 0.5
+                parameter.zero_()
+                continue
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+            drawn = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+            parameter.copy_(drawn)
         for matrix in (self.embedding, self.head):
             if matrix is not None:
                 matrix.weight[matrix.vocab_size :] = 0

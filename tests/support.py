@@ -55,6 +55,8 @@ def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int =
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+            elif not parameter.any():  # what starts at zero would hide all before it
+                parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[1] ** -0.5)
             elif ".attention." in name:
                 parameter.mul_(2)
     return model

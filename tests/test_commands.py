@@ -74,19 +74,34 @@ def test_stats_are_counted(place, monkeypatch, capsys):
 
 
 def test_a_full_context_is_said(place, monkeypatch, capsys):
-    _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--max-new-tokens", "500")
-    assert "[the context of 64 tokens is full]" in err or "[end of document]" in err
+    _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--max-new-tokens", "500", "--seed", "1")
+    assert "[the context of 64 tokens is full]" in err
+
+
+def test_streaming_never_splits_a_character(workplace, monkeypatch, capsys):
+    """A byte-level model that has learned nothing but one line of two- to four-byte characters."""
+    (workplace / "a.txt").write_text("é漢🙂ñ字🦉\n" * 400)
+    options = ["experiment=smoke", "data=files", "data.path=a.txt", "steps=40", "optim.lr=1e-2", "run_dir=run"]
+    assert call("train", [*options, "tune_malloc=false"], monkeypatch) == 0
+    capsys.readouterr()
+    pieces = []
+    monkeypatch.setattr(sys.stdout, "write", pieces.append)
+    assert call("sample", ["é漢", "--run", "run", "--temperature", "0", "--max-new-tokens", "40"], monkeypatch) == 0
+    assert "🙂ñ字🦉\né漢🙂" in "".join(pieces)
+    assert not any("\ufffd" in piece for piece in pieces[:-2])  # at the end, what is cut off may show
 
 
 BAD_SAMPLES = {
-    "a long prompt": (["x" * 64], "the prompt has 64 tokens, the context of"),
+    "a long prompt": (["x" * 64], "the prompt has 64 tokens, the context holds 64"),
     "cold": (["x", "--temperature", "-1"], "--temperature: '-1'"),
     "top-p beyond 1": (["x", "--top-p", "7"], "--top-p: '7'"),
     "top-k of nothing": (["x", "--top-k", "0"], "--top-k: '0'"),
     "nan": (["x", "--temperature", "nan"], "--temperature: 'nan'"),
     "unknown flag": (["x", "--tempreature", "1"], "--tempreature"),
     "unknown run": (["x", "--run", "runs/none"], "runs/none is not a run"),
-    "execution of GQA": (["x", "--run", "runs/gqa", "--execution", "absorbed"], "execution=absorbed is a choice"),
+    "execution of GQA": (["x", "--run", "runs/gqa", "--execution", "absorbed"], "runs in one way only"),
+    "device of no use": (["x", "--device", "meta"], "device=meta"),
+    "hot": (["x", "--temperature", "inf"], "--temperature: 'inf'"),
     "no CUDA": (["x", "--device", "cuda:9"], "device=cuda:9"),
     "nonsense device": (["x", "--device", "toaster"], "device=toaster"),
 }
@@ -103,15 +118,16 @@ def test_sampling_refuses_in_one_line(place, monkeypatch, capsys, arguments, com
 BAD_RUNS = {
     "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
     "heads": (["model=gpt2", "attention=gqa", "attention.n_kv_heads=5"], "n_kv_heads=5 does not divide n_heads=12"),
-    "no attention": (["attention=null"], "a group was set to null"),
+    "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
+    "numbered model": (["model=5"], "model=5: choose one of gpt2, small, tiny"),
+    "nearly": (["attention.n_kv_head=2"], "attention.n_kv_head: no such setting; did you mean attention.n_kv_heads?"),
     "key": (["foo=1"], "foo: no such setting"),
     "added key": (["+foo=1"], "foo=1: no such key"),
     "type": (["steps=abc"], "steps=abc"),
     "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),
     "glob": (["data=files", "data.path='nothing/*.txt'"], "matches no file"),
     "empty file": (["data=files", "data.path=empty.txt"], "empty.txt is empty"),
-    "binary file": (["data=files", "data.path=binary.txt"], "binary.txt is not UTF-8"),
-    "short file": (["tokenizer=byte", "data=files", "data.path=short.txt"], "give more text"),
+    "binary file": (["data=files", "data.path=binary.txt"], "binary.txt holds NUL bytes"),
     "device": (["device=cuda:9"], "device=cuda:9"),
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already"),
     "no run": (["resume=latest"], "there is no run in"),
@@ -122,15 +138,30 @@ BAD_RUNS = {
 def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch, capsys, overrides, complaint):
     (workplace / "empty.txt").touch()
     (workplace / "binary.txt").write_bytes(bytes(range(256)))
-    (workplace / "short.txt").write_text("short\n" * 20)
     (workplace / "taken").mkdir()
     (workplace / "taken" / "something").touch()
-    before = {path for path in workplace.rglob("*") if "cache" not in path.parts}
+    before = set(workplace.rglob("*"))
     assert call("train", overrides, monkeypatch) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert complaint in err[-1]
     assert sum(line.startswith("error:") for line in err) == 1 and "Traceback" not in "".join(err)
-    assert {path for path in workplace.rglob("*") if "cache" not in path.parts} == before
+    assert set(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["tokenizer=byte", "data=files", "data.path=short.txt"], "give more text"),
+        ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, the context holds 64"),
+    ],
+    ids=["short file", "long preview"],
+)
+def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeypatch, capsys, overrides, complaint):
+    (workplace / "short.txt").write_text("short\n" * 20)
+    assert call("train", [*overrides, "run_dir=run"], monkeypatch) == 2
+    assert complaint in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name.split("-")[0] for path in workplace.glob("*/*")} <= {"files", "synthetic"}
+    assert not (workplace / "run").exists()
 
 
 def test_help_answers_without_loading_torch():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    "model.config",
+    "model.config model.errors",
     "model.mask model.rope model.norm model.cache",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa",

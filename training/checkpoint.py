@@ -54,8 +54,6 @@ def save(
             save_file(_optimizer_tensors(model, optimizer), writing / "optimizer.safetensors")
             (writing / "state.json").write_text(json.dumps(state._asdict()))
             writing.chmod(0o755)
-            if final.exists():  # a run resumed from an earlier step passes here again
-                shutil.rmtree(final)
             os.rename(writing, final)
         finally:
             shutil.rmtree(writing, ignore_errors=True)
@@ -71,25 +69,31 @@ def latest(folder: Path) -> Path | None:
 
 def resume(folder: Path, run: Run, corpus: Prepared, model: TransformerLM, optimizer: torch.optim.Optimizer) -> int:
     """Fills model and optimizer from the run's newest checkpoint -> how many steps are done; 0, saying so, where there
-    is none yet. Raises UserError where the data is no longer what the run began with, or nothing is left to do."""
-    refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
+    is none yet. Raises UserError, and leaves the run as it was, where the data is not what the run began with, the
+    checkpoint is damaged, or nothing is left to do."""
     checkpoint = latest(folder)
-    write_config(folder, run)
-    if checkpoint is None:
-        log.info(f"{folder} has no checkpoint yet: starting at step 0")
-        return 0
-    state = _read_state(checkpoint)
-    if state.corpus != corpus.fingerprint:
+    state = None if checkpoint is None else _read_state(checkpoint)
+    if state and state.corpus != corpus.fingerprint:
         raise UserError(
             f"the documents of {folder} have changed since it was trained (fingerprint {state.corpus[:12]}, now "
             f"{corpus.fingerprint[:12]}): bring them back, or start a new run"
         )
-    if state.step >= run.steps:
+    refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
+    if state and state.sequences != state.step * run.sequences:
+        raise UserError(
+            f"{checkpoint} has seen {state.sequences} windows in {state.step} steps, which batch_tokens="
+            f"{run.batch_tokens} in {folder}/config.yaml does not make: bring the run's own config.yaml back"
+        )
+    if state and state.step >= run.steps:
         raise UserError(f"{folder} is complete at step {state.step}: give steps=N with N > {state.step} to go on")
-    _load_weights(checkpoint, model)
-    _load_optimizer(checkpoint, model, optimizer)
-    log.info(f"resuming {folder} after step {state.step}")
-    return state.step
+    if state:
+        _load_weights(checkpoint, model)
+        _load_optimizer(checkpoint, model, optimizer)
+        log.info(f"resuming {folder} after step {state.step}")
+    else:
+        log.info(f"{folder} has no checkpoint yet: starting at step 0")
+    write_config(folder, run)
+    return state.step if state else 0
 
 
 def load_run(folder: Path | str, device: torch.device | str = "cpu", **changes: Any) -> tuple[TransformerLM, Tokenizer]:
@@ -117,8 +121,9 @@ def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> M
     if kernel is not None:
         config = config.model_copy(update={"kernel": kernel})
     if execution is not None:
-        if "execution" not in type(config.attention).model_fields:
-            raise UserError(f"execution={execution} is a choice of attention=mla; this run's attention runs in one way")
+        if execution not in config.attention.executions:
+            kind = type(config.attention).__name__.removesuffix("Config")
+            raise UserError(f"execution={execution}: the attention of this run, {kind}, runs in one way only")
         config = config.model_copy(update={"attention": config.attention.model_copy(update={"execution": execution})})
     return config
 

@@ -1,14 +1,20 @@
 """The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
 
+import argparse
+import difflib
+import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from data.errors import UserError
-from model.config import Unsupported
+from model.errors import Unsupported
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @contextmanager
@@ -20,6 +26,9 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (UserError, Unsupported) as error:
         fail(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         line = _hydra_complaint(error)
         if line is None:
@@ -46,20 +55,55 @@ def fail(line: str) -> NoReturn:
     sys.exit(2)
 
 
+class Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (python {self.prog} --help lists the options)")
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite number between two limits, both allowed."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most and math.isfinite(value)):
+            upper = "" if most == math.inf else f" and at most {most}"
+            word = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {least}{upper}")
+        return value
+
+    return parse
+
+
 def _hydra_complaint(error: Exception) -> str | None:
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    """One line for what Hydra raises over what was typed; None for anything else."""
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice}: choose one of {', '.join(error.options)}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: write key=value, and quote a value that holds spaces, commas or ="
-    if isinstance(error, ConfigCompositionException):
-        unknown = re.search(r"Could not (?:override|append|delete) '([^']+)'", str(error))
-        return f"{unknown[1]}: no such setting; python train.py --help lists them" if unknown else str(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        return str(error)
-    if isinstance(error, ValueError) and "Config group override" in str(error):
-        return "a group was set to null: give it one of its choices; python train.py --help lists them"
-    return None
+    if not isinstance(error, HydraException | OmegaConfBaseException | ValueError):
+        return None
+    for typed in sys.argv[1:]:
+        key, equals, value = typed.partition("=")
+        choices = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if key.isidentifier() else []
+        if equals and choices and not set(value.split(",")) <= set(choices):
+            return f"{typed}: choose one of {', '.join(choices)}"
+    unknown = re.search(r"Could not (?:override|append|delete) '([^']+)'", str(error))
+    if unknown:
+        close = difflib.get_close_matches(unknown[1], _settings(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "python train.py --help lists them"
+        return f"{unknown[1]}: no such setting; {hint}"
+    return None if isinstance(error, ValueError) else str(error)
+
+
+def _settings() -> list[str]:
+    """Every key of conf/, dotted."""
+    found = re.findall(r"^([a-z_]+):", (CONF / "train.yaml").read_text(), re.MULTILINE)
+    for path in CONF.glob("*/*.yaml"):
+        found += [f"{path.parent.name}.{key}" for key in re.findall(r"^([a-z_0-9]+):", path.read_text(), re.MULTILINE)]
+    return found

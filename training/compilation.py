@@ -4,25 +4,28 @@ import logging
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 
 
 def maybe_compiled(function: Callable, enabled: bool) -> Callable:
-    """The function, compiled on its first call if enabled. A failure to compile is announced once, and the call and all
-    later ones run eagerly; an error of the function's own then shows as it is."""
+    """function(model, ...), compiled if enabled. What cannot be compiled runs eagerly, as is announced at the first
+    call: the backward pass too is compiled by then, since its compiler would otherwise speak up in the midst of it."""
     if not enabled:
         return function
-    chosen = torch.compile(function, dynamic=False)
+    chosen = None
 
-    def call(*args):
+    def call(model: nn.Module, *inputs: Tensor) -> Tensor:
         nonlocal chosen
-        if chosen is function:
-            return function(*args)
-        try:
-            return chosen(*args)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")
-            chosen = function
-            return function(*args)
+        if chosen is None:
+            try:
+                chosen = torch.compile(function, dynamic=False)
+                first = chosen(model, *inputs)
+                if first.requires_grad:
+                    torch.autograd.grad(first, list(model.parameters()))
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")
+                chosen = function
+        return chosen(model, *inputs)
 
     return call

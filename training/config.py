@@ -50,7 +50,7 @@ class Run(Config):
     logger: Logger
     steps: int = Field(ge=1)
     batch_tokens: int = Field(ge=1)
-    micro_batch_size: int | None = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
     clip_norm: float = Field(ge=0)
     eval_every: int = Field(ge=1)
     eval_tokens: int = Field(ge=1)
@@ -81,7 +81,7 @@ class Run(Config):
             )
         if self.eval_tokens < window:
             raise ValueError(f"eval_tokens={self.eval_tokens} is less than model.context_length={window}")
-        if self.micro_batch_size is not None and self.sequences % self.micro_batch_size:
+        if self.sequences % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide the {self.sequences} sequences of "
                 f"batch_tokens={self.batch_tokens}: choose one of "
@@ -93,14 +93,6 @@ class Run(Config):
     def sequences(self) -> int:
         """Training windows per optimizer step."""
         return self.batch_tokens // self.model.context_length
-
-    @property
-    def micro_batch(self) -> int:
-        """Sequences per forward and backward: as set, or the most that divide the batch within 8192 tokens."""
-        if self.micro_batch_size is not None:
-            return self.micro_batch_size
-        most = max(1, MICRO_BATCH_TOKENS // self.model.context_length)
-        return max(n for n in range(1, min(most, self.sequences) + 1) if self.sequences % n == 0)
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that step (counted from 0) makes."""
@@ -115,6 +107,7 @@ def load(tree: Mapping[str, Any]) -> Run:
     if not isinstance(dims, Mapping):
         raise UserError(f"model={dims!r}: expected a group of settings, such as model=tiny")
     model = _build(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
+    tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
     return _build(Run, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
 
 
@@ -161,6 +154,15 @@ def _part(tree: dict[str, Any], name: str, base: type) -> BaseModel:
         raise UserError(f"{name}={section!r}: choose one of {', '.join(choices(name))}")
     section = dict(section)
     return _build(resolve_target(section.pop("_target_", None), base, name), name, section, {})
+
+
+def _micro_batch_size(tree: Mapping[str, Any], context_length: int) -> Any:
+    """As set; unset, the most sequences that divide the batch within 8192 tokens."""
+    given, tokens = tree.get("micro_batch_size"), tree.get("batch_tokens")
+    if given is not None or not isinstance(tokens, int):
+        return given
+    sequences, most = max(1, tokens // context_length), max(1, MICRO_BATCH_TOKENS // context_length)
+    return max(n for n in range(1, min(most, sequences) + 1) if sequences % n == 0)
 
 
 def _dump_part(part: BaseModel) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Which device a run uses."""
 
+import re
+
 import torch
 
 from data.errors import UserError
@@ -9,10 +11,9 @@ def choose_device(device: str) -> torch.device:
     """`auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine lacks."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
+        raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
+    chosen = torch.device(device)
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:

@@ -18,42 +18,67 @@ from model.config import Config
 log = logging.getLogger("headroom")
 
 
+class Sink:
+    """Takes the rows of one run; this one lets them go."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Logger(Config, ABC):
     """Where metrics go besides metrics.jsonl."""
 
     @abstractmethod
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-        """Called once, when the run's folder exists -> a function that takes each row of metrics."""
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        """Called once, when the run's folder exists."""
 
 
 class NoLogger(Logger):
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
-        return lambda row: None
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        return Sink()
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. Offline unless asked, so it never prompts; failing to start never stops training."""
+    """Weights & Biases. Offline unless asked, so it never prompts. Its failures never stop training."""
 
     project: str = "headroom"
     mode: Literal["online", "offline", "disabled"] = "offline"
 
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], None]:
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
         try:
             import wandb
 
-            settings = wandb.Settings(silent=True)
             session = wandb.init(
                 project=self.project,
                 mode=self.mode,
                 dir=folder,
                 name=folder.name,
                 config=dict(config),
-                settings=settings,
+                reinit="create_new",  # one process may train several runs, which must not merge
+                settings=wandb.Settings(silent=True),
             )
         except Exception as error:
             log.warning(f"logger=wandb did not start, training goes on without it: {error}")
-            return lambda row: None
-        return lambda row: session.log(dict(row), step=row["step"])
+            return Sink()
+        return WandbSink(session)
+
+
+class WandbSink(Sink):
+    def __init__(self, session: Any):
+        self.session = session
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._try(lambda: self.session.log(dict(row), step=row["step"]))
+
+    def close(self) -> None:
+        self._try(lambda: self.session.finish())
+
+    def _try(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:
+            log.warning(f"logger=wandb failed, training goes on: {error}")
 
 
 class MetricsFile:

@@ -14,15 +14,18 @@ def plot_loss(folder: Path) -> None:
 
     rows = read_metrics(folder / "metrics.jsonl")
     train = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
-    val = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    val = [(row["step"], row["val_loss"], row["val_tokens"]) for row in rows if "val_loss" in row]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(steps, _running_mean(losses), color="tab:blue", label="training (running mean)")
     if val:
-        axes.plot(*zip(*val, strict=True), "o-", color="tab:orange", markersize=4, label="validation")
-        axes.annotate(f"{val[-1][1]:.3f}", val[-1], textcoords="offset points", xytext=(0, 8), ha="center")
+        for tokens, marker in zip(sorted({tokens for *_, tokens in val}), "os^", strict=False):
+            points = [(step, loss) for step, loss, scored in val if scored == tokens]
+            label = f"validation ({tokens:,} tokens)"
+            axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=label)
+        axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -6,19 +6,21 @@ import logging
 import torch
 from torch import nn
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """`auto` takes bfloat16 where the device multiplies it natively, and says which it took."""
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`auto` takes bf16 where the device multiplies it natively, else fp32, and says which it took."""
     if precision != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        return precision
     native = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     }.get(device.type, lambda: False)()
     reason = "multiplies bfloat16 natively" if native else "has no native bfloat16"
-    dtype = torch.bfloat16 if native else torch.float32
-    logging.getLogger("headroom").info(f"precision {'bf16' if native else 'fp32'}: this {device.type} {reason}")
-    return dtype
+    chosen = "bf16" if native else "fp32"
+    logging.getLogger("headroom").info(f"precision {chosen}: this {device.type} {reason}")
+    return chosen
 
 
 class Working:
@@ -28,7 +30,8 @@ class Working:
     matrices, made once per step; their gradients are added up in float32, micro-batch by micro-batch.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, precision: str):
+        dtype = DTYPES[precision]
         self.masters, self.copies = [], []
         twins = {}  # what deepcopy shall put in place of a parameter: the vector itself, or a matrix's copy
         for parameter in model.parameters():

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from data.errors import UserError
 from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.config import Run, dump
@@ -29,7 +30,7 @@ class Report:
         """done: steps before the first of this process. byte_lengths (V,): on the device of the losses."""
         self.run, self.folder, self.byte_lengths = run, folder, byte_lengths
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
-        self.log_row = run.logger.open(folder, dump(run))
+        self.sink = run.logger.open(folder, dump(run))
         self.watch = Watch(done, run.steps)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm and bytes
         self.total_tokens, self.total_seconds = 0, 0.0
@@ -41,8 +42,11 @@ class Report:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
+        if kind is None or kind is KeyboardInterrupt:
+            self.flush()
         self.watch.stop()
         plot_loss(self.folder)
+        self.sink.close()
         if kind is KeyboardInterrupt:
             print(f"interrupted; continue with: python train.py resume={self.folder}", file=sys.stderr)
             sys.exit(130)
@@ -52,12 +56,12 @@ class Report:
         targets = torch.cat([targets for _, targets in batches])
         row = {"step": step, "tokens": step * targets.numel(), "lr": self.run.lr(step - 1)}
         if score is not None:
-            row |= {"val_loss": score.loss, "val_bpb": score.bpb}
+            row |= {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
         text_bytes = self.byte_lengths[targets].sum()
         self.pending.append((row, torch.stack((result.loss, result.grad_norm, text_bytes.to(result.loss)))))
         self.interval_tokens += targets.numel()
         if score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS:
-            self._flush()
+            self.flush()
         if score is not None:
             self.say(f"step {step}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte")
 
@@ -92,16 +96,26 @@ class Report:
         """Over all steps of this process; evaluation, saving and sampling excluded."""
         return self.total_tokens / max(self.total_seconds, 1e-9)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes down the steps since the last time; call it before a checkpoint, so that none can be missing there.
+        Raises UserError for a loss that is not finite."""
+        if not self.pending:
+            return
         values = torch.stack([tensors for _, tensors in self.pending]).tolist()  # waits for the device
         seconds = self._elapsed()
         speed = self.interval_tokens / max(seconds, 1e-9)
         self.total_tokens += self.interval_tokens
         self.total_seconds += seconds
         for (row, _), (loss, grad_norm, _) in zip(self.pending, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self.pending.clear()
+                raise UserError(
+                    f"step {row['step']}: loss {loss}, gradient norm {grad_norm}: training has diverged; try a smaller "
+                    f"optim.lr than {self.run.optim.lr}"
+                )
             row |= {"train_loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
             self.metrics.write(row)
-            self.log_row(row)
+            self.sink.write(row)
         last, (loss, _, text_bytes) = self.pending[-1][0], values[-1]
         bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
         seconds_left = (self.run.steps - last["step"]) * self.run.batch_tokens / self.tokens_per_second
@@ -121,21 +135,22 @@ class Report:
 
 
 def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, device: torch.device) -> Iterator[str]:
-    dims, attention = run.model, type(run.model.attention).__name__.removesuffix("Config")
+    dims, attention = run.model, run.model.attention
     parameters = sum(p.numel() for p in model.parameters())
     cache = sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
     text_bytes = corpus.tokenizer.byte_lengths[corpus.val.read(0, len(corpus.val))].sum()
     yield (
-        f"model        {dims.n_layers} layers of {attention}, d_model {dims.d_model}, {dims.n_heads} heads, "
-        f"{parameters:,} parameters, on {device.type}"
+        f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, {parameters:,} parameters "
+        f"on {device.type}"
     )
+    yield f"attention    {type(attention).__name__.removesuffix('Config')}: {attention}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
         f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "
         f"{text_bytes / len(corpus.val):.2f} bytes per token, fingerprint {corpus.fingerprint[:12]}"
     )
     yield (
-        f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch} "
-        f"micro-batches of {run.micro_batch} x {dims.context_length}"
+        f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch_size} "
+        f"micro-batches of {run.micro_batch_size} x {dims.context_length}"
     )
     yield f"run          {folder}"

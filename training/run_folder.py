@@ -52,8 +52,11 @@ def create(run: Run, tokenizer: Tokenizer) -> Path:
 def write_config(folder: Path, run: Run) -> None:
     """config.yaml, with every derived value filled in. Replaced as a whole or not at all."""
     temporary = folder / "config.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(dump(run), sort_keys=False))
-    os.replace(temporary, folder / "config.yaml")
+    try:
+        temporary.write_text(yaml.safe_dump(dump(run), sort_keys=False))
+        os.replace(temporary, folder / "config.yaml")
+    except OSError as error:
+        raise UserError(f"{folder}/config.yaml cannot be written: {error.strerror}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
 
 
 def newest(with_checkpoint: bool = False) -> Path:
-    """The run under runs/ that was started last; its config or its last checkpoint says when."""
+    """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last."""
     pattern = "*/checkpoints/step_*" if with_checkpoint else "*/config.yaml"
     found = sorted(RUNS.glob(pattern), key=lambda path: path.stat().st_mtime)
     if not found:

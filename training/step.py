@@ -72,16 +72,14 @@ def evaluate(
 ) -> Score:
     """Scores the stream in windows that do not overlap, or as many of the first as most_tokens hold. Every token
     weighs the same, whatever the batch size."""
-    device = byte_lengths.device
+    device = next(model.parameters()).device
     count = windows(stream, length)
     if most_tokens is not None:
         count = min(count, most_tokens // length)
-    nats = torch.zeros((), dtype=torch.float64, device=device)
-    text_bytes = torch.zeros((), dtype=torch.int64, device=device)
+    nats, text_bytes = 0.0, 0
     for first in range(0, count, batch_size):
         inputs, targets = stack(stream, length, list(range(first, min(first + batch_size, count))))
-        inputs, targets = inputs.to(device), targets.to(device)
-        nats += losses(model, inputs, targets).double().sum()
-        text_bytes += byte_lengths[targets].sum()
+        text_bytes += int(byte_lengths[targets].sum())
+        nats += losses(model, inputs.to(device), targets.to(device)).cpu().double().sum().item()
     tokens = count * length
-    return Score(nats.item() / tokens, nats.item() / (math.log(2) * text_bytes.item()), tokens)
+    return Score(nats / tokens, nats / (math.log(2) * text_bytes), tokens)

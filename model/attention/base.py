@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -26,6 +26,8 @@ class Context:
 
 class AttentionConfig(Config, ABC):
     """Dimensions left at None derive from the model's, by the rule each field's comment states."""
+
+    executions: ClassVar[tuple[str, ...]] = ()  # what a field `execution` may say, where there is more than one way
 
     @abstractmethod
     def derive(self, d_model: int, n_heads: int) -> Self:

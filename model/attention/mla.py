@@ -21,7 +21,7 @@ The same parameters run in three ways:
 import logging
 import math
 from collections import OrderedDict
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from pydantic import Field
@@ -55,36 +55,37 @@ class MLAConfig(AttentionConfig):
     v_head_dim: int | None = Field(None, ge=1)  # v: head_dim
     rope_theta: float = Field(10000.0, gt=0)
     rope_layout: Layout = "half"
+    executions: ClassVar[tuple[str, ...]] = get_args(Execution)
     execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
 
     def derive(self, d_model: int, n_heads: int) -> Self:
-        head_dim = head_dim_of(d_model, n_heads)
-        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim / 8)
+        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim_of(d_model, n_heads) / 8)
         if rope_dim % 2:
             raise ValueError(f"qk_rope_head_dim={rope_dim} is odd: RoPE rotates pairs, choose an even one")
-        nope_dim = self.qk_nope_head_dim or head_dim - rope_dim
+        nope_dim = self.qk_nope_head_dim or head_dim_of(d_model, n_heads) - rope_dim
         if nope_dim < 1:
             raise ValueError(
-                f"qk_rope_head_dim={rope_dim} leaves nothing of head_dim={head_dim} for qk_nope_head_dim: "
+                f"qk_rope_head_dim={rope_dim} leaves nothing of head_dim={rope_dim + nope_dim} for qk_nope_head_dim: "
                 "choose a smaller one, or set qk_nope_head_dim"
             )
-        return self.model_copy(
+        derived = self.model_copy(
             update={
                 "q_lora_rank": self.q_lora_rank or 0,
                 "kv_lora_rank": self.kv_lora_rank or max(1, d_model // 4),
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
-                "v_head_dim": self.v_head_dim or head_dim,
+                "v_head_dim": self.v_head_dim or head_dim_of(d_model, n_heads),
             }
         )
+        grouped = 2 * grouped_kv_heads(n_heads) * derived.v_head_dim
+        if derived.cache_elements > grouped:
+            logging.getLogger("headroom").warning(
+                f"MLA's cache of {derived.cache_elements} numbers per token and layer is larger than the {grouped} of "
+                f"grouped-query attention: kv_lora_rank up to {grouped - rope_dim} would not be"
+            )
+        return derived
 
     def build(self, d_model: int, n_heads: int, kernel: Kernel) -> "MLA":
-        grouped = 2 * grouped_kv_heads(n_heads) * head_dim_of(d_model, n_heads)
-        if self.cache_elements > grouped:
-            logging.getLogger("headroom").warning(
-                f"MLA's cache of {self.cache_elements} numbers per token and layer is larger than attention=gqa's "
-                f"{grouped}: kv_lora_rank below {grouped - self.qk_rope_head_dim} would make it smaller"
-            )
         return MLA(self, d_model, n_heads, kernel)
 
     @property

@@ -1,18 +1,24 @@
 """The kernel for whoever does not want to choose."""
 
+import logging
+
 from torch import Tensor
 
-from model.kernels.base import Kernel
+from model.errors import Unsupported
+from model.kernels.base import Kernel, say_once
 from model.kernels.naive import Naive
-from model.kernels.sdpa import DEVICES, SDPA
+from model.kernels.sdpa import SDPA
 from model.mask import Mask
 
 FUSED, FALLBACK = SDPA(), Naive()
 
 
 class Auto(Kernel):
-    """A fused kernel where this device has one; elsewhere the naive one, as its announcement says."""
+    """The fused kernel; where this device or shape has none, the naive one, with a warning."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        kernel = FUSED if q.device.type in DEVICES else FALLBACK
-        return kernel(q, k, v, mask, scale)
+        try:
+            return FUSED(q, k, v, mask, scale)
+        except Unsupported as refusal:
+            say_once(logging.WARNING, f"kernel auto takes the slow naive kernel: {refusal}")
+            return FALLBACK(q, k, v, mask, scale)

@@ -28,19 +28,20 @@ def group_queries(q: Tensor, n_kv_heads: int) -> Tensor:
     return q.unflatten(2, (n_kv_heads, -1))
 
 
-_log_once = functools.cache(logging.getLogger("headroom").info)
+_log_once = functools.cache(logging.getLogger("headroom").log)
 
 
 @torch.compiler.assume_constant_result  # while compiling, it speaks when the call is traced
-def _say(message: str) -> None:
-    _log_once(message)
+def say_once(level: int, message: str) -> None:
+    _log_once(level, message)
 
 
 def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """Say once per shape which kernel really runs. Sequence lengths are left out: decoding meets them all."""
+    """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all."""
     phase = "causal" if mask.plain else "positions"
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
-    _say(
+    say_once(
+        logging.INFO,
         f"kernel {name}: {q.shape[2]} query heads on {k.shape[2]} key heads of {q.shape[3]}, "
-        f"values of {v.shape[3]}, {phase} mask, {str(q.dtype).removeprefix('torch.')} on {q.device.type}{grad}"
+        f"values of {v.shape[3]}, {phase} mask, {str(q.dtype).removeprefix('torch.')} on {q.device.type}{grad}",
     )

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.config import Unsupported
+from model.errors import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 
@@ -20,13 +20,13 @@ class SDPA(Kernel):
             raise Unsupported(
                 f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {q.device.type}: kernel=naive"
             )
-        announce("sdpa", q, k, v, mask)
-        value_dim = v.shape[-1]
+        asked, value_dim = (q, k, v), v.shape[-1]
         # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (_widen(x, width) for x in (q, k, v))
         out = _causal(q, k, v, scale) if mask.plain else _by_positions(q, k, v, mask, scale)
+        announce("sdpa (flash)" if q.device.type == "cpu" else "sdpa (fused)", *asked, mask)
         return out[..., :value_dim]
 
 
@@ -35,8 +35,13 @@ def _widen(x: Tensor, width: int) -> Tensor:
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    grouped = q.shape[2] != k.shape[2]
+    if grouped and q.device.type == "cuda" and q.dtype == torch.float32:
+        # float32 has the memory-efficient kernel only, which does not know groups
+        k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+        grouped = False
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return _fused(*heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    return _fused(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:

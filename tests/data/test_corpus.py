@@ -40,10 +40,31 @@ def test_files_hold_out_the_last_part_of_each_after_a_line_end(tmp_path):
         assert 0.85 < len(first.text) / len(whole) < 0.95
 
 
+@pytest.mark.parametrize("text", ["one long line " * 100, "one long line " * 100 + "\n"])
+def test_a_file_of_one_line_has_both_parts(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    corpus = FilesCorpus(path=f"{tmp_path}/a.txt")
+    (train,), (val,) = (list(corpus.documents(split)) for split in ("train", "val"))
+    assert train.text + val.text == text
+    assert 0.05 < len(val.text) / len(text) < 0.15
+
+
+def test_files_are_read_as_they_are_whatever_their_names(tmp_path):
+    """Line ends stay; a name is not an archive's, a pattern's or a path's within another."""
+    texts = {"crlf.txt": "a\r\nb\rc\n" * 50, "a::b.txt": "x\n" * 50, "a[1].txt": "y\n" * 50, "b.gz": "z\n" * 50}
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text.encode())
+    corpus = FilesCorpus(path=f"{tmp_path}/*")
+    train, val = (list(corpus.documents(split)) for split in ("train", "val"))
+    found = {Path(a.name).name: a.text + b.text for a, b in zip(train, val, strict=True)}
+    assert found == texts
+
+
 def test_the_fingerprint_follows_the_files(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     corpus = FilesCorpus(path=f"{tmp_path}/*.txt")
     before = corpus.fingerprint()
+    (tmp_path / "a.txt").touch()
     assert before == corpus.fingerprint()
     (tmp_path / "b.txt").write_text("two\n")
     assert corpus.fingerprint() != before

@@ -57,6 +57,13 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
     assert "rebuild" in str(caught.value)
 
 
+@pytest.mark.parametrize("missing", ["train_00004.tokens", "train_00009.tokens"])
+def test_a_missing_shard_is_noticed(stream, tmp_path, missing):
+    (tmp_path / missing).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_stream(tmp_path, "train", "hash")
+
+
 def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
     write(tmp_path, np.arange(10))
     with pytest.raises(UserError, match="another tokenizer"):

@@ -76,6 +76,7 @@ def test_samplers_draw_from_the_distribution_they_name():
         chosen = sampler(logits.expand(len(draws), -1), draws)
         found = torch.bincount(chosen, minlength=5) / len(draws)
         assert torch.allclose(found, expected, atol=2e-3), sampler
+    assert (Sampler(temperature=1e-308)(logits.expand(len(draws), -1), draws) == 0).all()
     assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
 
 

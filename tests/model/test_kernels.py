@@ -114,7 +114,7 @@ def test_the_kernel_that_runs_is_announced_once_per_shape(caplog):
             Auto()(q, k, v, mask, 0.5)
     said = [record.message for record in caplog.records if "7 query heads" in record.message]
     assert len(said) == 1
-    assert said[0].startswith("kernel sdpa")
+    assert said[0].startswith("kernel sdpa (flash)")
 
 
 def test_who_sees_whom():

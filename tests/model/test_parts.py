@@ -9,7 +9,7 @@ from model.cache import FullCache
 from model.norm import RMSNorm
 from model.rope import Rope
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, compose, load_composed, small_config, some_tokens
+from tests.support import ATTENTIONS, load_composed, small_config, some_tokens
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -23,7 +23,7 @@ def test_rope_turns_each_pair_by_its_angle(layout):
         for j in range(4):
             a, b = (j, j + 4) if layout == "half" else (2 * j, 2 * j + 1)
             turned = complex(x[0, t, 0, a], x[0, t, 0, b]) * cmath.exp(1j * position * 10000.0 ** (-2 * j / 8))
-            assert abs(complex(rotated[0, t, 0, a], rotated[0, t, 0, b]) - turned) <= 1e-3 if position else 1e-6
+            assert abs(complex(rotated[0, t, 0, a], rotated[0, t, 0, b]) - turned) <= 1e-5 + 1e-7 * position
 
 
 def test_rope_tables_are_float32_for_any_input():
@@ -34,10 +34,13 @@ def test_rope_tables_are_float32_for_any_input():
 
 
 def test_norm_is_computed_in_float32():
-    x = torch.full((1, 4), 300.0, dtype=torch.bfloat16)
-    y = RMSNorm(4)(x * 1e18)  # its square is beyond bfloat16's and float32's range when taken carelessly
+    """In bfloat16 the sum of 512 squares would stop growing at 256, and the result would be sqrt(2)."""
+    y = RMSNorm(512)(torch.ones(1, 512, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
-    assert torch.allclose(RMSNorm(4)(x), torch.ones(1, 4, dtype=torch.bfloat16))
+    assert torch.equal(y, torch.ones_like(y))
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.equal(RMSNorm(512)(x), exact.bfloat16())
 
 
 def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
@@ -50,7 +53,7 @@ def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
     assert cache.read()[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
     assert cache.capacity == 6
     with pytest.raises(IndexError):
-        cache.write(torch.tensor([[7], [7]]), k=torch.zeros(2, 1, 1))
+        cache.write(torch.tensor([[6], [6]]), k=torch.zeros(2, 1, 1))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -67,7 +70,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_kernel(attention):
 def test_variants_share_the_weights_of_what_they_have_in_common():
     mha, mla = (TransformerLM(small_config(f"attention={name}"), 100).state_dict() for name in ("mha", "mla"))
     shared = [name for name in mha if "attention." not in name]
-    assert len(shared) == 2 * 5 + 2
+    assert len(shared) == 2 * 4 + 2
     assert all(torch.equal(mha[name], mla[name]) for name in shared)
 
 
@@ -123,13 +126,11 @@ def test_presets_have_kernel_friendly_dimensions_and_the_size_they_claim(size, a
     parameters = sum(p.numel() for p in model.parameters())
     if (size, attention) == ("gpt2", "mha"):
         assert abs(parameters - 124e6) < 2e6
-    gqa = compose("attention=gqa")
-    assert gqa["attention"]["n_kv_heads"] is None
 
 
 def test_a_latent_cache_larger_than_gqa_is_warned_of(caplog):
     with caplog.at_level("WARNING", logger="headroom"):
-        TransformerLM(small_config("attention=mla"), 100)
+        small_config("attention=mla")
         assert not caplog.records
         TransformerLM(small_config("attention=mla", "attention.kv_lora_rank=512"), 100)
-    assert "larger than attention=gqa's 64" in caplog.text
+    assert caplog.text.count("larger than the 64 of grouped-query attention") == 1

@@ -1,7 +1,11 @@
 """What is saved comes back, bit for bit; what is damaged or does not belong is refused in one line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -9,11 +13,12 @@ from safetensors.torch import load_file
 
 from data.errors import UserError
 from model.kernels.sdpa import SDPA
-from tests.support import ATTENTIONS, call, load_composed, relative_error, some_tokens
+from tests.support import ATTENTIONS, ROOT, call, load_composed, relative_error, some_tokens
 from training.checkpoint import latest, load_run
 from training.log import MetricsFile, read_metrics
 
 SMOKE = ["experiment=smoke", "tune_malloc=false"]
+TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
 
 def metrics(folder) -> dict[int, float]:
@@ -56,8 +61,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("trained")
         patch.chdir(folder)
-        options = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3", "run_dir=run"]
-        assert call("train", options, patch) == 0
+        assert call("train", [*TRAINED, "run_dir=run"], patch) == 0
     return folder / "run"
 
 
@@ -91,6 +95,70 @@ def test_loaded_weights_are_the_saved_ones_and_run_as_asked(run):
         other, _ = load_run(run, kernel=SDPA(), execution=execution)
         with torch.no_grad():
             assert relative_error(other(tokens).logits, model(tokens).logits) <= 1e-4
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(run, monkeypatch):
+    before = (run / "config.yaml").read_text()
+    assert call("train", ["resume=run", "steps=3"], monkeypatch) == 2
+    cut(latest(run) / "optimizer.safetensors")
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_latest_is_the_run_touched_last(run, monkeypatch, capsys):
+    shutil.copytree(run, "runs/older")
+    shutil.copytree(run, "runs/newer")
+    for name, when in (("older", 1), ("newer", 2)):
+        os.utime(f"runs/{name}/config.yaml", (when, when))
+    assert call("train", ["resume=latest", "steps=7"], monkeypatch) == 0
+    assert "resuming runs/newer after step 6" in capsys.readouterr().err
+
+
+def test_a_config_whose_batches_are_not_the_runs_is_refused(run, monkeypatch, capsys):
+    edit(run / "config.yaml", "batch_tokens: 1024", "batch_tokens: 2048")
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+    assert "has seen 96 windows in 6 steps" in capsys.readouterr().err
+
+
+def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, monkeypatch):
+    """A kill right after saving must find every row up to there."""
+    seen = []
+
+    def spy(folder, model, optimizer, step, *rest):
+        seen.append((step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
+
+    monkeypatch.setattr("training.report.FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr("training.checkpoint.save", spy)
+    assert call("train", [*SMOKE, "steps=7", "save_every=3", "eval_every=100", "run_dir=run"], monkeypatch) == 0
+    assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]
+
+
+def test_killed_for_real_and_resumed_it_is_the_same_run(workplace, monkeypatch):
+    options = [*SMOKE, "attention=mla", "steps=120", "save_every=10", "eval_every=50", "micro_batch_size=8"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *options, "run_dir=killed"], stderr=subprocess.PIPE)
+    while process.poll() is None and not list((workplace / "killed").glob("checkpoints/step_*")):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    killed, whole = workplace / "killed", workplace / "whole"
+    assert 0 < len(read_metrics(killed / "metrics.jsonl")) < 120, "it should have been killed midway"
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert metrics(whole) == metrics(killed)
+    expected, found = weights(whole, 120), weights(killed, 120)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_previews_do_not_change_training(run, monkeypatch):
+    assert call("train", [*TRAINED, "sample_every=2", "run_dir=watched"], monkeypatch) == 0
+    expected, found = weights(run, 6), weights(run.parent / "watched", 6)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_diverged_run_stops_in_one_line(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "optim.lr=1e30", "clip_norm=0", "run_dir=run"], monkeypatch) == 2
+    assert "training has diverged" in capsys.readouterr().err
+    assert all(row["train_loss"] < 1e9 for row in read_metrics(workplace / "run" / "metrics.jsonl"))
 
 
 def test_resuming_goes_on_to_more_steps_and_drops_rows_of_a_lost_future(run, monkeypatch):

@@ -33,15 +33,15 @@ def test_unset_dimensions_derive_by_the_documented_rules():
     gpt2 = load_composed("model=gpt2", "attention=mla")
     mla = gpt2.model.attention
     assert (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (192, 48, 16, 64)
-    assert gpt2.model.mlp.d_ff == 2048
+    assert gpt2.model.mlp.d_ff == 3072
     assert gpt2.optim.lr == pytest.approx(0.5 / 768)
     kv_heads = {
         heads: load_composed("attention=gqa", f"model.n_heads={heads}", "model.d_model=768").model.attention.n_kv_heads
         for heads in (1, 2, 4, 6, 8, 12, 16)
     }
     assert kv_heads == {1: 1, 2: 2, 4: 2, 6: 2, 8: 2, 12: 3, 16: 4}
-    assert load_composed("model=gpt2", "batch_tokens=65536").micro_batch == 8
-    assert load_composed("batch_tokens=2560", "micro_batch_size=null").micro_batch == 10
+    assert load_composed("model=gpt2", "batch_tokens=65536").micro_batch_size == 8
+    assert load_composed("batch_tokens=2560", "micro_batch_size=null").micro_batch_size == 10
 
 
 BAD = [
@@ -50,9 +50,9 @@ BAD = [
         "n_kv_heads=5 does not divide n_heads=12: choose one of 1, 2, 3, 4, 6, 12",
     ),
     (("attention=mla", "attention.qk_rope_head_dim=7"), "qk_rope_head_dim=7 is odd"),
-    (("attention=mla", "attention.qk_rope_head_dim=64"), "qk_rope_head_dim=64 leaves nothing of head_dim=64"),
+    (("attention=mla", "attention.qk_rope_head_dim=32"), "qk_rope_head_dim=32 leaves nothing of head_dim=32"),
     (("attention.head_dim=7",), "head_dim=7 is odd"),
-    (("model.n_heads=7",), "d_model=256 is not a multiple of n_heads=7"),
+    (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
     (("steps=abc",), "steps=abc"),
     (("steps=0",), "steps=0"),
     (("steps=1.5",), "steps=1.5"),
@@ -69,6 +69,8 @@ BAD = [
     (("micro_batch_size=3", "batch_tokens=2048"), "micro_batch_size=3 does not divide the 8 sequences"),
     (("eval_tokens=10",), "eval_tokens=10 is less than"),
     (("optim.lr=-1",), "optim.lr=-1"),
+    (("optim.lr=inf",), "optim.lr=inf"),
+    (("micro_batch_size=0",), "micro_batch_size=0"),
     (("optim.beta1=1",), "optim.beta1=1"),
     (("schedule.warmup=2",), "schedule.warmup=2"),
     (("tokenizer.vocab_size=100",), "tokenizer.vocab_size=100"),

@@ -25,7 +25,14 @@ SHAPE = {
     "attention_bias": False,
     "tie_word_embeddings": False,
 }
-OURS = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.tie_embeddings=false", "mlp.d_ff=96")
+OURS = (
+    "model.n_layers=2",
+    "model.d_model=64",
+    "model.n_heads=4",
+    "model.tie_embeddings=false",
+    "mlp=swiglu",
+    "mlp.d_ff=96",
+)
 NAMES = {
     "model.embed_tokens": "embedding",
     "lm_head": "head",

@@ -1,0 +1,5 @@
+"""What the model says when it cannot do what was asked of it."""
+
+
+class Unsupported(ValueError):
+    """A choice that this device, dtype or shape does not have; the message says what to choose instead."""
