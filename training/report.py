@@ -79,16 +79,15 @@ class Report:
 
     def end(self, score: Score, sample: str) -> None:
         """The last words of a run, on stdout."""
-        prompt = self.run.sample_prompt or "def solve("
         print(
             f"\n{sample}\n\n"
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
             f"(the whole validation set, {score.tokens:,} tokens)\n"
             f"speed        {self.tokens_per_second:,.0f} training tokens per second\n"
             f"run          {self.folder}  (loss.png is its curve)\n"
-            f"next         python sample.py {shlex.quote(prompt)} --run {self.folder}\n"
+            f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
             f"             python train.py resume={self.folder} steps={2 * self.run.steps}\n"
-            f"             python train.py attention=mla"
+            f"             python train.py --help"
         )
 
     @property

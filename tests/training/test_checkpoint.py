@@ -15,7 +15,7 @@ from data.errors import UserError
 from model.kernels.sdpa import SDPA
 from tests.support import ATTENTIONS, ROOT, call, load_composed, relative_error, some_tokens
 from training.checkpoint import latest, load_run
-from training.log import MetricsFile, read_metrics
+from training.log import read_metrics
 
 SMOKE = ["experiment=smoke", "tune_malloc=false"]
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
@@ -241,10 +241,3 @@ def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):
     assert "complete at step 6: give steps=N" in capsys.readouterr().err
     assert call("train", ["resume=elsewhere"], monkeypatch) == 2
     assert "elsewhere is not a run" in capsys.readouterr().err
-
-
-def test_metrics_of_later_steps_are_dropped_as_a_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
-    MetricsFile(path, resume_after=2).write({"step": 3, "again": True})
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
