@@ -41,7 +41,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.device import choose_device
     from training.log import to_stderr
     from training.precision import Working, choose_precision
-    from training.preview import continuation, prompt_tokens
+    from training.preview import continuation, preview_prompt
     from training.report import Report
     from training.step import Score, each_loss, evaluate, mean_loss, train_step
 
@@ -53,14 +53,14 @@ def train(tree: dict, typed: list[str]) -> None:
         run = load(tree)
         run_folder.refuse_taken(run.run_dir)
     device = choose_device(run.device)
-    if device.type == "cpu" and run.tune_malloc:
-        keep_buffers()
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window = corpus.tokenizer, run.model.context_length
     refuse_short(corpus, window)
-    prompt_tokens(tokenizer, run.sample_prompt, window)  # refuses one that is too long
+    beginning = preview_prompt(corpus, run.sample_prompt, window)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
 
+    if device.type == "cpu" and run.tune_malloc:
+        keep_buffers()
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
     optimizer = run.optim.build(model)
     if resume is not None:
@@ -77,7 +77,7 @@ def train(tree: dict, typed: list[str]) -> None:
         return evaluate(working.model, corpus.val, window, run.micro_batch_size, byte_lengths, most_tokens, losses)
 
     def preview() -> str:
-        return continuation(model, tokenizer, run.sample_prompt, run.seed)
+        return continuation(model, tokenizer, beginning, run.seed)
 
     with Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report:
         for step in range(done, run.steps):

@@ -121,7 +121,9 @@ class FilesCorpus(Corpus):
             path for path in glob.glob(os.path.expanduser(self.path), recursive=True) if os.path.isfile(path)
         )
         if not found:
-            raise UserError(f"data.path={self.path!r} matches no file (looked from {os.getcwd()})")
+            folder = os.path.isdir(os.path.expanduser(self.path))
+            reason = f"is a folder: write {self.path}/*" if folder else f"matches no file (looked from {os.getcwd()})"
+            raise UserError(f"data.path={self.path!r} {reason}")
         return found
 
 

@@ -20,14 +20,19 @@ VOCAB_MULTIPLE = 64  # matrix units want aligned widths
 RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
 
 
-class ModelConfig(Config):
-    """Owns the dimensions that everything else derives from. The vocabulary belongs to the tokenizer."""
+class Dimensions(Config):
+    """What everything else derives from. The vocabulary belongs to the tokenizer."""
 
     n_layers: int = Field(ge=1)
     d_model: int = Field(ge=1)
     n_heads: int = Field(ge=1)
-    context_length: int = Field(ge=1)  # tokens in a training window, and the most a text may have
+    context_length: int = Field(ge=2)  # tokens in a training window, and the most a text may have
     tie_embeddings: bool = True  # one matrix for the input embedding and the output head
+
+
+class ModelConfig(Dimensions):
+    """The dimensions, and what is built with them."""
+
     attention: AttentionConfig
     mlp: MLPConfig
     kernel: Kernel

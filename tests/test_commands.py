@@ -120,8 +120,13 @@ BAD_RUNS = {
     "heads": (["model=gpt2", "attention=gqa", "attention.n_kv_heads=5"], "n_kv_heads=5 does not divide n_heads=12"),
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
     "numbered model": (["model=5"], "model=5: choose one of gpt2, small, tiny"),
-    "nearly": (["attention.n_kv_head=2"], "attention.n_kv_head: no such setting; did you mean attention.n_kv_heads?"),
-    "key": (["foo=1"], "foo: no such setting"),
+    "nearly": (["attention.n_kv_head=2"], "no such setting of attention=mha; did you mean n_kv_heads?"),
+    "of another choice": (
+        ["attention=mla", "attention.n_kv_heads=2"],
+        "no such setting of attention=mla; did you mean",
+    ),
+    "a folder": (["data=files", "data.path=taken"], "data.path='taken' is a folder: write taken/*"),
+    "key": (["foo=1"], "foo: no such setting; valid: steps,"),
     "added key": (["+foo=1"], "foo=1: no such key"),
     "type": (["steps=abc"], "steps=abc"),
     "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),
@@ -131,6 +136,7 @@ BAD_RUNS = {
     "device": (["device=cuda:9"], "device=cuda:9"),
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already"),
     "no run": (["resume=latest"], "there is no run in"),
+    "no name": (["resume="], "resume= names no run"),
 }
 
 
@@ -153,8 +159,9 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     [
         (["tokenizer=byte", "data=files", "data.path=short.txt"], "give more text"),
         ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, the context holds 64"),
+        ([*SMOKE, "model.d_model=1000000000000"], "not enough memory: take a smaller model"),
     ],
-    ids=["short file", "long preview"],
+    ids=["short file", "long preview", "huge model"],
 )
 def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeypatch, capsys, overrides, complaint):
     (workplace / "short.txt").write_text("short\n" * 20)

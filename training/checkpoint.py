@@ -85,7 +85,7 @@ def resume(folder: Path, run: Run, corpus: Prepared, model: TransformerLM, optim
             f"{run.batch_tokens} in {folder}/config.yaml does not make: bring the run's own config.yaml back"
         )
     if state and state.step >= run.steps:
-        raise UserError(f"{folder} is complete at step {state.step}: give steps=N with N > {state.step} to go on")
+        raise UserError(f"{folder} is complete at step {state.step} of steps={run.steps}: give a larger steps=")
     if state:
         _load_weights(checkpoint, model)
         _load_optimizer(checkpoint, model, optimizer)

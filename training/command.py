@@ -30,7 +30,7 @@ def one_line_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        line = _hydra_complaint(error)
+        line = _out_of_memory(error) or _hydra_complaint(error)
         if line is None:
             raise
         fail(line)
@@ -85,7 +85,8 @@ def _hydra_complaint(error: Exception) -> str | None:
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, OverrideParseException):
-        return f"cannot read {error.override!r}: write key=value, and quote a value that holds spaces, commas or ="
+        example = "'key=\"a=b\"'"
+        return f"cannot read {error.override!r}: write key=value, and quote a value that holds = or commas: {example}"
     if not isinstance(error, HydraException | OmegaConfBaseException | ValueError):
         return None
     for typed in sys.argv[1:]:
@@ -95,15 +96,34 @@ def _hydra_complaint(error: Exception) -> str | None:
             return f"{typed}: choose one of {', '.join(choices)}"
     unknown = re.search(r"Could not (?:override|append|delete) '([^']+)'", str(error))
     if unknown:
-        close = difflib.get_close_matches(unknown[1], _settings(), n=1)
-        hint = f"did you mean {close[0]}?" if close else "python train.py --help lists them"
-        return f"{unknown[1]}: no such setting; {hint}"
+        return _unknown_setting(unknown[1])
     return None if isinstance(error, ValueError) else str(error)
 
 
-def _settings() -> list[str]:
-    """Every key of conf/, dotted."""
-    found = re.findall(r"^([a-z_]+):", (CONF / "train.yaml").read_text(), re.MULTILINE)
-    for path in CONF.glob("*/*.yaml"):
-        found += [f"{path.parent.name}.{key}" for key in re.findall(r"^([a-z_0-9]+):", path.read_text(), re.MULTILINE)]
-    return found
+def _unknown_setting(key: str) -> str:
+    """Names the settings there are where the key was looked for: in a group's choice, or at the top."""
+    group, _, name = key.rpartition(".")
+    top = (CONF / "train.yaml").read_text()
+    default = re.search(rf"^  - {re.escape(group)}: (\w+)", top, re.MULTILINE)
+    if group and not default:
+        return f"{key}: no such setting; python train.py --help lists them"
+    valid, where = re.findall(r"^(\w+):", top, re.MULTILINE), ""
+    if group:
+        typed = [argument.partition("=")[2] for argument in sys.argv if argument.startswith(f"{group}=")]
+        choice = (typed or [default[1]])[-1]
+        where = f" of {group}={choice}"
+        valid = re.findall(r"^([a-z]\w*):", (CONF / group / f"{choice}.yaml").read_text(), re.MULTILINE)
+    valid = [setting for setting in valid if setting not in ("defaults", "hydra")]
+    close = difflib.get_close_matches(name, valid, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{key}: no such setting{where}; {hint}valid: {', '.join(valid)}"
+
+
+def _out_of_memory(error: Exception) -> str | None:
+    if (
+        type(error).__name__ == "OutOfMemoryError"
+        or isinstance(error, MemoryError)
+        or "t allocate memory" in str(error)
+    ):
+        return f"not enough memory: take a smaller model or micro_batch_size ({str(error).splitlines()[0][:160]})"
+    return None

@@ -22,7 +22,7 @@ from model.attention.base import AttentionConfig
 from model.config import Config
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
-from model.transformer import ModelConfig
+from model.transformer import Dimensions, ModelConfig
 from training.log import Logger
 from training.optim import OptimConfig
 from training.schedule import Schedule
@@ -56,9 +56,9 @@ class Run(Config):
     eval_tokens: int = Field(ge=1)
     save_every: int = Field(ge=1)
     sample_every: int = Field(ge=0)
-    sample_prompt: str
+    sample_prompt: str | None
     seed: int = Field(ge=0, lt=2**63)
-    device: str = Field(pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    device: str
     precision: Literal["auto", "bf16", "fp32"]
     compile: bool
     tune_malloc: bool
@@ -70,14 +70,26 @@ class Run(Config):
     def _derive_optim(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
         return optim.derive(info.data["model"].d_model) if "model" in info.data else optim
 
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device):
+            raise ValueError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
+        return device
+
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:
         window = self.model.context_length
+        if self.batch_tokens < window:
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is less than one window of model.context_length={window}: "
+                "choose a multiple of it, or a shorter context"
+            )
         if self.batch_tokens % window:
             below = self.batch_tokens // window * window
             raise ValueError(
                 f"batch_tokens={self.batch_tokens} is not a multiple of model.context_length={window}: "
-                f"choose {f'{below} or ' if below else ''}{below + window}"
+                f"choose {below} or {below + window}"
             )
         if self.eval_tokens < window:
             raise ValueError(f"eval_tokens={self.eval_tokens} is less than model.context_length={window}")
@@ -102,10 +114,11 @@ class Run(Config):
 def load(tree: Mapping[str, Any]) -> Run:
     """A tree of plain values, as composed from conf/ or read from a run's config.yaml -> Run. Raises UserError."""
     tree = dict(tree)
-    parts = {name: _part(tree, name, base) for name, base in (MODEL_PARTS | RUN_PARTS).items()}
     dims = tree.pop("model", {})
     if not isinstance(dims, Mapping):
-        raise UserError(f"model={dims!r}: expected a group of settings, such as model=tiny")
+        raise UserError(f"model={dims!r}: choose one of {', '.join(choices('model'))}")
+    _build(Dimensions, "model", dims, {})  # first: other parts' defaults refer to them
+    parts = {name: _part(tree, name, base) for name, base in (MODEL_PARTS | RUN_PARTS).items()}
     model = _build(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
     tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
     return _build(Run, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
@@ -188,9 +201,10 @@ def _one_line(key: str, error: ValidationError) -> str:
         message = str(first["ctx"]["error"])
     else:
         where = _dotted(key, *first["loc"])
-        given = "not set" if first["type"] == "missing" else f"{where}={first['input']}"
-        message = f"{given}: {first['msg'][0].lower()}{first['msg'][1:]}"
-        message = message if first["type"] != "missing" else f"{where} is not set"
+        complaint = first["msg"][0].lower() + first["msg"][1:]
+        message = f"{where}={first['input']}: {complaint}"
+        if first["type"] == "missing":
+            message = f"{where} is not set: give {where}=..."
     return message + (f" (and {len(rest)} more)" if rest else "")
 
 

@@ -1,11 +1,13 @@
 """What the model writes, for whoever watches it learn."""
 
 from data.errors import UserError
+from data.prepare import Prepared
 from data.tokenizer import Tokenizer
-from model.generate import ENDED, Sampler, generate
+from model.generate import Sampler, generate
 from model.transformer import TransformerLM
 
 MOST_TOKENS = 200
+UNSET_TOKENS = 16
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, context_length: int) -> list[int]:
@@ -17,9 +19,15 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, context_length: int) -> lis
     return tokens
 
 
-def continuation(model: TransformerLM, tokenizer: Tokenizer, prompt: str, seed: int) -> str:
-    """The prompt and what follows it. Draws from a generator of its own, so previews do not change training."""
-    start = prompt_tokens(tokenizer, prompt, model.config.context_length)
+def preview_prompt(corpus: Prepared, prompt: str | None, context_length: int) -> list[int]:
+    """What previews continue: the prompt; unset, the beginning of the validation text. Raises UserError as above."""
+    if prompt is not None:
+        return prompt_tokens(corpus.tokenizer, prompt, context_length)
+    return corpus.val.read(0, min(UNSET_TOKENS, context_length // 2)).tolist()
+
+
+def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], seed: int) -> str:
+    """The start and what follows it. Draws from a generator of its own, so previews do not change training."""
     sampler = Sampler(temperature=0.8, top_k=50)
-    room = generate(model, [start], sampler, max_new_tokens=MOST_TOKENS, seeds=[seed], end_token=tokenizer.end_of_text)
-    return prompt + tokenizer.decode(token for step in room if (token := int(step[0])) != ENDED)
+    steps = generate(model, [start], sampler, max_new_tokens=MOST_TOKENS, seeds=[seed], end_token=tokenizer.end_of_text)
+    return tokenizer.decode([*start, *(int(step[0]) for step in steps)])

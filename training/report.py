@@ -109,8 +109,8 @@ class Report:
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 self.pending.clear()
                 raise UserError(
-                    f"step {row['step']}: loss {loss}, gradient norm {grad_norm}: training has diverged; try a smaller "
-                    f"optim.lr than {self.run.optim.lr}"
+                    f"step {row['step']}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: training has diverged; "
+                    f"try a smaller optim.lr than {self.run.optim.lr}"
                 )
             row |= {"train_loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
             self.metrics.write(row)

@@ -61,12 +61,12 @@ def write_config(folder: Path, run: Run) -> None:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The tree in a run's config.yaml, for `load`. Raises UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a run: no such folder")
+    if not (folder / "config.yaml").exists():
+        known = sorted(str(path.parent) for path in RUNS.glob("*/config.yaml"))
+        hint = f"the newest is {known[-1]}" if known else "python train.py makes one"
+        raise UserError(f"{folder} is not a run, which is a folder with a config.yaml: {hint}")
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not a run: it has no config.yaml") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder}/config.yaml cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
@@ -86,6 +86,8 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
             raise UserError(
                 f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may; the rest is the run's own"
             )
+    if resume == "":
+        raise UserError("resume= names no run: give a run's folder, or latest")
     folder = newest() if resume == "latest" else Path(str(resume))
     stored = read_config(folder)
     changed = {key.split(".")[0] for key in keys} - {"resume"}

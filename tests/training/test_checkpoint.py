@@ -238,6 +238,6 @@ def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):
         assert call("train", ["resume=run", change], monkeypatch) == 2
         assert "cannot change on resume" in capsys.readouterr().err
     assert call("train", ["resume=run"], monkeypatch) == 2
-    assert "complete at step 6: give steps=N" in capsys.readouterr().err
+    assert "complete at step 6 of steps=6: give a larger steps=" in capsys.readouterr().err
     assert call("train", ["resume=elsewhere"], monkeypatch) == 2
     assert "elsewhere is not a run" in capsys.readouterr().err
