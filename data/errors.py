@@ -1,4 +1,4 @@
-"""The one exception that is shown to the user as a line, without a traceback."""
+"""What is shown to the user as one line, without a traceback."""
 
 
 class UserError(Exception):

@@ -14,7 +14,7 @@ import numpy as np
 from data.errors import UserError
 
 MAGIC = b"HEADROOM"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 4096
 SHARD_TOKENS = 2**27  # tokens per file
 
@@ -78,13 +78,13 @@ def open_shard(path: Path, tokenizer_hash: str) -> tuple[np.ndarray, dict[str, A
         raise UserError(f"{path} is not a shard, or its header is damaged: {way_out}")
     try:
         header = json.loads(head[16 : 16 + int.from_bytes(head[8:16], "little")])
-        version, tokens, checksum = header["version"], int(header["tokens"]), header["sha256"]
+        if header["version"] != VERSION:
+            raise UserError(f"{path} has format version {header['version']}, this program reads {VERSION}: {way_out}")
+        tokens, checksum = int(header["tokens"]), header["sha256"]
         dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
         written_by, _ = header["tokenizer"], (header["end"], header["last"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} has a damaged header: {way_out}") from None
-    if version != VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {VERSION}: {way_out}")
     expected = HEADER_BYTES + tokens * dtype.itemsize
     if size != expected:
         raise UserError(f"{path} is {size} bytes, its header promises {expected}: {way_out}")

@@ -29,7 +29,7 @@ class FullCache:
         return sum(column[0, 0].nbytes for column in self.columns.values())
 
     def write(self, positions: Tensor, **fresh: Tensor) -> None:
-        """positions (B, T) or (1, T), each fresh (B, T, *shape). Positions beyond the capacity are an IndexError."""
+        """positions (B, T) or (1, T), each fresh (B, T, *shape). Positions must lie below the capacity."""
         rows = positions.clamp(min=-1) + 1
         for name, value in fresh.items():
             self.columns[name][self.sequences, rows] = value

@@ -1,4 +1,4 @@
-"""The base of every typed configuration object."""
+"""The base of the typed configuration objects of the model and of training."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -151,11 +151,16 @@ def _read_state(checkpoint: Path) -> State:
 
 def _load_optimizer(checkpoint: Path, model: TransformerLM, optimizer: torch.optim.Optimizer) -> None:
     index_of = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
-    by_index = {i: {} for i in index_of.values()}
+    parameters, by_index = dict(model.named_parameters()), {i: {} for i in index_of.values()}
     try:
         for key, tensor in _read_tensors(checkpoint / "optimizer.safetensors").items():
             name, _, part = key.rpartition("/")
             by_index[index_of[name]][part] = tensor
+            if tensor.ndim and tensor.shape != parameters[name].shape:
+                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, not {tuple(parameters[name].shape)}")
+        missing = [name for name, i in index_of.items() if not by_index[i]]
+        if missing:
+            raise ValueError(f"it holds nothing for {missing[0]}")
         optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
     except (KeyError, ValueError) as error:
         raise UserError(f"{checkpoint}/optimizer.safetensors does not fit this run's optimizer: {error}") from None

@@ -19,8 +19,9 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, or a complaint of Hydra's about what was typed, into one line
-    on stderr and exit code 2. Anything else is a fault of the program and keeps its traceback."""
+    """Turns a UserError, a kernel that does not run here, too little memory, or a complaint of Hydra's about what was
+    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. Anything else is a fault
+    of the program and keeps its traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would otherwise print over several lines
     try:
         yield
@@ -68,9 +69,10 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     def parse(text: str) -> float:
         try:
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (least <= value <= most and math.isfinite(value)):
+            fits = least <= value <= most and math.isfinite(value)
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
             upper = "" if most == math.inf else f" and at most {most}"
             word = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {least}{upper}")
@@ -104,19 +106,27 @@ def _unknown_setting(key: str) -> str:
     """Names the settings there are where the key was looked for: in a group's choice, or at the top."""
     group, _, name = key.rpartition(".")
     top = (CONF / "train.yaml").read_text()
-    default = re.search(rf"^  - {re.escape(group)}: (\w+)", top, re.MULTILINE)
-    if group and not default:
+    groups = dict(re.findall(r"^  - (\w+): (\w+)", top, re.MULTILINE))  # with their default choices
+    typed = [argument.partition("=")[2] for argument in sys.argv if argument.startswith(f"{group}=")]
+    chosen = CONF / group / f"{(typed or [groups.get(group)])[-1]}.yaml"
+    if group and ("experiment" in " ".join(sys.argv) or not chosen.is_file()):  # an experiment chooses for itself
         return f"{key}: no such setting; python train.py --help lists them"
-    valid, where = re.findall(r"^(\w+):", top, re.MULTILINE), ""
-    if group:
-        typed = [argument.partition("=")[2] for argument in sys.argv if argument.startswith(f"{group}=")]
-        choice = (typed or [default[1]])[-1]
-        where = f" of {group}={choice}"
-        valid = re.findall(r"^([a-z]\w*):", (CONF / group / f"{choice}.yaml").read_text(), re.MULTILINE)
-    valid = [setting for setting in valid if setting not in ("defaults", "hydra")]
+    if not group:
+        valid, where = [*groups, *_keys(CONF / "train.yaml")], ""
+    else:
+        valid, where = _keys(chosen), f" of {group}={chosen.stem}"
+        if name not in valid:
+            others = [path.stem for path in sorted(chosen.parent.glob("*.yaml")) if name in _keys(path)]
+            if others:
+                return f"{key}: no such setting{where}; it belongs to {group}={' or '.join(others)}"
     close = difflib.get_close_matches(name, valid, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
-    return f"{key}: no such setting{where}; {hint}valid: {', '.join(valid)}"
+    return f"{key}: no such setting{where}; {hint}valid: {', '.join(valid) or 'none'}"
+
+
+def _keys(path: Path) -> list[str]:
+    found = re.findall(r"^([a-z]\w*):", path.read_text(), re.MULTILINE)
+    return [key for key in found if key not in ("defaults", "hydra")]
 
 
 def _out_of_memory(error: Exception) -> str | None:
@@ -125,5 +135,6 @@ def _out_of_memory(error: Exception) -> str | None:
         or isinstance(error, MemoryError)
         or "t allocate memory" in str(error)
     ):
-        return f"not enough memory: take a smaller model or micro_batch_size ({str(error).splitlines()[0][:160]})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        return f"not enough memory: take a smaller model, or a smaller micro_batch_size ({reason})"
     return None

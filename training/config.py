@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from data.corpus import Corpus
 from data.errors import UserError
 from data.tokenizer import TokenizerConfig
-from model.attention.base import AttentionConfig
+from model.attention.base import AttentionConfig, divisors
 from model.config import Config
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
@@ -70,13 +70,6 @@ class Run(Config):
     def _derive_optim(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
         return optim.derive(info.data["model"].d_model) if "model" in info.data else optim
 
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device):
-            raise ValueError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
-        return device
-
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:
         window = self.model.context_length
@@ -97,7 +90,7 @@ class Run(Config):
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} does not divide the {self.sequences} sequences of "
                 f"batch_tokens={self.batch_tokens}: choose one of "
-                f"{', '.join(str(n) for n in range(1, self.sequences + 1) if self.sequences % n == 0)}"
+                f"{', '.join(map(str, divisors(self.sequences)))}"
             )
         return self
 
@@ -154,9 +147,8 @@ def resolve_target(target: Any, base: type, key: str) -> type[BaseModel]:
     if not ROOT.joinpath(*module_name.split(".")).with_suffix(".py").is_file():
         raise problem
     found = vars(importlib.import_module(module_name)).get(class_name)
-    if not (inspect.isclass(found) and found.__module__ == module_name and issubclass(found, base)):
-        raise problem
-    if inspect.isabstract(found):
+    defined_there = inspect.isclass(found) and found.__module__ == module_name
+    if not defined_there or not issubclass(found, base) or inspect.isabstract(found):
         raise problem
     return found
 
@@ -183,7 +175,7 @@ def _dump_part(part: BaseModel) -> dict[str, Any]:
 
 
 def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
-    unknown = [name for name in settings if name not in cls.model_fields or name in parts]
+    unknown = [name for name in settings if name not in cls.model_fields]
     if unknown:
         name, valid = unknown[0], [field for field in cls.model_fields if field not in parts]
         close = difflib.get_close_matches(str(name), valid, n=1)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from data.errors import UserError
 from model.config import Config
 
 log = logging.getLogger("headroom")
@@ -49,7 +50,7 @@ class WandbLogger(Logger):
         try:
             import wandb
 
-            session = wandb.init(
+            remote = wandb.init(
                 project=self.project,
                 mode=self.mode,
                 dir=folder,
@@ -61,18 +62,18 @@ class WandbLogger(Logger):
         except Exception as error:
             log.warning(f"logger=wandb did not start, training goes on without it: {error}")
             return Sink()
-        return WandbSink(session)
+        return WandbSink(remote)
 
 
 class WandbSink(Sink):
-    def __init__(self, session: Any):
-        self.session = session
+    def __init__(self, remote: Any):
+        self.remote = remote
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._try(lambda: self.session.log(dict(row), step=row["step"]))
+        self._try(lambda: self.remote.log(dict(row), step=row["step"]))
 
     def close(self) -> None:
-        self._try(lambda: self.session.finish())
+        self._try(lambda: self.remote.finish())
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:
@@ -89,13 +90,19 @@ class MetricsFile:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= resume_after]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, path)
-        self.file = open(path, "a")  # noqa: SIM115
+        try:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, path)
+            self.file = open(path, "a")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

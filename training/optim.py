@@ -27,7 +27,7 @@ class AdamWConfig(OptimConfig):
     vectors. Unset, lr is 0.5 / d_model: the best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466)."""
 
     beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.95, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
 

@@ -28,7 +28,8 @@ def plot_loss(folder: Path) -> None:
         axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
     axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if train or val:
+        axes.legend()
     figure.savefig(folder / "loss.png", dpi=120)
     plt.close(figure)
 

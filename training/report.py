@@ -42,13 +42,15 @@ class Report:
         return self
 
     def __exit__(self, kind: type | None, *_) -> None:
-        if kind is None or kind is KeyboardInterrupt:
-            self.flush()
-        self.watch.stop()
-        plot_loss(self.folder)
-        self.sink.close()
+        try:
+            if kind is None or kind is KeyboardInterrupt:
+                self.flush()
+            plot_loss(self.folder)
+        finally:
+            self.watch.stop()
+            self.sink.close()
         if kind is KeyboardInterrupt:
-            print(f"interrupted; continue with: python train.py resume={self.folder}", file=sys.stderr)
+            print(f"interrupted; continue with: python train.py {self._resume()}", file=sys.stderr)
             sys.exit(130)
 
     def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
@@ -74,8 +76,10 @@ class Report:
         """Around whatever is not training: its time does not count."""
         self._synchronize()
         start = time.perf_counter()
-        yield
-        self.interval_start += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self.interval_start += time.perf_counter() - start
 
     def end(self, score: Score, sample: str) -> None:
         """The last words of a run, on stdout."""
@@ -86,7 +90,7 @@ class Report:
             f"speed        {self.tokens_per_second:,.0f} training tokens per second\n"
             f"run          {self.folder}  (loss.png is its curve)\n"
             f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
-            f"             python train.py resume={self.folder} steps={2 * self.run.steps}\n"
+            f"             python train.py {self._resume()} steps={2 * self.run.steps}\n"
             f"             python train.py --help"
         )
 
@@ -100,14 +104,15 @@ class Report:
         Raises UserError for a loss that is not finite."""
         if not self.pending:
             return
-        values = torch.stack([tensors for _, tensors in self.pending]).tolist()  # waits for the device
+        rows, self.pending = self.pending, []
+        values = torch.stack([tensors for _, tensors in rows]).tolist()  # waits for the device
         seconds = self._elapsed()
         speed = self.interval_tokens / max(seconds, 1e-9)
         self.total_tokens += self.interval_tokens
         self.total_seconds += seconds
-        for (row, _), (loss, grad_norm, _) in zip(self.pending, values, strict=True):
+        self._restart_clock()
+        for (row, _), (loss, grad_norm, _) in zip(rows, values, strict=True):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                self.pending.clear()
                 raise UserError(
                     f"step {row['step']}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: training has diverged; "
                     f"try a smaller optim.lr than {self.run.optim.lr}"
@@ -115,12 +120,13 @@ class Report:
             row |= {"train_loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
             self.metrics.write(row)
             self.sink.write(row)
-        last, (loss, _, text_bytes) = self.pending[-1][0], values[-1]
+        last, (loss, _, text_bytes) = rows[-1][0], values[-1]
         bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
         seconds_left = (self.run.steps - last["step"]) * self.run.batch_tokens / self.tokens_per_second
         self.watch.step(last["step"], loss, bpb, speed, seconds_left)
-        self.pending.clear()
-        self._restart_clock()
+
+    def _resume(self) -> str:
+        return shlex.quote(f"resume={self.folder}")
 
     def _restart_clock(self) -> None:
         self.interval_tokens, self.interval_start = 0, time.perf_counter()

@@ -62,9 +62,7 @@ def write_config(folder: Path, run: Run) -> None:
 def read_config(folder: Path) -> dict[str, Any]:
     """The tree in a run's config.yaml, for `load`. Raises UserError where there is none."""
     if not (folder / "config.yaml").exists():
-        known = sorted(str(path.parent) for path in RUNS.glob("*/config.yaml"))
-        hint = f"the newest is {known[-1]}" if known else "python train.py makes one"
-        raise UserError(f"{folder} is not a run, which is a folder with a config.yaml: {hint}")
+        raise UserError(f"{folder} is not a run, which is a folder with a config.yaml: resume=latest finds the newest")
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -80,7 +78,7 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that may not
     change.
     """
-    keys = [override.lstrip("+~").partition("=")[0] for override in typed]
+    keys = [override.lstrip("+").partition("=")[0] for override in typed]
     for key in keys:
         if key.split(".")[0] not in (*RESUMABLE, "resume"):
             raise UserError(

@@ -9,7 +9,7 @@ from model.errors import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 
-FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
 QUERY_TILE = 256  # queries whose boolean mask exists at one time
 
@@ -66,7 +66,7 @@ def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> 
 def _fused(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
     """(B, heads, rows, D) each. Refuses, where PyTorch would fall to its slow math path in silence."""
     try:
-        with sdpa_kernel(FUSED):
+        with sdpa_kernel(BACKENDS):
             return F.scaled_dot_product_attention(q, k, v, **how)
     except RuntimeError as error:
         if "No available kernel" not in str(error):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
 from model.kernels.sdpa import SDPA
@@ -112,6 +112,20 @@ def test_latest_is_the_run_touched_last(run, monkeypatch, capsys):
         os.utime(f"runs/{name}/config.yaml", (when, when))
     assert call("train", ["resume=latest", "steps=7"], monkeypatch) == 0
     assert "resuming runs/newer after step 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape"])
+def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys, fault):
+    path = latest(run) / "optimizer.safetensors"
+    tensors = load_file(path)
+    name = "norm.weight/exp_avg"
+    if fault == "missing":
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("norm.weight/")}
+    else:
+        tensors[name] = tensors[name][:-1].clone()
+    save_file(tensors, path)
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+    assert "does not fit this run's optimizer" in capsys.readouterr().err
 
 
 def test_a_config_whose_batches_are_not_the_runs_is_refused(run, monkeypatch, capsys):
@@ -234,7 +248,7 @@ def test_a_run_goes_on_only_with_its_own_data(workplace, monkeypatch, capsys):
 
 
 def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):
-    for change in ("seed=3", "optim.lr=1", "attention=mha", "batch_tokens=64"):
+    for change in ("~steps", "seed=3", "optim.lr=1", "attention=mha", "batch_tokens=64"):
         assert call("train", ["resume=run", change], monkeypatch) == 2
         assert "cannot change on resume" in capsys.readouterr().err
     assert call("train", ["resume=run"], monkeypatch) == 2

@@ -59,7 +59,6 @@ BAD = [
     (("seed=-1",), "seed=-1"),
     (("compile=maybe",), "compile=maybe"),
     (("precision=fp8",), "precision=fp8"),
-    (("device=gpu",), "device=gpu: choose auto"),
     (("model.n_heads=0",), "model.n_heads=0"),
     (("model.context_length=1",), "model.context_length=1"),
     (("model.context_length=1000000",), "batch_tokens=1024 is less than one window"),

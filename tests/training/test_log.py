@@ -22,7 +22,7 @@ def broken(*_, **__):
 @pytest.mark.parametrize("fault", ["init", "log", "finish"])
 def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
     calls = []
-    session = SimpleNamespace(
+    remote = SimpleNamespace(
         log=broken if fault == "log" else lambda row, step: calls.append((row, step)),
         finish=broken if fault == "finish" else lambda: calls.append("finish"),
     )
@@ -30,7 +30,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
 
     def init(**options):
         asked.update(options)
-        return session
+        return remote
 
     fake = SimpleNamespace(Settings=lambda **_: None, init=broken if fault == "init" else init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
