@@ -6,13 +6,14 @@ import importlib.util
 import logging
 import os
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from data.config import DataConfig
 from data.errors import UserError
 
 Split = Literal["train", "val"]
@@ -24,15 +25,8 @@ class Document(NamedTuple):
     text: str
 
 
-class Corpus(BaseModel, ABC):
+class Corpus(DataConfig):
     """Yields the same documents in the same order for as long as its fingerprint stays the same."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """A short word for folders."""
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from data.config import DataConfig
 from data.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
@@ -100,14 +101,7 @@ class BPETokenizer(Tokenizer):
         return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens}
 
 
-class TokenizerConfig(BaseModel, ABC):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """A short word for folders."""
-
+class TokenizerConfig(DataConfig):
     @abstractmethod
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """The same texts in the same order give the same tokenizer."""

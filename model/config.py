@@ -1,4 +1,4 @@
-"""The base of the typed configuration objects of the model and of training."""
+"""The base of the typed configuration objects of the model and of training (data/ has its own: it knows neither)."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -91,9 +91,7 @@ def generate(
     caches = model.make_caches(len(prompts), bucket(int(lengths.max()) + 1)) if cached else None
 
     for n in range(max_new_tokens):
-        if caches is None:
-            logits = _whole_text(model, text.to(device), lengths.to(device))
-        elif n == 0:
+        if caches is None or n == 0:
             logits = _whole_text(model, text.to(device), lengths.to(device), caches)
         else:
             longest = int(lengths.max())

@@ -16,7 +16,7 @@ FLOORS = [
     "model.attention.* model.mlp",
     "model.transformer",
     "model.generate",
-    "data.errors",
+    "data.errors data.config",
     "data.corpus data.tokenizer",
     "data.shards",
     "data.prepare",
