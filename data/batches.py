@@ -27,9 +27,7 @@ def window(stream: TokenStream, length: int, index: int) -> np.ndarray:
 
 def training_batch(stream: TokenStream, length: int, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
-    n = windows(stream, length)
-    indices = [int(_permutation(n, seed, g // n)[g % n]) for g in range(first, first + count)]
-    return stack(stream, length, indices)
+    return stack(stream, length, _indices(stream, length, seed, first, count))
 
 
 def micro_batches(
@@ -38,6 +36,12 @@ def micro_batches(
     """Step s trains on sequences s·G ... s·G + G - 1, in pieces of micro_batch, which divides G."""
     inputs, targets = (part.to(device) for part in training_batch(stream, length, seed, step * sequences, sequences))
     return list(zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True))
+
+
+def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:
+    """Names of the documents that a step trains on."""
+    chosen = _indices(corpus.train, length, seed, step * sequences, sequences)
+    return corpus.training_documents((i * length, (i + 1) * length + 1) for i in chosen)
 
 
 def refuse_short(corpus: Prepared, length: int) -> None:
@@ -55,6 +59,12 @@ def stack(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor,
     rows = np.stack([window(stream, length, i) for i in indices]).astype(np.int64)
     tokens = torch.from_numpy(rows)
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def _indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:
+    """The windows that sequences first ... first + count - 1 are."""
+    n = windows(stream, length)
+    return [int(_permutation(n, seed, g // n)[g % n]) for g in range(first, first + count)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,22 +1,26 @@
-"""Token files: a header that is checked, then the tokens, memory-mapped.
+"""Token files: a header that is checked, then the tokens.
 
 0    8   16                4096
 | magic | header length | header (JSON), zero-padded | tokens, little-endian ... |
 """
 
 import hashlib
-import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data.durable import sealed, unsealed
 from data.errors import UserError
 
 MAGIC = b"HEADROOM"
-VERSION = 2
+VERSION = 3
 HEADER_BYTES = 4096
 SHARD_TOKENS = 2**27  # tokens per file
+VERIFY_TOKENS = 2**22  # read at one time to verify
+DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 
 class ShardWriter:
@@ -53,7 +57,7 @@ class ShardWriter:
             "tokenizer": self.tokenizer_hash,
             "sha256": self.digest.hexdigest(),
         }
-        encoded = json.dumps(header).encode()
+        encoded = sealed(header).encode()
         self.file.seek(0)
         self.file.write(MAGIC + len(encoded).to_bytes(8, "little") + encoded)
         self.file.close()
@@ -65,45 +69,84 @@ class ShardWriter:
         self.digest, self.written = hashlib.sha256(), 0
 
 
-def open_shard(path: Path, tokenizer_hash: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """(n,) tokens, mapped read-only, and the header. Raises UserError for a file not whole or of another tokenizer."""
-    way_out = f"delete the folder {path.parent} and run again to rebuild it"
-    try:
-        with open(path, "rb") as file:
-            head = file.read(HEADER_BYTES)
-        size = path.stat().st_size
-    except OSError as error:
-        raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
+class Shard:
+    """The tokens of one file, sliced like an array.
+
+    They are read from an open file, not from a memory map: a map of a file that is cut short kills the process.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115
+            self.opened = self._signature()
+        except OSError as error:
+            raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
+        self.header = _read_header(path, self.file.read(HEADER_BYTES), self.opened[0])
+        self.dtype = np.dtype(DTYPES[self.header["dtype"]])
+
+    def __len__(self) -> int:
+        return self.header["tokens"]
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Tokens start ... stop - 1, fewer at the end. Raises UserError where the file is not the one opened."""
+        start, stop, _ = part.indices(len(self))
+        count = max(0, stop - start) * self.dtype.itemsize
+        self.file.seek(HEADER_BYTES + start * self.dtype.itemsize)
+        content = self.file.read(count)
+        if len(content) != count or self._signature() != self.opened:
+            raise UserError(f"{self.path} has changed while it was in use: {_rebuild(self.path)}")
+        return np.frombuffer(content, self.dtype)
+
+    def verify(self) -> None:
+        """Raises UserError where the tokens are not those that were written."""
+        found = hashlib.sha256()
+        for start in range(0, len(self), VERIFY_TOKENS):
+            found.update(self[start : start + VERIFY_TOKENS])
+        if found.hexdigest() != self.header["sha256"]:
+            raise UserError(f"{self.path} is damaged: its tokens do not match their checksum: {_rebuild(self.path)}")
+
+    def _signature(self) -> tuple[int, int]:
+        status = os.fstat(self.file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+
+def _rebuild(path: Path) -> str:
+    return f"delete the folder {path.parent} and run again to rebuild it"
+
+
+def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
     if len(head) < HEADER_BYTES or not head.startswith(MAGIC):
-        raise UserError(f"{path} is not a shard, or its header is damaged: {way_out}")
+        raise UserError(f"{path} is not a shard, or its header is damaged: {_rebuild(path)}")
     try:
-        header = json.loads(head[16 : 16 + int.from_bytes(head[8:16], "little")])
+        header = unsealed(head[16 : 16 + int.from_bytes(head[8:16], "little")].decode())
         if header["version"] != VERSION:
-            raise UserError(f"{path} has format version {header['version']}, this program reads {VERSION}: {way_out}")
-        tokens, checksum = int(header["tokens"]), header["sha256"]
-        dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[header["dtype"]])
-        written_by, _ = header["tokenizer"], (header["end"], header["last"])
+            raise UserError(
+                f"{path} has format version {header['version']}, this program reads {VERSION}: {_rebuild(path)}"
+            )
+        expected = HEADER_BYTES + header["tokens"] * np.dtype(DTYPES[header["dtype"]]).itemsize
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} has a damaged header: {way_out}") from None
-    expected = HEADER_BYTES + tokens * dtype.itemsize
+        raise UserError(f"{path} has a damaged header: {_rebuild(path)}") from None
     if size != expected:
-        raise UserError(f"{path} is {size} bytes, its header promises {expected}: {way_out}")
+        raise UserError(f"{path} is {size} bytes, its header promises {expected}: {_rebuild(path)}")
+    return header
+
+
+def open_shard(path: Path, tokenizer_hash: str) -> Shard:
+    """Raises UserError for a file that is not whole, or not of this tokenizer."""
+    shard = Shard(path)
+    written_by = shard.header["tokenizer"]
     if written_by != tokenizer_hash:
         raise UserError(
             f"{path} was written with another tokenizer ({written_by[:12]}) than the one given ({tokenizer_hash[:12]})"
         )
-    if tokens == 0:
-        return np.array([], dtype), header
-    mapped = np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(tokens,))
-    if hashlib.sha256(mapped).hexdigest() != checksum:
-        raise UserError(f"{path} is damaged: its tokens do not match their checksum: {way_out}")
-    return mapped, header
+    shard.verify()
+    return shard
 
 
 class TokenStream:
     """Several shards as one sequence of tokens."""
 
-    def __init__(self, shards: list[np.ndarray]):
+    def __init__(self, shards: Sequence[Shard | np.ndarray]):
         self.shards = shards
         self.ends = np.cumsum([len(shard) for shard in shards])
 
@@ -130,11 +173,11 @@ def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
         raise UserError(f"{folder} holds no {split} shard: delete the folder and run again to rebuild it")
     shards, total, last = [], 0, False
     for path in paths:
-        tokens, header = open_shard(path, tokenizer_hash)
-        total, last = total + len(tokens), header["last"]
-        if header["end"] != total:
+        shard = open_shard(path, tokenizer_hash)
+        total, last = total + len(shard), shard.header["last"]
+        if shard.header["end"] != total:
             raise UserError(f"a shard before {path} is missing: delete the folder {folder} and run again to rebuild it")
-        shards.append(tokens)
+        shards.append(shard)
     if not last:
         raise UserError(f"a shard after {paths[-1]} is missing: delete the folder {folder} and run again to rebuild it")
     return TokenStream(shards)

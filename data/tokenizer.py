@@ -2,7 +2,6 @@
 
 import base64
 import functools
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from data.config import DataConfig
+from data.durable import digest, sealed, unsealed
 from data.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
@@ -63,10 +63,10 @@ class Tokenizer(ABC):
 
     @functools.cached_property
     def hash(self) -> str:
-        return _hash(self.describe())
+        return digest(self.describe())
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(self.describe() | {"hash": self.hash}, indent=0))
+        path.write_text(sealed(self.describe()))
 
 
 class ByteTokenizer(Tokenizer):
@@ -146,10 +146,7 @@ class BPEConfig(TokenizerConfig):
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises UserError where the file is missing, damaged, or not a tokenizer."""
     try:
-        content = json.loads(path.read_text())
-        expected = content.pop("hash")
-        if _hash(content) != expected:
-            raise ValueError("its hash does not match its content")
+        content = unsealed(path.read_text())
         if content["kind"] == "byte":
             return ByteTokenizer()
         return BPETokenizer([base64.b64decode(token) for token in content["tokens"]], content["pattern"])
@@ -157,10 +154,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the tokenizer {path} is damaged: {error}") from None
-
-
-def _hash(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _utf8(text: str) -> bytes:

@@ -1,15 +1,20 @@
 """Tokens on disk: whole or refused. Tokens in batches: each once per epoch, whatever the batch."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from data.batches import micro_batches, refuse_short, training_batch, windows
+from data.batches import documents_of_step, micro_batches, refuse_short, training_batch, windows
 from data.corpus import FilesCorpus, SyntheticCorpus
 from data.errors import UserError
 from data.prepare import prepare
 from data.shards import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.tokenizer import BPEConfig, ByteConfig
+from tests.support import ROOT
 
 T = 16
 
@@ -102,7 +107,7 @@ def test_prepared_once_and_found_again(workplace):
     again = prepare(corpus, config, workplace / "cache")
     assert again.folder == first.folder
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
-    assert [path.name for path in (workplace / "cache").iterdir()] == [first.folder.name]
+    assert [path.name for path in (workplace / "cache").glob("[!.]*")] == [first.folder.name]
     assert prepare(corpus, ByteConfig(), workplace / "cache").folder != first.folder
 
 
@@ -126,7 +131,7 @@ def test_nothing_half_built_is_left_or_used(workplace, monkeypatch, fault):
     monkeypatch.setattr("data.prepare._encode" if fault == "killed" else "data.tokenizer.ByteConfig.train", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, ByteConfig(), workplace / "cache")
-    assert list((workplace / "cache").iterdir()) == []
+    assert all(path.name.endswith(".lock") for path in (workplace / "cache").iterdir())
 
 
 def test_a_tokenizer_that_is_not_the_shards_is_refused(workplace):
@@ -152,3 +157,54 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
 
 def test_an_empty_stream_has_no_windows():
     assert windows(TokenStream([np.array([], np.uint16)]), 4) == 0
+
+
+@pytest.mark.parametrize("change", ["cut", "edit"])
+def test_a_shard_that_changes_in_use_is_one_line(stream, tmp_path, change):
+    path = tmp_path / "train_00003.tokens"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content[:-10] if change == "cut" else content)
+    assert stream.read(0, 300).tolist() == list(range(300))
+    with pytest.raises(UserError, match=r"train_00003\.tokens has changed while it was in use"):
+        stream.read(290, 20)
+
+
+def test_documents_are_found_by_their_tokens(workplace):
+    (workplace / "a.txt").write_text("a line of the first\n" * 50)
+    (workplace / "b.txt").write_text("a line of the second\n" * 50)
+    made = prepare(FilesCorpus(path="*.txt"), ByteConfig(), workplace / "cache")
+    second = made.train.read(0, len(made.train)).tolist().index(256, 1)  # its end-of-text
+    assert made.training_documents([(0, 5)]) == ["a.txt"]
+    assert made.training_documents([(second - 1, second)]) == ["a.txt"]
+    assert made.training_documents([(second, second + 1)]) == ["b.txt"]
+    assert made.training_documents([(second + 9, second + 19), (second - 1, second + 1)]) == ["a.txt", "b.txt"]
+    shown = documents_of_step(made, T, seed=0, step=3, sequences=1)
+    (row,), _ = training_batch(made.train, T, seed=0, first=3, count=1)
+    assert ["first" in made.tokenizer.decode(row.tolist())] == [name == "a.txt" for name in shown]
+    (made.folder / "train_documents.jsonl").unlink()
+    assert made.training_documents([(0, 5)]) == []
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(workplace):
+    corpus = SyntheticCorpus(size=20)
+    made = prepare(corpus, ByteConfig(), workplace / "cache")
+    left = made.folder.with_name(f".writing-{made.folder.name}-abc")
+    made.folder.rename(left)
+    prepare(corpus, ByteConfig(), workplace / "cache")
+    assert not left.exists() and made.folder.exists()
+
+
+def test_two_processes_build_once(workplace):
+    """The second waits for the first, and uses what it built."""
+    code = (
+        "import sys, time; from pathlib import Path; import data.prepare as p; from data.corpus import SyntheticCorpus;"
+        "from data.tokenizer import ByteConfig; build = p._build;"
+        "p._build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
+        "p.prepare(SyntheticCorpus(size=20), ByteConfig(), Path('cache'))"
+    )
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT}, stdout=subprocess.PIPE) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(said) == [b"", b"building\n"]
