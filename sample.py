@@ -22,18 +22,14 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("prompt", nargs="?", default="", help="text to continue, verbatim; without one, a new document begins")
     add("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
+    add("--checkpoint", choices=["latest", "best"], default="latest", help="best: of the lowest validation loss")
     add("--max-new-tokens", type=number(int, 1), default=200, metavar="N", help="default: 200")
     add("--temperature", type=number(float, 0), default=0.8, metavar="T", help="0 is greedy; default: 0.8")
     add("--top-k", type=number(int, 1), metavar="K", help="sample among the K likeliest tokens")
     add("--top-p", type=number(float, 0, 1), metavar="P", help="sample among the fewest tokens that reach P")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="S", help="same seed, same text; default: 0")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
-    add(
-        "--precision",
-        choices=["auto", "bf16", "fp32"],
-        default="auto",
-        help="auto: fp32 on a CPU",
-    )
+    add("--precision", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="auto: fp32 on a CPU")
     add("--kernel", choices=kernels, default="auto", help="how attention is computed; default: auto")
     add("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     add("--no-cache", action="store_true", help="compute the whole text anew for every token")
@@ -55,7 +51,8 @@ def sample(args: argparse.Namespace) -> None:
     device = choose_device(args.device)
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
     folder = args.run or newest(with_checkpoint=True)
-    model, tokenizer = load_run(folder, device, kernel=load_choice("kernel", args.kernel), execution=args.execution)
+    kernel = load_choice("kernel", args.kernel)
+    model, tokenizer = load_run(folder, device, args.checkpoint, kernel=kernel, execution=args.execution)
     model = Working(model, choose_precision(precision, device)).model
     limit = model.config.context_length
     prompt = prompt_tokens(tokenizer, args.prompt, limit)

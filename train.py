@@ -5,6 +5,7 @@ python train.py attention=mla steps=300           # any setting of conf/ can be 
 python train.py --help
 """
 
+import sys
 from pathlib import Path
 
 import hydra
@@ -34,24 +35,27 @@ def train(tree: dict, typed: list[str]) -> None:
     from data.batches import micro_batches, refuse_short
     from data.prepare import prepare
     from model.transformer import TransformerLM
-    from training import checkpoint, run_folder
+    from training import checkpoint, replay, run_folder
     from training.allocator import keep_buffers
     from training.compilation import maybe_compiled
     from training.config import load
-    from training.device import choose_device
+    from training.device import choose_device, make_deterministic
     from training.log import to_stderr
     from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
     from training.report import Report
+    from training.signals import StopRequest
     from training.step import Score, each_loss, evaluate, mean_loss, train_step
 
     to_stderr()
     resume = tree.pop("resume")
     if resume is not None:
-        run, folder = run_folder.resumed(resume, tree, typed)
+        run, folder, claim = run_folder.resumed(resume, tree, typed)
     else:
         run = load(tree)
         run_folder.refuse_taken(run.run_dir)
+    if run.deterministic:
+        make_deterministic()
     device = choose_device(run.device)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window = corpus.tokenizer, run.model.context_length
@@ -62,39 +66,49 @@ def train(tree: dict, typed: list[str]) -> None:
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
-    optimizer = run.optim.build(model)
-    if resume is not None:
-        done = checkpoint.resume(folder, run, corpus, model, optimizer)
-    else:
-        folder, done = run_folder.create(run, tokenizer), 0
     working = Working(model, run.precision)
-    parameters = list(model.parameters())
+    training = checkpoint.Training(model, run.optim.build(model), working.loss_scale)
+    if resume is not None:
+        done = checkpoint.resume(folder, run, corpus, training)
+    else:
+        (folder, claim), done = run_folder.create(run, tokenizer), 0
     loss, losses = maybe_compiled(mean_loss, run.compile), maybe_compiled(each_loss, run.compile)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
+    prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 
-    def validate(most_tokens: int | None) -> Score:
+    def validate(tokens: slice) -> Score:
         working.refresh()
-        return evaluate(working.model, corpus.val, window, run.micro_batch_size, byte_lengths, most_tokens, losses)
+        return evaluate(working.model, corpus.val, window, run.micro_batch_size, byte_lengths, tokens, losses)
 
     def preview() -> str:
         return continuation(model, tokenizer, beginning, run.seed)
 
-    with Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report:
+    with claim, Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report, StopRequest() as stop:
         for step in range(done, run.steps):
             batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, device)
-            result = train_step(working, parameters, optimizer, batches, run.lr(step), run.clip_norm, loss)
-            now, last, score = step + 1, step + 1 == run.steps, None
+            optimizer, seeds = training.optimizer, (run.seed, step)
+            result = train_step(working, optimizer, batches, run.lr(step), run.clip_norm, seeds, loss)
+            now, last, part, score = step + 1, step + 1 == run.steps, None, None
             if last or now % run.eval_every == 0:
                 with report.aside():
-                    score = validate(None if last else run.eval_tokens)
+                    part = validate(prefix)
+                    score = part.plus(validate(rest)) if last else part
             report.step(now, result, batches, score)
-            if last or now % run.save_every == 0:
+            ending = last or stop.signal or report.failing
+            if ending or now % run.save_every == 0:
                 report.flush()
                 with report.aside():
-                    checkpoint.save(folder, model, optimizer, now, now * run.sequences, corpus)
-            if run.sample_every and now % run.sample_every == 0 and not last:
+                    checkpoint.save(folder, run, corpus, training, now, part and part.loss)
+            if report.failing:
+                raise replay.keep(folder, run, corpus, training, now, report.guard.in_a_row, batches)
+            if ending:
+                break
+            if run.sample_every and now % run.sample_every == 0:
                 with report.aside():
                     report.say(preview())
+    if not last:
+        report.stopped(now, stop.signal.name)
+        sys.exit(stop.exit_code)
     report.end(score, preview())
 
 

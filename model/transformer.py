@@ -28,6 +28,7 @@ class Dimensions(Config):
     n_heads: int = Field(ge=1)
     context_length: int = Field(ge=2)  # tokens in a training window, and the most a text may have
     tie_embeddings: bool = True  # one matrix for the input embedding and the output head
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training
 
 
 class ModelConfig(Dimensions):
@@ -62,11 +63,12 @@ class Block(nn.Module):
         self.attention = config.attention.build(config.d_model, config.n_heads, config.kernel)
         self.mlp_norm = RMSNorm(config.d_model)
         self.mlp = config.mlp.build(config.d_model)
+        self.dropout = config.dropout
 
     def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         attended, extras = self.attention(self.attention_norm(x), ctx, cache)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), extras
+        x = x + ctx.drop(attended, self.dropout)
+        return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), extras
 
 
 class VocabMatrix(nn.Module):
@@ -122,6 +124,7 @@ class TransformerLM(nn.Module):
         caches: Sequence[FullCache] | None = None,
         extent: int | None = None,
         only: Tensor | None = None,
+        training: bool = False,
     ) -> Output:
         """tokens (B, T) int64 -> logits (B, T, V).
 
@@ -131,14 +134,15 @@ class TransformerLM(nn.Module):
         caches: one per layer, from `make_caches`; written in place.
         extent: how many cache rows may be visible, if fewer than the capacity.
         only: (B, K) indices of the tokens whose logits are wanted.
+        training: dropout is on, and draws from PyTorch's global generator.
         """
         if positions is None:
             if caches is not None:
                 raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
             positions, plain = torch.arange(tokens.shape[1], device=tokens.device)[None], True
         rotary = {rope: rope.table(positions) for rope in self.ropes}
-        ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary)
-        x = self.embedding.embed(tokens)
+        ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary, training=training)
+        x = ctx.drop(self.embedding.embed(tokens), self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
             x, said = block(x, ctx, None if caches is None else caches[i])

@@ -173,7 +173,7 @@ def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeyp
     (workplace / "short.txt").write_text("short\n" * 20)
     assert call("train", [*overrides, "run_dir=run"], monkeypatch) == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
-    assert {path.name.split("-")[0] for path in workplace.glob("*/*")} <= {"files", "synthetic"}
+    assert {path.name.split("-")[0] for path in workplace.glob("*/[!.]*")} <= {"files", "synthetic"}
     assert not (workplace / "run").exists()
 
 

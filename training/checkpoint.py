@@ -2,118 +2,211 @@
 
 checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors once, the real vocabulary only
                           optimizer.safetensors  its tensors, as "<parameter>/<state>"
-                          state.json             what State says
+                          manifest.json          what Manifest says, with the size and hash of the other files
 """
 
-import json
+import hashlib
 import logging
-import os
-import shutil
-import tempfile
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
 
+from data.durable import discard, sealed, unsealed, whole_folder
 from data.errors import UserError
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer, load_tokenizer
+from model.config import Config
 from model.transformer import ModelConfig, TransformerLM
-from training.config import Run, load
-from training.run_folder import read_config, write_config
+from training.config import Run, dump, load
+from training.precision import LossScale
+from training.run_folder import refuse_no_run, refuse_other_settings, write_config
 
-VERSION = 1
+VERSION = 2
+MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 log = logging.getLogger("headroom")
 
 
-class State(NamedTuple):
+class Training(NamedTuple):
+    """All that a step changes."""
+
+    model: TransformerLM
+    optimizer: torch.optim.Optimizer
+    loss_scale: LossScale | None
+
+
+class FileMark(Config):
+    size: int  # bytes
+    sha256: str
+
+
+class Manifest(Config):
     """What a checkpoint holds besides tensors."""
 
     version: int
     step: int  # updates done
     sequences: int  # training windows seen: the next is number `sequences`
+    val_loss: float | None  # nats per token on the first eval_tokens of the validation set, where it was scored
+    loss_scale: dict[str, float] | None
     tokenizer: str  # its hash
     corpus: str  # its fingerprint
+    config: dict[str, Any]  # the run's, as in config.yaml
+    threads: int
+    torch: str
+    files: dict[str, FileMark]
 
 
-def save(
-    folder: Path, model: TransformerLM, optimizer: torch.optim.Optimizer, step: int, sequences: int, corpus: Prepared
-) -> Path:
-    """Writes checkpoints/step_XXXXXXXX of the run in `folder`, in a temporary folder that is then renamed."""
+class Checkpoint(NamedTuple):
+    path: Path
+    manifest: Manifest
+    tensors: dict[str, dict[str, Tensor]]  # of each file that was asked for, in memory of their own
+
+
+class Damaged(UserError):
+    """A checkpoint, or a file of it, is not what was written."""
+
+
+def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int, val_loss: float | None) -> None:
+    """Writes checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then removes all but the last
+    run.keep_last and the best."""
     checkpoints = folder / "checkpoints"
-    final = checkpoints / f"step_{step:08d}"
-    state = State(VERSION, step, sequences, corpus.tokenizer.hash, corpus.fingerprint)
+    path = checkpoints / f"step_{step:08d}"
     try:
         checkpoints.mkdir(exist_ok=True)
-        writing = Path(tempfile.mkdtemp(prefix=".writing-", dir=checkpoints))
+        write(path, run, corpus, training, step, val_loss)
+        done = [path for path in sorted(checkpoints.glob("step_*")) if path.name <= f"step_{step:08d}"]
+        for other in set(done[: -run.keep_last]) - {best(checkpoints)}:
+            discard(other)
+    except OSError as error:
+        raise UserError(f"the checkpoint {path} cannot be written: {error.strerror or error}") from None
+
+
+def write(
+    path: Path,
+    run: Run,
+    corpus: Prepared,
+    training: Training,
+    step: int,
+    val_loss: float | None = None,
+    others: Mapping[str, dict[str, Tensor]] | None = None,
+) -> None:
+    """One checkpoint, with `others` as further files of tensors. Raises OSError, and leaves no trace."""
+    files = {MODEL: training.model.state_dict(), OPTIMIZER: _optimizer_tensors(training), **(others or {})}
+    with whole_folder(path) as writing:
+        marks = {}
+        for name, tensors in files.items():
+            content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+            (writing / name).write_bytes(content)
+            marks[name] = FileMark(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+        manifest = Manifest(
+            version=VERSION,
+            step=step,
+            sequences=step * run.sequences,
+            val_loss=val_loss,
+            loss_scale=training.loss_scale and training.loss_scale.state()._asdict(),
+            tokenizer=corpus.tokenizer.hash,
+            corpus=corpus.fingerprint,
+            config=dump(run),
+            threads=torch.get_num_threads(),
+            torch=torch.__version__,
+            files=marks,
+        )
+        (writing / MANIFEST).write_text(sealed(manifest.model_dump()))
+
+
+def read(path: Path, names: Collection[str]) -> Checkpoint:
+    """A checkpoint with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not what
+    was written, and UserError where it was written in another format."""
+    manifest = _read_manifest(path)
+    tensors = {}
+    for name in names:
+        file = path / name
         try:
-            weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-            save_file(weights, writing / "model.safetensors")
-            save_file(_optimizer_tensors(model, optimizer), writing / "optimizer.safetensors")
-            (writing / "state.json").write_text(json.dumps(state._asdict()))
-            writing.chmod(0o755)
-            os.rename(writing, final)
-        finally:
-            shutil.rmtree(writing, ignore_errors=True)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"the checkpoint {final} cannot be written: {error}") from None
-    return final
+            content = file.read_bytes()  # not a map of the file: whoever overwrites it would overwrite the tensors
+        except OSError as error:
+            raise Damaged(f"{file} cannot be read: {error.strerror}") from None
+        mark = manifest.files.get(name)
+        if mark is None or len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
+            raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
+        try:
+            tensors[name] = safetensors.torch.load(content)
+        except (SafetensorError, KeyError, AssertionError) as error:
+            raise Damaged(f"{file} is damaged: {error}") from None
+    return Checkpoint(path, manifest, tensors)
 
 
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint of a run."""
-    return max(folder.glob("checkpoints/step_*"), default=None)
+def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
+    """The newest checkpoint of a run whose files, of those named, are whole; the damaged ones that were passed over are
+    named in a warning. None where there is no checkpoint. Raises UserError where all are damaged."""
+    return _first_whole(sorted(folder.glob("checkpoints/step_*"), reverse=True), names)
 
 
-def resume(folder: Path, run: Run, corpus: Prepared, model: TransformerLM, optimizer: torch.optim.Optimizer) -> int:
-    """Fills model and optimizer from the run's newest checkpoint -> how many steps are done; 0, saying so, where there
-    is none yet. Raises UserError, and leaves the run as it was, where the data is not what the run began with, the
-    checkpoint is damaged, or nothing is left to do."""
-    checkpoint = latest(folder)
-    state = None if checkpoint is None else _read_state(checkpoint)
-    if state and state.corpus != corpus.fingerprint:
-        raise UserError(
-            f"the documents of {folder} have changed since it was trained (fingerprint {state.corpus[:12]}, now "
-            f"{corpus.fingerprint[:12]}): bring them back, or start a new run"
-        )
+def best(checkpoints: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, if any was scored."""
+    scores = {}
+    for path in checkpoints.glob("step_*"):
+        try:
+            scores[path] = _read_manifest(path).val_loss
+        except UserError:
+            continue
+    scored = {path: loss for path, loss in scores.items() if loss is not None}
+    return min(scored, key=lambda path: (scored[path], path), default=None)
+
+
+def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
+    """Fills `training` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there is
+    none yet. Raises UserError, and leaves the run as it was, where data or settings are not what the run began with,
+    every checkpoint is damaged, or nothing is left to do."""
     refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
-    if state and state.sequences != state.step * run.sequences:
-        raise UserError(
-            f"{checkpoint} has seen {state.sequences} windows in {state.step} steps, which batch_tokens="
-            f"{run.batch_tokens} in {folder}/config.yaml does not make: bring the run's own config.yaml back"
-        )
-    if state and state.step >= run.steps:
-        raise UserError(f"{folder} is complete at step {state.step} of steps={run.steps}: give a larger steps=")
-    if state:
-        _load_weights(checkpoint, model)
-        _load_optimizer(checkpoint, model, optimizer)
-        log.info(f"resuming {folder} after step {state.step}")
-    else:
+    found = newest(folder, (MODEL, OPTIMIZER))
+    if found is None:
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
+    else:
+        _refuse_other_run(folder, run, corpus, found.manifest)
+        _load_weights(found, training.model)
+        _load_optimizer(found, training)
+        if training.loss_scale is not None:
+            training.loss_scale.load(LossScale.State(**found.manifest.loss_scale))
+        log.info(f"resuming {folder} after step {found.manifest.step}")
     write_config(folder, run)
-    return state.step if state else 0
+    return found.manifest.step if found else 0
 
 
-def load_run(folder: Path | str, device: torch.device | str = "cpu", **changes: Any) -> tuple[TransformerLM, Tokenizer]:
-    """A run's newest weights, in float32, and its tokenizer.
+def load_run(
+    folder: Path | str, device: torch.device | str = "cpu", which: str = "latest", **changes: Any
+) -> tuple[TransformerLM, Tokenizer]:
+    """A run's weights, in float32, and its tokenizer.
 
-    changes: `kernel`, a Kernel; `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has
-    no checkpoint, a file of it is damaged, or its files do not belong together.
+    which: `latest` or `best`, which has the lowest validation loss of those kept. changes: `kernel`, a Kernel;
+    `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has no such checkpoint, a file of
+    it is damaged, or its files do not belong together.
     """
     folder = Path(folder)
-    run = load(read_config(folder))
-    checkpoint = latest(folder)
-    if checkpoint is None:
-        raise UserError(f"{folder} has no checkpoint yet: train it on with python train.py resume={folder}")
+    if which == "latest":
+        found = newest(folder, (MODEL,))
+    else:
+        chosen = best(folder / "checkpoints")
+        found = chosen and read(chosen, (MODEL,))
+    if found is None:
+        refuse_no_run(folder)
+        raise UserError(f"{folder} has no {which} checkpoint yet: train it on with python train.py resume={folder}")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    refuse_other_tokenizer(folder, tokenizer, _read_state(checkpoint).tokenizer)
-    with torch.device("meta"):
-        model = TransformerLM(changed(run.model, **changes), tokenizer.vocab_size)
-    model.to_empty(device="cpu")
-    _load_weights(checkpoint, model)
+    refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    model = empty_model(changed(load(found.manifest.config).model, **changes), tokenizer.vocab_size)
+    _load_weights(found, model)
     return model.to(device), tokenizer
+
+
+def empty_model(config: ModelConfig, vocab_size: int) -> TransformerLM:
+    """A model whose weights are yet to be loaded."""
+    with torch.device("meta"):
+        model = TransformerLM(config, vocab_size)
+    return model.to_empty(device="cpu")
 
 
 def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:
@@ -137,23 +230,58 @@ def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) ->
         )
 
 
-def _read_state(checkpoint: Path) -> State:
+def _first_whole(paths: Iterable[Path], names: Collection[str]) -> Checkpoint | None:
+    faults = []
+    for path in paths:
+        try:
+            found = read(path, names)
+        except Damaged as fault:
+            faults.append(fault)
+            continue
+        for fault in faults:
+            log.warning(f"{fault}; taking {path.name}, the newest whole checkpoint")
+        return found
+    if faults:
+        raise UserError(f"{faults[0]}, and no older checkpoint is whole")
+    return None
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
     try:
-        content = json.loads((checkpoint / "state.json").read_text())
+        content = unsealed(file.read_text())
         if content["version"] != VERSION:
-            raise UserError(f"{checkpoint} has format version {content['version']}, this program reads {VERSION}")
-        return State(**content)
+            raise UserError(
+                f"{path} has format version {content['version']}, this program reads {VERSION}: "
+                "take the Headroom it was written with"
+            )
+        return Manifest.model_validate(content)
     except OSError as error:
-        raise UserError(f"{checkpoint}/state.json cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{checkpoint}/state.json is damaged") from None
+        raise Damaged(f"{file} cannot be read: {error.strerror}") from None
+    except (ValidationError, ValueError, KeyError):
+        raise Damaged(f"{file} is damaged") from None
 
 
-def _load_optimizer(checkpoint: Path, model: TransformerLM, optimizer: torch.optim.Optimizer) -> None:
-    index_of = {name: i for i, name in enumerate(_parameter_names(model, optimizer))}
-    parameters, by_index = dict(model.named_parameters()), {i: {} for i in index_of.values()}
+def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, manifest: Manifest) -> None:
+    if manifest.corpus != corpus.fingerprint:
+        raise UserError(
+            f"the documents of {folder} have changed since it was trained (fingerprint {manifest.corpus[:12]}, now "
+            f"{corpus.fingerprint[:12]}): bring them back, or start a new run"
+        )
+    refuse_other_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
+    refuse_other_settings(folder, run, manifest.config, manifest.step)
+    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    for name, value in now.items():
+        before = getattr(manifest, name)
+        if before != value:
+            log.warning(f"{folder} ran with {name} {before}, this process has {value}: it goes on, not bit for bit")
+
+
+def _load_optimizer(found: Checkpoint, training: Training) -> None:
+    index_of = {name: i for i, name in enumerate(_parameter_names(training))}
+    parameters, by_index = dict(training.model.named_parameters()), {i: {} for i in index_of.values()}
     try:
-        for key, tensor in _read_tensors(checkpoint / "optimizer.safetensors").items():
+        for key, tensor in found.tensors[OPTIMIZER].items():
             name, _, part = key.rpartition("/")
             by_index[index_of[name]][part] = tensor
             if tensor.ndim and tensor.shape != parameters[name].shape:
@@ -161,36 +289,26 @@ def _load_optimizer(checkpoint: Path, model: TransformerLM, optimizer: torch.opt
         missing = [name for name, i in index_of.items() if not by_index[i]]
         if missing:
             raise ValueError(f"it holds nothing for {missing[0]}")
-        optimizer.load_state_dict({"state": by_index, "param_groups": optimizer.state_dict()["param_groups"]})
+        groups = training.optimizer.state_dict()["param_groups"]
+        training.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
     except (KeyError, ValueError) as error:
-        raise UserError(f"{checkpoint}/optimizer.safetensors does not fit this run's optimizer: {error}") from None
+        raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {error}") from None
 
 
-def _load_weights(checkpoint: Path, model: TransformerLM) -> None:
-    weights = _read_tensors(checkpoint / "model.safetensors")
+def _load_weights(found: Checkpoint, model: TransformerLM) -> None:
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(found.tensors[MODEL])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{checkpoint}/model.safetensors does not fit the run's config.yaml: {reason}") from None
+        raise UserError(f"{found.path}/{MODEL} does not fit the run's settings: {reason}") from None
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-
-
-def _parameter_names(model: TransformerLM, optimizer: torch.optim.Optimizer) -> list[str]:
+def _parameter_names(training: Training) -> list[str]:
     """Names in the optimizer's own order, which its state is indexed by."""
-    name_of = {parameter: name for name, parameter in model.named_parameters()}
-    return [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    name_of = {parameter: name for name, parameter in training.model.named_parameters()}
+    return [name_of[parameter] for group in training.optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(model: TransformerLM, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = _parameter_names(model, optimizer)
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}/{part}": tensor.contiguous() for i, parts in state.items() for part, tensor in parts.items()}
+def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
+    names, state = _parameter_names(training), training.optimizer.state_dict()["state"]
+    return {f"{names[i]}/{part}": tensor for i, parts in state.items() for part, tensor in parts.items()}

@@ -19,9 +19,10 @@ def maybe_compiled(function: Callable, enabled: bool) -> Callable:
         if chosen is None:
             try:
                 chosen = torch.compile(function, dynamic=False)
-                first = chosen(model, *inputs)
-                if first.requires_grad:
-                    torch.autograd.grad(first, list(model.parameters()))
+                with torch.random.fork_rng():  # this call, too, would draw dropout masks
+                    first = chosen(model, *inputs)
+                    if first.requires_grad:
+                        torch.autograd.grad(first, list(model.parameters()))
             except Exception as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")

@@ -42,24 +42,27 @@ MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
 class Run(Config):
     """Everything one training run depends on. The comments in conf/train.yaml describe each setting."""
 
+    steps: int = Field(ge=1)  # before the parts that derive from it
     model: ModelConfig
     data: Corpus
     tokenizer: TokenizerConfig
     optim: OptimConfig
     schedule: Schedule
     logger: Logger
-    steps: int = Field(ge=1)
     batch_tokens: int = Field(ge=1)
     micro_batch_size: int = Field(ge=1)
     clip_norm: float = Field(ge=0)
+    most_skipped: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     eval_tokens: int = Field(ge=1)
     save_every: int = Field(ge=1)
+    keep_last: int = Field(ge=1)
     sample_every: int = Field(ge=0)
     sample_prompt: str | None
     seed: int = Field(ge=0, lt=2**63)
     device: str
-    precision: Literal["auto", "bf16", "fp32"]
+    deterministic: bool
+    precision: Literal["auto", "bf16", "fp16", "fp32"]
     compile: bool
     tune_malloc: bool
     run_dir: str | None
@@ -69,6 +72,11 @@ class Run(Config):
     @classmethod
     def _derive_optim(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
         return optim.derive(info.data["model"].d_model) if "model" in info.data else optim
+
+    @field_validator("schedule")
+    @classmethod
+    def _derive_schedule(cls, schedule: Schedule, info: ValidationInfo) -> Schedule:
+        return schedule.derive(info.data["steps"]) if "steps" in info.data else schedule
 
     @model_validator(mode="after")
     def _batches_fit(self) -> Self:

@@ -1,5 +1,6 @@
 """Which device a run uses."""
 
+import os
 import re
 
 import torch
@@ -21,3 +22,12 @@ def choose_device(device: str) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
     return chosen
+
+
+def make_deterministic() -> None:
+    """From here on the process uses algorithms that give the same bits every time. Call it before the first CUDA
+    operation: cuBLAS reads its setting then. What has no such algorithm raises an error that names it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
+    torch.backends.cudnn.benchmark = False

@@ -2,7 +2,7 @@
 
 import json
 import logging
-import os
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from data.durable import write_whole
 from data.errors import UserError
 from model.config import Config
 
@@ -83,36 +84,45 @@ class WandbSink(Sink):
 
 
 class MetricsFile:
-    """metrics.jsonl: one object per step, in order, each step once."""
+    """metrics.jsonl: one object per step, in order, each step once. A number that is not finite is null."""
 
     def __init__(self, path: Path, resume_after: int):
         """Rows after the step a run resumes from belong to a future that is computed anew: they are dropped."""
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_after]
-        temporary = path.with_suffix(".tmp")
+        self.past = [row for row in read_metrics(path) if row["step"] <= resume_after]
         try:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.past))
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        if len(self.past) < resume_after:
+            log.warning(f"{path} has lost rows: it holds {len(self.past)} of the {resume_after} steps done")
 
     def write(self, row: Mapping[str, Any]) -> None:
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
         try:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows written so far; a last line cut short by a kill is left out."""
+    """The rows written so far, up to the first line that is not one: a kill may have cut the last line short. Raises
+    UserError where the file cannot be read."""
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            if row["step"] != len(rows) + 1:
+                break
+        except (ValueError, KeyError, TypeError, RecursionError):
             break
+        rows.append(row)
     return rows
 
 

@@ -2,45 +2,78 @@
 
 import copy
 import logging
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` takes bf16 where the device multiplies it natively, else fp32, and says which it took."""
+    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which."""
     if precision != "auto":
         return precision
     native = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     }.get(device.type, lambda: False)()
+    chosen = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
     reason = "multiplies bfloat16 natively" if native else "has no native bfloat16"
-    chosen = "bf16" if native else "fp32"
     logging.getLogger("headroom").info(f"precision {chosen}: this {device.type} {reason}")
     return chosen
+
+
+class LossScale:
+    """Keeps float16 gradients from underflowing: the loss is multiplied by a scale that doubles after GROWTH_STEPS
+    good steps and halves after a bad one (Micikevicius et al. 2018, arXiv:1710.03740). It lives on the device and is
+    never read there, so that no step has to wait."""
+
+    INITIAL, GROWTH_STEPS = 2.0**16, 2000
+
+    class State(NamedTuple):
+        scale: float
+        good_steps: int  # since the scale last changed
+
+    def __init__(self, device: torch.device):
+        self.scale = torch.tensor(self.INITIAL, device=device)
+        self.good_steps = torch.tensor(0, device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """skipped: scalar bool, true where the step's gradients were not finite."""
+        good = self.good_steps + 1
+        grown = good == self.GROWTH_STEPS
+        self.good_steps = torch.where(skipped | grown, 0, good)
+        self.scale = torch.where(skipped, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
+
+    def state(self) -> State:
+        return self.State(self.scale.item(), self.good_steps.item())
+
+    def load(self, state: State) -> None:
+        self.scale.fill_(state.scale)
+        self.good_steps.fill_(state.good_steps)
 
 
 class Working:
     """The model that forward and backward run on.
 
-    In float32 it is the model itself. In bfloat16 it is a twin that shares the vectors and holds copies of the
-    matrices, made once per step; their gradients are added up in float32, micro-batch by micro-batch.
+    In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and holds copies of
+    the matrices, made once per step; their gradients are added up in float32, micro-batch by micro-batch.
     """
 
     def __init__(self, model: nn.Module, precision: str):
         dtype = DTYPES[precision]
+        self.parameters = list(model.parameters())  # float32
         self.masters, self.copies = [], []
         twins = {}  # what deepcopy shall put in place of a parameter: the vector itself, or a matrix's copy
-        for parameter in model.parameters():
+        for parameter in self.parameters:
             twins[id(parameter)] = parameter
             if dtype != torch.float32 and parameter.ndim >= 2:
                 twins[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
                 self.masters.append(parameter)
                 self.copies.append(twins[id(parameter)])
         self.model = copy.deepcopy(model, twins) if self.copies else model
+        self.loss_scale = LossScale(self.parameters[0].device) if precision == "fp16" else None
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -48,11 +81,17 @@ class Working:
         if self.copies:
             torch._foreach_copy_(self.copies, self.masters)
 
-    def collect_gradients(self) -> None:
-        """Call after each backward: moves the copies' gradients to the float32 parameters."""
+    def backward(self, loss: Tensor) -> None:
+        """Adds the loss's gradients to those of the float32 parameters; in float16 they are scaled until `unscale`."""
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
         for master, twin in zip(self.masters, self.copies, strict=True):
             if master.grad is None:
                 master.grad = twin.grad.float()
             else:
                 master.grad.add_(twin.grad)
             twin.grad = None
+
+    def unscale(self) -> None:
+        """Call after the last backward of a step."""
+        if self.loss_scale is not None:
+            torch._foreach_div_([parameter.grad for parameter in self.parameters], self.loss_scale.scale)

@@ -1,5 +1,6 @@
 """What a run tells while it trains and when it ends."""
 
+import logging
 import math
 import shlex
 import sys
@@ -12,14 +13,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from data.batches import documents_of_step
 from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.config import Run, dump
+from training.guard import Guard
 from training.log import MetricsFile, Watch
 from training.plot import plot_loss
 from training.step import Score, StepResult
 
+log = logging.getLogger("headroom")
+DOCUMENTS_NAMED = 4
 FLUSH_SECONDS = 0.5  # reading a loss waits for the device, so it is not done at every step
 
 
@@ -29,10 +33,12 @@ class Report:
     def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, byte_lengths: Tensor):
         """done: steps before the first of this process. byte_lengths (V,): on the device of the losses."""
         self.run, self.folder, self.byte_lengths = run, folder, byte_lengths
+        self.corpus = corpus
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
+        self.guard = Guard(self.metrics.past)
         self.sink = run.logger.open(folder, dump(run))
         self.watch = Watch(done, run.steps)
-        self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm and bytes
+        self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm, bytes, skipped or not
         self.total_tokens, self.total_seconds = 0, 0.0
         for line in _opening(run, folder, corpus, model, byte_lengths.device):
             self.watch.say(line)
@@ -43,14 +49,15 @@ class Report:
 
     def __exit__(self, kind: type | None, *_) -> None:
         try:
-            if kind is None or kind is KeyboardInterrupt:
+            if kind is None:
                 self.flush()
-            plot_loss(self.folder)
+            if kind is not KeyboardInterrupt:
+                self._plot()
         finally:
             self.watch.stop()
             self.sink.close()
         if kind is KeyboardInterrupt:
-            print(f"interrupted; continue with: python train.py {self._resume()}", file=sys.stderr)
+            print(f"stopped at once; continue with: python train.py {self._resume()}", file=sys.stderr)
             sys.exit(130)
 
     def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
@@ -60,7 +67,8 @@ class Report:
         if score is not None:
             row |= {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
         text_bytes = self.byte_lengths[targets].sum()
-        self.pending.append((row, torch.stack((result.loss, result.grad_norm, text_bytes.to(result.loss)))))
+        values = (result.loss, result.grad_norm, text_bytes.to(result.loss), result.skipped.to(result.loss))
+        self.pending.append((row, torch.stack(values)))
         self.interval_tokens += targets.numel()
         if score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS:
             self.flush()
@@ -83,6 +91,9 @@ class Report:
 
     def end(self, score: Score, sample: str) -> None:
         """The last words of a run, on stdout."""
+        more = f"             python train.py {self._resume()} steps={2 * self.run.steps}\n"
+        if self.run.schedule.first_open_step(self.run.steps) is not None:
+            more = ""  # its cooldown is over
         print(
             f"\n{sample}\n\n"
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
@@ -90,9 +101,19 @@ class Report:
             f"speed        {self.tokens_per_second:,.0f} training tokens per second\n"
             f"run          {self.folder}  (loss.png is its curve)\n"
             f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
-            f"             python train.py {self._resume()} steps={2 * self.run.steps}\n"
+            f"{more}"
             f"             python train.py --help"
         )
+
+    def stopped(self, step: int, name: str) -> None:
+        """The last words of a run that was asked to end."""
+        resume = f"python train.py {self._resume()}"
+        print(f"{name}: stopped after step {step}, saved; continue with: {resume}", file=sys.stderr)
+
+    @property
+    def failing(self) -> bool:
+        """So many updates in a row were skipped, up to the last step seen, that training is at its end."""
+        return self.guard.in_a_row >= self.run.most_skipped
 
     @property
     def tokens_per_second(self) -> float:
@@ -100,8 +121,7 @@ class Report:
         return self.total_tokens / max(self.total_seconds, 1e-9)
 
     def flush(self) -> None:
-        """Writes down the steps since the last time; call it before a checkpoint, so that none can be missing there.
-        Raises UserError for a loss that is not finite."""
+        """Writes down the steps since the last time; call it before a checkpoint, so that none can be missing there."""
         if not self.pending:
             return
         rows, self.pending = self.pending, []
@@ -111,19 +131,38 @@ class Report:
         self.total_tokens += self.interval_tokens
         self.total_seconds += seconds
         self._restart_clock()
-        for (row, _), (loss, grad_norm, _) in zip(rows, values, strict=True):
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                raise UserError(
-                    f"step {row['step']}: loss {loss:.4g}, gradient norm {grad_norm:.4g}: training has diverged; "
-                    f"try a smaller optim.lr than {self.run.optim.lr}"
-                )
+        for (row, _), (loss, grad_norm, _, skipped) in zip(rows, values, strict=True):
             row |= {"train_loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
+            row |= {"skipped": True} if skipped else {}
             self.metrics.write(row)
             self.sink.write(row)
-        last, (loss, _, text_bytes) = rows[-1][0], values[-1]
+            self._watch_over(row)
+        last, (loss, _, text_bytes, _) = rows[-1][0], values[-1]
         bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
         seconds_left = (self.run.steps - last["step"]) * self.run.batch_tokens / self.tokens_per_second
         self.watch.step(last["step"], loss, bpb, speed, seconds_left)
+
+    def _watch_over(self, row: dict[str, Any]) -> None:
+        spike = self.guard.see(row)
+        what = f"step {row['step']}: loss {row['train_loss']:.4g}"
+        if row.get("skipped") and self.guard.in_a_row <= self.run.most_skipped:
+            what += f", gradient norm {row['grad_norm']:.4g}: update skipped, {self.guard.skipped} so far"
+            self.say(f"{what}; its documents: {self._documents(row['step'])}")
+        elif spike:
+            what += f" is a spike, {self.guard.usual_loss:.4g} was usual"
+            self.say(f"{what}; its documents: {self._documents(row['step'])}")
+
+    def _documents(self, step: int) -> str:
+        run = self.run
+        names = documents_of_step(self.corpus, run.model.context_length, run.seed, step - 1, run.sequences)
+        more = f" and {len(names) - DOCUMENTS_NAMED} more" if len(names) > DOCUMENTS_NAMED else ""
+        return (", ".join(names[:DOCUMENTS_NAMED]) or "names are lost") + more
+
+    def _plot(self) -> None:
+        try:
+            plot_loss(self.folder)
+        except OSError as error:
+            log.warning(f"{self.folder}/loss.png cannot be written: {error.strerror}")
 
     def _resume(self) -> str:
         return shlex.quote(f"resume={self.folder}")

@@ -1,12 +1,13 @@
 """The folder a run writes to: how it is named, found again, and what it records about its origin."""
 
-import os
+import logging
 import platform
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,55 +15,69 @@ from typing import Any
 import torch
 import yaml
 
+from data.durable import lock, sweep, write_whole
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
 
 RUNS = Path("runs")
-RESUMABLE = ("steps", "eval_every", "save_every", "logger")  # what may change when a run is resumed
+# What may change when a run is resumed.
+RESUMABLE = ("steps", "eval_every", "save_every", "keep_last", "most_skipped", "logger", "cache_dir")
+log = logging.getLogger("headroom")
+BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml
 ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
 ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
 
 
 def refuse_taken(run_dir: str | None) -> None:
-    """Raises UserError where run_dir cannot become a new run's folder: it is not there, or it is empty."""
+    """Raises UserError where run_dir cannot become a new run's folder: it is not there, or it is empty but for what a
+    process left that was killed while it made one."""
     if run_dir is None:
         return
     folder = Path(run_dir)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= BEGINNINGS):
         raise UserError(f"run_dir={folder} exists already: choose another, or continue it with resume={folder}")
 
 
-def create(run: Run, tokenizer: Tokenizer) -> Path:
-    """A new folder, run_dir or runs/<time>-<words>, with all that is known before the first step."""
+def claim(folder: Path) -> AbstractContextManager:
+    """Holds the run for this process. Raises UserError where another one trains in it."""
+    try:
+        held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
+    except OSError as error:
+        raise UserError(f"the run folder {folder} cannot be written: {error.strerror}") from None
+    sweep(folder)
+    sweep(folder / "checkpoints")
+    return held
+
+
+def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager]:
+    """A new folder, run_dir or runs/<time>-<words>, claimed, with all that is known before the first step."""
     refuse_taken(run.run_dir)
     folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
     try:
         while not run.run_dir and folder.exists():
             folder = folder.with_name(f"{folder.name}-{_words()}")
         folder.mkdir(parents=True, exist_ok=bool(run.run_dir))
+        claimed = claim(folder)
         (folder / "environment.yaml").write_text(yaml.safe_dump(environment(), sort_keys=False))
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from None
-    return folder
+    return folder, claimed
 
 
 def write_config(folder: Path, run: Run) -> None:
     """config.yaml, with every derived value filled in. Replaced as a whole or not at all."""
-    temporary = folder / "config.yaml.tmp"
     try:
-        temporary.write_text(yaml.safe_dump(dump(run), sort_keys=False))
-        os.replace(temporary, folder / "config.yaml")
+        write_whole(folder / "config.yaml", yaml.safe_dump(dump(run), sort_keys=False))
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {error.strerror}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The tree in a run's config.yaml, for `load`. Raises UserError where there is none."""
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is not a run, which is a folder with a config.yaml: resume=latest finds the newest")
+    refuse_no_run(folder)
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -72,8 +87,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
-def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path]:
-    """The run to resume, a folder or `latest`, with its own stored settings and the few that may change.
+def refuse_no_run(folder: Path) -> None:
+    """Raises UserError where the folder is not a run's."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"{folder} is not a run, which is a folder with a config.yaml: resume=latest finds the newest")
+
+
+def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], done: int) -> None:
+    """Raises UserError where `run` is not the run whose settings were `trained` for its first `done` steps, or where
+    its schedule does not allow another number of steps any more."""
+    now, before = _leaves(dump(run)), _leaves(trained)
+    for key in now | before:
+        if key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
+            raise UserError(
+                f"{folder}/config.yaml says {key}: {now.get(key)}, the run was trained with {before.get(key)}: "
+                "bring the run's own config.yaml back, or start a new run"
+            )
+    if done >= run.steps:
+        raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
+    if run.steps != trained["steps"]:
+        open_steps = [run.schedule.first_open_step(steps) for steps in (trained["steps"], run.steps)]
+        if None in open_steps:
+            log.info(
+                f"the learning rate goes on along the curve of steps={run.steps}; up to step {done} it followed that "
+                f"of steps={trained['steps']} (schedule=wsd leaves it open until the cooldown)"
+            )
+        elif done > min(open_steps):
+            raise UserError(
+                f"steps={run.steps}: the number of steps can change only before the cooldown, which began at step "
+                f"{min(open_steps)}, and {done} are done: resume an earlier copy of the run, or start a new one"
+            )
+
+
+def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path, AbstractContextManager]:
+    """The run to resume, a folder or `latest`, with its own stored settings and the few that may change; claimed.
 
     tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that may not
     change.
@@ -89,7 +136,7 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     folder = newest() if resume == "latest" else Path(str(resume))
     stored = read_config(folder)
     changed = {key.split(".")[0] for key in keys} - {"resume"}
-    return load(stored | {key: tree[key] for key in changed}), folder
+    return load(stored | {key: tree[key] for key in changed}), folder, claim(folder)
 
 
 def newest(with_checkpoint: bool = False) -> Path:
@@ -125,6 +172,14 @@ def environment() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain"),
     }
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A tree of settings as `group.key`: value."""
+    found = {}
+    for key, value in tree.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _words() -> str:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import Self
 
 from pydantic import Field
 
@@ -13,9 +14,19 @@ class Schedule(Config, ABC):
     def __call__(self, step: int, steps: int) -> float:
         """Fraction of the peak learning rate for the update that `step` of `steps` makes, counted from 0."""
 
+    def derive(self, steps: int) -> Self:
+        """The same choice with what depends on the length of the run filled in. Raises ValueError where it does not fit
+        into the run."""
+        return self
 
-class Cosine(Schedule):
-    """Linear warmup over a fraction of the steps, then half a cosine down to final_fraction of the peak."""
+    def first_open_step(self, steps: int) -> int | None:
+        """The first step whose rate depends on `steps`: until it is done, the run may be made longer or shorter and is
+        the run it would have been. None: all do; a longer run goes on along another curve."""
+        return None
+
+
+class Warmup(Schedule, ABC):
+    """Linear warmup over a fraction of the steps, then down to final_fraction of the peak."""
 
     warmup: float = Field(0.05, ge=0, lt=1)
     final_fraction: float = Field(0.1, ge=0, le=1)
@@ -25,4 +36,51 @@ class Cosine(Schedule):
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         progress = (step - warmup_steps) / max(1.0, steps - 1 - warmup_steps)
-        return self.final_fraction + (1 - self.final_fraction) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+        return self.final_fraction + (1 - self.final_fraction) * self.shape(min(1.0, progress))
+
+    @staticmethod
+    @abstractmethod
+    def shape(progress: float) -> float:
+        """From 1 to 0 as progress goes from 0 to 1."""
+
+
+class Cosine(Warmup):
+    @staticmethod
+    def shape(progress: float) -> float:
+        return (1 + math.cos(math.pi * progress)) / 2
+
+
+class Linear(Warmup):
+    @staticmethod
+    def shape(progress: float) -> float:
+        return 1 - progress
+
+
+class WSD(Schedule):
+    """Warmup, stable, decay (Hu et al. 2024, arXiv:2404.06395): linear warmup, the peak, and a linear cooldown over the
+    last fraction of the steps. How long the run is matters from the cooldown on only."""
+
+    warmup_steps: int | None = Field(None, ge=0)  # 5 % of the steps that the run begins with
+    cooldown: float = Field(0.2, ge=0, le=1)
+    final_fraction: float = Field(0.0, ge=0, le=1)
+
+    def __call__(self, step: int, steps: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        start = self.first_open_step(steps)
+        left = 1.0 if step < start else (steps - step) / (steps - start + 1)
+        return self.final_fraction + (1 - self.final_fraction) * left
+
+    def derive(self, steps: int) -> Self:
+        derived = self.model_copy(
+            update={"warmup_steps": round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps}
+        )
+        if derived.warmup_steps > derived.first_open_step(steps):
+            raise ValueError(
+                f"schedule.warmup_steps={derived.warmup_steps} and schedule.cooldown={self.cooldown} do not fit into "
+                f"steps={steps}: the cooldown begins at step {derived.first_open_step(steps)}"
+            )
+        return derived
+
+    def first_open_step(self, steps: int) -> int:
+        return steps - round(self.cooldown * steps)

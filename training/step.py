@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,45 +15,91 @@ from training.precision import Working
 
 
 class StepResult(NamedTuple):
-    loss: Tensor  # mean nats per token of the step, a scalar on the device: reading it waits for the device
+    """Scalars on the device: reading one waits for the device."""
+
+    loss: Tensor  # mean nats per token
     grad_norm: Tensor  # before clipping
+    skipped: Tensor  # bool: one of the two is not finite, and nothing was updated
 
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean nats per token, a scalar."""
-    return token_losses(model(inputs).logits, targets).mean()
+    return token_losses(model(inputs, training=True).logits, targets).mean()
 
 
 def train_step(
     working: Working,
-    parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     batches: Iterable[tuple[Tensor, Tensor]],
     lr: float,
     clip_norm: float,
+    seeds: tuple[int, int] = (0, 0),
     loss: Callable = mean_loss,
 ) -> StepResult:
-    """One update from equally large micro-batches. clip_norm 0 does not clip."""
-    working.refresh()
-    batches = list(batches)
-    total = torch.zeros((), device=parameters[0].device)
-    for inputs, targets in batches:
-        share = loss(working.model, inputs, targets) / len(batches)
-        share.backward()
-        working.collect_gradients()
-        total += share.detach()
-    grad_norm = nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
+    """One update from equally large micro-batches. seeds: the run's, and the step. clip_norm 0 does not clip."""
+    mean = accumulate(working, batches, seeds, loss)
+    grad_norm = nn.utils.clip_grad_norm_(working.parameters, clip_norm or math.inf)
+    skipped = ~(mean.isfinite() & grad_norm.isfinite())
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.step()
+    _step_unless(skipped, optimizer)
+    if working.loss_scale is not None:
+        working.loss_scale.update(skipped)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total, grad_norm)
+    return StepResult(mean, grad_norm, skipped)
+
+
+def accumulate(
+    working: Working, batches: Iterable[tuple[Tensor, Tensor]], seeds: tuple[int, int], loss: Callable = mean_loss
+) -> Tensor:
+    """Adds the gradients of the mean loss to the float32 parameters -> the mean loss, a scalar.
+
+    What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
+    """
+    working.refresh()
+    batches = list(batches)
+    total = torch.zeros((), device=working.parameters[0].device)
+    for micro_step, (inputs, targets) in enumerate(batches):
+        digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        share = loss(working.model, inputs, targets) / len(batches)
+        working.backward(share)
+        total += share.detach()
+    working.unscale()
+    return total
+
+
+def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Fused optimizers take the word of a tensor, as they do from PyTorch's own gradient scaler; for others the device
+    is waited for."""
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif not skipped:
+        optimizer.step()
 
 
 class Score(NamedTuple):
-    loss: float  # nats per token
-    bpb: float  # all nats / (ln 2 · bytes of the tokens predicted); a separator's loss counts, but it has no bytes
+    """Of some text under a model."""
+
+    nats: float
     tokens: int
+    text_bytes: int  # of the tokens predicted; a separator's loss counts, but it has no bytes
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte."""
+        return self.nats / (math.log(2) * self.text_bytes)
+
+    def plus(self, other: "Score") -> "Score":
+        """Of both texts."""
+        return Score(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
 def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -67,19 +114,17 @@ def evaluate(
     length: int,
     batch_size: int,
     byte_lengths: Tensor,
-    most_tokens: int | None = None,
+    tokens: slice = slice(None),
     losses: Callable = each_loss,
 ) -> Score:
-    """Scores the stream in windows that do not overlap, or as many of the first as most_tokens hold. Every token
+    """Scores the stream, or the windows that lie between two of its tokens, in windows that do not overlap. Every token
     weighs the same, whatever the batch size."""
     device = next(model.parameters()).device
-    count = windows(stream, length)
-    if most_tokens is not None:
-        count = min(count, most_tokens // length)
+    start, stop, _ = tokens.indices(windows(stream, length) * length)
+    chosen = range(start // length, stop // length)
     nats, text_bytes = 0.0, 0
-    for first in range(0, count, batch_size):
-        inputs, targets = stack(stream, length, list(range(first, min(first + batch_size, count))))
+    for first in range(0, len(chosen), batch_size):
+        inputs, targets = stack(stream, length, list(chosen[first : first + batch_size]))
         text_bytes += int(byte_lengths[targets].sum())
         nats += losses(model, inputs.to(device), targets.to(device)).cpu().double().sum().item()
-    tokens = count * length
-    return Score(nats / tokens, nats / (math.log(2) * text_bytes), tokens)
+    return Score(nats, len(chosen) * length, text_bytes)

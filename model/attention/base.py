@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import FullCache
@@ -22,6 +23,11 @@ class Context:
     plain: bool  # positions are 0..T-1 and nothing was cached before: stated by whoever made them
     extent: int | None  # cache rows that may be visible, rounded up in buckets; None is all
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
+    training: bool = False  # dropout is on
+
+    def drop(self, x: Tensor, probability: float) -> Tensor:
+        """Dropout (Srivastava et al. 2014), which leaves x alone outside training."""
+        return F.dropout(x, probability) if self.training and probability else x
 
 
 class AttentionConfig(Config, ABC):

@@ -1,58 +1,31 @@
 """What is saved comes back, bit for bit; what is damaged or does not belong is refused in one line."""
 
+import hashlib
 import json
 import os
+import pickle
 import shutil
-import subprocess
-import sys
-import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.durable import sealed, unsealed
 from data.errors import UserError
 from model.kernels.sdpa import SDPA
-from tests.support import ATTENTIONS, ROOT, call, load_composed, relative_error, some_tokens
-from training.checkpoint import latest, load_run
+from tests.support import call, relative_error, some_tokens
+from tests.training.runs import SMOKE, assert_same_run, losses
+from training import run_folder
+from training.checkpoint import MODEL, OPTIMIZER, load_run, newest
 from training.log import read_metrics
 
-SMOKE = ["experiment=smoke", "tune_malloc=false"]
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
 
-def metrics(folder) -> dict[int, float]:
-    rows = read_metrics(folder / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))  # every step once
-    return {row["step"]: (row["train_loss"], row.get("val_loss"), row["lr"]) for row in rows}
-
-
-def weights(folder, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = folder / f"checkpoints/step_{step:08d}"
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, attention, precision):
-    options = [
-        *SMOKE,
-        f"attention={attention}",
-        f"precision={precision}",
-        "steps=12",
-        "micro_batch_size=4",
-        "save_every=5",
-    ]
-    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
-    shutil.copytree("whole", "killed")  # as a kill after step 8 would leave it
-    shutil.rmtree("killed/checkpoints/step_00000010")
-    shutil.rmtree("killed/checkpoints/step_00000012")
-    assert call("train", ["resume=killed"], monkeypatch) == 0
-    whole, killed = workplace / "whole", workplace / "killed"
-    assert metrics(whole) == metrics(killed)
-    expected, found = weights(whole, 12), weights(killed, 12)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+def last(run):
+    """The folder of its newest checkpoint."""
+    return max((run / "checkpoints").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +47,9 @@ def run(trained, workplace):
 
 def test_the_folder_holds_what_it_promises(run):
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "environment.yaml", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints"}
+    assert names - {".lock"} == {
+        *("config.yaml", "environment.yaml", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints")
+    }
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all({"tokens", "train_loss", "lr", "tokens_per_second"} <= row.keys() for row in rows)
@@ -87,7 +62,7 @@ def test_the_folder_holds_what_it_promises(run):
 def test_loaded_weights_are_the_saved_ones_and_run_as_asked(run):
     model, tokenizer = load_run(run)
     assert tokenizer.vocab_size == 257
-    saved = load_file(latest(run) / "model.safetensors")
+    saved = load_file(last(run) / "model.safetensors")
     state = model.state_dict()
     assert all(torch.equal(state[name], saved[name]) for name in saved)
     tokens = some_tokens(1, 20)
@@ -100,7 +75,8 @@ def test_loaded_weights_are_the_saved_ones_and_run_as_asked(run):
 def test_a_refused_resume_leaves_the_run_as_it_was(run, monkeypatch):
     before = (run / "config.yaml").read_text()
     assert call("train", ["resume=run", "steps=3"], monkeypatch) == 2
-    cut(latest(run) / "optimizer.safetensors")
+    for checkpoint in (run / "checkpoints").iterdir():
+        cut(checkpoint / "optimizer.safetensors")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
     assert (run / "config.yaml").read_text() == before
 
@@ -116,7 +92,7 @@ def test_latest_is_the_run_touched_last(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize("fault", ["missing", "shape"])
 def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys, fault):
-    path = latest(run) / "optimizer.safetensors"
+    path = last(run) / "optimizer.safetensors"
     tensors = load_file(path)
     name = "norm.weight/exp_avg"
     if fault == "missing":
@@ -124,21 +100,152 @@ def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys, fau
     else:
         tensors[name] = tensors[name][:-1].clone()
     save_file(tensors, path)
+    reseal(last(run), "optimizer.safetensors")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
     assert "does not fit this run's optimizer" in capsys.readouterr().err
 
 
-def test_a_config_whose_batches_are_not_the_runs_is_refused(run, monkeypatch, capsys):
+def reseal(checkpoint, *names, **changes):
+    """Writes the manifest anew, as whoever crafts a checkpoint would."""
+    manifest = unsealed((checkpoint / "manifest.json").read_text()) | changes
+    for name in names:
+        content = (checkpoint / name).read_bytes()
+        manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / "manifest.json").write_text(sealed(manifest))
+
+
+def test_a_config_that_is_not_the_runs_is_refused(run, monkeypatch, capsys):
     edit(run / "config.yaml", "batch_tokens: 1024", "batch_tokens: 2048")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
-    assert "has seen 96 windows in 6 steps" in capsys.readouterr().err
+    assert "config.yaml says batch_tokens: 2048, the run was trained with 1024" in capsys.readouterr().err
+
+
+def test_the_last_checkpoints_and_the_best_are_kept(workplace, monkeypatch, capsys):
+    """On a text that is not the validation text, where the best comes early."""
+    (workplace / "a.txt").write_text("".join(f"{i} " for i in range(3000)) + "\n" + "abcdefgh " * 150)
+    options = [*SMOKE, "data=files", "data.path=a.txt", "steps=12", "eval_every=2", "save_every=2", "keep_last=2"]
+    options += ["optim.lr=1e-2", "eval_tokens=512"]
+    assert call("train", [*options, "run_dir=run"], monkeypatch) == 0
+    capsys.readouterr()
+    scores = {
+        row["step"]: row["val_loss"] for row in read_metrics(workplace / "run/metrics.jsonl") if "val_loss" in row
+    }
+    lowest = min(list(scores)[:-1], key=scores.get)
+    assert lowest < 10, "the text should have made the best checkpoint an early one"
+    kept = {path.name for path in (workplace / "run/checkpoints").iterdir()}
+    assert kept == {f"step_{step:08d}" for step in (lowest, 10, 12)}
+    best, _ = load_run("run", which="best")
+    expected = load_file(workplace / f"run/checkpoints/step_{lowest:08d}/model.safetensors")
+    assert all(torch.equal(best.state_dict()[name], expected[name]) for name in expected)
+    texts = []
+    for which in ("latest", "best"):
+        assert call("sample", ["12 13", "--checkpoint", which, "--run", "run"], monkeypatch) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_the_newest_whole_checkpoint_is_taken_and_a_damaged_one_named(run, monkeypatch, capsys, name):
+    shutil.copytree(run, "untouched")
+    flip(last(run) / name)
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
+    err = capsys.readouterr().err
+    assert f"step_00000006/{name} is damaged" in err and "taking step_00000003" in err
+    assert "resuming run after step 3" in err
+    assert call("train", ["resume=untouched", "steps=9"], monkeypatch) == 0
+    rows = [[row[:3] for row in losses(folder)][:4] for folder in (run, run.parent / "untouched")]
+    assert rows[0] == rows[1]
+    assert not list(run.rglob(".writing-*"))
+
+
+def test_sampling_needs_the_weights_only(run, monkeypatch, capsys):
+    flip(last(run) / "optimizer.safetensors")
+    load_run(run)
+    assert capsys.readouterr().err == ""
+
+
+def test_loaded_tensors_outlive_their_files(run):
+    model, _ = load_run(run)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = newest(run, (MODEL, OPTIMIZER))
+    for name in (MODEL, OPTIMIZER):
+        path = found.path / name
+        with open(path, "r+b") as file:
+            file.write(b"\xff" * path.stat().st_size)
+            file.truncate(10)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+    assert all(torch.isfinite(tensor).all() for file in found.tensors.values() for tensor in file.values())
+
+
+class Marker:
+    """A pickle that leaves a file behind when it is loaded."""
+
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+def test_a_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
+    for content in (pickle.dumps(Marker()), b"PK\x03\x04" + pickle.dumps(Marker())):
+        for checkpoint in (run / "checkpoints").iterdir():
+            for name in (MODEL, OPTIMIZER):
+                (checkpoint / name).write_bytes(content)
+            reseal(checkpoint, MODEL, OPTIMIZER)
+        assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+        assert "is damaged" in capsys.readouterr().err
+    torch.save({"weight": Marker()}, last(run) / MODEL)
+    reseal(last(run), MODEL)
+    with pytest.raises(UserError, match="is damaged"):
+        load_run(run)
+    assert not (run.parent / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "model.attention.mla.logging.os.system",
+        "model.attention.mla.torch.load",
+        "training.config.load",
+        "model.attention.base.AttentionConfig",
+        "model.attention.gqa.AttentionConfig",
+        "model.attention.__init__.os",
+        "",
+        3,
+    ],
+)
+def test_a_config_that_names_something_else_is_refused(run, target):
+    """In a checkpoint's manifest, as in config.yaml."""
+    config = unsealed((last(run) / "manifest.json").read_text())["config"]
+    config["attention"] |= {"_target_": target}
+    reseal(last(run), config=config)
+    with pytest.raises(UserError, match="does not name a AttentionConfig"):
+        load_run(run)
+    (run / "config.yaml").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="does not name a AttentionConfig"):
+        run_folder.resumed("run", {}, [])
+
+
+def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
+    with open(run / "config.yaml", "a") as file:
+        file.write("seed: !!python/object/apply:os.system ['touch executed']\n")
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+    assert "config.yaml cannot be read" in capsys.readouterr().err
+    assert not (run.parent / "executed").exists()
+
+
+def test_a_second_process_in_one_run_folder_is_refused(run, monkeypatch, capsys):
+    with run_folder.claim(run):
+        assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+        assert "another process is training in run" in capsys.readouterr().err
+        load_run(run)  # reading is free
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
 
 
 def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, monkeypatch):
     """A kill right after saving must find every row up to there."""
     seen = []
 
-    def spy(folder, model, optimizer, step, *rest):
+    def spy(folder, run, corpus, training, step, *rest):
         seen.append((step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
 
     monkeypatch.setattr("training.report.FLUSH_SECONDS", 1e9)
@@ -147,40 +254,17 @@ def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, mon
     assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]
 
 
-def test_killed_for_real_and_resumed_it_is_the_same_run(workplace, monkeypatch):
-    options = [*SMOKE, "attention=mla", "steps=120", "save_every=10", "eval_every=50", "micro_batch_size=8"]
-    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *options, "run_dir=killed"], stderr=subprocess.PIPE)
-    while process.poll() is None and not list((workplace / "killed").glob("checkpoints/step_*")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    killed, whole = workplace / "killed", workplace / "whole"
-    assert 0 < len(read_metrics(killed / "metrics.jsonl")) < 120, "it should have been killed midway"
-    assert call("train", ["resume=killed"], monkeypatch) == 0
-    assert metrics(whole) == metrics(killed)
-    expected, found = weights(whole, 120), weights(killed, 120)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
 def test_previews_do_not_change_training(run, monkeypatch):
     assert call("train", [*TRAINED, "sample_every=2", "run_dir=watched"], monkeypatch) == 0
-    expected, found = weights(run, 6), weights(run.parent / "watched", 6)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-
-
-def test_a_diverged_run_stops_in_one_line(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "optim.lr=1e30", "clip_norm=0", "run_dir=run"], monkeypatch) == 2
-    assert "training has diverged" in capsys.readouterr().err
-    assert all(row["train_loss"] < 1e9 for row in read_metrics(workplace / "run" / "metrics.jsonl"))
+    assert_same_run(run, run.parent / "watched", step=6)
 
 
 def test_resuming_goes_on_to_more_steps_and_drops_rows_of_a_lost_future(run, monkeypatch):
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 7, "train_loss": 9.9}) + '\n{"step": 8, "tr')
     assert call("train", ["resume=run", "steps=8"], monkeypatch) == 0
-    assert list(metrics(run)) == list(range(1, 9))
-    assert metrics(run)[7][0] != 9.9
+    assert [row[0] for row in losses(run)] == list(range(1, 9))
+    assert losses(run)[6][1] != 9.9
     assert "steps: 8" in (run / "config.yaml").read_text()
 
 
@@ -188,37 +272,59 @@ def test_resuming_a_run_without_a_checkpoint_starts_at_step_0_and_says_so(run, m
     shutil.rmtree(run / "checkpoints")
     assert call("train", ["resume=run"], monkeypatch) == 0
     assert "starting at step 0" in capsys.readouterr().err
-    assert list(metrics(run)) == [1, 2, 3, 4, 5, 6]
+    assert [row[0] for row in losses(run)] == [1, 2, 3, 4, 5, 6]
 
 
-def swap_tokenizer(run):
-    load_composed("tokenizer=bpe")
-    (run / "tokenizer.json").write_text(json.dumps({"kind": "byte", "hash": "0"}))
+def spoil(run, how, name="model.safetensors"):
+    """Damages one file of every checkpoint."""
+    for checkpoint in (run / "checkpoints").iterdir():
+        how(checkpoint / name)
 
 
 FAULTS = {
-    "weights cut short": (lambda run: cut(latest(run) / "model.safetensors"), "model.safetensors is damaged"),
-    "no state": (lambda run: (latest(run) / "state.json").unlink(), "state.json cannot be read"),
-    "state cut short": (lambda run: cut(latest(run) / "state.json"), "state.json is damaged"),
-    "newer format": (lambda run: edit(latest(run) / "state.json", '"version": 1', '"version": 9'), "format version 9"),
-    "tokenizer edited": (swap_tokenizer, "tokenizer.json is damaged"),
-    "other tokenizer": (
-        lambda run: edit(latest(run) / "state.json", '"tokenizer": "', '"tokenizer": "f'),
-        "is not the tokenizer of its tokens",
+    "weights cut short": (lambda run: spoil(run, cut), "model.safetensors is damaged"),
+    "weights altered": (lambda run: spoil(run, flip), "model.safetensors is damaged"),
+    "no weights": (lambda run: spoil(run, Path.unlink), "model.safetensors cannot be read"),
+    "no manifest": (lambda run: spoil(run, Path.unlink, "manifest.json"), "manifest.json cannot be read"),
+    "manifest cut short": (lambda run: spoil(run, cut, "manifest.json"), "manifest.json is damaged"),
+    "newer format": (lambda run: reseal(last(run), version=9), "format version 9, this program reads 2"),
+    "tokenizer edited": (
+        lambda run: (run / "tokenizer.json").write_text('{"kind": "byte", "hash": "0"}'),
+        "tokenizer.json is damaged",
     ),
-    "other shape": (lambda run: edit(run / "config.yaml", "d_model: 64", "d_model: 32"), "does not fit"),
-    "config cut short": (lambda run: (run / "config.yaml").write_text("model: [1,"), "config.yaml cannot be read"),
-    "config of nothing": (lambda run: (run / "config.yaml").write_text(""), "holds no settings"),
-    "config that calls": (
-        lambda run: edit(run / "config.yaml", "model.attention.mla.MLAConfig", "os.system"),
-        "does not name a AttentionConfig",
-    ),
-    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet"),
+    "other tokenizer": (lambda run: reseal(last(run), tokenizer="f"), "is not the tokenizer of its tokens"),
+    "other shape": (lambda run: reshape(last(run)), "does not fit"),
+    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "has no latest checkpoint yet"),
+    "not a run": (lambda run: [shutil.rmtree(run / "checkpoints"), (run / "config.yaml").unlink()], "is not a run"),
 }
+RESUME_FAULTS = {
+    "config cut short": ("model: [1,", "config.yaml cannot be read"),
+    "config of nothing": ("", "holds no settings"),
+    "config of binary": ("\0\1", "config.yaml cannot be read"),
+}
+
+
+@pytest.mark.parametrize(("content", "complaint"), RESUME_FAULTS.values(), ids=RESUME_FAULTS)
+def test_a_run_that_cannot_be_resumed_is_one_line(run, content, complaint, monkeypatch, capsys):
+    (run / "config.yaml").write_text(content)
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+    assert complaint in capsys.readouterr().err
+
+
+def reshape(checkpoint):
+    config = unsealed((checkpoint / "manifest.json").read_text())["config"]
+    config["model"]["d_model"] = 32
+    reseal(checkpoint, config=config)
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def edit(path, old, new):

@@ -1,0 +1,82 @@
+"""Real processes that train, and are killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.support import ROOT
+
+# Dies in the middle of writing its n-th checkpoint: when the n-th file of weights is whole and the manifest is not.
+DIES_WRITING = """
+import os, runpy, signal, sys, training.checkpoint as checkpoint
+n, sealed = int(sys.argv.pop(1)), checkpoint.sealed
+def counted(content):
+    global n
+    n -= 1
+    if n == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sealed(content)
+checkpoint.sealed = counted
+sys.argv[0] = "train.py"
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+def start(arguments: Sequence[str], folder: Path, dies_at_checkpoint: int | None = None) -> subprocess.Popen:
+    """`python train.py` in a folder, on one thread."""
+    if dies_at_checkpoint is None:
+        command = [sys.executable, ROOT / "train.py"]
+    else:
+        code = DIES_WRITING.format(program=str(ROOT / "train.py"))
+        command = [sys.executable, "-c", code, str(dies_at_checkpoint)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def train_under_fire(options: Sequence[str], folder: Path, kills: int, draw: random.Random) -> list[str]:
+    """Trains to the end in `folder`/run, with SIGKILLs on the way: one inside a checkpoint write, then `kills` - 1 at
+    random moments, from the start of the process or from its first step on -> what each kill met."""
+    met = []
+    run = folder / "run"
+    while True:
+        arguments = ["resume=run"] if (run / "config.yaml").exists() else [*options, "run_dir=run"]
+        writing = len(met) == 0 and kills > 0
+        process = start(arguments, folder, dies_at_checkpoint=2 if writing else None)
+        if not writing and len(met) < kills:
+            if draw.random() < 0.75:
+                _await_progress(process, run / "metrics.jsonl")
+                time.sleep(draw.uniform(0, 0.7))
+            else:
+                time.sleep(draw.uniform(0, 3))
+            process.send_signal(signal.SIGKILL)
+        _, err = process.communicate(timeout=300)
+        if process.returncode == -signal.SIGKILL:
+            met.append("in a checkpoint write" if writing else _moment(run))
+        elif process.returncode == 0 or "is complete at step" in err:
+            return met
+        else:
+            raise AssertionError(f"exit code {process.returncode}: {err}")
+
+
+def _await_progress(process: subprocess.Popen, metrics: Path) -> None:
+    """Until the process has written a row of its own, or is through."""
+    before = metrics.stat().st_mtime_ns if metrics.exists() else None
+    while process.poll() is None:
+        if metrics.exists() and metrics.stat().st_size and metrics.stat().st_mtime_ns != before:
+            return
+        time.sleep(0.005)
+
+
+def _moment(run: Path) -> str:
+    if not (run / "config.yaml").exists():
+        return "before the run"
+    if list(run.rglob(".writing-*")):
+        return "in a checkpoint write"
+    return "in training" if (run / "metrics.jsonl").exists() else "before the first step"

@@ -1,0 +1,41 @@
+"""Two runs compared: what must be equal for one to be the other."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from training.log import read_metrics
+
+SMOKE = ["experiment=smoke", "tune_malloc=false"]
+
+
+def losses(run: Path) -> list[tuple]:
+    """What each step did, in the order of the steps, each of which is there once."""
+    rows = read_metrics(run / "metrics.jsonl")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [row["step"] for row in rows] == list(range(1, len(lines) + 1))
+    kept = ("step", "train_loss", "grad_norm", "lr", "val_loss", "skipped")
+    return [tuple(row.get(key) for key in kept) for row in rows]
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state after a step."""
+    checkpoint = run / f"checkpoints/step_{step:08d}"
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    assert losses(one) == losses(other)
+    expected, found = tensors(one, step), tensors(other, step)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def rewind(run: Path, copy: Path, step: int) -> None:
+    """A copy of the run as a kill some steps after its checkpoint of `step` would leave it."""
+    shutil.copytree(run, copy)
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name > f"step_{step:08d}":
+            shutil.rmtree(checkpoint)

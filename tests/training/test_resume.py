@@ -1,0 +1,160 @@
+"""A run that was stopped, by whatever, and resumed is the run that was not: bit for bit, each step once."""
+
+import itertools
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.killing import start, train_under_fire
+from tests.support import ATTENTIONS, call
+from tests.training.runs import SMOKE, assert_same_run, losses, rewind
+from training.checkpoint import load_run
+from training.log import read_metrics
+
+# Dropout, accumulation, and an epoch's end on the way.
+BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]
+
+
+def text_of(out: str) -> str:
+    return out.split("\nvalidation ")[0]
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "compiled"), list(itertools.product(ATTENTIONS, ["fp32", "bf16"], [False, True]))
+)
+def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, attention, precision, compiled):
+    options = [*BUSY, f"attention={attention}", f"precision={precision}", f"compile={compiled}"]
+    options += ["model.n_layers=1"] * compiled  # compiling takes most of the time
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    expected = text_of(capsys.readouterr().out)
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert text_of(out) == expected and "running eagerly" not in err
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
+def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_the_step(workplace, monkeypatch):
+    monkeypatch.setattr("torch.manual_seed", lambda seed: None)
+    assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert losses(workplace / "whole") != losses(workplace / "killed")
+
+
+def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
+    """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
+    monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**40)
+    monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
+    options = [*BUSY, "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "run_dir=whole"]
+    assert call("train", options, monkeypatch) == 0
+    skipped = [row["step"] for row in read_metrics(workplace / "whole/metrics.jsonl") if row.get("skipped")]
+    assert skipped[:6] == [1, 2, 3, 4, 5, 6] and 2 < skipped[-1] < 20
+    for step in (5, 15):
+        rewind(workplace / "whole", workplace / f"killed{step}", step)
+        assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", workplace / f"killed{step}", step=20)
+    manifest = json.loads((workplace / "whole/checkpoints/step_00000015/manifest.json").read_text())
+    assert manifest["loss_scale"]["scale"] < 2.0**40 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
+
+
+def under_fire(workplace, monkeypatch, kills: int) -> None:
+    options = [*SMOKE, "attention=mla", "model.dropout=0.1", "steps=300", "batch_tokens=256", "micro_batch_size=2"]
+    options += ["save_every=20", "eval_every=50", "eval_tokens=512"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    draw, met = random.Random(0), []
+    while len(met) < kills:
+        folder = workplace / f"killed after {len(met)}"
+        folder.mkdir()
+        found = train_under_fire(options, folder, kills - len(met), draw)
+        assert found[0] == "in a checkpoint write"
+        met += found
+        assert_same_run(workplace / "whole", folder / "run", step=300)
+        assert not list(folder.rglob(".writing-*"))
+
+
+def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch):
+    under_fire(workplace, monkeypatch, kills=6)
+
+
+@pytest.mark.slow
+def test_killed_for_real_twenty_times_it_is_the_same_run(workplace, monkeypatch):
+    under_fire(workplace, monkeypatch, kills=20)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypatch, sent, code):
+    options = [*SMOKE, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
+    options += ["schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0"]
+    process = start([*options, "steps=2000", "run_dir=run"], workplace)
+    steps = await_steps(process, workplace / "run", 20)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "finishing the step and saving" in err and "python train.py resume=run" in err and "Traceback" not in err
+    (checkpoint,) = (workplace / "run/checkpoints").iterdir()
+    done = len(read_metrics(workplace / "run/metrics.jsonl"))
+    assert checkpoint.name == f"step_{done:08d}" and steps <= done < 1000
+    assert call("train", [*options, f"steps={done + 8}", "run_dir=whole"], monkeypatch) == 0
+    assert call("train", ["resume=run", f"steps={done + 8}"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "run", step=done + 8)
+
+
+def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, monkeypatch):
+    """The first one meets a long step."""
+    options = [*SMOKE, "steps=2000", "batch_tokens=262144", "micro_batch_size=16", "save_every=1", "eval_every=1000"]
+    process = start([*options, "run_dir=run"], workplace)
+    await_steps(process, workplace / "run", 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    begun = time.perf_counter()
+    _, err = process.communicate(timeout=60)
+    assert time.perf_counter() - begun < 5
+    assert process.returncode == 130
+    assert "stopped at once; continue with: python train.py resume=run" in err and "Traceback" not in err
+    load_run(workplace / "run")
+
+
+def await_steps(process, run, count: int) -> int:
+    while process.poll() is None:
+        found = len(read_metrics(run / "metrics.jsonl"))
+        if found >= count:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, monkeypatch, capsys):
+    options = [*BUSY, "schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0.25"]
+    assert call("train", [*options, "steps=20", "run_dir=long"], monkeypatch) == 0
+    assert call("train", [*options, "steps=12", "run_dir=short"], monkeypatch) == 0
+    rewind(workplace / "short", workplace / "early", step=5)  # the cooldown begins at step 9
+    assert call("train", ["resume=early", "steps=20"], monkeypatch) == 0
+    rows = [[row[:4] for row in losses(workplace / name)] for name in ("long", "early")]
+    assert rows[0] == rows[1]
+    capsys.readouterr()
+    assert call("train", ["resume=short", "steps=20"], monkeypatch) == 2
+    assert "only before the cooldown, which began at step 9, and 12 are done" in capsys.readouterr().err
+    assert call("train", ["resume=early", "steps=40"], monkeypatch) == 2
+
+
+def test_a_run_folder_may_move(workplace, monkeypatch):
+    assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    (workplace / "elsewhere").mkdir()
+    shutil.move("killed", "elsewhere/moved")
+    monkeypatch.chdir("elsewhere")
+    assert call("train", ["resume=moved"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "elsewhere/moved", step=12)
+
+
+def test_another_number_of_threads_is_said(workplace, monkeypatch, capsys):
+    assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 0
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    assert call("train", ["resume=run", "steps=13"], monkeypatch) == 0
+    assert "ran with threads 1, this process has 7: it goes on, not bit for bit" in capsys.readouterr().err
