@@ -19,11 +19,11 @@ UNFINISHED = ".writing-"  # how the names of temporary files and folders begin
 log = logging.getLogger("headroom")
 
 
-def write_whole(path: Path, content: str) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Replaces the file as a whole. Raises OSError, and leaves what stood there."""
     handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
     try:
-        with open(handle, "w") as file:
+        with open(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -91,7 +91,7 @@ class MetricsFile:
         self.path = path
         self.past = [row for row in read_metrics(path) if row["step"] <= resume_after]
         try:
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.past))
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.past).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None

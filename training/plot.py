@@ -1,7 +1,9 @@
 """The loss curve of a run, as a picture."""
 
+import io
 from pathlib import Path
 
+from data.durable import write_whole
 from training.log import read_metrics
 
 
@@ -30,8 +32,10 @@ def plot_loss(folder: Path) -> None:
     axes.grid(alpha=0.3)
     if train or val:
         axes.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
     plt.close(figure)
+    write_whole(folder / "loss.png", picture.getvalue())
 
 
 def _running_mean(values: tuple[float, ...], weight: float = 0.1) -> list[float]:

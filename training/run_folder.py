@@ -70,7 +70,7 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
 def write_config(folder: Path, run: Run) -> None:
     """config.yaml, with every derived value filled in. Replaced as a whole or not at all."""
     try:
-        write_whole(folder / "config.yaml", yaml.safe_dump(dump(run), sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(dump(run), sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {error.strerror}") from None
 

@@ -1,0 +1,181 @@
+"""Numerical trouble costs the step it happens in, and is said; when it does not end, the run does."""
+
+import math
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from model.kernels.sdpa import SDPA
+from tests.support import ROOT, call, small_model
+from tests.training.runs import SMOKE, assert_same_run, losses, rewind
+from tests.training.test_training import batches
+from training.guard import SPIKE_WINDOW, Guard
+from training.log import read_metrics
+from training.optim import AdamWConfig
+from training.precision import LossScale, Working
+from training.step import mean_loss, train_step
+
+
+def sometimes_nan(model, inputs, targets):
+    """A loss that some batches make NaN."""
+    return mean_loss(model, inputs, targets) * (math.nan if inputs.sum() % 4 == 0 else 1.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_that_is_not_finite_changes_nothing(precision, fused):
+    model = small_model("attention=mla", kernel=SDPA())
+    optimizer, working = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), Working(model, precision)
+    good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
+    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
+    result = train_step(working, optimizer, good, 1e-3, 1.0, loss=bad)
+    assert result.skipped and not result.loss.isfinite()
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
+    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    assert not all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+    model = small_model("attention=gqa", kernel=SDPA())
+    optimizer = AdamWConfig(lr=1e-3).build(model)
+
+    def steep(*arguments):
+        loss = mean_loss(*arguments)
+        return loss + (loss - loss.detach()) * 1e38 * 1e38
+
+    before = [p.detach().clone() for p in model.parameters()]
+    result = train_step(Working(model, "fp32"), optimizer, batches(4, 4), 1e-3, 1.0, loss=steep)
+    assert result.loss.isfinite() and not result.grad_norm.isfinite() and result.skipped
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_the_loss_scale_follows_pytorchs_own():
+    ours, theirs = LossScale(torch.device("cpu")), torch.amp.GradScaler("cpu", growth_interval=LossScale.GROWTH_STEPS)
+    theirs._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3 * LossScale.GROWTH_STEPS):
+        skipped = torch.rand((), generator=draw) < 3e-4
+        ours.update(skipped)
+        torch._amp_update_scale_(
+            theirs._scale, theirs._growth_tracker, skipped.float(), 2.0, 0.5, LossScale.GROWTH_STEPS
+        )
+        assert ours.scale == theirs._scale and ours.good_steps == theirs._growth_tracker
+    assert ours.scale != LossScale.INITIAL
+
+
+def test_float16_gradients_are_those_of_float32():
+    """The smallest would be lost without the scale."""
+    model = small_model("attention=gqa", kernel=SDPA())
+    ((inputs, targets),) = batches(8, 8)
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    working = Working(model, "fp16")
+    working.backward(mean_loss(working.model, inputs, targets))
+    working.unscale()
+    for (name, parameter), exact in zip(model.named_parameters(), expected, strict=True):
+        assert (parameter.grad - exact).norm() < 0.01 * exact.norm(), name
+
+
+def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed_alike(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("training.step.mean_loss", sometimes_nan)
+    options = [*SMOKE, "steps=30", "save_every=9", "micro_batch_size=8", "keep_last=9"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rows = read_metrics(workplace / "whole/metrics.jsonl")
+    skipped = [row for row in rows if row.get("skipped")]
+    assert 2 < len(skipped) < 28
+    assert all(row["train_loss"] is None and row["grad_norm"] is None for row in skipped)
+    said = re.findall(r"step (\d+): loss nan, gradient norm nan: update skipped, (\d+) so far; its documents: (\S+)",
+                      capsys.readouterr().err)  # fmt: skip
+    assert [(int(step), int(count)) for step, count, _ in said] == [(r["step"], i + 1) for i, r in enumerate(skipped)]
+    assert all(name.startswith("synthetic/") for *_, name in said)
+    rewind(workplace / "whole", workplace / "killed", step=9)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=30)
+
+
+def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "optim.lr=1e30", "clip_norm=0", "steps=500", "most_skipped=5", "run_dir=run"]
+    assert call("train", options, monkeypatch) == 2
+    err = capsys.readouterr().err
+    last = err.splitlines()[-1]
+    assert "updates in a row were skipped" in last and "smaller optim.lr than 1e+30" in last
+    rows = losses(workplace / "run")
+    assert 6 <= len(rows) < 500 and rows[0][-1] is None and all(row[-1] for row in rows[1:])
+    assert err.count("update skipped") == 5  # not a line for each of them
+    (command,) = re.findall(r"python -m (training\.replay .*)$", last)
+    replayed = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    )
+    assert replayed.returncode == 0, replayed.stderr
+    (loss,) = re.findall(r"micro-step 0: loss (\S+) nats", replayed.stdout)
+    assert float(loss) == pytest.approx(rows[-1][1], abs=1e-4)
+    assert re.search(r"gradients +norm nan; not finite in embedding\.weight", replayed.stdout)
+    assert re.search(r"the largest number is \d\.\d+e\+(28|29|30)", replayed.stdout)
+    # The run goes on where it stopped, though not for long.
+    assert call("train", ["resume=run"], monkeypatch) == 2
+    assert len(losses(workplace / "run")) > len(rows)
+
+
+@pytest.mark.parametrize("place", ["layers.1.mlp.up_proj", "layers.0.attention"])
+def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, place):
+    assert call("train", [*SMOKE, "steps=3", "run_dir=run"], monkeypatch) == 0
+    from training import checkpoint, replay
+
+    spoilt = checkpoint.newest(workplace / "run", (checkpoint.MODEL,))
+    name = f"{place}.weight" if place.endswith("proj") else f"{place}.v_proj.weight"
+    spoilt.tensors[checkpoint.MODEL][name][0, 0] = math.inf
+    monkeypatch.setattr(
+        checkpoint, "read", lambda path, names: spoilt._replace(tensors=spoilt.tensors | {replay.BATCH: batch})
+    )
+    tokens = torch.randint(257, (1, 2, 65), generator=torch.Generator().manual_seed(0))
+    batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
+    replay.replay(workplace / "run/failures/step_00000003")
+    expected = place if place.endswith("proj") else f"{place}.v_proj"
+    assert f"first not finite in the output of {expected} (Linear), of finite numbers" in capsys.readouterr().out
+
+
+def test_a_replay_of_nothing_is_one_line(workplace):
+    result = subprocess.run(
+        [sys.executable, "-m", "training.replay", "nothing"], capture_output=True, text=True, env={"PYTHONPATH": ROOT}
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "is not a run" in result.stderr
+
+
+def rows_of(*train_losses):
+    return [{"step": i + 1, "train_loss": loss} for i, loss in enumerate(train_losses)]
+
+
+def test_a_spike_is_noticed_once_and_falling_or_noisy_losses_are_not():
+    draw = torch.Generator().manual_seed(0)
+    noisy = [6 * math.exp(-i / 80) + 3 + 0.3 * torch.randn((), generator=draw).item() for i in range(600)]
+    guard = Guard([])
+    assert not any(guard.see(row) for row in rows_of(*noisy))
+    assert [guard.see(row) for row in rows_of(9.0, 9.5, 3.0, 8.0)] == [True, False, False, True]
+    assert guard.usual_loss == pytest.approx(3, abs=0.3)
+
+
+def test_a_guard_made_from_the_past_is_the_guard_that_saw_it():
+    rows = rows_of(*[3.0] * SPIKE_WINDOW) + [{"step": 65, "train_loss": None, "skipped": True}] * 3
+    guard = Guard(rows)
+    assert (guard.skipped, guard.in_a_row) == (3, 3)
+    assert guard.see({"train_loss": 4.0})
+    assert guard.in_a_row == 0 and guard.skipped == 3
+
+
+def test_a_spike_in_a_run_is_said(workplace, monkeypatch, capsys):
+    calls = []
+
+    def spiking(*arguments):
+        calls.append(1)
+        return mean_loss(*arguments) + (5.0 if len(calls) == 90 else 0.0)
+
+    monkeypatch.setattr("training.step.mean_loss", spiking)
+    assert call("train", [*SMOKE, "steps=100", "batch_tokens=256", "run_dir=run"], monkeypatch) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
+    assert re.match(r"step 90: loss \S+ is a spike, \S+ was usual; its documents: synthetic/", said)
