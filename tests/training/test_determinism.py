@@ -1,0 +1,117 @@
+"""The same settings give the same run; what should not matter to the arithmetic does not."""
+
+import json
+
+import pytest
+import torch
+
+from data.errors import UserError
+from model.transformer import TransformerLM
+from tests.support import ATTENTIONS, call, relative_error, small_config, small_model, some_tokens
+from tests.training import golden
+from tests.training.runs import SMOKE, assert_same_run, losses
+from training.config import load
+from training.device import make_deterministic
+from training.precision import choose_precision
+
+BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("golden")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_recorded_losses_come_again(place, monkeypatch, attention):
+    recorded = json.loads(golden.FILE.read_text())[attention]
+    found = golden.losses(attention, place, monkeypatch)
+    assert len(found) == 30 and recorded[-1] < recorded[0] - 2, "it should be training"
+    assert found == pytest.approx(recorded, abs=1e-3)
+
+
+@pytest.fixture
+def restored_determinism():
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_deterministic_run_comes_out_twice_alike(workplace, monkeypatch, restored_determinism, compiled):
+    options = [*BUSY, "attention=mla", "deterministic=true", f"compile={compiled}", "steps=10", "eval_every=5"]
+    for name in ("one", "two"):
+        assert call("train", [*options, f"run_dir={name}"], monkeypatch) == 0
+    assert torch.are_deterministic_algorithms_enabled()
+    assert_same_run(workplace / "one", workplace / "two", step=10)
+
+
+def test_what_has_no_deterministic_algorithm_is_refused(restored_determinism):
+    make_deterministic()
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace, monkeypatch, attention):
+    """Over 50 steps in float32."""
+    options = [*SMOKE, f"attention={attention}", "precision=fp32", "steps=50", "batch_tokens=512", "save_every=99"]
+    options += ["eval_every=99"]
+    found = {}
+    for name, change in {"whole": 8, "halves": 4, "single": 1, "naive": None}.items():
+        change = "kernel=naive" if change is None else f"micro_batch_size={change}"
+        assert call("train", [*options, change, f"run_dir={name}"], monkeypatch) == 0
+        found[name] = torch.tensor([row[1] for row in losses(workplace / name)], dtype=torch.float64)
+    for name, tolerance in {"halves": 1e-5, "single": 1e-5, "naive": 1e-5}.items():
+        assert ((found[name] - found["whole"]).abs() / found["whole"]).max() <= tolerance, name
+
+
+def test_dropout_draws_while_training_only():
+    model = TransformerLM(small_config("attention=gqa", "model.dropout=0.5"), 100)
+    sharp = small_model("attention=gqa")
+    model.load_state_dict(sharp.state_dict())
+    tokens = some_tokens(2, 10)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, sharp(tokens).logits)
+        drawn = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            drawn.append(model(tokens, training=True).logits)
+        assert torch.equal(drawn[0], drawn[1])
+        assert relative_error(drawn[2], drawn[0]) > 0.1
+        assert torch.equal(sharp(tokens, training=True).logits, sharp(tokens).logits)
+
+
+def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
+    block = small_model("attention=gqa", "model.dropout=0.25").layers[0]
+    from model.attention.base import Context
+
+    ctx = Context(positions=torch.zeros(1, 1), plain=True, extent=None, rotary={}, training=True)
+    torch.manual_seed(0)
+    dropped = ctx.drop(torch.ones(100_000), block.dropout)
+    assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.01)
+    assert dropped.mean() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "chosen"), [("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", False, "fp32")]
+)
+def test_precision_falls_back_as_the_device_allows(monkeypatch, caplog, device, native, chosen):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    with caplog.at_level("INFO", logger="headroom"):
+        assert choose_precision("auto", torch.device(device)) == chosen
+    assert caplog.records[-1].message.startswith(f"precision {chosen}: this {device}")
+
+
+@pytest.mark.parametrize(
+    ("bf16", "amx", "chosen"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_precision_of_a_processor_is_what_it_multiplies(monkeypatch, bf16, amx, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert choose_precision("auto", torch.device("cpu")) == chosen
+
+
+def test_an_unknown_top_level_setting_of_a_stored_run_is_refused():
+    with pytest.raises(UserError):
+        load({"model": {}, "surprise": 1})
