@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Self
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from model.config import Config
+from model.config import Config, Size
 
 
 class MLPConfig(Config, ABC):
-    d_ff: int | None = Field(None, ge=1)  # hidden width; unset, it derives from d_model
+    d_ff: Size | None = None  # hidden width; unset, it derives from d_model
 
     @abstractmethod
     def derive(self, d_model: int) -> Self:

@@ -48,8 +48,8 @@ class Run(Config):
     optim: OptimConfig
     schedule: Schedule
     logger: Logger
-    steps: int = Field(ge=1)
-    batch_tokens: int = Field(ge=1)
+    steps: int = Field(ge=1, le=2**40)  # schedules are arithmetic of floats, which overflow
+    batch_tokens: int = Field(ge=1, le=2**40)
     micro_batch_size: int = Field(ge=1)
     clip_norm: float = Field(ge=0)
     eval_every: int = Field(ge=1)
