@@ -1,6 +1,6 @@
 """One property, two modes: a few fixed examples in `make test`, and 10,000 random cases in all under
 
-pytest -m long tests/fuzz                   # about a quarter of an hour on one core; add -n auto for more
+pytest -m long tests/fuzz                   # about four minutes on one core, or with -n auto
 pytest -m long tests/fuzz -k text --hypothesis-seed=3
 """
 
