@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 
 from tests.support import ROOT
@@ -26,16 +26,18 @@ for program in ("train", "sample"):
 @pytest.fixture(params=["short", pytest.param("long", marks=pytest.mark.long)])
 def fuzz(request, record_property):
     """fuzz(check, drawn, short=40, long=2000) hands that many drawn values to `check`, which raises AssertionError
-    or says in a word what became of the value: `refused`, `legal`, ..."""
+    or says in a word what became of the value: `refused`, `legal`, ... A failing value is made smaller, unless
+    shrink=False: for checks that take long."""
     is_long = request.param == "long"
 
-    def run(check: Callable[[Any], str], drawn: SearchStrategy, *, short: int, long: int) -> None:
+    def run(check: Callable[[Any], str], drawn: SearchStrategy, *, short: int, long: int, shrink: bool = True) -> None:
         outcomes = Counter()
 
         @settings(
             max_examples=long if is_long else short,
             derandomize=not is_long,
             database=None,
+            phases=[Phase.generate, *([Phase.shrink] if shrink else [])],
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )

@@ -210,7 +210,7 @@ def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(fuzz, trained, mon
             assert trained.newest in damage.file and trained.newest in said
         return "an older checkpoint" if passed_over else "identical"
 
-    fuzz(check, damages(read), short=12, long=200)
+    fuzz(check, damages(read), short=12, long=200, shrink=False)
 
 
 def test_damaged_metrics_keep_the_rows_before(fuzz, tmp_path_factory, trained):
