@@ -50,6 +50,7 @@ class ShardWriter:
     def _finish(self, last: bool) -> None:
         header = {
             "version": VERSION,
+            "name": _name(self.split, self.shards),
             "dtype": self.dtype.name,
             "tokens": self.written,
             "end": self.total,  # of the stream, after this shard
@@ -64,7 +65,7 @@ class ShardWriter:
         self.shards += 1
 
     def _open(self) -> None:
-        self.file = open(self.folder / f"{self.split}_{self.shards:05d}.tokens", "xb")  # noqa: SIM115
+        self.file = open(self.folder / _name(self.split, self.shards), "xb")  # noqa: SIM115
         self.file.write(bytes(HEADER_BYTES))
         self.digest, self.written = hashlib.sha256(), 0
 
@@ -110,6 +111,10 @@ class Shard:
         return status.st_size, status.st_mtime_ns
 
 
+def _name(split: str, number: int) -> str:
+    return f"{split}_{number:05d}.tokens"
+
+
 def _rebuild(path: Path) -> str:
     return f"delete the folder {path.parent} and run again to rebuild it"
 
@@ -126,6 +131,8 @@ def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
         expected = HEADER_BYTES + header["tokens"] * np.dtype(DTYPES[header["dtype"]]).itemsize
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} has a damaged header: {_rebuild(path)}") from None
+    if header["name"] != path.name:
+        raise UserError(f"{path} holds what was written as {header['name']}: {_rebuild(path)}")
     if size != expected:
         raise UserError(f"{path} is {size} bytes, its header promises {expected}: {_rebuild(path)}")
     return header

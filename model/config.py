@@ -1,6 +1,11 @@
 """The base of the typed configuration objects of the model and of training (data/ has its own: it knows neither)."""
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LARGEST = 2**20  # no memory holds a model so wide; far beyond, arithmetic overflows and lists of divisors never end
+Size = Annotated[int, Field(ge=1, le=LARGEST)]  # a dimension
 
 
 class Config(BaseModel):

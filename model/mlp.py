@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from model.config import Config
+from model.config import LARGEST, Config
 
 
 class MLPConfig(Config, ABC):
-    d_ff: int | None = Field(None, ge=1)  # hidden width; unset, it derives from d_model
+    d_ff: int | None = Field(None, ge=1, le=4 * LARGEST)  # hidden width; unset, it derives from d_model
 
     @abstractmethod
     def derive(self, d_model: int) -> Self:

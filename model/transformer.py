@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model.attention.base import AttentionConfig, Context
 from model.cache import FullCache
-from model.config import Config
+from model.config import LARGEST, Config, Size
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
 from model.norm import RMSNorm
@@ -23,10 +23,10 @@ RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
 class Dimensions(Config):
     """What everything else derives from. The vocabulary belongs to the tokenizer."""
 
-    n_layers: int = Field(ge=1)
-    d_model: int = Field(ge=1)
-    n_heads: int = Field(ge=1)
-    context_length: int = Field(ge=2)  # tokens in a training window, and the most a text may have
+    n_layers: Size
+    d_model: Size
+    n_heads: Size
+    context_length: int = Field(ge=2, le=LARGEST)  # tokens in a training window, and the most a text may have
     tie_embeddings: bool = True  # one matrix for the input embedding and the output head
     dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training
 

@@ -11,6 +11,8 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from data.errors import UserError
+from model.errors import Unsupported
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
 from training.command import plain_tree
@@ -48,8 +50,11 @@ def small_config(*overrides: str, kernel=None) -> ModelConfig:
 
 
 def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int = 0) -> TransformerLM:
-    """A model whose attention looks somewhere: freshly initialised ones look everywhere alike, and hide errors."""
-    model = TransformerLM(small_config(*overrides, kernel=kernel), vocab_size, seed)
+    return sharpened(TransformerLM(small_config(*overrides, kernel=kernel), vocab_size, seed), seed)
+
+
+def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:
+    """The model, its attention looking somewhere: freshly initialised ones look everywhere alike, and hide errors."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -70,6 +75,10 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference, relative to the largest magnitude expected. NaN counts as infinite."""
     error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
     return float(error.detach().nan_to_num(nan=float("inf")))
+
+
+def assert_one_line(error: UserError | Unsupported) -> None:
+    assert len(str(error).splitlines()) == 1, repr(str(error))
 
 
 def call(program: str, arguments: Sequence[str], monkeypatch) -> int:

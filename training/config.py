@@ -42,14 +42,14 @@ MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
 class Run(Config):
     """Everything one training run depends on. The comments in conf/train.yaml describe each setting."""
 
-    steps: int = Field(ge=1)  # before the parts that derive from it
+    steps: int = Field(ge=1, le=2**40)  # before the parts that derive from it
     model: ModelConfig
     data: Corpus
     tokenizer: TokenizerConfig
     optim: OptimConfig
     schedule: Schedule
     logger: Logger
-    batch_tokens: int = Field(ge=1)
+    batch_tokens: int = Field(ge=1, le=2**40)
     micro_batch_size: int = Field(ge=1)
     clip_norm: float = Field(ge=0)
     most_skipped: int = Field(ge=1)

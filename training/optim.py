@@ -28,7 +28,7 @@ class AdamWConfig(OptimConfig):
 
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.99, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30)  # smaller ones are zero in float32
     weight_decay: float = Field(0.1, ge=0)
 
     def derive(self, d_model: int) -> Self:

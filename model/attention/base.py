@@ -1,5 +1,6 @@
 """The contract of an attention, and what every layer may know of a forward pass."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +80,8 @@ def through_cache(ctx: Context, cache: FullCache | None, **fresh: Tensor) -> tup
 
 
 def divisors(n: int) -> list[int]:
-    return [i for i in range(1, n + 1) if n % i == 0]
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return small + [n // i for i in reversed(small) if i * i != n]
 
 
 def head_dim_of(d_model: int, n_heads: int) -> int:

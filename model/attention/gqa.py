@@ -19,16 +19,17 @@ from model.attention.base import (
     through_cache,
 )
 from model.cache import FullCache
+from model.config import Size
 from model.kernels.base import Kernel
 from model.norm import RMSNorm
 from model.rope import Layout, Rope
 
 
 class GQAConfig(AttentionConfig):
-    n_kv_heads: int | None = Field(None, ge=1)  # the smallest divisor of n_heads that is >= n_heads/4, and 2
-    head_dim: int | None = Field(None, ge=1)  # d_model / n_heads
+    n_kv_heads: Size | None = None  # the smallest divisor of n_heads that is >= n_heads/4, and 2
+    head_dim: Size | None = None  # d_model / n_heads
     qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
 
     def derive(self, d_model: int, n_heads: int) -> Self:

@@ -36,6 +36,7 @@ from model.attention.base import (
     through_cache,
 )
 from model.cache import FullCache
+from model.config import LARGEST, Size
 from model.kernels.base import Kernel
 from model.norm import RMSNorm
 from model.rope import Layout, Rope
@@ -48,12 +49,12 @@ class MLAConfig(AttentionConfig):
     the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512, n 128, r 64,
     v 128, q_lora_rank 1536."""
 
-    q_lora_rank: int | None = Field(None, ge=0)  # 0 and None: queries straight from the hidden state
-    kv_lora_rank: int | None = Field(None, ge=1)  # c: d_model / 4
-    qk_nope_head_dim: int | None = Field(None, ge=1)  # n: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int | None = Field(None, ge=1)  # r: head_dim / 4, rounded up to an even number
-    v_head_dim: int | None = Field(None, ge=1)  # v: head_dim
-    rope_theta: float = Field(10000.0, gt=0)
+    q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
+    kv_lora_rank: Size | None = None  # c: d_model / 4
+    qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
+    qk_rope_head_dim: Size | None = None  # r: head_dim / 4, rounded up to an even number
+    v_head_dim: Size | None = None  # v: head_dim
+    rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
     executions: ClassVar[tuple[str, ...]] = get_args(Execution)
     execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing

@@ -1,6 +1,7 @@
 """Tokens on disk: whole or refused. Tokens in batches: each once per epoch, whatever the batch."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -67,6 +68,14 @@ def test_a_missing_shard_is_noticed(stream, tmp_path, missing):
     (tmp_path / missing).unlink()
     with pytest.raises(UserError, match="is missing"):
         open_stream(tmp_path, "train", "hash")
+
+
+@pytest.mark.parametrize("taken_for", ["train_00000.tokens", "train_00002.tokens", "val_00000.tokens"])
+def test_a_shard_is_not_taken_for_another(tmp_path, taken_for):
+    write(tmp_path, np.arange(250))
+    shutil.copy(tmp_path / "train_00001.tokens", tmp_path / taken_for)
+    with pytest.raises(UserError, match=r"holds what was written as train_00001\.tokens"):
+        open_shard(tmp_path / taken_for, "hash")
 
 
 def test_a_shard_of_another_tokenizer_is_refused(tmp_path):

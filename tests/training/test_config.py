@@ -24,7 +24,7 @@ def test_every_file_under_conf_composes_and_loads(group, choice):
     assert load(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
 
 
-@pytest.mark.parametrize(("attention", "model"), itertools.product(ATTENTIONS, choices("model")))
+@pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
 def test_every_attention_fits_every_model(attention, model):
     assert load_composed(f"attention={attention}", f"model={model}").model.attention.cache_elements > 0
 

@@ -1,0 +1,245 @@
+"""Configurations, legal and not: each is refused in one line, or builds a model that trains and decodes right."""
+
+import copy
+import functools
+import math
+from typing import Any, NamedTuple, get_args
+
+import torch
+import yaml
+from hypothesis import strategies as st
+
+from data.errors import UserError
+from model.attention.base import divisors
+from model.attention.mla import Execution
+from model.errors import Unsupported
+from model.kernels.naive import Naive
+from model.rope import Layout
+from model.transformer import ModelConfig, TransformerLM
+from tests.support import assert_one_line, compose, relative_error, sharpened, some_tokens
+from training.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
+from training.loss import token_losses
+
+VOCAB = 50
+
+
+class Case(NamedTuple):
+    tree: dict[str, Any]
+    spoilt: bool  # some value was replaced by any other
+    seed: int  # of the tokens, and of how they are cut into chunks
+
+
+@functools.cache
+def composed() -> dict[str, Any]:
+    tree = compose()
+    del tree["resume"]
+    return tree
+
+
+@functools.cache
+def section(group: str, choice: str) -> dict[str, Any]:
+    return compose(f"{group}={choice}", *(["data.path='*.txt'"] if choice == "files" else []))[group]
+
+
+def unset_or(strategy: st.SearchStrategy) -> st.SearchStrategy:
+    return st.none() | strategy
+
+
+def even(most: int) -> st.SearchStrategy:
+    return st.integers(1, most // 2).map(lambda n: 2 * n)
+
+
+# Mostly what can be built, whatever attention it belongs to; what does not fit together is drawn too.
+ATTENTION = {
+    "head_dim": unset_or(even(16)),
+    "q_lora_rank": unset_or(st.integers(0, 24)),
+    "kv_lora_rank": unset_or(st.integers(1, 40)),
+    "qk_nope_head_dim": unset_or(st.integers(1, 12)),
+    "qk_rope_head_dim": unset_or(even(8)),
+    "v_head_dim": unset_or(st.integers(1, 16)),
+    "qk_norm": st.booleans(),
+    "rope_theta": st.sampled_from([10000.0, 100.0, 1e6]),
+    "rope_layout": st.sampled_from(get_args(Layout)),
+    "execution": st.sampled_from(get_args(Execution)),
+}
+HUGE = [10**6, 2**31, -(2**63), 10**15, 10**400]
+FLOATS = [0.0, 0.5, 1.0, 5e-324, 1e-30, 1e30, 1e300, math.inf, math.nan]
+EXTREMES = [*HUGE, -1, 0, 1, 2, 3, 7, *FLOATS, None, True, "", [], {}]
+NUMBERS = st.integers(-2, 70) | st.sampled_from(HUGE) | st.sampled_from(EXTREMES) | st.integers() | st.floats()
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    NUMBERS,
+    st.sampled_from(["", "auto", "1", "1e3", "nan", "???", "${steps}", "a\nb", "model.mlp.SwiGLUConfig", "os.system"]),
+    st.text(max_size=20),
+    st.lists(st.integers() | st.text(max_size=3), max_size=3),
+    st.dictionaries(st.text(max_size=5) | st.integers() | st.none(), st.integers(), max_size=3),
+)
+
+
+@st.composite
+def cases(draw) -> Case:
+    tree = copy.deepcopy(composed())
+    for group in (*MODEL_PARTS, *RUN_PARTS):
+        choice = draw(st.sampled_from(choices(group)))
+        tree[group] = copy.deepcopy(section(group, choice))
+        if group == "attention":
+            attention = choice
+    n_heads, window, sequences = draw(st.integers(1, 6)), draw(st.integers(2, 24)), draw(st.integers(1, 6))
+    d_model = n_heads * draw(even(16)) if draw(st.integers(0, 7)) else draw(st.integers(1, 70))
+    tree["model"] |= {
+        "n_layers": draw(st.integers(1, 2)),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "context_length": window,
+        "tie_embeddings": draw(st.booleans()),
+    }
+    tree["attention"] |= {name: draw(ATTENTION[name]) for name in tree["attention"] if name in ATTENTION}
+    if attention == "mha":
+        tree["attention"]["n_kv_heads"] = n_heads
+    elif attention == "gqa":
+        tree["attention"]["n_kv_heads"] = draw(unset_or(st.sampled_from(divisors(n_heads)) | st.integers(1, 6)))
+    tree["mlp"]["d_ff"] = draw(unset_or(st.integers(1, 64)))
+    tree["optim"]["lr"] = draw(unset_or(st.floats(1e-4, 1e-1)))
+    tree |= {
+        "steps": draw(st.integers(1, 20)),
+        "batch_tokens": window * sequences,
+        "micro_batch_size": draw(unset_or(st.sampled_from(divisors(sequences)) | st.integers(1, 6))),
+        "eval_tokens": draw(st.integers(window, 10 * window)),
+        "clip_norm": draw(st.sampled_from([0.0, 0.5, 1.0])),
+        "sample_prompt": draw(unset_or(st.text(max_size=20))),
+        "seed": draw(st.integers(0, 2**63 - 1)),
+    }
+    spoils = draw(st.sampled_from([0, 0, 0, 0, 0, 1, 1, 2]))
+    for _ in range(spoils):
+        spoil(draw, tree)
+    return Case(tree, bool(spoils), draw(st.integers(0, 2**31)))
+
+
+def spoil(draw, tree: dict[Any, Any]) -> None:
+    """Replaces, removes or adds a setting, anywhere."""
+    inner = [value for value in tree.values() if isinstance(value, dict)]
+    place = draw(st.sampled_from([tree, *inner]))
+    how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
+    key = draw(st.text(max_size=8) | st.integers() | st.none())
+    if how != "add" and place:
+        key = draw(st.sampled_from(list(place)))
+    if how == "remove":
+        place.pop(key, None)
+    else:
+        like = place.get(key)
+        alike = NUMBERS if like is None or isinstance(like, int | float) else ANYTHING
+        place[key] = draw(alike if draw(st.booleans()) else ANYTHING)
+
+
+@st.composite
+def one_extreme(draw) -> Case:
+    """What can be trained, but for one setting."""
+    tree = copy.deepcopy(smallest(draw(st.sampled_from(choices("attention")))))
+    places = [tree, *(value for value in tree.values() if isinstance(value, dict))]
+    place, key = draw(st.sampled_from([(i, key) for i, inner in enumerate(places) for key in inner]))
+    places[place][key] = draw(st.sampled_from(EXTREMES))
+    return Case(tree, True, 0)
+
+
+@functools.cache
+def smallest(attention: str) -> dict[str, Any]:
+    model = ("model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.context_length=8")
+    tree = compose("experiment=smoke", f"attention={attention}", *model, "batch_tokens=16", "eval_tokens=16")
+    del tree["resume"]
+    return tree
+
+
+def is_small(run: Run) -> bool:
+    tree = dump(run)
+    widths = [tree["model"]["d_model"], tree["model"]["n_heads"], tree["model"]["context_length"]]
+    widths += [n for part in ("attention", "mlp") for n in tree[part].values() if type(n) is int]
+    return max(widths) <= 1000 and tree["model"]["n_layers"] <= 4 and run.batch_tokens <= 1000
+
+
+def check_training(run: Run, spoilt: bool) -> None:
+    """One update in float32 on random tokens."""
+    model = TransformerLM(run.model, VOCAB, run.seed)
+    before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
+    tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
+    for rows in tokens.split(run.micro_batch_size):
+        loss = token_losses(model(rows[:, :-1]).logits, rows[:, 1:]).mean()
+        assert loss.isfinite()
+        loss.backward()
+    optimizer.step()
+    after = model.state_dict()
+    changed = any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
+    finite = all(tensor.isfinite().all() for tensor in after.values())
+    assert (changed and finite) or spoilt  # a spoilt rate may move nothing, or too far
+
+
+@torch.no_grad()
+def check_decoding(config: ModelConfig, seed: int) -> None:
+    """Random tokens through the caches, a plain prefill and then chunks of any size, against the same weights in one
+    uncached forward of the reference kernel and, where there are several, the reference execution."""
+    attention = config.attention
+    if "naive" in attention.executions:
+        attention = attention.model_copy(update={"execution": "naive"})
+    oracle = TransformerLM(config.model_copy(update={"kernel": Naive(), "attention": attention}), VOCAB)
+    model = TransformerLM(config, VOCAB)
+    model.load_state_dict(sharpened(oracle).state_dict())
+    draw = torch.Generator().manual_seed(seed)
+
+    def between(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=draw))
+
+    length = between(1, config.context_length)
+    tokens, positions = some_tokens(2, length, VOCAB, seed), torch.arange(length)[None]
+    caches = model.make_caches(2, between(length, length + 5))
+    start = between(1, length)
+    found = [model(tokens[:, :start], positions=positions[:, :start], plain=True, caches=caches).logits]
+    longest = between(1, 5)
+    while start < length:
+        end = min(length, start + between(1, longest))
+        extent = end + between(0, 3) if between(0, 1) else None
+        chunk = slice(start, end)
+        found.append(model(tokens[:, chunk], positions=positions[:, chunk], caches=caches, extent=extent).logits)
+        start = end
+    expected = oracle(tokens).logits
+    error = relative_error(torch.cat(found, 1), expected)
+    # A width of two or so can make a model whose logits hang on the last bit of its weights.
+    assert error <= 1e-5 or error <= min(1e-3, 3 * last_bit(oracle, tokens, expected))
+
+
+def last_bit(model: TransformerLM, tokens: torch.Tensor, logits: torch.Tensor) -> float:
+    """The relative error that a unit in the last place of the weights makes, the largest of a few draws."""
+    exact, errors = copy.deepcopy(model.state_dict()), []
+    for seed in range(4):
+        draw = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter.mul_(1 + 2**-23 * torch.randint(-1, 2, parameter.shape, generator=draw))
+        errors.append(relative_error(model(tokens).logits, logits))
+        model.load_state_dict(exact)
+    return max(errors)
+
+
+def check(case: Case) -> str:
+    try:
+        run = load(case.tree)
+    except UserError as error:
+        assert_one_line(error)
+        return "refused"
+    assert load(yaml.safe_load(yaml.safe_dump(dump(run)))) == run
+    assert all(math.isfinite(run.lr(step)) for step in (0, run.steps // 2, run.steps - 1))
+    if not is_small(run):
+        return "legal, too large to build"
+    try:
+        check_training(run, case.spoilt)
+        check_decoding(run.model, case.seed)
+    except Unsupported as error:
+        assert_one_line(error)
+        return "legal, without such a kernel"
+    return "legal"
+
+
+def test_a_configuration_is_refused_in_one_line_or_trains_and_decodes(fuzz):
+    fuzz(check, cases(), short=60, long=1800)
+
+
+def test_so_is_one_with_a_single_extreme_setting(fuzz):
+    fuzz(check, one_extreme(), short=100, long=1200)

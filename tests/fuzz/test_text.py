@@ -1,0 +1,98 @@
+"""Any text comes back from tokens; any file comes back as text, or is named in one line."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+from data.corpus import FilesCorpus, SyntheticCorpus
+from data.errors import UserError
+from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
+from tests.support import assert_one_line
+
+FRAGMENTS = st.sampled_from([END_OF_TEXT, "<|", "\r\n", "\n", " ", "\t", "\0", "the query", "123", "é", "漢字", "🙂🏽"])
+TEXTS = st.text(max_size=200) | st.lists(FRAGMENTS | st.text(max_size=5), max_size=40).map("".join)
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    texts = [document.text for document in SyntheticCorpus(size=20).documents("train")]
+    return [config.train(texts) for config in (ByteConfig(), BPEConfig(vocab_size=400))]
+
+
+def check_round_trip(tokenizers, text: str) -> None:
+    for tokenizer in tokenizers:
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode_bytes(tokens.tolist()) == text.encode()
+        assert tokenizer.decode(tokens.tolist()) == text
+        assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
+        assert tokenizer.end_of_text not in tokens
+
+
+def test_any_text_round_trips(fuzz, tokenizers):
+    def check(text: str) -> str:
+        check_round_trip(tokenizers, text)
+        return "identical"
+
+    fuzz(check, TEXTS, short=60, long=2000)
+
+
+def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):
+    """A regular expression or a merge loop may give up, or take forever, where nothing ends a word."""
+    lengths = st.integers(0, 6).flatmap(lambda power: st.integers(1, 10**power)) | st.integers(PIECE - 2, PIECE + 2)
+    runs = st.tuples(st.sampled_from(" \n\r\ta7.漢\u0301\0") | st.characters(exclude_categories=["Cs"]), lengths)
+
+    def check(drawn: list[tuple[str, int]]) -> str:
+        check_round_trip(tokenizers, "".join(character * length for character, length in drawn))
+        return "identical"
+
+    fuzz(check, st.lists(runs, min_size=1, max_size=2), short=10, long=400)
+
+
+def test_lone_surrogates_are_refused(fuzz, tokenizers):
+    surrogates = st.characters(categories=["Cs"])
+
+    def check(drawn: tuple[str, str, str]) -> str:
+        for tokenizer in tokenizers:
+            with pytest.raises(UserError, match=f"surrogate at character {len(drawn[0])}$") as caught:
+                tokenizer.encode("".join(drawn))
+            assert_one_line(caught.value)
+        return "refused"
+
+    fuzz(check, st.tuples(TEXTS, surrogates, st.text(max_size=9)), short=25, long=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("texts")
+
+
+def test_files_come_back_byte_exactly_or_are_named(fuzz, folder):
+    names = st.sampled_from(["a.txt", "b c.md", "d[1].py", "e::f.gz", ".g", "ünï"])
+    contents = TEXTS.map(lambda text: text.encode()) | st.binary(max_size=100)
+    files = st.dictionaries(names, contents, min_size=1, max_size=3)
+
+    def check(drawn: tuple[dict[str, bytes], float]) -> str:
+        written, val_fraction = drawn
+        for path in folder.iterdir():
+            path.unlink()
+        for name, content in written.items():
+            (folder / name).write_bytes(content)
+        shown = {str(folder / name): content for name, content in written.items() if not name.startswith(".")}
+        corpus, found = FilesCorpus(path=f"{folder}/*", val_fraction=val_fraction), defaultdict(str)
+        try:
+            corpus.fingerprint()
+            for split in ("train", "val"):
+                for document in corpus.documents(split):
+                    found[document.name] += document.text
+        except UserError as error:
+            assert_one_line(error)
+            assert str(folder) in str(error)
+            assert any(path in str(error) for path in shown) or not shown
+            return "refused"
+        assert {name: text.encode() for name, text in found.items()} == shown
+        return "identical"
+
+    fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
+    fuzz(check, st.tuples(files, fractions), short=40, long=1400)
