@@ -48,35 +48,27 @@ def train_under_fire(options: Sequence[str], folder: Path, kills: int, draw: ran
     while True:
         arguments = ["resume=run"] if (run / "config.yaml").exists() else [*options, "run_dir=run"]
         writing = len(met) == 0 and kills > 0
+        before = _written(run)
         process = start(arguments, folder, dies_at_checkpoint=2 if writing else None)
         if not writing and len(met) < kills:
             if draw.random() < 0.75:
-                _await_progress(process, run / "metrics.jsonl")
+                while process.poll() is None and _written(run) == before:
+                    time.sleep(0.005)
                 time.sleep(draw.uniform(0, 0.7))
             else:
                 time.sleep(draw.uniform(0, 3))
             process.send_signal(signal.SIGKILL)
         _, err = process.communicate(timeout=300)
         if process.returncode == -signal.SIGKILL:
-            met.append("in a checkpoint write" if writing else _moment(run))
+            caught = writing or list(run.rglob(".writing-*"))
+            met.append("while writing" if caught else "starting up" if _written(run) == before else "training")
         elif process.returncode == 0 or "is complete at step" in err:
             return met
         else:
             raise AssertionError(f"exit code {process.returncode}: {err}")
 
 
-def _await_progress(process: subprocess.Popen, metrics: Path) -> None:
-    """Until the process has written a row of its own, or is through."""
-    before = metrics.stat().st_mtime_ns if metrics.exists() else None
-    while process.poll() is None:
-        if metrics.exists() and metrics.stat().st_size and metrics.stat().st_mtime_ns != before:
-            return
-        time.sleep(0.005)
-
-
-def _moment(run: Path) -> str:
-    if not (run / "config.yaml").exists():
-        return "before the run"
-    if list(run.rglob(".writing-*")):
-        return "in a checkpoint write"
-    return "in training" if (run / "metrics.jsonl").exists() else "before the first step"
+def _written(run: Path) -> int | None:
+    """When the run last wrote down a step, as far as one did."""
+    metrics = run / "metrics.jsonl"
+    return metrics.stat().st_mtime_ns if metrics.exists() else None

@@ -1,5 +1,7 @@
 """What is written while training, and what must never stop it."""
 
+import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -13,6 +15,22 @@ def test_metrics_of_later_steps_are_dropped(tmp_path):
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
     MetricsFile(path, resume_after=2).write({"step": 3, "again": True})
     assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, resume_after=0).write({"step": 1, "train_loss": math.nan, "grad_norm": math.inf, "skipped": True})
+    assert json.loads(path.read_text(), parse_constant=broken) == {
+        **{"step": 1, "train_loss": None, "grad_norm": None, "skipped": True}
+    }
+
+
+@pytest.mark.parametrize("damage", [b'{"step": 2, "train', b"\x80", b"[]", b'{"step": 3}', b"7", b"[" * 100_000])
+def test_lost_rows_are_said(tmp_path, caplog, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
+    assert MetricsFile(path, resume_after=3).past == [{"step": 1}]
+    assert f"{path} has lost rows: it holds 1 of the 3 steps done" in caplog.text
 
 
 def broken(*_, **__):

@@ -71,7 +71,7 @@ def under_fire(workplace, monkeypatch, kills: int) -> None:
         folder = workplace / f"killed after {len(met)}"
         folder.mkdir()
         found = train_under_fire(options, folder, kills - len(met), draw)
-        assert found[0] == "in a checkpoint write"
+        assert found[0] == "while writing"
         met += found
         assert_same_run(workplace / "whole", folder / "run", step=300)
         assert not list(folder.rglob(".writing-*"))

@@ -12,13 +12,13 @@ from data.shards import TokenStream
 from data.tokenizer import ByteTokenizer
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from tests.support import relative_error, small_config, small_model, some_tokens
+from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
 from training.compilation import maybe_compiled
 from training.device import choose_device
 from training.loss import token_losses
 from training.optim import AdamWConfig
 from training.precision import Working, choose_precision
-from training.schedule import Cosine
+from training.schedule import WSD, Cosine, Linear
 from training.step import evaluate, mean_loss, train_step
 
 
@@ -127,6 +127,39 @@ def test_the_cosine_schedule_by_its_landmarks():
     assert rates[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in itertools.pairwise(rates[11:]))
     assert rates[0] > 0 and Cosine(warmup=0.0)(0, 1) > 0
+
+
+def test_the_linear_schedule_is_a_straight_line_after_its_warmup():
+    schedule = Linear(warmup=0.1, final_fraction=0.2)
+    rates = [schedule(step, 101) for step in range(101)]
+    falls = {round(a - b, 9) for a, b in itertools.pairwise(rates[12:])}
+    assert len(falls) == 1 and rates[-1] == pytest.approx(0.2) and max(rates) == pytest.approx(1, abs=0.01)
+
+
+def test_the_wsd_schedule_by_its_landmarks():
+    schedule = WSD(warmup_steps=4, cooldown=0.2, final_fraction=0.1).derive(50)
+    rates = [schedule(step, 50) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:41] == [1.0] * 36 + [pytest.approx(1 - 0.9 / 11)]
+    assert len({round(a - b, 9) for a, b in itertools.pairwise(rates[40:])}) == 1
+    assert rates[-1] == pytest.approx(0.1 + 0.9 / 11)  # the last update is worth something; the next would be at 0.1
+    longer = [schedule(step, 80) for step in range(80)]
+    assert longer[:40] == rates[:40] and longer[40:64] == [1.0] * 24
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Linear(), WSD()])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30])
+def test_every_schedule_fits_every_run(schedule, steps):
+    schedule = schedule.derive(steps)
+    assert all(0 < schedule(step, steps) <= 1 for step in range(steps))
+    open_step = schedule.first_open_step(steps)
+    if open_step is not None:
+        assert [schedule(s, steps) for s in range(open_step)] == [schedule(s, 2 * steps) for s in range(open_step)]
+
+
+def test_a_wsd_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match=r"schedule.warmup_steps=25 .* steps=30: the cooldown begins at step 24"):
+        load_composed("schedule=wsd", "schedule.warmup_steps=25", "steps=30")
 
 
 def test_settings_that_are_not_finite_are_refused():

@@ -1,0 +1,102 @@
+"""Whole or not at all, whatever goes wrong in between."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from data.durable import discard, lock, sealed, sweep, unsealed, whole_folder, write_whole
+from data.errors import UserError
+from tests.support import ROOT
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    write_whole(path, b"one")
+    assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o644
+    for call in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+            patch.setattr(call, fail)
+            write_whole(path, b"two")
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        assert path.read_bytes() == b"one"
+
+
+def fail(*_):
+    raise OSError("the disk is full")
+
+
+@pytest.mark.parametrize("fault", [None, "block", "os.fsync", "os.rename"])
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fault):
+    final = tmp_path / "f"
+    with whole_folder(final) as writing:
+        (writing / "a").write_text("one")
+        assert not final.exists()
+    if fault is not None:
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+            if fault != "block":
+                patch.setattr(fault, fail)
+            with whole_folder(final) as writing:
+                (writing / "a").write_text("two")
+                if fault == "block":
+                    fail()
+        assert (final / "a").read_text() == "one"
+    else:
+        with whole_folder(final) as writing:
+            (writing / "b").write_text("two")
+        assert [p.name for p in final.iterdir()] == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """In this order, or a power cut leaves an empty file under the final name."""
+    calls = []
+    monkeypatch.setattr("data.durable._sync", lambda path: calls.append(path.name.split("-")[0]))
+    rename = monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))
+    with whole_folder(tmp_path / "f") as writing:
+        (writing / "a").touch()
+        (writing / "b").touch()
+    assert rename is None and sorted(calls[:2]) == ["a", "b"]
+    assert calls[2:] == [".writing", "rename", tmp_path.name.split("-")[0]]
+
+
+def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
+    for name in (".writing-a-1", ".writing-b-1", "a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".writing-file").touch()
+    sweep(tmp_path, "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".writing-b-1", ".writing-file", "a"]
+    sweep(tmp_path)
+    discard(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
+    code = "import sys, time; from pathlib import Path; from data.durable import lock\n"
+    code += "held = lock(Path('.lock'), 'busy'); print('held', flush=True); time.sleep(60)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"held\n"
+    with pytest.raises(UserError, match="busy"):
+        lock(tmp_path / ".lock", "busy")
+    process.kill()
+    process.wait()
+    with lock(tmp_path / ".lock", "busy"), pytest.raises(UserError, match="busy"):
+        lock(tmp_path / ".lock", "busy")
+    with lock(tmp_path / ".lock", "busy"):
+        pass
+
+
+def test_what_is_sealed_is_noticed_when_it_changes():
+    content = {"a": [1, 2.5, None], "b": {"é": "x"}}
+    text = sealed(content)
+    assert unsealed(text) == content
+    for i, character in enumerate(text):
+        changed = text[:i] + ("7" if character != "7" else "8") + text[i + 1 :]
+        with pytest.raises(ValueError):
+            unsealed(changed)
+    for nonsense in ("", "[]", "3", "{}", json.dumps(content), "[" * 100_000, '{"hash": {}}'):
+        with pytest.raises(ValueError):
+            unsealed(nonsense)
