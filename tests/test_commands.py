@@ -143,6 +143,7 @@ BAD_RUNS = {
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already"),
     "no run": (["resume=latest"], "there is no run in"),
     "no name": (["resume="], "resume= names no run"),
+    "a flag": (["--foo"], "unrecognized arguments: --foo"),
 }
 
 

@@ -23,6 +23,7 @@ def one_line_errors() -> Iterator[None]:
     typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. Anything else is a fault
     of the program and keeps its traceback."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would otherwise print over several lines
+    argparse.ArgumentParser.error = Parser.error  # Hydra's own parser would print its usage as well
     try:
         yield
     except (UserError, Unsupported) as error:

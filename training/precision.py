@@ -7,21 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which."""
-    if precision != "auto":
-        return precision
-    native = {
+    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which. Another
+    choice is kept, with a word where the device only imitates it."""
+    native_bf16 = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     }.get(device.type, lambda: False)()
-    chosen = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
-    reason = "multiplies bfloat16 natively" if native else "has no native bfloat16"
-    logging.getLogger("headroom").info(f"precision {chosen}: this {device.type} {reason}")
-    return chosen
+    if precision == "auto":
+        chosen = "bf16" if native_bf16 else "fp16" if device.type == "cuda" else "fp32"
+        reason = "multiplies bfloat16 natively" if native_bf16 else "has no native bfloat16"
+        log.info(f"precision {chosen}: this {device.type} {reason}")
+        return chosen
+    if (precision == "bf16" and not native_bf16) or (precision == "fp16" and device.type == "cpu"):
+        log.warning(f"precision {precision}: this {device.type} only imitates it, slowly; precision=auto is faster")
+    return precision
 
 
 class LossScale:

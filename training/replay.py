@@ -15,6 +15,7 @@ from data.tokenizer import load_tokenizer
 from training import checkpoint
 from training.command import Parser, one_line_errors
 from training.config import Run, load
+from training.device import choose_device
 from training.log import to_stderr
 from training.precision import LossScale, Working
 from training.run_folder import refuse_no_run
@@ -57,11 +58,12 @@ def replay(path: Path) -> None:
     tokenizer = load_tokenizer(path.parent.parent / "tokenizer.json")
     model = checkpoint.empty_model(run.model, tokenizer.vocab_size)
     model.load_state_dict(found.tensors[checkpoint.MODEL])
-    working = Working(model, run.precision)
+    device = choose_device(run.device)
+    working = Working(model.to(device), run.precision)
     if found.manifest.loss_scale is not None:
         scale = LossScale.State(**found.manifest.loss_scale)
         working.loss_scale.load(scale._replace(scale=2 * scale.scale))  # before this step halved it
-    batches = list(zip(*(found.tensors[BATCH][name] for name in ("inputs", "targets")), strict=True))
+    batches = list(zip(*(found.tensors[BATCH][name].to(device) for name in ("inputs", "targets")), strict=True))
 
     first = FirstNotFinite(working.model)
     for i, (inputs, targets) in enumerate(batches):

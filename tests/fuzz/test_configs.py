@@ -18,7 +18,8 @@ from model.rope import Layout
 from model.transformer import ModelConfig, TransformerLM
 from tests.support import assert_one_line, compose, relative_error, sharpened, some_tokens
 from training.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
-from training.loss import token_losses
+from training.precision import Working
+from training.step import train_step
 
 VOCAB = 50
 
@@ -93,6 +94,7 @@ def cases(draw) -> Case:
         "n_heads": n_heads,
         "context_length": window,
         "tie_embeddings": draw(st.booleans()),
+        "dropout": draw(st.sampled_from([0.0, 0.0, 0.3])),
     }
     tree["attention"] |= {name: draw(ATTENTION[name]) for name in tree["attention"] if name in ATTENTION}
     if attention == "mha":
@@ -162,11 +164,9 @@ def check_training(run: Run, spoilt: bool) -> None:
     model = TransformerLM(run.model, VOCAB, run.seed)
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
-    for rows in tokens.split(run.micro_batch_size):
-        loss = token_losses(model(rows[:, :-1]).logits, rows[:, 1:]).mean()
-        assert loss.isfinite()
-        loss.backward()
-    optimizer.step()
+    batches = [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
+    result = train_step(Working(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, (run.seed, 0))
+    assert result.loss.isfinite()
     after = model.state_dict()
     changed = any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
     finite = all(tensor.isfinite().all() for tensor in after.values())

@@ -5,12 +5,10 @@ import json
 import pytest
 import torch
 
-from data.errors import UserError
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, call, relative_error, small_config, small_model, some_tokens
 from tests.training import golden
 from tests.training.runs import SMOKE, assert_same_run, losses
-from training.config import load
 from training.device import make_deterministic
 from training.precision import choose_precision
 
@@ -112,6 +110,11 @@ def test_precision_of_a_processor_is_what_it_multiplies(monkeypatch, bf16, amx, 
     assert choose_precision("auto", torch.device("cpu")) == chosen
 
 
-def test_an_unknown_top_level_setting_of_a_stored_run_is_refused():
-    with pytest.raises(UserError):
-        load({"model": {}, "surprise": 1})
+@pytest.mark.parametrize(
+    ("precision", "native", "slow"), [("bf16", False, True), ("fp16", True, True), ("bf16", True, False)]
+)
+def test_a_precision_that_the_device_imitates_is_kept_with_a_word(monkeypatch, caplog, precision, native, slow):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_precision(precision, torch.device("cpu")) == precision
+    assert ("only imitates it" in caplog.text) == slow
