@@ -6,7 +6,6 @@ python sample.py --run runs/NAME --max-new-tokens 300 --temperature 0.8 --top-k 
 
 import argparse
 import codecs
-import os
 import sys
 import time
 from pathlib import Path
@@ -39,13 +38,13 @@ def arguments() -> argparse.Namespace:
 
 def sample(args: argparse.Namespace) -> None:
     from model.generate import Sampler, generate
-    from training.checkpoint import load_run
     from training.config import load_choice
     from training.device import choose_device
     from training.log import to_stderr
     from training.precision import Working, choose_precision
     from training.preview import prompt_tokens
     from training.run_folder import newest
+    from training.trained import load_run
 
     to_stderr()
     device = choose_device(args.device)
@@ -97,8 +96,6 @@ def main() -> None:
         except KeyboardInterrupt:
             print(file=sys.stderr)
             sys.exit(130)
-        except BrokenPipeError:  # whoever read the text has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

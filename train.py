@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from training.command import one_line_errors, plain_tree
@@ -19,8 +20,9 @@ from training.command import one_line_errors, plain_tree
 
 @hydra.main(config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train", version_base="1.3")
 def composed(cfg: DictConfig) -> None:
-    with one_line_errors():
-        train(plain_tree(cfg), typed=HydraConfig.get().overrides.task)
+    hydra_config = HydraConfig.get()
+    with one_line_errors(of_a_sweep=hydra_config.mode == RunMode.MULTIRUN):
+        train(plain_tree(cfg), typed=hydra_config.overrides.task)
 
 
 def main() -> None:
@@ -39,7 +41,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.allocator import keep_buffers
     from training.compilation import maybe_compiled
     from training.config import load
-    from training.device import choose_device, make_deterministic
+    from training.device import choose_device, set_determinism
     from training.log import to_stderr
     from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
@@ -54,8 +56,7 @@ def train(tree: dict, typed: list[str]) -> None:
     else:
         run = load(tree)
         run_folder.refuse_taken(run.run_dir)
-    if run.deterministic:
-        make_deterministic()
+    set_determinism(run.deterministic)
     device = choose_device(run.device)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window = corpus.tokenizer, run.model.context_length
@@ -83,7 +84,7 @@ def train(tree: dict, typed: list[str]) -> None:
     def preview() -> str:
         return continuation(model, tokenizer, beginning, run.seed)
 
-    with claim, Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report, StopRequest() as stop:
+    with claim, StopRequest() as stop, Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report:
         for step in range(done, run.steps):
             batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, device)
             optimizer, seeds = training.optimizer, (run.seed, step)
@@ -96,19 +97,17 @@ def train(tree: dict, typed: list[str]) -> None:
             report.step(now, result, batches, score)
             ending = last or stop.signal or report.failing
             if ending or now % run.save_every == 0:
-                report.flush()
+                report.settle()
                 with report.aside():
                     checkpoint.save(folder, run, corpus, training, now, part and part.loss)
             if report.failing:
                 raise replay.keep(folder, run, corpus, training, now, report.guard.in_a_row, batches)
-            if ending:
-                break
-            if run.sample_every and now % run.sample_every == 0:
+            if stop.signal:
+                report.stopped(now, stop.signal.name)
+                sys.exit(stop.exit_code)
+            if run.sample_every and now % run.sample_every == 0 and not last:
                 with report.aside():
                     report.say(preview())
-    if not last:
-        report.stopped(now, stop.signal.name)
-        sys.exit(stop.exit_code)
     report.end(score, preview())
 
 

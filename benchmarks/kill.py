@@ -13,13 +13,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.killing import start, train_under_fire
+from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS
 from tests.training.runs import assert_same_run
 
-STEPS = 300
-OPTIONS = ["experiment=smoke", "model.dropout=0.1", f"steps={STEPS}", "batch_tokens=256", "micro_batch_size=2"]
-OPTIONS += ["save_every=20", "eval_every=50", "eval_tokens=512", "tune_malloc=false"]
 KILLS_PER_RUN = 10
 
 
@@ -33,7 +30,7 @@ def main() -> None:
         place = Path(name)
         while met.total() < args.kills:
             attention, precision = ATTENTIONS[runs % len(ATTENTIONS)], ("bf16", "fp32")[runs // len(ATTENTIONS) % 2]
-            options = [*OPTIONS, f"attention={attention}", f"precision={precision}"]
+            options = [*UNDER_FIRE, f"attention={attention}", f"precision={precision}"]
             whole = place / f"{attention}-{precision}"
             if not whole.exists():
                 whole.mkdir()

@@ -34,7 +34,10 @@ def micro_batches(
     stream: TokenStream, length: int, seed: int, step: int, sequences: int, micro_batch: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
     """Step s trains on sequences s·G ... s·G + G - 1, in pieces of micro_batch, which divides G."""
-    inputs, targets = (part.to(device) for part in training_batch(stream, length, seed, step * sequences, sequences))
+    batch = training_batch(stream, length, seed, step * sequences, sequences)
+    if device.type == "cuda":
+        batch = tuple(part.pin_memory() for part in batch)  # or the copy would wait for all that the GPU has to do
+    inputs, targets = (part.to(device, non_blocking=True) for part in batch)
     return list(zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True))
 
 

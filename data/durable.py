@@ -1,50 +1,44 @@
-"""Files and folders that stand whole or not at all, whatever ends the process or the power, and that prove it."""
+"""Files and folders that stand whole or not at all, whatever ends the process or the power."""
 
-import hashlib
-import json
-import logging
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock, Timeout
-
-from data.errors import UserError
 
 UNFINISHED = ".writing-"  # how the names of temporary files and folders begin
-log = logging.getLogger("headroom")
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces the file as a whole. Raises OSError, and leaves what stood there."""
-    handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, dir=path.parent)
+    temporary = _temporary(path)
     try:
-        with open(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         _sync(path.parent)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_folder(path: Path, exist_ok: bool = True) -> None:
+    """With its parents, on the disk when it returns."""
+    path.mkdir(parents=True, exist_ok=exist_ok)
+    _sync(path.parent)
 
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
     """Gives a temporary folder that takes the place of `final` when the block ends without an error."""
-    temporary = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=final.parent))
+    temporary = _temporary(final)
+    temporary.mkdir()
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        temporary.chmod(0o755)
         if final.exists():
             discard(final)
         os.rename(temporary, final)
@@ -55,7 +49,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
 
 def discard(folder: Path) -> None:
     """Removes a folder so that no part of it is ever seen under its name."""
-    unfinished = folder.with_name(f"{UNFINISHED}{folder.name}-discarded")
+    unfinished = _temporary(folder)
     os.rename(folder, unfinished)
     shutil.rmtree(unfinished)
 
@@ -69,39 +63,8 @@ def sweep(folder: Path, name: str = "") -> None:
             path.unlink(missing_ok=True)
 
 
-def lock(path: Path, busy: str, wait: bool = False) -> AbstractContextManager:
-    """Holds a lock file until the end of a `with` block, or of the process, in whatever way it ends. Where another
-    process holds it: waits, saying what `busy` says, or raises UserError with it."""
-    try:
-        return FileLock(path).acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise UserError(busy) from None
-    log.info(busy)
-    return FileLock(path).acquire()
-
-
-def digest(content: dict[str, Any]) -> str:
-    """SHA-256 of plain JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sealed(content: dict[str, Any]) -> str:
-    """JSON that carries its own hash."""
-    return json.dumps(content | {"hash": digest(content)}, indent=0)
-
-
-def unsealed(text: str) -> dict[str, Any]:
-    """The content of what `sealed` gave. Raises ValueError where a character of it has changed."""
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict) or "hash" not in content:
-        raise ValueError("it holds no hash")
-    if content.pop("hash") != digest(content):
-        raise ValueError("its hash does not match its content")
-    return content
+def _temporary(final: Path) -> Path:
+    return final.with_name(f"{UNFINISHED}{final.name}-{secrets.token_hex(4)}")
 
 
 def _sync(path: Path) -> None:

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from data.corpus import Corpus, Document
-from data.durable import digest, lock, sweep, whole_folder
+from data.durable import make_folder, sweep, whole_folder
 from data.errors import UserError
+from data.lock import lock
+from data.sealed import digest
 from data.shards import VERSION, ShardWriter, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
@@ -32,7 +34,7 @@ class Prepared:
         the list of names cannot be read, which is there for messages only."""
         try:
             starts, names = zip(*map(json.loads, _names_file(self.folder, "train").open()), strict=True)
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError):
             return []
         found = set()
         for start, stop in spans:
@@ -52,19 +54,24 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():
-        _build_once(corpus, tokenizer, folder)
-    trained = load_tokenizer(folder / "tokenizer.json")
+        _build_once(corpus, fingerprint, tokenizer, folder)
+    try:
+        trained = load_tokenizer(folder / "tokenizer.json")
+    except UserError as error:
+        raise UserError(f"{error}: delete the folder {folder} and run again to rebuild it") from None
     train, val = (open_stream(folder, split, trained.hash) for split in ("train", "val"))
     return Prepared(folder, fingerprint, trained, train, val)
 
 
-def _build_once(corpus: Corpus, config: TokenizerConfig, folder: Path) -> None:
+def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path) -> None:
     documents = {split: list(corpus.documents(split)) for split in ("train", "val")}
     for split, found in documents.items():
         if not found:
             raise UserError(f"the {split} split of data={corpus.name} is empty: more or longer text is needed")
+    if corpus.fingerprint() != fingerprint:
+        raise UserError(f"the documents of data={corpus.name} changed while they were read: run again")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"
         guard = lock(folder.with_name(f".{folder.name}.lock"), busy, wait=True)
     except OSError as error:

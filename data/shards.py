@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data.durable import sealed, unsealed
 from data.errors import UserError
+from data.sealed import sealed, unsealed
 
 MAGIC = b"HEADROOM"
 VERSION = 3
@@ -78,7 +78,7 @@ class Shard:
 
     def __init__(self, path: Path):
         try:
-            self.path, self.file = path, open(path, "rb", buffering=0)  # noqa: SIM115
+            self.path, self.file = path, open(path, "rb")  # noqa: SIM115
             self.opened = self._signature()
         except OSError as error:
             raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
@@ -177,14 +177,14 @@ def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
     """All shards of a split. Raises UserError where there is none, or one is damaged."""
     paths = sorted(folder.glob(f"{split}_*.tokens"))
     if not paths:
-        raise UserError(f"{folder} holds no {split} shard: delete the folder and run again to rebuild it")
+        raise UserError(f"{folder} holds no {split} shard: {_rebuild(folder / split)}")
     shards, total, last = [], 0, False
     for path in paths:
         shard = open_shard(path, tokenizer_hash)
         total, last = total + len(shard), shard.header["last"]
         if shard.header["end"] != total:
-            raise UserError(f"a shard before {path} is missing: delete the folder {folder} and run again to rebuild it")
+            raise UserError(f"a shard before {path} is missing: {_rebuild(path)}")
         shards.append(shard)
     if not last:
-        raise UserError(f"a shard after {paths[-1]} is missing: delete the folder {folder} and run again to rebuild it")
+        raise UserError(f"a shard after {paths[-1]} is missing: {_rebuild(paths[-1])}")
     return TokenStream(shards)

@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import Field
 
 from data.config import DataConfig
-from data.durable import digest, sealed, unsealed
+from data.durable import write_whole
 from data.errors import UserError
+from data.sealed import digest, sealed, unsealed
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
 # Words with the character before them, numbers of up to three digits, punctuation with the line's end, white space.
@@ -66,7 +67,7 @@ class Tokenizer(ABC):
         return digest(self.describe())
 
     def save(self, path: Path) -> None:
-        path.write_text(sealed(self.describe()))
+        write_whole(path, sealed(self.describe()).encode())
 
 
 class ByteTokenizer(Tokenizer):

@@ -82,8 +82,8 @@ class VocabMatrix(nn.Module):
         self.register_state_dict_post_hook(_without_padding)
         self.register_load_state_dict_pre_hook(_with_padding)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """(B, T) -> (B, T, d)."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The embedding: (B, T) -> (B, T, d)."""
         return F.embedding(tokens, self.weight)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class TransformerLM(nn.Module):
             positions, plain = torch.arange(tokens.shape[1], device=tokens.device)[None], True
         rotary = {rope: rope.table(positions) for rope in self.ropes}
         ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary, training=training)
-        x = ctx.drop(self.embedding.embed(tokens), self.config.dropout)
+        x = ctx.drop(self.embedding(tokens), self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
             x, said = block(x, ctx, None if caches is None else caches[i])

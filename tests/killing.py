@@ -11,6 +11,9 @@ from pathlib import Path
 
 from tests.support import ROOT
 
+STEPS = 300
+UNDER_FIRE = ["experiment=smoke", "model.dropout=0.1", f"steps={STEPS}", "batch_tokens=256", "micro_batch_size=2"]
+UNDER_FIRE += ["save_every=20", "eval_every=50", "eval_tokens=512", "tune_malloc=false"]
 # Dies in the middle of writing its n-th checkpoint: when the n-th file of weights is whole and the manifest is not.
 DIES_WRITING = """
 import os, runpy, signal, sys, training.checkpoint as checkpoint
@@ -41,22 +44,22 @@ def start(arguments: Sequence[str], folder: Path, dies_at_checkpoint: int | None
 
 
 def train_under_fire(options: Sequence[str], folder: Path, kills: int, draw: random.Random) -> list[str]:
-    """Trains to the end in `folder`/run, with SIGKILLs on the way: one inside a checkpoint write, then `kills` - 1 at
-    random moments, from the start of the process or from its first step on -> what each kill met."""
+    """Trains to the end in `folder`/run, with SIGKILLs on the way -> what each kill met. The first falls while the run
+    is being made or soon after, the second inside a checkpoint write, the others at random moments, from the start of
+    the process or from its first step on."""
     met = []
     run = folder / "run"
     while True:
         arguments = ["resume=run"] if (run / "config.yaml").exists() else [*options, "run_dir=run"]
-        writing = len(met) == 0 and kills > 0
-        before = _written(run)
+        writing, before = len(met) == 1 < kills, _written(run)
         process = start(arguments, folder, dies_at_checkpoint=2 if writing else None)
         if not writing and len(met) < kills:
-            if draw.random() < 0.75:
+            if not met or draw.random() < 0.25:
+                time.sleep(draw.uniform(0, 3))
+            else:
                 while process.poll() is None and _written(run) == before:
                     time.sleep(0.005)
                 time.sleep(draw.uniform(0, 0.7))
-            else:
-                time.sleep(draw.uniform(0, 3))
             process.send_signal(signal.SIGKILL)
         _, err = process.communicate(timeout=300)
         if process.returncode == -signal.SIGKILL:

@@ -20,6 +20,7 @@ from training.config import Run, load
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
+SMOKE = ["experiment=smoke", "tune_malloc=false"]
 SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
 # Every attention as it comes, and the choices within one that change its arithmetic.
 CASES = [
@@ -69,6 +70,12 @@ def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:
 
 def some_tokens(batch: int, length: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batches(count: int, micro: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A step's micro-batches, for `train_step`."""
+    tokens = some_tokens(count, 17, seed=seed)
+    return [(part[:, :-1], part[:, 1:]) for part in tokens.split(micro)]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

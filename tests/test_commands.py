@@ -7,9 +7,7 @@ import time
 
 import pytest
 
-from tests.support import ROOT, call
-
-SMOKE = ["experiment=smoke", "tune_malloc=false"]
+from tests.support import ROOT, SMOKE, call
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def test_two_runs_in_one_second_have_two_folders(workplace, monkeypatch):
     monkeypatch.setattr("random.choice", lambda words: words[0])
     for _ in range(2):
         assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
-    assert len(list((workplace / "runs").iterdir())) == 2
+    assert len(list((workplace / "runs").glob("*/config.yaml"))) == 2
 
 
 def test_sampling_is_seeded_streams_whole_text_and_takes_the_newest_run(place, monkeypatch, capsys):
@@ -142,6 +140,7 @@ BAD_RUNS = {
     "nearly a group": (["atention=mla"], "did you mean attention?"),
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already"),
     "no run": (["resume=latest"], "there is no run in"),
+    "no folder": (["run_dir=''"], "run_dir="),
     "no name": (["resume="], "resume= names no run"),
     "a flag": (["--foo"], "unrecognized arguments: --foo"),
 }
@@ -166,7 +165,7 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     [
         (["tokenizer=byte", "data=files", "data.path=short.txt"], "give more text"),
         ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, the context holds 64"),
-        ([*SMOKE, "model.d_model=1000000000000"], "not enough memory: take a smaller model"),
+        ([*SMOKE, "model.d_model=1048576"], "not enough memory: take a smaller model"),
     ],
     ids=["short file", "long preview", "huge model"],
 )
@@ -176,6 +175,15 @@ def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeyp
     assert complaint in capsys.readouterr().err.splitlines()[-1]
     assert {path.name.split("-")[0] for path in workplace.glob("*/[!.]*")} <= {"files", "synthetic"}
     assert not (workplace / "run").exists()
+
+
+def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypatch, capsys):
+    sweep = ["-m", *SMOKE, "steps=3", "optim.lr=1e30,1e-3", "clip_norm=0", "most_skipped=1"]
+    assert call("train", sweep, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert err.count("error: ") == 1 and "training has diverged" in err
+    assert out.count("validation  ") == 1 and len(list((workplace / "runs").glob("*/config.yaml"))) == 2
+    assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
 
 
 def test_help_answers_without_loading_torch():

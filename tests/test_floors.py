@@ -17,7 +17,7 @@ FLOORS = [
     "model.transformer",
     "model.generate",
     "data.errors data.config",
-    "data.durable",
+    "data.durable data.lock data.sealed",
     "data.corpus data.tokenizer",
     "data.shards",
     "data.prepare",
@@ -29,6 +29,7 @@ FLOORS = [
     "training.config",
     "training.run_folder",
     "training.checkpoint training.report",
+    "training.trained",
     "training.replay",
     "train sample",
 ]

@@ -7,7 +7,8 @@ checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors o
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +18,16 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from data.durable import discard, sealed, unsealed, whole_folder
+from data.durable import discard, make_folder, whole_folder
 from data.errors import UserError
 from data.prepare import Prepared
+from data.sealed import sealed, unsealed
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import Config
-from model.transformer import ModelConfig, TransformerLM
-from training.config import Run, dump, load
+from model.transformer import TransformerLM
+from training.config import Run, dump
 from training.precision import LossScale
-from training.run_folder import refuse_no_run, refuse_other_settings, write_config
+from training.run_folder import refuse_other_settings, resume_command, write_config
 
 VERSION = 2
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
@@ -50,14 +52,12 @@ class Manifest(Config):
 
     version: int
     step: int  # updates done
-    sequences: int  # training windows seen: the next is number `sequences`
     val_loss: float | None  # nats per token on the first eval_tokens of the validation set, where it was scored
-    loss_scale: dict[str, float] | None
+    loss_scale: LossScale.State | None
     tokenizer: str  # its hash
     corpus: str  # its fingerprint
     config: dict[str, Any]  # the run's, as in config.yaml
-    threads: int
-    torch: str
+    machine: dict[str, str | int]  # what the bits depend on besides
     files: dict[str, FileMark]
 
 
@@ -74,16 +74,21 @@ class Damaged(UserError):
 def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int, val_loss: float | None) -> None:
     """Writes checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then removes all but the last
     run.keep_last and the best."""
-    checkpoints = folder / "checkpoints"
-    path = checkpoints / f"step_{step:08d}"
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    files = {MODEL: training.model.state_dict(), OPTIMIZER: _optimizer_tensors(training)}
     try:
-        checkpoints.mkdir(exist_ok=True)
-        write(path, run, corpus, training, step, val_loss)
-        done = [path for path in sorted(checkpoints.glob("step_*")) if path.name <= f"step_{step:08d}"]
-        for other in set(done[: -run.keep_last]) - {best(checkpoints)}:
-            discard(other)
+        write(path, run, corpus, training, step, files, val_loss)
     except OSError as error:
-        raise UserError(f"the checkpoint {path} cannot be written: {error.strerror or error}") from None
+        raise UserError(
+            f"the checkpoint {path} cannot be written: {error.strerror or error}; what was saved before stands: "
+            f"make room, then {resume_command(folder)}"
+        ) from None
+    done = [path for path in saved(folder) if step_of(path) <= step]
+    for other in set(done[: -run.keep_last]) - {best(folder)}:
+        try:
+            discard(other)
+        except OSError as error:
+            log.warning(f"{other} cannot be removed: {error.strerror}")
 
 
 def write(
@@ -92,11 +97,11 @@ def write(
     corpus: Prepared,
     training: Training,
     step: int,
+    files: Mapping[str, Mapping[str, Tensor]],
     val_loss: float | None = None,
-    others: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> None:
-    """One checkpoint, with `others` as further files of tensors. Raises OSError, and leaves no trace."""
-    files = {MODEL: training.model.state_dict(), OPTIMIZER: _optimizer_tensors(training), **(others or {})}
+    """Tensors by file, and the manifest. Raises OSError, and leaves no trace."""
+    make_folder(path.parent)
     with whole_folder(path) as writing:
         marks = {}
         for name, tensors in files.items():
@@ -106,17 +111,26 @@ def write(
         manifest = Manifest(
             version=VERSION,
             step=step,
-            sequences=step * run.sequences,
-            val_loss=val_loss,
-            loss_scale=training.loss_scale and training.loss_scale.state()._asdict(),
+            val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            loss_scale=training.loss_scale and training.loss_scale.state(),
             tokenizer=corpus.tokenizer.hash,
             corpus=corpus.fingerprint,
             config=dump(run),
-            threads=torch.get_num_threads(),
-            torch=torch.__version__,
+            machine=_machine(training.model),
             files=marks,
         )
         (writing / MANIFEST).write_text(sealed(manifest.model_dump()))
+
+
+def step_of(path: Path) -> int:
+    """A checkpoint's step, from its name; -1 for another name, such as a user's own copy may have."""
+    digits = path.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() and digits != path.name else -1
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run, in the order of their steps."""
+    return sorted((path for path in folder.glob("checkpoints/step_*") if step_of(path) >= 0), key=step_of)
 
 
 def read(path: Path, names: Collection[str]) -> Checkpoint:
@@ -143,19 +157,31 @@ def read(path: Path, names: Collection[str]) -> Checkpoint:
 def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
     """The newest checkpoint of a run whose files, of those named, are whole; the damaged ones that were passed over are
     named in a warning. None where there is no checkpoint. Raises UserError where all are damaged."""
-    return _first_whole(sorted(folder.glob("checkpoints/step_*"), reverse=True), names)
+    faults = []
+    for path in reversed(saved(folder)):
+        try:
+            found = read(path, names)
+        except Damaged as fault:
+            faults.append(fault)
+            continue
+        for fault in faults:
+            log.warning(f"{fault}; taking {path.name}, the newest whole checkpoint")
+        return found
+    if faults:
+        raise UserError(f"{faults[0]}, and no older checkpoint is whole: bring one back, or start a new run")
+    return None
 
 
-def best(checkpoints: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, if any was scored."""
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, of those saved where it was scored."""
     scores = {}
-    for path in checkpoints.glob("step_*"):
+    for path in saved(folder):
         try:
             scores[path] = _read_manifest(path).val_loss
         except UserError:
             continue
     scored = {path: loss for path, loss in scores.items() if loss is not None}
-    return min(scored, key=lambda path: (scored[path], path), default=None)
+    return min(scored, key=scored.get, default=None)
 
 
 def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
@@ -167,58 +193,23 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
     if found is None:
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _refuse_other_run(folder, run, corpus, found.manifest)
-        _load_weights(found, training.model)
+        _refuse_other_run(folder, run, corpus, training.model, found.manifest)
+        load_weights(found, training.model)
         _load_optimizer(found, training)
         if training.loss_scale is not None:
-            training.loss_scale.load(LossScale.State(**found.manifest.loss_scale))
+            training.loss_scale.load(found.manifest.loss_scale)
         log.info(f"resuming {folder} after step {found.manifest.step}")
     write_config(folder, run)
     return found.manifest.step if found else 0
 
 
-def load_run(
-    folder: Path | str, device: torch.device | str = "cpu", which: str = "latest", **changes: Any
-) -> tuple[TransformerLM, Tokenizer]:
-    """A run's weights, in float32, and its tokenizer.
-
-    which: `latest` or `best`, which has the lowest validation loss of those kept. changes: `kernel`, a Kernel;
-    `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has no such checkpoint, a file of
-    it is damaged, or its files do not belong together.
-    """
-    folder = Path(folder)
-    if which == "latest":
-        found = newest(folder, (MODEL,))
-    else:
-        chosen = best(folder / "checkpoints")
-        found = chosen and read(chosen, (MODEL,))
-    if found is None:
-        refuse_no_run(folder)
-        raise UserError(f"{folder} has no {which} checkpoint yet: train it on with python train.py resume={folder}")
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
-    refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
-    model = empty_model(changed(load(found.manifest.config).model, **changes), tokenizer.vocab_size)
-    _load_weights(found, model)
-    return model.to(device), tokenizer
-
-
-def empty_model(config: ModelConfig, vocab_size: int) -> TransformerLM:
-    """A model whose weights are yet to be loaded."""
-    with torch.device("meta"):
-        model = TransformerLM(config, vocab_size)
-    return model.to_empty(device="cpu")
-
-
-def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:
-    """The same weights, run in another way."""
-    if kernel is not None:
-        config = config.model_copy(update={"kernel": kernel})
-    if execution is not None:
-        if execution not in config.attention.executions:
-            kind = type(config.attention).__name__.removesuffix("Config")
-            raise UserError(f"execution={execution}: the attention of this run, {kind}, runs in one way only")
-        config = config.model_copy(update={"attention": config.attention.model_copy(update={"execution": execution})})
-    return config
+def load_weights(found: Checkpoint, model: TransformerLM) -> None:
+    """Raises UserError where they are not those of this model."""
+    try:
+        model.load_state_dict(found.tensors[MODEL])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{found.path}/{MODEL} does not fit the run's settings: {reason}") from None
 
 
 def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) -> None:
@@ -228,22 +219,6 @@ def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) ->
             f"{folder}/tokenizer.json ({tokenizer.hash[:12]}) is not the tokenizer of its tokens ({expected[:12]}): "
             "bring the run's own tokenizer.json and data back, or start a new run"
         )
-
-
-def _first_whole(paths: Iterable[Path], names: Collection[str]) -> Checkpoint | None:
-    faults = []
-    for path in paths:
-        try:
-            found = read(path, names)
-        except Damaged as fault:
-            faults.append(fault)
-            continue
-        for fault in faults:
-            log.warning(f"{fault}; taking {path.name}, the newest whole checkpoint")
-        return found
-    if faults:
-        raise UserError(f"{faults[0]}, and no older checkpoint is whole")
-    return None
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -262,7 +237,7 @@ def _read_manifest(path: Path) -> Manifest:
         raise Damaged(f"{file} is damaged") from None
 
 
-def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, manifest: Manifest) -> None:
+def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, model: TransformerLM, manifest: Manifest) -> None:
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
             f"the documents of {folder} have changed since it was trained (fingerprint {manifest.corpus[:12]}, now "
@@ -270,11 +245,18 @@ def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, manifest: Manife
         )
     refuse_other_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     refuse_other_settings(folder, run, manifest.config, manifest.step)
-    now = {"threads": torch.get_num_threads(), "torch": torch.__version__}
-    for name, value in now.items():
-        before = getattr(manifest, name)
-        if before != value:
-            log.warning(f"{folder} ran with {name} {before}, this process has {value}: it goes on, not bit for bit")
+    for name, now in _machine(model).items():
+        before = manifest.machine.get(name)
+        if before != now:
+            log.warning(f"{folder} ran with {name} {before}, this process has {now}: it goes on, not bit for bit")
+
+
+def _machine(model: TransformerLM) -> dict[str, str | int]:
+    """What the bits depend on besides the settings."""
+    device = next(model.parameters()).device
+    cuda = device.type == "cuda"
+    processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
+    return {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 def _load_optimizer(found: Checkpoint, training: Training) -> None:
@@ -293,14 +275,6 @@ def _load_optimizer(found: Checkpoint, training: Training) -> None:
         training.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
     except (KeyError, ValueError) as error:
         raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {error}") from None
-
-
-def _load_weights(found: Checkpoint, model: TransformerLM) -> None:
-    try:
-        model.load_state_dict(found.tensors[MODEL])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{found.path}/{MODEL} does not fit the run's settings: {reason}") from None
 
 
 def _parameter_names(training: Training) -> list[str]:

@@ -7,35 +7,50 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from data.errors import UserError
 from model.errors import Unsupported
 
+_failed: list[str] = []  # what runs of this process's sweep could not do
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     """Turns a UserError, a kernel that does not run here, too little memory, or a complaint of Hydra's about what was
-    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. Anything else is a fault
-    of the program and keeps its traceback."""
+    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
+    leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
+
+    of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
+    """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would otherwise print over several lines
     argparse.ArgumentParser.error = Parser.error  # Hydra's own parser would print its usage as well
+    line = None
     try:
         yield
     except (UserError, Unsupported) as error:
-        fail(str(error))
+        line = str(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        with suppress(OSError):
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        line = _out_of_memory(error) or _hydra_complaint(error)
+        line = _out_of_memory(error) or _indeterminate(error) or _hydra_complaint(error)
         if line is None:
             raise
+    if line is not None and of_a_sweep:
+        _say(line)
+        _failed.append(line)
+    elif line is not None:
         fail(line)
+    elif _failed and not of_a_sweep:
+        _failed.clear()
+        sys.exit(2)
 
 
 def plain_tree(cfg: Any) -> dict[str, Any]:
@@ -53,8 +68,13 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
 
 def fail(line: str) -> NoReturn:
     """One line on stderr, and exit code 2."""
-    print(f"error: {' '.join(line.split())}", file=sys.stderr)
+    _say(line)
     sys.exit(2)
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # where nobody listens any more
+        print(f"error: {' '.join(line.split())}", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,6 +148,12 @@ def _unknown_setting(key: str) -> str:
 def _keys(path: Path) -> list[str]:
     found = re.findall(r"^([a-z]\w*):", path.read_text(), re.MULTILINE)
     return [key for key in found if key not in ("defaults", "hydra")]
+
+
+def _indeterminate(error: Exception) -> str | None:
+    if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
+        return f"deterministic=true: {str(error).splitlines()[0].partition(', but you set')[0]}; try another kernel"
+    return None
 
 
 def _out_of_memory(error: Exception) -> str | None:

@@ -65,8 +65,8 @@ class Run(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     compile: bool
     tune_malloc: bool
-    run_dir: str | None
-    cache_dir: str
+    run_dir: str | None = Field(min_length=1)
+    cache_dir: str = Field(min_length=1)
 
     @field_validator("optim")
     @classmethod

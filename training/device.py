@@ -24,10 +24,10 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def make_deterministic() -> None:
-    """From here on the process uses algorithms that give the same bits every time. Call it before the first CUDA
-    operation: cuBLAS reads its setting then. What has no such algorithm raises an error that names it."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+def set_determinism(wanted: bool) -> None:
+    """Whether the process uses only algorithms that give the same bits every time; what has none then raises an error.
+    Call it before the first CUDA operation: cuBLAS reads its setting then."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
-    torch.backends.cudnn.benchmark = False

@@ -23,7 +23,7 @@ class Guard:
 
     def see(self, row: Mapping[str, Any]) -> bool:
         """Takes in the next row -> whether a loss spike begins with it."""
-        if row.get("skipped"):
+        if row.get("skipped") or row["train_loss"] is None:
             self.skipped += 1
             self.in_a_row += 1
             return False

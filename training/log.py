@@ -3,9 +3,11 @@
 import json
 import logging
 import math
+import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,18 +100,34 @@ class MetricsFile:
         if len(self.past) < resume_after:
             log.warning(f"{path} has lost rows: it holds {len(self.past)} of the {resume_after} steps done")
 
+    def close(self) -> None:
+        with suppress(OSError):  # what could not be written has been said
+            self.file.close()
+
     def write(self, row: Mapping[str, Any]) -> None:
         finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        try:
+        with self._complaint():
             self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
+
+    def sync(self) -> None:
+        """All rows are on the disk when it returns."""
+        with self._complaint():
+            os.fsync(self.file.fileno())
+
+    @contextmanager
+    def _complaint(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error.strerror}") from None
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}; what was saved stands: make room, then resume"
+            ) from None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows written so far, up to the first line that is not one: a kill may have cut the last line short. Raises
-    UserError where the file cannot be read."""
+    """The rows written so far, in order, each step once; what is not a row is left out, such as a line that a kill cut
+    short. Raises UserError where the file cannot be read."""
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
@@ -118,12 +136,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-            if row["step"] != len(rows) + 1:
-                break
-        except (ValueError, KeyError, TypeError, RecursionError):
-            break
-        rows.append(row)
+        except (ValueError, RecursionError):
+            continue
+        if _is_row(row) and row["step"] > (rows[-1]["step"] if rows else 0):
+            rows.append(row)
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    numbers = isinstance(row, dict) and all(value is None or isinstance(value, int | float) for value in row.values())
+    return numbers and "train_loss" in row and type(row.get("step")) is int
 
 
 class Watch:
@@ -131,7 +153,7 @@ class Watch:
 
     def __init__(self, first_step: int, steps: int):
         columns = BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}")
-        self.console = Console(stderr=True)
+        self.console = _Patient(stderr=True)
         self.live = self.console.is_terminal
         self.progress = Progress(*columns, console=self.console, disable=not self.live)
         self.task = self.progress.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step)
@@ -156,11 +178,32 @@ class Watch:
         self.progress.stop()
 
 
+class _Patient(Console):
+    """Falls silent when nobody reads any more, where rich would end the process: `train.py | tee`, and Ctrl-C."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        let_go_of_stderr()
+
+
 class _Stderr(logging.Handler):
     """Looks sys.stderr up at every message: a live line replaces it while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        tell(self.format(record))
+
+
+def tell(line: str) -> None:
+    """A line on stderr, to whoever still reads it."""
+    try:
+        print(line, file=sys.stderr)
+    except OSError:
+        let_go_of_stderr()
+
+
+def let_go_of_stderr() -> None:
+    """Its reader is gone: what is written there is lost from here on, and no error, nor one as the process ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def to_stderr() -> None:

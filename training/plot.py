@@ -15,8 +15,8 @@ def plot_loss(folder: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows = read_metrics(folder / "metrics.jsonl")
-    train = [(row["step"], row["train_loss"]) for row in rows if row.get("train_loss") is not None]
-    val = [(row["step"], row["val_loss"], row["val_tokens"]) for row in rows if row.get("val_loss") is not None]
+    train = [(row["step"], row["train_loss"]) for row in rows if row["train_loss"] is not None]
+    val = [(row["step"], row["val_loss"], row.get("val_tokens", 0)) for row in rows if row.get("val_loss") is not None]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     if train:
         steps, losses = zip(*train, strict=True)

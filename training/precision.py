@@ -2,10 +2,11 @@
 
 import copy
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from model.config import Config
 
 log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,7 +36,7 @@ class LossScale:
 
     INITIAL, GROWTH_STEPS = 2.0**16, 2000
 
-    class State(NamedTuple):
+    class State(Config):
         scale: float
         good_steps: int  # since the scale last changed
 
@@ -51,7 +52,7 @@ class LossScale:
         self.scale = torch.where(skipped, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
 
     def state(self) -> State:
-        return self.State(self.scale.item(), self.good_steps.item())
+        return self.State(scale=self.scale.item(), good_steps=self.good_steps.item())
 
     def load(self, state: State) -> None:
         self.scale.fill_(state.scale)

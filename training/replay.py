@@ -1,9 +1,10 @@
 """A step whose loss or gradients were not finite, kept with its batch, and computed anew to see where it begins.
 
-python -m training.replay runs/NAME/failures/step_00000012
+python -m training.replay runs/NAME/failures/step_00000012      # in the checkout
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import torch
@@ -12,14 +13,16 @@ from torch import Tensor, nn
 from data.errors import UserError
 from data.prepare import Prepared
 from data.tokenizer import load_tokenizer
+from model.transformer import Output
 from training import checkpoint
 from training.command import Parser, one_line_errors
 from training.config import Run, load
 from training.device import choose_device
 from training.log import to_stderr
-from training.precision import LossScale, Working
+from training.precision import Working
 from training.run_folder import refuse_no_run
 from training.step import accumulate, mean_loss
+from training.trained import empty_model
 
 BATCH = "batch.safetensors"
 SHOWN = 120  # characters of each text
@@ -38,40 +41,45 @@ def keep(
     """Writes the step to failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
     weights are still those it met."""
     path = folder / "failures" / f"step_{step:08d}"
-    inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
-    try:
-        path.parent.mkdir(exist_ok=True)
-        checkpoint.write(path, run, corpus, training, step, others={BATCH: {"inputs": inputs, "targets": targets}})
-    except OSError as error:
-        return UserError(f"step {step} failed, and {path} cannot be written: {error.strerror or error}")
-    return UserError(
-        f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a "
-        f"smaller optim.lr than {run.optim.lr:.3g}, or see where it begins: python -m training.replay {path}"
+    diverged = (
+        f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a smaller "
+        f"optim.lr than {run.optim.lr:.3g}"
     )
+    inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
+    files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
+    try:
+        checkpoint.write(path, run, corpus, training, step, files)
+    except OSError as error:
+        return UserError(f"{diverged} (the step cannot be kept in {path}: {error.strerror or error})")
+    return UserError(f"{diverged}, or see where it begins: python -m training.replay {shlex.quote(str(path))}")
 
 
 def replay(path: Path) -> None:
-    """Prints what the step computes, and where it ceases to be finite."""
-    refuse_no_run(path.parent.parent)
+    """Prints what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
+    folder = path.resolve().parent.parent
+    if not (path / BATCH).exists():
+        raise UserError(f"{path} is not a step that was kept: give a folder of a run's failures/")
+    refuse_no_run(folder)
     found = checkpoint.read(path, (checkpoint.MODEL, BATCH))
     run, step = load(found.manifest.config), found.manifest.step
-    tokenizer = load_tokenizer(path.parent.parent / "tokenizer.json")
-    model = checkpoint.empty_model(run.model, tokenizer.vocab_size)
-    model.load_state_dict(found.tensors[checkpoint.MODEL])
-    device = choose_device(run.device)
+    tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
+    model = empty_model(run.model, tokenizer.vocab_size)
+    checkpoint.load_weights(found, model)
     working = Working(model.to(device), run.precision)
     if found.manifest.loss_scale is not None:
-        scale = LossScale.State(**found.manifest.loss_scale)
-        working.loss_scale.load(scale._replace(scale=2 * scale.scale))  # before this step halved it
+        before = found.manifest.loss_scale.scale * 2  # this step halved it
+        working.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     batches = list(zip(*(found.tensors[BATCH][name].to(device) for name in ("inputs", "targets")), strict=True))
-
     first = FirstNotFinite(working.model)
-    for i, (inputs, targets) in enumerate(batches):
-        loss = mean_loss(working.model, inputs, targets).item()
+
+    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = mean_loss(model, inputs, targets)
         beginning = tokenizer.decode(inputs[0].tolist())[:SHOWN]
-        print(f"micro-step {i}: loss {loss:.4f} nats per token, its text begins {beginning!r}")
+        print(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
+        return loss
+
+    accumulate(working, batches, (run.seed, step - 1), watched)
     print(f"forward      {first.where or 'finite everywhere'}")
-    accumulate(working, batches, (run.seed, step - 1))
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
@@ -81,17 +89,17 @@ def replay(path: Path) -> None:
 
 
 class FirstNotFinite:
-    """Watches the outputs of all modules, and remembers the first that is not finite."""
+    """Watches the outputs of all modules, inner ones first, and remembers the first that is not finite."""
 
     def __init__(self, model: nn.Module):
         self.where: str | None = None
         for name, module in model.named_modules():
-            if not list(module.children()):
-                module.register_forward_hook(self._watch(name, module))
+            module.register_forward_hook(self._watch(name or "the logits", module))
 
     def _watch(self, name: str, module: nn.Module):
-        def hook(_module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            if self.where is None and not output.isfinite().all():
+        def hook(_module: nn.Module, inputs: tuple, output: Tensor | tuple | Output) -> None:
+            result = output[0] if isinstance(output, tuple) else output
+            if self.where is None and not result.isfinite().all():
                 fine = all(x.isfinite().all() for x in inputs if isinstance(x, Tensor))
                 source = "of finite numbers" if fine else "of numbers that were not finite already"
                 self.where = f"first not finite in the output of {name} ({type(module).__name__}), {source}"
@@ -100,12 +108,13 @@ class FirstNotFinite:
 
 
 def main() -> None:
-    parser = Parser(prog="training.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m training.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("path", type=Path, help="a folder of a run's failures/")
-    args = parser.parse_args()
     with one_line_errors():
         to_stderr()
-        replay(args.path)
+        replay(parser.parse_args().path)
 
 
 if __name__ == "__main__":

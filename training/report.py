@@ -18,8 +18,9 @@ from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.config import Run, dump
 from training.guard import Guard
-from training.log import MetricsFile, Watch
+from training.log import MetricsFile, Watch, tell
 from training.plot import plot_loss
+from training.run_folder import resume_command
 from training.step import Score, StepResult
 
 log = logging.getLogger("headroom")
@@ -55,9 +56,10 @@ class Report:
                 self._plot()
         finally:
             self.watch.stop()
+            self.metrics.close()
             self.sink.close()
         if kind is KeyboardInterrupt:
-            print(f"stopped at once; continue with: python train.py {self._resume()}", file=sys.stderr)
+            tell(f"stopped at once; continue with: {resume_command(self.folder)}")
             sys.exit(130)
 
     def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
@@ -70,7 +72,9 @@ class Report:
         values = (result.loss, result.grad_norm, text_bytes.to(result.loss), result.skipped.to(result.loss))
         self.pending.append((row, torch.stack(values)))
         self.interval_tokens += targets.numel()
-        if score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS:
+        free_to_read = self.byte_lengths.device.type == "cpu"
+        due = score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS
+        if due or (free_to_read and result.skipped):
             self.flush()
         if score is not None:
             self.say(f"step {step}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte")
@@ -91,7 +95,7 @@ class Report:
 
     def end(self, score: Score, sample: str) -> None:
         """The last words of a run, on stdout."""
-        more = f"             python train.py {self._resume()} steps={2 * self.run.steps}\n"
+        more = f"             {resume_command(self.folder)} steps={2 * self.run.steps}\n"
         if self.run.schedule.first_open_step(self.run.steps) is not None:
             more = ""  # its cooldown is over
         print(
@@ -107,21 +111,28 @@ class Report:
 
     def stopped(self, step: int, name: str) -> None:
         """The last words of a run that was asked to end."""
-        resume = f"python train.py {self._resume()}"
-        print(f"{name}: stopped after step {step}, saved; continue with: {resume}", file=sys.stderr)
+        self.watch.stop()
+        last = step == self.run.steps
+        what_next = "it was the last one" if last else f"continue with: {resume_command(self.folder)}"
+        tell(f"{name}: stopped after step {step}, saved; {what_next}")
 
     @property
     def failing(self) -> bool:
-        """So many updates in a row were skipped, up to the last step seen, that training is at its end."""
-        return self.guard.in_a_row >= self.run.most_skipped
+        """So many updates in a row were skipped, up to the last step written down, that training is at its end."""
+        return not self.pending and self.guard.in_a_row >= self.run.most_skipped
 
     @property
     def tokens_per_second(self) -> float:
         """Over all steps of this process; evaluation, saving and sampling excluded."""
         return self.total_tokens / max(self.total_seconds, 1e-9)
 
+    def settle(self) -> None:
+        """All steps so far are on the disk when it returns. Call it before a checkpoint, so that none is missing."""
+        self.flush()
+        self.metrics.sync()
+
     def flush(self) -> None:
-        """Writes down the steps since the last time; call it before a checkpoint, so that none can be missing there."""
+        """Writes down the steps since the last time."""
         if not self.pending:
             return
         rows, self.pending = self.pending, []
@@ -147,6 +158,7 @@ class Report:
         what = f"step {row['step']}: loss {row['train_loss']:.4g}"
         if row.get("skipped") and self.guard.in_a_row <= self.run.most_skipped:
             what += f", gradient norm {row['grad_norm']:.4g}: update skipped, {self.guard.skipped} so far"
+            what += " (float16's scale is halved)" if self.run.precision == "fp16" else ""
             self.say(f"{what}; its documents: {self._documents(row['step'])}")
         elif spike:
             what += f" is a spike, {self.guard.usual_loss:.4g} was usual"
@@ -161,11 +173,8 @@ class Report:
     def _plot(self) -> None:
         try:
             plot_loss(self.folder)
-        except OSError as error:
-            log.warning(f"{self.folder}/loss.png cannot be written: {error.strerror}")
-
-    def _resume(self) -> str:
-        return shlex.quote(f"resume={self.folder}")
+        except Exception as error:  # a picture is not worth a run's last words
+            log.warning(f"{self.folder}/loss.png cannot be drawn: {error}")
 
     def _restart_clock(self) -> None:
         self.interval_tokens, self.interval_start = 0, time.perf_counter()

@@ -3,6 +3,7 @@
 import logging
 import platform
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -15,14 +16,25 @@ from typing import Any
 import torch
 import yaml
 
-from data.durable import lock, sweep, write_whole
+from data.durable import UNFINISHED, make_folder, sweep, write_whole
 from data.errors import UserError
+from data.lock import lock
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
 
 RUNS = Path("runs")
 # What may change when a run is resumed.
-RESUMABLE = ("steps", "eval_every", "save_every", "keep_last", "most_skipped", "logger", "cache_dir")
+RESUMABLE = [
+    "steps",
+    "eval_every",
+    "save_every",
+    "keep_last",
+    "sample_every",
+    "most_skipped",
+    "logger",
+    "device",
+    "cache_dir",
+]
 log = logging.getLogger("headroom")
 BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml
 ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
@@ -35,7 +47,8 @@ def refuse_taken(run_dir: str | None) -> None:
     if run_dir is None:
         return
     folder = Path(run_dir)
-    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= BEGINNINGS):
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.exists() and not (folder.is_dir() and all(n in BEGINNINGS or n.startswith(UNFINISHED) for n in names)):
         raise UserError(f"run_dir={folder} exists already: choose another, or continue it with resume={folder}")
 
 
@@ -45,8 +58,8 @@ def claim(folder: Path) -> AbstractContextManager:
         held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
     except OSError as error:
         raise UserError(f"the run folder {folder} cannot be written: {error.strerror}") from None
-    sweep(folder)
-    sweep(folder / "checkpoints")
+    for place in (folder, folder / "checkpoints", folder / "failures"):
+        sweep(place)
     return held
 
 
@@ -57,9 +70,9 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
     try:
         while not run.run_dir and folder.exists():
             folder = folder.with_name(f"{folder.name}-{_words()}")
-        folder.mkdir(parents=True, exist_ok=bool(run.run_dir))
+        make_folder(folder, exist_ok=bool(run.run_dir))
         claimed = claim(folder)
-        (folder / "environment.yaml").write_text(yaml.safe_dump(environment(), sort_keys=False))
+        write_whole(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
@@ -87,10 +100,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return tree
 
 
+def resume_command(folder: Path) -> str:
+    """What continues a run, for a shell."""
+    return "python train.py " + shlex.quote(f"resume={folder}")
+
+
 def refuse_no_run(folder: Path) -> None:
     """Raises UserError where the folder is not a run's."""
     if not (folder / "config.yaml").exists():
-        raise UserError(f"{folder} is not a run, which is a folder with a config.yaml: resume=latest finds the newest")
+        raise UserError(
+            f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says"
+        )
 
 
 def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], done: int) -> None:
@@ -103,7 +123,9 @@ def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], do
                 f"{folder}/config.yaml says {key}: {now.get(key)}, the run was trained with {before.get(key)}: "
                 "bring the run's own config.yaml back, or start a new run"
             )
-    if done >= run.steps:
+    if done > run.steps:
+        raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
+    if done == run.steps:
         raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
     if run.steps != trained["steps"]:
         open_steps = [run.schedule.first_open_step(steps) for steps in (trained["steps"], run.steps)]
@@ -115,7 +137,7 @@ def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], do
         elif done > min(open_steps):
             raise UserError(
                 f"steps={run.steps}: the number of steps can change only before the cooldown, which began at step "
-                f"{min(open_steps)}, and {done} are done: resume an earlier copy of the run, or start a new one"
+                f"{min(open_steps)}, and {done} are done: remove the checkpoints after that step, or start a new run"
             )
 
 
@@ -136,17 +158,28 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     folder = newest() if resume == "latest" else Path(str(resume))
     stored = read_config(folder)
     changed = {key.split(".")[0] for key in keys} - {"resume"}
-    return load(stored | {key: tree[key] for key in changed}), folder, claim(folder)
+    try:
+        run = load(stored | {key: tree[key] for key in changed})
+    except UserError as error:
+        raise UserError(f"{error} (in {folder}/config.yaml, or on the command line)") from None
+    return run, folder, claim(folder)
 
 
 def newest(with_checkpoint: bool = False) -> Path:
     """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last."""
     pattern = "*/checkpoints/step_*" if with_checkpoint else "*/config.yaml"
-    found = sorted(RUNS.glob(pattern), key=lambda path: path.stat().st_mtime)
+    found = sorted(RUNS.glob(pattern), key=_touched)
     if not found:
         what = "run with a checkpoint" if with_checkpoint else "run"
         raise UserError(f"there is no {what} in {RUNS.resolve()}: python train.py makes one")
     return found[-1].parents[1] if with_checkpoint else found[-1].parent
+
+
+def _touched(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:  # a run in training removes its old checkpoints
+        return 0.0
 
 
 def environment() -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""An end that is asked for: by Ctrl-C or by SIGTERM, as schedulers and `kill` send it."""
+"""An end that is asked for: by Ctrl-C, by SIGTERM, as schedulers and `kill` send it, or by a terminal that closes."""
 
 import os
 import signal
 import threading
+from contextlib import suppress
 from types import FrameType
 from typing import Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopRequest:
@@ -18,7 +19,8 @@ class StopRequest:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self.before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+            self.before = {number: signal.signal(number, self._receive) for number in heard}
         else:
             self.before = {}
         return self
@@ -29,12 +31,12 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """As shells count them: 130 after Ctrl-C, 143 after SIGTERM."""
+        """As shells count them: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
         return 128 + self.signal
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more ends at once\n".encode())
+        with suppress(OSError):  # nobody may be listening any more; and not print, which may be what was interrupted
+            os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more ends at once\n".encode())

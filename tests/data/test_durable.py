@@ -1,20 +1,23 @@
 """Whole or not at all, whatever goes wrong in between."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from data.durable import discard, lock, sealed, sweep, unsealed, whole_folder, write_whole
+from data.durable import discard, make_folder, sweep, whole_folder, write_whole
 from data.errors import UserError
+from data.lock import lock
+from data.sealed import sealed, unsealed
 from tests.support import ROOT
 
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a"
     write_whole(path, b"one")
-    assert path.read_bytes() == b"one" and path.stat().st_mode & 0o777 == 0o644
+    assert path.read_bytes() == b"one"
     for call in ("os.fsync", "os.replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
             patch.setattr(call, fail)
@@ -53,12 +56,24 @@ def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeyp
     """In this order, or a power cut leaves an empty file under the final name."""
     calls = []
     monkeypatch.setattr("data.durable._sync", lambda path: calls.append(path.name.split("-")[0]))
-    rename = monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))
+    monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))
     with whole_folder(tmp_path / "f") as writing:
         (writing / "a").touch()
         (writing / "b").touch()
-    assert rename is None and sorted(calls[:2]) == ["a", "b"]
+    assert sorted(calls[:2]) == ["a", "b"]
     assert calls[2:] == [".writing", "rename", tmp_path.name.split("-")[0]]
+
+
+def test_what_is_made_obeys_the_umask(tmp_path):
+    before = os.umask(0o077)
+    try:
+        write_whole(tmp_path / "a", b"")
+        make_folder(tmp_path / "x/y")
+        with whole_folder(tmp_path / "f") as writing:
+            (writing / "b").touch()
+    finally:
+        os.umask(before)
+    assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.rglob("*"))
 
 
 def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
@@ -73,7 +88,7 @@ def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
 
 
 def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
-    code = "import sys, time; from pathlib import Path; from data.durable import lock\n"
+    code = "import sys, time; from pathlib import Path; from data.lock import lock\n"
     code += "held = lock(Path('.lock'), 'busy'); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE

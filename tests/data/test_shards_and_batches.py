@@ -204,6 +204,22 @@ def test_what_a_killed_build_left_is_removed_by_the_next(workplace):
     assert not left.exists() and made.folder.exists()
 
 
+def test_a_text_that_changes_while_it_is_read_is_not_taken_for_the_one_before(workplace, monkeypatch):
+    path, documents = workplace / "a.txt", FilesCorpus.documents
+    path.write_text("the old text\n" * 50)
+
+    def meanwhile(self, split):
+        path.write_text("a new text\n" * 50)
+        return documents(self, split)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="changed while they were read: run again"):
+        patch.setattr(FilesCorpus, "documents", meanwhile)
+        prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
+    path.write_text("the old text\n" * 50)
+    made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
+    assert "new" not in made.tokenizer.decode(made.train.read(0, 500).tolist())
+
+
 def test_two_processes_build_once(workplace):
     """The second waits for the first, and uses what it built."""
     code = (

@@ -17,8 +17,8 @@ from data.errors import UserError
 from data.prepare import prepare
 from data.tokenizer import BPEConfig
 from tests.support import assert_one_line, call
-from training.checkpoint import load_run
 from training.log import read_metrics
+from training.trained import load_run
 
 OPTIONS = [
     "data=synthetic",
@@ -234,7 +234,8 @@ def test_damaged_metrics_keep_the_rows_before(fuzz, tmp_path_factory, trained):
             return "identical"
         whole = content[: damage.start].count(b"\n")
         assert rows[:whole] == expected[:whole]
-        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        steps = [row["step"] for row in rows]
+        assert steps == sorted(set(steps))
         return "rows changed" if len(rows) == len(expected) else "rows lost"
 
     fuzz(check, damages({path.name: content}), short=40, long=300)

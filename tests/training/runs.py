@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 
 from training.log import read_metrics
 
-SMOKE = ["experiment=smoke", "tune_malloc=false"]
-
 
 def losses(run: Path) -> list[tuple]:
     """What each step did, in the order of the steps, each of which is there once."""

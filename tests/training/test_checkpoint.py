@@ -11,14 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data.durable import sealed, unsealed
 from data.errors import UserError
+from data.sealed import sealed, unsealed
 from model.kernels.sdpa import SDPA
-from tests.support import call, relative_error, some_tokens
-from tests.training.runs import SMOKE, assert_same_run, losses
+from tests.support import SMOKE, call, relative_error, some_tokens
+from tests.training.runs import assert_same_run, losses
 from training import run_folder
-from training.checkpoint import MODEL, OPTIMIZER, load_run, newest
+from training.checkpoint import MODEL, OPTIMIZER, newest
 from training.log import read_metrics
+from training.trained import load_run
 
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
@@ -144,6 +145,15 @@ def test_the_last_checkpoints_and_the_best_are_kept(workplace, monkeypatch, caps
     assert texts[0] != texts[1]
 
 
+def test_a_copy_of_the_users_own_is_neither_taken_nor_removed(run, monkeypatch):
+    shutil.copytree(run / "checkpoints/step_00000003", run / "checkpoints/step_00000003_mine")
+    shutil.copytree(run / "checkpoints/step_00000003", run / "checkpoints/step_9_of_mine")
+    assert newest(run, (MODEL,)).manifest.step == 6
+    assert call("train", ["resume=run", "steps=9", "save_every=1", "keep_last=1"], monkeypatch) == 0
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert {"step_00000003_mine", "step_9_of_mine", "step_00000009"} <= kept and "step_00000008" not in kept
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
 def test_the_newest_whole_checkpoint_is_taken_and_a_damaged_one_named(run, monkeypatch, capsys, name):
     shutil.copytree(run, "untouched")
@@ -237,7 +247,7 @@ def test_a_second_process_in_one_run_folder_is_refused(run, monkeypatch, capsys)
     with run_folder.claim(run):
         assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
         assert "another process is training in run" in capsys.readouterr().err
-        load_run(run)  # reading is free
+        assert newest(run, (MODEL,)).manifest.step == 6  # reading is free
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, call, relative_error, small_config, small_model, some_tokens
+from tests.support import ATTENTIONS, SMOKE, call, relative_error, small_config, small_model, some_tokens
 from tests.training import golden
-from tests.training.runs import SMOKE, assert_same_run, losses
-from training.device import make_deterministic
+from tests.training.runs import assert_same_run, losses
 from training.precision import choose_precision
 
 BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4"]
@@ -42,12 +41,19 @@ def test_a_deterministic_run_comes_out_twice_alike(workplace, monkeypatch, resto
         assert call("train", [*options, f"run_dir={name}"], monkeypatch) == 0
     assert torch.are_deterministic_algorithms_enabled()
     assert_same_run(workplace / "one", workplace / "two", step=10)
+    assert call("train", [*BUSY, "steps=1", "run_dir=three"], monkeypatch) == 0  # as in a sweep, in one process
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_has_no_deterministic_algorithm_is_refused(restored_determinism):
-    make_deterministic()
-    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
-        torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False)
+def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
+    workplace, monkeypatch, capsys, restored_determinism
+):
+    def indeterminate(model, inputs, targets):
+        return torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False).sum()
+
+    monkeypatch.setattr("training.step.mean_loss", indeterminate)
+    assert call("train", [*BUSY, "deterministic=true"], monkeypatch) == 2
+    assert "error: deterministic=true: put_ does not have a deterministic" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -60,8 +66,8 @@ def test_the_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace
         change = "kernel=naive" if change is None else f"micro_batch_size={change}"
         assert call("train", [*options, change, f"run_dir={name}"], monkeypatch) == 0
         found[name] = torch.tensor([row[1] for row in losses(workplace / name)], dtype=torch.float64)
-    for name, tolerance in {"halves": 1e-5, "single": 1e-5, "naive": 1e-5}.items():
-        assert ((found[name] - found["whole"]).abs() / found["whole"]).max() <= tolerance, name
+    for name in ("halves", "single", "naive"):
+        assert ((found[name] - found["whole"]).abs() / found["whole"]).max() <= 1e-5, name
 
 
 def test_dropout_draws_while_training_only():

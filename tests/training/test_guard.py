@@ -5,19 +5,20 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from model.kernels.sdpa import SDPA
-from tests.support import ROOT, call, small_model
-from tests.training.runs import SMOKE, assert_same_run, losses, rewind
-from tests.training.test_training import batches
+from tests.support import ROOT, SMOKE, batches, call, small_model
+from tests.training.runs import assert_same_run, losses, rewind
+from training import checkpoint, replay
 from training.guard import SPIKE_WINDOW, Guard
 from training.log import read_metrics
 from training.optim import AdamWConfig
 from training.precision import LossScale, Working
-from training.step import mean_loss, train_step
+from training.step import Score, mean_loss, train_step
 
 
 def sometimes_nan(model, inputs, targets):
@@ -100,51 +101,89 @@ def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed_a
 
 
 def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "optim.lr=1e30", "clip_norm=0", "steps=500", "most_skipped=5", "run_dir=run"]
+    options = [*SMOKE, "optim.lr=1e30", "clip_norm=0", "steps=500", "most_skipped=5", "model.dropout=0.1"]
+    options += ["run_dir='a run'", "save_every=2"]
     assert call("train", options, monkeypatch) == 2
     err = capsys.readouterr().err
     last = err.splitlines()[-1]
     assert "updates in a row were skipped" in last and "smaller optim.lr than 1e+30" in last
-    rows = losses(workplace / "run")
-    assert 6 <= len(rows) < 500 and rows[0][-1] is None and all(row[-1] for row in rows[1:])
+    rows = losses(workplace / "a run")
+    assert len(rows) == 6 and rows[0][-1] is None and all(row[-1] for row in rows[1:])
     assert err.count("update skipped") == 5  # not a line for each of them
     (command,) = re.findall(r"python -m (training\.replay .*)$", last)
-    replayed = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+    replayed, again = (
+        subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+        )
+        for _ in range(2)
     )
     assert replayed.returncode == 0, replayed.stderr
-    (loss,) = re.findall(r"micro-step 0: loss (\S+) nats", replayed.stdout)
+    assert replayed.stdout == again.stdout
+    (loss,) = re.findall(r"micro-step +loss (\S+) nats", replayed.stdout)
     assert float(loss) == pytest.approx(rows[-1][1], abs=1e-4)
     assert re.search(r"gradients +norm nan; not finite in embedding\.weight", replayed.stdout)
     assert re.search(r"the largest number is \d\.\d+e\+(28|29|30)", replayed.stdout)
     # The run goes on where it stopped, though not for long.
-    assert call("train", ["resume=run"], monkeypatch) == 2
-    assert len(losses(workplace / "run")) > len(rows)
+    assert call("train", ["resume='a run'"], monkeypatch) == 2
+    assert len(losses(workplace / "a run")) > len(rows)
 
 
-@pytest.mark.parametrize("place", ["layers.1.mlp.up_proj", "layers.0.attention"])
-def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, place):
-    assert call("train", [*SMOKE, "steps=3", "run_dir=run"], monkeypatch) == 0
-    from training import checkpoint, replay
+def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
+        assert call("train", [*SMOKE, "most_skipped=3", "run_dir=run"], patch) == 2
+    capsys.readouterr()
+    stopped = len(losses(workplace / "run"))
+    assert call("train", ["resume=run"], monkeypatch) == 0
+    rows = losses(workplace / "run")
+    assert len(rows) == 30 and all(row[-1] for row in rows[:stopped]) and not any(row[-1] for row in rows[stopped:])
 
-    spoilt = checkpoint.newest(workplace / "run", (checkpoint.MODEL,))
-    name = f"{place}.weight" if place.endswith("proj") else f"{place}.v_proj.weight"
-    spoilt.tensors[checkpoint.MODEL][name][0, 0] = math.inf
-    monkeypatch.setattr(
-        checkpoint, "read", lambda path, names: spoilt._replace(tensors=spoilt.tensors | {replay.BATCH: batch})
-    )
-    tokens = torch.randint(257, (1, 2, 65), generator=torch.Generator().manual_seed(0))
-    batch = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:]}
-    replay.replay(workplace / "run/failures/step_00000003")
-    expected = place if place.endswith("proj") else f"{place}.v_proj"
-    assert f"first not finite in the output of {expected} (Linear), of finite numbers" in capsys.readouterr().out
+
+def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypatch, capsys):
+    scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
+    monkeypatch.setattr("training.step.evaluate", lambda *_: next(scores))
+    assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
+    assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
+    assert checkpoint.best(workplace / "run").name == "step_00000020"
+
+
+PLACES = {
+    "layers.1.mlp.up_proj.weight": "layers.1.mlp.up_proj (Linear), of finite numbers",
+    "layers.0.attention.v_proj.weight": "layers.0.attention.v_proj (Linear), of finite numbers",
+    "embedding.weight": "embedding (VocabMatrix), of finite numbers",
+    "head.weight": "the logits (TransformerLM), of finite numbers",
+}
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES.items(), ids=PLACES)
+def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, name, place):
+    options = [*SMOKE, "steps=3", "most_skipped=1", "model.tie_embeddings=false", "run_dir=run"]
+    real = checkpoint.write
+
+    def spoilt(path, run, corpus, training, step, files, *rest):
+        files[checkpoint.MODEL][name][:] = math.inf
+        real(path, run, corpus, training, step, files, *rest)
+
+    monkeypatch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", spoilt)
+        assert call("train", options, patch) == 2
+    capsys.readouterr()
+    monkeypatch.chdir("run/failures")
+    (failure,) = (workplace / "run/failures").iterdir()
+    replay.replay(Path(failure.name))
+    assert f"first not finite in the output of {place}" in capsys.readouterr().out
 
 
 def test_a_replay_of_nothing_is_one_line(workplace):
     result = subprocess.run(
         [sys.executable, "-m", "training.replay", "nothing"], capture_output=True, text=True, env={"PYTHONPATH": ROOT}
     )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "is not a run" in result.stderr
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "nothing is not a step that was kept" in result.stderr
+    )
 
 
 def rows_of(*train_losses):

@@ -10,11 +10,17 @@ import pytest
 from training.log import MetricsFile, WandbLogger, read_metrics
 
 
+def row(step, **more):
+    return {"step": step, "train_loss": 3.0, **more}
+
+
 def test_metrics_of_later_steps_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step"')
-    MetricsFile(path, resume_after=2).write({"step": 3, "again": True})
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+    path.write_text("".join(json.dumps(row(step)) + "\n" for step in (1, 2, 3)) + '{"step"')
+    file = MetricsFile(path, resume_after=2)
+    file.write(row(3, again=True))
+    file.sync()
+    assert read_metrics(path) == [row(1), row(2), row(3, again=True)]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -25,12 +31,28 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     }
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 2, "train', b"\x80", b"[]", b'{"step": 3}', b"7", b"[" * 100_000])
-def test_lost_rows_are_said(tmp_path, caplog, damage):
+NOT_ROWS = [
+    b'{"step": 2, "train',
+    b"\x80",
+    b"[]",
+    b"7",
+    b"[" * 100_000,
+    b'{"step": 2}',
+    b'{"step": 1, "train_loss": 9}',
+    b'{"step": true, "train_loss": 1}',
+    b'{"step": 2, "train_loss": "x"}',
+]
+
+
+@pytest.mark.parametrize("damage", NOT_ROWS)
+def test_a_row_that_is_lost_is_said_and_the_others_stay(tmp_path, caplog, damage):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 3}\n')
-    assert MetricsFile(path, resume_after=3).past == [{"step": 1}]
-    assert f"{path} has lost rows: it holds 1 of the 3 steps done" in caplog.text
+    first, last = (json.dumps(row(step)).encode() for step in (1, 3))
+    path.write_bytes(first + b"\n" + damage + b"\n" + last + b"\n")
+    assert MetricsFile(path, resume_after=3).past == [row(1), row(3)]
+    assert f"{path} has lost rows: it holds 2 of the 3 steps done" in caplog.text
+    MetricsFile(path, resume_after=3).write(row(4))
+    assert read_metrics(path) == [row(1), row(3), row(4)]
 
 
 def broken(*_, **__):

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from tests.killing import start, train_under_fire
-from tests.support import ATTENTIONS, call
-from tests.training.runs import SMOKE, assert_same_run, losses, rewind
-from training.checkpoint import load_run
+from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
+from tests.support import ATTENTIONS, SMOKE, call
+from tests.training.runs import assert_same_run, losses, rewind
+from training.checkpoint import MODEL, OPTIMIZER, newest
 from training.log import read_metrics
 
 # Dropout, accumulation, and an epoch's end on the way.
@@ -48,7 +48,7 @@ def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_
 
 def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
-    monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**40)
+    monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
     options = [*BUSY, "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "run_dir=whole"]
     assert call("train", options, monkeypatch) == 0
@@ -59,21 +59,20 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
         assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
         assert_same_run(workplace / "whole", workplace / f"killed{step}", step=20)
     manifest = json.loads((workplace / "whole/checkpoints/step_00000015/manifest.json").read_text())
-    assert manifest["loss_scale"]["scale"] < 2.0**40 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
+    assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
 
 
 def under_fire(workplace, monkeypatch, kills: int) -> None:
-    options = [*SMOKE, "attention=mla", "model.dropout=0.1", "steps=300", "batch_tokens=256", "micro_batch_size=2"]
-    options += ["save_every=20", "eval_every=50", "eval_tokens=512"]
+    options = [*UNDER_FIRE, "attention=mla"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     draw, met = random.Random(0), []
     while len(met) < kills:
         folder = workplace / f"killed after {len(met)}"
         folder.mkdir()
         found = train_under_fire(options, folder, kills - len(met), draw)
-        assert found[0] == "while writing"
+        assert "while writing" in found
         met += found
-        assert_same_run(workplace / "whole", folder / "run", step=300)
+        assert_same_run(workplace / "whole", folder / "run", step=STEPS)
         assert not list(folder.rglob(".writing-*"))
 
 
@@ -86,7 +85,10 @@ def test_killed_for_real_twenty_times_it_is_the_same_run(workplace, monkeypatch)
     under_fire(workplace, monkeypatch, kills=20)
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+SIGNALS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143), "closed terminal": (signal.SIGHUP, 129)}
+
+
+@pytest.mark.parametrize(("sent", "code"), SIGNALS.values(), ids=SIGNALS)
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypatch, sent, code):
     options = [*SMOKE, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
     options += ["schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0"]
@@ -104,20 +106,43 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypat
     assert_same_run(workplace / "whole", workplace / "run", step=done + 8)
 
 
-def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, monkeypatch):
+def test_a_signal_is_heard_when_nobody_reads_any_more(workplace):
+    """As Ctrl-C ends `python train.py 2>&1 | tee log`: tee is gone before the run says that it saves."""
+    process = start([*SMOKE, "steps=2000", "save_every=1000", "eval_every=50", "run_dir=run"], workplace)
+    await_steps(process, workplace / "run", 20)
+    process.stderr.close()
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step >= 20
+
+
+def test_a_run_nobody_listens_to_goes_on(workplace):
+    process = start([*SMOKE, "steps=60", "eval_every=1", "run_dir=run"], workplace)
+    await_steps(process, workplace / "run", 1)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 60
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, sent):
     """The first one meets a long step."""
     options = [*SMOKE, "steps=2000", "batch_tokens=262144", "micro_batch_size=16", "save_every=1", "eval_every=1000"]
     process = start([*options, "run_dir=run"], workplace)
-    await_steps(process, workplace / "run", 1)
-    process.send_signal(signal.SIGINT)
+    while not list((workplace / "run").glob("checkpoints/step_*")):
+        time.sleep(0.01)
+    time.sleep(0.5)  # into the second step
+    process.send_signal(sent)
     time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     begun = time.perf_counter()
     _, err = process.communicate(timeout=60)
     assert time.perf_counter() - begun < 5
     assert process.returncode == 130
     assert "stopped at once; continue with: python train.py resume=run" in err and "Traceback" not in err
-    load_run(workplace / "run")
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)) is not None
 
 
 def await_steps(process, run, count: int) -> int:

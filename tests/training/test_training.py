@@ -12,7 +12,7 @@ from data.shards import TokenStream
 from data.tokenizer import ByteTokenizer
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
+from tests.support import batches, load_composed, relative_error, small_config, small_model
 from training.compilation import maybe_compiled
 from training.device import choose_device
 from training.loss import token_losses
@@ -20,11 +20,6 @@ from training.optim import AdamWConfig
 from training.precision import Working, choose_precision
 from training.schedule import WSD, Cosine, Linear
 from training.step import evaluate, mean_loss, train_step
-
-
-def batches(count: int, micro: int, seed: int = 0):
-    tokens = some_tokens(count, 17, seed=seed)
-    return [(part[:, :-1], part[:, 1:]) for part in tokens.split(micro)]
 
 
 def test_the_loss_is_cross_entropy_of_the_next_token():

@@ -1,0 +1,23 @@
+"""One process at a time."""
+
+import logging
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from data.errors import UserError
+
+log = logging.getLogger("headroom")
+
+
+def lock(path: Path, busy: str, wait: bool = False) -> AbstractContextManager:
+    """Holds a lock file until the end of a `with` block, or of the process, in whatever way it ends. Where another
+    process holds it: waits, saying what `busy` says, or raises UserError with it."""
+    try:
+        return FileLock(path).acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(busy) from None
+    log.info(busy)
+    return FileLock(path).acquire()

@@ -1,0 +1,28 @@
+"""JSON that carries its own hash, so that a file proves it is what was written."""
+
+import hashlib
+import json
+from typing import Any
+
+
+def digest(content: dict[str, Any]) -> str:
+    """SHA-256 of plain JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON that carries its own hash."""
+    return json.dumps(content | {"hash": digest(content)}, indent=0)
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The content of what `sealed` gave. Raises ValueError where a character of it has changed."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict) or "hash" not in content:
+        raise ValueError("it holds no hash")
+    if content.pop("hash") != digest(content):
+        raise ValueError("its hash does not match its content")
+    return content

@@ -1,0 +1,57 @@
+"""A trained model, for sampling, scripts and notebooks."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.errors import UserError
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import ModelConfig, TransformerLM
+from training import checkpoint
+from training.config import load
+from training.run_folder import refuse_no_run, resume_command
+
+
+def load_run(
+    folder: Path | str, device: torch.device | str = "cpu", which: str = "latest", **changes: Any
+) -> tuple[TransformerLM, Tokenizer]:
+    """A run's weights, in float32, and its tokenizer.
+
+    which: `latest` or `best`, which has the lowest validation loss of those kept. changes: `kernel`, a Kernel;
+    `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has no such checkpoint, a file of
+    it is damaged, or its files do not belong together.
+    """
+    folder = Path(folder)
+    if which == "latest":
+        found = checkpoint.newest(folder, (checkpoint.MODEL,))
+    else:
+        chosen = checkpoint.best(folder)
+        found = chosen and checkpoint.read(chosen, (checkpoint.MODEL,))
+    if found is None:
+        refuse_no_run(folder)
+        raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    model = empty_model(changed(load(found.manifest.config).model, **changes), tokenizer.vocab_size)
+    checkpoint.load_weights(found, model)
+    return model.to(device), tokenizer
+
+
+def empty_model(config: ModelConfig, vocab_size: int) -> TransformerLM:
+    """A model whose weights are yet to be loaded."""
+    with torch.device("meta"):
+        model = TransformerLM(config, vocab_size)
+    return model.to_empty(device="cpu")
+
+
+def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:
+    """The same weights, run in another way."""
+    if kernel is not None:
+        config = config.model_copy(update={"kernel": kernel})
+    if execution is not None:
+        if execution not in config.attention.executions:
+            kind = type(config.attention).__name__.removesuffix("Config")
+            raise UserError(f"execution={execution}: the attention of this run, {kind}, runs in one way only")
+        config = config.model_copy(update={"attention": config.attention.model_copy(update={"execution": execution})})
+    return config
