@@ -9,6 +9,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+import logging
+
 import pytest
 import torch
 
@@ -20,3 +22,11 @@ def workplace(tmp_path, monkeypatch):
     """An empty folder to work in, so that runs/ and cache/ land there."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """What is announced reaches caplog, though a program that ran in this process before took it to stderr."""
+    yield
+    logger = logging.getLogger("headroom")
+    logger.handlers[:], logger.propagate = [], True
