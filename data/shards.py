@@ -128,11 +128,12 @@ def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
             raise UserError(
                 f"{path} has format version {header['version']}, this program reads {VERSION}: {_rebuild(path)}"
             )
+        name = header["name"]
         expected = HEADER_BYTES + header["tokens"] * np.dtype(DTYPES[header["dtype"]]).itemsize
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} has a damaged header: {_rebuild(path)}") from None
-    if header["name"] != path.name:
-        raise UserError(f"{path} holds what was written as {header['name']}: {_rebuild(path)}")
+    if name != path.name:
+        raise UserError(f"{path} holds what was written as {name}: {_rebuild(path)}")
     if size != expected:
         raise UserError(f"{path} is {size} bytes, its header promises {expected}: {_rebuild(path)}")
     return header
