@@ -47,7 +47,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.preview import continuation, preview_prompt
     from training.report import Report
     from training.signals import StopRequest
-    from training.step import Score, each_loss, evaluate, mean_loss, train_step
+    from training.step import Score, evaluate, losses_of, train_step
 
     to_stderr()
     resume = tree.pop("resume")
@@ -73,7 +73,7 @@ def train(tree: dict, typed: list[str]) -> None:
         done = checkpoint.resume(folder, run, corpus, training)
     else:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
-    loss, losses = maybe_compiled(mean_loss, run.compile), maybe_compiled(each_loss, run.compile)
+    loss, losses = (maybe_compiled(function, run.compile) for function in losses_of(run.data, tokenizer))
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 
