@@ -47,14 +47,16 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.preview import continuation, preview_prompt
     from training.report import Report
     from training.signals import StopRequest
-    from training.step import Score, each_loss, evaluate, mean_loss, train_step
+    from training.step import Score, evaluate, losses_of, train_step
+    from training.trained import begin_with_weights_of, begun_from
 
     to_stderr()
     resume = tree.pop("resume")
     if resume is not None:
         run, folder, claim = run_folder.resumed(resume, tree, typed)
     else:
-        run = load(tree)
+        base = tree["init_from"]
+        run = load(begun_from(Path(base), tree, typed) if base else tree)
         run_folder.refuse_taken(run.run_dir)
     set_determinism(run.deterministic)
     device = choose_device(run.device)
@@ -73,7 +75,9 @@ def train(tree: dict, typed: list[str]) -> None:
         done = checkpoint.resume(folder, run, corpus, training)
     else:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
-    loss, losses = maybe_compiled(mean_loss, run.compile), maybe_compiled(each_loss, run.compile)
+    if run.init_from and not done:
+        begin_with_weights_of(Path(run.init_from), model)
+    loss, losses = (maybe_compiled(function, run.compile) for function in losses_of(run.data, tokenizer))
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 

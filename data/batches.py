@@ -47,6 +47,15 @@ def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, seque
     return corpus.training_documents((i * length, (i + 1) * length + 1) for i in chosen)
 
 
+def document_places(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
+    """Windows (B, T) of packed documents, each of which begins with end_of_text -> for each token, its position from
+    the start of its document, or of the window if that cuts it, and the number of its document in the window."""
+    begins = tokens == end_of_text
+    index = torch.arange(tokens.shape[1], device=tokens.device)
+    start = torch.where(begins, index, 0).cummax(dim=1).values
+    return index - start, begins.cumsum(dim=1)
+
+
 def refuse_short(corpus: Prepared, length: int) -> None:
     """Raises UserError where a split holds not even one window."""
     for split, stream in (("training", corpus.train), ("validation", corpus.val)):

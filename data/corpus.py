@@ -28,6 +28,8 @@ class Document(NamedTuple):
 class Corpus(DataConfig):
     """Yields the same documents in the same order for as long as its fingerprint stays the same."""
 
+    document_mask: bool = False  # tokens see their own document only; says nothing of the documents themselves
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the documents change. Raises UserError where there is nothing to read."""

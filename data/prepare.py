@@ -50,7 +50,8 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
     damaged shards.
     """
     fingerprint = corpus.fingerprint()
-    identity = [VERSION, fingerprint, corpus.model_dump(), tokenizer.name, tokenizer.model_dump()]
+    documents = corpus.model_dump(exclude={"document_mask"})
+    identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.model_dump()]
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():

@@ -144,6 +144,23 @@ class BPEConfig(TokenizerConfig):
         return BPETokenizer(list(dict.fromkeys([*ByteTokenizer.tokens, *merged])), PATTERN)
 
 
+class StoredConfig(TokenizerConfig):
+    """The tokenizer of a run, for another that goes on from its weights."""
+
+    path: str  # of its tokenizer.json
+    hash: str  # of what it holds
+
+    @property
+    def name(self) -> str:
+        return f"stored{self.hash[:8]}"
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        stored = load_tokenizer(Path(self.path))
+        if stored.hash != self.hash:
+            raise UserError(f"{self.path} is not the tokenizer it was: bring it back, or start a new run")
+        return stored
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises UserError where the file is missing, damaged, or not a tokenizer."""
     try:

@@ -121,6 +121,7 @@ class TransformerLM(nn.Module):
         *,
         positions: Tensor | None = None,
         plain: bool = False,
+        docs: Tensor | None = None,
         caches: Sequence[FullCache] | None = None,
         extent: int | None = None,
         only: Tensor | None = None,
@@ -131,17 +132,21 @@ class TransformerLM(nn.Module):
         positions: (B, T) or (1, T) of the tokens; negative is padding. Without them: 0..T-1, which is plain. With
             caches they are required: a decoder that forgot them would restart at 0 in silence.
         plain: the caller's word that the positions given are 0..T-1 and that the caches are empty (a prefill).
+        docs: (B, T) the document each token belongs to; its positions begin at 0 in each. For training: caches hold one
+            document, so they cannot go with it.
         caches: one per layer, from `make_caches`; written in place.
         extent: how many cache rows may be visible, if fewer than the capacity.
         only: (B, K) indices of the tokens whose logits are wanted.
         training: dropout is on, and draws from PyTorch's global generator.
         """
+        if docs is not None and (positions is None or plain or caches is not None):
+            raise ValueError("packed documents need positions, which are not plain, and no caches")
         if positions is None:
             if caches is not None:
                 raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
             positions, plain = torch.arange(tokens.shape[1], device=tokens.device)[None], True
         rotary = {rope: rope.table(positions) for rope in self.ropes}
-        ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary, training=training)
+        ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training)
         x = ctx.drop(self.embedding(tokens), self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):

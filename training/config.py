@@ -65,6 +65,7 @@ class Run(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     compile: bool
     tune_malloc: bool
+    init_from: str | None = Field(min_length=1)
     run_dir: str | None = Field(min_length=1)
     cache_dir: str = Field(min_length=1)
 

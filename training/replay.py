@@ -21,7 +21,7 @@ from training.device import choose_device
 from training.log import to_stderr
 from training.precision import Working
 from training.run_folder import refuse_no_run
-from training.step import accumulate, mean_loss
+from training.step import accumulate, losses_of
 from training.trained import empty_model
 
 BATCH = "batch.safetensors"
@@ -71,6 +71,7 @@ def replay(path: Path) -> None:
         working.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     batches = list(zip(*(found.tensors[BATCH][name].to(device) for name in ("inputs", "targets")), strict=True))
     first = FirstNotFinite(working.model)
+    mean_loss, _ = losses_of(run.data, tokenizer)
 
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = mean_loss(model, inputs, targets)

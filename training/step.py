@@ -1,5 +1,6 @@
 """One optimizer step, and one evaluation."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterable
@@ -8,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batches import stack, windows
+from data.batches import document_places, stack, windows
+from data.corpus import Corpus
 from data.shards import TokenStream
+from data.tokenizer import Tokenizer
 from training.loss import token_losses
 from training.precision import Working
 
@@ -22,9 +25,9 @@ class StepResult(NamedTuple):
     skipped: Tensor  # bool: one of the two is not finite, and nothing was updated
 
 
-def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean nats per token, a scalar."""
-    return token_losses(model(inputs, training=True).logits, targets).mean()
+def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
+    """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart."""
+    return token_losses(model(inputs, **_places(inputs, end_of_text), training=True).logits, targets).mean()
 
 
 def train_step(
@@ -102,9 +105,23 @@ class Score(NamedTuple):
         return Score(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
-def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Nats of each token, (B, T)."""
-    return token_losses(model(inputs).logits, targets)
+    return token_losses(model(inputs, **_places(inputs, end_of_text)).logits, targets)
+
+
+def losses_of(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Callable, Callable]:
+    """mean_loss and each_loss, as the corpus wants its documents read."""
+    if not corpus.document_mask:
+        return mean_loss, each_loss
+    return tuple(functools.partial(function, end_of_text=tokenizer.end_of_text) for function in (mean_loss, each_loss))
+
+
+def _places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
+    if end_of_text is None:
+        return {}
+    positions, docs = document_places(inputs, end_of_text)
+    return {"positions": positions, "docs": docs}
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ class Context:
     plain: bool  # positions are 0..T-1 and nothing was cached before: stated by whoever made them
     extent: int | None  # cache rows that may be visible, rounded up in buckets; None is all
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
+    docs: Tensor | None = None  # (B, T) document of each token, where several are packed into a sequence
     training: bool = False  # dropout is on
 
     def drop(self, x: Tensor, probability: float) -> Tensor:
@@ -76,7 +77,7 @@ def through_cache(ctx: Context, cache: FullCache | None, **fresh: Tensor) -> tup
         cache.write(ctx.positions, **fresh)
         if not ctx.plain:
             return cache.read(ctx.extent), Mask(ctx.positions, cache.positions(ctx.extent), plain=False)
-    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.plain)
+    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.plain, ctx.docs, ctx.docs)
 
 
 def divisors(n: int) -> list[int]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import documents_of_step, micro_batches, refuse_short, training_batch, windows
+from data.batches import document_places, documents_of_step, micro_batches, refuse_short, training_batch, windows
 from data.corpus import FilesCorpus, SyntheticCorpus
 from data.errors import UserError
 from data.prepare import prepare
@@ -162,6 +162,19 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
     (workplace / "cache").write_text("a file")
     with pytest.raises(UserError, match="cache_dir"):
         prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+
+
+def test_places_in_packed_documents():
+    tokens = torch.tensor([[5, 6, 9, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
+    positions, docs = document_places(tokens, end_of_text=9)
+    assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert docs.tolist() == [[0, 0, 1, 1, 2, 3, 3], [1] * 7]
+
+
+def test_the_document_mask_shares_the_shards(workplace):
+    plain, masked = SyntheticCorpus(size=20), SyntheticCorpus(size=20, document_mask=True)
+    folders = {prepare(corpus, ByteConfig(), workplace / "cache").folder for corpus in (plain, masked)}
+    assert len(folders) == 1
 
 
 def test_an_empty_stream_has_no_windows():

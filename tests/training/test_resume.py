@@ -38,6 +38,16 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, att
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys, compiled):
+    options = [*BUSY, "data.document_mask=true", f"compile={compiled}", "model.n_layers=1"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    assert "running eagerly" not in capsys.readouterr().err
+
+
 def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_the_step(workplace, monkeypatch):
     monkeypatch.setattr("torch.manual_seed", lambda seed: None)
     assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0

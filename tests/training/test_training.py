@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from data.corpus import SyntheticCorpus
 from data.errors import UserError
 from data.shards import TokenStream
 from data.tokenizer import ByteTokenizer
@@ -19,7 +20,7 @@ from training.loss import token_losses
 from training.optim import AdamWConfig
 from training.precision import Working, choose_precision
 from training.schedule import WSD, Cosine, Linear
-from training.step import evaluate, mean_loss, train_step
+from training.step import each_loss, evaluate, losses_of, mean_loss, train_step
 
 
 def test_the_loss_is_cross_entropy_of_the_next_token():
@@ -182,6 +183,23 @@ def test_evaluation_weighs_tokens_alike_whatever_the_batch():
     assert first.tokens == 96
     assert first.plus(rest).loss == pytest.approx(scores[0].loss)
     assert first.plus(rest)[1:] == scores[0][1:]
+
+
+def test_masked_documents_are_scored_as_if_alone():
+    """In training and in validation."""
+    model = small_model("attention=mla", vocab_size=257, kernel=SDPA())
+    tokens = torch.tensor([[256, *b"a text", 256, *b"another"]])
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    mean, each = losses_of(SyntheticCorpus(document_mask=True), ByteTokenizer())
+    cut = 7  # where the second document begins
+    alone = [token_losses(model(part).logits, goal) for part, goal in
+             ((inputs[:, :cut], targets[:, :cut]), (inputs[:, cut:], targets[:, cut:]))]  # fmt: skip
+    expected = torch.cat(alone, dim=1)
+    assert relative_error(each(model, inputs, targets), expected) <= 1e-5
+    assert relative_error(mean(model, inputs, targets), expected.mean()) <= 1e-5
+    unmasked = losses_of(SyntheticCorpus(), ByteTokenizer())[1](model, inputs, targets)
+    assert torch.equal(unmasked[:, :cut], each_loss(model, inputs, targets)[:, :cut])
+    assert relative_error(unmasked, expected) > 1e-3
 
 
 def test_a_separator_costs_nats_but_has_no_bytes():

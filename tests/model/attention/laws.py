@@ -104,3 +104,18 @@ def check_relative_positions(model: TransformerLM, tolerance: float = 1e-4) -> N
     for shift in (1, 37):
         moved = model(tokens, positions=positions + shift).logits
         assert relative_error(moved, model(tokens).logits) <= tolerance, f"shift {shift}"
+
+
+def check_packed_documents(model: TransformerLM) -> None:
+    """Documents packed into one sequence compute what each computes alone, gradients too."""
+    lengths = [7, 1, 20, 12]
+    tokens = some_tokens(2, sum(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
+    docs = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).expand(2, -1)
+    packed = model(tokens, positions=positions, docs=docs).logits
+    alone = torch.cat([model(part).logits for part in tokens.split(lengths, dim=1)], dim=1)
+    assert relative_error(packed, alone) <= 1e-5
+    parameters = list(model.parameters())
+    found, expected = (torch.autograd.grad(logits.square().mean(), parameters) for logits in (packed, alone))
+    for grad, exact in zip(found, expected, strict=True):
+        assert relative_error(grad, exact) <= 1e-4

@@ -44,6 +44,12 @@ def test_ragged_batch_equals_each_row_alone(case, kernel):
 
 
 @every_case
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+def test_packed_documents_equal_each_alone(case, kernel):
+    laws.check_packed_documents(small_model(*case, kernel=kernel))
+
+
+@every_case
 def test_kernels_agree_and_so_do_their_gradients(case):
     tokens = some_tokens(2, 24)
     naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=SDPA())
@@ -236,6 +242,31 @@ def test_positions_restarted_at_zero_are_caught():
     model.__class__ = Forgetful
     with pytest.raises(AssertionError):
         laws.check_cached(model, oracle_for(("attention=mla",)))
+
+
+@pytest.mark.parametrize("forgotten", ["documents", "positions"])
+def test_documents_that_see_each_other_or_positions_that_run_on_are_caught(monkeypatch, forgotten):
+    model, real = small_model("attention=gqa"), TransformerLM.forward
+
+    def forgetful(self, tokens, positions=None, docs=None, **rest):
+        if docs is not None and forgotten == "documents":
+            docs = torch.zeros_like(docs)
+        if docs is not None and forgotten == "positions":
+            positions = torch.zeros_like(positions) + 5  # each token sees all of its document
+        return real(self, tokens, positions=positions, docs=docs, **rest)
+
+    monkeypatch.setattr(TransformerLM, "forward", forgetful)
+    with pytest.raises(AssertionError):
+        laws.check_packed_documents(model)
+
+
+def test_packed_documents_without_positions_or_with_caches_are_refused():
+    model, tokens = small_model("attention=mla"), some_tokens(1, 4)
+    docs, positions = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None]
+    caches = model.make_caches(1, 4)
+    for how in ({}, {"positions": positions, "plain": True}, {"positions": positions, "caches": caches}):
+        with pytest.raises(ValueError, match="packed documents need positions"):
+            model(tokens, docs=docs, **how)
 
 
 def test_a_look_ahead_is_caught():

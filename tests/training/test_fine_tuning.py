@@ -1,0 +1,69 @@
+"""init_from: another run's weights, model and tokenizer; new data, a fresh optimizer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support import SMOKE, call
+from tests.training.runs import assert_same_run, losses, rewind
+from training.trained import load_run
+
+TEXT = "".join(f"The {i}th line of quite another text, with words such as zeppelin.\n" for i in range(900))
+BASE = [*SMOKE, "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300", "run_dir=base"]
+TUNED = [*SMOKE, "init_from=base", "data=files", "data.path=a.txt", "steps=12", "save_every=5", "eval_every=6"]
+
+
+@pytest.fixture
+def base(workplace, monkeypatch, capsys):
+    Path("a.txt").write_text(TEXT)
+    assert call("train", BASE, monkeypatch) == 0
+    capsys.readouterr()
+    return workplace / "base"
+
+
+def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsys):
+    assert call("train", [*TUNED, "optim.lr=1e-30", "run_dir=still"], monkeypatch) == 0
+    assert "beginning with the weights of base/checkpoints/step_00000030" in capsys.readouterr().err
+    (before, tokenizer), (after, its) = load_run("base"), load_run("still")
+    assert tokenizer.hash == its.hash
+    for name, tensor in after.state_dict().items():
+        assert torch.allclose(tensor, before.state_dict()[name], atol=1e-6), name
+
+
+def test_what_was_learned_helps(base, workplace, monkeypatch):
+    tuned = [*SMOKE, "init_from=base", "data.seed=7", "steps=3", "run_dir=tuned"]
+    assert call("train", tuned, monkeypatch) == 0
+    first = losses(workplace / "tuned")[0][1]
+    assert first < losses(base)[0][1] / 2
+
+
+def test_it_resumes_bit_for_bit_even_without_a_checkpoint(base, workplace, monkeypatch):
+    assert call("train", [*TUNED, "run_dir=whole", "model.dropout=0.1"], monkeypatch) == 0
+    for step in (5, 0):
+        rewind(workplace / "whole", workplace / f"killed{step}", step)
+        assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", workplace / f"killed{step}", step=12)
+
+
+def test_a_shorter_context_is_allowed(base, workplace, monkeypatch):
+    assert call("train", [*TUNED, "model.context_length=32", "run_dir=short"], monkeypatch) == 0
+    assert load_run("short")[0].config.context_length == 32
+
+
+REFUSED = {
+    "tokenizer=byte": "tokenizer cannot be chosen with init_from=base: its weights know the 300 tokens",
+    "tokenizer=bpe": "tokenizer cannot be chosen",
+    "attention=gqa": "attention cannot be chosen with init_from=base: the model is that run's",
+    "model.d_model=128": "model.d_model cannot be chosen",
+    "init_from=nowhere": "nowhere is not a run",
+    "init_from=''": "init_from",
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), REFUSED.items(), ids=REFUSED)
+def test_another_model_or_vocabulary_is_refused(base, workplace, monkeypatch, capsys, change, complaint):
+    assert call("train", [*TUNED, change, "run_dir=no"], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert complaint in err.splitlines()[-1] and err.count("error:") == 1
+    assert not (workplace / "no").exists()
