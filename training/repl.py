@@ -14,7 +14,8 @@ from model.transformer import TransformerLM
 from training.streaming import TextStream
 
 HELP = """\
-What you type is appended to the text as it stands, and the model continues; an empty line lets it just go on.
+What you type is appended to the text as it stands, and the model continues it.
+An empty line appends nothing: the model just goes on.
 A line that begins with // stands for one that begins with /.
   /help    this
   /reset   forget the text, begin anew

@@ -18,7 +18,7 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length
     window; the first one's bytes do not count. Raises UserError where there is nothing to predict."""
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:
-        raise UserError(f"a text of {len(tokens)} tokens leaves nothing to predict: at least 2 are needed")
+        raise UserError("the text is empty or a single token, which leaves nothing to predict: score a longer one")
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     whole = TokenStream([tokens])
     rest = tokens[windows(whole, context_length) * context_length :]

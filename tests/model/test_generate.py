@@ -1,6 +1,7 @@
 """The loop: its rows, its ends, its cache, and what a caller may do to a text between two turns."""
 
 import pytest
+import torch
 
 from model.generate import ENDED, Texts, bucket, generate
 from model.sampler import Sampler
@@ -103,6 +104,21 @@ def test_a_context_that_slides_goes_on_as_an_uncached_text_of_its_second_half(ca
                 window = window[32:]
             assert texts(model, [window], [0], max_new_tokens=1, sampler=greedy, cached=False) == [[token]]
             window.append(token)
+
+
+def test_a_row_that_waits_draws_nothing():
+    model = small_model("attention=mha")
+
+    def second_turn(rows: int) -> list[int]:
+        state = Texts(model, PROMPTS[:rows], [1, 2][:rows])
+        state.alive[1:] = False
+        going_on(model, state, max_new_tokens=2)
+        state.alive[:] = torch.arange(rows) == 1  # where there is a neighbour, it writes while row 0 waits
+        going_on(model, state, max_new_tokens=9)
+        state.append(0, [5])
+        return going_on(model, state, max_new_tokens=10)[0]
+
+    assert second_turn(2) == second_turn(1)
 
 
 def test_only_new_tokens_are_computed():
