@@ -64,10 +64,11 @@ def sample(args: argparse.Namespace) -> None:
 
     prompt = prompt_tokens(tokenizer, args.prompt, limit, slide)
     tell(f"run {folder}")
-    samples = [Sample(seed, len(prompt), tokenizer, args.stop) for seed in seeds]
     texts = begin(prompt)
-    if (kept := int(texts.lengths[0])) < len(prompt):
-        tell(f"[the context of {limit} tokens keeps the last {kept} of the prompt's {len(prompt)}]")
+    read = int(texts.lengths[0])
+    if read < len(prompt):
+        tell(f"[the context of {limit} tokens keeps the last {read} of the prompt's {len(prompt)}]")
+    samples = [Sample(seed, read, tokenizer, args.stop) for seed in seeds]
     pieces = write(model, tokenizer, sampler, texts, samples, args.max_new_tokens)
     if args.json:
         list(pieces)

@@ -296,14 +296,20 @@ def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypat
     assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
 
 
-def test_help_answers_without_loading_torch():
-    for program in ("train.py", "sample.py"):
-        code = f"import sys, runpy; sys.argv = [{program!r}, '--help']\n"
-        code += f"try:\n    runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-        code += "sys.exit('torch' in sys.modules)"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize(
+    "command",
+    ["train.py --help", "sample.py --help", "sample.py --interactive --json", "sample.py --score no.txt"],
+)
+def test_help_and_refusals_answer_without_loading_torch(command):
+    code = f"import sys, runpy; sys.argv = {command.split()!r}\n"
+    code += f"try:\n    runpy.run_path({str(ROOT / command.split()[0])!r}, run_name='__main__')\n"
+    code += "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    if "--help" in command:
         assert "attention" in result.stdout.lower()
+    else:
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 def test_as_real_processes(tmp_path):

@@ -96,7 +96,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     length = parser.add_argument_group("how much").add_argument
     length("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 200; with --interactive, per turn")
     length("--num-samples", type=number(int, 1, MOST_SAMPLES), metavar="N", help="as one batch, of seeds S, S+1, ...")
-    length("--stop", action="append", type=_stop, metavar="STRING", help="end before this text; repeatable")
+    length("--stop", action="append", type=_stop, metavar="STRING", help="end before this text is written; repeatable")
     length("--context", choices=["stop", "slide"], help="when full: stop (default), or drop the oldest half and go on")
     draw = parser.add_argument_group(
         "which token", "applied in this order; the filters see what those before them left"
@@ -112,7 +112,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="an object per sample: prompt, text (what follows it), seed, tokens (how many were written), "
-        "prompt_tokens, finish (stop, length, end or context), prefill_tokens_per_second, decode_tokens_per_second",
+        "prompt_tokens (read), finish (stop, length, end or context), "
+        "prefill_tokens_per_second, decode_tokens_per_second",
     )
     output("--stats", action="store_true", help="print speeds and the cache's size to stderr")
     machine = parser.add_argument_group("how it runs").add_argument
