@@ -1,53 +1,15 @@
-"""Decoding: samplers as pure functions, and the one loop for every attention."""
+"""Decoding: the state of texts that grow, and the one loop for every attention."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from model.cache import FullCache
-from model.config import Config
+from model.sampler import Sampler
 from model.transformer import TransformerLM
 
 ENDED = -1  # what `generate` yields for a row that has ended
-
-
-def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """(B, V) -> the same with all but the k largest (and their equals) at -inf."""
-    kth = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
-    return logits.masked_fill(logits < kth, float("-inf"))
-
-
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """(B, V) -> the same with all but the fewest tokens whose probabilities reach p at -inf (Holtzman et al. 2020)."""
-    ordered, order = logits.sort(descending=True, stable=True)
-    probs = ordered.softmax(-1)
-    surplus = probs.cumsum(-1) - probs >= p  # what precedes a token already reaches p
-    surplus[..., 0] = False
-    return ordered.masked_fill(surplus, float("-inf")).gather(-1, order.argsort(-1))
-
-
-class Sampler(Config):
-    """Chooses the next token. Filters apply in the order temperature, top-k, top-p."""
-
-    temperature: float = Field(1.0, ge=0)  # 0 is greedy
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, ge=0, le=1)
-
-    def __call__(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """logits (B, V), uniform (B,) numbers in [0, 1) -> tokens (B,), by inverting the distribution function."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.double()
-        logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
-        if self.top_k is not None:
-            logits = keep_top_k(logits, self.top_k)
-        if self.top_p is not None:
-            logits = keep_top_p(logits, self.top_p)
-        cumulative = logits.softmax(-1).cumsum(-1)
-        threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
 def bucket(n: int) -> int:
@@ -58,61 +20,128 @@ def bucket(n: int) -> int:
     return size
 
 
+class Texts:
+    """A batch of texts, and what the model remembers of them: all that `generate` reads and changes.
+
+    The caller owns it. Between two steps, or two calls of `generate`, it may append to a row, which then goes on, or
+    set `alive[row] = False`, which ends it. Only tokens that the caches do not hold yet are computed.
+
+    A row whose context is full ends; with `slide` it drops its oldest half and goes on, the rest standing at positions
+    from 0 as if it were the whole text. What is dropped depends on the number of tokens alone: a row goes on as an
+    uncached text of the same window would, whoever its neighbours are.
+    """
+
+    def __init__(
+        self,
+        model: TransformerLM,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        cached: bool = True,
+        slide: bool = False,
+    ):
+        """Row i draws from a generator of seeds[i] alone. cached=False computes the whole text anew for each token: the
+        slow twin. Raises ValueError for a prompt that cannot be appended."""
+        rows, self.limit, self.slide = len(prompts), model.config.context_length, slide
+        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.tokens = torch.zeros(rows, self.limit, dtype=torch.int64)  # (B, limit), padded on the right
+        self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens in each row's context
+        self.held = torch.zeros(rows, dtype=torch.int64)  # of these, how many the caches hold; not the last
+        self.alive = torch.zeros(rows, dtype=torch.bool)
+        for row, (prompt, _) in enumerate(zip(prompts, seeds, strict=True)):
+            self.append(row, prompt)
+        self.caches = model.make_caches(rows, bucket(int(self.lengths.max()) + 1)) if cached else None
+
+    def append(self, row: int, tokens: Sequence[int]) -> None:
+        """Tokens from outside. Raises ValueError, and changes nothing, where the row would be empty, or leave no room
+        in the context for one token more (and does not slide)."""
+        held = int(self.lengths[row])
+        total = held + len(tokens)
+        start = self._surplus(total) if self.slide else 0
+        if not 0 < total - start < self.limit:
+            raise ValueError(f"a text of {total} tokens: between 1 and {self.limit - 1} fit a context of {self.limit}")
+        text = torch.cat((self.tokens[row, :held], torch.tensor(tokens, dtype=torch.int64)))[start:]
+        self.tokens[row, : len(text)] = text
+        self.lengths[row], self.alive[row] = len(text), True
+        if start:
+            self.held[row] = 0  # each token stands elsewhere now
+
+    def add(self, tokens: Tensor) -> None:
+        """One token of its own (B,) for each row that is alive."""
+        self.tokens[self.alive, self.lengths[self.alive]] = tokens[self.alive]
+        self.lengths += self.alive
+        full = self.alive & (self.lengths == self.limit)
+        for row in full.nonzero()[:, 0].tolist():
+            if self.slide:
+                self.append(row, [])
+            else:
+                self.alive[row] = False
+
+    def seen(self, vocab_size: int) -> Tensor:
+        """(B, V) bool: the tokens in each row's context."""
+        written = torch.arange(self.limit) < self.lengths[:, None]
+        row = torch.arange(len(self.tokens))[:, None].expand_as(written)
+        seen = torch.zeros(len(self.tokens), vocab_size, dtype=torch.bool)
+        seen[row[written], self.tokens[written]] = True
+        return seen
+
+    def uniform(self) -> Tensor:
+        """(B,) the next number in [0, 1) of each row that is alive: a row draws once for each token of its own."""
+        drawn = torch.zeros(len(self.draws), dtype=torch.float64)
+        for row in self.alive.nonzero()[:, 0].tolist():
+            drawn[row] = torch.rand((), generator=self.draws[row], dtype=torch.float64)
+        return drawn
+
+    def _surplus(self, total: int) -> int:
+        """The fewest halves of the context, in tokens, whose loss leaves room for one token more."""
+        half = self.limit // 2
+        return -(-max(0, total - self.limit + 1) // half) * half
+
+
 @torch.no_grad()
 def generate(
-    model: TransformerLM,
-    prompts: Sequence[Sequence[int]],
-    sampler: Sampler,
-    *,
-    max_new_tokens: int,
-    seeds: Sequence[int],
-    end_token: int | None = None,
-    cached: bool = True,
+    model: TransformerLM, texts: Texts, sampler: Sampler, *, max_new_tokens: int, end_token: int | None = None
 ) -> Iterator[Tensor]:
-    """Yields the next token of every row, (B,) int64 on the CPU, up to max_new_tokens times.
+    """Yields the next token of every row, (B,) int64 on the CPU, up to max_new_tokens times; `texts` holds it by then.
 
-    Prompts may differ in length. Row i draws from a generator of seeds[i] alone, so its text does not depend on its
-    neighbours. A row ends after `end_token`, which is yielded, or when prompt and text fill the context; from then on
-    ENDED stands for it, and when all rows have ended the iteration does. `cached=False` computes the whole text
-    anew for each token: the slow twin.
-
-    Raises ValueError for an empty prompt, and for one that leaves no room in the context.
+    A row's text does not depend on its neighbours (but where two tokens are as likely up to rounding, of which bfloat16
+    has a lot). It ends after `end_token`, which is yielded, when its context is
+    full, or when the caller says so; from then on ENDED stands for it, and when all rows have ended the iteration does.
     """
-    limit, device = model.config.context_length, next(model.parameters()).device
-    for prompt in prompts:
-        if not 0 < len(prompt) < limit:
-            raise ValueError(f"a prompt of {len(prompt)} tokens: between 1 and {limit - 1} fit a context of {limit}")
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    text = torch.zeros(len(prompts), limit, dtype=torch.int64)  # padded on the right
-    for row, prompt in zip(text, prompts, strict=True):
-        row[: len(prompt)] = torch.tensor(prompt)
-    alive = torch.ones(len(prompts), dtype=torch.bool)
-    caches = model.make_caches(len(prompts), bucket(int(lengths.max()) + 1)) if cached else None
-
-    for n in range(max_new_tokens):
-        if caches is None or n == 0:
-            logits = _whole_text(model, text.to(device), lengths.to(device), caches)
-        else:
-            longest = int(lengths.max())
-            for cache in caches:
-                if cache.capacity < longest:
-                    cache.grow(2 * cache.capacity)
-            last = text.gather(1, lengths[:, None] - 1)
-            positions = torch.where(alive, lengths - 1, ENDED)[:, None]  # rows that ended are padding
-            logits = decode_step(model, last.to(device), positions.to(device), caches, bucket(longest))
-        uniform = torch.stack([torch.rand((), generator=draw, dtype=torch.float64) for draw in draws])
-        tokens = sampler(logits.float().cpu(), uniform).where(alive, ENDED)
-        yield tokens
-        text[alive, lengths[alive]] = tokens[alive]
-        lengths = lengths + alive
-        alive = alive & (lengths < limit) & (tokens != (ENDED if end_token is None else end_token))
-        if not alive.any():
+    for _ in range(max_new_tokens):
+        if not texts.alive.any():
             return
+        logits = next_logits(model, texts).float().cpu()
+        seen = texts.seen(model.vocab_size) if sampler.repetition_penalty != 1 else None
+        tokens = sampler(logits, texts.uniform(), seen).where(texts.alive, ENDED)
+        texts.add(tokens)
+        texts.alive &= tokens != (ENDED if end_token is None else end_token)
+        yield tokens
+
+
+def next_logits(model: TransformerLM, texts: Texts) -> Tensor:
+    """Logits (B, V) after each live row's last token; the caches hold all tokens then."""
+    caches, device, longest = texts.caches, next(model.parameters()).device, int(texts.lengths.max())
+    for cache in caches or []:
+        if cache.capacity < longest:
+            cache.grow(max(2 * cache.capacity, bucket(longest)))
+    if caches is None or not texts.held.any():
+        logits = _whole_text(model, texts.tokens.to(device), texts.lengths.to(device), caches)
+    else:
+        new = (texts.lengths - texts.held) * texts.alive
+        ahead = torch.arange(int(new.max()))
+        index = texts.held[:, None] + ahead  # (B, T)
+        positions = index.where(ahead < new[:, None], ENDED)  # rows with fewer new tokens, or none, are padded
+        tokens = texts.tokens.gather(1, index.clamp(max=texts.limit - 1))
+        last = (new[:, None] - 1).clamp(min=0) if len(ahead) > 1 else None
+        last = last if last is None else last.to(device)
+        logits = decode_step(model, tokens.to(device), positions.to(device), caches, bucket(longest), last)
+    texts.held = texts.lengths.where(texts.alive, texts.held)
+    return logits
 
 
 def _whole_text(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[FullCache] | None = None) -> Tensor:
-    """Logits (B, V) after each row's last token, filling the (empty) caches where there are any.
+    """Logits (B, V) after each row's last token, filling the caches where there are any.
 
     Rows shorter than the longest are padded on the right with positions that run on, so the batch is plain: no real
     token sees the padding, and decoding overwrites its cache rows before any query can.
@@ -123,7 +152,13 @@ def _whole_text(model: TransformerLM, text: Tensor, lengths: Tensor, caches: lis
 
 
 def decode_step(
-    model: TransformerLM, tokens: Tensor, positions: Tensor, caches: list[FullCache], extent: int
+    model: TransformerLM,
+    tokens: Tensor,
+    positions: Tensor,
+    caches: list[FullCache],
+    extent: int,
+    last: Tensor | None = None,
 ) -> Tensor:
-    """One token (B, 1) per row at positions (B, 1) -> logits (B, V) of the next."""
-    return model(tokens, positions=positions, caches=caches, extent=extent).logits[:, 0]
+    """New tokens (B, T) at positions (B, T) -> logits (B, V) after the first of each row, or after that of index `last`
+    (B, 1)."""
+    return model(tokens, positions=positions, caches=caches, extent=extent, only=last).logits[:, 0]

@@ -1,5 +1,7 @@
 """The two programs as a user meets them: what they print, what they leave, what they refuse."""
 
+import io
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import time
 import pytest
 
 from tests.support import ROOT, SMOKE, call
+from training.streaming import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +88,90 @@ def test_streaming_never_splits_a_character(workplace, monkeypatch, capsys):
     pieces = []
     monkeypatch.setattr(sys.stdout, "write", pieces.append)
     assert call("sample", ["é漢", "--run", "run", "--temperature", "0", "--max-new-tokens", "40"], monkeypatch) == 0
+    pieces = [piece for piece in pieces if piece]
     assert "🙂ñ字🦉\né漢🙂" in "".join(pieces)
     assert not any("\ufffd" in piece for piece in pieces[:-2])  # at the end, what is cut off may show
+
+
+def samples(place, monkeypatch, capsys, *arguments: str) -> list[dict]:
+    return [json.loads(line) for line in sample(place, monkeypatch, capsys, "--json", *arguments)[0].splitlines()]
+
+
+def test_several_samples_are_those_of_their_seeds_alone(place, monkeypatch, capsys):
+    common = ["The", "--max-new-tokens", "30", "--min-p", "0.02", "--repetition-penalty", "1.1"]
+    together = samples(place, monkeypatch, capsys, *common, "--seed", "5", "--num-samples", "4")
+    alone = [samples(place, monkeypatch, capsys, *common, "--seed", str(seed))[0] for seed in range(5, 9)]
+    timeless = [{key: value for key, value in one.items() if "second" not in key} for one in together + alone]
+    assert timeless[:4] == timeless[4:] and len({one["text"] for one in together}) > 1
+    out, err = sample(place, monkeypatch, capsys, *common, "--seed", "5", "--num-samples", "4")
+    assert out == "".join(f"The{one['text']}\n" for one in together)
+    assert "[sample 3 of 4, seed 7]" in err
+
+
+def test_json_says_what_was_written_and_why_it_ended(place, monkeypatch, capsys):
+    (one,) = samples(place, monkeypatch, capsys, "The key", "--max-new-tokens", "9", "--seed", "3")
+    assert (one["prompt"], one["seed"], one["tokens"], one["prompt_tokens"]) == ("The key", 3, 9, 7)
+    assert one["finish"] == "length" and one["decode_tokens_per_second"] > 0 and one["prefill_tokens_per_second"] > 0
+    (stopped,) = samples(place, monkeypatch, capsys, "The key", "--seed", "3", "--stop", one["text"][4:6])
+    assert stopped["finish"] == "stop" and stopped["text"] == one["text"][: one["text"].index(one["text"][4:6])]
+    (full,) = samples(place, monkeypatch, capsys, "x" * 60, "--run", "runs/gqa", "--seed", "1")
+    assert full["finish"] == "context" and full["tokens"] == 4
+    slid = samples(place, monkeypatch, capsys, "x" * 100, "--context", "slide", "--num-samples", "3")
+    assert {"length", "end"} >= {one["finish"] for one in slid} and max(one["tokens"] for one in slid) > 64
+    assert all((one["finish"] == "end") == (one["tokens"] < 200) for one in slid)
+
+
+PROMPTS = ["a=b", '"it\'s"', "two\nlines\r\n", "é漢🙂", "--seed", "-", " x ", "$HOME \\n %s {x}", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("way", ["argument", "file", "stdin"])
+def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way):
+    (tmp_path / "prompt").write_bytes(prompt.encode())
+    arguments = {"argument": ["--", prompt], "file": ["--prompt-file", str(tmp_path / "prompt")], "stdin": ["-"]}[way]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", *arguments)
+    assert one["prompt"] == prompt and one["prompt_tokens"] == len(prompt.encode())
+
+
+def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys):
+    whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
+    fed = []
+
+    def feed(stream, token, feed=TextStream.feed):
+        fed.append(token)
+        if len(fed) == 8:
+            raise KeyboardInterrupt
+        return feed(stream, token)
+
+    monkeypatch.setattr(TextStream, "feed", feed)
+    assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
+    out, err = capsys.readouterr()
+    assert out == whole[: 3 + 7] + "\n" and err.endswith("interrupted\n")
+
+
+def test_a_conversation(place, monkeypatch, capsys):
+    """Through a pipe: each turn's text, and the words to the user on stderr."""
+
+    def talk(*arguments: str) -> tuple[str, str]:
+        lines = "The key\n/help\n and\n/nonsense\n//x\n/reset\nThe key\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
+
+    out, err = talk("--temperature", "0")
+    assert out == talk("--temperature", "0", "--no-cache")[0]
+    assert "Ctrl-D" in err and "/nonsense: no such command" in err and "[a new text]" in err
+    (one,) = samples(place, monkeypatch, capsys, "The key", "--max-new-tokens", "6", "--temperature", "0")
+    assert out.startswith(one["text"]) and out.rstrip("\n").endswith(one["text"].rstrip("\n"))
+
+
+def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"The query sees the key.\r\n" * 8)
+    out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
+    found = re.fullmatch(r"(.*) nats per token, (.*) bits per byte, 199 tokens predicted, 199 bytes\n", out)
+    assert float(found[1]) == pytest.approx(float(found[2]) * 0.6931, abs=1e-3)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.txt").read_bytes())))
+    assert sample(place, monkeypatch, capsys, "--score", "-")[0] == out
 
 
 BAD_SAMPLES = {
@@ -103,12 +188,37 @@ BAD_SAMPLES = {
     "hot": (["x", "--temperature", "inf"], "--temperature: 'inf'"),
     "no CUDA": (["x", "--device", "cuda:9"], "device=cuda:9"),
     "nonsense device": (["x", "--device", "toaster"], "device=toaster"),
+    "min-p beyond 1": (["x", "--min-p", "1.5"], "--min-p: '1.5'"),
+    "a reward": (["x", "--repetition-penalty", "0.5"], "--repetition-penalty: '0.5'"),
+    "stop at nothing": (["x", "--stop", ""], "--stop: an empty string"),
+    "no samples": (["x", "--num-samples", "0"], "--num-samples: '0'"),
+    "negative seed": (["x", "--seed", "-1"], "--seed: '-1'"),
+    "greedy top-k": (["x", "--temperature", "0", "--top-k", "5"], "--temperature 0 with --top-k"),
+    "greedy top-p": (["x", "--temperature", "0", "--top-p", "0.5"], "--temperature 0 with --top-p"),
+    "greedy min-p": (["x", "--temperature", "0", "--min-p", "0.5"], "--temperature 0 with --min-p"),
+    "greedy samples": (["x", "--temperature", "0", "--num-samples", "2"], "all would be the same text"),
+    "two prompts": (["x", "--prompt-file", "empty.txt"], "--prompt-file with a prompt"),
+    "no prompt file": (["--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
+    "binary prompt": (["--prompt-file", "binary.txt"], "binary.txt is not UTF-8 text: byte 2"),
+    "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),
+    "conversation as JSON": (["--interactive", "--json"], "--interactive with --json"),
+    "conversations": (["--interactive", "--num-samples", "2"], "--interactive with --num-samples"),
+    "conversation with a file": (["--interactive", "--prompt-file", "x"], "--interactive with --prompt-file"),
+    "conversation with stdin": (["--interactive", "-"], "--interactive with -: stdin"),
+    "score and write": (["x", "--score", "empty.txt"], "--score with a prompt: a text is read, none is written"),
+    "score and sample": (["--score", "empty.txt", "--top-k", "3"], "--score with --top-k"),
+    "score and talk": (["--score", "empty.txt", "--interactive"], "--score with --interactive"),
+    "score of nothing": (["--score", "empty.txt"], "nothing to predict"),
+    "score of no file": (["--score", "none.txt"], "none.txt cannot be read: No such file"),
+    "score of bytes": (["--score", "binary.txt"], "binary.txt is not UTF-8 text"),
 }
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), BAD_SAMPLES.values(), ids=BAD_SAMPLES)
 def test_sampling_refuses_in_one_line(place, monkeypatch, capsys, arguments, complaint):
     monkeypatch.chdir(place)
+    (place / "empty.txt").touch()
+    (place / "binary.txt").write_bytes(b"a\n\xff")
     assert call("sample", arguments, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert complaint in err and err.count("\n") == 1 and out == ""
@@ -186,14 +296,20 @@ def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypat
     assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
 
 
-def test_help_answers_without_loading_torch():
-    for program in ("train.py", "sample.py"):
-        code = f"import sys, runpy; sys.argv = [{program!r}, '--help']\n"
-        code += f"try:\n    runpy.run_path({str(ROOT / program)!r}, run_name='__main__')\nexcept SystemExit: pass\n"
-        code += "sys.exit('torch' in sys.modules)"
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize(
+    "command",
+    ["train.py --help", "sample.py --help", "sample.py --interactive --json", "sample.py --score no.txt"],
+)
+def test_help_and_refusals_answer_without_loading_torch(command):
+    code = f"import sys, runpy; sys.argv = {command.split()!r}\n"
+    code += f"try:\n    runpy.run_path({str(ROOT / command.split()[0])!r}, run_name='__main__')\n"
+    code += "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    if "--help" in command:
         assert "attention" in result.stdout.lower()
+    else:
+        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 def test_as_real_processes(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "model.config model.errors",
-    "model.mask model.rope model.norm model.cache",
+    "model.mask model.rope model.norm model.cache model.sampler",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa",
     "model.kernels.auto",
@@ -23,9 +23,10 @@ FLOORS = [
     "data.prepare",
     "data.batches",
     "training.allocator training.command training.compilation training.device training.guard training.log",
-    "training.loss training.signals",
+    "training.loss training.signals training.streaming training.sampling_options",
     "training.optim training.precision training.schedule training.plot",
     "training.step training.preview",
+    "training.scoring training.repl training.writing",
     "training.config",
     "training.run_folder",
     "training.checkpoint training.report",

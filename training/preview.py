@@ -3,18 +3,19 @@
 from data.errors import UserError
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
-from model.generate import Sampler, generate
+from model.generate import Texts, generate
+from model.sampler import Sampler
 from model.transformer import TransformerLM
 
 MOST_TOKENS = 200
 UNSET_TOKENS = 16
 
 
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, context_length: int) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, prompt: str, context_length: int, slide: bool = False) -> list[int]:
     """A prompt verbatim; without one, the token that precedes every document. Raises UserError where the prompt leaves
-    no room in the context."""
+    no room in a context that does not slide."""
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
-    if len(tokens) >= context_length:
+    if len(tokens) >= context_length and not slide:
         raise UserError(f"the prompt has {len(tokens)} tokens, the context holds {context_length}: shorten it")
     return tokens
 
@@ -29,5 +30,6 @@ def preview_prompt(corpus: Prepared, prompt: str | None, context_length: int) ->
 def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], seed: int) -> str:
     """The start and what follows it. Draws from a generator of its own, so previews do not change training."""
     sampler = Sampler(temperature=0.8, top_k=50)
-    steps = generate(model, [start], sampler, max_new_tokens=MOST_TOKENS, seeds=[seed], end_token=tokenizer.end_of_text)
+    texts = Texts(model, [start], [seed])
+    steps = generate(model, texts, sampler, max_new_tokens=MOST_TOKENS, end_token=tokenizer.end_of_text)
     return tokenizer.decode([*start, *(int(step[0]) for step in steps)])

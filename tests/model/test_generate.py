@@ -1,17 +1,22 @@
-"""Samplers as functions, and the loop: its rows, its ends, its cache."""
+"""The loop: its rows, its ends, its cache, and what a caller may do to a text between two turns."""
 
 import pytest
 import torch
 
-from model.generate import ENDED, Sampler, bucket, generate, keep_top_k, keep_top_p
+from model.generate import ENDED, Texts, bucket, generate
+from model.sampler import Sampler
 from tests.support import CASES, small_model
 
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42]]
 
 
-def texts(model, prompts, seeds, **options) -> list[list[int]]:
-    steps = list(generate(model, prompts, options.pop("sampler", Sampler()), seeds=seeds, **options))
-    return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(prompts))]
+def texts(model, prompts, seeds, *, cached=True, slide=False, **options) -> list[list[int]]:
+    return going_on(model, Texts(model, prompts, seeds, cached=cached, slide=slide), **options)
+
+
+def going_on(model, state: Texts, **options) -> list[list[int]]:
+    steps = list(generate(model, state, options.pop("sampler", Sampler()), **options))
+    return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(state.lengths))]
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -52,45 +57,105 @@ def test_the_end_token_ends_a_row():
         assert row == (text[: text.index(end) + 1] if end in text else text)
 
 
+@pytest.mark.parametrize("seed", [3, 4])
+def test_the_same_seed_writes_the_same_in_any_batch(seed):
+    """Whatever the neighbours' number, prompts, seeds, and whether they end early or drop the half of their context."""
+    model = small_model("attention=gqa")
+    options = {"max_new_tokens": 100, "slide": True, "sampler": Sampler(repetition_penalty=1.3, top_p=0.95)}
+    alone = texts(model, [PROMPTS[1]], [seed], **options)[0]
+    end = next(token for token in range(100) if token not in alone)
+    for neighbours in ([PROMPTS[1]] * 5, [PROMPTS[0]], [[8] * 63, PROMPTS[2], [9] * 200]):
+        prompts, seeds = [*neighbours, PROMPTS[1]], [*range(10, 10 + len(neighbours)), seed]
+        assert texts(model, prompts, seeds, end_token=end, **options)[-1] == alone
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_turns_continue_as_an_uncached_run_of_the_whole_text(case):
+    """The caller appends to some rows, ends others, revives them: what is remembered stays in step."""
+    model = small_model(*case, "model.context_length=256")
+    options = {"max_new_tokens": 7, "sampler": Sampler(temperature=0)}
+    state = Texts(model, PROMPTS, [0, 0, 0])
+    wrote = going_on(model, state, **options)
+    whole = [[*prompt, *new] for prompt, new in zip(PROMPTS, wrote, strict=True)]
+    for turn, lines in enumerate([[[11, 12], [13] * 90, []], [[], [14], None], [None, [], [15, 16, 17]]]):
+        state.alive[:] = False
+        for row, line in enumerate(lines):
+            if line is not None:
+                state.append(row, line)
+                whole[row] += line
+        found = going_on(model, state, **options)
+        for row, line in enumerate(lines):
+            expected = [] if line is None else texts(model, [whole[row]], [0], cached=False, **options)[0]
+            assert found[row] == expected, (turn, row)
+            whole[row] += expected
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_a_context_that_slides_goes_on_as_an_uncached_text_of_its_second_half(case):
+    model = small_model(*case)  # a context of 64
+    prompts, greedy = [[5, 6, 7], [42] * 50, list(range(100))], Sampler(temperature=0)
+    options = {"max_new_tokens": 100, "sampler": greedy, "slide": True}
+    found = texts(model, prompts, [0, 0, 0], **options)
+    assert found == texts(model, prompts, [0, 0, 0], cached=False, **options)
+    for prompt, new in zip(prompts, found, strict=True):
+        window = [*prompt]
+        for token in new:  # by the definition: one token at a time, each from a fresh forward pass
+            while len(window) >= 64:
+                window = window[32:]
+            assert texts(model, [window], [0], max_new_tokens=1, sampler=greedy, cached=False) == [[token]]
+            window.append(token)
+
+
+def test_a_row_that_waits_draws_nothing():
+    model = small_model("attention=mha")
+
+    def second_turn(rows: int) -> list[int]:
+        state = Texts(model, PROMPTS[:rows], [1, 2][:rows])
+        state.alive[1:] = False
+        going_on(model, state, max_new_tokens=2)
+        state.alive[:] = torch.arange(rows) == 1  # where there is a neighbour, it writes while row 0 waits
+        going_on(model, state, max_new_tokens=9)
+        state.append(0, [5])
+        return going_on(model, state, max_new_tokens=10)[0]
+
+    assert second_turn(2) == second_turn(1)
+
+
+def test_only_new_tokens_are_computed():
+    model = small_model("attention=mla")
+    seen = []
+    model.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    state = Texts(model, [[1] * 20], [0])
+    going_on(model, state, max_new_tokens=4)
+    state.append(0, [2] * 6)
+    going_on(model, state, max_new_tokens=3)
+    assert seen == [20, 1, 1, 1, 7, 1, 1]  # the last token drawn was not fed yet
+
+
+def test_a_text_that_does_not_fit_is_refused_and_stays():
+    model = small_model("attention=mha")
+    state = Texts(model, [[1] * 40], [0])
+    with pytest.raises(ValueError, match="a text of 64 tokens: between 1 and 63"):
+        state.append(0, [2] * 24)
+    assert going_on(model, state, max_new_tokens=5) == texts(model, [[1] * 40], [0], max_new_tokens=5)
+
+
+def test_a_row_that_the_caller_ends_leaves_its_neighbours_alone():
+    model = small_model("attention=gqa")
+    state, found = Texts(model, PROMPTS, [1, 2, 3]), []
+    for step in generate(model, state, Sampler(), max_new_tokens=12):
+        found.append(step.tolist())
+        if len(found) == 5:
+            state.alive[1] = False
+    columns = [list(column) for column in zip(*found, strict=True)]
+    free = texts(model, PROMPTS, [1, 2, 3], max_new_tokens=12)
+    assert columns == [free[0], free[1][:5] + [ENDED] * 7, free[2]]
+
+
 @pytest.mark.parametrize("prompt", [[], [1] * 64, [1] * 65])
 def test_prompts_that_leave_no_room_are_refused(prompt):
     with pytest.raises(ValueError, match="between 1 and 63"):
         texts(small_model("attention=mha"), [prompt], [0], max_new_tokens=1)
-
-
-def test_samplers_draw_from_the_distribution_they_name():
-    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
-    draws = torch.linspace(0, 1, 20_001)[:-1].double()
-    for sampler, allowed in (
-        (Sampler(), [0, 1, 2, 3, 4]),
-        (Sampler(temperature=0.5), [0, 1, 2, 3, 4]),
-        (Sampler(top_k=2), [0, 4]),
-        (Sampler(top_p=0.6), [0, 4]),  # 0.45 + 0.27
-        (Sampler(top_p=0.4), [0]),
-        (Sampler(top_p=0), [0]),
-        (Sampler(top_k=3, top_p=0.99), [0, 2, 4]),
-    ):
-        kept = torch.full((1, 5), float("-inf"))
-        kept[0, allowed] = logits[0, allowed]
-        expected = (kept / sampler.temperature).softmax(-1)[0]
-        chosen = sampler(logits.expand(len(draws), -1), draws)
-        found = torch.bincount(chosen, minlength=5) / len(draws)
-        assert torch.allclose(found, expected, atol=2e-3), sampler
-    assert (Sampler(temperature=1e-308)(logits.expand(len(draws), -1), draws) == 0).all()
-    assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
-
-
-def test_filters_keep_what_they_promise():
-    logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
-    for k in (1, 5, 30, 99):
-        assert (keep_top_k(logits, k).isfinite().sum(-1) == min(k, 30)).all()
-    for p in (0.1, 0.5, 0.9, 1.0):
-        kept = keep_top_p(logits, p)
-        probs = logits.softmax(-1)
-        for row in range(50):
-            ordered = probs[row].sort(descending=True).values
-            fewest = int((ordered.cumsum(0) < p - 1e-6).sum()) + 1
-            assert int(kept[row].isfinite().sum()) in (fewest, min(30, fewest + 1) if p == 1.0 else fewest)
 
 
 def test_buckets_are_few_and_large_enough():

@@ -1,0 +1,97 @@
+"""A conversation: its turns, what it remembers, and what the user may do to it."""
+
+import signal
+
+import pytest
+
+from data.errors import UserError
+from data.tokenizer import ByteTokenizer
+from model.generate import Texts, generate
+from model.sampler import Sampler
+from tests.support import CASES, small_model
+from training.repl import Conversation
+
+GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
+
+
+def conversation(model, *, slide=False, cached=True, **options) -> Conversation:
+    def begin(tokens):
+        return Texts(model, [tokens], [0], slide=slide, cached=cached)
+
+    options = {"max_new_tokens": 10, **options}
+    return Conversation(model, TOKENIZER, GREEDY, begin=begin, **options)
+
+
+def written(conversation: Conversation) -> list[int]:
+    return conversation.texts.tokens[0, : conversation.texts.lengths[0]].tolist()
+
+
+def ignore(_: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("slide", [False, True])
+def test_a_second_turn_is_what_an_uncached_run_on_the_whole_text_writes(case, slide):
+    model = small_model(*case, vocab_size=257)  # a context of 64
+    talk, whole = conversation(model, slide=slide), []
+    for line in ("The qüery", " and the k🙂", "") if not slide else ("The qüery", " and the k🙂", "", "x" * 30, "y"):
+        talk.append(line)
+        talk.turn(ignore)
+        whole += TOKENIZER.encode(line).tolist()
+        uncached = Texts(model, [whole], [0], cached=False, slide=slide)
+        new = [int(step[0]) for step in generate(model, uncached, GREEDY, max_new_tokens=10, end_token=256)]
+        whole += new
+        kept = written(talk)
+        assert kept == whole[len(whole) - len(kept) :]
+        assert slide or kept == whole
+
+
+def test_ctrl_c_ends_the_turn_and_the_text_goes_on_from_what_was_written():
+    model, pieces = small_model("attention=mla", vocab_size=257), []
+
+    def write(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    talk, free = conversation(model), conversation(model)
+    talk.append("The ")
+    assert talk.turn(write) == "[stopped]"
+    assert len(written(talk)) == 4 + 3
+    assert signal.getsignal(signal.SIGINT) == before
+    free.append("The ")
+    free.turn(ignore)
+    talk.max_new_tokens = 7
+    talk.append("")
+    talk.turn(ignore)
+    assert written(talk) == written(free)
+
+
+def test_a_stop_string_ends_a_turn_unseen_and_stays_in_the_text():
+    model = small_model("attention=gqa", vocab_size=257)
+    free = conversation(model)
+    free.append("The ")
+    free.turn(ignore)
+    new = TOKENIZER.decode(written(free)[4:])
+    pieces, talk = [], conversation(model, stops=[new[3:5]])
+    talk.append("The ")
+    assert talk.turn(pieces.append) == ""
+    assert "".join(pieces).rstrip("\n") == new[: new.index(new[3:5])].rstrip("\n")
+    assert written(talk) == written(free)[: len(written(talk))]
+
+
+def test_a_full_context_is_said_and_a_reset_begins_anew():
+    model = small_model("attention=mha", vocab_size=257)  # a context of 64
+    talk = conversation(model, max_new_tokens=100)
+    with pytest.raises(UserError, match="64 tokens do not fit: 63 do; /reset begins anew"):
+        talk.append("x" * 64)
+    talk.append("x" * 63)
+    assert talk.turn(ignore) == "[the context of 64 tokens is full: /reset begins anew]"
+    with pytest.raises(UserError, match="the context of 64 tokens is full; /reset"):
+        talk.append("")
+    talk.reset()
+    talk.append("x")
+    talk.turn(ignore)
+    assert written(talk)[0] == ord("x")

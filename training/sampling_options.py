@@ -1,0 +1,153 @@
+"""What sample.py may be asked for: its flags, and which of them contradict each other. Imports nothing heavy."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from data.errors import UserError
+from training.command import CONF, Parser, number
+
+MOST_SAMPLES = 1024
+DEFAULTS = {
+    "prompt": None,
+    "prompt_file": None,
+    "interactive": False,
+    "score": None,
+    "run": None,
+    "checkpoint": "latest",
+    "max_new_tokens": 200,
+    "num_samples": 1,
+    "seed": 0,
+    "stop": [],
+    "context": "stop",
+    "temperature": 0.8,
+    "top_k": None,
+    "top_p": None,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "json": False,
+    "stats": False,
+    "device": "auto",
+    "precision": "auto",
+    "kernel": "auto",
+    "execution": None,
+    "no_cache": False,
+}
+PROMPTS = ("prompt", "prompt_file")
+FILTERS = ("top_k", "top_p", "min_p")
+WRITING = ("max_new_tokens", "num_samples", "seed", "stop", "context", "temperature", *FILTERS, "repetition_penalty")
+# A flag, those that it leaves without a meaning, and why.
+CONTRADICTIONS = (
+    ("score", (*PROMPTS, "interactive", *WRITING, "json", "stats", "no_cache"), "a text is read, none is written"),
+    ("interactive", ("prompt_file", "num_samples", "json", "stats"), "one text is written, as a conversation"),
+    ("prompt_file", ("prompt",), "there is one prompt"),
+)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line, every flag filled in; `prompt` is the text to continue, `text` the one to score. Raises
+    UserError for flags that contradict each other, a run that is not there, and a file that is not text."""
+    parser = _parser(description)
+    given = vars(parser.parse_args())
+    complaint = _contradiction(given)
+    if complaint:
+        raise UserError(complaint)
+    args = argparse.Namespace(**DEFAULTS | given)
+    if args.run is not None and not args.run.is_dir():
+        raise UserError(f"{args.run} is not a run: there is no such folder")
+    if args.prompt_file is not None:
+        args.prompt = read_text(args.prompt_file, "--prompt-file")
+    elif args.prompt == "-":
+        args.prompt = read_text(Path("-"), "the prompt")
+    args.prompt = args.prompt or ""
+    args.text = None if args.score is None else read_text(args.score, "--score")
+    return args
+
+
+def read_text(path: Path, what: str) -> str:
+    """The characters of a file, none changed; `-` is stdin. Raises UserError where it is not UTF-8 or not there."""
+    name = "stdin" if str(path) == "-" else str(path)
+    try:
+        return (sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"{what}: {name} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: {name} is not UTF-8 text: byte {error.start} cannot be decoded") from None
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    kernels = sorted(path.stem for path in (CONF / "kernel").glob("*.yaml"))
+    # Without defaults, so that what was typed can be told from what was not.
+    parser = Parser(
+        prog="sample.py",
+        usage="python sample.py [PROMPT | -] [options] [-- PROMPT]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    text = parser.add_argument_group("what to continue").add_argument
+    text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")
+    text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
+    text("--interactive", action="store_true", help="turn by turn; what was read and written stays in the cache")
+    text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
+    model = parser.add_argument_group("the model").add_argument
+    model("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
+    model("--checkpoint", choices=["latest", "best"], help="best: of the lowest validation loss; default: latest")
+    length = parser.add_argument_group("how much").add_argument
+    length("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 200; with --interactive, per turn")
+    length("--num-samples", type=number(int, 1, MOST_SAMPLES), metavar="N", help="as one batch, of seeds S, S+1, ...")
+    length("--stop", action="append", type=_stop, metavar="STRING", help="end before this text is written; repeatable")
+    length("--context", choices=["stop", "slide"], help="when full: stop (default), or drop the oldest half and go on")
+    draw = parser.add_argument_group(
+        "which token", "applied in this order; the filters see what those before them left"
+    ).add_argument
+    draw("--repetition-penalty", type=number(float, 1, 100), metavar="R", help="of tokens in the context; default: 1")
+    draw("--temperature", type=number(float, 0), metavar="T", help="0 is greedy; default: 0.8")
+    draw("--top-k", type=number(int, 1), metavar="K", help="sample among the K likeliest tokens")
+    draw("--top-p", type=number(float, 0, 1), metavar="P", help="sample among the fewest tokens that reach P")
+    draw("--min-p", type=number(float, 0, 1), metavar="P", help="and none less likely than P times the likeliest")
+    draw("--seed", type=number(int, 0, 2**63 - 1), metavar="S", help="same seed, same text; default: 0")
+    output = parser.add_argument_group("output").add_argument
+    output(
+        "--json",
+        action="store_true",
+        help="an object per sample: prompt, text (what follows it), seed, tokens (how many were written), "
+        "prompt_tokens (read), finish (stop, length, end or context), "
+        "prefill_tokens_per_second, decode_tokens_per_second",
+    )
+    output("--stats", action="store_true", help="print speeds and the cache's size to stderr")
+    machine = parser.add_argument_group("how it runs").add_argument
+    machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
+    machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
+    machine("--kernel", choices=kernels, help="how attention is computed; default: auto")
+    machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
+    machine("--no-cache", action="store_true", help="compute the whole text anew for every token")
+    return parser
+
+
+def _stop(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty string would end every text before it begins")
+    return text
+
+
+def _contradiction(given: dict) -> str | None:
+    for flag, others, why in CONTRADICTIONS:
+        for other in others:
+            if flag in given and other in given:
+                return f"{_flag(flag)} with {_flag(other)}: {why}; leave one of them out"
+    if given.get("temperature") == 0:
+        for other in FILTERS:
+            if other in given:
+                return (
+                    f"--temperature 0 with {_flag(other)}: the likeliest token is always taken; leave one of them out"
+                )
+        if given.get("num_samples", 1) > 1:
+            return f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text"
+    if given.get("interactive") and given.get("prompt") == "-":
+        return "--interactive with -: stdin is where the turns come from; give the prompt as text"
+    return None
+
+
+def _flag(name: str) -> str:
+    return "a prompt" if name == "prompt" else "--" + name.replace("_", "-")

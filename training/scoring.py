@@ -1,0 +1,28 @@
+"""How well a model predicts any text."""
+
+import torch
+from torch import nn
+
+from data.batches import windows
+from data.errors import UserError
+from data.shards import TokenStream
+from data.tokenizer import Tokenizer
+from training.step import Score, evaluate
+
+BATCH = 8  # windows at once
+
+
+def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int) -> Score:
+    """The whole text, in windows of the context that do not overlap, the last as long as what is left: as validation
+    does, but without dropping the tail. Every token but the first is predicted once, from those before it in its
+    window; the first one's bytes do not count. Raises UserError where there is nothing to predict."""
+    tokens = tokenizer.encode(text)
+    if len(tokens) < 2:
+        raise UserError("the text is empty or a single token, which leaves nothing to predict: score a longer one")
+    byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
+    whole = TokenStream([tokens])
+    rest = tokens[windows(whole, context_length) * context_length :]
+    score = evaluate(model, whole, context_length, BATCH, byte_lengths)
+    if len(rest) > 1:
+        score = score.plus(evaluate(model, TokenStream([rest]), len(rest) - 1, 1, byte_lengths))
+    return score

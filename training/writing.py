@@ -1,0 +1,105 @@
+"""Samples written side by side: their texts, how each ended, how fast they came."""
+
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from model.generate import ENDED, Texts, generate
+from model.sampler import Sampler
+from model.transformer import TransformerLM
+from training.log import tell
+from training.streaming import TextStream
+
+
+class Sample:
+    """What was written in one row of a batch."""
+
+    def __init__(self, seed: int, prompt_tokens: int, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.seed, self.prompt_tokens, self.stream = seed, prompt_tokens, TextStream(tokenizer, stops)
+        self.finish = "length"  # or stop: a stop string; end: of the document; context: it is full
+        self.times = [time.perf_counter()]  # of the beginning, and of each token
+
+    @property
+    def text(self) -> str:
+        return self.stream.text
+
+    @property
+    def tokens(self) -> int:
+        """How many were drawn: those of a stop string and an end of text too, which do not show."""
+        return len(self.times) - 1
+
+    def described(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "text": self.text,
+            "seed": self.seed,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "finish": self.finish,
+            **speeds([self]),
+        }
+
+
+def write(
+    model: TransformerLM,
+    tokenizer: Tokenizer,
+    sampler: Sampler,
+    texts: Texts,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+) -> Generator[str, None, None]:
+    """Continues each text into its sample, and yields the first one's piece by piece, as it becomes certain."""
+    end = tokenizer.end_of_text
+    try:
+        for step in generate(model, texts, sampler, max_new_tokens=max_new_tokens, end_token=end):
+            now = time.perf_counter()
+            for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
+                if token == ENDED:
+                    continue
+                sample.times.append(now)
+                piece = sample.stream.feed(token)
+                if sample.stream.stopped:
+                    sample.finish, texts.alive[row] = "stop", False
+                elif token == end:
+                    sample.finish = "end"
+                elif not texts.alive[row]:
+                    sample.finish = "context"
+                if row == 0:
+                    yield piece
+    finally:  # an interruption too leaves all that was written
+        rest = [sample.stream.close() for sample in samples]
+    yield rest[0]
+
+
+def show(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample], limit: int) -> None:
+    """The first sample as it comes, then the others: the texts to stdout, what is said of them to stderr. Ctrl-C leaves
+    what was written."""
+    notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full]"}
+    interruption = None
+    for i, one in enumerate(samples):
+        if len(samples) > 1:
+            tell(f"[sample {i + 1} of {len(samples)}, seed {one.seed}]")
+        print(prompt, end="", flush=True)
+        try:
+            for piece in pieces if i == 0 else [one.text]:
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt as error:
+            pieces.close()
+            interruption = error
+        print(flush=True)
+        if one.finish in notes:
+            tell(notes[one.finish])
+    if interruption:
+        raise interruption
+
+
+def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Of all samples together. The first token of each comes with its prompt; None where there is no second one."""
+    begin = samples[0].times[0]
+    first, last = samples[0].times[1], max(sample.times[-1] for sample in samples)
+    decoded = sum(sample.tokens - 1 for sample in samples)
+    return {
+        "prefill_tokens_per_second": round(sum(sample.prompt_tokens for sample in samples) / (first - begin), 1),
+        "decode_tokens_per_second": round(decoded / (last - first), 1) if decoded else None,
+    }
