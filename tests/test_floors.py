@@ -15,7 +15,7 @@ FLOORS = [
     "model.attention.base",
     "model.attention.* model.mlp",
     "model.transformer",
-    "model.generate",
+    "model.generate model.cost",
     "data.errors data.config",
     "data.durable data.lock data.sealed",
     "data.corpus data.tokenizer",
