@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from training.command import one_line_errors, plain_tree
+from training.command import one_line_errors, plain_tree, smaller_batches_advised
 
 # torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
 
@@ -42,6 +42,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.compilation import maybe_compiled
     from training.config import load
     from training.device import choose_device, set_determinism
+    from training.dry_run import dry_run
     from training.log import to_stderr
     from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
@@ -56,16 +57,19 @@ def train(tree: dict, typed: list[str]) -> None:
     else:
         run = load(tree)
         run_folder.refuse_taken(run.run_dir)
+    run.logger.refuse_missing()
     set_determinism(run.deterministic)
     device = choose_device(run.device)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-    tokenizer, window = corpus.tokenizer, run.model.context_length
+    tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
     refuse_short(corpus, window)
     beginning = preview_prompt(corpus, run.sample_prompt, window)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
 
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
+    if run.dry_run:
+        return dry_run(run, corpus, device, 0 if resume is None else checkpoint.steps_done(folder))
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
     working = Working(model, run.precision)
     training = checkpoint.Training(model, run.optim.build(model), working.loss_scale)
@@ -84,9 +88,15 @@ def train(tree: dict, typed: list[str]) -> None:
     def preview() -> str:
         return continuation(model, tokenizer, beginning, run.seed)
 
-    with claim, StopRequest() as stop, Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report:
+    with (
+        claim,
+        smaller_batches_advised(*sizes),
+        StopRequest() as stop,
+        Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report,
+    ):
         for step in range(done, run.steps):
-            batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, device)
+            with report.waiting():
+                batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)
             optimizer, seeds = training.optimizer, (run.seed, step)
             result = train_step(working, optimizer, batches, run.lr(step), run.clip_norm, seeds, loss)
             now, last, part, score = step + 1, step + 1 == run.steps, None, None

@@ -65,6 +65,9 @@ class Run(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     compile: bool
     tune_malloc: bool
+    peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
+    profile_steps: int = Field(0, ge=0, le=1000)
+    dry_run: bool = False
     run_dir: str | None = Field(min_length=1)
     cache_dir: str = Field(min_length=1)
 
