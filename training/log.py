@@ -23,6 +23,7 @@ from data.errors import UserError
 from model.config import Config
 
 log = logging.getLogger("headroom")
+LONGEST = 200  # characters of an error that is no line of ours
 
 
 class Sink:
@@ -148,7 +149,7 @@ class Patient(Sink):
         try:
             return action()
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = " ".join(str(error).split())[:LONGEST] or type(error).__name__
             log.warning(f"logger={self.name} failed, training goes on without it: {reason}")
             failed, self.sink = self.sink, Sink()
             with suppress(Exception):
