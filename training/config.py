@@ -191,7 +191,9 @@ def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str,
         name, valid = unknown[0], [field for field in cls.model_fields if field not in parts]
         close = difflib.get_close_matches(str(name), valid, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"{_dotted(key, name)}={settings[name]!r}: no such key; {hint}valid: {', '.join(valid)}")
+        raise UserError(
+            f"{_dotted(key, name)}={settings[name]!r}: no such key; {hint}valid: {', '.join(valid) or 'none'}"
+        )
     try:
         return cls.model_validate({**settings, **parts})
     except ValidationError as error:

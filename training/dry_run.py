@@ -80,9 +80,9 @@ def _shapes(run: Run, corpus: Prepared, device: torch.device) -> Iterator[str]:
 def _plan(run: Run, corpus: Prepared, done: int) -> str:
     epoch = windows(corpus.train, run.model.context_length) * run.model.context_length
     tokens = run.steps * run.batch_tokens
-    behind = f", of which {done:,} are done" if done else ""
+    behind = f" ({done:,} are done)" if done else ""
     return (
-        f"training     {run.steps:,} steps{behind}, {run.batch_tokens:,} tokens each: {tokens:,} tokens, "
+        f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens, "
         f"{tokens / epoch:.3g} epochs of {epoch:,}"
     )
 

@@ -81,7 +81,7 @@ BAD = [
     (("profile_steps=1.5",), "profile_steps=1.5"),
     (("profile_steps=100000",), "profile_steps=100000"),
     (("dry_run=maybe",), "dry_run=maybe"),
-    (("logger=tensorboard", "+logger.folder=x"), "logger.folder=x: no such key"),
+    (("logger=tensorboard", "+logger.folder=x"), "logger.folder='x': no such key; valid: none"),
     (("schedule.warmup=2",), "schedule.warmup=2"),
     (("tokenizer.vocab_size=100",), "tokenizer.vocab_size=100"),
     (("data=files",), "data.path is not set"),

@@ -67,7 +67,7 @@ def test_a_dry_run_does_not_change_the_run_it_would_resume(workplace, monkeypatc
     capsys.readouterr()
     assert call("train", ["resume=run", "steps=50", "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
-    assert "50 steps, of which 20 are done," in out and "for 30 steps" in out
+    assert "50 steps (20 are done) of" in out and "for 30 steps" in out
     assert {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()} == before
     assert call("train", ["resume=run", "steps=21"], monkeypatch) == 0
 

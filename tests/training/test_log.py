@@ -81,7 +81,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
     sink.write({"step": 1, "train_loss": 2.0})
     sink.close()
     assert "training goes on" in caplog.text and "no key" in caplog.text
-    assert caplog.text.count("training goes on") == 1 and (fault == "finish") == (calls != [])
+    assert caplog.text.count("training goes on") == 1
     if fault == "finish":
         assert calls == [({"step": 1, "train_loss": 2.0}, 1)]
         assert asked["mode"] == "offline" and asked["dir"] == tmp_path and asked["reinit"] == "create_new"
