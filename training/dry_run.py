@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from data.batches import micro_batches, windows
+from data.errors import UserError
 from data.prepare import Prepared
 from model import cost
 from model.transformer import TransformerLM
@@ -27,7 +28,10 @@ USUAL_MFU = 0.4  # what is assumed where no step can be timed
 
 
 def dry_run(run: Run, corpus: Prepared, device: torch.device, done: int) -> None:
-    """Prints the costs. run: with its precision chosen. done: steps that a run to be resumed has behind it."""
+    """Prints the costs. run: with its precision chosen. done: steps that a run to be resumed has behind it. Raises
+    UserError where nothing is left to do."""
+    if done >= run.steps:
+        raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
     for line in _shapes(run, corpus, device):
         print(line)
     print(_plan(run, corpus, done))
@@ -41,7 +45,7 @@ def memory(run: Run, vocab_size: int) -> dict[str, int]:
     the meta device for it, eagerly: a compiled one takes less."""
     micro_steps = min(2, run.sequences // run.micro_batch_size)  # the second meets the gradients of the first
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
-    with torch.random.fork_rng(), cost.LivePeak() as live:
+    with cost.LivePeak() as live:
         working = Working(cost.on_meta(run.model, vocab_size), run.precision)
         accumulate(working, [(batch, batch)] * micro_steps, (0, 0))
     weights = sum(p.nbytes for p in working.parameters)

@@ -14,7 +14,7 @@ log = logging.getLogger("headroom")
 
 class Profile:
     """Records `steps` steps after a few, into the run's folder, as Chrome's trace format has it. It never stops
-    training: what fails is a warning. 0 steps do nothing."""
+    training: what fails is a warning. 0 steps do nothing. A process that resumes a run records again."""
 
     def __init__(self, steps: int, folder: Path, device: torch.device, done: int):
         """done: steps before the first of this process."""

@@ -69,6 +69,8 @@ def test_a_dry_run_does_not_change_the_run_it_would_resume(workplace, monkeypatc
     out = capsys.readouterr().out
     assert "50 steps (20 are done) of" in out and "for 30 steps" in out
     assert {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()} == before
+    assert call("train", ["resume=run", "dry_run=true"], monkeypatch) == 2
+    assert "error: 20 steps of this run are done, steps=20: give a larger steps=" in capsys.readouterr().err
     assert call("train", ["resume=run", "steps=21"], monkeypatch) == 0
 
 
