@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from training.command import one_line_errors, plain_tree
+from training.command import one_line_errors, plain_tree, smaller_batches_advised
 
 # torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
 
@@ -39,39 +39,36 @@ def train(tree: dict, typed: list[str]) -> None:
     from model.transformer import TransformerLM
     from training import checkpoint, replay, run_folder
     from training.allocator import keep_buffers
+    from training.beginning import begin_with_weights_of, which_run
     from training.compilation import maybe_compiled
-    from training.config import load
     from training.device import choose_device, set_determinism
+    from training.dry_run import dry_run
     from training.log import to_stderr
     from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
     from training.report import Report
     from training.signals import StopRequest
     from training.step import Score, evaluate, losses_of, train_step
-    from training.trained import begin_with_weights_of, begun_from
 
     to_stderr()
-    resume = tree.pop("resume")
-    if resume is not None:
-        run, folder, claim = run_folder.resumed(resume, tree, typed)
-    else:
-        base = tree["init_from"]
-        run = load(begun_from(Path(base), tree, typed) if base else tree)
-        run_folder.refuse_taken(run.run_dir)
+    run, folder, claim = which_run(tree, typed)
+    run.logger.refuse_missing()
     set_determinism(run.deterministic)
     device = choose_device(run.device)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-    tokenizer, window = corpus.tokenizer, run.model.context_length
+    tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
     refuse_short(corpus, window)
     beginning = preview_prompt(corpus, run.sample_prompt, window)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
 
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
+    if run.dry_run:
+        return dry_run(run, corpus, device, checkpoint.steps_done(folder) if folder else 0)
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
     working = Working(model, run.precision)
     training = checkpoint.Training(model, run.optim.build(model), working.loss_scale)
-    if resume is not None:
+    if folder is not None:
         done = checkpoint.resume(folder, run, corpus, training)
     else:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
@@ -88,9 +85,11 @@ def train(tree: dict, typed: list[str]) -> None:
     def preview() -> str:
         return continuation(model, tokenizer, beginning, run.seed)
 
-    with claim, StopRequest() as stop, Report(run, folder, corpus, model, done, byte_lengths.to(device)) as report:
+    report = Report(run, folder, corpus, model, done, byte_lengths.to(device))
+    with claim, smaller_batches_advised(*sizes), StopRequest() as stop, report:
         for step in range(done, run.steps):
-            batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, device)
+            with report.waiting():
+                batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)
             optimizer, seeds = training.optimizer, (run.seed, step)
             result = train_step(working, optimizer, batches, run.lr(step), run.clip_norm, seeds, loss)
             now, last, part, score = step + 1, step + 1 == run.steps, None, None

@@ -133,6 +133,11 @@ def saved(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("checkpoints/step_*") if step_of(path) >= 0), key=step_of)
 
 
+def steps_done(folder: Path) -> int:
+    """Of a run, as its newest checkpoint's name says."""
+    return max(map(step_of, saved(folder)), default=0)
+
+
 def read(path: Path, names: Collection[str]) -> Checkpoint:
     """A checkpoint with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not what
     was written, and UserError where it was written in another format."""

@@ -40,7 +40,7 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        line = _out_of_memory(error) or _indeterminate(error) or _hydra_complaint(error)
+        line = _too_large(error) or _indeterminate(error) or _hydra_complaint(error)
         if line is None:
             raise
     if line is not None and of_a_sweep:
@@ -156,12 +156,34 @@ def _indeterminate(error: Exception) -> str | None:
     return None
 
 
-def _out_of_memory(error: Exception) -> str | None:
+@contextmanager
+def smaller_batches_advised(sequences: int, micro_batch_size: int) -> Iterator[None]:
+    """Around training: turns too little memory into a UserError that says which micro_batch_size to try, of those that
+    divide the sequences of a step, so that the step stays the same."""
+    try:
+        yield
+    except Exception as error:
+        reason = out_of_memory(error)
+        if reason is None:
+            raise
+        smaller = max((n for n in range(1, micro_batch_size // 2 + 1) if sequences % n == 0), default=None)
+        advice = "take a smaller model or a shorter model.context_length"
+        if smaller is not None:
+            advice = f"try micro_batch_size={smaller}, which trains on the same batch_tokens in smaller pieces"
+        raise UserError(f"not enough memory for micro_batch_size={micro_batch_size}: {advice} ({reason})") from None
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """In a few words, where that is what the error says, of a GPU or of the system."""
     if (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)
         or "t allocate memory" in str(error)
     ):
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        return f"not enough memory: take a smaller model, or a smaller micro_batch_size ({reason})"
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
     return None
+
+
+def _too_large(error: Exception) -> str | None:
+    reason = out_of_memory(error)
+    return reason and f"not enough memory: take a smaller model, or a smaller micro_batch_size ({reason})"

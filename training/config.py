@@ -66,6 +66,9 @@ class Run(Config):
     compile: bool
     tune_malloc: bool
     init_from: str | None = Field(min_length=1)
+    peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
+    profile_steps: int = Field(0, ge=0, le=1000)
+    dry_run: bool = False
     run_dir: str | None = Field(min_length=1)
     cache_dir: str = Field(min_length=1)
 
@@ -189,7 +192,9 @@ def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str,
         name, valid = unknown[0], [field for field in cls.model_fields if field not in parts]
         close = difflib.get_close_matches(str(name), valid, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UserError(f"{_dotted(key, name)}={settings[name]!r}: no such key; {hint}valid: {', '.join(valid)}")
+        raise UserError(
+            f"{_dotted(key, name)}={settings[name]!r}: no such key; {hint}valid: {', '.join(valid) or 'none'}"
+        )
     try:
         return cls.model_validate({**settings, **parts})
     except ValidationError as error:

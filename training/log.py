@@ -1,9 +1,12 @@
 """What a run writes down while it trains: metrics.jsonl always, a logger by choice, and a line for whoever watches."""
 
+import functools
+import importlib.util
 import json
 import logging
 import math
 import os
+import secrets
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +23,7 @@ from data.errors import UserError
 from model.config import Config
 
 log = logging.getLogger("headroom")
+LONGEST = 200  # characters of an error that is no line of ours
 
 
 class Sink:
@@ -27,11 +31,18 @@ class Sink:
 
     def write(self, row: Mapping[str, Any]) -> None: ...
 
+    def sync(self) -> None:
+        """Before a checkpoint: what is lost later, a resumed run writes again."""
+
     def close(self) -> None: ...
 
 
 class Logger(Config, ABC):
     """Where metrics go besides metrics.jsonl."""
+
+    def refuse_missing(self) -> None:
+        """Called before a run begins. Raises UserError where a package that this logger needs is not installed."""
+        return
 
     @abstractmethod
     def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
@@ -50,22 +61,27 @@ class WandbLogger(Logger):
     mode: Literal["online", "offline", "disabled"] = "offline"
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
-        try:
-            import wandb
+        return Patient("wandb", lambda: self._start(folder, config))
 
-            remote = wandb.init(
+    def _start(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        import wandb
+
+        remembered = folder / "wandb-id.txt"
+        if not remembered.exists():
+            write_whole(remembered, secrets.token_hex(4).encode())
+        return WandbSink(
+            wandb.init(
                 project=self.project,
                 mode=self.mode,
                 dir=folder,
                 name=folder.name,
+                id=remembered.read_text().strip(),  # a run that is resumed goes on in the run it has there
+                resume="allow",
                 config=dict(config),
                 reinit="create_new",  # one process may train several runs, which must not merge
                 settings=wandb.Settings(silent=True),
             )
-        except Exception as error:
-            log.warning(f"logger=wandb did not start, training goes on without it: {error}")
-            return Sink()
-        return WandbSink(remote)
+        )
 
 
 class WandbSink(Sink):
@@ -73,20 +89,80 @@ class WandbSink(Sink):
         self.remote = remote
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self._try(lambda: self.remote.log(dict(row), step=row["step"]))
+        self.remote.log(_known(row), step=row["step"])
 
     def close(self) -> None:
-        self._try(lambda: self.remote.finish())
+        self.remote.finish()
 
-    def _try(self, action: Callable[[], Any]) -> None:
+
+class TensorboardLogger(Logger):
+    """Event files in the run's folder. Their failures never stop training."""
+
+    def refuse_missing(self) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UserError("logger=tensorboard needs a package that is not here: python -m pip install tensorboard")
+
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        return Patient("tensorboard", lambda: TensorboardSink(folder / "tensorboard"))
+
+
+class TensorboardSink(Sink):
+    def __init__(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(exist_ok=True)
+        self.start, self.writer = functools.partial(SummaryWriter, str(folder)), None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self.writer is None:  # what an earlier process wrote from this step on, it wrote for nothing
+            self.writer = self.start(purge_step=row["step"])
+        for key, value in _known(row).items():
+            if key != "step":
+                self.writer.add_scalar(key, float(value), row["step"])
+
+    def sync(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Patient(Sink):
+    """Another sink, whose first failure is one warning, and the end of it."""
+
+    def __init__(self, name: str, start: Callable[[], Sink]):
+        self.name, self.sink = name, Sink()
+        self.sink = self._try(start) or self.sink
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._try(lambda: self.sink.write(row))
+
+    def sync(self) -> None:
+        self._try(lambda: self.sink.sync())
+
+    def close(self) -> None:
+        self._try(lambda: self.sink.close())
+
+    def _try(self, action: Callable[[], Any]) -> Any:
         try:
-            action()
+            return action()
         except Exception as error:
-            log.warning(f"logger=wandb failed, training goes on: {error}")
+            reason = " ".join(str(error).split())[:LONGEST] or type(error).__name__
+            log.warning(f"logger={self.name} failed, training goes on without it: {reason}")
+            failed, self.sink = self.sink, Sink()
+            with suppress(Exception):
+                failed.close()
+
+
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if value is not None}
 
 
 class MetricsFile:
-    """metrics.jsonl: one object per step, in order, each step once. A number that is not finite is null."""
+    """metrics.jsonl: one object per step, in order, each step once. A number that is not finite, or not known, is
+    null."""
 
     def __init__(self, path: Path, resume_after: int):
         """Rows after the step a run resumes from belong to a future that is computed anew: they are dropped."""
@@ -105,7 +181,7 @@ class MetricsFile:
             self.file.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
         with self._complaint():
             self.file.write(json.dumps(finite) + "\n")
             self.file.flush()
@@ -160,10 +236,12 @@ class Watch:
         self.steps, self.said = steps, first_step
         self.progress.start()
 
-    def step(self, step: int, loss: float, bpb: float, tokens_per_second: float, seconds_left: float) -> None:
-        left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+    def step(self, row: Mapping[str, Any], seconds_left: float) -> None:
+        """row: as in metrics.jsonl."""
+        step = row["step"]
         line = (
-            f"step {step}/{self.steps}  loss {loss:.3f}  bpb {bpb:.3f}  {tokens_per_second:,.0f} tokens/s  ETA {left}"
+            f"step {step}/{self.steps}  loss {row['train_loss']:.3f}  bpb {row['train_bpb']:.3f}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  MFU {percent(row['mfu'])}  ETA {clock(seconds_left)}"
         )
         self.progress.update(self.task, completed=step, description=line)
         if not self.live and (step - self.said >= self.steps / 10 or step == self.steps):
@@ -176,6 +254,16 @@ class Watch:
 
     def stop(self) -> None:
         self.progress.stop()
+
+
+def percent(fraction: float | None) -> str:
+    return "n/a" if fraction is None else f"{fraction:.1%}"
+
+
+def clock(seconds: float) -> str:
+    """As in 2:05, or 1:02:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 class _Patient(Console):

@@ -21,6 +21,10 @@ class OptimConfig(Config, ABC):
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """An optimizer over all of the model's parameters."""
 
+    def state_bytes(self, model: nn.Module) -> int:
+        """What the optimizer keeps between steps: two float32 moments of each parameter, if a subclass says no else."""
+        return sum(2 * 4 * p.numel() for p in model.parameters())
+
 
 class AdamWConfig(OptimConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Decay applies to matrices, embeddings included, and not to

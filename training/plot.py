@@ -1,23 +1,28 @@
-"""The loss curve of a run, as a picture."""
+"""Loss curves, as pictures: one run's own, and several runs in one.
 
+python -m training.plot runs/A runs/B                 # in the checkout; writes losses.png
+python -m training.plot runs/* --x tokens -o all.svg
+"""
+
+import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data.durable import write_whole
+from data.errors import UserError
+from training.command import Parser, one_line_errors
 from training.log import read_metrics
+
+FORMATS = ("pdf", "png", "svg")
 
 
 def plot_loss(folder: Path) -> None:
     """Draws metrics.jsonl into loss.png: every step's training loss, its running mean, and the validation losses."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     rows = read_metrics(folder / "metrics.jsonl")
-    train = [(row["step"], row["train_loss"]) for row in rows if row["train_loss"] is not None]
-    val = [(row["step"], row["val_loss"], row.get("val_tokens", 0)) for row in rows if row.get("val_loss") is not None]
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    train, val = _curves(rows, "step")
+    figure, axes = _empty(folder.name, "step")
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -28,14 +33,77 @@ def plot_loss(folder: Path) -> None:
             label = f"validation ({tokens:,} tokens)"
             axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=label)
         axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
-    axes.set(title=folder.name, xlabel="step", ylabel="loss (nats per token)")
+    _save(figure, axes, folder / "loss.png")
+
+
+def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
+    """Draws the runs over each other: a line is the running mean of a run's training losses, its points are validation
+    losses. x: step or tokens. Raises UserError for what is no run, or has no rows yet, and for a path that cannot be
+    written."""
+    if path.suffix.removeprefix(".") not in FORMATS:
+        raise UserError(f"-o {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
+    found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
+    figure, axes = _empty("", x)
+    for i, (label, train, val) in enumerate(found):
+        color = f"C{i}"  # after ten runs, colors come again
+        if train:
+            places, losses = zip(*train, strict=True)
+            axes.plot(places, _running_mean(losses), color=color, linewidth=1, label=label)
+        for tokens, marker in zip(sorted({tokens for *_, tokens in val}), "os^", strict=False):
+            points = [(place, loss) for place, loss, scored in val if scored == tokens]
+            axes.plot(*zip(*points, strict=True), f"{marker}--", color=color, markersize=4, linewidth=0.8)
+    axes.plot([], [], "-", color="gray", linewidth=1, label="training (running mean)")
+    axes.plot([], [], "o--", color="gray", markersize=4, linewidth=0.8, label="validation, on a prefix")
+    axes.plot([], [], "s", color="gray", markersize=4, label="validation, on all of it")
+    try:
+        _save(figure, axes, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
+    if not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder} is not a run: it has no metrics.jsonl")
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get(x) is not None]
+    if not any(row["train_loss"] is not None for row in rows):
+        raise UserError(f"{folder} has nothing to draw yet: no step with a finite loss is in its metrics.jsonl")
+    return rows
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """The runs' names; where two are the same, all paths as given."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _curves(rows: Sequence[dict[str, Any]], x: str) -> tuple[list[tuple[float, float]], list[tuple[float, float, int]]]:
+    """(place, loss) in training, and (place, loss, tokens scored) in validation."""
+    train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
+    val = [(row[x], row["val_loss"], row.get("val_tokens", 0)) for row in rows if row.get("val_loss") is not None]
+    return train, val
+
+
+def _empty(title: str, x: str) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.set(title=title, xlabel=x, ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    if train or val:
-        axes.legend()
+    return figure, axes
+
+
+def _save(figure: Any, axes: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    if axes.lines:
+        axes.legend(fontsize="small")
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     plt.close(figure)
-    write_whole(folder / "loss.png", picture.getvalue())
+    write_whole(path, picture.getvalue())
 
 
 def _running_mean(values: tuple[float, ...], weight: float = 0.1) -> list[float]:
@@ -44,3 +112,20 @@ def _running_mean(values: tuple[float, ...], weight: float = 0.1) -> list[float]
         mean += weight * (value - mean)
         means.append(mean)
     return means
+
+
+def main() -> None:
+    parser = Parser(prog="-m training.plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("losses.png"), help="the picture (.png, .svg or .pdf)"
+    )
+    parser.add_argument("--x", choices=("steps", "tokens"), default="steps", help="what the losses are drawn over")
+    with one_line_errors():
+        arguments = parser.parse_args()
+        plot_runs(arguments.runs, arguments.output, arguments.x.replace("steps", "step"))
+        print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

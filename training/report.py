@@ -15,11 +15,15 @@ from torch import Tensor
 
 from data.batches import documents_of_step
 from data.prepare import Prepared
+from model import cost
 from model.transformer import TransformerLM
 from training.config import Run, dump
+from training.device import peak_memory
 from training.guard import Guard
-from training.log import MetricsFile, Watch, tell
+from training.log import MetricsFile, Watch, percent, tell
+from training.mfu import peak_flops
 from training.plot import plot_loss
+from training.profiling import Profile
 from training.run_folder import resume_command
 from training.step import Score, StepResult
 
@@ -33,15 +37,18 @@ class Report:
 
     def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, byte_lengths: Tensor):
         """done: steps before the first of this process. byte_lengths (V,): on the device of the losses."""
-        self.run, self.folder, self.byte_lengths = run, folder, byte_lengths
+        self.run, self.folder, self.byte_lengths, self.device = run, folder, byte_lengths, byte_lengths.device
         self.corpus = corpus
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
         self.guard = Guard(self.metrics.past)
         self.sink = run.logger.open(folder, dump(run))
         self.watch = Watch(done, run.steps)
+        self.profile = Profile(run.profile_steps, folder, self.device, done)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm, bytes, skipped or not
-        self.total_tokens, self.total_seconds = 0, 0.0
-        for line in _opening(run, folder, corpus, model, byte_lengths.device):
+        self.flops = cost.flops(run.model, model.vocab_size).training()  # per token
+        self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
+        self.total_tokens, self.total_seconds, self.total_waited, self.waited = 0, 0.0, 0.0, 0.0
+        for line in _opening(run, folder, corpus, model, self.device):
             self.watch.say(line)
         self._restart_clock()
 
@@ -56,6 +63,7 @@ class Report:
                 self._plot()
         finally:
             self.watch.stop()
+            self.profile.close()
             self.metrics.close()
             self.sink.close()
         if kind is KeyboardInterrupt:
@@ -65,14 +73,16 @@ class Report:
     def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
         """Call after every step, with the validation score if there is one."""
         targets = torch.cat([targets for _, targets in batches])
-        row = {"step": step, "tokens": step * targets.numel(), "lr": self.run.lr(step - 1)}
+        row = {"step": step, "tokens": step * targets.numel(), "lr": self.run.lr(step - 1), "data_seconds": self.waited}
+        self.total_waited += self.waited
+        self.waited = 0.0
         if score is not None:
             row |= {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
         text_bytes = self.byte_lengths[targets].sum()
         values = (result.loss, result.grad_norm, text_bytes.to(result.loss), result.skipped.to(result.loss))
         self.pending.append((row, torch.stack(values)))
         self.interval_tokens += targets.numel()
-        free_to_read = self.byte_lengths.device.type == "cpu"
+        free_to_read = self.device.type == "cpu"
         due = score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS
         if due or (free_to_read and result.skipped):
             self.flush()
@@ -82,6 +92,16 @@ class Report:
     def say(self, line: str) -> None:
         """Above the live line."""
         self.watch.say(line)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch, with which every step begins."""
+        self.profile.step()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - start
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -102,7 +122,8 @@ class Report:
             f"\n{sample}\n\n"
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
             f"(the whole validation set, {score.tokens:,} tokens)\n"
-            f"speed        {self.tokens_per_second:,.0f} training tokens per second\n"
+            f"speed        {self.tokens_per_second:,.0f} training tokens per second, "
+            f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data\n"
             f"run          {self.folder}  (loss.png is its curve)\n"
             f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
             f"{more}"
@@ -130,6 +151,7 @@ class Report:
         """All steps so far are on the disk when it returns. Call it before a checkpoint, so that none is missing."""
         self.flush()
         self.metrics.sync()
+        self.sink.sync()
 
     def flush(self) -> None:
         """Writes down the steps since the last time."""
@@ -142,16 +164,24 @@ class Report:
         self.total_tokens += self.interval_tokens
         self.total_seconds += seconds
         self._restart_clock()
-        for (row, _), (loss, grad_norm, _, skipped) in zip(rows, values, strict=True):
-            row |= {"train_loss": loss, "grad_norm": grad_norm, "tokens_per_second": speed}
+        whole = {"tokens_per_second": speed, "flops_per_second": speed * self.flops, "mfu": self._mfu(speed)}
+        whole["memory_bytes"] = peak_memory(self.device)
+        for (row, _), (loss, grad_norm, text_bytes, skipped) in zip(rows, values, strict=True):
+            bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
+            row |= {"train_loss": loss, "train_bpb": bpb, "grad_norm": grad_norm, **whole}
             row |= {"skipped": True} if skipped else {}
             self.metrics.write(row)
             self.sink.write(row)
             self._watch_over(row)
-        last, (loss, _, text_bytes, _) = rows[-1][0], values[-1]
-        bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
-        seconds_left = (self.run.steps - last["step"]) * self.run.batch_tokens / self.tokens_per_second
-        self.watch.step(last["step"], loss, bpb, speed, seconds_left)
+        last = rows[-1][0]
+        self.watch.step(last, (self.run.steps - last["step"]) * self.run.batch_tokens / self.tokens_per_second)
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return self.peak_flops and tokens_per_second * self.flops / self.peak_flops
+
+    @property
+    def _share_waited(self) -> float:
+        return self.total_waited / max(self.total_seconds, 1e-9)
 
     def _watch_over(self, row: dict[str, Any]) -> None:
         spike = self.guard.see(row)
@@ -183,7 +213,7 @@ class Report:
         return time.perf_counter() - self.interval_start
 
     def _synchronize(self) -> None:
-        if self.byte_lengths.device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
 
 

@@ -34,6 +34,9 @@ RESUMABLE = [
     "logger",
     "device",
     "cache_dir",
+    "peak_flops",
+    "profile_steps",
+    "dry_run",
 ]
 log = logging.getLogger("headroom")
 BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml

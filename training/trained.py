@@ -1,7 +1,5 @@
 """A trained model, for sampling, scripts and notebooks."""
 
-import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ from model.transformer import ModelConfig, TransformerLM
 from training import checkpoint
 from training.config import load
 from training.run_folder import refuse_no_run, resume_command
-
-log = logging.getLogger("headroom")
 
 
 def load_run(
@@ -40,53 +36,6 @@ def load_run(
     model = empty_model(changed(load(found.manifest.config).model, **changes), tokenizer.vocab_size)
     checkpoint.load_weights(found, model)
     return model.to(device), tokenizer
-
-
-OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
-ADJUSTABLE = ("model.dropout", "model.context_length")  # and what of it they do not
-
-
-def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
-    """The composed settings of a run that begins with the weights of `base`, whose model and tokenizer it takes over.
-
-    typed: the overrides on the command line. Raises UserError for one that would make another model or vocabulary.
-    """
-    found = checkpoint.newest(base, (checkpoint.MODEL,))
-    if found is None:
-        refuse_no_run(base)
-        raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
-    tokenizer = load_tokenizer(base / "tokenizer.json")
-    checkpoint.refuse_other_tokenizer(base, tokenizer, found.manifest.tokenizer)
-    theirs = {group: dict(found.manifest.config[group]) for group in OWNED}
-    for key in (override.lstrip("+~").partition("=")[0] for override in typed):
-        group, _, name = key.partition(".")
-        if key in ADJUSTABLE:
-            theirs[group][name] = tree[group][name]
-        elif group == "tokenizer":
-            raise UserError(
-                f"{key} cannot be chosen with init_from={base}: its weights know the {tokenizer.vocab_size:,} tokens "
-                f"of {base}/tokenizer.json"
-            )
-        elif group in OWNED:
-            raise UserError(
-                f"{key} cannot be chosen with init_from={base}: the model is that run's; "
-                f"{' and '.join(ADJUSTABLE)} may change"
-            )
-    theirs["tokenizer"] = {
-        "_target_": "data.tokenizer.StoredConfig",
-        "path": str(base / "tokenizer.json"),
-        "hash": tokenizer.hash,
-    }
-    return {**tree, **theirs}
-
-
-def begin_with_weights_of(base: Path, model: TransformerLM) -> None:
-    """Those of its newest whole checkpoint."""
-    found = checkpoint.newest(base, (checkpoint.MODEL,))
-    if found is None:
-        raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
-    checkpoint.load_weights(found, model)
-    log.info(f"beginning with the weights of {found.path}")
 
 
 def empty_model(config: ModelConfig, vocab_size: int) -> TransformerLM:

@@ -7,7 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.log import MetricsFile, WandbLogger, read_metrics
+from data.errors import UserError
+from tests.support import SMOKE, call
+from tests.training.runs import rewind
+from training.log import MetricsFile, TensorboardLogger, WandbLogger, read_metrics
 
 
 def row(step, **more):
@@ -78,6 +81,87 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
     sink.write({"step": 1, "train_loss": 2.0})
     sink.close()
     assert "training goes on" in caplog.text and "no key" in caplog.text
+    assert caplog.text.count("training goes on") == 1
     if fault == "finish":
         assert calls == [({"step": 1, "train_loss": 2.0}, 1)]
         assert asked["mode"] == "offline" and asked["dir"] == tmp_path and asked["reinit"] == "create_new"
+
+
+def test_wandb_runs_go_on_when_resumed_and_never_merge(tmp_path, monkeypatch):
+    asked = []
+    remote = SimpleNamespace(log=lambda row, step: None, finish=lambda: None)
+    fake = SimpleNamespace(Settings=lambda **_: None, init=lambda **options: (asked.append(options), remote)[1])
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("one", "two", "one"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        WandbLogger().open(tmp_path / name, {}).close()
+    ids = [options["id"] for options in asked]
+    assert ids[0] == ids[2] != ids[1] and all(options["resume"] == "allow" for options in asked)
+
+
+def test_a_logger_that_fails_at_every_row_says_so_once(tmp_path, monkeypatch, caplog):
+    remote = SimpleNamespace(log=broken, finish=lambda: None)
+    fake = SimpleNamespace(Settings=lambda **_: None, init=lambda **_: remote)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    sink = WandbLogger().open(tmp_path, {})
+    for step in range(1, 9):
+        sink.write(row(step))
+        sink.sync()
+    sink.close()
+    assert caplog.text.count("logger=wandb failed, training goes on without it: no key") == 1
+
+
+@pytest.mark.parametrize("fault", [None, "start", "write"])
+def test_tensorboard_gets_the_numbers_of_every_step(tmp_path, monkeypatch, caplog, fault):
+    calls, flushed = [], []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            if fault == "start":
+                broken()
+            calls.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            if fault == "write":
+                broken()
+            calls.append(scalar)
+
+        def flush(self):
+            flushed.append(len(calls))
+
+        def close(self):
+            flushed.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    sink = TensorboardLogger().open(tmp_path, {})
+    sink.write(row(21, mfu=None))
+    sink.sync()
+    sink.write(row(22))
+    sink.close()
+    if fault:
+        assert caplog.text.count("logger=tensorboard failed, training goes on without it: no key") == 1
+    else:
+        folder = str(tmp_path / "tensorboard")
+        assert calls == [(folder, 21), ("train_loss", 3.0, 21), ("train_loss", 3.0, 22)] and flushed == [2, "closed"]
+
+
+def test_tensorboard_that_is_not_installed_is_refused_before_a_run_begins(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"logger=tensorboard needs .* python -m pip install tensorboard"):
+        TensorboardLogger().refuse_missing()
+    assert call("train", [*SMOKE, "logger=tensorboard"], monkeypatch) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err and not list(workplace.iterdir())
+
+
+def test_what_a_resumed_run_adds_tensorboard_shows_once(workplace, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = [*SMOKE, "logger=tensorboard", "steps=12", "save_every=5"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    for name in ("whole", "killed"):
+        shown = accumulator.EventAccumulator(str(workplace / name / "tensorboard"))
+        shown.Reload()
+        rows = read_metrics(workplace / name / "metrics.jsonl")
+        found = [(event.step, event.value) for event in shown.Scalars("train_loss")]
+        assert found == [(row["step"], pytest.approx(row["train_loss"])) for row in rows]

@@ -1,0 +1,146 @@
+"""What a model costs, known before it runs: parameters, FLOPs, bytes. Nothing here needs the memory it speaks of: the
+model's own code is run on the meta device, where tensors have shapes and no numbers.
+
+FLOPs are those of matrix products, two per multiply-add. Norms, rotations, softmax and the optimizer are left out, as
+is usual: they cost time, but hardly any arithmetic.
+"""
+
+import dataclasses
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.kernels.base import Kernel
+from model.kernels.naive import Naive
+from model.mask import Mask
+from model.norm import RMSNorm
+from model.transformer import ModelConfig, TransformerLM
+
+PARTS = ("embedding", "attention", "mlp", "norms", "head")
+TRAINING = 3  # a backward pass computes two products for each one of the forward pass
+MOST_SCANNED = 2**24  # entries of a mask that are looked at
+
+
+def on_meta(config: ModelConfig, vocab_size: int, kernel: Kernel | None = None) -> TransformerLM:
+    """The model without its memory. It runs, forward and backward: a fused kernel, which knows its devices only, is
+    replaced by one that keeps for the backward pass what a fused one keeps."""
+    kernel = kernel or (config.kernel if isinstance(config.kernel, Naive) else Fused())
+    with torch.device("meta"):
+        return TransformerLM(config.model_copy(update={"kernel": kernel}), vocab_size)
+
+
+def parameters(model: TransformerLM) -> dict[str, int]:
+    """Numbers by part, as they lie in memory: the padding of a vocabulary counts, a tied head has none of its own.
+    Norms within attention are norms."""
+    counts = dict.fromkeys(PARTS, 0)
+    for name, module in model.named_modules():
+        part = next((part for part in ("attention", "mlp", "head") if part in name.split(".")), "embedding")
+        part = "norms" if isinstance(module, RMSNorm) else part
+        counts[part] += sum(p.numel() for p in module.parameters(recurse=False))
+    return counts
+
+
+class Flops(NamedTuple):
+    """Of the model as it executes in training."""
+
+    per_token: int  # forward, in all layers' matrices and the head
+    per_pair: int  # forward, in scores and values, per key that a query attends to, summed over the layers
+    keys: float  # what a query of a training window attends to on average, as the mask allows: (T + 1) / 2 if causal
+
+    def forward(self, keys: float | None = None) -> float:
+        """Per token. keys: other than the mask allows. A kernel that computes all T and then hides half of them, as the
+        naive one does, executes forward(T)."""
+        return self.per_token + self.per_pair * (self.keys if keys is None else keys)
+
+    def training(self, keys: float | None = None) -> float:
+        """Per token, forward and backward. What a flash kernel computes anew in its backward pass is not counted."""
+        return TRAINING * self.forward(keys)
+
+
+def flops(config: ModelConfig, vocab_size: int) -> Flops:
+    """Every matrix is applied once to each token: 2 · numel. (Absorbed MLA moves kv_up to the query's side, for as many
+    products.) A query-key pair costs 2 · H · (D + Dv), with the shapes that the attention hands to its kernel: H heads
+    of D in GQA, however few the key heads; in MLA D = n + r and Dv = v expanded, D = Dv = c + r absorbed.
+    """
+    kernel = Fused()
+    model = on_meta(config, vocab_size, kernel)
+    model(torch.zeros(1, config.context_length, dtype=torch.int64, device="meta"))
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    if model.head is not None:
+        matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
+    per_pair = sum(cost for cost, _ in kernel.calls)
+    return Flops(2 * matrices, per_pair, sum(cost * keys for cost, keys in kernel.calls) / per_pair)
+
+
+def cache_bytes_per_token(model: TransformerLM) -> int:
+    """While decoding, of all layers, in the dtype of the weights: counted from the caches themselves."""
+    return sum(cache.bytes_per_token for cache in model.make_caches(1, 1))
+
+
+class LivePeak(TorchDispatchMode):
+    """Within its `with` block: `bytes`, the most that tensors made there took at one time. On the meta device it
+    predicts what the same code would hold on another. It sees what operators return; not what a kernel allocates and
+    frees within itself, nor what an allocator wastes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.alive = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self.seen:
+            self.seen.add(storage._cdata)
+            self.alive += storage.nbytes()
+            self.bytes = max(self.bytes, self.alive)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self.seen.remove(key)
+        self.alive -= size
+
+
+class Fused(Kernel):
+    """Stands for a fused kernel: its shapes and what it keeps (q, k, v, its output, and a log-sum-exp per query and
+    head), and no numbers."""
+
+    calls: list[tuple[int, float]] = Field(default_factory=list)  # FLOPs per query-key pair; keys per query
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        heads, value_dim = q.shape[2], v.shape[-1]
+        self.calls.append((2 * heads * (q.shape[-1] + value_dim), _visible(mask, q.shape[1], k.shape[1])))
+        width = max(q.shape[-1], value_dim)  # they want q, k and v equally wide
+        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        return _Kept.apply(q, k, v)[..., :value_dim]
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _visible(mask: Mask, queries: int, keys: int) -> float:
+    """Keys that a query sees on average, by the mask's own predicate. In long windows, every n-th query is asked."""
+    every = -(-queries * keys // MOST_SCANNED)
+    positions = torch.arange(max(queries, keys))[None]
+    mask = dataclasses.replace(mask, q_pos=positions[:, :queries], k_pos=positions[:, :keys])
+    return mask.visible(slice(every // 2, None, every)).sum(-1).double().mean().item()

@@ -1,0 +1,83 @@
+"""Curves of several runs in one picture."""
+
+import json
+import sys
+
+import pytest
+
+from training import plot
+
+PNG = b"\x89PNG\r\n"
+
+
+@pytest.fixture
+def runs(workplace):
+    """Two runs with losses, one that was scored, and one without a finite loss; at places of their own."""
+    for name, rows in {
+        "runs/one": [
+            {"step": s, "tokens": 64 * s, "train_loss": 4 / s, "val_loss": 3.0 if s == 4 else None} for s in range(1, 9)
+        ],
+        "runs/two": [{"step": s, "tokens": 32 * s, "train_loss": 5 / s} for s in range(1, 5)],
+        "other/two": [{"step": 1, "tokens": 9, "train_loss": 1.0}],
+        "runs/diverged": [{"step": 1, "tokens": 9, "train_loss": None}],
+    }.items():
+        (workplace / name).mkdir(parents=True)
+        (workplace / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return workplace
+
+
+def call(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["plot", *arguments])
+    try:
+        plot.main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def drawn(monkeypatch) -> list:
+    """The axes of the pictures that are saved from here on."""
+    found, save = [], plot._save
+    monkeypatch.setattr(plot, "_save", lambda figure, axes, path: (found.append(axes), save(figure, axes, path)))
+    return found
+
+
+def test_runs_are_overlaid_under_their_names(runs, monkeypatch, capsys):
+    found = drawn(monkeypatch)
+    assert call(monkeypatch, "runs/one", "runs/two") == 0
+    assert capsys.readouterr().out == "losses.png\n" and (runs / "losses.png").read_bytes().startswith(PNG)
+    labels = [text.get_text() for text in found[0].get_legend().get_texts()]
+    assert labels[:2] == ["one", "two"] and "training (running mean)" in labels
+    lines = {line.get_label(): list(line.get_xdata()) for line in found[0].lines}
+    assert lines["one"] == list(range(1, 9)) and lines["two"] == [1, 2, 3, 4]
+    assert [4] in [list(line.get_xdata()) for line in found[0].lines]  # where it was scored
+
+
+def test_over_tokens_runs_of_other_batches_can_be_compared(runs, monkeypatch):
+    found = drawn(monkeypatch)
+    assert call(monkeypatch, "runs/one", "runs/two", "other/two", "--x", "tokens", "-o", "all.svg") == 0
+    assert b"<svg" in (runs / "all.svg").read_bytes()
+    lines = {line.get_label(): list(line.get_xdata()) for line in found[0].lines}
+    assert lines["runs/two"] == [32, 64, 96, 128] and lines["other/two"] == [9]  # same names: told apart by paths
+    assert found[0].get_xlabel() == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "required: runs"),
+        (["runs/none"], "runs/none is not a run: it has no metrics.jsonl"),
+        (["runs/one/metrics.jsonl"], "is not a run"),
+        (["runs/diverged"], "runs/diverged has nothing to draw yet"),
+        (["runs/one", "-o", "runs/one/metrics.jsonl"], "choose a name that ends in one of .pdf, .png, .svg"),
+        (["runs/one", "-o", "nowhere/x.png"], "nowhere/x.png cannot be written: No such file"),
+        (["runs/one", "--x", "hours"], "invalid choice: 'hours'"),
+        (["runs/one", "--y"], "--y"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_nonsense_is_refused_in_one_line(runs, monkeypatch, capsys, arguments, complaint):
+    assert call(monkeypatch, *arguments) == 2
+    out, err = capsys.readouterr()
+    assert complaint in err and err.count("\n") == 1 and err.startswith("error: ") and out == ""
+    assert not (runs / "losses.png").exists()

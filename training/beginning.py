@@ -1,0 +1,75 @@
+"""Which run this process trains: a new one, one that goes on, or one that begins with another's weights."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+from data.tokenizer import load_tokenizer
+from model.transformer import TransformerLM
+from training import checkpoint
+from training.config import Run, load
+from training.run_folder import refuse_no_run, refuse_taken, resume_command, resumed
+
+log = logging.getLogger("headroom")
+OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
+ADJUSTABLE = ("model.dropout", "model.context_length")  # and what of it they do not
+
+
+def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
+    """The run, and its folder, claimed, if it has one already.
+
+    tree: the composed configuration; typed: the overrides on the command line.
+    """
+    resume = tree.pop("resume")
+    if resume is not None:
+        return resumed(resume, tree, typed)
+    base = tree["init_from"]
+    run = load(begun_from(Path(base), tree, typed) if base else tree)
+    refuse_taken(run.run_dir)
+    return run, None, None
+
+
+def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
+    """The composed settings of a run that begins with the weights of `base`, whose model and tokenizer it takes over.
+
+    typed: the overrides on the command line. Raises UserError for one that would make another model or vocabulary.
+    """
+    found = checkpoint.newest(base, (checkpoint.MODEL,))
+    if found is None:
+        refuse_no_run(base)
+        raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
+    tokenizer = load_tokenizer(base / "tokenizer.json")
+    checkpoint.refuse_other_tokenizer(base, tokenizer, found.manifest.tokenizer)
+    theirs = {group: dict(found.manifest.config[group]) for group in OWNED}
+    for key in (override.lstrip("+~").partition("=")[0] for override in typed):
+        group, _, name = key.partition(".")
+        if key in ADJUSTABLE:
+            theirs[group][name] = tree[group][name]
+        elif group == "tokenizer":
+            raise UserError(
+                f"{key} cannot be chosen with init_from={base}: its weights know the {tokenizer.vocab_size:,} tokens "
+                f"of {base}/tokenizer.json"
+            )
+        elif group in OWNED:
+            raise UserError(
+                f"{key} cannot be chosen with init_from={base}: the model is that run's; "
+                f"{' and '.join(ADJUSTABLE)} may change"
+            )
+    theirs["tokenizer"] = {
+        "_target_": "data.tokenizer.StoredConfig",
+        "path": str(base / "tokenizer.json"),
+        "hash": tokenizer.hash,
+    }
+    return {**tree, **theirs}
+
+
+def begin_with_weights_of(base: Path, model: TransformerLM) -> None:
+    """Those of its newest whole checkpoint."""
+    found = checkpoint.newest(base, (checkpoint.MODEL,))
+    if found is None:
+        raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
+    checkpoint.load_weights(found, model)
+    log.info(f"beginning with the weights of {found.path}")
