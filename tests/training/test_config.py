@@ -12,7 +12,11 @@ from tests.support import ATTENTIONS, ROOT, compose, load_composed
 from training.config import Run, choices, dump, load, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
-NEEDS = {("data", "files"): ("data.path='*.txt'",)}
+NEEDS = {
+    ("data", "files"): ("data.path='*.txt'",),
+    ("data", "hub"): ("data.path=owner/name",),
+    ("data", "mix"): ("data.parts={sympy: 2, texts: {quota: 0.5, data: files, path: '*.txt'}}",),
+}
 
 
 @pytest.mark.parametrize(
