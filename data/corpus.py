@@ -1,11 +1,10 @@
 """Where documents come from. A corpus is a frozen description; asking it for documents reads them."""
 
-import glob
 import hashlib
 import importlib.util
 import logging
-import os
 import random
+import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +22,21 @@ log = logging.getLogger("headroom")
 class Document(NamedTuple):
     name: str
     text: str
+    held_out: bool  # of the validation split
+    goes_on: bool = False  # where the one before it in its split ended: a long document comes in parts
+
+    @property
+    def split(self) -> Split:
+        return "val" if self.held_out else "train"
 
 
 class Corpus(DataConfig):
-    """Yields the same documents in the same order for as long as its fingerprint stays the same."""
+    """Reads the same documents in the same order for as long as its fingerprint and its settings stay the same."""
+
+    @property
+    def remote(self) -> bool:
+        """Reading is a download, so it is not done just to look."""
+        return False
 
     document_mask: bool = False  # tokens see their own document only; says nothing of the documents themselves
 
@@ -35,34 +45,62 @@ class Corpus(DataConfig):
         """Changes when the documents change. Raises UserError where there is nothing to read."""
 
     @abstractmethod
+    def read(self) -> Iterator[Document]:
+        """The documents of both splits, in one pass and never all in memory. Raises UserError, naming the place, where
+        one cannot be read as text."""
+
     def documents(self, split: Split) -> Iterator[Document]:
-        """Raises UserError, naming the file, where one cannot be read as text."""
+        return (document for document in self.read() if document.split == split)
 
 
-class SympyCorpus(Corpus):
-    """The source of the installed SymPy, without its tests: one file is one document, about one in twenty held out."""
+def drawn(index: int, share: float, purpose: str = "validation") -> bool:
+    """Whether the document of this index is one of the share that is drawn: a hash decides, so it depends neither on
+    how many follow nor on what they hold."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{index}".encode()).digest()[:8], "big") < share * 2**64
+
+
+class SourceCorpus(Corpus):
+    """Python source: one file is one document, about one in twenty held out by a hash of its path."""
+
+    @staticmethod
+    @abstractmethod
+    def _root() -> Path: ...
+
+    @abstractmethod
+    def _belongs(self, path: Path) -> bool:
+        """path: within the root."""
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self._files():
+            digest.update(path.encode() + b"\0" + (self._root() / path).read_bytes() + b"\0")
+        return digest.hexdigest()
+
+    def read(self) -> Iterator[Document]:
+        for path in self._files():
+            held_out = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big") % 20 == 0
+            yield Document(path, (self._root() / path).read_bytes().decode(), held_out)
+
+    def _files(self) -> list[str]:
+        paths = (path.relative_to(self._root()) for path in self._root().rglob("*.py"))
+        return sorted(path.as_posix() for path in paths if self._belongs(path))
+
+
+class SympyCorpus(SourceCorpus):
+    """The source of the installed SymPy, without its tests."""
 
     @property
     def name(self) -> str:
         return "sympy"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._files():
-            digest.update(path.encode() + b"\0" + (self._root() / path).read_bytes() + b"\0")
-        found = digest.hexdigest()
+        found = super().fingerprint()
         if found != SYMPY_FINGERPRINT:
             log.warning(
                 f"the installed SymPy (fingerprint {found[:12]}) is not the source of sympy==1.14.0 "
                 f"({SYMPY_FINGERPRINT[:12]}): losses will not compare with those of other machines"
             )
         return found
-
-    def documents(self, split: Split) -> Iterator[Document]:
-        for path in self._files():
-            held_out = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big") % 20 == 0
-            if held_out == (split == "val"):
-                yield Document(path, (self._root() / path).read_bytes().decode())
 
     @staticmethod
     def _root() -> Path:
@@ -71,76 +109,33 @@ class SympyCorpus(Corpus):
             raise UserError("data=sympy: SymPy is not installed: pip install sympy==1.14.0")
         return Path(spec.submodule_search_locations[0])
 
-    def _files(self) -> list[str]:
-        paths = (path.relative_to(self._root()) for path in self._root().rglob("*.py"))
-        return sorted(path.as_posix() for path in paths if "tests" not in path.parts)
+    def _belongs(self, path: Path) -> bool:
+        return "tests" not in path.parts
 
 
 SYMPY_FINGERPRINT = "33724875dc4043e96838048b2c1c258c7d73e235592f49113a54b94cdc49d9b5"
 
 
-class FilesCorpus(Corpus):
-    """Text files, one document each. The last part of every file is held out, cut after a line's end: it works for
-    one file as for a thousand."""
-
-    path: str = Field(min_length=1)
-    val_fraction: float = Field(0.1, gt=0, lt=1)
+class StdlibCorpus(SourceCorpus):
+    """The standard library of the Python that runs, another one with every release; without tests, what is installed
+    beside it, and what building it recorded of the machine."""
 
     @property
     def name(self) -> str:
-        return "files"
+        return "stdlib"
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for path in self._files():
-            digest.update(hashlib.sha256(_read(path)).digest())
-        return digest.hexdigest()
+        if not self._files():
+            raise UserError(f"data=stdlib: {self._root()} holds no Python source: use a Python that ships it")
+        return super().fingerprint()
 
-    def documents(self, split: Split) -> Iterator[Document]:
-        import datasets  # half a second, and needed only while shards are built
+    @staticmethod
+    def _root() -> Path:
+        return Path(sysconfig.get_paths()["stdlib"])
 
-        # Their reader of text files would turn every line end into \n, and unpack what looks like an archive.
-        for row in datasets.IterableDataset.from_generator(_texts, gen_kwargs={"paths": self._files()}):
-            part = self._part(row["text"], split)
-            if part:
-                yield Document(row["name"], part)
-
-    def _part(self, text: str, split: Split) -> str:
-        goal = int(len(text) * (1 - self.val_fraction))
-        cut = text.find("\n", goal) + 1
-        if cut in (0, len(text)):  # one long line
-            cut = goal
-        return text[:cut] if split == "train" else text[cut:]
-
-    def _files(self) -> list[str]:
-        found = sorted(
-            path for path in glob.glob(os.path.expanduser(self.path), recursive=True) if os.path.isfile(path)
-        )
-        if not found:
-            folder = os.path.isdir(os.path.expanduser(self.path))
-            reason = f"is a folder: write {self.path}/*" if folder else f"matches no file (looked from {os.getcwd()})"
-            raise UserError(f"data.path={self.path!r} {reason}")
-        return found
-
-
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-
-
-def _texts(paths: list[str]) -> Iterator[dict[str, str]]:
-    for path in paths:
-        content = _read(path)
-        if not content:
-            raise UserError(f"{path} is empty: remove it, or exclude it from data.path")
-        if b"\0" in content:
-            raise UserError(f"{path} holds NUL bytes, so it is not text: exclude it")
-        try:
-            yield {"name": path, "text": content.decode()}
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (at byte {error.start}): convert or exclude it") from None
+    def _belongs(self, path: Path) -> bool:
+        beside = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        return not beside & set(path.parts) and not path.name.startswith("_sysconfigdata")
 
 
 class SyntheticCorpus(Corpus):
@@ -156,12 +151,11 @@ class SyntheticCorpus(Corpus):
     def fingerprint(self) -> str:
         return hashlib.sha256(f"1/{self.size}/{self.seed}".encode()).hexdigest()
 
-    def documents(self, split: Split) -> Iterator[Document]:
+    def read(self) -> Iterator[Document]:
         for i in range(self.size):
-            if (i % 10 == 9) == (split == "val"):
-                draw = random.Random(f"{self.seed}/{i}")
-                sentences = (self._sentence(draw) for _ in range(draw.randint(5, 30)))
-                yield Document(f"synthetic/{i}", "".join(sentences))
+            draw = random.Random(f"{self.seed}/{i}")
+            sentences = (self._sentence(draw) for _ in range(draw.randint(5, 30)))
+            yield Document(f"synthetic/{i}", "".join(sentences), held_out=i % 10 == 9)
 
     @staticmethod
     def _sentence(draw: random.Random) -> str:

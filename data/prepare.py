@@ -2,20 +2,17 @@
 
 import bisect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-from data.corpus import Corpus, Document
-from data.durable import make_folder, sweep, whole_folder
+from data.build import build, discard_parts, names_file, survey
+from data.corpus import Corpus
+from data.durable import make_folder, sweep
 from data.errors import UserError
 from data.lock import lock
 from data.sealed import digest
-from data.shards import VERSION, ShardWriter, TokenStream, open_stream
+from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 
@@ -33,7 +30,7 @@ class Prepared:
         """Names of the documents that training tokens start ... stop - 1 of each span belong to, in order; [] where
         the list of names cannot be read, which is there for messages only."""
         try:
-            starts, names = zip(*map(json.loads, _names_file(self.folder, "train").open()), strict=True)
+            starts, names = zip(*map(json.loads, names_file(self.folder, "train").open()), strict=True)
         except (OSError, ValueError, TypeError):
             return []
         found = set()
@@ -46,15 +43,18 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
     """Opens the shards of this corpus under this tokenizer, building them first where they are not there yet.
 
     A build takes its place when it is whole, so that nothing half-built is ever used; a second process that wants the
-    same waits for it. Raises UserError for documents that cannot be read, a cache folder that cannot be written, or
-    damaged shards.
+    same waits for it. One that was killed is continued after its last finished part. Raises UserError for documents
+    that cannot be read, a cache folder that cannot be written, or damaged shards.
     """
+    if not any(cache_dir.glob(f"{corpus.name}-{tokenizer.name}-*")):
+        tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
     fingerprint = corpus.fingerprint()
     documents = corpus.model_dump(exclude={"document_mask"})
-    identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.model_dump()]
+    identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.identity()]
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():
+        tokenizer.refuse_missing()
         _build_once(corpus, fingerprint, tokenizer, folder)
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
@@ -65,12 +65,7 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
 
 
 def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path) -> None:
-    documents = {split: list(corpus.documents(split)) for split in ("train", "val")}
-    for split, found in documents.items():
-        if not found:
-            raise UserError(f"the {split} split of data={corpus.name} is empty: more or longer text is needed")
-    if corpus.fingerprint() != fingerprint:
-        raise UserError(f"the documents of data={corpus.name} changed while they were read: run again")
+    size = survey(corpus)
     try:
         make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"
@@ -81,38 +76,10 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         sweep(folder.parent, folder.name)
         if not folder.exists():
             try:
-                _build(documents, config, folder)
+                build(corpus, fingerprint, config, folder, size)
             except OSError as error:
-                raise UserError(f"the shards cannot be written to {folder.parent}: {error.strerror}") from None
-
-
-def _build(documents: Mapping[str, list[Document]], config: TokenizerConfig, folder: Path) -> None:
-    with whole_folder(folder) as building, _progress() as progress:
-        megabytes = sum(len(d.text.encode()) for found in documents.values() for d in found) / 1e6
-        task = progress.add_task(f"training the {config.name} tokenizer", total=None)
-        tokenizer = config.train(document.text for document in documents["train"])
-        tokenizer.save(building / "tokenizer.json")
-        progress.update(task, description=f"encoding {megabytes:.1f} MB", total=megabytes)
-        for split, found in documents.items():
-            _encode(found, tokenizer, building, split, lambda done: progress.advance(task, done / 1e6))
-
-
-def _encode(documents: list[Document], tokenizer: Tokenizer, folder: Path, split: str, advance) -> None:
-    writer = ShardWriter(folder, split, tokenizer.dtype, tokenizer.hash)
-    with _names_file(folder, split).open("w") as names:
-        for document in documents:
-            names.write(json.dumps([writer.total, document.name]) + "\n")
-            writer.write(np.array([tokenizer.end_of_text]))
-            writer.write(tokenizer.encode(document.text))
-            advance(len(document.text.encode()))
-    writer.close()
-
-
-def _names_file(folder: Path, split: str) -> Path:
-    """A line per document: where its first token, the end-of-text before it, stands, and its name."""
-    return folder / f"{split}_documents.jsonl"
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True))
+                raise UserError(
+                    f"the shards cannot be written to {folder.parent}: {error.strerror}: make room and run again; "
+                    "finished parts are kept"
+                ) from None
+        discard_parts(folder)

@@ -24,12 +24,22 @@ DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 
 class ShardWriter:
-    """Writes `<folder>/<split>_00000.tokens`, `..._00001.tokens`, and so on."""
+    """Writes `<folder>/<split>_00000.tokens`, `..._00001.tokens`, and so on; or those after the first `shards`, which
+    hold `total` tokens."""
 
-    def __init__(self, folder: Path, split: str, dtype: type, tokenizer_hash: str, shard_tokens: int = SHARD_TOKENS):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        dtype: type,
+        tokenizer_hash: str,
+        shard_tokens: int = SHARD_TOKENS,
+        shards: int = 0,
+        total: int = 0,
+    ):
         self.folder, self.split, self.dtype, self.tokenizer_hash = folder, split, np.dtype(dtype), tokenizer_hash
         self.shard_tokens = shard_tokens
-        self.shards, self.total = 0, 0
+        self.shards, self.total = shards, total
         self._open()
 
     def write(self, tokens: np.ndarray) -> None:
@@ -44,8 +54,9 @@ class ShardWriter:
             self.total += len(part)
             tokens = tokens[len(part) :]
 
-    def close(self) -> None:
-        self._finish(last=True)
+    def close(self, last: bool = True) -> None:
+        """last: the stream ends here."""
+        self._finish(last)
 
     def _finish(self, last: bool) -> None:
         header = {

@@ -3,6 +3,7 @@
 import base64
 import functools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is tex
 # Every character belongs to one of these, so nothing is lost.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PIECE = 25_000  # characters given to tiktoken at once (at most 100 kB): its regex engine overflows on very long runs
+# Where every published pattern begins a new word, whatever stands around: a piece that begins here costs no token.
+WORD = re.compile(r"(?<=\S)(?= [A-Za-z])")
+LOOK_BACK = 1000  # characters searched for one
 
 
 class Tokenizer(ABC):
@@ -81,12 +85,13 @@ class ByteTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """tokens: the 256 bytes, then every merged token in the order in which merges apply."""
+    """tokens: the bytes and the merged tokens, in the order in which merges apply. words: cut long texts between words,
+    so that they have the tokens that they would have uncut; else after line ends."""
 
-    def __init__(self, tokens: Sequence[bytes], pattern: str):
+    def __init__(self, tokens: Sequence[bytes], pattern: str, words: bool = False):
         import tiktoken
 
-        self.tokens, self.pattern = tuple(tokens), pattern
+        self.tokens, self.pattern, self.words = tuple(tokens), pattern, words
         ranks = {token: rank for rank, token in enumerate(self.tokens)}
         self.encoding = tiktoken.Encoding(
             "headroom", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
@@ -94,18 +99,29 @@ class BPETokenizer(Tokenizer):
 
     def encode(self, text: str) -> np.ndarray:
         _utf8(text)
-        pieces = [self.encoding.encode_ordinary(piece) for piece in _pieces(text)]
+        pieces = [self.encoding.encode_ordinary(piece) for piece in _pieces(text, self.words)]
         return np.concatenate([np.array(piece, dtype=self.dtype) for piece in pieces] or [np.array([], self.dtype)])
 
     def describe(self) -> dict[str, Any]:
         tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        return {"kind": "bpe", "pattern": self.pattern, "tokens": tokens}
+        return {"kind": "published" if self.words else "bpe", "pattern": self.pattern, "tokens": tokens}
 
 
 class TokenizerConfig(DataConfig):
     @abstractmethod
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        """The same texts in the same order give the same tokenizer."""
+        """The same texts in the same order give the same tokenizer. Reads of them what it needs."""
+
+    def share(self, total: int) -> float:
+        """How much of so many bytes of training text `train` wants to read, spread over all of it."""
+        return 1.0
+
+    def refuse_missing(self) -> None:
+        """Raises UserError where a file that `train` reads is not there, or is not the right one."""
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that the tokens depend on."""
+        return self.model_dump()
 
 
 class ByteConfig(TokenizerConfig):
@@ -119,10 +135,14 @@ class ByteConfig(TokenizerConfig):
 
 class BPEConfig(TokenizerConfig):
     vocab_size: int = Field(4096, ge=257, le=65536)  # a small corpus may yield fewer
+    train_bytes: int = Field(100_000_000, ge=1)
 
     @property
     def name(self) -> str:
         return f"bpe{self.vocab_size}"
+
+    def share(self, total: int) -> float:
+        return min(1.0, self.train_bytes / max(1, total))
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         from tokenizers import Regex, models, pre_tokenizers, trainers
@@ -137,7 +157,8 @@ class BPEConfig(TokenizerConfig):
         )
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=self.vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
-        trainee.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+        sample = _first(texts, self.train_bytes)
+        trainee.train_from_iterator((piece for text in sample for piece in _pieces(text)), trainer)
         merges = json.loads(trainee.to_str())["model"]["merges"]
         byte_of = {visible: byte for byte, visible in _visible_bytes()}
         merged = (bytes(byte_of[character] for character in left + right) for left, right in merges)
@@ -167,7 +188,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         content = unsealed(path.read_text())
         if content["kind"] == "byte":
             return ByteTokenizer()
-        return BPETokenizer([base64.b64decode(token) for token in content["tokens"]], content["pattern"])
+        tokens = [base64.b64decode(token) for token in content["tokens"]]
+        return BPETokenizer(tokens, content["pattern"], words=content["kind"] == "published")
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -181,13 +203,23 @@ def _utf8(text: str) -> bytes:
         raise UserError(f"the text is not valid Unicode: a lone surrogate at character {error.start}") from None
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cuts a long text after line ends where it can; the cuts depend on the text alone."""
+def _first(texts: Iterable[str], most: int) -> Iterator[str]:
+    """The texts, up to and with the one that makes `most` bytes."""
+    for text in texts:
+        yield text
+        most -= len(_utf8(text))
+        if most <= 0:
+            return
+
+
+def _pieces(text: str, words: bool = False) -> Iterator[str]:
+    """Cuts a long text between words, or after line ends, where it can; the cuts depend on the text alone."""
     start = 0
     while start < len(text):
         end = start + PIECE
         if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
+            found = [match.start() for match in WORD.finditer(text, end - LOOK_BACK, end)] if words else []
+            end = found[-1] if found else text.rfind("\n", start, end) + 1 or end
         yield text[start:end]
         start = end
 

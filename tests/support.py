@@ -20,6 +20,13 @@ from training.config import Run, load
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
+# What a choice cannot do without.
+NEEDS = {
+    ("data", "files"): ("data.path='*.txt'",),
+    ("data", "hub"): ("data.path=owner/name",),
+    ("data", "mix"): ("data.parts={sympy: 2, texts: {quota: 0.5, data: files, path: '*.txt'}}",),
+    ("experiment", "shakespeare_char"): ("data.path='*.txt'",),
+}
 SMOKE = ["experiment=smoke", "tune_malloc=false"]
 SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
 # Every attention as it comes, and the choices within one that change its arithmetic.

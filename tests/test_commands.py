@@ -242,6 +242,14 @@ BAD_RUNS = {
     "glob": (["data=files", "data.path='nothing/*.txt'"], "matches no file"),
     "empty file": (["data=files", "data.path=empty.txt"], "empty.txt is empty"),
     "binary file": (["data=files", "data.path=binary.txt"], "binary.txt holds NUL bytes"),
+    "column": (["data=files", "data.path=rows.jsonl", "data.column=tekst"], "rows.jsonl has text: choose one of them"),
+    "a row that is none": (["data=files", "data.path=rows.jsonl"], "rows.jsonl:2 is not JSON"),
+    "no vocabulary": (["tokenizer=cl100k"], "cache/tokenizers/cl100k.tiktoken: fetch https://"),
+    "no hub": (["data=hub", "data.path=nobody/nothing"], "HF_HUB_OFFLINE keeps from asking the hub"),
+    "unknown part": (["data=mix", "data.parts={simpy: 1}"], "data.parts.simpy: there is no data=simpy: choose one of"),
+    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: input should be greater than 0"),
+    "of a part": (["data=mix", "data.parts={sympy: {quota: 1, sise: 3}}"], "data.parts.sympy.sise=3: no such key"),
+    "part without path": (["data=mix", "data.parts={files: 1}"], "data.parts.files.path is not set"),
     "device": (["device=cuda:9"], "device=cuda:9"),
     "unknown device": (["device=gpu"], "device=gpu: choose auto"),
     "path without files": (["data.path=x"], "no such setting of data=sympy; it belongs to data=files"),
@@ -260,6 +268,7 @@ BAD_RUNS = {
 def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch, capsys, overrides, complaint):
     (workplace / "empty.txt").touch()
     (workplace / "binary.txt").write_bytes(bytes(range(256)))
+    (workplace / "rows.jsonl").write_text('{"text": "x"}\n{oops\n')
     (workplace / "taken").mkdir()
     (workplace / "taken" / "something").touch()
     before = set(workplace.rglob("*"))

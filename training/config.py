@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from data.corpus import Corpus
 from data.errors import UserError
+from data.mix import MixCorpus, Part
 from data.tokenizer import TokenizerConfig
 from model.attention.base import AttentionConfig, divisors
 from model.config import Config
@@ -146,8 +147,7 @@ def load_choice(group: str, name: str) -> Any:
     """One of a group's choices with its default settings, outside a run. Raises UserError for an unknown one."""
     if name not in choices(group):
         raise UserError(f"{group}={name}: choose one of {', '.join(choices(group))}")
-    section = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
-    return _part({group: section}, group, (MODEL_PARTS | RUN_PARTS)[group])
+    return _part({group: _choice(group, name)}, group, (MODEL_PARTS | RUN_PARTS)[group])
 
 
 def resolve_target(target: Any, base: type, key: str) -> type[BaseModel]:
@@ -169,8 +169,36 @@ def _part(tree: dict[str, Any], name: str, base: type) -> BaseModel:
     section = tree.pop(name, None)
     if not isinstance(section, Mapping):
         raise UserError(f"{name}={section!r}: choose one of {', '.join(choices(name))}")
-    section = dict(section)
-    return _build(resolve_target(section.pop("_target_", None), base, name), name, section, {})
+    return _typed(dict(section), name, base)
+
+
+def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
+    cls = resolve_target(section.pop("_target_", None), base, key)
+    if cls is MixCorpus and isinstance(section.get("parts"), Mapping):
+        section["parts"] = {name: _mixed(f"{key}.parts.{name}", name, part) for name, part in section["parts"].items()}
+    return _build(cls, key, section, {})
+
+
+def _mixed(key: str, name: str, given: Any) -> Part:
+    """A part of a mix, as typed (a quota, or a quota and settings of conf/data) or as dumped (a quota and a corpus)."""
+    part = dict(given) if isinstance(given, Mapping) else {"quota": given}
+    corpus = part.pop("corpus", None)
+    quota = {"quota": part.pop("quota")} if "quota" in part else {}
+    if not isinstance(corpus, Mapping):
+        choice = part.pop("data", name)
+        if choice not in choices("data"):
+            raise UserError(
+                f"{key}: there is no data={choice}: choose one of {', '.join(choices('data'))}, as {key}.data="
+            )
+        corpus, part = _choice("data", choice) | part, {}
+        missing = [setting for setting, value in corpus.items() if value == "???"]
+        if missing:
+            raise UserError(f"{key}.{missing[0]} is not set: give it a value")
+    return _build(Part, key, quota | part, {"corpus": _typed(dict(corpus), key, Corpus)})
+
+
+def _choice(group: str, name: str) -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
 
 
 def _micro_batch_size(tree: Mapping[str, Any], context_length: int) -> Any:
@@ -183,7 +211,11 @@ def _micro_batch_size(tree: Mapping[str, Any], context_length: int) -> Any:
 
 
 def _dump_part(part: BaseModel) -> dict[str, Any]:
-    return {"_target_": f"{type(part).__module__}.{type(part).__name__}"} | part.model_dump()
+    target = {"_target_": f"{type(part).__module__}.{type(part).__name__}"}
+    if isinstance(part, MixCorpus):
+        parts = {name: {"quota": one.quota, "corpus": _dump_part(one.corpus)} for name, one in part.parts.items()}
+        return target | {"parts": parts}
+    return target | part.model_dump()
 
 
 def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from data.corpus import SYMPY_FINGERPRINT, FilesCorpus, SympyCorpus, SyntheticCorpus
+from data.corpus import SYMPY_FINGERPRINT, StdlibCorpus, SympyCorpus, SyntheticCorpus
 from data.errors import UserError
+from data.files import FilesCorpus
 
 
 def test_sympy_is_the_pinned_source_split_by_file():
@@ -16,6 +17,22 @@ def test_sympy_is_the_pinned_source_split_by_file():
     assert 0.03 < len(val) / len(train) < 0.1
     assert not any("tests" in name.split("/") for name in train | val)
     assert "core/add.py" in train | val
+
+
+def test_the_standard_library_is_python_without_its_tests():
+    corpus = StdlibCorpus()
+    train, val = ({document.name for document in corpus.documents(split)} for split in ("train", "val"))
+    assert 0.02 < len(val) / len(train) < 0.1
+    assert {"argparse.py", "json/decoder.py"} <= train | val
+    for name in train | val:
+        assert not {"test", "tests", "site-packages"} & set(name.split("/")) and "_sysconfigdata" not in name
+    assert corpus.fingerprint() == StdlibCorpus().fingerprint()
+
+
+def test_a_python_without_its_source_is_one_line(monkeypatch, tmp_path):
+    monkeypatch.setattr(StdlibCorpus, "_root", staticmethod(lambda: tmp_path))
+    with pytest.raises(UserError, match="holds no Python source"):
+        StdlibCorpus().fingerprint()
 
 
 def test_another_sympy_is_warned_of(caplog, monkeypatch, tmp_path):

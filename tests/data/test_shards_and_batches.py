@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from data.batches import document_places, documents_of_step, micro_batches, refuse_short, training_batch, windows
-from data.corpus import FilesCorpus, SyntheticCorpus
+from data.corpus import SyntheticCorpus
 from data.errors import UserError
+from data.files import FilesCorpus
 from data.prepare import prepare
 from data.shards import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.tokenizer import BPEConfig, ByteConfig
@@ -137,7 +138,7 @@ def test_nothing_half_built_is_left_or_used(workplace, monkeypatch, fault):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.prepare._encode" if fault == "killed" else "data.tokenizer.ByteConfig.train", fail)
+    monkeypatch.setattr("data.build._encode" if fault == "killed" else "data.tokenizer.ByteConfig.train", fail)
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, ByteConfig(), workplace / "cache")
     assert all(path.name.endswith(".lock") for path in (workplace / "cache").iterdir())
@@ -218,15 +219,15 @@ def test_what_a_killed_build_left_is_removed_by_the_next(workplace):
 
 
 def test_a_text_that_changes_while_it_is_read_is_not_taken_for_the_one_before(workplace, monkeypatch):
-    path, documents = workplace / "a.txt", FilesCorpus.documents
+    path, read = workplace / "a.txt", FilesCorpus.read
     path.write_text("the old text\n" * 50)
 
-    def meanwhile(self, split):
+    def meanwhile(self):
         path.write_text("a new text\n" * 50)
-        return documents(self, split)
+        return read(self)
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="changed while they were read: run again"):
-        patch.setattr(FilesCorpus, "documents", meanwhile)
+        patch.setattr(FilesCorpus, "read", meanwhile)
         prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
     path.write_text("the old text\n" * 50)
     made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
@@ -237,8 +238,8 @@ def test_two_processes_build_once(workplace):
     """The second waits for the first, and uses what it built."""
     code = (
         "import sys, time; from pathlib import Path; import data.prepare as p; from data.corpus import SyntheticCorpus;"
-        "from data.tokenizer import ByteConfig; build = p._build;"
-        "p._build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
+        "from data.tokenizer import ByteConfig; build = p.build;"
+        "p.build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
         "p.prepare(SyntheticCorpus(size=20), ByteConfig(), Path('cache'))"
     )
     command = [sys.executable, "-c", code]

@@ -16,7 +16,7 @@ from model.errors import Unsupported
 from model.kernels.naive import Naive
 from model.rope import Layout
 from model.transformer import ModelConfig, TransformerLM
-from tests.support import assert_one_line, compose, relative_error, sharpened, some_tokens
+from tests.support import NEEDS, assert_one_line, compose, relative_error, sharpened, some_tokens
 from training.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
 from training.precision import Working
 from training.step import train_step
@@ -39,7 +39,7 @@ def composed() -> dict[str, Any]:
 
 @functools.cache
 def section(group: str, choice: str) -> dict[str, Any]:
-    return compose(f"{group}={choice}", *(["data.path='*.txt'"] if choice == "files" else []))[group]
+    return compose(f"{group}={choice}", *NEEDS.get((group, choice), ()))[group]
 
 
 def unset_or(strategy: st.SearchStrategy) -> st.SearchStrategy:

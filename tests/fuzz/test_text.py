@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from data.corpus import FilesCorpus, SyntheticCorpus
+from data.corpus import SyntheticCorpus
 from data.errors import UserError
+from data.files import FilesCorpus
 from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
 from tests.support import assert_one_line
 

@@ -8,11 +8,10 @@ from hydra.errors import HydraException
 
 from data.errors import UserError
 from model.attention.base import AttentionConfig
-from tests.support import ATTENTIONS, ROOT, compose, load_composed
+from tests.support import ATTENTIONS, NEEDS, ROOT, compose, load_composed
 from training.config import Run, choices, dump, load, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
-NEEDS = {("data", "files"): ("data.path='*.txt'",)}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,235 @@
+"""Shards in the making: in parts, so that no corpus has to fit into memory and a killed build loses one part at most.
+
+A part is the documents that begin in so many bytes of text. Several threads encode it into a shard of each split, in a
+folder of its own that stands whole or not at all. When all are there, their shards are what the build is. Which tokens
+stand where depends on the documents and the tokenizer alone, not on the threads or on kills.
+"""
+
+import itertools
+import json
+import logging
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from data.corpus import Corpus, Document, Split, drawn
+from data.durable import make_folder, sweep, whole_folder
+from data.errors import UserError
+from data.shards import Shard, ShardWriter
+from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+
+SPLITS: tuple[Split, Split] = ("train", "val")
+PART_BYTES = 2**28  # of text: what a kill costs at most, and a shard per split
+BATCH_BYTES = 2**18  # of text that a thread encodes at one time
+WORKERS = min(16, os.cpu_count() or 1)
+log = logging.getLogger("headroom")
+
+
+class Size(NamedTuple):
+    """Bytes of text; None where they are not known before all is read."""
+
+    train: int | None
+    val: int | None
+
+
+def survey(corpus: Corpus) -> Size:
+    """Reads all there is once, where that costs no download: what is wrong with the last document is said before the
+    first is encoded. Raises UserError for that, and for a split without documents."""
+    if corpus.remote:
+        return Size(None, None)
+    found: dict[Split, int] = {}
+    for document in corpus.read():
+        found[document.split] = found.get(document.split, 0) + _bytes(document)
+    _refuse_empty(corpus, found)
+    return Size(found["train"], found["val"])
+
+
+def build(
+    corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path, size: Size, workers: int = WORKERS
+) -> None:
+    """Makes `folder`. Call it under a lock. Raises UserError for documents that cannot be read, and OSError; finished
+    parts are kept then, and the next call goes on after them."""
+    parts, began = _parts_of(folder), time.monotonic()
+    make_folder(parts)
+    sweep(parts)
+    total = None if size.train is None else (size.train + size.val) / 1e6
+    try:
+        with _progress() as progress:
+            task = progress.add_task(f"training the {config.name} tokenizer", total=None)
+            tokenizer = _tokenizer(corpus, config, parts, size)
+            kept = len(list(parts.glob("part_*")))
+            progress.reset(task, description="encoding" + f" (after {kept} finished parts)" * bool(kept), total=total)
+            megabytes = _encode(corpus, tokenizer, parts, workers, lambda done: progress.advance(task, done / 1e6))
+        if corpus.fingerprint() != fingerprint:
+            discard_parts(folder)
+            raise UserError(f"the documents of data={corpus.name} changed while they were read: run again")
+        with whole_folder(folder) as building:
+            _assemble(parts, building)
+    except BaseException:
+        if not list(parts.glob("part_*")):
+            discard_parts(folder)
+        raise
+    seconds = time.monotonic() - began
+    log.info(f"prepared {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s): {folder}")
+
+
+def discard_parts(folder: Path) -> None:
+    for parts in folder.parent.glob(f".parts-*-{folder.name}"):
+        shutil.rmtree(parts, ignore_errors=True)
+
+
+def names_file(folder: Path, split: str) -> Path:
+    """A line per document: where its first token, the end-of-text before it, stands, and its name."""
+    return folder / f"{split}_documents.jsonl"
+
+
+def _parts_of(folder: Path) -> Path:
+    return folder.with_name(f".parts-{PART_BYTES}-{folder.name}")  # parts of another size do not fit these
+
+
+def _tokenizer(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size) -> Tokenizer:
+    """The one that the parts there are encoded with, or a new one."""
+    saved = parts / "tokenizer.json"
+    if saved.exists():
+        return load_tokenizer(saved)
+    share = 1.0 if size.train is None else config.share(size.train)
+    training = enumerate(corpus.documents("train"))
+    tokenizer = config.train(d.text for i, d in training if share == 1 or drawn(i, share, "tokenizer"))
+    tokenizer.save(saved)
+    return tokenizer
+
+
+def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]) -> float:
+    """Makes the parts that are not there yet -> megabytes of text in all."""
+    documents = _Ending(corpus.read())
+    totals, read = dict.fromkeys(SPLITS, 0), {}
+
+    def counted(part: Iterable[tuple[int, Document]]) -> Iterator[Document]:
+        for _, document in part:
+            read[document.split] = read.get(document.split, 0) + _bytes(document)
+            yield document
+
+    for number, part in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
+        folder = parts / f"part_{number:05d}"
+        if folder.exists():
+            for document in counted(part):
+                advance(_bytes(document))
+            totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
+            continue
+        with whole_folder(folder) as building:
+            kind = (tokenizer.dtype, tokenizer.hash, 2**62, number)
+            writers = {split: ShardWriter(building, split, *kind, totals[split]) for split in SPLITS}
+            with names_file(building, "train").open("w") as train, names_file(building, "val").open("w") as val:
+                for document, tokens in _encoded(counted(part), tokenizer, workers):
+                    writer = writers[document.split]
+                    if not document.goes_on:
+                        names = val if document.held_out else train
+                        names.write(json.dumps([writer.total, document.name]) + "\n")
+                        writer.write(np.array([tokenizer.end_of_text]))
+                    writer.write(tokens)
+                    advance(_bytes(document))
+            for split, writer in writers.items():
+                writer.close(last=documents.ended)
+                totals[split] = writer.total
+    _refuse_empty(corpus, read)
+    return sum(read.values()) / 1e6
+
+
+class _Ending:
+    """Documents, and whether the last of them has been taken."""
+
+    def __init__(self, documents: Iterator[Document]):
+        self.documents, self.ended = documents, False
+
+    def __iter__(self) -> Iterator[Document]:
+        yield from self.documents
+        self.ended = True
+
+
+def _numbered(documents: Iterable[Document], most: int) -> Iterator[tuple[int, Document]]:
+    """Each with the number of its part: a part is full when it has `most` bytes."""
+    number, filled = 0, 0
+    for document in documents:
+        if filled >= most:
+            number, filled = number + 1, 0
+        filled += _bytes(document)
+        yield number, document
+
+
+def _encoded(
+    documents: Iterable[Document], tokenizer: Tokenizer, workers: int
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents and their tokens, in order. Threads do: tiktoken leaves Python's lock to others while it encodes."""
+    waiting = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for batch in _batches(documents):
+            waiting.append((batch, pool.submit(_encode_batch, tokenizer, batch)))
+            if len(waiting) > 2 * workers:
+                batch, tokens = waiting.popleft()
+                yield from zip(batch, tokens.result(), strict=True)
+        for batch, tokens in waiting:
+            yield from zip(batch, tokens.result(), strict=True)
+
+
+def _encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[np.ndarray]:
+    return [tokenizer.encode(document.text) for document in batch]
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch, filled = [], 0
+    for document in documents:
+        batch.append(document)
+        filled += _bytes(document)
+        if filled >= BATCH_BYTES:
+            yield batch
+            batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def _last_shard(folder: Path, split: Split) -> Shard:
+    return Shard(max(folder.glob(f"{split}_*.tokens")))
+
+
+def _assemble(parts: Path, building: Path) -> None:
+    """The shards of all parts, as links: they stay where they are on the disk."""
+    shutil.copyfile(parts / "tokenizer.json", building / "tokenizer.json")
+    for folder in sorted(parts.glob("part_*")):
+        for path in folder.glob("*.tokens"):
+            try:
+                os.link(path, building / path.name)
+            except OSError:  # a file system without links, or without space, which copying says
+                shutil.copyfile(path, building / path.name)
+        for split in SPLITS:
+            with names_file(building, split).open("ab") as names, names_file(folder, split).open("rb") as part:
+                shutil.copyfileobj(part, names)
+
+
+def _refuse_empty(corpus: Corpus, found: dict[Split, int]) -> None:
+    for split in SPLITS:
+        if split not in found:
+            raise UserError(f"the {split} split of data={corpus.name} is empty: more or longer text is needed")
+
+
+def _bytes(document: Document) -> int:
+    return len(document.text.encode())
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed:.1f} MB, {task.finished_speed or task.speed or 0:.1f} MB/s")
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Speed(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))

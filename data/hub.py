@@ -1,0 +1,148 @@
+"""Datasets of the Hugging Face hub, streamed; or a folder on this machine that the same library reads."""
+
+import functools
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import Field
+
+from data.corpus import Corpus, Document, drawn
+from data.errors import UserError
+from data.tables import listed
+
+PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
+T = TypeVar("T")
+
+
+class HubCorpus(Corpus):
+    """One row is one document; a hash of its index holds it out.
+
+    Fingerprint: of the hub, the commit that data.revision names at the time; of a folder, the names and bytes of its
+    files. The other settings are compared by themselves wherever fingerprints are.
+    """
+
+    path: str = Field(min_length=1)
+    config: str | None = None
+    split: str = Field("train", min_length=1)
+    column: str = Field("text", min_length=1)
+    revision: str | None = None
+    limit: int | None = Field(None, ge=1)
+    val_fraction: float = Field(0.01, gt=0, lt=1)
+
+    @property
+    def name(self) -> str:
+        return "hub"
+
+    @property
+    def remote(self) -> bool:
+        return not self._folder
+
+    def fingerprint(self) -> str:
+        if self._folder:
+            return _hash(Path(self.path))
+        return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
+
+    def read(self) -> Iterator[Document]:
+        rows, index = self._open(), 0
+        while True:
+            row = self._asked(lambda: next(rows, None), f" (after {index} documents)")
+            if row is None:
+                return
+            text, name = row[self.column], f"{self.path}:{index}"
+            if text is not None and not isinstance(text, str):
+                raise UserError(
+                    f"{name} holds {type(text).__name__} in column {self.column}, not text: choose another data.column"
+                )
+            if text:
+                yield Document(name, text, drawn(index, self.val_fraction))
+            index += 1
+
+    @property
+    def _folder(self) -> bool:
+        return Path(self.path).is_dir()
+
+    @property
+    def _commit(self) -> str | None:
+        return None if self._folder else _commit_of(self.path, self.revision)
+
+    def _open(self) -> Iterator[dict[str, Any]]:
+        """Raises UserError, listing what there is, for a config, split or column that is not there."""
+        import datasets  # half a second, and needed only here
+
+        if self.remote:
+            _refuse_unreachable(self.path)
+        datasets.disable_progress_bars()
+        where = {"path": self.path, "revision": self._commit}
+        configs = self._asked(lambda: datasets.get_dataset_config_names(**where))
+        config = self.config or (configs[0] if len(configs) == 1 else None)
+        if config not in configs:
+            problem = f"data.config={self.config}" if self.config else "data.config is not set"
+            raise UserError(f"{problem}: {self.path} has {listed(configs)}: give one of them as data.config=")
+        splits = self._asked(lambda: datasets.get_dataset_split_names(**where, config_name=config))
+        if self.split not in splits:
+            raise UserError(f"data.split={self.split}: {self.path} has {listed(splits)}: choose one of them")
+        stream = self._asked(lambda: datasets.load_dataset(**where, name=config, split=self.split, streaming=True))
+        columns = stream.column_names or list(self._asked(lambda: next(iter(stream), {})))
+        if self.column not in columns:
+            raise UserError(f"data.column={self.column}: {self.path} has {listed(columns)}: choose one of them")
+        stream = stream.select_columns([self.column])
+        return iter(stream.take(self.limit) if self.limit else stream)
+
+    def _asked(self, question: Callable[[], T], when: str = "") -> T:
+        try:
+            return question()
+        except Exception as error:  # whatever reads the network, archives and formats underneath has its own
+            raise UserError(f"data.path={self.path!r} cannot be read{when}: {_reason(error)}") from None
+
+
+@functools.cache
+def _commit_of(path: str, revision: str | None) -> str:
+    """The commit that a branch, a tag or nothing stands for. One that is given whole needs no network."""
+    if revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef"):
+        return revision
+    _refuse_unreachable(path)
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(path, revision=revision, timeout=PATIENCE).sha
+    except Exception as error:  # theirs for what is missing, private, or malformed, and their HTTP library's
+        raise UserError(f"data.path={path!r} is neither a folder nor on the hub: {_reason(error)}") from None
+
+
+def _refuse_unreachable(path: str) -> None:
+    way_out = "give a folder of this machine, or a whole commit as data.revision= for what is prepared already"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        raise UserError(f"data.path={path!r} is no folder, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PATIENCE).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except (OSError, ValueError) as error:
+        reason = f"{endpoint} does not answer: {_reason(error)}"
+        raise UserError(f"data.path={path!r} is no folder, and {reason}: {way_out}") from None
+
+
+def _reason(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:200]
+
+
+def _hash(folder: Path) -> str:
+    digest = hashlib.sha256(b"1")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    if not files:
+        raise UserError(f"data.path={str(folder)!r} is an empty folder: give one with data files")
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").digest()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
+    return digest.hexdigest()

@@ -1,0 +1,78 @@
+"""Several corpora as one, in fixed proportions."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+
+from pydantic import Field, SerializeAsAny
+
+from data.config import DataConfig
+from data.corpus import Corpus, Document
+
+log = logging.getLogger("headroom")
+
+
+class Part(DataConfig):
+    quota: float = Field(gt=0)
+    corpus: SerializeAsAny[Corpus]
+
+    @property
+    def name(self) -> str:
+        return self.corpus.name
+
+
+class MixCorpus(Corpus):
+    """The next document is of the part that is furthest behind its quota, counted in bytes of training text; it ends
+    with the first part that does, so the quotas hold from the beginning to the end, to within a document. What the
+    parts hold out on the way is held out. The order is a function of the settings and the documents alone."""
+
+    parts: dict[str, Part] = Field(min_length=1)  # quotas count relative to their sum
+
+    @property
+    def name(self) -> str:
+        return "mix"
+
+    @property
+    def remote(self) -> bool:
+        return any(part.corpus.remote for part in self.parts.values())
+
+    def fingerprint(self) -> str:
+        found = {name: [part.quota, part.corpus.fingerprint()] for name, part in self.parts.items()}
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    def read(self) -> Iterator[Document]:
+        names = sorted(self.parts)  # not as they were written: settings that are equal give equal documents
+        readers = {name: _Reader(self.parts[name].corpus) for name in names}
+        while True:
+            name = min(names, key=lambda name: readers[name].taken / self.parts[name].quota)
+            for document in readers[name].next_training():
+                yield document._replace(name=f"{name}/{document.name}")
+            if readers[name].ended:
+                shares = ", ".join(f"{readers[n].taken / 1e6:.1f} MB of {n}" for n in names)
+                log.debug(f"data=mix ends with {name}, the first that is used up: {shares}")
+                return
+
+
+class _Reader:
+    """A part as it is read."""
+
+    def __init__(self, corpus: Corpus):
+        self.documents, self.ahead, self.taken, self.ended = corpus.read(), None, 0, False  # taken: bytes
+
+    def next_training(self) -> Iterator[Document]:
+        """One training document, in all its parts, after what is held out before it."""
+        began = False
+        while True:
+            document = self.ahead or next(self.documents, None)
+            self.ahead = None
+            if document is None:
+                self.ended = True
+                return
+            if began and not document.goes_on:
+                self.ahead = document
+                return
+            if not document.held_out:
+                began = True
+                self.taken += len(document.text.encode())
+            yield document

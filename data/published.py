@@ -1,0 +1,124 @@
+"""Published vocabularies, read from a file of this machine: never fetched behind anyone's back."""
+
+import base64
+import binascii
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from data.errors import UserError
+from data.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
+
+SOURCE = "https://openaipublic.blob.core.windows.net/encodings"
+
+
+class Published(NamedTuple):
+    """A vocabulary: in the folder it is called `<name>.tiktoken`."""
+
+    name: str
+    url: str
+    sha256: str | None  # None does not check
+    pattern: str
+
+
+class PublishedConfig(TokenizerConfig):
+    """The end of a text is our own last token, as everywhere here: GPT-2's has the same number, those of the others are
+    one below theirs."""
+
+    folder: str = Field("cache/tokenizers", min_length=1)
+
+    @property
+    @abstractmethod
+    def published(self) -> Published: ...
+
+    @property
+    def name(self) -> str:
+        return self.published.name
+
+    def identity(self) -> dict[str, Any]:
+        return {"sha256": self.published.sha256}
+
+    def refuse_missing(self) -> None:
+        self._content()
+
+    def train(self, texts: Iterable[str]) -> Tokenizer:
+        return BPETokenizer(_tokens(self._path, self._content()), self.published.pattern, words=True)
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.folder) / f"{self.name}.tiktoken"
+
+    def _content(self) -> bytes:
+        try:
+            content = self._path.read_bytes()
+        except FileNotFoundError:
+            raise UserError(
+                f"tokenizer={self.name}: there is no {self._path}: fetch {self.published.url} and put it into "
+                f"{self.folder} as {self._path.name}, or say with tokenizer.folder= where it is"
+            ) from None
+        except OSError as error:
+            raise UserError(f"the vocabulary {self._path} cannot be read: {error.strerror}") from None
+        found = hashlib.sha256(content).hexdigest()
+        if self.published.sha256 not in (None, found):
+            raise UserError(
+                f"{self._path} is not the vocabulary of tokenizer={self.name}: its SHA-256 begins with {found[:12]}, "
+                f"the published one with {self.published.sha256[:12]}: fetch {self.published.url} again"
+            )
+        return content
+
+
+class GPT2Config(PublishedConfig):
+    @property
+    def published(self) -> Published:
+        return Published(
+            "gpt2",
+            f"{SOURCE}/r50k_base.tiktoken",  # the same tokens and ranks, in this format
+            "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+            r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+        )
+
+
+class CL100KConfig(PublishedConfig):
+    @property
+    def published(self) -> Published:
+        return Published(
+            "cl100k",
+            f"{SOURCE}/cl100k_base.tiktoken",
+            "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+            r"|\s+(?!\S)|\s",
+        )
+
+
+class O200KConfig(PublishedConfig):
+    @property
+    def published(self) -> Published:
+        lower, upper = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+        begin, end = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        return Published(
+            "o200k",
+            f"{SOURCE}/o200k_base.tiktoken",
+            "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+            f"{begin}{upper}*{lower}+{end}|{begin}{upper}+{lower}*{end}"
+            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        )
+
+
+def _tokens(path: Path, content: bytes) -> list[bytes]:
+    """Each line is a token in base64, a space, and its rank."""
+    found: dict[int, bytes] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            found[int(rank)] = base64.b64decode(token, validate=True)
+        except (ValueError, binascii.Error):
+            raise UserError(f"{path}, line {number}, is not a token and its rank: fetch the file again") from None
+    tokens = [found[rank] for rank in sorted(found)]
+    whole = sorted(found) == list(range(len(tokens))) and len(set(tokens)) == len(tokens)
+    if not whole or not {bytes([byte]) for byte in range(256)} <= set(tokens):
+        raise UserError(f"{path} is not a whole vocabulary: it lacks ranks or bytes, or names one twice")
+    return tokens

@@ -1,0 +1,136 @@
+"""Tables: one column of JSON lines, CSV and Parquet, row by row and never as a whole."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.errors import UserError
+
+FORMATS = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+ROWS = 256  # of a Parquet file, decoded at one time
+csv.field_size_limit(2**31 - 1)  # a cell may be a book
+
+
+def format_of(path: str) -> str | None:
+    """By the end of its name; None for what is not a table."""
+    return FORMATS.get(Path(path).suffix.lower())
+
+
+def refuse_no_column(path: str, column: str) -> None:
+    """Raises UserError where a table's head shows that it has no such column of text. Reads nothing more."""
+    _refuse_unknown(path, column, _columns(path))
+
+
+def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
+    """(place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
+    rows = {"json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}[format_of(path)]
+    try:
+        for number, cell in rows(path, column):
+            if cell is not None and cell != "":
+                yield f"{path}:{number}", _text(f"{path}:{number}", column, cell)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _text(place: str, column: str, cell: Any) -> str:
+    if not isinstance(cell, str):
+        raise UserError(f"{place} holds {type(cell).__name__} in column {column}, not text: choose another data.column")
+    try:
+        cell.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place} is not valid Unicode: a lone surrogate at character {error.start}: mend it") from None
+    return cell
+
+
+def _columns(path: str) -> list[str]:
+    if format_of(path) == "parquet":
+        return _open_parquet(path).schema_arrow.names
+    try:
+        if format_of(path) == "csv":
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                return next(_csv_rows(path, file), [])
+        return next((list(row) for _, row in _json_rows(path)), [])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (at byte {error.start}): convert or exclude it") from None
+
+
+def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
+    if column not in columns:
+        raise UserError(f"data.column={column}: {place} has {listed(columns)}: choose one of them")
+
+
+def listed(names: list[str]) -> str:
+    """For a message: a table may have thousands."""
+    shown = ", ".join(map(str, names[:20])) or "none"
+    return f"{shown}, and {len(names) - 20} more" if len(names) > 20 else shown
+
+
+def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = str(error).partition(":")[0]
+                raise UserError(f"{path}:{number} is not JSON ({reason}): mend or remove the line") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove the line")
+            yield number, row
+
+
+def _json_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
+    for number, row in _json_rows(path):
+        _refuse_unknown(f"{path}:{number}", column, list(row))
+        yield number, row[column]
+
+
+def _csv_rows(path: str, file) -> Iterator[list[str]]:
+    reader = csv.reader(file, strict=True, delimiter="\t" if path.lower().endswith(".tsv") else ",")
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}, is not CSV ({error}): mend or exclude the file") from None
+
+
+def _csv_cells(path: str, column: str) -> Iterator[tuple[int, str]]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = _csv_rows(path, file)
+        head = next(rows, [])
+        _refuse_unknown(path, column, head)
+        place = head.index(column)
+        for number, row in enumerate(rows, 1):
+            if row and len(row) != len(head):
+                raise UserError(f"{path}:{number} has {len(row)} cells, the head has {len(head)}: mend the row")
+            if row:
+                yield number, row[place]
+
+
+def _parquet_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
+    from pyarrow import ArrowException
+
+    file, number = _open_parquet(path), 0
+    _refuse_unknown(path, column, file.schema_arrow.names)
+    try:
+        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
+            for cell in batch.column(0).to_pylist():
+                number += 1
+                yield number, cell
+    except (ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is damaged after row {number}: {reason}: replace or exclude it") from None
+
+
+def _open_parquet(path: str):
+    from pyarrow import ArrowException  # a tenth of a second, and only for those who have such files
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None

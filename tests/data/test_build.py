@@ -1,0 +1,193 @@
+"""Shards in the making: the same bytes whatever the threads, the parts and the kills; bounded memory; full disks."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from data import build
+from data.corpus import SyntheticCorpus
+from data.errors import UserError
+from data.files import FilesCorpus
+from data.prepare import prepare
+from data.tokenizer import BPEConfig, ByteConfig
+from tests.support import ROOT
+
+CORPUS, CONFIG = SyntheticCorpus(size=60), BPEConfig(vocab_size=300)
+PART = 2000  # bytes: about fifteen parts of the corpus above
+
+
+@pytest.fixture
+def expected(tmp_path):
+    return contents(prepare(CORPUS, CONFIG, tmp_path / "in one part"))
+
+
+def contents(made) -> list:
+    """All that was prepared, wherever its shards begin and end."""
+    tokens = [stream.read(0, len(stream)).tolist() for stream in (made.train, made.val)]
+    names = [build.names_file(made.folder, split).read_text() for split in build.SPLITS]
+    return [made.tokenizer.hash, *tokens, *names]
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_the_bytes_do_not_depend_on_the_threads(workplace, monkeypatch, expected):
+    monkeypatch.setattr(build, "PART_BYTES", PART)
+    monkeypatch.setattr(build, "BATCH_BYTES", 700)
+    found = []
+    for workers in (1, 2, 5):
+        folder = workplace / "cache" / str(workers)
+        folder.parent.mkdir(exist_ok=True)
+        build.build(CORPUS, CORPUS.fingerprint(), CONFIG, folder, build.survey(CORPUS), workers)
+        found.append(files(folder))
+    assert found[0] == found[1] == found[2]
+    assert len([name for name in found[0] if name.startswith("train_0")]) > 5
+    assert contents(prepare(CORPUS, CONFIG, workplace / "other")) == expected
+
+
+def test_a_build_that_ends_midway_is_continued_after_its_last_part(workplace, monkeypatch, expected):
+    monkeypatch.setattr(build, "PART_BYTES", PART)
+    writing, encoded = build.ShardWriter.close, []
+
+    def stop_at_part_4(writer, last):
+        if writer.shards == 4:
+            raise KeyboardInterrupt
+        writing(writer, last)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build.ShardWriter, "close", stop_at_part_4)
+        prepare(CORPUS, CONFIG, workplace / "cache")
+    (parts,) = (workplace / "cache").glob(".parts-*")
+    assert sorted(path.name for path in parts.iterdir()) == [*(f"part_0000{i}" for i in range(4)), "tokenizer.json"]
+    monkeypatch.setattr(BPEConfig, "train", None)  # not needed any more
+    encode = build._encode_batch
+    monkeypatch.setattr(build, "_encode_batch", lambda t, batch: encoded.extend(batch) or encode(t, batch))
+    made = prepare(CORPUS, CONFIG, workplace / "cache")
+    assert contents(made) == expected
+    assert 0 < len(encoded) < 50
+    assert not parts.exists()
+
+
+def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monkeypatch, expected):
+    code = (
+        "import time; from pathlib import Path; from data import build, durable;"
+        "from data.corpus import SyntheticCorpus; from data.prepare import prepare;"
+        "from data.tokenizer import BPEConfig;"
+        f"build.PART_BYTES = {PART}; encode = build._encode_batch; fsync = durable._sync;"
+        "durable._sync = lambda path: (print('.', end='', flush=True), time.sleep(0.01), fsync(path));"
+        f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache')); print('whole')"
+    )
+    how = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    kept = 0
+    for syncs in (3, 12, 30):
+        process = subprocess.Popen([sys.executable, "-c", code], **how)
+        process.stdout.read(syncs)
+        process.kill()
+        process.communicate()
+        done = len(list(workplace.glob("cache/.parts-*/part_*")))
+        assert done >= kept and not list(workplace.glob("cache/[!.]*"))
+        kept = done
+    assert kept > 3
+    monkeypatch.setattr(build, "PART_BYTES", PART)
+    assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
+    assert [path.name[0] for path in sorted((workplace / "cache").iterdir())] == [".", "s"]  # the lock, the shards
+
+
+def test_a_full_disk_keeps_the_parts_that_are_whole(workplace, monkeypatch, expected):
+    monkeypatch.setattr(build, "PART_BYTES", PART)
+    write, written = build.ShardWriter.write, []
+
+    def full(writer, tokens):
+        written.append(len(tokens))
+        if sum(written) > 8000:
+            raise OSError(28, "No space left on device")
+        write(writer, tokens)
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device") as caught:
+        patch.setattr(build.ShardWriter, "write", full)
+        prepare(CORPUS, CONFIG, workplace / "cache")
+    assert "finished parts are kept" in str(caught.value)
+    assert list(workplace.glob("cache/.parts-*/part_*")) and not list(workplace.glob("cache/.parts-*/.writing*"))
+    assert not list(workplace.glob("cache/[!.]*"))
+    assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
+
+
+def test_a_damaged_part_is_named(workplace, monkeypatch):
+    monkeypatch.setattr(build, "PART_BYTES", PART)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(CORPUS, CONFIG, workplace / "cache")
+    part = next(workplace.glob("cache/.parts-*/part_00002/train_00002.tokens"))
+    part.write_bytes(part.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"part_00002/train_00002\.tokens is .* delete the folder"):
+        prepare(CORPUS, CONFIG, workplace / "cache")
+
+
+def test_links_are_copies_where_there_are_none(workplace, monkeypatch, expected):
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
+
+
+@pytest.mark.parametrize("train_bytes", [1, 20_000, 10**9])
+def test_the_tokenizer_learns_from_a_sample_of_all(train_bytes, monkeypatch, workplace):
+    heard, train = [], BPEConfig.train
+    monkeypatch.setattr(BPEConfig, "train", lambda self, texts: train(self, (heard.append(t) or t for t in texts)))
+    corpus = SyntheticCorpus(size=1000)
+    prepare(corpus, BPEConfig(vocab_size=300, train_bytes=train_bytes), workplace / "cache")
+    texts = [document.text for document in corpus.documents("train")]
+    read = sum(map(len, heard))
+    if train_bytes == 10**9:
+        assert heard == texts
+    else:
+        assert read <= train_bytes + max(map(len, texts))
+    if train_bytes == 20_000:
+        assert read > 10_000 and texts.index(heard[-1]) > len(texts) / 2
+
+
+class Endless(SyntheticCorpus):
+    """Half a megabyte of text per document, made as it is read."""
+
+    def read(self):
+        for document in super().read():
+            yield document._replace(text=document.text[:500] * 1300)
+
+
+def test_a_corpus_need_not_fit_into_memory(workplace):
+    code = (
+        "import resource; from pathlib import Path; from tests.data.test_build import Endless;"
+        "from data import build; build.PART_BYTES = 2**22; from data.prepare import prepare;"
+        "from data.tokenizer import ByteConfig;"
+        "prepare(Endless(size=10), ByteConfig(), Path('first'));"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; made = prepare(Endless(size=100), ByteConfig(), "
+        "Path('second')); print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    tokens, megabytes = map(float, found.stdout.split())
+    assert tokens > 40e6 and megabytes < 32
+
+
+def test_documents_of_several_parts_have_one_beginning(workplace, monkeypatch):
+    monkeypatch.setattr("data.files.PART", 256)
+    monkeypatch.setattr(build, "PART_BYTES", 1000)
+    for name in "ab":
+        (workplace / f"{name}.txt").write_text(f"a line of {name}\n" * 400)
+    made = prepare(FilesCorpus(path="*.txt"), ByteConfig(), workplace / "cache")
+    tokens = made.train.read(0, len(made.train))
+    assert (np.flatnonzero(tokens == 256) == [0, 1 + 361 * 12]).all()
+    assert len(made.train.shards) > 5 and made.training_documents([(4000, 5000)]) == ["a.txt", "b.txt"]
+
+
+def test_nothing_is_encoded_where_the_last_document_is_bad(workplace, monkeypatch):
+    (workplace / "a.jsonl").write_text('{"text": "x"}\n' * 500 + "{\n")
+    monkeypatch.setattr(build, "build", None)
+    with pytest.raises(UserError, match=r"a\.jsonl:501 is not JSON"):
+        prepare(FilesCorpus(path="a.jsonl"), BPEConfig(vocab_size=300), workplace / "cache")
+    assert not (workplace / "cache").exists()

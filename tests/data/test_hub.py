@@ -1,0 +1,117 @@
+"""Datasets through the library that reads the hub's, here from a folder; and what is said where there is no hub."""
+
+import json
+import time
+
+import pytest
+
+from data import hub
+from data.errors import UserError
+from data.hub import HubCorpus
+
+TEXTS = [f"row {i}" for i in range(50)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, texts in (("train", TEXTS), ("test", ["x"])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps({"text": t, "n": 1}) + "\n" for t in texts))
+    return tmp_path
+
+
+def test_rows_are_documents_and_a_part_is_held_out(folder):
+    found = list(HubCorpus(path=str(folder), val_fraction=0.2).read())
+    assert [d.text for d in found] == TEXTS
+    assert [d.name for d in found] == [f"{folder}:{i}" for i in range(50)]
+    assert 3 < sum(d.held_out for d in found) < 20
+    assert [d.text for d in HubCorpus(path=str(folder), split="test").read()] == ["x"]
+    assert [d.text for d in HubCorpus(path=str(folder), limit=7).read()] == TEXTS[:7]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"config": "x"}, "data.config=x: {folder} has default"),
+        ({"split": "x"}, "data.split=x: {folder} has train, test"),
+        ({"column": "x"}, "data.column=x: {folder} has text, n"),
+        ({"column": "n"}, "{folder}:0 holds int in column n, not text"),
+    ],
+    ids=["config", "split", "column", "type"],
+)
+def test_what_is_not_there_lists_what_is(folder, settings, complaint):
+    with pytest.raises(UserError) as caught:
+        list(HubCorpus(path=str(folder), **settings).read())
+    assert complaint.format(folder=folder) in str(caught.value)
+
+
+def test_several_configs_want_a_choice(folder):
+    head = (
+        "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n- config_name: b\n  data_files: test.jsonl\n---\n"
+    )
+    (folder / "README.md").write_text(head)
+    with pytest.raises(UserError, match=r"data\.config is not set: .* has a, b"):
+        list(HubCorpus(path=str(folder)).read())
+    assert [d.text for d in HubCorpus(path=str(folder), config="b").read()] == ["x"]
+
+
+def test_the_fingerprint_follows_the_files(folder):
+    corpus = HubCorpus(path=str(folder))
+    before = corpus.fingerprint()
+    (folder / "test.jsonl").touch()
+    assert corpus.fingerprint() == before
+    (folder / "test.jsonl").write_text('{"text": "y"}\n')
+    assert corpus.fingerprint() != before
+
+
+def test_broken_files_are_one_line(folder):
+    (folder / "train.jsonl").write_text('{"text": "x"}\n{oops\n')
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        list(HubCorpus(path=str(folder)).read())
+    assert "\n" not in str(caught.value)
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="is an empty folder"):
+        HubCorpus(path=str(folder / "empty")).fingerprint()
+
+
+@pytest.mark.parametrize("offline", [True, False], ids=["forbidden", "unreachable"])
+def test_without_a_hub_one_line_at_once(monkeypatch, offline):
+    monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    began = time.monotonic()
+    for corpus in (HubCorpus(path="owner/name"), HubCorpus(path="owner/name", revision="main")):
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE" if offline else r"127\.0\.0\.1:9 does not answer"):
+            corpus.fingerprint()
+    assert time.monotonic() - began < hub.PATIENCE
+
+
+def test_a_whole_commit_needs_no_hub_until_it_is_read(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    first, second = (HubCorpus(path="owner/name", revision=digit * 40) for digit in "ab")
+    assert first.fingerprint() != second.fingerprint()
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
+        list(first.read())
+
+
+def test_the_hub_is_asked_for_the_commit_and_read_at_it(folder, monkeypatch):
+    """A hub of this test: what a name stands for is held fixed from then on, and a failure midway is one line."""
+    import datasets
+
+    asked, commit = [], "c" * 40
+    rows = datasets.IterableDataset.from_generator(failing_rows)
+    monkeypatch.setattr(hub, "_refuse_unreachable", lambda path: None)
+    monkeypatch.setattr(hub, "_commit_of", lambda path, revision: commit)
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda **how: asked.append(how) or ["default"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda **how: asked.append(how) or ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda **how: asked.append(how) or rows)
+    corpus = HubCorpus(path="owner/name")
+    found = corpus.read()
+    assert [next(found).text for _ in range(3)] == ["a", "b", "c"]
+    assert {(how["path"], how["revision"]) for how in asked} == {("owner/name", commit)} and corpus.remote
+    with pytest.raises(UserError, match=r"cannot be read \(after 3 documents\): the line is dead"):
+        next(found)
+
+
+def failing_rows():
+    for text in "abc":
+        yield {"text": text}
+    raise ConnectionError("the line is dead")

@@ -1,0 +1,70 @@
+"""Several corpora in fixed proportions: what is where depends on the settings alone."""
+
+from itertools import pairwise
+
+import pytest
+
+from data.corpus import SyntheticCorpus
+from data.files import FilesCorpus
+from data.mix import MixCorpus, Part
+from data.prepare import prepare
+from data.tokenizer import ByteConfig
+
+
+def mix(**parts) -> MixCorpus:
+    return MixCorpus(parts={name: Part(quota=quota, corpus=corpus) for name, (quota, corpus) in parts.items()})
+
+
+@pytest.fixture
+def books(tmp_path):
+    for i in range(60):
+        (tmp_path / f"{i:02d}.txt").write_text(f"line of book {i}\n" * 20)
+    return FilesCorpus(path=f"{tmp_path}/*.txt")
+
+
+def test_quotas_hold_from_the_beginning_to_the_end(books):
+    words = SyntheticCorpus(size=100)
+    found = [d for d in mix(a=(3, words), b=(1, books)).read() if not d.held_out]
+    taken, longest = {"a": 0, "b": 0}, max(len(d.text) for d in found)
+    for document in found:
+        taken[document.name[0]] += len(document.text)
+        assert abs(taken["a"] / 3 - taken["b"]) <= longest
+    assert taken["b"] > 4 * longest
+
+
+def test_each_part_is_read_in_its_order_with_all_that_it_holds_out(books):
+    words = SyntheticCorpus(size=30)
+    found = list(mix(a=(1, words), b=(100, books)).read())
+    for name, corpus in (("a", words), ("b", books)):
+        of_part = [d._replace(name=d.name[2:]) for d in found if d.name.startswith(f"{name}/")]
+        assert of_part == list(corpus.read())[: len(of_part)]
+    assert any(d.held_out for d in found)
+    assert sum(d.name.startswith("b/") for d in found) == 120  # all of it, then it ends
+    assert sum(d.name.startswith("a/") for d in found) < 30
+
+
+def test_the_order_is_a_function_of_the_settings(books):
+    words = SyntheticCorpus(size=50)
+    first, second = mix(a=(1, words), b=(2, books)), mix(b=(2, books), a=(1, words))
+    assert list(first.read()) == list(second.read())
+    assert first.fingerprint() == second.fingerprint()
+    assert first.fingerprint() != mix(a=(2, words), b=(2, books)).fingerprint()
+    assert first.fingerprint() != mix(a=(1, SyntheticCorpus(size=50, seed=1)), b=(2, books)).fingerprint()
+
+
+def test_a_document_in_parts_stays_together(books, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.files.PART", 64)
+    found = list(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)).read())
+    for before, document in pairwise(found):
+        assert not document.goes_on or before.name == document.name
+    made = prepare(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)), ByteConfig(), tmp_path / "cache")
+    tokens = made.train.read(0, len(made.train)).tolist()
+    assert tokens.count(256) == sum(not d.goes_on and not d.held_out for d in found)
+
+
+@pytest.mark.parametrize("quota", [0, -1, float("nan"), float("inf")])
+def test_quotas_are_positive(quota):
+    with pytest.raises(ValueError, match="quota"):
+        Part(quota=quota, corpus=SyntheticCorpus())
+    with pytest.raises(ValueError, match="at least 1"):
+        MixCorpus(parts={})

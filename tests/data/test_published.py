@@ -1,0 +1,135 @@
+"""Published vocabularies: read from a file or refused, and then the tokens are those of tiktoken itself."""
+
+import base64
+import hashlib
+import os
+from itertools import islice
+
+import numpy as np
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public as theirs
+
+from data.corpus import StdlibCorpus, SyntheticCorpus
+from data.errors import UserError
+from data.prepare import prepare
+from data.published import CL100KConfig, GPT2Config, O200KConfig, Published
+from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer
+
+TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
+VOCABULARY = BPEConfig(vocab_size=400).train(TEXTS).tokens
+FILE = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(VOCABULARY))
+CONFIGS = [GPT2Config, CL100KConfig, O200KConfig]
+
+
+class Small(GPT2Config):
+    """A vocabulary of this test's under GPT-2's pattern."""
+
+    @property
+    def published(self) -> Published:
+        return super().published._replace(name="small", sha256=hashlib.sha256(FILE).hexdigest())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "vocabularies").mkdir()
+    (tmp_path / "vocabularies" / "small.tiktoken").write_bytes(FILE)
+    return str(tmp_path / "vocabularies")
+
+
+def test_names_patterns_and_hashes_are_those_published(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(theirs, "load_tiktoken_bpe", lambda url, expected_hash: loaded.append((url, expected_hash)))
+    for config, name in zip(CONFIGS, ("r50k_base", "cl100k_base", "o200k_base"), strict=True):
+        published = config().published
+        assert theirs.ENCODING_CONSTRUCTORS[name]()["pat_str"] == published.pattern
+        assert loaded[-1] == (published.url, published.sha256)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_long_texts_have_the_tokens_that_tiktoken_gives_them_whole(config, folder):
+    class Ours(config):
+        @property
+        def published(self) -> Published:
+            return super().published._replace(name="small", sha256=None)
+
+    tokenizer = Ours(folder=folder).train([])
+    ranks = {token: rank for rank, token in enumerate(VOCABULARY)}
+    whole = tiktoken.Encoding("whole", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={})
+    source = "".join(document.text for document in islice(StdlibCorpus().read(), 40))
+    for text in (source, "\n".join(TEXTS * 20), "x = (1,\n\n   ' They''re 12 345 ünï' )  \r\n" * 3000):
+        assert len(text) > PIECE
+        assert tokenizer.encode(text).tolist() == whole.encode_ordinary(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_end_of_text_is_the_last_token_and_never_comes_out_of_text(folder):
+    tokenizer = Small(folder=folder).train([])
+    assert tokenizer.vocab_size == len(VOCABULARY) + 1 and tokenizer.end_of_text == len(VOCABULARY)
+    assert tokenizer.end_of_text not in tokenizer.encode(f"a {END_OF_TEXT} b")
+    assert tokenizer.decode(tokenizer.encode(END_OF_TEXT)) == END_OF_TEXT
+
+
+def test_a_run_keeps_all_of_it(folder, tmp_path):
+    tokenizer = Small(folder=folder).train([])
+    tokenizer.save(tmp_path / "tokenizer.json")
+    os.remove(f"{folder}/small.tiktoken")
+    again, text = load_tokenizer(tmp_path / "tokenizer.json"), "the query sees " * 4000
+    assert again.hash == tokenizer.hash
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_prepared_once_the_file_is_not_needed(folder, tmp_path):
+    corpus = SyntheticCorpus(size=20)
+    first = prepare(corpus, Small(folder=folder), tmp_path / "cache")
+    again = prepare(corpus, Small(folder="elsewhere"), tmp_path / "cache")
+    assert again.folder == first.folder and again.folder.name.startswith("synthetic-small-")
+
+
+def test_what_is_missing_is_named_with_its_address_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(SyntheticCorpus, "fingerprint", None)
+    with pytest.raises(UserError) as caught:
+        prepare(SyntheticCorpus(), GPT2Config(folder="none"), tmp_path / "cache")
+    for part in ("none/gpt2.tiktoken", "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (FILE[:-20], "is not the vocabulary of tokenizer=small"),
+        (b"", "is not the vocabulary"),
+        (FILE + b"nonsense\n", "line [0-9]+, is not a token and its rank"),
+        (FILE.replace(b" 7\n", b" 8\n"), "is not a whole vocabulary"),
+        (FILE.split(b"\n", 1)[1], "is not a whole vocabulary"),
+        (FILE + b"QQ== %d\n" % len(VOCABULARY), "is not a whole vocabulary"),
+        (FILE + b"QQQ= -1\n", "is not a whole vocabulary"),
+    ],
+    ids=["cut", "empty", "nonsense", "rank twice", "rank lacking", "token twice", "negative"],
+)
+def test_a_wrong_file_is_refused_by_name(folder, content, complaint):
+    with open(f"{folder}/small.tiktoken", "wb") as file:
+        file.write(content)
+
+    class Unchecked(Small):
+        @property
+        def published(self) -> Published:
+            return super().published._replace(sha256=None)
+
+    config = (Small if "is not the vocabulary" in complaint else Unchecked)(folder=folder)
+    with pytest.raises(UserError, match=complaint) as caught:
+        config.train([])
+    assert "small.tiktoken" in str(caught.value)
+
+
+def test_many_tokens_take_a_wider_type():
+    tokens = [bytes([i]) for i in range(256)] + [b"a" * n for n in range(2, 70)]
+    tokens += [bytes([97 + i // 676 % 26, 97 + i // 26 % 26, 97 + i % 26, 65 + i // 17576]) for i in range(66_000)]
+    lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+    class Large(Small):
+        def _content(self) -> bytes:
+            return lines
+
+    tokenizer = Large().train([])
+    assert tokenizer.dtype == np.uint32 and tokenizer.encode("aaaa").dtype == np.uint32

@@ -1,0 +1,156 @@
+"""Rows of tables and lines of text as documents: each once, in order, with a name that finds it again."""
+
+import csv
+import json
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data import files
+from data.corpus import drawn
+from data.errors import UserError
+from data.files import FilesCorpus
+
+TEXTS = [f'row {i}, with "quotes",\nline ends and ünï🙂' for i in range(300)]
+
+
+def write_table(path, texts, column="text"):
+    rows = [{"n": i, column: text} for i, text in enumerate(texts)]
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=70)
+    else:
+        with path.open("w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet writes it
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerows([["n", column], *([row["n"], row[column]] for row in rows)])
+
+
+@pytest.fixture(params=["jsonl", "csv", "tsv", "parquet"])
+def table(request, tmp_path):
+    path = tmp_path / f"a.{request.param}"
+    write_table(path, TEXTS)
+    return path
+
+
+def read(**settings):
+    corpus = FilesCorpus(**settings)
+    corpus.fingerprint()
+    return list(corpus.read())
+
+
+def refusal(**settings) -> str:
+    with pytest.raises(UserError) as caught:
+        read(**settings)
+    return str(caught.value)
+
+
+def test_every_row_is_a_document_once_and_in_order(table):
+    found = read(path=str(table))
+    assert [document.text for document in found] == TEXTS
+    assert len({document.name for document in found}) == len(TEXTS)
+    assert all(re.fullmatch(rf"{re.escape(str(table))}:\d+", document.name) for document in found)
+    assert 0.05 < sum(document.held_out for document in found) / len(TEXTS) < 0.15
+    assert [d.held_out for d in found] == [drawn(i, 0.1) for i in range(len(TEXTS))]
+
+
+def test_what_is_held_out_stays_so_when_rows_are_added(tmp_path):
+    write_table(tmp_path / "a.jsonl", TEXTS)
+    before = read(path=f"{tmp_path}/a.jsonl")
+    write_table(tmp_path / "a.jsonl", TEXTS + TEXTS)
+    assert read(path=f"{tmp_path}/a.jsonl")[: len(before)] == before
+
+
+def test_a_wrong_column_lists_those_there_are(table):
+    assert "data.column=body: " in refusal(path=str(table), column="body")
+    assert "a." in refusal(path=str(table), column="body") and "has n, text" in refusal(path=str(table), column="body")
+
+
+def test_rows_without_text_are_passed_over(tmp_path):
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "a.csv"):
+        write_table(path, ["one", None, "", "two"])
+        found = read(path=str(path))
+        assert [document.text for document in found] == ["one", "two"]
+        assert found[1].name.endswith(":7" if path.suffix == ".jsonl" else ":4")
+
+
+BAD_TABLES = {
+    "not JSON": ("a.jsonl", '{"text": "x"}\n{oops\n', "a.jsonl:2 is not JSON"),
+    "not an object": ("a.jsonl", '{"text": "x"}\n[3]\n', "a.jsonl:2 is not a JSON object"),
+    "nested": ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is not JSON"),
+    "lacking": ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', "data.column=text: {folder}/a.jsonl:2 has body"),
+    "number": ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', "a.jsonl:2 holds int in column text, not text"),
+    "surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1 is not valid Unicode"),
+    "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv:2 has 1 cells, the head has 2"),
+    "open quote": ("a.csv", 'n,text\n1,"x\n', "a.csv, line 2, is not CSV"),
+    "no Parquet": ("a.parquet", "text", "a.parquet is not a Parquet file"),
+    "empty": ("a.jsonl", "", "a.jsonl is empty"),
+    "blank": ("a.jsonl", "\n", "a.jsonl has none"),
+    "binary": ("a.csv", "text\n\0\n", "a.csv holds NUL bytes"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_bad_table_is_named_in_one_line(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    found = refusal(path=f"{tmp_path}/*")
+    assert complaint.format(folder=tmp_path) in found and "\n" not in found
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path):
+    write_table(tmp_path / "a.parquet", [f"{i} " * 200 for i in range(300)])
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[200:1200] = bytes(1000)
+    (tmp_path / "a.parquet").write_bytes(content)
+    assert "a.parquet is damaged after row" in refusal(path=f"{tmp_path}/*")
+
+
+def test_parquet_columns_that_are_not_text_are_named(tmp_path):
+    write_table(tmp_path / "a.parquet", TEXTS)
+    assert "holds int in column n, not text" in refusal(path=f"{tmp_path}/*", column="n")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "complaint"),
+    [
+        ("a.csv", {"document": "file"}, "document=file does not fit"),
+        ("a.csv", {"document": "line"}, "a table: choose row"),
+        ("a.txt", {"document": "row"}, "choose file or line"),
+        ("a.txt", {"column": "text"}, "is no table: leave it out"),
+    ],
+)
+def test_a_document_that_does_not_fit_the_file_is_refused(tmp_path, name, settings, complaint):
+    (tmp_path / name).write_text("text\nx\n")
+    assert complaint in refusal(path=f"{tmp_path}/*", **settings)
+
+
+def test_lines_are_documents_without_their_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes("one\n\ntwo\r\nthree é".encode())
+    found = read(path=f"{tmp_path}/a.txt", document="line")
+    assert [d.text for d in found] == ["one", "two", "three é"]
+    assert [d.name for d in found] == [f"{tmp_path}/a.txt:{n}" for n in (1, 3, 4)]
+
+
+@pytest.mark.parametrize("text", ["ünï 🙂 line\n" * 40, "ünï🙂" * 90, "a\n" * 200, "é" + "\n" * 90])
+@pytest.mark.parametrize("part", [4, 7, 64])
+def test_a_long_file_comes_in_parts_that_are_its_text(tmp_path, monkeypatch, text, part):
+    """However small a part of it is in memory at one time."""
+    (tmp_path / "a.txt").write_text(text)
+    whole = read(path=f"{tmp_path}/a.txt")
+    monkeypatch.setattr(files, "PART", part)
+    found = read(path=f"{tmp_path}/a.txt")
+    for held_out in (False, True):
+        pieces = [d for d in found if d.held_out == held_out]
+        assert "".join(d.text for d in pieces) == "".join(d.text for d in whole if d.held_out == held_out)
+        assert [d.goes_on for d in pieces] == [i > 0 for i in range(len(pieces))]
+        assert all(len(d.text.encode()) <= part for d in pieces) and (held_out or len(pieces) > 1)
+
+
+@pytest.mark.parametrize("content", [b"\x80" * 50, b"ab\xff", b"abc\xc3", b"x" * 30 + b"\xf0\x9f"])
+def test_bytes_that_are_not_text_are_found_wherever_a_part_ends(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(files, "PART", 8)
+    (tmp_path / "a.txt").write_bytes(content)
+    good = content.decode(errors="ignore").encode()
+    assert f"is not UTF-8 text (at byte {len(good)})" in refusal(path=f"{tmp_path}/a.txt")
