@@ -31,6 +31,7 @@ from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 SPLITS: tuple[Split, Split] = ("train", "val")
 PART_BYTES = 2**28  # of text: what a kill costs at most, and a shard per split
 BATCH_BYTES = 2**18  # of text that a thread encodes at one time
+PASSAGE = 2**12  # characters that a tokenizer is trained on together, where it does not read all
 WORKERS = min(16, os.cpu_count() or 1)
 log = logging.getLogger("headroom")
 
@@ -103,10 +104,16 @@ def _tokenizer(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size)
     if saved.exists():
         return load_tokenizer(saved)
     share = 1.0 if size.train is None else config.share(size.train)
-    training = enumerate(corpus.documents("train"))
-    tokenizer = config.train(d.text for i, d in training if share == 1 or drawn(i, share, "tokenizer"))
+    texts = (document.text for document in corpus.documents("train"))
+    tokenizer = config.train(texts if share == 1 else _sample(texts, share))
     tokenizer.save(saved)
     return tokenizer
+
+
+def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
+    """Passages from all over the text, whether it comes in many documents or in one."""
+    passages = (text[i : i + PASSAGE] for text in texts for i in range(0, len(text), PASSAGE))
+    return (passage for i, passage in enumerate(passages) if drawn(i, share, "tokenizer"))
 
 
 def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]) -> float:

@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
+from typing import Self
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field, SerializeAsAny, model_validator
 
 from data.config import DataConfig
 from data.corpus import Corpus, Document
@@ -16,6 +17,12 @@ log = logging.getLogger("headroom")
 class Part(DataConfig):
     quota: float = Field(gt=0)
     corpus: SerializeAsAny[Corpus]
+
+    @model_validator(mode="after")
+    def _masked_as_a_whole(self) -> Self:
+        if self.corpus.document_mask:
+            raise ValueError("document_mask is the mix's, not a part's: data.document_mask=true")
+        return self
 
     @property
     def name(self) -> str:

@@ -135,7 +135,7 @@ class ByteConfig(TokenizerConfig):
 
 class BPEConfig(TokenizerConfig):
     vocab_size: int = Field(4096, ge=257, le=65536)  # a small corpus may yield fewer
-    train_bytes: int = Field(100_000_000, ge=1)
+    train_bytes: int = Field(100_000_000, ge=2**16)
 
     @property
     def name(self) -> str:
@@ -170,6 +170,12 @@ class StoredConfig(TokenizerConfig):
 
     path: str  # of its tokenizer.json
     hash: str  # of what it holds
+
+    def identity(self) -> dict[str, Any]:
+        return {"hash": self.hash}
+
+    def refuse_missing(self) -> None:
+        self.train(())
 
     @property
     def name(self) -> str:

@@ -38,9 +38,14 @@ def start(arguments: Sequence[str], folder: Path, dies_at_checkpoint: int | None
         code = DIES_WRITING.format(program=str(ROOT / "train.py"))
         command = [sys.executable, "-c", code, str(dies_at_checkpoint)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [*command, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *arguments], cwd=folder, env=environment, preexec_fn=_hear_signals, **pipes)
+
+
+def _hear_signals() -> None:
+    """Whatever started the tests may ignore some, as nohup does, and children inherit that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def train_under_fire(options: Sequence[str], folder: Path, kills: int, draw: random.Random) -> list[str]:

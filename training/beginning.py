@@ -26,8 +26,12 @@ def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None,
     resume = tree.pop("resume")
     if resume is not None:
         return resumed(resume, tree, typed)
-    base = tree["init_from"]
-    run = load(begun_from(Path(base), tree, typed) if base else tree)
+    if tree["init_from"] is not None:
+        base = str(tree["init_from"])
+        if not base:
+            raise UserError("init_from= names no run: give a run's folder")
+        tree = {**begun_from(Path(base), tree, typed), "init_from": base}
+    run = load(tree)
     refuse_taken(run.run_dir)
     return run, None, None
 

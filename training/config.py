@@ -66,7 +66,7 @@ class Run(Config):
     precision: Literal["auto", "bf16", "fp16", "fp32"]
     compile: bool
     tune_malloc: bool
-    init_from: str | None = Field(min_length=1)
+    init_from: str | None
     peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
     profile_steps: int = Field(0, ge=0, le=1000)
     dry_run: bool = False
@@ -214,7 +214,7 @@ def _dump_part(part: BaseModel) -> dict[str, Any]:
     target = {"_target_": f"{type(part).__module__}.{type(part).__name__}"}
     if isinstance(part, MixCorpus):
         parts = {name: {"quota": one.quota, "corpus": _dump_part(one.corpus)} for name, one in part.parts.items()}
-        return target | {"parts": parts}
+        return target | part.model_dump(exclude={"parts"}) | {"parts": parts}
     return target | part.model_dump()
 
 

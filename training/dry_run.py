@@ -1,6 +1,7 @@
 """What a run would cost, without the run: from shapes, and from a few steps of the real model, on whose speed the time
 depends. Nothing is written but the prepared corpus."""
 
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from training.device import free_memory
 from training.log import clock
 from training.mfu import peak_flops
 from training.precision import Working
-from training.step import accumulate, mean_loss, train_step
+from training.step import accumulate, losses_of, mean_loss, train_step
 
 WARMUP = 2  # steps before the timed ones
 TIMED = 10  # steps, or as many as fit into
@@ -47,7 +48,8 @@ def memory(run: Run, vocab_size: int) -> dict[str, int]:
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
         working = Working(cost.on_meta(run.model, vocab_size), run.precision)
-        accumulate(working, [(batch, batch)] * micro_steps, (0, 0))
+        loss = functools.partial(mean_loss, end_of_text=vocab_size - 1) if run.data.document_mask else mean_loss
+        accumulate(working, [(batch, batch)] * micro_steps, (0, 0), loss)
     weights = sum(p.nbytes for p in working.parameters)
     known = {
         "weights": weights,
@@ -123,7 +125,7 @@ def _timed(run: Run, corpus: Prepared, device: torch.device) -> tuple[float, int
     """Seconds per step of the real model, and how many were timed."""
     model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed).to(device)
     working, optimizer = Working(model, run.precision), run.optim.build(model)
-    loss = maybe_compiled(mean_loss, run.compile)
+    loss = maybe_compiled(losses_of(run.data, corpus.tokenizer)[0], run.compile)
     window, start, steps = run.model.context_length, 0.0, 0
     for step in range(WARMUP + TIMED):
         if step == WARMUP:

@@ -42,6 +42,9 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     written."""
     if path.suffix.removeprefix(".") not in FORMATS:
         raise UserError(f"-o {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
+    folders = [folder for folder in folders if not folder.is_file()]  # runs/* has the settings of sweeps, too
+    if not folders:
+        raise UserError("there is no run among what was given: python -m training.plot runs/A runs/B")
     found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
     figure, axes = _empty("", x)
     for i, (label, train, val) in enumerate(found):

@@ -1,5 +1,6 @@
 """Sampling turn by turn: what is typed is appended to the text, and the model continues it."""
 
+import io
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,8 @@ def converse(conversation: Conversation, first: str) -> None:
     """Continues `first`, where it is not empty; then reads lines from stdin until it ends."""
     with suppress(ImportError):  # absent on Windows
         import readline  # noqa: F401  (what input() edits lines with)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not UTF-8 is refused as a line
     say("type what to continue; /help lists the commands, Ctrl-D leaves")
     if first:
         write(first)

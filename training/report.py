@@ -96,7 +96,8 @@ class Report:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around the wait for a batch, with which every step begins."""
-        self.profile.step()
+        with self.aside():
+            self.profile.step()
         start = time.perf_counter()
         try:
             yield

@@ -119,8 +119,9 @@ def refuse_no_run(folder: Path) -> None:
 def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], done: int) -> None:
     """Raises UserError where `run` is not the run whose settings were `trained` for its first `done` steps, or where
     its schedule does not allow another number of steps any more."""
-    now, before = _leaves(dump(run)), _leaves(trained)
-    for key in now | before:
+    now, before = _leaves(dump(run)), _leaves(dump(load(trained)))  # with what was no setting yet, as it was then
+    before["tokenizer.path"] = now.get("tokenizer.path")  # of a run that began with another's, its own copy
+    for key in now:
         if key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
             raise UserError(
                 f"{folder}/config.yaml says {key}: {now.get(key)}, the run was trained with {before.get(key)}: "
@@ -140,7 +141,8 @@ def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], do
         elif done > min(open_steps):
             raise UserError(
                 f"steps={run.steps}: the number of steps can change only before the cooldown, which began at step "
-                f"{min(open_steps)}, and {done} are done: remove the checkpoints after that step, or start a new run"
+                f"{min(open_steps)}, and {done} are done: start a new run, or move the checkpoints after that step away, "
+                "if there are older ones"
             )
 
 
@@ -160,6 +162,8 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
         raise UserError("resume= names no run: give a run's folder, or latest")
     folder = newest() if resume == "latest" else Path(str(resume))
     stored = read_config(folder)
+    if "path" in stored.get("tokenizer", {}):
+        stored["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
     changed = {key.split(".")[0] for key in keys} - {"resume"}
     try:
         run = load(stored | {key: tree[key] for key in changed})

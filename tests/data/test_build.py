@@ -135,20 +135,25 @@ def test_links_are_copies_where_there_are_none(workplace, monkeypatch, expected)
     assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
 
 
-@pytest.mark.parametrize("train_bytes", [1, 20_000, 10**9])
-def test_the_tokenizer_learns_from_a_sample_of_all(train_bytes, monkeypatch, workplace):
+@pytest.mark.parametrize("documents", [1000, 1])
+@pytest.mark.parametrize("train_bytes", [2**16, 10**9])
+def test_the_tokenizer_learns_from_a_sample_of_all(train_bytes, documents, monkeypatch, workplace):
+    """Of many short documents as of a long one."""
     heard, train = [], BPEConfig.train
     monkeypatch.setattr(BPEConfig, "train", lambda self, texts: train(self, (heard.append(t) or t for t in texts)))
-    corpus = SyntheticCorpus(size=1000)
-    prepare(corpus, BPEConfig(vocab_size=300, train_bytes=train_bytes), workplace / "cache")
-    texts = [document.text for document in corpus.documents("train")]
-    read = sum(map(len, heard))
+    lines = [f"{i} {'abcdefgh'[i % 8]}{i * i}\n" for i in range(20_000)]
+    size = len(lines) // documents
+    for n in range(documents):
+        (workplace / f"{n:04}.txt").write_text("".join(lines[n * size : (n + 1) * size]))
+    corpus = FilesCorpus(path="*.txt")
+    made = prepare(corpus, BPEConfig(vocab_size=300, train_bytes=train_bytes), workplace / "cache")
+    text = "".join(document.text for document in corpus.documents("train"))
     if train_bytes == 10**9:
-        assert heard == texts
+        assert "".join(heard) == text
     else:
-        assert read <= train_bytes + max(map(len, texts))
-    if train_bytes == 20_000:
-        assert read > 10_000 and texts.index(heard[-1]) > len(texts) / 2
+        assert train_bytes / 3 < sum(map(len, heard)) < 3 * train_bytes < len(text)
+        assert text.index(heard[-1]) > len(text) * 2 / 3
+    assert made.tokenizer.vocab_size == 300
 
 
 class Endless(SyntheticCorpus):

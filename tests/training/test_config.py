@@ -23,6 +23,18 @@ def test_every_file_under_conf_composes_and_loads(group, choice):
     assert load(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
 
 
+@pytest.mark.parametrize("choice", choices("data"))
+def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
+    run = load_composed(f"data={choice}", *NEEDS.get(("data", choice), ()), "data.document_mask=true")
+    again = load(yaml.safe_load(yaml.safe_dump(dump(run))))
+    assert again == run and again.data.document_mask
+
+
+def test_a_part_of_a_mix_has_no_document_mask_of_its_own():
+    with pytest.raises(UserError, match=r"document_mask is the mix's, not a part's"):
+        load_composed("data=mix", "data.parts={sympy: {quota: 1, document_mask: true}}")
+
+
 @pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
 def test_every_attention_fits_every_model(attention, model):
     assert load_composed(f"attention={attention}", f"model={model}").model.attention.cache_elements > 0

@@ -1,5 +1,6 @@
 """init_from: another run's weights, model and tokenizer; new data, a fresh optimizer."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,23 @@ def test_a_shorter_context_is_allowed(base, workplace, monkeypatch):
     assert load_run("short")[0].config.context_length == 32
 
 
+def test_it_resumes_without_the_run_it_began_with(base, workplace, monkeypatch):
+    assert call("train", [*TUNED, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", 5)
+    shutil.rmtree("base")
+    shutil.rmtree("cache")
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
 REFUSED = {
+    "init_from=5": "5 is not a run",
     "tokenizer=byte": "tokenizer cannot be chosen with init_from=base: its weights know the 300 tokens",
     "tokenizer=bpe": "tokenizer cannot be chosen",
     "attention=gqa": "attention cannot be chosen with init_from=base: the model is that run's",
     "model.d_model=128": "model.d_model cannot be chosen",
     "init_from=nowhere": "nowhere is not a run",
-    "init_from=''": "init_from",
+    "init_from=''": "init_from= names no run",
 }
 
 

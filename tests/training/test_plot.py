@@ -67,7 +67,7 @@ def test_over_tokens_runs_of_other_batches_can_be_compared(runs, monkeypatch):
     [
         ([], "required: runs"),
         (["runs/none"], "runs/none is not a run: it has no metrics.jsonl"),
-        (["runs/one/metrics.jsonl"], "is not a run"),
+        (["runs/one/metrics.jsonl"], "there is no run among what was given"),
         (["runs/diverged"], "runs/diverged has nothing to draw yet"),
         (["runs/one", "-o", "runs/one/metrics.jsonl"], "choose a name that ends in one of .pdf, .png, .svg"),
         (["runs/one", "-o", "nowhere/x.png"], "nowhere/x.png cannot be written: No such file"),

@@ -38,6 +38,15 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, att
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
+def test_a_mix_with_masked_documents_resumes_too(workplace, monkeypatch):
+    parts = "data.parts={a: {quota: 1, data: synthetic, size: 12}, b: {quota: 2, data: synthetic, size: 30, seed: 1}}"
+    options = [option for option in BUSY if not option.startswith("data.")] + ["data=mix", parts]
+    assert call("train", [*options, "data.document_mask=true", "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys, compiled):
     options = [*BUSY, "data.document_mask=true", f"compile={compiled}", "model.n_layers=1"]
@@ -141,7 +150,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, sent):
     """The first one meets a long step."""
     options = [*SMOKE, "steps=2000", "batch_tokens=262144", "micro_batch_size=16", "save_every=1", "eval_every=1000"]
     process = start([*options, "run_dir=run"], workplace)
-    while not list((workplace / "run").glob("checkpoints/step_*")):
+    while process.poll() is None and not list((workplace / "run").glob("checkpoints/step_*")):
         time.sleep(0.01)
     time.sleep(0.5)  # into the second step
     process.send_signal(sent)
