@@ -141,8 +141,8 @@ def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], do
         elif done > min(open_steps):
             raise UserError(
                 f"steps={run.steps}: the number of steps can change only before the cooldown, which began at "
-                f"step {min(open_steps)}, and {done} are done: start a new run, or move the checkpoints after that away, "
-                "if there are older ones"
+                f"step {min(open_steps)}, and {done} are done: start a new run, or move the checkpoints after that "
+                "away, if there are older ones"
             )
 
 
