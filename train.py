@@ -59,7 +59,8 @@ def train(tree: dict, typed: list[str]) -> None:
     tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
     refuse_short(corpus, window)
     beginning = preview_prompt(corpus, run.sample_prompt, window)
-    run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
+    settled = {"precision": choose_precision(run.precision, device), "data": run.data.pinned()}
+    run = run.model_copy(update=settled)  # as config.yaml shall say
 
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()

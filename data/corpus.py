@@ -8,7 +8,7 @@ import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
@@ -33,12 +33,20 @@ class Document(NamedTuple):
 class Corpus(DataConfig):
     """Reads the same documents in the same order for as long as its fingerprint and its settings stay the same."""
 
+    document_mask: bool = False  # tokens see their own document only; says nothing of the documents themselves
+
     @property
     def remote(self) -> bool:
         """Reading is a download, so it is not done just to look."""
         return False
 
-    document_mask: bool = False  # tokens see their own document only; says nothing of the documents themselves
+    def identity(self) -> dict[str, Any]:
+        """The settings that the documents depend on, besides what the fingerprint tells."""
+        return self.model_dump(exclude={"document_mask"})
+
+    def pinned(self) -> Self:
+        """The same documents, whatever becomes of the name they were found under: what a run keeps."""
+        return self
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import Field
 
@@ -46,6 +46,12 @@ class HubCorpus(Corpus):
         if self._folder:
             return _hash(Path(self.path))
         return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        return {name: value for name, value in super().identity().items() if name != "revision"}
+
+    def pinned(self) -> Self:
+        return self.model_copy(update={"revision": self._commit})
 
     def read(self) -> Iterator[Document]:
         rows, index = self._open(), 0

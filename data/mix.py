@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -47,6 +47,13 @@ class MixCorpus(Corpus):
     def fingerprint(self) -> str:
         found = {name: [part.quota, part.corpus.fingerprint()] for name, part in self.parts.items()}
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        return {name: [part.quota, part.name, part.corpus.identity()] for name, part in self.parts.items()}
+
+    def pinned(self) -> Self:
+        parts = {name: Part(quota=part.quota, corpus=part.corpus.pinned()) for name, part in self.parts.items()}
+        return self.model_copy(update={"parts": parts})
 
     def read(self) -> Iterator[Document]:
         names = sorted(self.parts)  # not as they were written: settings that are equal give equal documents

@@ -49,7 +49,7 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
     if not any(cache_dir.glob(f"{corpus.name}-{tokenizer.name}-*")):
         tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
     fingerprint = corpus.fingerprint()
-    documents = corpus.model_dump(exclude={"document_mask", "revision"})  # the fingerprint knows which
+    documents = corpus.identity()
     identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.identity()]
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"

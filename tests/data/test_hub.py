@@ -8,6 +8,7 @@ import pytest
 from data import hub
 from data.errors import UserError
 from data.hub import HubCorpus
+from data.mix import MixCorpus, Part
 
 TEXTS = [f"row {i}" for i in range(50)]
 
@@ -115,3 +116,19 @@ def failing_rows():
     for text in "abc":
         yield {"text": text}
     raise ConnectionError("the line is dead")
+
+
+def test_a_run_keeps_the_commit_it_found(monkeypatch):
+    """A branch moves on; the run's documents do not. The shards are the same under either name."""
+    heads = {None: "a" * 40, "main": "a" * 40}
+    commit_of = hub._commit_of
+    monkeypatch.setattr(hub, "_commit_of", lambda path, revision: heads.get(revision, revision))
+    corpus = HubCorpus(path="owner/name")
+    pinned, fingerprint = corpus.pinned(), corpus.fingerprint()
+    assert pinned.revision == "a" * 40 and pinned.identity() == corpus.identity()
+    mix = MixCorpus(parts={"web": Part(quota=1, corpus=corpus)})
+    assert mix.pinned().parts["web"].corpus == pinned and mix.pinned().identity() == mix.identity()
+    heads[None] = "b" * 40
+    assert corpus.fingerprint() != fingerprint
+    monkeypatch.setattr(hub, "_commit_of", commit_of)  # which asks nobody about a whole commit
+    assert pinned.fingerprint() == fingerprint
