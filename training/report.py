@@ -96,8 +96,9 @@ class Report:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around the wait for a batch, with which every step begins."""
-        with self.aside():
-            self.profile.step()
+        if self.run.profile_steps:
+            with self.aside():  # which waits for the device, as no other step does
+                self.profile.step()
         start = time.perf_counter()
         try:
             yield

@@ -81,7 +81,8 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
 
 
-def under_fire(workplace, monkeypatch, kills: int) -> None:
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch, kills):
     options = [*UNDER_FIRE, "attention=mla"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     draw, met = random.Random(0), []
@@ -93,15 +94,6 @@ def under_fire(workplace, monkeypatch, kills: int) -> None:
         met += found
         assert_same_run(workplace / "whole", folder / "run", step=STEPS)
         assert not list(folder.rglob(".writing-*"))
-
-
-def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch):
-    under_fire(workplace, monkeypatch, kills=6)
-
-
-@pytest.mark.slow
-def test_killed_for_real_twenty_times_it_is_the_same_run(workplace, monkeypatch):
-    under_fire(workplace, monkeypatch, kills=20)
 
 
 SIGNALS = {"Ctrl-C": (signal.SIGINT, 130), "SIGTERM": (signal.SIGTERM, 143), "closed terminal": (signal.SIGHUP, 129)}
