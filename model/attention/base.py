@@ -50,6 +50,10 @@ class AttentionConfig(Config, ABC):
     def cache_elements(self) -> int:
         """Numbers kept per token and layer while decoding; call it on a derived config."""
 
+    @abstractmethod
+    def described(self, n_heads: int) -> str:
+        """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived config."""
+
 
 class Attention(nn.Module, ABC):
     """A pure function of its input, the context and the cache it is given; it holds weights and nothing else.
