@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "model.config model.errors",
-    "model.mask model.rope model.norm model.cache model.sampler",
+    "model.mask model.rope model.norm model.sampler",
+    "model.cache",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa",
     "model.kernels.auto",
