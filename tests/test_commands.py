@@ -90,7 +90,7 @@ def test_streaming_never_splits_a_character(workplace, monkeypatch, capsys):
     assert call("sample", ["é漢", "--run", "run", "--temperature", "0", "--max-new-tokens", "40"], monkeypatch) == 0
     pieces = [piece for piece in pieces if piece]
     assert "🙂ñ字🦉\né漢🙂" in "".join(pieces)
-    assert not any("\ufffd" in piece for piece in pieces[:-2])  # at the end, what is cut off may show
+    assert "\ufffd" not in "".join(pieces)  # nor at the end, which falls within a character
 
 
 def samples(place, monkeypatch, capsys, *arguments: str) -> list[dict]:

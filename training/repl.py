@@ -60,10 +60,11 @@ class Conversation:
     ):
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.begin, self.max_new_tokens, self.stops = begin, max_new_tokens, stops
-        self.texts: Texts | None = None
+        self.reset()
 
     def reset(self) -> None:
-        self.texts = None
+        self.texts: Texts | None = None
+        self.half = b""  # of a character that the last turn left incomplete, for the next one to go on with
 
     def append(self, line: str) -> None:
         """Raises UserError, and changes nothing, where the line leaves no room in the context."""
@@ -80,10 +81,12 @@ class Conversation:
                 f"the context of {limit} tokens is full" if free <= 0 else f"{len(tokens)} tokens do not fit: {free} do"
             )
             raise UserError(f"{full}; /reset begins anew, --context slide would drop the oldest half") from None
+        if line:
+            self.half = b""  # it will never be whole
 
     def turn(self, write: Callable[[str], None]) -> str:
         """Continues the text, handing out what is certain of it -> a word for the user on why it ended, or none."""
-        texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops), None
+        texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops, self.half), None
         end = self.tokenizer.end_of_text
         with Interruptible() as interruption:
             for step in generate(self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end):
@@ -92,6 +95,7 @@ class Conversation:
                 if stream.stopped or interruption.asked:
                     break
             write(stream.close())
+        self.half = b"" if token == end else stream.half
         if not stream.text.endswith("\n"):
             write("\n")
         if interruption.asked:

@@ -3,12 +3,14 @@
 import signal
 
 import pytest
+import torch
 
 from data.errors import UserError
 from data.tokenizer import ByteTokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from tests.support import CASES, small_model
+from training import repl
 from training.repl import Conversation
 
 GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
@@ -95,3 +97,27 @@ def test_a_full_context_is_said_and_a_reset_begins_anew():
     talk.append("x")
     talk.turn(ignore)
     assert written(talk)[0] == ord("x")
+
+
+@pytest.mark.parametrize(("line", "shown"), [("", "🙂b\n"), ("x", "\ufffdb\n")])
+def test_a_character_that_a_turn_left_incomplete_is_shown_whole_by_the_next_unless_text_comes_between(
+    monkeypatch, line, shown
+):
+    script = list("a🙂b".encode())
+
+    def recite(model, texts, sampler, *, max_new_tokens, end_token):
+        for _ in range(max_new_tokens):
+            token = torch.tensor([script.pop(0)])
+            texts.add(token)
+            yield token
+
+    monkeypatch.setattr(repl, "generate", recite)
+    talk, pieces = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4), []
+    talk.append("The ")
+    talk.turn(pieces.append)
+    assert "".join(pieces) == "a\n"
+    talk.max_new_tokens = 2
+    talk.append(line)
+    talk.turn(pieces.append)
+    assert "".join(pieces) == "a\n" + shown
+    assert bytes(written(talk)) == b"The a" + "🙂".encode()[:3] + line.encode() + "🙂".encode()[3:] + b"b"
