@@ -24,7 +24,7 @@ def sample(args: argparse.Namespace) -> None:
     from model.sampler import Sampler
     from training.config import load_choice
     from training.device import choose_device
-    from training.log import tell, to_stderr
+    from training.log import held_back, tell, to_stderr
     from training.precision import Working, choose_precision
     from training.preview import prompt_tokens
     from training.repl import Conversation, converse
@@ -44,7 +44,7 @@ def sample(args: argparse.Namespace) -> None:
     sampler = Sampler(**{name: getattr(args, name) for name in Sampler.model_fields})
     seeds = range(args.seed, args.seed + args.num_samples)
     if not args.stats:
-        logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is said amid the text
+        logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
     sys.stdout.reconfigure(encoding="utf-8")
 
     def begin(tokens: list[int]) -> Texts:
@@ -70,16 +70,19 @@ def sample(args: argparse.Namespace) -> None:
         tell(f"[the context of {limit} tokens keeps the last {read} of the prompt's {len(prompt)}]")
     samples = [Sample(seed, read, tokenizer, args.stop) for seed in seeds]
     pieces = write(model, tokenizer, sampler, texts, samples, args.max_new_tokens)
-    if args.json:
-        list(pieces)
-        for one in samples:
-            print(json.dumps({"prompt": args.prompt, **one.described()}, ensure_ascii=False))
-    else:
-        show(args.prompt, pieces, samples, limit)
+    with held_back():
+        if args.json:
+            list(pieces)
+            for one in samples:
+                print(json.dumps({"prompt": args.prompt, **one.described()}, ensure_ascii=False), flush=True)
+        else:
+            show(args.prompt, pieces, samples, limit)
     if args.stats:
         for name, value in speeds(samples).items():
             tell(f"{name}={'n/a' if value is None else value}")
         tell(f"cache_bytes_per_token={sum(layer.bytes_per_token for layer in texts.caches or [])}")
+    if any(one.finish == "interrupted" for one in samples):
+        raise KeyboardInterrupt
 
 
 def main() -> None:

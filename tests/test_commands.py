@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training.streaming import TextStream
 
@@ -134,20 +136,60 @@ def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way)
     assert one["prompt"] == prompt and one["prompt_tokens"] == len(prompt.encode())
 
 
-def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys):
+@pytest.fixture
+def ctrl_c_at(monkeypatch):
+    """Call it with n: Ctrl-C comes while the n-th token is being decoded."""
+
+    def arrange(n: int) -> None:
+        fed = []
+
+        def feed(stream, token, feed=TextStream.feed):
+            fed.append(token)
+            if len(fed) == n:
+                signal.raise_signal(signal.SIGINT)
+            return feed(stream, token)
+
+        monkeypatch.setattr(TextStream, "feed", feed)
+
+    return arrange
+
+
+def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
     whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
-    fed = []
-
-    def feed(stream, token, feed=TextStream.feed):
-        fed.append(token)
-        if len(fed) == 8:
-            raise KeyboardInterrupt
-        return feed(stream, token)
-
-    monkeypatch.setattr(TextStream, "feed", feed)
+    ctrl_c_at(8)
     assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
     out, err = capsys.readouterr()
-    assert out == whole[: 3 + 7] + "\n" and err.endswith("interrupted\n")
+    assert out == whole[: 3 + 8] + "\n" and err.endswith("interrupted\n")
+
+
+def test_ctrl_c_leaves_the_json_of_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
+    """Of two rows, the second ended before at its stop string."""
+    common = ["The", "--json", "--num-samples", "2", "--max-new-tokens", "20"]
+    whole = samples(place, monkeypatch, capsys, *common)
+    stop = whole[1]["text"][:2]
+    assert stop not in whole[0]["text"][:8]
+    ctrl_c_at(10)  # row 0 has 8 tokens then, row 1 its 2
+    assert call("sample", [*common, "--stop", stop], monkeypatch) == 130
+    out, err = capsys.readouterr()
+    found = [[one[key] for key in ("text", "tokens", "finish")] for one in map(json.loads, out.splitlines())]
+    assert found == [[whole[0]["text"][:8], 8, "interrupted"], ["", 2, "stop"]] and err.endswith("interrupted\n")
+
+
+def test_ctrl_c_at_the_last_token_interrupts_nothing(place, monkeypatch, capsys, ctrl_c_at):
+    ctrl_c_at(20)
+    (one,) = samples(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
+    assert (one["tokens"], one["finish"]) == (20, "length")
+
+
+def test_nothing_is_announced_amid_the_text(place, monkeypatch, capsys):
+    text, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "9")
+    said = []
+    monkeypatch.setattr(sys.stdout, "write", said.append)
+    monkeypatch.setattr(sys.stderr, "write", said.append)
+    _log_once.cache_clear()
+    assert call("sample", ["The", "--stats", "--max-new-tokens", "9"], monkeypatch) == 0
+    before, _, after = "".join(said).partition(text)
+    assert "run runs/mla" in before and "\nkernel " in "\n" + after and "\ncache_bytes_per_token=" in after
 
 
 def test_a_conversation(place, monkeypatch, capsys):

@@ -1,17 +1,17 @@
 """Sampling turn by turn: what is typed is appended to the text, and the model continues it."""
 
 import io
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Self
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
+from training.log import held_back
+from training.signals import Interruptible
 from training.streaming import TextStream
 
 HELP = """\
@@ -23,25 +23,6 @@ A line that begins with // stands for one that begins with /.
   Ctrl-C   stops the model; what it wrote stays in the text
   Ctrl-D   leaves
 A stop string ends a turn and is not shown, but stays in the text."""
-
-
-class Interruptible:
-    """Within its `with` block the first Ctrl-C is written down, for the loop to act on after the token: an exception
-    could come between the text and what the model remembers of it."""
-
-    asked = False
-
-    def __enter__(self) -> Self:
-        self.before = signal.signal(signal.SIGINT, self._receive)
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def _receive(self, *_) -> None:
-        if self.asked:  # it does not come to the end of a token
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 class Conversation:
@@ -143,7 +124,9 @@ def take_turn(conversation: Conversation, text: str) -> None:
     except UserError as error:
         say(f"[{error}]")
     else:
-        say(conversation.turn(write))
+        with held_back():
+            ending = conversation.turn(write)
+        say(ending)
 
 
 def write(text: str) -> None:

@@ -12,6 +12,7 @@ from model.sampler import Sampler
 from tests.support import CASES, small_model
 from training import repl
 from training.repl import Conversation
+from training.signals import Interruptible
 
 GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
 
@@ -69,6 +70,16 @@ def test_ctrl_c_ends_the_turn_and_the_text_goes_on_from_what_was_written():
     talk.append("")
     talk.turn(ignore)
     assert written(talk) == written(free)
+
+
+def test_a_ctrl_c_that_the_process_was_started_to_ignore_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruptible() as interruption:
+            signal.raise_signal(signal.SIGINT)
+        assert not interruption.asked and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_stop_string_ends_a_turn_unseen_and_stays_in_the_text():
