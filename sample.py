@@ -1,7 +1,7 @@
 """Continues a prompt with a trained model, decoding through the cache of its attention.
 
 python sample.py "def solve("                     # the newest run; streams the text
-python sample.py --run runs/NAME --max-new-tokens 300 --temperature 0.8 --top-k 50 --seed 7 --stats
+python sample.py --run runs/NAME --max-new-tokens 300 --top-k 50 --seed 7 --stats
 python sample.py --prompt-file a.py --num-samples 4 --json
 python sample.py --interactive
 python sample.py --score a.py                     # how well the model predicts a text
@@ -29,7 +29,7 @@ def sample(args: argparse.Namespace) -> None:
     from training.preview import prompt_tokens
     from training.repl import Conversation, converse
     from training.run_folder import newest
-    from training.scoring import score_text
+    from training.scoring import as_json, as_line, score_text
     from training.trained import load_run
     from training.writing import Sample, show, speeds, write
 
@@ -53,8 +53,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.text is not None:
         score = score_text(model, tokenizer, args.text, limit)
         tell(f"run {folder}")
-        print(f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte, ", end="")
-        print(f"{score.tokens:,} tokens predicted, {score.text_bytes:,} bytes")
+        print(json.dumps({"file": str(args.score), **as_json(score)}) if args.json else as_line(score))
         return
     if args.interactive:
         tell(f"run {folder}")

@@ -212,8 +212,19 @@ def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
     out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
     found = re.fullmatch(r"(.*) nats per token, (.*) bits per byte, 199 tokens predicted, 199 bytes\n", out)
     assert float(found[1]) == pytest.approx(float(found[2]) * 0.6931, abs=1e-3)
+    (one,) = samples(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
+    assert (one["file"], one["tokens"], one["bytes"]) == (str(tmp_path / "a.txt"), 199, 199)
+    assert (f"{one['nats_per_token']:.4f}", f"{one['bpb']:.4f}") == found.groups()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.txt").read_bytes())))
     assert sample(place, monkeypatch, capsys, "--score", "-")[0] == out
+
+
+def test_help_states_the_limits_of_every_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call("sample", ["--help"], monkeypatch) == 0
+    numbers = re.findall(r"^  --(\S+) [A-Z]\s+(.*)", capsys.readouterr().out, re.MULTILINE)
+    assert len(numbers) == 8 and dict(numbers)["num-samples"].startswith("1 to 1024; ")
+    assert [name for name, meaning in numbers if not re.match(r"\d+ (or more|to \d+); ", meaning)] == []
 
 
 BAD_SAMPLES = {
