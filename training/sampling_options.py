@@ -8,6 +8,7 @@ from typing import Any
 
 from data.errors import UserError
 from training.command import CONF, Parser, number
+from training.completion import PrintCompletion
 
 MOST_SAMPLES = 1024
 DEFAULTS = {
@@ -86,6 +87,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(
+        "--completion", action=PrintCompletion, help="print code for bash that completes all this at TAB"
     )
     text = parser.add_argument_group("what to continue").add_argument
     text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")
