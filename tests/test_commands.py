@@ -138,15 +138,16 @@ def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way)
 
 @pytest.fixture
 def ctrl_c_at(monkeypatch):
-    """Call it with n: Ctrl-C comes while the n-th token is being decoded."""
+    """Call it with n: Ctrl-C comes, once or more often, while the n-th token is being decoded."""
 
-    def arrange(n: int) -> None:
+    def arrange(n: int, times: int = 1) -> None:
         fed = []
 
         def feed(stream, token, feed=TextStream.feed):
             fed.append(token)
             if len(fed) == n:
-                signal.raise_signal(signal.SIGINT)
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
             return feed(stream, token)
 
         monkeypatch.setattr(TextStream, "feed", feed)
@@ -160,6 +161,14 @@ def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
     assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
     out, err = capsys.readouterr()
     assert out == whole[: 3 + 8] + "\n" and err.endswith("interrupted\n")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_token(place, monkeypatch, capsys, ctrl_c_at):
+    whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
+    ctrl_c_at(8, times=2)
+    assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
+    out, err = capsys.readouterr()
+    assert out == whole[: 3 + 7] + "\n" and err.endswith("interrupted\n")
 
 
 def test_ctrl_c_leaves_the_json_of_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
