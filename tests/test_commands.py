@@ -205,7 +205,7 @@ def test_a_conversation(place, monkeypatch, capsys):
     """Through a pipe: each turn's text, and the words to the user on stderr."""
 
     def talk(*arguments: str) -> tuple[str, str]:
-        lines = "The key\n/help\n and\n/nonsense\n//x\n/reset\nThe key\n"
+        lines = "The key\n/help\n and\n/nonsense \n//x\n/reset \nThe key\n"
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
 

@@ -107,13 +107,14 @@ def converse(conversation: Conversation, first: str) -> None:
         except KeyboardInterrupt:
             say("\nCtrl-D leaves")
             continue
-        if line == "/help":
+        command = line.rstrip()
+        if command == "/help":
             say(HELP)
-        elif line == "/reset":
+        elif command == "/reset":
             conversation.reset()
             say("[a new text]")
         elif line.startswith("/") and not line.startswith("//"):
-            say(f"{line}: no such command; /help lists them, and // stands for text that begins with /")
+            say(f"{command}: no such command; /help lists them, and // stands for text that begins with /")
         else:
             take_turn(conversation, line.removeprefix("/") if line.startswith("//") else line)
 
