@@ -1,4 +1,5 @@
-"""The base of the typed configuration objects of the model and of training (data/ has its own: it knows neither)."""
+"""The base of the typed configuration objects of the model and of training (data/ has its own: it knows neither), and
+the dimensions that the parts of a model share."""
 
 from typing import Annotated
 
@@ -12,3 +13,14 @@ class Config(BaseModel):
     """Frozen and strict: unknown keys, wrong types, infinities and NaN are refused where the object is made."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Dimensions(Config):
+    """What everything else derives from. The vocabulary belongs to the tokenizer."""
+
+    n_layers: Size
+    d_model: Size
+    n_heads: Size
+    context_length: int = Field(ge=2, le=LARGEST)  # tokens in a training window, and the most a text may have
+    tie_embeddings: bool = True  # one matrix for the input embedding and the output head
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training

@@ -118,7 +118,7 @@ class Fused(Kernel):
 
     calls: list[tuple[int, float]] = Field(default_factory=list)  # FLOPs per query-key pair; keys per query
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         heads, value_dim = q.shape[2], v.shape[-1]
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), _visible(mask, q.shape[1], k.shape[1])))
         width = max(q.shape[-1], value_dim)  # they want q, k and v equally wide

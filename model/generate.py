@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model.cache import FullCache
+from model.cache import Cache
 from model.sampler import Sampler
 from model.transformer import TransformerLM
 
@@ -140,14 +140,15 @@ def next_logits(model: TransformerLM, texts: Texts) -> Tensor:
     return logits
 
 
-def _whole_text(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[FullCache] | None = None) -> Tensor:
+def _whole_text(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[Cache] | None = None) -> Tensor:
     """Logits (B, V) after each row's last token, filling the caches where there are any.
 
-    Rows shorter than the longest are padded on the right with positions that run on, so the batch is plain: no real
-    token sees the padding, and decoding overwrites its cache rows before any query can.
+    Rows shorter than the longest are padded on the right, so the batch is plain: no real token sees the padding.
     """
     text = text[:, : int(lengths.max())]
     positions = torch.arange(text.shape[1], device=text.device)[None]
+    if (lengths != lengths[0]).any():
+        positions = positions.where(positions < lengths[:, None], -1)
     return model(text, positions=positions, plain=True, caches=caches, only=lengths[:, None] - 1).logits[:, 0]
 
 
@@ -155,7 +156,7 @@ def decode_step(
     model: TransformerLM,
     tokens: Tensor,
     positions: Tensor,
-    caches: list[FullCache],
+    caches: list[Cache],
     extent: int,
     last: Tensor | None = None,
 ) -> Tensor:

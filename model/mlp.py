@@ -8,46 +8,46 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from model.config import LARGEST, Config
+from model.config import LARGEST, Config, Dimensions
 
 
 class MLPConfig(Config, ABC):
     d_ff: int | None = Field(None, ge=1, le=4 * LARGEST)  # hidden width; unset, it derives from d_model
 
     @abstractmethod
-    def derive(self, d_model: int) -> Self:
+    def derive(self, dimensions: Dimensions) -> Self:
         """The same choice with d_ff filled in."""
 
     @abstractmethod
-    def build(self, d_model: int) -> nn.Module:
+    def build(self, dimensions: Dimensions) -> nn.Module:
         """The module; call it on a derived config. Its last matrix, to the residual stream, is named `down_proj`."""
 
 
 class SwiGLUConfig(MLPConfig):
     """d_ff: 8/3 d_model rounded up to a multiple of 32, for as many parameters as a plain MLP of 4 d_model."""
 
-    def derive(self, d_model: int) -> Self:
-        return self.model_copy(update={"d_ff": self.d_ff or -(-8 * d_model // 96) * 32})
+    def derive(self, dimensions: Dimensions) -> Self:
+        return self.model_copy(update={"d_ff": self.d_ff or -(-8 * dimensions.d_model // 96) * 32})
 
-    def build(self, d_model: int) -> nn.Module:
-        return SwiGLU(d_model, self.d_ff)
+    def build(self, dimensions: Dimensions) -> nn.Module:
+        return SwiGLU(dimensions.d_model, self.d_ff)
 
 
 class PlainMLPConfig(MLPConfig):
     """d_ff: 4 d_model."""
 
-    def derive(self, d_model: int) -> Self:
-        return self.model_copy(update={"d_ff": self.d_ff or 4 * d_model})
+    def derive(self, dimensions: Dimensions) -> Self:
+        return self.model_copy(update={"d_ff": self.d_ff or 4 * dimensions.d_model})
 
 
 class ReLU2Config(PlainMLPConfig):
-    def build(self, d_model: int) -> nn.Module:
-        return PlainMLP(d_model, self.d_ff, lambda x: F.relu(x).square())
+    def build(self, dimensions: Dimensions) -> nn.Module:
+        return PlainMLP(dimensions.d_model, self.d_ff, lambda x: F.relu(x).square())
 
 
 class GELUConfig(PlainMLPConfig):
-    def build(self, d_model: int) -> nn.Module:
-        return PlainMLP(d_model, self.d_ff, F.gelu)
+    def build(self, dimensions: Dimensions) -> nn.Module:
+        return PlainMLP(dimensions.d_model, self.d_ff, F.gelu)
 
 
 class SwiGLU(nn.Module):

@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from model.attention.base import AttentionConfig, Context
-from model.cache import FullCache
-from model.config import LARGEST, Config, Size
+from model.attention.base import AttentionChoice, Context
+from model.cache import Cache
+from model.config import Dimensions
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
 from model.norm import RMSNorm
@@ -20,35 +20,18 @@ VOCAB_MULTIPLE = 64  # matrix units want aligned widths
 RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
 
 
-class Dimensions(Config):
-    """What everything else derives from. The vocabulary belongs to the tokenizer."""
-
-    n_layers: Size
-    d_model: Size
-    n_heads: Size
-    context_length: int = Field(ge=2, le=LARGEST)  # tokens in a training window, and the most a text may have
-    tie_embeddings: bool = True  # one matrix for the input embedding and the output head
-    dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training
-
-
 class ModelConfig(Dimensions):
     """The dimensions, and what is built with them."""
 
-    attention: AttentionConfig
+    attention: AttentionChoice
     mlp: MLPConfig
     kernel: Kernel
 
-    @field_validator("attention")
+    @field_validator("attention", "mlp")
     @classmethod
-    def _derive_attention(cls, attention: AttentionConfig, info: ValidationInfo) -> AttentionConfig:
-        if {"d_model", "n_heads"} <= info.data.keys():  # absent if they were themselves refused
-            return attention.derive(info.data["d_model"], info.data["n_heads"])
-        return attention
-
-    @field_validator("mlp")
-    @classmethod
-    def _derive_mlp(cls, mlp: MLPConfig, info: ValidationInfo) -> MLPConfig:
-        return mlp.derive(info.data["d_model"]) if "d_model" in info.data else mlp
+    def _derive(cls, part: AttentionChoice | MLPConfig, info: ValidationInfo) -> AttentionChoice | MLPConfig:
+        known = {name: info.data[name] for name in Dimensions.model_fields if name in info.data}
+        return part.derive(Dimensions(**known)) if known.keys() == Dimensions.model_fields.keys() else part
 
 
 class Output(NamedTuple):
@@ -57,15 +40,15 @@ class Output(NamedTuple):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int, causal: bool):
         super().__init__()
         self.attention_norm = RMSNorm(config.d_model)
-        self.attention = config.attention.build(config.d_model, config.n_heads, config.kernel)
+        self.attention = config.attention.of_layer(index).build(config, config.kernel, causal)
         self.mlp_norm = RMSNorm(config.d_model)
-        self.mlp = config.mlp.build(config.d_model)
+        self.mlp = config.mlp.build(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         attended, extras = self.attention(self.attention_norm(x), ctx, cache)
         x = x + ctx.drop(attended, self.dropout)
         return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), extras
@@ -104,12 +87,12 @@ def _with_padding(module: VocabMatrix, state: dict, prefix: str, *_) -> None:
 class TransformerLM(nn.Module):
     """Pre-norm decoder. The same seed gives the same float32 weights whatever kernel, device or precision."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0):
+    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, causal: bool = True):
+        """Without `causal` every token sees those after it too: an encoder, which has no caches."""
         super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
+        self.config, self.vocab_size, self.causal = config, vocab_size, causal
         self.embedding = VocabMatrix(vocab_size, config.d_model)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model)
         self.head = None if config.tie_embeddings else VocabMatrix(vocab_size, config.d_model)
         self.ropes = {block.attention.rope for block in self.layers}
@@ -122,31 +105,38 @@ class TransformerLM(nn.Module):
         positions: Tensor | None = None,
         plain: bool = False,
         docs: Tensor | None = None,
-        caches: Sequence[FullCache] | None = None,
+        caches: Sequence[Cache] | None = None,
         extent: int | None = None,
         only: Tensor | None = None,
         training: bool = False,
+        want: frozenset[str] = frozenset(),
     ) -> Output:
         """tokens (B, T) int64 -> logits (B, T, V).
 
         positions: (B, T) or (1, T) of the tokens; negative is padding. Without them: 0..T-1, which is plain. With
             caches they are required: a decoder that forgot them would restart at 0 in silence.
-        plain: the caller's word that the positions given are 0..T-1 and that the caches are empty (a prefill).
+        plain: the caller's word that the positions given are 0..T-1, with nothing but padding behind, and that the
+            caches are empty (a prefill).
         docs: (B, T) the document each token belongs to; its positions begin at 0 in each. For training: caches hold one
             document, so they cannot go with it.
         caches: one per layer, from `make_caches`; written in place.
         extent: how many cache rows may be visible, if fewer than the capacity.
         only: (B, K) indices of the tokens whose logits are wanted.
         training: dropout is on, and draws from PyTorch's global generator.
+        want: names of what layers shall say besides; it comes as extras.
         """
         if docs is not None and (positions is None or plain or caches is not None):
             raise ValueError("packed documents need positions, which are not plain, and no caches")
+        if caches is not None and not self.causal:
+            raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
         if positions is None:
             if caches is not None:
                 raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
             positions, plain = torch.arange(tokens.shape[1], device=tokens.device)[None], True
         rotary = {rope: rope.table(positions) for rope in self.ropes}
-        ctx = Context(positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training)
+        ctx = Context(
+            positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training, want=want
+        )
         x = ctx.drop(self.embedding(tokens), self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
@@ -156,7 +146,7 @@ class TransformerLM(nn.Module):
             x = x.take_along_dim(only[..., None], dim=1)
         return Output((self.head or self.embedding).logits(self.norm(x)), extras)
 
-    def make_caches(self, batch_size: int, capacity: int) -> list[FullCache]:
+    def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
         """One empty cache per layer; the caller owns them."""
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
 

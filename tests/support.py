@@ -37,6 +37,13 @@ CASES = [
     ("attention=mla", "attention.execution=naive"),
     ("attention=mla", "attention.execution=expanded", "attention.v_head_dim=24"),
     ("attention=mla", "attention.execution=absorbed", "attention.q_lora_rank=24"),
+    ("attention=gqa", "attention.window=5"),
+    ("attention=mla", "attention.window=6"),
+    ("attention=mqa", "attention.window=4", "attention.global_tokens=2"),
+    ("attention=mha", "attention.window=9", "attention.dilation=2"),
+    ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2"),
+    ("attention=mla", "attention.mask_diagonal=true"),
+    ("attention=stack", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
 ]
 
 

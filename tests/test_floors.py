@@ -8,7 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "model.config model.errors",
-    "model.mask model.rope model.norm model.cache model.sampler",
+    "model.mask model.rope model.norm model.sampler",
+    "model.cache",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa",
     "model.kernels.auto",
@@ -23,7 +24,8 @@ FLOORS = [
     "data.build",
     "data.prepare",
     "data.batches",
-    "training.allocator training.compilation training.device training.guard training.log training.unknown",
+    "training.allocator training.compilation training.completion training.device training.guard training.log",
+    "training.unknown",
     "training.command",
     "training.loss training.signals training.streaming training.sampling_options training.mfu training.profiling",
     "training.optim training.precision training.schedule training.plot",

@@ -20,7 +20,8 @@ from data.corpus import Corpus
 from data.errors import UserError
 from data.mix import MixCorpus, Part
 from data.tokenizer import TokenizerConfig
-from model.attention.base import AttentionConfig, divisors
+from model.attention.base import AttentionChoice, AttentionConfig, divisors
+from model.attention.stack import StackConfig
 from model.config import Config
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
@@ -30,7 +31,7 @@ from training.optim import OptimConfig
 from training.schedule import Schedule
 
 ROOT = Path(__file__).resolve().parent.parent
-MODEL_PARTS = {"attention": AttentionConfig, "mlp": MLPConfig, "kernel": Kernel}
+MODEL_PARTS = {"attention": AttentionChoice, "mlp": MLPConfig, "kernel": Kernel}
 RUN_PARTS = {
     "data": Corpus,
     "tokenizer": TokenizerConfig,
@@ -185,6 +186,10 @@ def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
     cls = resolve_target(section.pop("_target_", None), base, key)
     if cls is MixCorpus and isinstance(section.get("parts"), Mapping):
         section["parts"] = {name: _mixed(f"{key}.parts.{name}", name, part) for name, part in section["parts"].items()}
+    if cls is StackConfig and isinstance(section.get("parts"), Mapping):
+        section["parts"] = {name: _stacked(f"{key}.parts.{name}", part) for name, part in section["parts"].items()}
+    if cls is StackConfig and isinstance(section.get("pattern"), list):
+        section["pattern"] = tuple(section["pattern"])  # YAML has no tuples
     return _build(cls, key, section, {})
 
 
@@ -194,20 +199,37 @@ def _mixed(key: str, name: str, given: Any) -> Part:
     corpus = part.pop("corpus", None)
     quota = {"quota": part.pop("quota")} if "quota" in part else {}
     if not isinstance(corpus, Mapping):
-        choice = part.pop("data", name)
-        if choice not in choices("data"):
-            raise UserError(
-                f"{key}: there is no data={choice}: choose one of {', '.join(choices('data'))}, as {key}.data="
-            )
-        corpus, part = _choice("data", choice) | part, {}
-        missing = [setting for setting, value in corpus.items() if value == "???"]
-        if missing:
-            raise UserError(f"{key}.{missing[0]} is not set: give it a value")
+        corpus, part = _chosen(key, "data", {"data": name} | part), {}
     return _build(Part, key, quota | part, {"corpus": _typed(dict(corpus), key, Corpus)})
 
 
+def _stacked(key: str, given: Any) -> AttentionConfig:
+    """A part of a stack, as typed (a choice of conf/attention and settings of it) or as dumped (with its class)."""
+    part = {"attention": given} if isinstance(given, str) else given
+    if not isinstance(part, Mapping) or not part.keys() & {"attention", "_target_"}:
+        raise UserError(f"{key}={given!r}: choose an attention, as {key}.attention=gqa")
+    return _typed(_chosen(key, "attention", part) if "attention" in part else dict(part), key, AttentionConfig)
+
+
+def _chosen(key: str, group: str, part: Mapping[str, Any]) -> dict[str, Any]:
+    """The choice of a group that `part` names, with the settings that `part` changes."""
+    settings = dict(part)
+    choice = settings.pop(group)
+    if choice not in choices(group):
+        raise UserError(
+            f"{key}: there is no {group}={choice}: choose one of {', '.join(choices(group))}, as {key}.{group}="
+        )
+    settings = _choice(group, choice) | settings
+    missing = [setting for setting, value in settings.items() if value == "???"]
+    if missing:
+        raise UserError(f"{key}.{missing[0]} is not set: give it a value")
+    return settings
+
+
 def _choice(group: str, name: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    """Of a group's file; what it takes over from a shared one has the same defaults in its class."""
+    settings = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
+    return {key: value for key, value in settings.items() if key != "defaults"}
 
 
 def _micro_batch_size(tree: Mapping[str, Any], context_length: int) -> Any:
@@ -224,6 +246,9 @@ def _dump_part(part: BaseModel) -> dict[str, Any]:
     if isinstance(part, MixCorpus):
         parts = {name: {"quota": one.quota, "corpus": _dump_part(one.corpus)} for name, one in part.parts.items()}
         return target | part.model_dump(exclude={"parts"}) | {"parts": parts}
+    if isinstance(part, StackConfig):
+        parts = {name: _dump_part(one) for name, one in part.parts.items()}
+        return target | {"pattern": list(part.pattern), "parts": parts}
     return target | part.model_dump()
 
 

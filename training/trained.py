@@ -53,5 +53,5 @@ def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> M
         if execution not in config.attention.executions:
             kind = config.attention.described(config.n_heads)
             raise UserError(f"execution={execution}: the attention of this run ({kind}) runs in one way only")
-        config = config.model_copy(update={"attention": config.attention.model_copy(update={"execution": execution})})
+        config = config.model_copy(update={"attention": config.attention.executed(execution)})
     return config

@@ -63,7 +63,10 @@ def _files(group: str) -> list[Path]:
 
 
 def _keys(path: Path) -> list[str]:
-    return [key for key in _read(path) if key not in ("defaults", "hydra", "_target_")]
+    """Those of a file, and those that it takes over from others of its folder."""
+    own = [key for key in _read(path) if key not in ("defaults", "hydra", "_target_")]
+    shared = [entry for entry in _read(path).get("defaults", []) if str(entry).endswith("@_here_")]
+    return [*own, *(key for entry in shared for key in _keys(path.parent / f"{entry.removesuffix('@_here_')}.yaml"))]
 
 
 def _read(path: Path) -> dict:

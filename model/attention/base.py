@@ -4,15 +4,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from model.cache import FullCache
-from model.config import Config
+from model.cache import Cache
+from model.config import LARGEST, Config, Dimensions, Size
 from model.kernels.base import Kernel
-from model.mask import Mask
+from model.mask import Mask, Pattern
 from model.rope import Rope
 
 
@@ -26,33 +27,89 @@ class Context:
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
     docs: Tensor | None = None  # (B, T) document of each token, where several are packed into a sequence
     training: bool = False  # dropout is on
+    want: frozenset[str] = frozenset()  # names of what layers shall say besides
 
     def drop(self, x: Tensor, probability: float) -> Tensor:
         """Dropout (Srivastava et al. 2014), which leaves x alone outside training."""
         return F.dropout(x, probability) if self.training and probability else x
 
 
-class AttentionConfig(Config, ABC):
+class AttentionChoice(Config, ABC):
     """Dimensions left at None derive from the model's, by the rule each field's comment states."""
 
-    executions: ClassVar[tuple[str, ...]] = ()  # what a field `execution` may say, where there is more than one way
+    @property
+    def executions(self) -> tuple[str, ...]:
+        """What a field `execution` may say, where the same parameters run in more than one way."""
+        return ()
+
+    def executed(self, execution: str) -> Self:
+        """The same choice, run in one of its ways."""
+        return self.model_copy(update={"execution": execution})
 
     @abstractmethod
-    def derive(self, d_model: int, n_heads: int) -> Self:
+    def derive(self, dimensions: Dimensions) -> Self:
         """The same choice with every dimension filled in. Raises ValueError where they do not fit together."""
 
     @abstractmethod
-    def build(self, d_model: int, n_heads: int, kernel: Kernel) -> "Attention":
+    def of_layer(self, index: int) -> "AttentionConfig":
+        """What that layer is built of; call it on a derived choice."""
+
+    @abstractmethod
+    def described(self, n_heads: int) -> str:
+        """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
+
+
+class AttentionConfig(AttentionChoice):
+    """One attention, the same in each layer that has it."""
+
+    window: Size | None = None  # keys a query sees, its own included; unset: all before it
+    dilation: Size = 1  # within the window, every n-th key
+    global_tokens: int = Field(0, ge=0, le=LARGEST)  # the first tokens, which are seen from beyond the window
+    random_blocks: float = Field(0.0, ge=0, lt=1)  # share of the blocks beyond the window that are seen
+    block_size: Size = 64  # tokens in such a block
+    pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones
+    mask_diagonal: bool = False  # a token does not see itself: to study what it is good for
+
+    @model_validator(mode="after")
+    def _pattern_makes_sense(self) -> Self:
+        if self.window is None and self.dilation == 1:
+            for name in ("global_tokens", "random_blocks"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)} adds to what a window shows, and without one all is seen: "
+                        "set attention.window"
+                    )
+        if self.mask_diagonal and not self.global_tokens and (self.window == 1 or self.dilation > 1):
+            raise ValueError(
+                "mask_diagonal=true leaves some tokens nothing to see with "
+                + ("window=1: choose a wider one" if self.window == 1 else f"dilation={self.dilation}: choose 1")
+                + ", or set attention.global_tokens=1"
+            )
+        return self
+
+    def of_layer(self, index: int) -> "AttentionConfig":
+        return self
+
+    def pattern(self, causal: bool) -> Pattern:
+        return Pattern(
+            causal=causal,
+            window=self.window,
+            dilation=self.dilation,
+            global_tokens=self.global_tokens,
+            random_blocks=self.random_blocks,
+            block_size=self.block_size,
+            seed=self.pattern_seed,
+            see_self=not self.mask_diagonal,
+        )
+
+    @abstractmethod
+    def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "Attention":
         """The module; call it on a derived config."""
 
     @property
     @abstractmethod
     def cache_elements(self) -> int:
         """Numbers kept per token and layer while decoding; call it on a derived config."""
-
-    @abstractmethod
-    def described(self, n_heads: int) -> str:
-        """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived config."""
 
 
 class Attention(nn.Module, ABC):
@@ -62,26 +119,30 @@ class Attention(nn.Module, ABC):
     """
 
     rope: Rope
+    pattern: Pattern
 
     @abstractmethod
-    def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """x (B, T, d_model) -> the same shape, and what else this layer has to say. Position i reads no later one."""
 
     @abstractmethod
-    def make_cache(self, batch_size: int, capacity: int) -> FullCache:
+    def make_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache on the device and in the dtype of the weights. The caller owns it."""
 
 
-def through_cache(ctx: Context, cache: FullCache | None, **fresh: Tensor) -> tuple[tuple[Tensor, ...], Mask]:
+def through_cache(
+    pattern: Pattern, ctx: Context, cache: Cache | None, **fresh: Tensor
+) -> tuple[tuple[Tensor, ...], Mask]:
     """Writes `fresh` (B, T, ...) to the cache, if there is one; returns the keys to attend to, and the mask for them.
 
     Without a cache, and in a plain prefill (nothing was cached before), the keys are the fresh tensors themselves.
     """
+    if cache is not None and not ctx.plain:
+        keys = cache.extend(ctx.positions, ctx.extent, **fresh)
+        return keys.columns, Mask(ctx.positions, keys.positions, plain=False, pattern=pattern)
     if cache is not None:
         cache.write(ctx.positions, **fresh)
-        if not ctx.plain:
-            return cache.read(ctx.extent), Mask(ctx.positions, cache.positions(ctx.extent), plain=False)
-    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.plain, ctx.docs, ctx.docs)
+    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.plain, pattern, ctx.docs, ctx.docs)
 
 
 def divisors(n: int) -> list[int]:
@@ -89,8 +150,9 @@ def divisors(n: int) -> list[int]:
     return small + [n // i for i in reversed(small) if i * i != n]
 
 
-def head_dim_of(d_model: int, n_heads: int) -> int:
+def head_dim_of(dimensions: Dimensions) -> int:
     """The rule for an unset head dimension: the heads share the model's width."""
+    d_model, n_heads = dimensions.d_model, dimensions.n_heads
     if d_model % n_heads:
         raise ValueError(
             f"d_model={d_model} is not a multiple of n_heads={n_heads}: "

@@ -4,7 +4,7 @@ MHA (Vaswani et al. 2017, arXiv:1706.03762) has as many key heads as query heads
 arXiv:1911.02150) has one, GQA (Ainslie et al. 2023, arXiv:2305.13245) a divisor in between.
 """
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,23 +18,26 @@ from model.attention.base import (
     head_dim_of,
     through_cache,
 )
-from model.cache import FullCache
-from model.config import Size
+from model.cache import Cache, cache_for
+from model.config import Dimensions, Size
 from model.kernels.base import Kernel
 from model.norm import RMSNorm
 from model.rope import Layout, Rope
 
 
 class GQAConfig(AttentionConfig):
-    n_kv_heads: Size | None = None  # the smallest divisor of n_heads that is >= n_heads/4, and 2
+    n_kv_heads: Size | Literal["all"] | None = (
+        None  # all: n_heads; unset: the smallest divisor of n_heads that is >= n_heads/4, and 2
+    )
     head_dim: Size | None = None  # d_model / n_heads
     qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
 
-    def derive(self, d_model: int, n_heads: int) -> Self:
-        head_dim = self.head_dim or head_dim_of(d_model, n_heads)
-        n_kv_heads = self.n_kv_heads or grouped_kv_heads(n_heads)
+    def derive(self, dimensions: Dimensions) -> Self:
+        n_heads = dimensions.n_heads
+        head_dim = self.head_dim or head_dim_of(dimensions)
+        n_kv_heads = n_heads if self.n_kv_heads == "all" else self.n_kv_heads or grouped_kv_heads(n_heads)
         if n_heads % n_kv_heads:
             raise ValueError(
                 f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}: "
@@ -44,8 +47,8 @@ class GQAConfig(AttentionConfig):
             raise ValueError(f"head_dim={head_dim} is odd: RoPE rotates pairs, choose an even one")
         return self.model_copy(update={"n_kv_heads": n_kv_heads, "head_dim": head_dim})
 
-    def build(self, d_model: int, n_heads: int, kernel: Kernel) -> "GQA":
-        return GQA(self, d_model, n_heads, kernel)
+    def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "GQA":
+        return GQA(self, dimensions, kernel, causal)
 
     @property
     def cache_elements(self) -> int:
@@ -62,11 +65,13 @@ class GQAConfig(AttentionConfig):
 class GQA(Attention):
     """y = softmax(q kᵀ / sqrt(head_dim)) v, each key head shared by n_heads / n_kv_heads query heads."""
 
-    def __init__(self, config: GQAConfig, d_model: int, n_heads: int, kernel: Kernel):
+    def __init__(self, config: GQAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
         super().__init__()
+        d_model, n_heads = dimensions.d_model, dimensions.n_heads
         self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
         self.scale = config.head_dim**-0.5
         self.attend = kernel
+        self.pattern = config.pattern(causal)
         self.rope = Rope(config.head_dim, config.rope_theta, config.rope_layout)
         self.q_proj = nn.Linear(d_model, n_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
@@ -75,15 +80,15 @@ class GQA(Attention):
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(n_heads * config.head_dim, d_model, bias=False)
 
-    def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         table = ctx.rotary[self.rope]
         q = self.rope.rotate(self.q_norm(q), table)  # (B, T, H, D)
         k = self.rope.rotate(self.k_norm(k), table)  # (B, T, G, D)
-        (k, v), mask = through_cache(ctx, cache, k=k, v=v)  # (B, S, G, D)
+        (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
         y = self.attend(q, k, v, mask, self.scale)  # (B, T, H, D)
         return self.o_proj(y.flatten(2)), {}
 
-    def make_cache(self, batch_size: int, capacity: int) -> FullCache:
+    def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)
-        return FullCache(batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
+        return cache_for(self.pattern, batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)

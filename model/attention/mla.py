@@ -21,7 +21,7 @@ The same parameters run in three ways:
 import logging
 import math
 from collections import OrderedDict
-from typing import ClassVar, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from pydantic import Field
@@ -35,8 +35,8 @@ from model.attention.base import (
     head_dim_of,
     through_cache,
 )
-from model.cache import FullCache
-from model.config import LARGEST, Size
+from model.cache import Cache, cache_for
+from model.config import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
 from model.norm import RMSNorm
 from model.rope import Layout, Rope
@@ -56,14 +56,13 @@ class MLAConfig(AttentionConfig):
     v_head_dim: Size | None = None  # v: head_dim
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
-    executions: ClassVar[tuple[str, ...]] = get_args(Execution)
     execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
 
-    def derive(self, d_model: int, n_heads: int) -> Self:
-        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim_of(d_model, n_heads) / 8)
+    def derive(self, dimensions: Dimensions) -> Self:
+        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim_of(dimensions) / 8)
         if rope_dim % 2:
             raise ValueError(f"qk_rope_head_dim={rope_dim} is odd: RoPE rotates pairs, choose an even one")
-        nope_dim = self.qk_nope_head_dim or head_dim_of(d_model, n_heads) - rope_dim
+        nope_dim = self.qk_nope_head_dim or head_dim_of(dimensions) - rope_dim
         if nope_dim < 1:
             raise ValueError(
                 f"qk_rope_head_dim={rope_dim} leaves nothing of head_dim={rope_dim + nope_dim} for qk_nope_head_dim: "
@@ -72,13 +71,13 @@ class MLAConfig(AttentionConfig):
         derived = self.model_copy(
             update={
                 "q_lora_rank": self.q_lora_rank or 0,
-                "kv_lora_rank": self.kv_lora_rank or max(1, d_model // 4),
+                "kv_lora_rank": self.kv_lora_rank or max(1, dimensions.d_model // 4),
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
-                "v_head_dim": self.v_head_dim or head_dim_of(d_model, n_heads),
+                "v_head_dim": self.v_head_dim or head_dim_of(dimensions),
             }
         )
-        grouped = 2 * grouped_kv_heads(n_heads) * derived.v_head_dim
+        grouped = 2 * grouped_kv_heads(dimensions.n_heads) * derived.v_head_dim
         if derived.cache_elements > grouped:
             logging.getLogger("headroom").warning(
                 f"MLA's cache of {derived.cache_elements} numbers per token and layer is larger than the {grouped} of "
@@ -86,8 +85,12 @@ class MLAConfig(AttentionConfig):
             )
         return derived
 
-    def build(self, d_model: int, n_heads: int, kernel: Kernel) -> "MLA":
-        return MLA(self, d_model, n_heads, kernel)
+    def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "MLA":
+        return MLA(self, dimensions, kernel, causal)
+
+    @property
+    def executions(self) -> tuple[str, ...]:
+        return get_args(Execution)
 
     @property
     def cache_elements(self) -> int:
@@ -100,12 +103,14 @@ class MLAConfig(AttentionConfig):
 class MLA(Attention):
     """Letters in comments: H heads, n and r the key dims without and with rotation, v the value dim, c the latent."""
 
-    def __init__(self, config: MLAConfig, d_model: int, n_heads: int, kernel: Kernel):
+    def __init__(self, config: MLAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
         super().__init__()
+        d_model, n_heads = dimensions.d_model, dimensions.n_heads
         n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
         self.n_heads, self.nope_dim, self.rope_dim, self.v_dim, self.rank = n_heads, n, r, v, c
         self.scale = (n + r) ** -0.5  # in absorbed form too, though its keys are c + r wide
         self.attend = kernel
+        self.pattern = config.pattern(causal)
         self.rope = Rope(r, config.rope_theta, config.rope_layout)
         self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r))  # rows of a head: nope | rope
         self.kv_down = nn.Linear(d_model, c + r, bias=False)  # rows: latent | rope key
@@ -122,7 +127,7 @@ class MLA(Attention):
         }[config.execution]
         self.caches_heads = config.execution == "naive"
 
-    def forward(self, x: Tensor, ctx: Context, cache: FullCache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         table = ctx.rotary[self.rope]
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
         q_rope = self.rope.rotate(q_rope, table)  # (B, T, H, r)
@@ -132,31 +137,31 @@ class MLA(Attention):
         y = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
         return self.o_proj(y.flatten(2)), {}
 
-    def make_cache(self, batch_size: int, capacity: int) -> FullCache:
+    def make_cache(self, batch_size: int, capacity: int) -> Cache:
         columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
         if self.caches_heads:
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
-        return FullCache(batch_size, capacity, columns, like=self.kv_up.weight)
+        return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
         k, v = self._expand(row)
-        (k, v), mask = through_cache(ctx, cache, k=k, v=v)
+        (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)
         return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
-        (row,), mask = through_cache(ctx, cache, latent_and_k_rope=row)
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+        (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
         k, v = self._expand(row)
         return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
-        (row,), mask = through_cache(ctx, cache, latent_and_k_rope=row)
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+        (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
         w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
         # The row serves as value too, without a copy; its rope columns are dropped from the output.
         y = self.attend(q, row, row, mask, self.scale)[..., : self.rank]
         return torch.einsum("bthc,hvc->bthv", y, w_uv)
 
-    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: FullCache | None) -> Tensor:
+    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
         absorb = cache is not None and row.shape[1] <= self.break_even
         return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
 

@@ -15,8 +15,8 @@ class Kernel(Config, ABC):
     """A frozen callable, handed to an attention at construction."""
 
     @abstractmethod
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-        """softmax(scale · q kᵀ | mask) v.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        """softmax(scale · q kᵀ | mask) v, each weight of the softmax dropped with probability `dropout`.
 
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); G divides H, and query head i attends to
         key head i // (H / G). Raises Unsupported where this device, dtype or shape lacks the kernel.

@@ -15,17 +15,22 @@ QUERY_TILE = 256  # queries whose boolean mask exists at one time
 
 
 class SDPA(Kernel):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         if q.device.type not in DEVICES:
             raise Unsupported(
                 f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {q.device.type}: kernel=naive"
             )
+        if dropout and q.device.type == "cpu":
+            raise Unsupported("kernel=sdpa has no dropout of attention weights on a CPU: kernel=naive, or dropout 0")
         asked, value_dim = (q, k, v), v.shape[-1]
         # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (_widen(x, width) for x in (q, k, v))
-        out = _causal(q, k, v, scale) if mask.plain else _by_positions(q, k, v, mask, scale)
+        if mask.plain and mask.pattern.everything:
+            out = _by_indices(q, k, v, mask.pattern.causal, scale, dropout)
+        else:
+            out = _by_positions(q, k, v, mask, scale, dropout)
         announce("sdpa (flash)" if q.device.type == "cpu" else "sdpa (fused)", *asked, mask)
         return out[..., :value_dim]
 
@@ -34,31 +39,35 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _by_indices(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type == "cuda" and q.dtype == torch.float32:
         # float32 has the memory-efficient kernel only, which does not know groups
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         grouped = False
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return _fused(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
+    how = {"is_causal": causal, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
+    return _fused(*heads_first, **how).transpose(1, 2)
 
 
-def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S.
+def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
+    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S, against the keys that the
+    tile may see at most: with a window, neither does the time.
 
     The query heads that share a key head become rows of one head, so keys are read once and never repeated.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
     tiles = []
     for start in range(0, q.shape[1], QUERY_TILE):
-        rows = slice(start, start + QUERY_TILE)
+        rows = slice(start, min(start + QUERY_TILE, q.shape[1]))
+        keys = mask.span(rows)
         grouped = group_queries(q[:, rows], k.shape[1])  # (B, t, G, R, D)
         t, repeats = grouped.shape[1], grouped.shape[3]
-        visible = mask.visible(rows)[:, None]  # (B or 1, 1, t, S)
+        visible = mask.visible(rows, keys)[:, None]  # (B or 1, 1, t, s)
         if t > 1:
-            visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, S); a single query broadcasts
-        out = _fused(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k, v, attn_mask=visible, scale=scale)
+            visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, s); a single query broadcasts
+        heads_first = grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k[:, :, keys], v[:, :, keys]
+        out = _fused(*heads_first, attn_mask=visible, scale=scale, dropout_p=dropout)
         tiles.append(out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3))  # (B, t, H, D)
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 

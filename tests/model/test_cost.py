@@ -77,8 +77,8 @@ def test_keys_of_a_long_window_are_counted_well_enough():
 def test_cache_bytes_are_those_of_the_caches(case):
     config = small_config(*case)
     caches = TransformerLM(config, VOCAB).make_caches(3, 7)
-    held = sum(column[:, 1:].nbytes for cache in caches for column in cache.columns.values())
-    assert cost.cache_bytes_per_token(cost.on_meta(config, VOCAB)) == held / (3 * 7)
+    held = sum(column[:, 1:].nbytes / (3 * cache.rows) for cache in caches for column in cache.columns.values())
+    assert cost.cache_bytes_per_token(cost.on_meta(config, VOCAB)) == held
 
 
 @pytest.mark.parametrize(("attention", "kernel"), list(itertools.product(ATTENTIONS, [None, SDPA()])), ids=str)

@@ -119,6 +119,6 @@ def test_the_kernel_that_runs_is_announced_once_per_shape(caplog):
 
 def test_who_sees_whom():
     mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), plain=False)
-    expected = [[0, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees position 0, and is seen by none
+    expected = [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees all there is, and is seen by none
     assert mask.visible().int().tolist() == [expected]
     assert mask.visible(slice(2, 3)).int().tolist() == [expected[2:]]

@@ -5,7 +5,7 @@ import cmath
 import pytest
 import torch
 
-from model.cache import FullCache
+from model.cache import FullCache, WindowCache
 from model.norm import RMSNorm
 from model.rope import Rope
 from model.transformer import TransformerLM
@@ -46,11 +46,13 @@ def test_norm_is_computed_in_float32():
 def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
     cache = FullCache(2, 4, {"k": (1,)}, like=torch.zeros(()))
     cache.write(torch.tensor([[2, -1], [0, 3]]), k=torch.tensor([[[5.0], [6.0]], [[7.0], [8.0]]]))
-    (k,) = cache.read()
+    nothing = {"positions": torch.full((2, 1), -1), "k": torch.zeros(2, 1, 1)}
+    (k,), held = cache.extend(extent=None, **nothing)
     assert k[:, :, 0].tolist() == [[0, 0, 5, 0], [7, 0, 0, 8]]
-    assert cache.read(3)[0].shape == (2, 3, 1)
+    assert held.tolist() == [[0, 1, 2, 3]]
+    assert cache.extend(extent=3, **nothing).columns[0].shape == (2, 3, 1)
     cache.grow(6)
-    assert cache.read()[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
+    assert cache.extend(extent=None, **nothing).columns[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
     assert cache.capacity == 6
     with pytest.raises(IndexError):
         cache.write(torch.tensor([[6], [6]]), k=torch.zeros(2, 1, 1))
@@ -134,3 +136,23 @@ def test_a_latent_cache_larger_than_gqa_is_warned_of(caplog):
         assert not caplog.records
         TransformerLM(small_config("attention=mla", "attention.kv_lora_rank=512"), 100)
     assert caplog.text.count("larger than the 64 of grouped-query attention") == 1
+
+
+@pytest.mark.parametrize("kept", [0, 2])
+def test_a_window_cache_holds_the_latest_positions_and_the_first_ones(kept):
+    """Written in chunks of any length, of rows that stand elsewhere: what is held are the values of those positions."""
+    window, firsts = 4, torch.tensor([[0], [-3]])  # the second row begins with three tokens of padding
+    cache = WindowCache(2, 3, {"k": ()}, like=torch.zeros(()), window=window, kept=kept)
+    start = 0
+    for size in (1, 2, 3, 1, 1, 9, 1):
+        positions = (firsts + torch.arange(start, start + size)).clamp(min=-1)
+        if cache.capacity < start + size:
+            cache.grow(start + size)
+        (k,), held = cache.extend(positions, None, k=positions.float())
+        start += size
+        for row, last in enumerate(positions[:, -1].tolist()):
+            seen = {int(p): float(value) for p, value in zip(held[row], k[row], strict=True) if 0 <= p <= last}
+            wanted = [p for p in range(last + 1) if p < kept or p > last - window]
+            assert all(seen[p] == p for p in wanted), (size, row)
+            assert all(p == value for p, value in seen.items())
+    assert cache.rows == window + kept

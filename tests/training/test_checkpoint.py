@@ -228,10 +228,10 @@ def test_a_config_that_names_something_else_is_refused(run, target):
     config = unsealed((last(run) / "manifest.json").read_text())["config"]
     config["attention"] |= {"_target_": target}
     reseal(last(run), config=config)
-    with pytest.raises(UserError, match="does not name a AttentionConfig"):
+    with pytest.raises(UserError, match="does not name a AttentionChoice"):
         load_run(run)
     (run / "config.yaml").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="does not name a AttentionConfig"):
+    with pytest.raises(UserError, match="does not name a AttentionChoice"):
         run_folder.resumed("run", {}, [])
 
 

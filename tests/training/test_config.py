@@ -8,7 +8,7 @@ import yaml
 from hydra.errors import HydraException
 
 from data.errors import UserError
-from model.attention.base import AttentionConfig
+from model.attention.base import AttentionChoice
 from tests.support import ATTENTIONS, NEEDS, ROOT, compose, load_composed
 from training.config import Run, choices, dump, load, load_choice, resolve_target
 
@@ -38,7 +38,8 @@ def test_a_part_of_a_mix_has_no_document_mask_of_its_own():
 
 @pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
 def test_every_attention_fits_every_model(attention, model):
-    assert load_composed(f"attention={attention}", f"model={model}").model.attention.cache_elements > 0
+    config = load_composed(f"attention={attention}", f"model={model}").model
+    assert all(config.attention.of_layer(i).cache_elements > 0 for i in range(config.n_layers))
 
 
 def test_unset_dimensions_derive_by_the_documented_rules():
@@ -113,7 +114,7 @@ BAD = [
     (("data=files", "data.path=''"), "data.path= is empty: give it a value"),
     (("data=mix", "data.parts={}"), "data.parts={} names no corpus: give each one its quota, as in"),
     (("data=mix", "data.parts=[sympy]"), "data.parts=['sympy'] names no corpus"),
-    (("attention._target_=model.mlp.SwiGLUConfig",), "does not name a AttentionConfig"),
+    (("attention._target_=model.mlp.SwiGLUConfig",), "does not name a AttentionChoice"),
 ]
 
 
@@ -154,7 +155,7 @@ def test_unknown_choices_and_keys_are_refused_while_composing():
 )
 def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
     with pytest.raises(UserError, match="_target_"):
-        resolve_target(target, AttentionConfig, "attention")
+        resolve_target(target, AttentionChoice, "attention")
 
 
 def test_a_choice_can_be_loaded_alone():

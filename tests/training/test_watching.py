@@ -35,11 +35,15 @@ def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (["attention=mha"], "MHA, 4 heads with a key and a value each: n_kv_heads=4"),
-        (["attention=mqa"], "MQA, 4 heads on one key and value head: n_kv_heads=1"),
-        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: n_kv_heads=2"),
+        (["attention=mha"], "MHA, 4 heads with a key and a value each: "),
+        (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
+        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
         (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
-        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4: q_lora_rank=0"),
+        (
+            ["attention=stack"],
+            "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
+        ),
+        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

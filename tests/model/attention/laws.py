@@ -5,27 +5,41 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model.cache import FullCache
+from model.cache import Cache
 from model.transformer import TransformerLM
 from tests.support import relative_error, some_tokens
 
 
-def check_causality(model: TransformerLM) -> None:
-    """d logits[t] / d embedding[t'] is exactly zero for t' > t, and not for t' <= t. Needs an untied head: each token
-    stands once, so that its row of the embedding's gradient is the gradient at its place."""
+def check_reach(model: TransformerLM) -> None:
+    """d logits[t] / d embedding[t'] is exactly zero where no chain of layers leads from t' to t, as it is for t' > t in
+    a causal model, and not zero where one does. Needs an untied head: each token stands once, so that its row of the
+    embedding's gradient is the gradient at its place."""
     length = 12
     tokens = torch.randperm(model.vocab_size, generator=torch.Generator().manual_seed(1))[None, :length]
+    positions = torch.arange(length)
+    chains = torch.eye(length)
+    for block in model.layers:
+        seen = block.attention.pattern.sees(positions[:, None], positions).float()
+        chains = (seen + torch.eye(length)) @ chains  # along the residual stream each token goes on by itself
     logits = model(tokens).logits[0]
     for t in range(length):
         (grad,) = torch.autograd.grad(logits[t].square().sum(), model.embedding.weight, retain_graph=True)
         reach = grad[tokens[0]].abs().sum(-1)
-        assert (reach[t + 1 :] == 0).all(), f"token {t} sees a later one"
-        assert (reach[: t + 1] > 0).all(), f"token {t} does not see all earlier ones"
+        assert (reach[chains[t] == 0] == 0).all(), f"token {t} sees what it should not"
+        assert (reach[chains[t] > 0] > 0).all(), f"token {t} does not see all it should"
+
+
+def check_causality(model: TransformerLM) -> None:
+    """No layer's pattern shows a later token, and the gradients reach as far as the patterns say."""
+    for block in model.layers:
+        positions = torch.arange(40)
+        assert not block.attention.pattern.sees(positions[:, None], positions).triu(1).any()
+    check_reach(model)
 
 
 @torch.no_grad()
 def decode_in_chunks(
-    model: TransformerLM, tokens: Tensor, chunks: Sequence[int], caches: list[FullCache], *, extent=None, grow=False
+    model: TransformerLM, tokens: Tensor, chunks: Sequence[int], caches: list[Cache], *, extent=None, grow=False
 ) -> Tensor:
     """Logits (B, T, V), the tokens fed through the caches a chunk at a time."""
     outputs, start = [], 0

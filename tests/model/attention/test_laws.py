@@ -14,9 +14,10 @@ from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.model.attention import laws
-from tests.support import CASES, relative_error, small_model, some_tokens
+from tests.support import CASES, relative_error, sharpened, small_config, small_model, some_tokens
 
 KERNELS = [Naive(), SDPA(), Auto()]
+ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal")  # what a token sees depends on where it stands
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
 
 
@@ -61,7 +62,9 @@ def test_kernels_agree_and_so_do_their_gradients(case):
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not ANCHORED & {part.split("=")[0] for part in case}], ids=" ".join
+)
 def test_scores_depend_on_differences_of_positions(case):
     laws.check_relative_positions(small_model(*case))
 
@@ -71,12 +74,12 @@ def test_cache_holds_what_the_formula_says(case):
     model = small_model(*case)
     caches = model.make_caches(1, 8)
     laws.decode_in_chunks(model, some_tokens(1, 8), [8], caches)
-    attention = model.config.attention
-    heads_times_key_and_value = 0
-    if "attention.execution=naive" in case:
-        heads_times_key_and_value = 4 * (16 + attention.v_head_dim)
-    for cache in caches:
-        assert cache.bytes_per_token == 4 * (heads_times_key_and_value or attention.cache_elements)
+    for i, cache in enumerate(caches):
+        attention = model.config.attention.of_layer(i)
+        expected = attention.cache_elements
+        if "attention.execution=naive" in case:
+            expected = 4 * (16 + attention.v_head_dim)
+        assert cache.bytes_per_token == 4 * expected
 
 
 def test_cache_sizes_by_hand():
@@ -84,6 +87,33 @@ def test_cache_sizes_by_hand():
     expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
     for name, elements in expected.items():
         assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
+
+
+def test_a_window_bounds_the_cache():
+    """However long the text: 5 rows, beside 2 for the global tokens; none, where random blocks lead back anywhere."""
+    window, tokens = ("attention=mla", "attention.window=5"), some_tokens(1, 60)
+    for more, rows in (((), 5), (("attention.global_tokens=2",), 7), (("attention.random_blocks=0.5",), 64)):
+        model = small_model(*window, *more)
+        caches = model.make_caches(1, 64)
+        laws.decode_in_chunks(model, tokens, [30] + [1] * 30, caches)
+        assert [cache.columns["latent_and_k_rope"].shape[1] for cache in caches] == [rows + 1, rows + 1]
+
+
+@every_case
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+def test_an_encoder_sees_both_sides(case, kernel):
+    encoder = sharpened(
+        TransformerLM(small_config(*case, "model.tie_embeddings=false", kernel=kernel), 100, causal=False)
+    )
+    laws.check_reach(encoder)
+    twin = sharpened(TransformerLM(small_config(*case, "model.tie_embeddings=false"), 100, causal=False))
+    assert relative_error(encoder(some_tokens(2, 20)).logits, twin(some_tokens(2, 20)).logits) <= 1e-5
+
+
+def test_an_encoder_does_not_decode():
+    encoder = TransformerLM(small_config("attention=gqa"), 100, causal=False)
+    with pytest.raises(ValueError, match="causal=True"):
+        encoder(some_tokens(1, 3), positions=torch.arange(3)[None], caches=encoder.make_caches(1, 8))
 
 
 def test_a_latent_cache_never_holds_a_tensor_per_head():
@@ -182,14 +212,14 @@ def test_bfloat16_stays_near_float32(case):
 class ScaleFromKeyDim(Naive):
     """Scores scaled by the width of the key it is handed: right for MHA, wrong for absorbed MLA."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         return super().__call__(q, k, v, mask, k.shape[-1] ** -0.5)
 
 
 class TopLeftCausal(SDPA):
     """Takes the causal fast path whatever the positions: one query then sees the first key only."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, plain=True), scale)
 
 
@@ -198,7 +228,7 @@ class OnlineSoftmax(Kernel):
 
     sign: int = 1
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         repeats = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
         visible = mask.visible()
@@ -271,7 +301,7 @@ def test_packed_documents_without_positions_or_with_caches_are_refused():
 
 def test_a_look_ahead_is_caught():
     class SeesAll(Naive):
-        def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
             everywhere = torch.full_like(mask.q_pos, 10**6)
             return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, plain=False), scale)
 

@@ -1,0 +1,54 @@
+"""A stack of layers with different attentions, such as two with a window and then one without.
+
+Each layer keeps the cache of its own attention, so a stack of local layers with a few global ones decodes long texts in
+little memory (Gemma 2, arXiv:2408.00118, section 2.2).
+"""
+
+from typing import Self
+
+from pydantic import Field, SerializeAsAny, model_validator
+
+from model.attention.base import AttentionChoice, AttentionConfig, divisors
+from model.config import Dimensions
+
+
+class StackConfig(AttentionChoice):
+    pattern: tuple[str, ...] = Field(min_length=1)  # names of parts, one per layer, again from the start when they end
+    parts: dict[str, SerializeAsAny[AttentionConfig]]
+
+    @model_validator(mode="after")
+    def _names_its_parts(self) -> Self:
+        for name in self.pattern:
+            if name not in self.parts:
+                raise ValueError(
+                    f"attention.pattern names {name!r}, which attention.parts does not have: choose from "
+                    f"{', '.join(self.parts) or 'none'}, or add it"
+                )
+        return self
+
+    def derive(self, dimensions: Dimensions) -> Self:
+        if dimensions.n_layers % len(self.pattern):
+            fitting = [n for n in divisors(dimensions.n_layers) if n <= len(self.pattern)]
+            raise ValueError(
+                f"attention.pattern of {len(self.pattern)} layers does not repeat evenly in "
+                f"n_layers={dimensions.n_layers}: choose a length of {', '.join(map(str, fitting))}, or other n_layers"
+            )
+        return self.model_copy(update={"parts": {name: part.derive(dimensions) for name, part in self.parts.items()}})
+
+    def of_layer(self, index: int) -> AttentionConfig:
+        return self.parts[self.pattern[index % len(self.pattern)]]
+
+    def described(self, n_heads: int) -> str:
+        parts = (f"{name} is {part.described(n_heads)}" for name, part in self.parts.items())
+        return f"layers in turn {', '.join(self.pattern)}; {'; '.join(parts)}"
+
+    @property
+    def executions(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.executions))
+
+    def executed(self, execution: str) -> Self:
+        parts = {
+            name: part.executed(execution) if execution in part.executions else part
+            for name, part in self.parts.items()
+        }
+        return self.model_copy(update={"parts": parts})
