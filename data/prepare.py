@@ -1,16 +1,15 @@
 """From a corpus to shards, once: later runs find them in the cache folder."""
 
-import bisect
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.build import build, discard_parts, names_file, survey
+from data.build import build, discard_parts, survey
 from data.corpus import Corpus
 from data.durable import make_folder, sweep
 from data.errors import UserError
 from data.lock import lock
+from data.names import BLOCK, names_file, names_of
 from data.sealed import digest
 from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -29,14 +28,12 @@ class Prepared:
     def training_documents(self, spans: Iterable[tuple[int, int]]) -> list[str]:
         """Names of the documents that training tokens start ... stop - 1 of each span belong to, in order; [] where
         the list of names cannot be read, which is there for messages only."""
+        path = names_file(self.folder, "train")
         try:
-            starts, names = zip(*map(json.loads, names_file(self.folder, "train").open()), strict=True)
+            with path.open("rb", buffering=BLOCK) as file:
+                return names_of(file, path.stat().st_size, spans)
         except (OSError, ValueError, TypeError):
             return []
-        found = set()
-        for start, stop in spans:
-            found |= set(range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, stop)))
-        return [names[i] for i in sorted(found)]
 
 
 def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prepared:

@@ -17,7 +17,7 @@ FLOORS = [
     "model.transformer",
     "model.generate model.cost",
     "data.errors data.config",
-    "data.durable data.lock data.sealed",
+    "data.durable data.lock data.names data.sealed",
     "data.corpus data.tokenizer data.tables",
     "data.files data.hub data.mix data.published data.shards",
     "data.build",
