@@ -1,5 +1,7 @@
 """PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,7 +27,7 @@ class SDPA(Kernel):
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (_widen(x, width) for x in (q, k, v))
-        out = _causal(q, k, v, scale) if mask.plain else _by_positions(q, k, v, mask, scale)
+        out = _causal(q, k, v, scale) if mask.plain else by_positions(q, k, v, mask, scale, _fused)
         announce("sdpa (flash)" if q.device.type == "cpu" else "sdpa (fused)", *asked, mask)
         return out[..., :value_dim]
 
@@ -44,10 +46,12 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return _fused(*heads_first, is_causal=True, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
-def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> Tensor:
-    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S.
+def by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, fused: Callable[..., Tensor]) -> Tensor:
+    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S (but gradients keep each).
 
     The query heads that share a key head become rows of one head, so keys are read once and never repeated.
+
+    fused(q, k, v, attn_mask=, scale=): (B, heads, rows, D) each, as F.scaled_dot_product_attention.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
     tiles = []
@@ -58,7 +62,7 @@ def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> 
         visible = mask.visible(rows)[:, None]  # (B or 1, 1, t, S)
         if t > 1:
             visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, S); a single query broadcasts
-        out = _fused(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k, v, attn_mask=visible, scale=scale)
+        out = fused(grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k, v, attn_mask=visible, scale=scale)
         tiles.append(out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3))  # (B, t, H, D)
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 
