@@ -23,6 +23,7 @@ FLOORS = [
     "data.build",
     "data.prepare",
     "data.batches",
+    "training.cgroup",
     "training.allocator training.command training.compilation training.device training.guard training.log",
     "training.loss training.signals training.streaming training.sampling_options training.mfu training.profiling",
     "training.optim training.precision training.schedule training.plot",
