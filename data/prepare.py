@@ -36,12 +36,13 @@ class Prepared:
             return []
 
 
-def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prepared:
+def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, download: bool = True) -> Prepared:
     """Opens the shards of this corpus under this tokenizer, building them first where they are not there yet.
 
     A build takes its place when it is whole, so that nothing half-built is ever used; a second process that wants the
     same waits for it. One that was killed is continued after its last finished part. Raises UserError for documents
-    that cannot be read, a cache folder that cannot be written, or damaged shards.
+    that cannot be read, a cache folder that cannot be written, or damaged shards; and, unless download, where only a
+    download could build them.
     """
     if not any(cache_dir.glob(f"{corpus.name}-{tokenizer.name}-*")):
         tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
@@ -52,6 +53,8 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():
         tokenizer.refuse_missing()
+        if corpus.remote and not download:
+            raise UserError(f"data={corpus.name} is not in {cache_dir} yet, and would have to be downloaded")
         _build_once(corpus, fingerprint, tokenizer, folder)
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
