@@ -6,7 +6,6 @@ stand where depends on the documents and the tokenizer alone, not on the threads
 """
 
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from data.corpus import Corpus, Document, Split, drawn
 from data.durable import make_folder, sweep, whole_folder
 from data.errors import UserError
 from data.lock import lock
+from data.names import line, names_file
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
@@ -110,11 +110,6 @@ def lock_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def names_file(folder: Path, split: str) -> Path:
-    """A line per document: where its first token, the end-of-text before it, stands, and its name."""
-    return folder / f"{split}_documents.jsonl"
-
-
 def _parts_of(folder: Path) -> Path:
     return folder.with_name(f".parts-{PART_BYTES}-{folder.name}")  # parts of another size do not fit these
 
@@ -162,7 +157,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, adv
                     writer = writers[document.split]
                     if not document.goes_on:
                         names = val if document.held_out else train
-                        names.write(json.dumps([writer.total, document.name]) + "\n")
+                        names.write(line(writer.total, document.name))
                         writer.write(np.array([tokenizer.end_of_text]))
                     writer.write(tokens)
                     advance(_bytes(document))

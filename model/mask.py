@@ -84,6 +84,11 @@ class Mask:
     q_doc: Tensor | None = None  # (B, T) which document each token belongs to, in packed sequences
     k_doc: Tensor | None = None  # (B, S)
 
+    @property
+    def unrestricted(self) -> bool:
+        """Indices say who sees whom: all keys are seen, or, if causal, those up to the query's own."""
+        return self.plain and self.pattern.everything
+
     def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """(B, t, s) bool, for the queries in `rows` and the keys in `keys`."""
         q_pos, k_pos = self.q_pos[:, rows, None], self.k_pos[:, None, keys]

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from data.batches import documents_of_step
 from data.prepare import Prepared
-from model import cost
 from model.transformer import TransformerLM
 from training.checkpoint import saved, step_of
 from training.config import Run, dump
 from training.device import peak_memory
 from training.guard import Guard
 from training.log import MetricsFile, Watch, percent, tell
-from training.mfu import peak_flops
+from training.mfu import flops_of, peak_flops
 from training.plot import plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
@@ -46,7 +45,7 @@ class Report:
         self.watch = Watch(done, run.steps)
         self.profile = Profile(run.profile_steps, folder, self.device, done)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm, bytes, skipped or not
-        self.flops = cost.flops(run.model, model.vocab_size).training()  # per token
+        self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
         self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
         self.total_tokens, self.total_seconds, self.total_waited, self.waited = 0, 0.0, 0.0, 0.0
         for line in _opening(run, folder, corpus, model, self.device):

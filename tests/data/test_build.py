@@ -14,6 +14,7 @@ from data.corpus import SyntheticCorpus
 from data.errors import UserError
 from data.files import FilesCorpus
 from data.lock import lock
+from data.names import names_file
 from data.prepare import prepare
 from data.tokenizer import BPEConfig, ByteConfig
 from tests.support import ROOT
@@ -30,7 +31,7 @@ def expected(tmp_path):
 def contents(made) -> list:
     """All that was prepared, wherever its shards begin and end."""
     tokens = [stream.read(0, len(stream)).tolist() for stream in (made.train, made.val)]
-    names = [build.names_file(made.folder, split).read_text() for split in build.SPLITS]
+    names = [names_file(made.folder, split).read_text() for split in build.SPLITS]
     return [made.tokenizer.hash, *tokens, *names]
 
 
