@@ -55,6 +55,7 @@ def train(tree: dict, typed: list[str]) -> None:
     run.logger.refuse_missing()
     set_determinism(run.deterministic)
     device = choose_device(run.device)
+    run.model.kernel.check(device, training=True)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
     refuse_short(corpus, window)
