@@ -130,11 +130,12 @@ class Fused(Kernel):
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))
         width = max(q.shape[-1], value_dim)  # they want q, k and v equally wide
         q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-        out = _Kept.apply(q, k, v) if mask.unrestricted else by_positions(q, k, v, mask, scale, dropout, _masked)
+        tiled = not mask.unrestricted
+        out = by_positions(q, k, v, mask, scale, dropout, _masked) if tiled else _Kept.apply(q, k, v)
         return out[..., :value_dim]
 
 
-def _masked(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, scale: float, dropout_p: float) -> Tensor:
+def _masked(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, **_: float) -> Tensor:
     return _Kept.apply(q, k, v, q.new_empty(attn_mask.shape))
 
 

@@ -12,7 +12,7 @@ FLOORS = [
     "model.cache",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa",
-    "model.kernels.auto",
+    "model.kernels.auto model.kernels.flex",
     "model.attention.base",
     "model.attention.* model.mlp",
     "model.transformer",

@@ -17,11 +17,14 @@ QUERY_TILE = 256  # queries whose boolean mask exists at one time
 
 
 class SDPA(Kernel):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        if q.device.type not in DEVICES:
+    def check(self, device: torch.device, training: bool) -> None:
+        if device.type not in DEVICES:
             raise Unsupported(
-                f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {q.device.type}: kernel=naive"
+                f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {device.type}: kernel=naive"
             )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        self.check(q.device, training=q.requires_grad)
         if dropout and q.device.type == "cpu":
             raise Unsupported("kernel=sdpa has no dropout of attention weights on a CPU: kernel=naive, or dropout 0")
         asked, value_dim = (q, k, v), v.shape[-1]
