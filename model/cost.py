@@ -119,8 +119,8 @@ class LivePeak(TorchDispatchMode):
 
 class Fused(Kernel):
     """Stands for a fused kernel: its shapes and what it keeps (q, k, v, its output, and a log-sum-exp per query and
-    head), and no numbers. Where indices do not say who sees whom, kernel=sdpa runs it by tiles, each of which keeps its mask as
-    numbers to add to the scores."""
+    head), and no numbers. Where indices do not say who sees whom, kernel=sdpa runs it by tiles, each of which keeps its
+    mask as numbers to add to the scores."""
 
     calls: list[tuple[int, Any]] = Field(default_factory=list)  # FLOPs per pair, and the Mask without its positions
 
