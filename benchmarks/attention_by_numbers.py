@@ -1,0 +1,216 @@
+"""Prints every number of docs/attention.md, section by section.
+
+python -m benchmarks.attention_by_numbers             # all of them, less than a minute
+python -m benchmarks.attention_by_numbers absorbing
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.side_by_side import in_turns
+from model import cost
+from model.attention.base import Context
+from model.attention.mla import MLA
+from model.kernels.naive import Naive
+from model.kernels.sdpa import SDPA
+from model.mask import Mask
+from model.rope import Rope
+from model.transformer import ModelConfig, TransformerLM
+from training.config import load_choice
+
+DRAW = torch.Generator()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=", ".join(SECTIONS))
+    for name in parser.parse_args().section or SECTIONS:
+        DRAW.manual_seed(0)
+        print(f"# {name}")
+        with torch.no_grad():
+            SECTIONS[name]()
+        print()
+
+
+def definition() -> None:
+    """Three tokens, one head of two dimensions."""
+    q, k = torch.tensor([[1.0, 0], [0, 1], [1, 1]]), torch.tensor([[2.0, 0], [0, 2], [1, 1]])
+    v = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
+    scores = q @ k.T / math.sqrt(2)
+    weights = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), -math.inf).softmax(-1)
+    print("scores / sqrt(2):", _numbers(scores))
+    print("weights:", _numbers(weights))
+    print("weights @ v:", _numbers(weights @ v))
+    positions = torch.arange(3)[None]
+    ours = Naive()(*(x[None, :, None] for x in (q, k, v)), Mask(positions, positions, plain=True), 1 / math.sqrt(2))
+    print("kernel=naive:", _numbers(ours[0, :, 0]))
+    for tokens in (1024, 32768):
+        print(f"scores of 12 heads over {tokens:,} tokens in float32: {12 * tokens**2 * 4 / 1e9:.2f} GB")
+
+
+def online_softmax() -> None:
+    """One row of scores, a key at a time; and what the misprinted sign gives."""
+    scores, values = torch.tensor([1.0, 3.0, 2.0]), torch.tensor([10.0, 20.0, 30.0])
+    m, total, out = -math.inf, 0.0, 0.0
+    for x, value in zip(scores.tolist(), values.tolist(), strict=True):
+        new = max(m, x)
+        rescale, weight = math.exp(m - new), math.exp(x - new)
+        total, out, m = total * rescale + weight, out * rescale + weight * value, new
+        print(f"score {x:g}: m {m:g}, rescale {rescale:.4f}, l {total:.4f}, o {out:.4f}")
+    print(f"o / l = {out / total:.4f}; softmax at once = {(scores.softmax(0) * values).sum():.4f}")
+    print(f"L = m + log l = {m + math.log(total):.4f}; logsumexp = {scores.logsumexp(0):.4f}")
+    m, total, out = -1e30, 0.0, 0.0
+    for x, value in zip(scores.tolist(), values.tolist(), strict=True):
+        new = max(m, x)
+        rescale, weight = math.exp(min(700, new - m)) if m > -1e30 else 0.0, math.exp(x - new)
+        total, out, m = total * rescale + weight, out * rescale + weight * value, new
+    print(f"with e^(m_new - m_old), as misprinted: {out / total:.4f}")
+
+
+def sharing() -> None:
+    """Cache and parameters of each attention at GPT-2's dimensions."""
+    for name in ("mha", "gqa", "mqa", "mla"):
+        config = _config(name)
+        model = cost.on_meta(config, 50257)
+        kept = config.attention.cache_elements
+        print(
+            f"{name}: {kept:>5,} numbers per token and layer ({kept * 12 * 2 * 1024 / 1e6:.1f} MB for 1024 tokens, "
+            f"bfloat16), {cost.parameters(model)['attention'] / 1e6:.1f}M parameters, "
+            f"{cost.flops(config, 50257).per_pair // 12:,} FLOPs per query, key and layer"
+        )
+    print(f"DeepSeek-V3, c 512 and r 64: {512 + 64} numbers; its 128 heads of 128 would keep {2 * 128 * 128:,}")
+
+
+def latent() -> None:
+    """The shapes of one MLA layer at GPT-2's dimensions, four tokens."""
+    config = _config("mla")
+    layer, attention = _layer(config), config.attention
+    x = torch.randn(1, 4, config.d_model, generator=DRAW)
+    down = layer.kv_down(x)
+    c, r, n, v = attention.kv_lora_rank, attention.qk_rope_head_dim, attention.qk_nope_head_dim, attention.v_head_dim
+    print(f"x {_shape(x)}; H {config.n_heads}, n {n}, r {r}, v {v}, c {c}")
+    print(f"q_proj x {_shape(layer.q_proj(x))} = H · (n + r)")
+    print(f"kv_down x {_shape(down)} = c + r")
+    print(f"kv_up latent {_shape(layer.kv_up(down[..., :c]))} = H · (n + v)")
+    print(f"kept per token: c + r = {attention.cache_elements}; the keys and values of all heads: {12 * (n + r + v):,}")
+
+
+def decoupling() -> None:
+    """A rotation between the two matrices cannot be folded into them: one matrix for each distance would be needed."""
+    dim, rank = 16, 8
+    rope = Rope(dim, 10000.0, "half")
+    w_q, w_k = (torch.randn(dim, rank, generator=DRAW) / math.sqrt(rank) for _ in range(2))
+
+    def rotated(position: int) -> Tensor:
+        table = rope.table(torch.tensor([[position]]))
+        return rope.rotate(torch.eye(dim)[None, :, None], tuple(x.expand(1, dim, 1, -1) for x in table))[0, :, 0].T
+
+    for distance in (0, 1, 2, 50):
+        between = w_q.T @ rotated(distance).T @ w_k
+        print(f"|Wq^T R({distance}) Wk - Wq^T Wk| = {(between - w_q.T @ w_k).norm():.3f}")
+    far = w_q.T @ (rotated(57).T @ rotated(7)).T.T @ w_k
+    print(f"|Wq^T R(57)^T R(7) Wk - Wq^T R(50)^T Wk| = {(far - w_q.T @ rotated(50).T @ w_k).norm():.1e}")
+
+
+def absorbing() -> None:
+    """Absorbed = expanded = naive, and what each costs."""
+    outputs = {}
+    x = torch.randn(1, 64, 768, generator=DRAW)
+    for execution in ("naive", "expanded", "absorbed"):
+        layer = _layer(_config("mla", execution=execution))
+        outputs[execution] = layer(x, _context(layer, 0, 64))[0]
+    scale = outputs["naive"].abs().max()
+    for execution in ("expanded", "absorbed"):
+        print(f"{execution} against naive: {(outputs[execution] - outputs['naive']).abs().max() / scale:.1e}")
+    for name, (c, n, v) in {
+        "gpt2": (192, 48, 64),
+        "c192 n64 v64": (192, 64, 64),
+        "DeepSeek-V3": (512, 128, 128),
+    }.items():
+        print(f"T* = c(n + v)/(2c - n - v) of {name}: {c * (n + v) / (2 * c - n - v):.0f} queries")
+    ratio = (2 * 512 + 64) / (128 + 64 + 128)
+    print(
+        f"products per query and key at DeepSeek-V3's dimensions: absorbed (c + r) + c is {ratio:.1f} times (n + r) + v"
+    )
+
+
+def crossover() -> None:
+    """The time of one MLA layer at GPT-2's dimensions, with the cache it reads. Depends on the machine."""
+    cached = 4096
+    for queries in (1, 16, 64, 128, 256, 512):
+        runs = {execution: _against_a_cache(execution, queries, cached) for execution in ("expanded", "absorbed")}
+        timings = in_turns(runs, rounds=5)
+        print(
+            f"{queries:>4} queries, {cached} cached: "
+            + ", ".join(f"{name} {1e3 * timing.median:.1f} ms" for name, timing in timings.items())
+        )
+
+
+def windows() -> None:
+    """What a window keeps of 100,000 tokens."""
+    for name, settings in {
+        "all": {},
+        "window 256": {"window": 256},
+        "with 4 sinks": {"window": 256, "global_tokens": 4},
+    }.items():
+        model = cost.on_meta(_config("gqa", **settings), 50257)
+        caches = model.make_caches(1, 100_000)
+        held = sum(column[:, 1:].nbytes for cache in caches for column in cache.columns.values())
+        print(f"gqa, {name}: {held / 1e6:,.1f} MB in float32 for 100,000 tokens")
+
+
+def _config(attention: str, **settings: object) -> ModelConfig:
+    dimensions = dict(n_layers=12, d_model=768, n_heads=12, context_length=1024)
+    choice = load_choice("attention", attention).model_copy(update=settings)
+    return ModelConfig(**dimensions, attention=choice, mlp=load_choice("mlp", "relu2"), kernel=SDPA())
+
+
+def _layer(config: ModelConfig) -> MLA:
+    layer = TransformerLM(config.model_copy(update={"n_layers": 1}), 64, seed=0).layers[0].attention
+    torch.nn.init.normal_(layer.o_proj.weight, std=0.03, generator=torch.Generator().manual_seed(1))
+    return layer
+
+
+def _context(layer: MLA, first: int, count: int, extent: int | None = None) -> Context:
+    positions = torch.arange(first, first + count)[None]
+    return Context(positions, plain=first == 0, extent=extent, rotary={layer.rope: layer.rope.table(positions)})
+
+
+def _against_a_cache(execution: str, queries: int, cached: int) -> Callable[[], object]:
+    layer = _layer(_config("mla", execution=execution))
+    cache = layer.make_cache(1, cached + queries)
+    layer(torch.randn(1, cached, 768, generator=DRAW), _context(layer, 0, cached), cache)
+    x, ctx = torch.randn(1, queries, 768, generator=DRAW), _context(layer, cached, queries)
+
+    @torch.no_grad()
+    def run() -> object:
+        return layer(x, ctx, cache)
+
+    return run
+
+
+def _numbers(x: Tensor) -> str:
+    return str([[round(value, 3) for value in row] for row in x.tolist()])
+
+
+def _shape(x: Tensor) -> str:
+    return str(tuple(x.shape))
+
+
+SECTIONS = {
+    "definition": definition,
+    "online-softmax": online_softmax,
+    "sharing": sharing,
+    "latent": latent,
+    "decoupling": decoupling,
+    "absorbing": absorbing,
+    "crossover": crossover,
+    "windows": windows,
+}
+
+if __name__ == "__main__":
+    main()
