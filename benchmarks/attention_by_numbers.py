@@ -29,11 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", choices=[[], *SECTIONS], help=", ".join(SECTIONS))
     for name in parser.parse_args().section or SECTIONS:
-        DRAW.manual_seed(0)
         print(f"# {name}")
-        with torch.no_grad():
-            SECTIONS[name]()
+        show(name)
         print()
+
+
+@torch.no_grad()
+def show(section: str) -> None:
+    DRAW.manual_seed(0)
+    SECTIONS[section]()
 
 
 def definition() -> None:
@@ -126,16 +130,10 @@ def absorbing() -> None:
     scale = outputs["naive"].abs().max()
     for execution in ("expanded", "absorbed"):
         print(f"{execution} against naive: {(outputs[execution] - outputs['naive']).abs().max() / scale:.1e}")
-    for name, (c, n, v) in {
-        "gpt2": (192, 48, 64),
-        "c192 n64 v64": (192, 64, 64),
-        "DeepSeek-V3": (512, 128, 128),
-    }.items():
-        print(f"T* = c(n + v)/(2c - n - v) of {name}: {c * (n + v) / (2 * c - n - v):.0f} queries")
+    for name, (c, n, v) in {"GPT-2": (192, 48, 64), "DeepSeek-V3": (512, 128, 128)}.items():
+        print(f"{name}, c {c}, n {n}, v {v}: T* = c(n + v)/(2c - n - v) = {c * (n + v) / (2 * c - n - v):.0f} queries")
     ratio = (2 * 512 + 64) / (128 + 64 + 128)
-    print(
-        f"products per query and key at DeepSeek-V3's dimensions: absorbed (c + r) + c is {ratio:.1f} times (n + r) + v"
-    )
+    print(f"DeepSeek-V3, products per query and key: absorbed (c + r) + c = {ratio:.1f} times expanded (n + r) + v")
 
 
 def crossover() -> None:
@@ -152,11 +150,8 @@ def crossover() -> None:
 
 def windows() -> None:
     """What a window keeps of 100,000 tokens."""
-    for name, settings in {
-        "all": {},
-        "window 256": {"window": 256},
-        "with 4 sinks": {"window": 256, "global_tokens": 4},
-    }.items():
+    local = {"window": 256}
+    for name, settings in {"all": {}, "window 256": local, "and 4 global tokens": local | {"global_tokens": 4}}.items():
         model = cost.on_meta(_config("gqa", **settings), 50257)
         caches = model.make_caches(1, 100_000)
         held = sum(column[:, 1:].nbytes for cache in caches for column in cache.columns.values())
