@@ -63,7 +63,7 @@ def test_kernels_agree_and_so_do_their_gradients(case):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if not ANCHORED & {part.split("=")[0] for part in case}], ids=" ".join
+    "case", [case for case in CASES if not any(name in part for name in ANCHORED for part in case)], ids=" ".join
 )
 def test_scores_depend_on_differences_of_positions(case):
     laws.check_relative_positions(small_model(*case))
