@@ -146,8 +146,10 @@ def _unknown_setting(key: str) -> str:
 
 
 def _keys(path: Path) -> list[str]:
-    found = re.findall(r"^([a-z]\w*):", path.read_text(), re.MULTILINE)
-    return [key for key in found if key not in ("defaults", "hydra")]
+    text = path.read_text()
+    found = re.findall(r"^([a-z]\w*):", text, re.MULTILINE)
+    taken_over = [path.parent / f"{shared}.yaml" for shared in re.findall(r"([\w/]+)@_here_", text)]
+    return [key for key in found if key not in ("defaults", "hydra")] + [key for p in taken_over for key in _keys(p)]
 
 
 def _indeterminate(error: Exception) -> str | None:
