@@ -15,6 +15,7 @@ from model.config import Dimensions
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
 from model.norm import RMSNorm
+from model.positions import position_embedding
 
 VOCAB_MULTIPLE = 64  # matrix units want aligned widths
 RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
@@ -92,10 +93,11 @@ class TransformerLM(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.causal = config, vocab_size, causal
         self.embedding = VocabMatrix(vocab_size, config.d_model)
+        self.position_embedding = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model)
         self.head = None if config.tie_embeddings else VocabMatrix(vocab_size, config.d_model)
-        self.ropes = {block.attention.rope for block in self.layers}
+        self.ropes = {block.attention.rope for block in self.layers} - {None}
         self._initialise(seed)
 
     def forward(
@@ -137,7 +139,10 @@ class TransformerLM(nn.Module):
         ctx = Context(
             positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training, want=want
         )
-        x = ctx.drop(self.embedding(tokens), self.config.dropout)
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions).to(x.dtype)
+        x = ctx.drop(x, self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
             x, said = block(x, ctx, None if caches is None else caches[i])

@@ -44,6 +44,19 @@ CASES = [
     ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2"),
     ("attention=mla", "attention.mask_diagonal=true"),
     ("attention=stack", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=gqa", "attention.rope_dim=6", "attention.rope_layout=interleaved"),
+    ("attention=mqa", "attention.rope_scaling=linear", "attention.rope_factor=4"),
+    ("attention=mha", "attention.rope_scaling=ntk", "attention.rope_factor=4", "attention.rope_dim=8"),
+    ("attention=gqa", "attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.rope_theta=100"),
+    ("attention=mla", "attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.qk_rope_head_dim=8"),
+    ("attention=mla", "attention.k_rope_from=latent", "attention.qk_rope_head_dim=8"),
+    ("attention=gqa", "position=alibi"),
+    ("attention=mla", "position=alibi"),
+    ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=mha", "position=none"),
+    ("attention=mla", "position=none", "attention.q_lora_rank=24"),
+    ("attention=gqa", "position=learned"),
+    ("attention=mla", "position=sinusoidal"),
 ]
 
 

@@ -292,6 +292,8 @@ BAD_RUNS = {
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
     "numbered model": (["model=5"], "model=5: choose one of gpt2, small, tiny"),
     "nearly": (["attention.n_kv_head=2"], "no such setting of attention=mha; did you mean n_kv_heads?"),
+    "nearly a shared one": (["attention.rope_teta=2"], "no such setting of attention=mha; did you mean rope_theta?"),
+    "position": (["position=absolute"], "position=absolute: choose one of alibi, learned, none, rope, sinusoidal"),
     "of another choice": (
         ["attention=mla", "attention.n_kv_heads=2"],
         "of attention=mla; it belongs to attention=gqa or mha or mqa",

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "model.config model.errors",
     "model.mask model.rope model.norm model.sampler",
-    "model.cache",
+    "model.cache model.positions",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa",
     "model.kernels.auto model.kernels.flex",

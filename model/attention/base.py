@@ -14,6 +14,7 @@ from model.cache import Cache
 from model.config import LARGEST, Config, Dimensions, Size
 from model.kernels.base import Kernel
 from model.mask import Mask, Pattern
+from model.positions import PositionConfig
 from model.rope import Rope
 
 
@@ -32,6 +33,10 @@ class Context:
     def drop(self, x: Tensor, probability: float) -> Tensor:
         """Dropout (Srivastava et al. 2014), which leaves x alone outside training."""
         return F.dropout(x, probability) if self.training and probability else x
+
+    def rotated(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """x (B, T, H, D), rotated by its tokens' positions if anything rotates it."""
+        return x if rope is None else rope.rotate(x, self.rotary[rope])
 
 
 class AttentionChoice(Config, ABC):
@@ -59,7 +64,7 @@ class AttentionChoice(Config, ABC):
         """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
 
 
-class AttentionConfig(AttentionChoice):
+class AttentionConfig(AttentionChoice, PositionConfig):
     """One attention, the same in each layer that has it."""
 
     window: Size | None = None  # keys a query sees, its own included; unset: all before it
@@ -118,7 +123,7 @@ class Attention(nn.Module, ABC):
     Its last matrix is named `o_proj`: it writes to the residual stream and is initialised accordingly.
     """
 
-    rope: Rope
+    rope: Rope | None
     pattern: Pattern
 
     @abstractmethod

@@ -39,7 +39,6 @@ from model.cache import Cache, cache_for
 from model.config import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
 from model.norm import RMSNorm
-from model.rope import Layout, Rope
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 
@@ -52,16 +51,13 @@ class MLAConfig(AttentionConfig):
     q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
     kv_lora_rank: Size | None = None  # c: d_model / 4
     qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: Size | None = None  # r: head_dim / 4, rounded up to an even number
+    qk_rope_head_dim: int | None = Field(None, ge=0, le=LARGEST)  # r: head_dim / 4, made even; 0 if nothing rotates
     v_head_dim: Size | None = None  # v: head_dim
-    rope_theta: float = Field(10000.0, ge=1)
-    rope_layout: Layout = "half"
+    k_rope_from: Literal["hidden", "latent"] = "hidden"  # the rope key is a projection of
     execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
 
     def derive(self, dimensions: Dimensions) -> Self:
-        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim_of(dimensions) / 8)
-        if rope_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={rope_dim} is odd: RoPE rotates pairs, choose an even one")
+        rope_dim = self._rope_dim(dimensions)
         nope_dim = self.qk_nope_head_dim or head_dim_of(dimensions) - rope_dim
         if nope_dim < 1:
             raise ValueError(
@@ -75,6 +71,7 @@ class MLAConfig(AttentionConfig):
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
                 "v_head_dim": self.v_head_dim or head_dim_of(dimensions),
+                "rope_original_context": self.original_context(dimensions),
             }
         )
         grouped = 2 * grouped_kv_heads(dimensions.n_heads) * derived.v_head_dim
@@ -84,6 +81,23 @@ class MLAConfig(AttentionConfig):
                 f"grouped-query attention: kv_lora_rank up to {grouped - rope_dim} would not be"
             )
         return derived
+
+    def _rope_dim(self, dimensions: Dimensions) -> int:
+        rope_dim = self.qk_rope_head_dim
+        if self.position == "rope":
+            if rope_dim == 0:
+                raise ValueError("qk_rope_head_dim=0 leaves position=rope nothing to rotate: choose position=none")
+            rope_dim = rope_dim or 2 * math.ceil(head_dim_of(dimensions) / 8)
+            self.check_rotated("qk_rope_head_dim", rope_dim)
+            return rope_dim
+        if rope_dim:
+            raise ValueError(
+                f"position={self.position} needs qk_rope_head_dim=0, not {rope_dim}: leave it unset, or choose "
+                "position=rope"
+            )
+        if self.k_rope_from == "latent":
+            raise ValueError(f"k_rope_from=latent: position={self.position} has no rope key, choose position=rope")
+        return 0
 
     def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "MLA":
         return MLA(self, dimensions, kernel, causal)
@@ -108,13 +122,16 @@ class MLA(Attention):
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
         self.n_heads, self.nope_dim, self.rope_dim, self.v_dim, self.rank = n_heads, n, r, v, c
-        self.scale = (n + r) ** -0.5  # in absorbed form too, though its keys are c + r wide
+        self.scale = (n + r) ** -0.5 * config.sharpening  # in absorbed form too, though its keys are c + r wide
         self.attend = kernel
         self.pattern = config.pattern(causal)
-        self.rope = Rope(r, config.rope_theta, config.rope_layout)
+        self.rope = config.rope(r)
+        self.biased = config.distance_bias(causal)
         self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r))  # rows of a head: nope | rope
-        self.kv_down = nn.Linear(d_model, c + r, bias=False)  # rows: latent | rope key
+        own = config.k_rope_from == "latent"
+        self.kv_down = nn.Linear(d_model, c if own else c + r, bias=False)  # rows: latent | rope key
         self.kv_norm = RMSNorm(c)
+        self.k_rope_proj = nn.Linear(c, r, bias=False) if own else None
         self.kv_up = nn.Linear(c, n_heads * (n + v), bias=False)  # rows of a head: k_nope | v
         self.o_proj = nn.Linear(n_heads * v, d_model, bias=False)
         # Expanding costs c(n+v) products per visible token and head, once; absorbing costs 2c-n-v more per query.
@@ -128,12 +145,14 @@ class MLA(Attention):
         self.caches_heads = config.execution == "naive"
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        table = ctx.rotary[self.rope]
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
-        q_rope = self.rope.rotate(q_rope, table)  # (B, T, H, r)
-        latent, k_rope = self.kv_down(x).unsqueeze(2).split([self.rank, self.rope_dim], -1)
+        q_rope = ctx.rotated(q_rope, self.rope)  # (B, T, H, r)
+        down = self.kv_down(x).unsqueeze(2)
+        latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
+        if self.k_rope_proj is not None:
+            k_rope = self.k_rope_proj(latent)
         # One row per token, all that a latent cache keeps: (B, T, 1, c + r)
-        row = torch.cat((self.kv_norm(latent), self.rope.rotate(k_rope, table)), dim=-1)
+        row = torch.cat((latent, ctx.rotated(k_rope, self.rope)), dim=-1)
         y = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
         return self.o_proj(y.flatten(2)), {}
 
@@ -146,19 +165,22 @@ class MLA(Attention):
     def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
         k, v = self._expand(row)
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)
-        return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
+        q, k = self.biased(torch.cat((q_nope, q_rope), -1), k, mask, self.scale)
+        return self.attend(q, k, v, mask, self.scale)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
         (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
         k, v = self._expand(row)
-        return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
+        q, k = self.biased(torch.cat((q_nope, q_rope), -1), k, mask, self.scale)
+        return self.attend(q, k, v, mask, self.scale)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
         (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
         w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
-        # The row serves as value too, without a copy; its rope columns are dropped from the output.
-        y = self.attend(q, row, row, mask, self.scale)[..., : self.rank]
+        q, k = self.biased(q, row, mask, self.scale)
+        # The key serves as value too, without a copy; all but its latent is dropped from the output.
+        y = self.attend(q, k, k, mask, self.scale)[..., : self.rank]
         return torch.einsum("bthc,hvc->bthv", y, w_uv)
 
     def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:

@@ -27,7 +27,8 @@ def test_parameters_by_part_are_those_of_the_model(case):
     model = TransformerLM(config, VOCAB)
     parts = cost.parameters(cost.on_meta(config, VOCAB))
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["embedding"] == model.embedding.weight.numel()
+    learned = 64 * 64 if "position=learned" in case else 0
+    assert parts["embedding"] == model.embedding.weight.numel() + learned
     assert parts["head"] == (0 if config.tie_embeddings else model.head.weight.numel())
     assert parts["norms"] == sum(p.numel() for p in model.parameters() if p.ndim == 1)
     assert parts["mlp"] == sum(p.numel() for layer in model.layers for p in layer.mlp.parameters())

@@ -57,6 +57,47 @@ def test_unset_dimensions_derive_by_the_documented_rules():
     assert load_composed("batch_tokens=2560", "micro_batch_size=null").micro_batch_size == 10
 
 
+def test_one_switch_says_how_positions_are_known():
+    for position, bias, embedding in (
+        ("rope", "rope", "none"),
+        ("alibi", "alibi", "none"),
+        ("none", "none", "none"),
+        ("learned", "none", "learned"),
+        ("sinusoidal", "none", "sinusoidal"),
+    ):
+        for attention in ATTENTIONS:
+            model = load_composed(f"position={position}", f"attention={attention}").model
+            assert model.position_embedding == embedding
+            assert {model.attention.of_layer(i).position for i in range(model.n_layers)} == {bias}
+
+
+def test_what_is_typed_or_said_by_an_experiment_goes_before_the_switch(tmp_path):
+    assert load_composed("attention.position=alibi").model.attention.position == "alibi"
+    run = load_composed("position=learned", "attention.position=rope")
+    assert (run.model.position_embedding, run.model.attention.position) == ("learned", "rope")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "ours.yaml").write_text("# @package _global_\nattention: {position: alibi}\n")
+    run = load_composed("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
+    assert run.model.attention.position == "alibi"
+
+
+def test_a_part_of_a_stack_may_differ_from_what_the_stack_says():
+    stack = load_composed("attention=stack", "position=none", "+attention.parts.local.position=rope").model.attention
+    assert [stack.of_layer(i).position for i in range(2)] == ["rope", "none"]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_config_of_a_run_older_than_these_settings_loads(attention):
+    new = {"position", "position_embedding", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context"}
+    new |= {"k_rope_from"}
+
+    def older(tree):
+        return {k: older(v) for k, v in tree.items() if k not in new} if isinstance(tree, dict) else tree
+
+    run = load_composed(f"attention={attention}")
+    assert load(older(dump(run))) == run
+
+
 BAD = [
     (
         ("attention.n_kv_heads=5", "model=gpt2", "attention=gqa"),
@@ -65,6 +106,37 @@ BAD = [
     (("attention=mla", "attention.qk_rope_head_dim=7"), "qk_rope_head_dim=7 is odd"),
     (("attention=mla", "attention.qk_rope_head_dim=32"), "qk_rope_head_dim=32 leaves nothing of head_dim=32"),
     (("attention.head_dim=7",), "head_dim=7 is odd"),
+    (("attention.rope_dim=5",), "rope_dim=5 is odd"),
+    (("attention.rope_dim=34",), "rope_dim=34 is more than head_dim=32"),
+    (("attention.rope_dim=0",), "attention.rope_dim=0"),
+    (("attention.rope_dim=8", "position=none"), "rope_dim=8 rotates, and position=none does not"),
+    (("attention.rope_scaling=yarn", "attention.rope_factor=0"), "attention.rope_factor=0"),
+    (("attention.rope_scaling=linear", "attention.rope_factor=-2"), "attention.rope_factor=-2"),
+    (("attention.rope_scaling=ntk",), "rope_scaling=ntk needs a factor"),
+    (("attention.rope_factor=2",), "rope_factor=2.0 does nothing with rope_scaling=none"),
+    (("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_dim=2"), "rope_dim=2 is one pair"),
+    (("attention.rope_scaling=yarn", "attention.rope_factor=2", "attention.rope_theta=1"), "rope_theta=1 turns all"),
+    (
+        ("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_original_context=64"),
+        "rope_original_context=64 is what yarn begins from, and rope_scaling=ntk does not ask",
+    ),
+    (
+        ("attention.rope_scaling=linear", "attention.rope_factor=2", "position=alibi"),
+        "rope_scaling=linear scales a rotation, and position=alibi has none",
+    ),
+    (
+        ("attention=mla", "attention.qk_rope_head_dim=8", "position=alibi"),
+        "position=alibi needs qk_rope_head_dim=0, not 8",
+    ),
+    (("attention=mla", "attention.qk_rope_head_dim=0"), "qk_rope_head_dim=0 leaves position=rope nothing to rotate"),
+    (("attention=mla", "attention.k_rope_from=latent", "position=none"), "position=none has no rope key"),
+    (("attention=mla", "attention.k_rope_from=above"), "attention.k_rope_from=above"),
+    (("attention.position=learned",), "attention.position=learned"),
+    (("model.position_embedding=rope",), "model.position_embedding=rope"),
+    (
+        ("attention=stack", "attention.parts.local={attention: mla, qk_rope_head_dim: 4}", "position=alibi"),
+        "position=alibi needs qk_rope_head_dim=0, not 4",
+    ),
     (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
     (("steps=abc",), "steps=abc"),
     (("steps=0",), "steps=0"),

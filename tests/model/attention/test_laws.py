@@ -14,10 +14,11 @@ from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.model.attention import laws
-from tests.support import CASES, relative_error, sharpened, small_config, small_model, some_tokens
+from tests.support import ATTENTIONS, CASES, relative_error, sharpened, small_config, small_model, some_tokens
 
 KERNELS = [Naive(), SDPA(), Auto()]
-ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal")  # what a token sees depends on where it stands
+# What a token is, or what it sees, depends on where it stands.
+ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
 
 
@@ -62,7 +63,9 @@ def test_kernels_agree_and_so_do_their_gradients(case):
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not any(key in " ".join(case) for key in ANCHORED)])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not any(name in part for name in ANCHORED for part in case)], ids=" ".join
+)
 def test_scores_depend_on_differences_of_positions(case):
     laws.check_relative_positions(small_model(*case))
 
@@ -97,7 +100,7 @@ def test_a_window_bounds_the_cache():
         assert [cache.columns["latent_and_k_rope"].shape[1] for cache in caches] == [rows + 1, rows + 1]
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if "position=alibi" not in case], ids=" ".join)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 def test_an_encoder_sees_both_sides(case, kernel):
     encoder = sharpened(
@@ -112,6 +115,12 @@ def test_an_encoder_does_not_decode():
     encoder = TransformerLM(small_config("attention=gqa"), 100, causal=False)
     with pytest.raises(ValueError, match="causal=True"):
         encoder(some_tokens(1, 3), positions=torch.arange(3)[None], caches=encoder.make_caches(1, 8))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_encoder_has_no_bias_that_would_favour_what_comes_later(attention):
+    with pytest.raises(ValueError, match="position=alibi is for causal models"):
+        TransformerLM(small_config(f"attention={attention}", "position=alibi"), 100, causal=False)
 
 
 def test_a_latent_cache_never_holds_a_tensor_per_head():
@@ -202,6 +211,18 @@ def test_bfloat16_stays_near_float32(case):
         expected = exact(tokens).logits
         assert relative_error(low(tokens).logits, expected) <= 0.06
         assert relative_error(_decoded(low, tokens), expected) <= 0.06
+
+
+@every_case
+def test_what_tells_positions_apart_is_needed(case):
+    """Two tokens before the last one change places: the last one's logits notice, but with no positions at all, where a
+    single layer cannot (further ones can, by what the causal mask showed to each)."""
+    model = small_model(
+        *case, "model.n_layers=1", *(["attention.pattern=[local]"] if "attention=stack" in case else [])
+    )
+    tokens = some_tokens(1, 3)
+    moved = relative_error(model(tokens[:, [1, 0, 2]]).logits[:, -1], model(tokens).logits[:, -1])
+    assert (moved <= 1e-6) == ("position=none" in case)
 
 
 # Negative tests: what the laws are for is caught by them.

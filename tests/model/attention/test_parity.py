@@ -81,6 +81,25 @@ def test_llama(kv_heads, attention):
     check_parity(transformers.LlamaForCausalLM(config), f"attention={attention}", "attention.qk_norm=false")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("scaling", ["linear", "yarn"])
+def test_llama_stretched(scaling):
+    """Theirs multiplies cos and sin by YaRN's mscale, ours the scores by its square."""
+    rope = YARN if scaling == "yarn" else {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    shape = {**SHAPE, "rope_parameters": rope, "rope_scaling": rope}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=2)
+    check_parity(
+        transformers.LlamaForCausalLM(config),
+        "attention=gqa",
+        "attention.qk_norm=false",
+        "model.context_length=64",  # so that yarn begins from 16
+        f"attention.rope_scaling={scaling}",
+        "attention.rope_factor=4",
+    )
+
+
 def test_qwen3_with_norms_on_queries_and_keys():
     config = transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)
     check_parity(transformers.Qwen3ForCausalLM(config), "attention=gqa")
@@ -88,9 +107,13 @@ def test_qwen3_with_norms_on_queries_and_keys():
 
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
 @pytest.mark.parametrize("execution", ["naive", "absorbed"])
-def test_deepseek_v3(q_lora_rank, execution):
+@pytest.mark.parametrize("scaling", ["none", "yarn"])
+def test_deepseek_v3(q_lora_rank, execution, scaling):
+    rope = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+    stretched = ("attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.rope_original_context=16")
     config = transformers.DeepseekV3Config(
         **SHAPE,
+        **({"rope_parameters": rope, "rope_scaling": rope} if scaling == "yarn" else {}),
         num_key_value_heads=HEADS,
         q_lora_rank=q_lora_rank,
         kv_lora_rank=16,
@@ -110,4 +133,5 @@ def test_deepseek_v3(q_lora_rank, execution):
         "attention.v_head_dim=16",
         "attention.rope_layout=interleaved",
         f"attention.execution={execution}",
+        *(stretched if scaling == "yarn" else ()),
     )
