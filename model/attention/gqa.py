@@ -24,9 +24,7 @@ from model.norm import RMSNorm
 
 
 class GQAConfig(AttentionConfig):
-    n_kv_heads: Size | Literal["all"] | None = (
-        None  # all: n_heads; unset: the smallest divisor of n_heads that is >= n_heads/4, and 2
-    )
+    n_kv_heads: Size | Literal["all"] | None = None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
     head_dim: Size | None = None  # d_model / n_heads
     qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
     rope_dim: Size | None = None  # the first so many of each head rotate: head_dim
