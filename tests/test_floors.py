@@ -28,7 +28,7 @@ FLOORS = [
     "training.loss training.signals training.streaming training.sampling_options training.mfu training.profiling",
     "training.optim training.precision training.schedule training.plot",
     "training.step training.preview",
-    "training.scoring training.repl training.writing",
+    "training.scoring training.repl training.writing training.attention_seen",
     "training.config",
     "training.run_folder",
     "training.checkpoint training.report training.dry_run",
