@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.build import build, discard_parts, names_file, survey
+from data.build import build, discard_abandoned, discard_parts, lock_file, names_file, survey
 from data.corpus import Corpus
 from data.durable import make_folder, sweep
 from data.errors import UserError
@@ -69,9 +69,10 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
     try:
         make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"
-        guard = lock(folder.with_name(f".{folder.name}.lock"), busy, wait=True)
+        guard = lock(lock_file(folder), busy, wait=True)
     except OSError as error:
         raise UserError(f"cache_dir={folder.parent} cannot be written: {error.strerror}") from None
+    discard_abandoned(folder.parent)  # before more room is needed
     with guard:
         sweep(folder.parent, folder.name)
         if not folder.exists():

@@ -18,6 +18,7 @@ from data.prepare import Prepared
 from model import cost
 from model.transformer import TransformerLM
 from training.attention_seen import attention_seen
+from training.checkpoint import saved, step_of
 from training.config import Run, dump
 from training.device import peak_memory
 from training.guard import Guard
@@ -119,9 +120,6 @@ class Report:
 
     def end(self, score: Score, sample: str) -> None:
         """The last words of a run, on stdout."""
-        more = f"             {resume_command(self.folder)} steps={2 * self.run.steps}\n"
-        if self.run.schedule.first_open_step(self.run.steps) is not None:
-            more = ""  # its cooldown is over
         print(
             f"\n{sample}\n\n"
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
@@ -130,7 +128,7 @@ class Report:
             f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data\n"
             f"run          {self.folder}  (loss.png is its curve)\n"
             f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
-            f"{more}"
+            f"             {self._longer()}\n"
             f"             python train.py --help"
         )
 
@@ -210,6 +208,18 @@ class Report:
         more = f" and {len(names) - DOCUMENTS_NAMED} more" if len(names) > DOCUMENTS_NAMED else ""
         return (", ".join(names[:DOCUMENTS_NAMED]) or "names are lost") + more
 
+    def _longer(self) -> str:
+        """How this run, which is complete, becomes a longer one."""
+        command = f"{resume_command(self.folder)} steps={2 * self.run.steps}"
+        cooldown = self.run.schedule.first_open_step(self.run.steps)
+        if cooldown in (None, self.run.steps):
+            return command
+        since = f"the cooldown began at step {cooldown}"
+        before = [path.name for path in saved(self.folder) if step_of(path) <= cooldown]
+        if not before:
+            return f"(a longer run is a new one: {since}, and no checkpoint from before is left)"
+        return f"{command}  (after moving away the checkpoints after {before[-1]}: {since})"
+
     def _plot(self) -> None:
         try:
             plot_loss(self.folder)
@@ -236,7 +246,7 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, {parameters:,} parameters "
         f"on {device.type}"
     )
-    yield f"attention    {type(attention).__name__.removesuffix('Config')}: {attention}"
+    yield f"attention    {attention.described(dims.n_heads)}: {attention}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
         f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "

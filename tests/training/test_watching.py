@@ -32,6 +32,26 @@ def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
     assert re.search(r"speed  .* MFU \d+\.\d%, \d+\.\d% of the time waiting for data", out)
 
 
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (["attention=mha"], "MHA, 4 heads with a key and a value each: "),
+        (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
+        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
+        (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
+        (
+            ["attention=stack"],
+            "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
+        ),
+        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_begins_by_saying_what_its_heads_share(workplace, monkeypatch, capsys, choice, said):
+    assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
+    assert f"attention    {said}" in capsys.readouterr().err
+
+
 def test_without_a_known_peak_there_is_no_mfu(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "steps=3", "run_dir=run"], monkeypatch) == 0
     assert {row["mfu"] for row in read_metrics(workplace / "run/metrics.jsonl")} == {None}
