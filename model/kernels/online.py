@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.config import Size
 from model.errors import Unsupported
@@ -66,10 +67,13 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        """With P the probabilities and X the scores: dV = Pᵀ dO;  dP = dO Vᵀ;  dX = P ∘ (dP - D) by the softmax, where
-        D = rowsum(P ∘ dP) = rowsum(dO ∘ O);  dQ = scale · dX K;  dK = scale · dXᵀ Q.
+        """With P the probabilities and A = QKᵀ:
 
+            dV = Pᵀ dO        dP = dO Vᵀ        dA = scale · P ∘ (dP - D)        dQ = dA K        dK = dAᵀ Q
+
+        where D = rowsum(P ∘ dP), through the sum that a softmax divides by, is rowsum(dO ∘ O): no pass over the keys.
         FlashAttention-2 puts the loop over keys outside, so that blocks of threads need not add to the same dK and dV;
         here one after the other does.
         """
@@ -87,9 +91,9 @@ class _Attention(torch.autograd.Function):
                 p = (x - lse_i[..., None]).exp()  # (B, t, G, R, s), which sums to 1 over all tiles
                 d_v[:, keys] += torch.einsum("btgrs,btgrv->bsgv", p, do_i)
                 d_p = torch.einsum("btgrv,bsgv->btgrs", do_i, v[:, keys].float())
-                d_x = scale * p * (d_p - d_i[..., None])  # (B, t, G, R, s)
-                d_q_i += torch.einsum("btgrs,bsgd->btgrd", d_x, k[:, keys].float())
-                d_k[:, keys] += torch.einsum("btgrs,btgrd->bsgd", d_x, q_i.float())
+                d_a = scale * p * (d_p - d_i[..., None])  # (B, t, G, R, s)
+                d_q_i += torch.einsum("btgrs,bsgd->btgrd", d_a, k[:, keys].float())
+                d_k[:, keys] += torch.einsum("btgrs,btgrd->bsgd", d_a, q_i.float())
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
 
 

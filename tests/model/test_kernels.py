@@ -153,6 +153,14 @@ def test_online_skips_the_tiles_that_nobody_sees(monkeypatch):
         assert len(computed) == 2 * tiles
 
 
+def test_online_has_no_second_derivative_and_says_so():
+    given = inputs(4, 4, 1, 1, 4, 4)
+    out = Online()(*given, Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+    (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_online_refuses_dropout_of_weights():
     mask = Mask(positions(0, 4), positions(0, 4), plain=True)
     with pytest.raises(Unsupported, match=r"kernel=online has no dropout .*kernel=naive"):
