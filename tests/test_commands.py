@@ -273,6 +273,13 @@ BAD_SAMPLES = {
     "score of nothing": (["--score", "empty.txt"], "nothing to predict"),
     "score of no file": (["--score", "none.txt"], "none.txt cannot be read: No such file"),
     "score of bytes": (["--score", "binary.txt"], "binary.txt is not UTF-8 text"),
+    "map of nothing": (["--attention-map", "a.png"], "a prompt of 2 to 64 tokens, this one has 0: give a longer one"),
+    "map of much": (["x" * 65, "--attention-map", "a.png"], "2 to 64 tokens, this one has 65: give a shorter one"),
+    "map of no format": (["xy", "--attention-map", "a.bmp"], "a.bmp: choose a name that ends in one of .pdf, .png"),
+    "map nowhere": (["xy", "--attention-map", "none/a.png"], "none/a.png cannot be written: there is no folder none"),
+    "map over a run": (["xy", "--attention-map", "folder.png"], "folder.png cannot be written: it is a folder"),
+    "map and write": (["xy", "--attention-map", "a.png", "--top-k", "3"], "--attention-map with --top-k"),
+    "map and score": (["--score", "empty.txt", "--attention-map", "a.png"], "--score with --attention-map"),
 }
 
 
@@ -280,10 +287,12 @@ BAD_SAMPLES = {
 def test_sampling_refuses_in_one_line(place, monkeypatch, capsys, arguments, complaint):
     monkeypatch.chdir(place)
     (place / "empty.txt").touch()
+    (place / "folder.png").mkdir(exist_ok=True)
     (place / "binary.txt").write_bytes(b"a\n\xff")
     assert call("sample", arguments, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert complaint in err and err.count("\n") == 1 and out == ""
+    assert not (place / "a.png").exists()
 
 
 BAD_RUNS = {

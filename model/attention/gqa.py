@@ -20,6 +20,7 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.config import Dimensions, Size
 from model.kernels.base import Kernel
+from model.kernels.scores import said_of_scores
 from model.norm import RMSNorm
 
 
@@ -103,7 +104,7 @@ class GQA(Attention):
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
         q, k = self.biased(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale)  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), {}
+        return self.o_proj(y.flatten(2)), said_of_scores(ctx.want, q, k, mask, self.scale)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)

@@ -38,9 +38,12 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.config import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
+from model.kernels.scores import said_of_scores
+from model.mask import Mask
 from model.norm import RMSNorm
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
+Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
 
 
 class MLAConfig(AttentionConfig):
@@ -153,8 +156,8 @@ class MLA(Attention):
             k_rope = self.k_rope_proj(latent)
         # One row per token, all that a latent cache keeps: (B, T, 1, c + r)
         row = torch.cat((latent, ctx.rotated(k_rope, self.rope)), dim=-1)
-        y = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
-        return self.o_proj(y.flatten(2)), {}
+        y, said = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
+        return self.o_proj(y.flatten(2)), said
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
@@ -162,30 +165,31 @@ class MLA(Attention):
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         k, v = self._expand(row)
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)
-        q, k = self.biased(torch.cat((q_nope, q_rope), -1), k, mask, self.scale)
-        return self.attend(q, k, v, mask, self.scale)
+        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
         k, v = self._expand(row)
-        q, k = self.biased(torch.cat((q_nope, q_rope), -1), k, mask, self.scale)
-        return self.attend(q, k, v, mask, self.scale)
+        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
         w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
-        q, k = self.biased(q, row, mask, self.scale)
-        # The key serves as value too, without a copy; all but its latent is dropped from the output.
-        y = self.attend(q, k, k, mask, self.scale)[..., : self.rank]
-        return torch.einsum("bthc,hvc->bthv", y, w_uv)
+        # The row serves as value too, without a copy; its rope columns are dropped from the output.
+        y, said = self._attend(q, row, row, mask, ctx)
+        return torch.einsum("bthc,hvc->bthv", y[..., : self.rank], w_uv), said
 
-    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         absorb = cache is not None and row.shape[1] <= self.break_even
         return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> Said:
+        q, k = self.biased(q, k, mask, self.scale)
+        return self.attend(q, k, v, mask, self.scale), said_of_scores(ctx.want, q, k, mask, self.scale)
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""

@@ -7,16 +7,17 @@ from torch import Tensor
 from model.attention.base import Context
 from model.attention.mla import MLA
 from model.generate import bucket, decode_step
+from model.kernels import online
 from model.kernels.auto import Auto
-from model.kernels.base import Kernel
 from model.kernels.naive import Naive
+from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.model.attention import laws
 from tests.support import ATTENTIONS, CASES, relative_error, sharpened, small_config, small_model, some_tokens
 
-KERNELS = [Naive(), SDPA(), Auto()]
+KERNELS = [Naive(), SDPA(), Auto(), Online(query_tile=4, key_tile=3)]
 # What a token is, or what it sees, depends on where it stands.
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -52,9 +53,10 @@ def test_packed_documents_equal_each_alone(case, kernel):
 
 
 @every_case
-def test_kernels_agree_and_so_do_their_gradients(case):
+@pytest.mark.parametrize("kernel", KERNELS[1:], ids=lambda kernel: type(kernel).__name__)
+def test_kernels_agree_and_so_do_their_gradients(case, kernel):
     tokens = some_tokens(2, 24)
-    naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=SDPA())
+    naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=kernel)
     for model in (naive, fused):
         model(tokens).logits.square().mean().backward()
     assert relative_error(fused(tokens).logits, naive(tokens).logits) <= 1e-5
@@ -131,8 +133,9 @@ def test_a_latent_cache_never_holds_a_tensor_per_head():
 
 
 @every_case
-def test_decode_step_compiles_once(case):
-    model = small_model(*case, kernel=SDPA())
+@pytest.mark.parametrize("kernel", [SDPA(), Online()], ids=lambda kernel: type(kernel).__name__)
+def test_decode_step_compiles_once(case, kernel):
+    model = small_model(*case, kernel=kernel)
     torch._dynamo.reset()
     step = torch.compile(decode_step, backend="eager", fullgraph=True)
     caches = model.make_caches(2, 64)
@@ -242,27 +245,6 @@ class TopLeftCausal(SDPA):
         return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, plain=True), scale)
 
 
-class OnlineSoftmax(Kernel):
-    """A running maximum and sum over keys, one at a time; `sign` +1 is the correct rescaling, -1 the misprint."""
-
-    sign: int = 1
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        repeats = q.shape[2] // k.shape[2]
-        k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-        visible = mask.visible()
-        largest = torch.full((*q.shape[:3], 1), -1e30)
-        total, out = torch.zeros_like(largest), torch.zeros(*q.shape[:3], v.shape[-1])
-        for s in range(k.shape[1]):
-            score = scale * (q * k[:, s : s + 1]).sum(-1, keepdim=True)
-            score = score.masked_fill(~visible[:, :, s, None, None], -1e30)
-            new = torch.maximum(largest, score)
-            rescale = (self.sign * (largest - new)).exp().clamp(max=1e30)
-            weight = (score - new).exp() * visible[:, :, s, None, None]
-            total, out, largest = total * rescale + weight, out * rescale + weight * v[:, s : s + 1], new
-        return out / total
-
-
 def test_a_scale_from_the_wrong_dimension_is_caught():
     case = ("attention=mla", "attention.execution=absorbed")
     with pytest.raises(AssertionError):
@@ -274,11 +256,20 @@ def test_a_top_left_causal_mask_in_decoding_is_caught():
         laws.check_cached(small_model("attention=gqa", kernel=TopLeftCausal()), oracle_for(("attention=gqa",)))
 
 
-def test_the_wrong_rescaling_sign_is_caught():
-    expected = oracle_for(("attention=gqa",))
-    laws.check_cached(small_model("attention=gqa", kernel=OnlineSoftmax()), expected)
+@pytest.mark.parametrize(
+    "misprint",
+    [lambda m, m_new: (m_new - m).exp().clamp(max=1e30), lambda m, m_new: torch.ones_like(m)],
+    ids=["the other sign", "never"],
+)
+def test_a_wrong_rescaling_of_the_running_softmax_is_caught(monkeypatch, misprint):
+    model, expected = (
+        small_model("attention=gqa", kernel=Online(query_tile=4, key_tile=1)),
+        oracle_for(("attention=gqa",)),
+    )
+    laws.check_cached(model, expected)
+    monkeypatch.setattr(online, "rescale", misprint)
     with pytest.raises(AssertionError):
-        laws.check_cached(small_model("attention=gqa", kernel=OnlineSoftmax(sign=-1)), expected)
+        laws.check_cached(model, expected)
 
 
 def test_positions_restarted_at_zero_are_caught():
