@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from model.kernels.base import Kernel
 from model.kernels.naive import Naive
 from model.mask import Mask
-from model.norm import RMSNorm
+from model.norm import NORMS
 from model.transformer import ModelConfig, TransformerLM
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
@@ -41,7 +41,7 @@ def parameters(model: TransformerLM) -> dict[str, int]:
     counts = dict.fromkeys(PARTS, 0)
     for name, module in model.named_modules():
         part = next((part for part in ("attention", "mlp", "head") if part in name.split(".")), "embedding")
-        part = "norms" if isinstance(module, RMSNorm) else part
+        part = "norms" if isinstance(module, NORMS) else part
         counts[part] += sum(p.numel() for p in module.parameters(recurse=False))
     return counts
 
@@ -74,6 +74,9 @@ def flops(config: ModelConfig, vocab_size: int) -> Flops:
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     if model.head is not None:
         matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
+    if model.positions is not None:
+        matrices -= model.positions.weight.numel()
+    matrices += sum(block.attention.more_products for block in model.layers)
     per_pair = sum(cost for cost, _ in kernel.calls)
     return Flops(2 * matrices, per_pair, sum(cost * keys for cost, keys in kernel.calls) / per_pair)
 

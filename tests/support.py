@@ -44,6 +44,12 @@ CASES = [
     ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2"),
     ("attention=mla", "attention.mask_diagonal=true"),
     ("attention=stack", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=gqa", "model.norm=layer", "model.bias=true", "model.logit_softcap=5"),
+    ("attention=mha", "model.position_embedding=learned", "attention.position=none", "model.norm=layer"),
+    ("attention=mla", "model.norm=layer", "model.bias=true", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.qk_norm=head"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=2", "attention.execution=absorbed"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
 ]
 
 
@@ -73,7 +79,7 @@ def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if parameter.ndim == 1:  # norms and biases
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
             elif not parameter.any():  # what starts at zero would hide all before it
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[1] ** -0.5)

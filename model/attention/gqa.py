@@ -21,6 +21,7 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.config import Dimensions, Size
 from model.kernels.base import Kernel
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.rope import Layout, Rope
 
@@ -31,6 +32,7 @@ class GQAConfig(AttentionConfig):
     )
     head_dim: Size | None = None  # d_model / n_heads
     qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
+    position: Literal["rope", "none"] = "rope"  # how it knows where tokens stand; none: not by itself
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
 
@@ -43,7 +45,7 @@ class GQAConfig(AttentionConfig):
                 f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}: "
                 f"choose one of {', '.join(map(str, divisors(n_heads)))}"
             )
-        if head_dim % 2:
+        if head_dim % 2 and self.position == "rope":
             raise ValueError(f"head_dim={head_dim} is odd: RoPE rotates pairs, choose an even one")
         return self.model_copy(update={"n_kv_heads": n_kv_heads, "head_dim": head_dim})
 
@@ -63,23 +65,24 @@ class GQA(Attention):
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
         self.scale = config.head_dim**-0.5
-        self.attend = kernel
+        self.attend, self.dropout = kernel, config.dropout
         self.pattern = config.pattern(causal)
-        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_layout)
-        self.q_proj = nn.Linear(d_model, n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
+        rotated = config.position == "rope"
+        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_layout) if rotated else None
+        self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias)
+        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
+        self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.o_proj = nn.Linear(n_heads * config.head_dim, d_model, bias=False)
+        self.o_proj = Linear(n_heads * config.head_dim, d_model, dimensions.bias)
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        table = ctx.rotary[self.rope]
-        q = self.rope.rotate(self.q_norm(q), table)  # (B, T, H, D)
-        k = self.rope.rotate(self.k_norm(k), table)  # (B, T, G, D)
+        q, k = self.q_norm(q), self.k_norm(k)  # (B, T, H, D), (B, T, G, D)
+        if self.rope is not None:
+            q, k = (self.rope.rotate(x, ctx.rotary[self.rope]) for x in (q, k))
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
-        y = self.attend(q, k, v, mask, self.scale)  # (B, T, H, D)
+        y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
         return self.o_proj(y.flatten(2)), {}
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:

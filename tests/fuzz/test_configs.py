@@ -59,6 +59,9 @@ ATTENTION = {
     "qk_rope_head_dim": unset_or(even(8)),
     "v_head_dim": unset_or(st.integers(1, 16)),
     "qk_norm": st.booleans(),
+    "qk_norm_groups": st.sampled_from([1, 1, 1, 2, 3]),
+    "dropout": st.sampled_from([0.0, 0.0, 0.0, 0.2]),
+    "position": st.sampled_from(["rope", "none"]),
     "rope_theta": st.sampled_from([10000.0, 100.0, 1e6]),
     "rope_layout": st.sampled_from(get_args(Layout)),
     "execution": st.sampled_from(get_args(Execution)),
@@ -95,8 +98,15 @@ def cases(draw) -> Case:
         "context_length": window,
         "tie_embeddings": draw(st.booleans()),
         "dropout": draw(st.sampled_from([0.0, 0.0, 0.3])),
+        "norm": draw(st.sampled_from(["rms", "layer"])),
+        "bias": draw(st.booleans()),
+        "logit_softcap": draw(unset_or(st.sampled_from([0.5, 30.0]))),
+        "position_embedding": draw(st.sampled_from(["none", "learned"])),
+        "zero_init": draw(st.booleans()),
     }
     tree["attention"] |= {name: draw(ATTENTION[name]) for name in tree["attention"] if name in ATTENTION}
+    if attention == "mla":
+        tree["attention"]["qk_norm"] = draw(st.sampled_from(["latent", "head"]))
     if attention == "mha":
         tree["attention"]["n_kv_heads"] = n_heads
     elif attention == "gqa":

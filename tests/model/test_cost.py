@@ -12,7 +12,11 @@ from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, CASES, load_composed, small_config, some_tokens
 
-MLPS = [(f"mlp={mlp}", f"model.tie_embeddings={tied}") for mlp in ("gelu", "relu2", "swiglu") for tied in (True, False)]
+MLPS = [
+    (f"mlp={mlp}", f"model.tie_embeddings={tied}")
+    for mlp in ("gelu", "relu", "relu2", "swiglu")
+    for tied in (True, False)
+]
 VOCAB = 100
 
 
@@ -26,9 +30,10 @@ def test_parameters_by_part_are_those_of_the_model(case):
     model = TransformerLM(config, VOCAB)
     parts = cost.parameters(cost.on_meta(config, VOCAB))
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["embedding"] == model.embedding.weight.numel()
+    positions = 0 if model.positions is None else model.positions.weight.numel()
+    assert parts["embedding"] == model.embedding.weight.numel() + positions
     assert parts["head"] == (0 if config.tie_embeddings else model.head.weight.numel())
-    assert parts["norms"] == sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert parts["norms"] == sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert parts["mlp"] == sum(p.numel() for layer in model.layers for p in layer.mlp.parameters())
 
 
