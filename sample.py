@@ -1,7 +1,7 @@
 """Continues a prompt with a trained model, decoding through the cache of its attention.
 
 python sample.py "def solve("                     # the newest run; streams the text
-python sample.py --run runs/NAME --max-new-tokens 300 --temperature 0.8 --top-k 50 --seed 7 --stats
+python sample.py --run runs/NAME --max-new-tokens 300 --top-k 50 --seed 7 --stats
 python sample.py --prompt-file a.py --num-samples 4 --json
 python sample.py --interactive
 python sample.py --score a.py                     # how well the model predicts a text
@@ -24,12 +24,12 @@ def sample(args: argparse.Namespace) -> None:
     from model.sampler import Sampler
     from training.config import load_choice
     from training.device import choose_device
-    from training.log import tell, to_stderr
+    from training.log import held_back, tell, to_stderr
     from training.precision import Working, choose_precision
     from training.preview import prompt_tokens
     from training.repl import Conversation, converse
     from training.run_folder import newest
-    from training.scoring import score_text
+    from training.scoring import as_json, as_line, score_text
     from training.trained import load_run
     from training.writing import Sample, show, speeds, write
 
@@ -44,7 +44,7 @@ def sample(args: argparse.Namespace) -> None:
     sampler = Sampler(**{name: getattr(args, name) for name in Sampler.model_fields})
     seeds = range(args.seed, args.seed + args.num_samples)
     if not args.stats:
-        logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is said amid the text
+        logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
     sys.stdout.reconfigure(encoding="utf-8")
 
     def begin(tokens: list[int]) -> Texts:
@@ -53,8 +53,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.text is not None:
         score = score_text(model, tokenizer, args.text, limit)
         tell(f"run {folder}")
-        print(f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte, ", end="")
-        print(f"{score.tokens:,} tokens predicted, {score.text_bytes:,} bytes")
+        print(json.dumps({"file": str(args.score), **as_json(score)}) if args.json else as_line(score))
         return
     if args.interactive:
         tell(f"run {folder}")
@@ -70,16 +69,19 @@ def sample(args: argparse.Namespace) -> None:
         tell(f"[the context of {limit} tokens keeps the last {read} of the prompt's {len(prompt)}]")
     samples = [Sample(seed, read, tokenizer, args.stop) for seed in seeds]
     pieces = write(model, tokenizer, sampler, texts, samples, args.max_new_tokens)
-    if args.json:
-        list(pieces)
-        for one in samples:
-            print(json.dumps({"prompt": args.prompt, **one.described()}, ensure_ascii=False))
-    else:
-        show(args.prompt, pieces, samples, limit)
+    with held_back():
+        if args.json:
+            list(pieces)
+            for one in samples:
+                print(json.dumps({"prompt": args.prompt, **one.described()}, ensure_ascii=False), flush=True)
+        else:
+            show(args.prompt, pieces, samples, limit)
     if args.stats:
         for name, value in speeds(samples).items():
             tell(f"{name}={'n/a' if value is None else value}")
         tell(f"cache_bytes_per_token={sum(layer.bytes_per_token for layer in texts.caches or [])}")
+    if any(one.finish == "interrupted" for one in samples):
+        raise KeyboardInterrupt
 
 
 def main() -> None:

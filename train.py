@@ -55,17 +55,18 @@ def train(tree: dict, typed: list[str]) -> None:
     run.logger.refuse_missing()
     set_determinism(run.deterministic)
     device = choose_device(run.device)
+    run.model.kernel.check(device, training=True)
+    run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
+    if run.dry_run:
+        return dry_run(run, device, checkpoint.steps_done(folder) if folder else 0)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
     refuse_short(corpus, window)
     beginning = preview_prompt(corpus, run.sample_prompt, window)
-    settled = {"precision": choose_precision(run.precision, device), "data": run.data.pinned()}
-    run = run.model_copy(update=settled)  # as config.yaml shall say
+    run = run.model_copy(update={"data": run.data.pinned()})
 
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
-    if run.dry_run:
-        return dry_run(run, corpus, device, checkpoint.steps_done(folder) if folder else 0)
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
     working = Working(model, run.precision)
     training = checkpoint.Training(model, run.optim.build(model), working.loss_scale)
@@ -75,7 +76,7 @@ def train(tree: dict, typed: list[str]) -> None:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
     if run.init_from and not done:
         begin_with_weights_of(Path(run.init_from), model)
-    loss, losses = (maybe_compiled(function, run.compile) for function in losses_of(run.data, tokenizer))
+    loss, losses = (maybe_compiled(each, run.compile) for each in losses_of(run.data, tokenizer.end_of_text))
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 

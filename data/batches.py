@@ -14,6 +14,8 @@ from data.errors import UserError
 from data.prepare import Prepared
 from data.shards import TokenStream
 
+SAMPLED_TOKENS = 2**18
+
 
 def windows(stream: TokenStream, length: int) -> int:
     """How many windows of `length` tokens the stream holds."""
@@ -54,6 +56,13 @@ def document_places(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
     index = torch.arange(tokens.shape[1], device=tokens.device)
     start = torch.where(begins, index, 0).cummax(dim=1).values
     return index - start, begins.cumsum(dim=1)
+
+
+def sampled_places(stream: TokenStream, length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
+    """`document_places` in windows spread evenly over the stream: all, or as many as hold SAMPLED_TOKENS."""
+    every = -(-windows(stream, length) * length // SAMPLED_TOKENS)
+    tokens, _ = stack(stream, length, list(range(every // 2, windows(stream, length), every)))
+    return document_places(tokens, end_of_text)
 
 
 def refuse_short(corpus: Prepared, length: int) -> None:

@@ -6,7 +6,6 @@ stand where depends on the documents and the tokenizer alone, not on the threads
 """
 
 import itertools
-import json
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ from rich.text import Text
 from data.corpus import Corpus, Document, Split, drawn
 from data.durable import make_folder, sweep, whole_folder
 from data.errors import UserError
+from data.lock import lock
+from data.names import line, names_file
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
@@ -32,6 +34,7 @@ SPLITS: tuple[Split, Split] = ("train", "val")
 PART_BYTES = 2**28  # of text: what a kill costs at most, and a shard per split
 BATCH_BYTES = 2**18  # of text that a thread encodes at one time
 PASSAGE = 2**12  # characters that a tokenizer is trained on together, where it does not read all
+DAYS = 14  # that parts wait for somebody to continue them
 WORKERS = min(16, os.cpu_count() or 1)
 log = logging.getLogger("headroom")
 
@@ -89,9 +92,22 @@ def discard_parts(folder: Path) -> None:
         shutil.rmtree(parts, ignore_errors=True)
 
 
-def names_file(folder: Path, split: str) -> Path:
-    """A line per document: where its first token, the end-of-text before it, stands, and its name."""
-    return folder / f"{split}_documents.jsonl"
+def discard_abandoned(cache_dir: Path) -> None:
+    """Parts of builds that ended midway and were not continued for DAYS, whichever documents they are of."""
+    for parts in cache_dir.glob(".parts-*"):
+        name = parts.name.split("-", 2)[-1]
+        with suppress(OSError, UserError):  # gone in between, not ours to remove, or being built right now
+            age = (time.time() - parts.stat().st_mtime) / 86400  # the folder changes with every part that ends
+            if age > DAYS:
+                with lock(lock_file(cache_dir / name), "in use"):
+                    sweep(cache_dir, name)
+                    shutil.rmtree(parts)
+                log.info(f"removed {parts}: parts of a build that ended midway and was left for {age:.0f} days")
+
+
+def lock_file(folder: Path) -> Path:
+    """Of whoever builds `folder`."""
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _parts_of(folder: Path) -> Path:
@@ -141,7 +157,7 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, adv
                     writer = writers[document.split]
                     if not document.goes_on:
                         names = val if document.held_out else train
-                        names.write(json.dumps([writer.total, document.name]) + "\n")
+                        names.write(line(writer.total, document.name))
                         writer.write(np.array([tokenizer.end_of_text]))
                     writer.write(tokens)
                     advance(_bytes(document))

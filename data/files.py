@@ -12,10 +12,19 @@ from pydantic import Field
 
 from data.corpus import Corpus, Document, drawn
 from data.errors import UserError
-from data.tables import cells, format_of, refuse_no_column
+from data.tables import FORMATS, cells, format_of, refuse_no_column
 
 PART = 2**24  # bytes of a long file in memory at one time
 DEFAULT_COLUMN = "text"
+NOT_TEXT = {  # how files begin that look like text, or whose kind says more than the byte that cannot be text
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "RTF",
+    b"PK\x03\x04": "a zip archive (as .docx and .epub are)",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+WAY_OUT = f"convert or exclude it; what is read is UTF-8 text, and tables named {' '.join(FORMATS)}"
 
 
 class FilesCorpus(Corpus):
@@ -73,6 +82,8 @@ class FilesCorpus(Corpus):
             raise UserError(f"data.document=row does not fit {path}, which is no table: choose file or line")
         elif self.column is not None:
             raise UserError(f"data.column={self.column} does not fit {path}, which is no table: leave it out")
+        else:
+            _refuse_other_kind(path)
 
     def _files(self) -> list[str]:
         found = sorted(
@@ -90,6 +101,14 @@ def _open(path: str) -> BinaryIO:
         return Path(path).open("rb")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _refuse_other_kind(path: str) -> None:
+    with _open(path) as file:
+        head = _read(file, path, 8)
+    for beginning, kind in NOT_TEXT.items():
+        if head.startswith(beginning):
+            raise UserError(f"{path} is {kind}, as its first bytes say: {WAY_OUT}")
 
 
 def _hash(path: str) -> bytes:
@@ -117,11 +136,12 @@ def _read(file: BinaryIO, path: str, count: int) -> bytes:
 def _decoded(path: str, start: int, content: bytes, final: bool) -> tuple[str, bytes]:
     """The text, and the bytes it is of: all where they are the final ones, else without half a character at the end."""
     if b"\0" in content:
-        raise UserError(f"{path} holds NUL bytes, so it is not text: exclude it")
+        place = start + content.index(b"\0")
+        raise UserError(f"{path} holds NUL bytes (the first at byte {place}), so it is not text: {WAY_OUT}")
     try:
         text, used = codecs.utf_8_decode(content, "strict", final)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (at byte {start + error.start}): convert or exclude it") from None
+        raise UserError(f"{path} is not UTF-8 text (at byte {start + error.start}): {WAY_OUT}") from None
     return text, content[:used]
 
 

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from pydantic import Field
 
 from data.corpus import Corpus, Document, drawn
 from data.errors import UserError
-from data.tables import listed
+from data.tables import cells, format_of, listed, refuse_no_column
 
 PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
 T = TypeVar("T")
@@ -82,7 +83,10 @@ class HubCorpus(Corpus):
 
         if self.remote:
             _refuse_unreachable(self.path)
+        else:
+            _refuse_several_formats(Path(self.path))
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes as an error, too
         where = {"path": self.path, "revision": self._commit}
         configs = self._asked(lambda: datasets.get_dataset_config_names(**where))
         config = self.config or (configs[0] if len(configs) == 1 else None)
@@ -103,6 +107,8 @@ class HubCorpus(Corpus):
         try:
             return question()
         except Exception as error:  # whatever reads the network, archives and formats underneath has its own
+            if self._folder:
+                _refuse_bad_table(Path(self.path), self.column)  # theirs seldom say which file it was
             raise UserError(f"data.path={self.path!r} cannot be read{when}: {_reason(error)}") from None
 
 
@@ -111,19 +117,33 @@ def _commit_of(path: str, revision: str | None) -> str:
     """The commit that a branch, a tag or nothing stands for. One that is given whole needs no network."""
     if revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef"):
         return revision
+    _refuse_no_name(path)
     _refuse_unreachable(path)
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(path, revision=revision, timeout=PATIENCE).sha
     except Exception as error:  # theirs for what is missing, private, or malformed, and their HTTP library's
-        raise UserError(f"data.path={path!r} is neither a folder nor on the hub: {_reason(error)}") from None
+        raise UserError(f"{_no_folder(path)}, nor does the hub have it: {_reason(error)}") from None
+
+
+def _refuse_no_name(path: str) -> None:
+    """Before the hub is asked. It redirects a few old names without an owner, so those pass."""
+    if os.path.isfile(path):
+        raise UserError(f"data.path={path!r} is a file: data=files reads it, data=hub its folder")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+        raise UserError(f"data.path={path!r} is no folder, nor named owner/name as a dataset of the hub is: give one")
+
+
+def _no_folder(path: str) -> str:
+    hint = "" if "/" in path else " (a dataset of the hub is named owner/name)"
+    return f"data.path={path!r} is no folder{hint}"
 
 
 def _refuse_unreachable(path: str) -> None:
     way_out = "give a folder of this machine, or a whole commit as data.revision= for what is prepared already"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"data.path={path!r} is no folder, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
+        raise UserError(f"{_no_folder(path)}, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PATIENCE).close()
@@ -131,10 +151,35 @@ def _refuse_unreachable(path: str) -> None:
         pass  # an answer
     except (OSError, ValueError) as error:
         reason = f"{endpoint} does not answer: {_reason(error)}"
-        raise UserError(f"data.path={path!r} is no folder, and {reason}: {way_out}") from None
+        raise UserError(f"{_no_folder(path)}, and {reason}: {way_out}") from None
+
+
+def _refuse_several_formats(folder: Path) -> None:
+    """The library would take the most common one, and leave the others out without a word."""
+    found = {format_of(path.name): path.name for path in sorted(folder.rglob("*")) if path.is_file()}
+    found.pop(None, None)
+    if len(found) > 1 and not (folder / "README.md").is_file():  # whose head may say which files are meant
+        raise UserError(
+            f"data.path={str(folder)!r} holds tables of several formats, such as {' and '.join(found.values())}: "
+            "give a folder with one of them"
+        )
+
+
+def _refuse_bad_table(folder: Path, column: str) -> None:
+    """Raises UserError with the file and the line of the first table in the folder that cannot be read, if one is of a
+    format known here."""
+    for path in sorted(map(str, folder.rglob("*"))):
+        if format_of(path) and os.path.isfile(path):
+            refuse_no_column(path, column)
+            for _ in cells(path, column):
+                pass
 
 
 def _reason(error: object) -> str:
+    if isinstance(error, urllib.error.URLError):
+        error = error.reason
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]
 

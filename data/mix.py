@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from data.config import DataConfig
 from data.corpus import Corpus, Document
@@ -34,7 +34,16 @@ class MixCorpus(Corpus):
     with the first part that does, so the quotas hold from the beginning to the end, to within a document. What the
     parts hold out on the way is held out. The order is a function of the settings and the documents alone."""
 
-    parts: dict[str, Part] = Field(min_length=1)  # quotas count relative to their sum
+    parts: dict[str, Part]  # quotas count relative to their sum
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _some(cls, parts: Any) -> Any:
+        if not isinstance(parts, dict) or not parts:
+            given = "null" if parts is None else parts
+            example = "'data.parts={sympy: 0.7, stdlib: 0.3}'"
+            raise ValueError(f"data.parts={given} names no corpus: give each one its quota, as in {example}")
+        return parts
 
     @property
     def name(self) -> str:

@@ -1,16 +1,15 @@
 """From a corpus to shards, once: later runs find them in the cache folder."""
 
-import bisect
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.build import build, discard_parts, names_file, survey
+from data.build import build, discard_abandoned, discard_parts, lock_file, survey
 from data.corpus import Corpus
 from data.durable import make_folder, sweep
 from data.errors import UserError
 from data.lock import lock
+from data.names import BLOCK, names_file, names_of
 from data.sealed import digest
 from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
@@ -29,22 +28,21 @@ class Prepared:
     def training_documents(self, spans: Iterable[tuple[int, int]]) -> list[str]:
         """Names of the documents that training tokens start ... stop - 1 of each span belong to, in order; [] where
         the list of names cannot be read, which is there for messages only."""
+        path = names_file(self.folder, "train")
         try:
-            starts, names = zip(*map(json.loads, names_file(self.folder, "train").open()), strict=True)
+            with path.open("rb", buffering=BLOCK) as file:
+                return names_of(file, path.stat().st_size, spans)
         except (OSError, ValueError, TypeError):
             return []
-        found = set()
-        for start, stop in spans:
-            found |= set(range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, stop)))
-        return [names[i] for i in sorted(found)]
 
 
-def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prepared:
+def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, download: bool = True) -> Prepared:
     """Opens the shards of this corpus under this tokenizer, building them first where they are not there yet.
 
     A build takes its place when it is whole, so that nothing half-built is ever used; a second process that wants the
     same waits for it. One that was killed is continued after its last finished part. Raises UserError for documents
-    that cannot be read, a cache folder that cannot be written, or damaged shards.
+    that cannot be read, a cache folder that cannot be written, or damaged shards; and, unless download, where only a
+    download could build them.
     """
     if not any(cache_dir.glob(f"{corpus.name}-{tokenizer.name}-*")):
         tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
@@ -55,6 +53,8 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> Prep
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():
         tokenizer.refuse_missing()
+        if corpus.remote and not download:
+            raise UserError(f"data={corpus.name} is not in {cache_dir} yet, and would have to be downloaded")
         _build_once(corpus, fingerprint, tokenizer, folder)
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
@@ -69,9 +69,10 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
     try:
         make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"
-        guard = lock(folder.with_name(f".{folder.name}.lock"), busy, wait=True)
+        guard = lock(lock_file(folder), busy, wait=True)
     except OSError as error:
         raise UserError(f"cache_dir={folder.parent} cannot be written: {error.strerror}") from None
+    discard_abandoned(folder.parent)  # before more room is needed
     with guard:
         sweep(folder.parent, folder.name)
         if not folder.exists():

@@ -22,6 +22,7 @@ class Published(NamedTuple):
     name: str
     url: str
     sha256: str | None  # None does not check
+    tokens: int  # with the one that ends a text
     pattern: str
 
 
@@ -38,6 +39,10 @@ class PublishedConfig(TokenizerConfig):
     @property
     def name(self) -> str:
         return self.published.name
+
+    @property
+    def most_tokens(self) -> int:
+        return self.published.tokens
 
     def identity(self) -> dict[str, Any]:
         return {"sha256": self.published.sha256}
@@ -78,6 +83,7 @@ class GPT2Config(PublishedConfig):
             "gpt2",
             f"{SOURCE}/r50k_base.tiktoken",  # the same tokens and ranks, in this format
             "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+            50_257,
             r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
         )
 
@@ -89,6 +95,7 @@ class CL100KConfig(PublishedConfig):
             "cl100k",
             f"{SOURCE}/cl100k_base.tiktoken",
             "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+            100_257,
             r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
             r"|\s+(?!\S)|\s",
         )
@@ -103,6 +110,7 @@ class O200KConfig(PublishedConfig):
             "o200k",
             f"{SOURCE}/o200k_base.tiktoken",
             "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+            199_999,
             f"{begin}{upper}*{lower}+{end}|{begin}{upper}+{lower}*{end}"
             r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         )

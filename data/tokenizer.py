@@ -112,6 +112,12 @@ class TokenizerConfig(DataConfig):
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """The same texts in the same order give the same tokenizer. Reads of them what it needs."""
 
+    @property
+    @abstractmethod
+    def most_tokens(self) -> int:
+        """The size of the vocabulary, known before there is one; of one that text decides, the most it can have. Raises
+        UserError where a file that says it cannot be read."""
+
     def share(self, total: int) -> float:
         """How much of so many bytes of training text `train` wants to read, spread over all of it."""
         return 1.0
@@ -129,6 +135,10 @@ class ByteConfig(TokenizerConfig):
     def name(self) -> str:
         return "byte"
 
+    @property
+    def most_tokens(self) -> int:
+        return ByteTokenizer().vocab_size
+
     def train(self, texts: Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
 
@@ -140,6 +150,10 @@ class BPEConfig(TokenizerConfig):
     @property
     def name(self) -> str:
         return f"bpe{self.vocab_size}"
+
+    @property
+    def most_tokens(self) -> int:
+        return self.vocab_size
 
     def share(self, total: int) -> float:
         return min(1.0, self.train_bytes / max(1, total))
@@ -180,6 +194,10 @@ class StoredConfig(TokenizerConfig):
     @property
     def name(self) -> str:
         return f"stored{self.hash[:8]}"
+
+    @property
+    def most_tokens(self) -> int:
+        return self.train(()).vocab_size
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
         stored = load_tokenizer(Path(self.path))

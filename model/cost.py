@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.kernels.base import Kernel
 from model.kernels.naive import Naive
+from model.kernels.sdpa import by_positions
 from model.mask import Mask
 from model.norm import NORMS
 from model.transformer import ModelConfig, TransformerLM
@@ -63,14 +64,17 @@ class Flops(NamedTuple):
         return TRAINING * self.forward(keys)
 
 
-def flops(config: ModelConfig, vocab_size: int) -> Flops:
+def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor] | None = None) -> Flops:
     """Every matrix is applied once to each token: 2 · numel. (Absorbed MLA moves kv_up to the query's side, for as many
     products.) A query-key pair costs 2 · H · (D + Dv), with the shapes that the attention hands to its kernel: H heads
     of D in GQA, however few the key heads; in MLA D = n + r and Dv = v expanded, D = Dv = c + r absorbed.
+
+    documents: positions and documents of the tokens of some windows, each (B, T), where tokens see their own document
+    only: pairs are counted as these windows have them, on average. Without, a window is one document: an upper bound.
     """
-    kernel = Fused()
+    kernel, length = Fused(), config.context_length
     model = on_meta(config, vocab_size, kernel)
-    model(torch.zeros(1, config.context_length, dtype=torch.int64, device="meta"))
+    model(torch.zeros(1, length, dtype=torch.int64, device="meta"))
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     if model.head is not None:
         matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
@@ -78,7 +82,8 @@ def flops(config: ModelConfig, vocab_size: int) -> Flops:
         matrices -= model.positions.weight.numel()
     matrices += sum(block.attention.more_products for block in model.layers)
     per_pair = sum(cost for cost, _ in kernel.calls)
-    return Flops(2 * matrices, per_pair, sum(cost * keys for cost, keys in kernel.calls) / per_pair)
+    keys = {mask: _visible(mask, *(documents or (torch.arange(length)[None], None))) for _, mask in set(kernel.calls)}
+    return Flops(2 * matrices, per_pair, sum(cost * keys[mask] for cost, mask in kernel.calls) / per_pair)
 
 
 def cache_bytes_per_token(model: TransformerLM) -> int:
@@ -117,33 +122,41 @@ class LivePeak(TorchDispatchMode):
 
 class Fused(Kernel):
     """Stands for a fused kernel: its shapes and what it keeps (q, k, v, its output, and a log-sum-exp per query and
-    head), and no numbers."""
+    head), and no numbers. Where indices do not say who sees whom, kernel=sdpa runs it by tiles, each of which keeps its
+    mask as numbers to add to the scores."""
 
-    calls: list[tuple[int, float]] = Field(default_factory=list)  # FLOPs per query-key pair; keys per query
+    calls: list[tuple[int, Any]] = Field(default_factory=list)  # FLOPs per pair, and the Mask without its positions
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         heads, value_dim = q.shape[2], v.shape[-1]
-        self.calls.append((2 * heads * (q.shape[-1] + value_dim), _visible(mask, q.shape[1], k.shape[1])))
+        nowhere = dataclasses.replace(mask, q_pos=None, k_pos=None, q_doc=None, k_doc=None)
+        self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))
         width = max(q.shape[-1], value_dim)  # they want q, k and v equally wide
         q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-        return _Kept.apply(q, k, v)[..., :value_dim]
+        tiled = not mask.unrestricted
+        out = by_positions(q, k, v, mask, scale, dropout, _masked) if tiled else _Kept.apply(q, k, v)
+        return out[..., :value_dim]
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor, **_: float) -> Tensor:
+    return _Kept.apply(q, k, v, q.new_empty(attn_mask.shape))
 
 
 class _Kept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
         out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32), bias)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(x) for x in ctx.saved_tensors[:3]), None
 
 
-def _visible(mask: Mask, queries: int, keys: int) -> float:
-    """Keys that a query sees on average, by the mask's own predicate. In long windows, every n-th query is asked."""
-    every = -(-queries * keys // MOST_SCANNED)
-    positions = torch.arange(max(queries, keys))[None]
-    mask = dataclasses.replace(mask, q_pos=positions[:, :queries], k_pos=positions[:, :keys])
+def _visible(mask: Mask, positions: Tensor, docs: Tensor | None = None) -> float:
+    """Keys that a query sees on average, by the mask's own predicate, in windows of these positions and documents, each
+    (B, T). Of many or long windows, every n-th query is asked."""
+    every = -(-positions.numel() * positions.shape[1] // MOST_SCANNED)
+    mask = dataclasses.replace(mask, q_pos=positions, k_pos=positions, q_doc=docs, k_doc=docs)
     return mask.visible(slice(every // 2, None, every)).sum(-1).double().mean().item()

@@ -84,12 +84,22 @@ class Mask:
     q_doc: Tensor | None = None  # (B, T) which document each token belongs to, in packed sequences
     k_doc: Tensor | None = None  # (B, S)
 
+    @property
+    def unrestricted(self) -> bool:
+        """Indices say who sees whom: all keys are seen, or, if causal, those up to the query's own."""
+        return self.plain and self.pattern.everything
+
     def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """(B, t, s) bool, for the queries in `rows` and the keys in `keys`."""
-        q_pos, k_pos = self.q_pos[:, rows, None], self.k_pos[:, None, keys]
+        q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
+        k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
+        return self.sees(*q, *k)
+
+    def sees(self, q_pos: Tensor, q_doc: Tensor | None, k_pos: Tensor, k_doc: Tensor | None) -> Tensor:
+        """Of positions and documents that broadcast: elementwise, so it serves one pair as well as many."""
         seen = (k_pos >= 0) & self.pattern.sees(q_pos, k_pos)
-        if self.q_doc is not None:
-            seen = seen & (self.k_doc[:, None, keys] == self.q_doc[:, rows, None])
+        if q_doc is not None:
+            seen = seen & (k_doc == q_doc)
         return seen | (q_pos < 0)
 
     def span(self, rows: slice) -> slice:

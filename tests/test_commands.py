@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
+from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training.streaming import TextStream
 
@@ -90,7 +92,7 @@ def test_streaming_never_splits_a_character(workplace, monkeypatch, capsys):
     assert call("sample", ["é漢", "--run", "run", "--temperature", "0", "--max-new-tokens", "40"], monkeypatch) == 0
     pieces = [piece for piece in pieces if piece]
     assert "🙂ñ字🦉\né漢🙂" in "".join(pieces)
-    assert not any("\ufffd" in piece for piece in pieces[:-2])  # at the end, what is cut off may show
+    assert "\ufffd" not in "".join(pieces)  # nor at the end, which falls within a character
 
 
 def samples(place, monkeypatch, capsys, *arguments: str) -> list[dict]:
@@ -134,27 +136,76 @@ def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way)
     assert one["prompt"] == prompt and one["prompt_tokens"] == len(prompt.encode())
 
 
-def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys):
+@pytest.fixture
+def ctrl_c_at(monkeypatch):
+    """Call it with n: Ctrl-C comes, once or more often, while the n-th token is being decoded."""
+
+    def arrange(n: int, times: int = 1) -> None:
+        fed = []
+
+        def feed(stream, token, feed=TextStream.feed):
+            fed.append(token)
+            if len(fed) == n:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            return feed(stream, token)
+
+        monkeypatch.setattr(TextStream, "feed", feed)
+
+    return arrange
+
+
+def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
     whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
-    fed = []
+    ctrl_c_at(8)
+    assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
+    out, err = capsys.readouterr()
+    assert out == whole[: 3 + 8] + "\n" and err.endswith("interrupted\n")
 
-    def feed(stream, token, feed=TextStream.feed):
-        fed.append(token)
-        if len(fed) == 8:
-            raise KeyboardInterrupt
-        return feed(stream, token)
 
-    monkeypatch.setattr(TextStream, "feed", feed)
+def test_a_second_ctrl_c_does_not_wait_for_the_token(place, monkeypatch, capsys, ctrl_c_at):
+    whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
+    ctrl_c_at(8, times=2)
     assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
     out, err = capsys.readouterr()
     assert out == whole[: 3 + 7] + "\n" and err.endswith("interrupted\n")
+
+
+def test_ctrl_c_leaves_the_json_of_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
+    """Of two rows, the second ended before at its stop string."""
+    common = ["The", "--json", "--num-samples", "2", "--max-new-tokens", "20"]
+    whole = samples(place, monkeypatch, capsys, *common)
+    stop = whole[1]["text"][:2]
+    assert stop not in whole[0]["text"][:8]
+    ctrl_c_at(10)  # row 0 has 8 tokens then, row 1 its 2
+    assert call("sample", [*common, "--stop", stop], monkeypatch) == 130
+    out, err = capsys.readouterr()
+    found = [[one[key] for key in ("text", "tokens", "finish")] for one in map(json.loads, out.splitlines())]
+    assert found == [[whole[0]["text"][:8], 8, "interrupted"], ["", 2, "stop"]] and err.endswith("interrupted\n")
+
+
+def test_ctrl_c_at_the_last_token_interrupts_nothing(place, monkeypatch, capsys, ctrl_c_at):
+    ctrl_c_at(20)
+    (one,) = samples(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
+    assert (one["tokens"], one["finish"]) == (20, "length")
+
+
+def test_nothing_is_announced_amid_the_text(place, monkeypatch, capsys):
+    text, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "9")
+    said = []
+    monkeypatch.setattr(sys.stdout, "write", said.append)
+    monkeypatch.setattr(sys.stderr, "write", said.append)
+    _log_once.cache_clear()
+    assert call("sample", ["The", "--stats", "--max-new-tokens", "9"], monkeypatch) == 0
+    before, _, after = "".join(said).partition(text)
+    assert "run runs/mla" in before and "\nkernel " in "\n" + after and "\ncache_bytes_per_token=" in after
 
 
 def test_a_conversation(place, monkeypatch, capsys):
     """Through a pipe: each turn's text, and the words to the user on stderr."""
 
     def talk(*arguments: str) -> tuple[str, str]:
-        lines = "The key\n/help\n and\n/nonsense\n//x\n/reset\nThe key\n"
+        lines = "The key\n/help\n and\n/nonsense \n//x\n/reset \nThe key\n"
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
 
@@ -170,8 +221,19 @@ def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
     out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
     found = re.fullmatch(r"(.*) nats per token, (.*) bits per byte, 199 tokens predicted, 199 bytes\n", out)
     assert float(found[1]) == pytest.approx(float(found[2]) * 0.6931, abs=1e-3)
+    (one,) = samples(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
+    assert (one["file"], one["tokens"], one["bytes"]) == (str(tmp_path / "a.txt"), 199, 199)
+    assert (f"{one['nats_per_token']:.4f}", f"{one['bpb']:.4f}") == found.groups()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.txt").read_bytes())))
     assert sample(place, monkeypatch, capsys, "--score", "-")[0] == out
+
+
+def test_help_states_the_limits_of_every_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call("sample", ["--help"], monkeypatch) == 0
+    numbers = re.findall(r"^  --(\S+) [A-Z]\s+(.*)", capsys.readouterr().out, re.MULTILINE)
+    assert len(numbers) == 8 and dict(numbers)["num-samples"].startswith("1 to 1024; ")
+    assert [name for name, meaning in numbers if not re.match(r"\d+ (or more|to \d+); ", meaning)] == []
 
 
 BAD_SAMPLES = {
@@ -234,6 +296,19 @@ BAD_RUNS = {
         ["attention=mla", "attention.n_kv_heads=2"],
         "of attention=mla; it belongs to attention=gqa or mha or mqa",
     ),
+    "nearly another choice's": (
+        ["attention=mla", "attention.n_kv_head=2"],
+        "of attention=mla; did you mean n_kv_heads? It belongs to attention=gqa or mha or mqa",
+    ),
+    "nearly, of the model": (["model.d_modl=64"], "model.d_modl: no such setting of model=tiny; did you mean d_model?"),
+    "nearly, of the optimizer": (["optim.lrr=1"], "no such setting of optim=adamw; did you mean lr?"),
+    "nearly, in an experiment": (["experiment=smoke", "data.sise=1"], "of data=synthetic; did you mean size?"),
+    "nearly, in a sweep": (["-m", "attention=gqa,mla", "attention.n_kv_head=2"], "did you mean n_kv_heads?"),
+    "path of no files": (["data.pth=x"], "no such setting of data=sympy; did you mean path? It belongs to data=files"),
+    "nearly, added": (["+model.d_modl=64"], "model.d_modl=64: no such key; did you mean d_model?"),
+    "nearly, taken away": (["~optim.lrr"], "optim.lrr: no such setting of optim=adamw; did you mean lr?"),
+    "in no group": (["model.attention.n_kv_heads=2"], "no such setting; did you mean attention.n_kv_heads?"),
+    "nearly an experiment": (["experimnt=smoke"], "experimnt: no such setting; did you mean experiment?"),
     "a folder": (["data=files", "data.path=taken"], "data.path='taken' is a folder: write taken/*"),
     "key": (["foo=1"], "foo: no such setting; valid: model,"),
     "added key": (["+foo=1"], "foo=1: no such key"),
@@ -247,7 +322,7 @@ BAD_RUNS = {
     "no vocabulary": (["tokenizer=cl100k"], "cache/tokenizers/cl100k.tiktoken: fetch https://"),
     "no hub": (["data=hub", "data.path=nobody/nothing"], "HF_HUB_OFFLINE keeps from asking the hub"),
     "unknown part": (["data=mix", "data.parts={simpy: 1}"], "data.parts.simpy: there is no data=simpy: choose one of"),
-    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: input should be greater than 0"),
+    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: give more than 0"),
     "of a part": (["data=mix", "data.parts={sympy: {quota: 1, sise: 3}}"], "data.parts.sympy.sise=3: no such key"),
     "part without path": (["data=mix", "data.parts={files: 1}"], "data.parts.files.path is not set"),
     "device": (["device=cuda:9"], "device=cuda:9"),

@@ -1,21 +1,19 @@
 """The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
 
 import argparse
-import difflib
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 from data.errors import UserError
 from model.errors import Unsupported
+from training.unknown import CONF, no_such_setting
 
 _failed: list[str] = []  # what runs of this process's sweep could not do
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 
 @contextmanager
@@ -117,37 +115,10 @@ def _hydra_complaint(error: Exception) -> str | None:
         choices = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if key.isidentifier() else []
         if equals and choices and not set(value.split(",")) <= set(choices):
             return f"{typed}: choose one of {', '.join(choices)}"
-    unknown = re.search(r"Could not (?:override|append|delete) '([^']+)'", str(error))
+    unknown = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
     if unknown:
-        return _unknown_setting(unknown[1])
+        return no_such_setting(unknown[1])
     return None if isinstance(error, ValueError) else str(error)
-
-
-def _unknown_setting(key: str) -> str:
-    """Names the settings there are where the key was looked for: in a group's choice, or at the top."""
-    group, _, name = key.rpartition(".")
-    top = (CONF / "train.yaml").read_text()
-    groups = dict(re.findall(r"^  - (\w+): (\w+)", top, re.MULTILINE))  # with their default choices
-    typed = [argument.partition("=")[2] for argument in sys.argv if argument.startswith(f"{group}=")]
-    chosen = CONF / group / f"{(typed or [groups.get(group)])[-1]}.yaml"
-    if group and ("experiment" in " ".join(sys.argv) or not chosen.is_file()):  # an experiment chooses for itself
-        return f"{key}: no such setting; python train.py --help lists them"
-    if not group:
-        valid, where = [*groups, *_keys(CONF / "train.yaml")], ""
-    else:
-        valid, where = _keys(chosen), f" of {group}={chosen.stem}"
-        if name not in valid:
-            others = [path.stem for path in sorted(chosen.parent.glob("*.yaml")) if name in _keys(path)]
-            if others:
-                return f"{key}: no such setting{where}; it belongs to {group}={' or '.join(others)}"
-    close = difflib.get_close_matches(name, valid, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{key}: no such setting{where}; {hint}valid: {', '.join(valid) or 'none'}"
-
-
-def _keys(path: Path) -> list[str]:
-    found = re.findall(r"^([a-z]\w*):", path.read_text(), re.MULTILINE)
-    return [key for key in found if key not in ("defaults", "hydra")]
 
 
 def _indeterminate(error: Exception) -> str | None:

@@ -7,6 +7,7 @@ YAML names a config class (`_target_: model.attention.mla.MLAConfig`). It is res
 import difflib
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,14 @@ RUN_PARTS = {
     "optim": OptimConfig,
     "schedule": Schedule,
     "logger": Logger,
+}
+LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+KINDS = {  # what a value is asked to be, by how pydantic's name for the error begins
+    "int": "a whole number, written in digits",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": """text; what looks like something else goes in two pairs of quotes: '"7"'""",
 }
 MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
 
@@ -263,12 +272,30 @@ def _one_line(key: str, error: ValidationError) -> str:
     if first["type"] == "value_error":  # ours: it names the value itself
         message = str(first["ctx"]["error"])
     else:
-        where = _dotted(key, *first["loc"])
-        complaint = first["msg"][0].lower() + first["msg"][1:]
-        message = f"{where}={first['input']}: {complaint}"
-        if first["type"] == "missing":
-            message = f"{where} is not set: give {where}=..."
+        message = _complaint(_dotted(key, *first["loc"]), first)
     return message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _complaint(where: str, error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words that know nothing of schemas."""
+    kind, limits, given = error["type"], error.get("ctx", {}), f"{where}={_spelled(error['input'])}"
+    if kind == "missing":
+        return f"{where} is not set: give {where}=..."
+    if kind in ("string_too_short", "too_short"):
+        return f"{given} is empty: give it a value"
+    if kind == "literal_error":
+        return f"{given}: choose " + limits["expected"].replace("'", "")
+    for name, words in LIMITS.items():
+        if name in limits:
+            limit = limits[name]
+            return f"{given}: give {words} {int(limit) if limit == int(limit) else limit}"
+    wanted = next((words for name, words in KINDS.items() if kind.startswith(name)), None)
+    return f"{given}: give {wanted}" if wanted else f"{given}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _spelled(value: Any) -> str:
+    """As it is typed: YAML has its own words for None, True and False."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _dotted(*path: Any) -> str:

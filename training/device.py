@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from data.errors import UserError
+from training.cgroup import memory_left
 
 
 def choose_device(device: str) -> torch.device:
@@ -49,11 +50,19 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be allocated now. None where the system does not tell."""
+    """Bytes that could be allocated now; on a CPU, of what the machine has and the process may take. None where the
+    system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    stated = [_available(), memory_left()]
+    return min((number for number in stated if number is not None), default=None)
+
+
+def _available() -> int | None:
     try:
         found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
-    return int(found[1]) * 1024 if found and device.type == "cpu" else None
+    return int(found[1]) * 1024 if found else None

@@ -1,43 +1,77 @@
-"""What a run would cost, without the run: from shapes, and from a few steps of the real model, on whose speed the time
-depends. Nothing is written but the prepared corpus."""
+"""What a run would cost, without the run: from shapes, and from parts of a step of the real model, on whose speed the
+time depends. Nothing is written but the prepared corpus, and nothing is downloaded."""
 
-import functools
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from data.batches import micro_batches, windows
+from data.batches import refuse_short, windows
 from data.errors import UserError
-from data.prepare import Prepared
+from data.prepare import Prepared, prepare
 from model import cost
 from model.transformer import TransformerLM
+from training.allocator import keep_buffers
 from training.command import out_of_memory
 from training.compilation import maybe_compiled
 from training.config import Run
 from training.device import free_memory
 from training.log import clock
-from training.mfu import peak_flops
+from training.mfu import flops_of, peak_flops
 from training.precision import Working
-from training.step import accumulate, losses_of, mean_loss, train_step
+from training.preview import preview_prompt
+from training.step import accumulate, losses_of, train_step
 
-WARMUP = 2  # steps before the timed ones
-TIMED = 10  # steps, or as many as fit into
-TIMED_SECONDS = 5.0
+TIMED = 10  # micro-batches, or as many as fit into
+DEADLINE = 5.0  # seconds; a micro-batch that alone takes longer is never run
+HELD = 1.8  # times the bytes of its tensors, what a process holds on a CPU, whose allocator leaves gaps: 1.75 was seen
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
+log = logging.getLogger("headroom")
 
 
-def dry_run(run: Run, corpus: Prepared, device: torch.device, done: int) -> None:
-    """Prints the costs. run: with its precision chosen. done: steps that a run to be resumed has behind it. Raises
-    UserError where nothing is left to do."""
+def dry_run(run: Run, device: torch.device, done: int) -> None:
+    """Prints the costs, and what could not be known without the documents or the tokenizer. Prepares what needs no
+    download.
+
+    run: with its precision chosen. done: steps that a run to be resumed has behind it. Raises UserError where nothing
+    is left to do, or where the documents there are do not fit the run.
+    """
     if done >= run.steps:
         raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
-    for line in _shapes(run, corpus, device):
+    corpus, unknown = _prepared(run)
+    if corpus is None:
+        vocab_size = run.tokenizer.most_tokens
+        flops = cost.flops(run.model, vocab_size)
+    else:
+        vocab_size = corpus.tokenizer.vocab_size
+        flops = flops_of(run.model, corpus, run.data.document_mask)
+    keys = ""
+    if run.data.document_mask:
+        keys = " within documents" if corpus else ", an upper bound: pairs across documents are counted"
+    parts = memory(run, vocab_size)
+    for line in _shapes(run, vocab_size, flops, keys, parts, device):
         print(line)
-    print(_plan(run, corpus, done))
-    print(_duration(run, corpus, device, done))
+    print(_plan(run, corpus, done), flush=True)  # before what takes a while
+    print(_duration(run, vocab_size, flops, sum(parts.values()), device, done))
+    if corpus is None:
+        print(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens: {unknown}")
     print("dry run      nothing was trained or kept: leave dry_run=true out to train")
+
+
+def _prepared(run: Run) -> tuple[Prepared | None, str]:
+    """The corpus, or why there is none."""
+    try:
+        corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), download=False)
+    except UserError as error:
+        return None, str(error)
+    refuse_short(corpus, run.model.context_length)
+    preview_prompt(corpus, run.sample_prompt, run.model.context_length)
+    return corpus, ""
 
 
 def memory(run: Run, vocab_size: int) -> dict[str, int]:
@@ -48,8 +82,7 @@ def memory(run: Run, vocab_size: int) -> dict[str, int]:
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
         working = Working(cost.on_meta(run.model, vocab_size), run.precision)
-        loss = functools.partial(mean_loss, end_of_text=vocab_size - 1) if run.data.document_mask else mean_loss
-        accumulate(working, [(batch, batch)] * micro_steps, (0, 0), loss)
+        accumulate(working, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
     weights = sum(p.nbytes for p in working.parameters)
     known = {
         "weights": weights,
@@ -60,19 +93,18 @@ def memory(run: Run, vocab_size: int) -> dict[str, int]:
     return known | {"activations": max(0, live.bytes - 2 * weights - known["copies"])}
 
 
-def _shapes(run: Run, corpus: Prepared, device: torch.device) -> Iterator[str]:
-    vocab_size = corpus.tokenizer.vocab_size
-    model, flops, parts = (
-        cost.on_meta(run.model, vocab_size),
-        cost.flops(run.model, vocab_size),
-        memory(run, vocab_size),
-    )
+def _shapes(
+    run: Run, vocab_size: int, flops: cost.Flops, keys: str, parts: dict[str, int], device: torch.device
+) -> Iterator[str]:
+    """keys: what is to be said of the number of keys. parts: of the memory."""
+    model = cost.on_meta(run.model, vocab_size)
     counts = cost.parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     yield f"parameters   {sum(counts.values()):,}: {listed}{' (tied to the embedding)' if model.head is None else ''}"
     yield (
         f"flops        {flops.training():,.0f} per token of training, {flops.forward():,.0f} forward "
-        f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average)"
+        f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average"
+        f"{keys})"
     )
     yield f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32"
     where = "on the GPU" if device.type == "cuda" else "besides what Python and PyTorch take themselves"
@@ -83,27 +115,26 @@ def _shapes(run: Run, corpus: Prepared, device: torch.device) -> Iterator[str]:
     )
 
 
-def _plan(run: Run, corpus: Prepared, done: int) -> str:
-    epoch = windows(corpus.train, run.model.context_length) * run.model.context_length
+def _plan(run: Run, corpus: Prepared | None, done: int) -> str:
     tokens = run.steps * run.batch_tokens
     behind = f" ({done:,} are done)" if done else ""
-    return (
-        f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens, "
-        f"{tokens / epoch:.3g} epochs of {epoch:,}"
-    )
+    line = f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens"
+    if corpus is None:
+        return line
+    epoch = windows(corpus.train, run.model.context_length) * run.model.context_length
+    return f"{line}, {tokens / epoch:.3g} epochs of {epoch:,}"
 
 
-def _duration(run: Run, corpus: Prepared, device: torch.device, done: int) -> str:
-    vocab_size, left = corpus.tokenizer.vocab_size, run.steps - done
-    needed, free = sum(memory(run, vocab_size).values()), free_memory(device)
-    reason = f"it needs {size(needed)}, {size(free)} are free" if free is not None and needed > free else None
+def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:
+    """needed: bytes of memory. Where they are not free, nothing is timed: a system that runs out of memory kills."""
+    left, free, held = run.steps - done, free_memory(device), needed * (HELD if device.type == "cpu" else 1)
+    reason = f"it may take {size(held)}, {size(free)} are free" if free is not None and held > free else None
     if reason is None:
         try:
-            seconds, steps = _timed(run, corpus, device)
-            speed = f"{run.batch_tokens / seconds:,.0f} tokens per second"
+            seconds, measured = _timed(run, vocab_size, device)
             return (
-                f"time         about {clock(left * seconds)} for {left:,} steps, evaluating and saving not counted: "
-                f"from {steps} steps timed on this {device.type} ({speed})"
+                f"time         about {clock(left * seconds)} for {left:,} steps, reading, evaluating and saving not "
+                f"counted: {run.batch_tokens / seconds:,.0f} tokens per second on this {device.type}, from {measured}"
             )
         except Exception as error:
             reason = out_of_memory(error)
@@ -114,28 +145,60 @@ def _duration(run: Run, corpus: Prepared, device: torch.device, done: int) -> st
         return (
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
-    seconds = left * run.batch_tokens * cost.flops(run.model, vocab_size).training() / (USUAL_MFU * peak)
+    seconds = left * run.batch_tokens * flops.training() / (USUAL_MFU * peak)
     return (
         f"time         about {clock(seconds)} for {left:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
         f"are reached: no step can be timed here ({reason})"
     )
 
 
-def _timed(run: Run, corpus: Prepared, device: torch.device) -> tuple[float, int]:
-    """Seconds per step of the real model, and how many were timed."""
-    model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed).to(device)
+def _timed(run: Run, vocab_size: int, device: torch.device) -> tuple[float, str]:
+    """Seconds per step of the real model, put together from those of its parts, and which were timed. The tokens are
+    made up: real ones take as long, and may not be there."""
+    if device.type == "cpu" and run.tune_malloc:
+        keep_buffers()
+    model = TransformerLM(run.model, vocab_size, run.seed).to(device)
     working, optimizer = Working(model, run.precision), run.optim.build(model)
-    loss = maybe_compiled(losses_of(run.data, corpus.tokenizer)[0], run.compile)
-    window, start, steps = run.model.context_length, 0.0, 0
-    for step in range(WARMUP + TIMED):
-        if step == WARMUP:
-            start = time.perf_counter()
-        batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, device)
-        train_step(working, optimizer, batches, run.lr(0), run.clip_norm, (run.seed, step), loss).loss.item()
-        steps = step + 1 - WARMUP
-        if steps > 0 and time.perf_counter() - start > TIMED_SECONDS:
-            break
-    return (time.perf_counter() - start) / steps, steps
+    shape, pieces = (run.micro_batch_size, run.model.context_length), run.sequences // run.micro_batch_size
+    tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(run.seed)).to(device)
+
+    def micro_batch(loss: Callable, tokens: Tensor) -> float:
+        return _seconds(device, lambda: working.backward(loss(working.model, tokens, tokens) / pieces))
+
+    def update() -> float:
+        """With the gradients there are: all that a step does besides its micro-batches."""
+        return _seconds(device, lambda: train_step(working, optimizer, [], run.lr(0), run.clip_norm))
+
+    log.info(f"timing one sequence of {shape[1]:,} tokens")
+    eager = _loss(run, vocab_size)
+    working.refresh()
+    seconds = micro_batch(eager, tokens[:1])
+    if seconds * shape[0] > DEADLINE > seconds:  # the first one on a device waits for what is loaded once
+        seconds = micro_batch(eager, tokens[:1])
+    if seconds * shape[0] > DEADLINE:
+        measured = f"one sequence{', not compiled,' if run.compile else ''} and one update"
+        too_long = f"a micro-batch would take {clock(seconds * shape[0])}, too long for a dry run"
+        return pieces * seconds * shape[0] + update(), f"{measured} ({too_long})"
+    log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
+    loss, times = maybe_compiled(eager, run.compile), []
+    micro_batch(loss, tokens)
+    update()
+    while len(times) < TIMED and sum(times) < DEADLINE:
+        times.append(micro_batch(loss, tokens))
+    counted = "a micro-batch" if len(times) == 1 else f"{len(times)} micro-batches"
+    return pieces * sum(times) / len(times) + update(), f"{counted} and one update"
+
+
+def _loss(run: Run, vocab_size: int) -> Callable:
+    return losses_of(run.data, vocab_size - 1)[0]  # the last token of every vocabulary ends a text
+
+
+def _seconds(device: torch.device, what: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    what()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
 
 
 def size(count: float) -> str:

@@ -11,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,6 +288,20 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr)
     except OSError:
         let_go_of_stderr()
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """What is announced within comes after it, not amid a text that streams."""
+    handlers = log.handlers[:]
+    held = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
+    log.handlers[:] = [held]
+    try:
+        yield
+    finally:
+        log.handlers[:] = handlers
+        for record in held.buffer:
+            log.handle(record)
 
 
 def let_go_of_stderr() -> None:

@@ -1,9 +1,14 @@
-"""What a device could compute at most: what MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311,
-appendix B), is a fraction of."""
+"""MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): what a model computes, as a
+fraction of what a device could compute at most."""
 
 import re
 
 import torch
+
+from data.batches import sampled_places
+from data.prepare import Prepared
+from model import cost
+from model.transformer import ModelConfig
 
 # 1e12 FLOPs per second of dense matrix products, as the vendors' data sheets state them without sparsity, by what
 # torch.cuda.get_device_name() says. float32 is that of the plain units: PyTorch does not use TF32 unless told to.
@@ -21,6 +26,14 @@ PEAKS = {
     r"NVIDIA GeForce RTX 4090": {"bf16": 165.2, "fp16": 165.2, "fp32": 82.6},
     r"NVIDIA GeForce RTX 3090": {"bf16": 71.0, "fp16": 71.0, "fp32": 35.6},
 }
+
+
+def flops_of(config: ModelConfig, corpus: Prepared, document_mask: bool) -> cost.Flops:
+    """Of a run on this corpus. With document_mask, pairs of query and key count within documents only, as a sample of
+    the training windows holds them: a kernel that computes the others and hides them reaches a lower MFU."""
+    tokenizer, length = corpus.tokenizer, config.context_length
+    documents = sampled_places(corpus.train, length, tokenizer.end_of_text) if document_mask else None
+    return cost.flops(config, tokenizer.vocab_size, documents)
 
 
 def peak_flops(device: torch.device, precision: str, stated: float | None) -> float | None:

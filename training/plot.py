@@ -16,6 +16,8 @@ from training.command import Parser, one_line_errors
 from training.log import read_metrics
 
 FORMATS = ("pdf", "png", "svg")
+WINDOW = 10  # steps that a running mean is over, about
+SMOOTHED = f"training (mean of up to {WINDOW} steps)"
 
 
 def plot_loss(folder: Path) -> None:
@@ -26,7 +28,7 @@ def plot_loss(folder: Path) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _running_mean(losses), color="tab:blue", label="training (running mean)")
+        axes.plot(steps, _running_mean(losses), color="tab:blue", label=SMOOTHED)
     if val:
         for tokens, marker in zip(sorted({tokens for *_, tokens in val}), "os^", strict=False):
             points = [(step, loss) for step, loss, scored in val if scored == tokens]
@@ -55,7 +57,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
         for tokens, marker in zip(sorted({tokens for *_, tokens in val}), "os^", strict=False):
             points = [(place, loss) for place, loss, scored in val if scored == tokens]
             axes.plot(*zip(*points, strict=True), f"{marker}--", color=color, markersize=4, linewidth=0.8)
-    axes.plot([], [], "-", color="gray", linewidth=1, label="training (running mean)")
+    axes.plot([], [], "-", color="gray", linewidth=1, label=SMOOTHED)
     axes.plot([], [], "o--", color="gray", markersize=4, linewidth=0.8, label="validation, on a prefix")
     axes.plot([], [], "s", color="gray", markersize=4, label="validation, on all of it")
     try:
@@ -109,7 +111,9 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     write_whole(path, picture.getvalue())
 
 
-def _running_mean(values: tuple[float, ...], weight: float = 0.1) -> list[float]:
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Over about WINDOW steps, or a twentieth of the run: in a short one, a longer mean would lag behind all of it."""
+    weight = 1 / min(WINDOW, max(1, len(values) / 20))
     means, mean = [], values[0]
     for value in values:
         mean += weight * (value - mean)

@@ -1,17 +1,17 @@
 """Sampling turn by turn: what is typed is appended to the text, and the model continues it."""
 
 import io
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Self
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
+from training.log import held_back
+from training.signals import Interruptible
 from training.streaming import TextStream
 
 HELP = """\
@@ -23,25 +23,6 @@ A line that begins with // stands for one that begins with /.
   Ctrl-C   stops the model; what it wrote stays in the text
   Ctrl-D   leaves
 A stop string ends a turn and is not shown, but stays in the text."""
-
-
-class Interruptible:
-    """Within its `with` block the first Ctrl-C is written down, for the loop to act on after the token: an exception
-    could come between the text and what the model remembers of it."""
-
-    asked = False
-
-    def __enter__(self) -> Self:
-        self.before = signal.signal(signal.SIGINT, self._receive)
-        return self
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def _receive(self, *_) -> None:
-        if self.asked:  # it does not come to the end of a token
-            raise KeyboardInterrupt
-        self.asked = True
 
 
 class Conversation:
@@ -60,10 +41,11 @@ class Conversation:
     ):
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.begin, self.max_new_tokens, self.stops = begin, max_new_tokens, stops
-        self.texts: Texts | None = None
+        self.reset()
 
     def reset(self) -> None:
-        self.texts = None
+        self.texts: Texts | None = None
+        self.half = b""  # of a character that the last turn left incomplete, for the next one to go on with
 
     def append(self, line: str) -> None:
         """Raises UserError, and changes nothing, where the line leaves no room in the context."""
@@ -80,10 +62,12 @@ class Conversation:
                 f"the context of {limit} tokens is full" if free <= 0 else f"{len(tokens)} tokens do not fit: {free} do"
             )
             raise UserError(f"{full}; /reset begins anew, --context slide would drop the oldest half") from None
+        if line:
+            self.half = b""  # it will never be whole
 
     def turn(self, write: Callable[[str], None]) -> str:
         """Continues the text, handing out what is certain of it -> a word for the user on why it ended, or none."""
-        texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops), None
+        texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops, self.half), None
         end = self.tokenizer.end_of_text
         with Interruptible() as interruption:
             for step in generate(self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end):
@@ -92,6 +76,7 @@ class Conversation:
                 if stream.stopped or interruption.asked:
                     break
             write(stream.close())
+        self.half = b"" if token == end else stream.half
         if not stream.text.endswith("\n"):
             write("\n")
         if interruption.asked:
@@ -122,13 +107,14 @@ def converse(conversation: Conversation, first: str) -> None:
         except KeyboardInterrupt:
             say("\nCtrl-D leaves")
             continue
-        if line == "/help":
+        command = line.rstrip()
+        if command == "/help":
             say(HELP)
-        elif line == "/reset":
+        elif command == "/reset":
             conversation.reset()
             say("[a new text]")
         elif line.startswith("/") and not line.startswith("//"):
-            say(f"{line}: no such command; /help lists them, and // stands for text that begins with /")
+            say(f"{command}: no such command; /help lists them, and // stands for text that begins with /")
         else:
             take_turn(conversation, line.removeprefix("/") if line.startswith("//") else line)
 
@@ -139,7 +125,9 @@ def take_turn(conversation: Conversation, text: str) -> None:
     except UserError as error:
         say(f"[{error}]")
     else:
-        say(conversation.turn(write))
+        with held_back():
+            ending = conversation.turn(write)
+        say(ending)
 
 
 def write(text: str) -> None:

@@ -71,7 +71,7 @@ def replay(path: Path) -> None:
         working.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     batches = list(zip(*(found.tensors[BATCH][name].to(device) for name in ("inputs", "targets")), strict=True))
     first = FirstNotFinite(working.model)
-    mean_loss, _ = losses_of(run.data, tokenizer)
+    mean_loss, _ = losses_of(run.data, tokenizer.end_of_text)
 
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = mean_loss(model, inputs, targets)

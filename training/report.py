@@ -15,13 +15,13 @@ from torch import Tensor
 
 from data.batches import documents_of_step
 from data.prepare import Prepared
-from model import cost
 from model.transformer import TransformerLM
+from training.checkpoint import saved, step_of
 from training.config import Run, dump
 from training.device import peak_memory
 from training.guard import Guard
 from training.log import MetricsFile, Watch, percent, tell
-from training.mfu import peak_flops
+from training.mfu import flops_of, peak_flops
 from training.plot import plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
@@ -45,7 +45,7 @@ class Report:
         self.watch = Watch(done, run.steps)
         self.profile = Profile(run.profile_steps, folder, self.device, done)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm, bytes, skipped or not
-        self.flops = cost.flops(run.model, model.vocab_size).training()  # per token
+        self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
         self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
         self.total_tokens, self.total_seconds, self.total_waited, self.waited = 0, 0.0, 0.0, 0.0
         for line in _opening(run, folder, corpus, model, self.device):
@@ -117,9 +117,6 @@ class Report:
 
     def end(self, score: Score, sample: str) -> None:
         """The last words of a run, on stdout."""
-        more = f"             {resume_command(self.folder)} steps={2 * self.run.steps}\n"
-        if self.run.schedule.first_open_step(self.run.steps) is not None:
-            more = ""  # its cooldown is over
         print(
             f"\n{sample}\n\n"
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
@@ -128,7 +125,7 @@ class Report:
             f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data\n"
             f"run          {self.folder}  (loss.png is its curve)\n"
             f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
-            f"{more}"
+            f"             {self._longer()}\n"
             f"             python train.py --help"
         )
 
@@ -202,6 +199,18 @@ class Report:
         more = f" and {len(names) - DOCUMENTS_NAMED} more" if len(names) > DOCUMENTS_NAMED else ""
         return (", ".join(names[:DOCUMENTS_NAMED]) or "names are lost") + more
 
+    def _longer(self) -> str:
+        """How this run, which is complete, becomes a longer one."""
+        command = f"{resume_command(self.folder)} steps={2 * self.run.steps}"
+        cooldown = self.run.schedule.first_open_step(self.run.steps)
+        if cooldown in (None, self.run.steps):
+            return command
+        since = f"the cooldown began at step {cooldown}"
+        before = [path.name for path in saved(self.folder) if step_of(path) <= cooldown]
+        if not before:
+            return f"(a longer run is a new one: {since}, and no checkpoint from before is left)"
+        return f"{command}  (after moving away the checkpoints after {before[-1]}: {since})"
+
     def _plot(self) -> None:
         try:
             plot_loss(self.folder)
@@ -228,7 +237,7 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, {parameters:,} parameters "
         f"on {device.type}"
     )
-    yield f"attention    {type(attention).__name__.removesuffix('Config')}: {attention}"
+    yield f"attention    {attention.described(dims.n_heads)}: {attention}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
         f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "

@@ -111,6 +111,9 @@ def resume_command(folder: Path) -> str:
 def refuse_no_run(folder: Path) -> None:
     """Raises UserError where the folder is not a run's."""
     if not (folder / "config.yaml").exists():
+        for above in folder.parents[:2]:  # of a checkpoint, say
+            if (above / "config.yaml").exists():
+                raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
         raise UserError(
             f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says"
         )

@@ -1,11 +1,14 @@
 """What sample.py may be asked for: its flags, and which of them contradict each other. Imports nothing heavy."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from data.errors import UserError
 from training.command import CONF, Parser, number
+from training.completion import PrintCompletion
 
 MOST_SAMPLES = 1024
 DEFAULTS = {
@@ -38,7 +41,7 @@ FILTERS = ("top_k", "top_p", "min_p")
 WRITING = ("max_new_tokens", "num_samples", "seed", "stop", "context", "temperature", *FILTERS, "repetition_penalty")
 # A flag, those that it leaves without a meaning, and why.
 CONTRADICTIONS = (
-    ("score", (*PROMPTS, "interactive", *WRITING, "json", "stats", "no_cache"), "a text is read, none is written"),
+    ("score", (*PROMPTS, "interactive", *WRITING, "stats", "no_cache"), "a text is read, none is written"),
     ("interactive", ("prompt_file", "num_samples", "json", "stats"), "one text is written, as a conversation"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
@@ -85,6 +88,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
     )
+    parser.add_argument(
+        "--completion", action=PrintCompletion, help="print code for bash that completes all this at TAB"
+    )
     text = parser.add_argument_group("what to continue").add_argument
     text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")
     text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
@@ -94,26 +100,33 @@ def _parser(description: str) -> argparse.ArgumentParser:
     model("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
     model("--checkpoint", choices=["latest", "best"], help="best: of the lowest validation loss; default: latest")
     length = parser.add_argument_group("how much").add_argument
-    length("--max-new-tokens", type=number(int, 1), metavar="N", help="default: 200; with --interactive, per turn")
-    length("--num-samples", type=number(int, 1, MOST_SAMPLES), metavar="N", help="as one batch, of seeds S, S+1, ...")
+    length("--max-new-tokens", metavar="N", **_number("with --interactive, per turn; default: 200", int, 1))
+    length(
+        "--num-samples", metavar="N", **_number("as one batch, of seeds S, S+1, ...; default: 1", int, 1, MOST_SAMPLES)
+    )
     length("--stop", action="append", type=_stop, metavar="STRING", help="end before this text is written; repeatable")
     length("--context", choices=["stop", "slide"], help="when full: stop (default), or drop the oldest half and go on")
     draw = parser.add_argument_group(
         "which token", "applied in this order; the filters see what those before them left"
     ).add_argument
-    draw("--repetition-penalty", type=number(float, 1, 100), metavar="R", help="of tokens in the context; default: 1")
-    draw("--temperature", type=number(float, 0), metavar="T", help="0 is greedy; default: 0.8")
-    draw("--top-k", type=number(int, 1), metavar="K", help="sample among the K likeliest tokens")
-    draw("--top-p", type=number(float, 0, 1), metavar="P", help="sample among the fewest tokens that reach P")
-    draw("--min-p", type=number(float, 0, 1), metavar="P", help="and none less likely than P times the likeliest")
-    draw("--seed", type=number(int, 0, 2**63 - 1), metavar="S", help="same seed, same text; default: 0")
+    draw(
+        "--repetition-penalty",
+        metavar="R",
+        **_number("makes tokens of the context less likely; default: 1, none", float, 1, 100),
+    )
+    draw("--temperature", metavar="T", **_number("0 is greedy; default: 0.8", float, 0))
+    draw("--top-k", metavar="K", **_number("sample among the K likeliest tokens", int, 1))
+    draw("--top-p", metavar="P", **_number("sample among the fewest tokens that reach P", float, 0, 1))
+    draw("--min-p", metavar="P", **_number("leave out what is less likely than P times the likeliest", float, 0, 1))
+    draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, 2**63 - 1))
     output = parser.add_argument_group("output").add_argument
     output(
         "--json",
         action="store_true",
         help="an object per sample: prompt, text (what follows it), seed, tokens (how many were written), "
-        "prompt_tokens (read), finish (stop, length, end or context), "
-        "prefill_tokens_per_second, decode_tokens_per_second",
+        "prompt_tokens (read), finish (stop, length, end, context or interrupted), "
+        "prefill_tokens_per_second, decode_tokens_per_second; "
+        "with --score: file, nats_per_token, bpb, tokens, bytes",
     )
     output("--stats", action="store_true", help="print speeds and the cache's size to stderr")
     machine = parser.add_argument_group("how it runs").add_argument
@@ -123,6 +136,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="compute the whole text anew for every token")
     return parser
+
+
+def _number(meaning: str, kind: type, least: int, most: int | float = math.inf) -> dict[str, Any]:
+    """What add_argument is to know of a number: the limits it is held to and those that --help states are the same."""
+    limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
+    return {"type": number(kind, least, most), "help": f"{limits}; {meaning}"}
 
 
 def _stop(text: str) -> str:

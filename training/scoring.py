@@ -1,5 +1,7 @@
 """How well a model predicts any text."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -26,3 +28,15 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length
     if len(rest) > 1:
         score = score.plus(evaluate(model, TokenStream([rest]), len(rest) - 1, 1, byte_lengths))
     return score
+
+
+def as_line(score: Score) -> str:
+    return (
+        f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte, "
+        f"{score.tokens:,} tokens predicted, {score.text_bytes:,} bytes"
+    )
+
+
+def as_json(score: Score) -> dict[str, Any]:
+    """As plain JSON values, not rounded."""
+    return {"nats_per_token": score.loss, "bpb": score.bpb, "tokens": score.tokens, "bytes": score.text_bytes}

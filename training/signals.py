@@ -40,3 +40,24 @@ class StopRequest:
         self.signal = signal.Signals(number)
         with suppress(OSError):  # nobody may be listening any more; and not print, which may be what was interrupted
             os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more ends at once\n".encode())
+
+
+class Interruptible:
+    """Within its `with` block the first Ctrl-C is written down, for the loop to act on after the token: an exception
+    could come between the text and what the model remembers of it."""
+
+    asked = False
+
+    def __enter__(self) -> Self:
+        self.before = signal.getsignal(signal.SIGINT)
+        if self.before != signal.SIG_IGN:  # as in a script's background
+            signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _receive(self, *_) -> None:
+        if self.asked:  # it does not come to the end of a token
+            raise KeyboardInterrupt
+        self.asked = True

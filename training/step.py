@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from data.batches import document_places, stack, windows
 from data.corpus import Corpus
 from data.shards import TokenStream
-from data.tokenizer import Tokenizer
 from training.loss import token_losses
 from training.precision import Working
 
@@ -110,11 +109,11 @@ def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: in
     return token_losses(model(inputs, **_places(inputs, end_of_text)).logits, targets)
 
 
-def losses_of(corpus: Corpus, tokenizer: Tokenizer) -> tuple[Callable, Callable]:
+def losses_of(corpus: Corpus, end_of_text: int) -> tuple[Callable, Callable]:
     """mean_loss and each_loss, as the corpus wants its documents read."""
     if not corpus.document_mask:
         return mean_loss, each_loss
-    return tuple(functools.partial(function, end_of_text=tokenizer.end_of_text) for function in (mean_loss, each_loss))
+    return tuple(functools.partial(function, end_of_text=end_of_text) for function in (mean_loss, each_loss))
 
 
 def _places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:

@@ -11,9 +11,11 @@ class TextStream:
     character, before the longest), whichever tokens spell it. Stop strings are looked for in what is written, not in
     what was there before."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()):
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), half: bytes = b""):
+        """half: the bytes of a character that an earlier text left incomplete, and this one goes on with."""
         self.tokenizer, self.stops = tokenizer, stops
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
+        self.decoder.decode(half)
         self.text = ""  # what was handed out
         self.held = ""  # what may be the beginning of a stop string
         self.stopped = False
@@ -23,11 +25,15 @@ class TextStream:
         return self._advance(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def close(self) -> str:
-        """-> the rest, where no more tokens will come. Half a character becomes U+FFFD."""
-        rest = self._advance(self.decoder.decode(b"", final=True))
-        last, self.held = self.held, ""
-        self.text += last
-        return rest + last
+        """-> the rest, where no more tokens will come. Half a character is left out."""
+        rest, self.held = self.held, ""
+        self.text += rest
+        return rest
+
+    @property
+    def half(self) -> bytes:
+        """The first bytes of a character whose others have not come."""
+        return self.decoder.getstate()[0]
 
     def _advance(self, fresh: str) -> str:
         if self.stopped:

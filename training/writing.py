@@ -9,6 +9,7 @@ from model.generate import ENDED, Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
 from training.log import tell
+from training.signals import Interruptible
 from training.streaming import TextStream
 
 
@@ -17,7 +18,7 @@ class Sample:
 
     def __init__(self, seed: int, prompt_tokens: int, tokenizer: Tokenizer, stops: Sequence[str]):
         self.seed, self.prompt_tokens, self.stream = seed, prompt_tokens, TextStream(tokenizer, stops)
-        self.finish = "length"  # or stop: a stop string; end: of the document; context: it is full
+        self.finish = "length"  # or stop: a stop string; end: of the document; context: it is full; interrupted
         self.times = [time.perf_counter()]  # of the beginning, and of each token
 
     @property
@@ -49,9 +50,10 @@ def write(
     samples: Sequence[Sample],
     max_new_tokens: int,
 ) -> Generator[str, None, None]:
-    """Continues each text into its sample, and yields the first one's piece by piece, as it becomes certain."""
+    """Continues each text into its sample, and yields the first one's piece by piece, as it becomes certain.
+    Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once."""
     end = tokenizer.end_of_text
-    try:
+    with Interruptible() as interruption:
         for step in generate(model, texts, sampler, max_new_tokens=max_new_tokens, end_token=end):
             now = time.perf_counter()
             for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
@@ -67,16 +69,18 @@ def write(
                     sample.finish = "context"
                 if row == 0:
                     yield piece
-    finally:  # an interruption too leaves all that was written
+            if interruption.asked:
+                for alive, sample in zip(texts.alive, samples, strict=True):
+                    if alive and sample.tokens < max_new_tokens:
+                        sample.finish = "interrupted"
+                break
         rest = [sample.stream.close() for sample in samples]
-    yield rest[0]
+        yield rest[0]
 
 
 def show(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample], limit: int) -> None:
-    """The first sample as it comes, then the others: the texts to stdout, what is said of them to stderr. Ctrl-C leaves
-    what was written."""
+    """The first sample as it comes, then the others: the texts to stdout, what is said of them to stderr."""
     notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full]"}
-    interruption = None
     for i, one in enumerate(samples):
         if len(samples) > 1:
             tell(f"[sample {i + 1} of {len(samples)}, seed {one.seed}]")
@@ -84,14 +88,10 @@ def show(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Samp
         try:
             for piece in pieces if i == 0 else [one.text]:
                 print(piece, end="", flush=True)
-        except KeyboardInterrupt as error:
-            pieces.close()
-            interruption = error
-        print(flush=True)
+        finally:
+            print(flush=True)
         if one.finish in notes:
             tell(notes[one.finish])
-    if interruption:
-        raise interruption
 
 
 def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:

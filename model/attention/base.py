@@ -58,6 +58,10 @@ class AttentionChoice(Config, ABC):
     def of_layer(self, index: int) -> "AttentionConfig":
         """What that layer is built of; call it on a derived choice."""
 
+    @abstractmethod
+    def described(self, n_heads: int) -> str:
+        """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
+
 
 class AttentionConfig(AttentionChoice):
     """One attention, the same in each layer that has it."""

@@ -56,6 +56,13 @@ class GQAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return 2 * self.n_kv_heads * self.head_dim
 
+    def described(self, n_heads: int) -> str:
+        if self.n_kv_heads == n_heads:
+            return f"MHA, {n_heads} heads with a key and a value each"
+        if self.n_kv_heads == 1:
+            return f"MQA, {n_heads} heads on one key and value head"
+        return f"GQA, {n_heads} heads on {self.n_kv_heads} key and value heads"
+
 
 class GQA(Attention):
     """y = softmax(q kᵀ / sqrt(head_dim)) v, each key head shared by n_heads / n_kv_heads query heads."""

@@ -127,6 +127,9 @@ class MLAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
 
+    def described(self, n_heads: int) -> str:
+        return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank} and a rotated key of {self.qk_rope_head_dim}"
+
 
 class MLA(Attention):
     """Letters in comments: H heads, n and r the key dims without and with rotation, v the value dim, c the latent."""

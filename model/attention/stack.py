@@ -38,6 +38,10 @@ class StackConfig(AttentionChoice):
     def of_layer(self, index: int) -> AttentionConfig:
         return self.parts[self.pattern[index % len(self.pattern)]]
 
+    def described(self, n_heads: int) -> str:
+        parts = (f"{name} is {part.described(n_heads)}" for name, part in self.parts.items())
+        return f"layers in turn {', '.join(self.pattern)}; {'; '.join(parts)}"
+
     @property
     def executions(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.executions))

@@ -14,6 +14,9 @@ from model.mask import Mask
 class Kernel(Config, ABC):
     """A frozen callable, handed to an attention at construction."""
 
+    def check(self, device: torch.device, training: bool) -> None:
+        """Raises Unsupported where this kernel cannot serve, so that it is said before a run has made anything."""
+
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         """softmax(scale · q kᵀ | mask) v, each weight of the softmax dropped with probability `dropout`.

@@ -1,5 +1,7 @@
 """PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,11 +17,14 @@ QUERY_TILE = 256  # queries whose boolean mask exists at one time
 
 
 class SDPA(Kernel):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        if q.device.type not in DEVICES:
+    def check(self, device: torch.device, training: bool) -> None:
+        if device.type not in DEVICES:
             raise Unsupported(
-                f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {q.device.type}: kernel=naive"
+                f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {device.type}: kernel=naive"
             )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        self.check(q.device, training=q.requires_grad)
         if dropout and q.device.type == "cpu":
             raise Unsupported("kernel=sdpa has no dropout of attention weights on a CPU: kernel=naive, or dropout 0")
         asked, value_dim = (q, k, v), v.shape[-1]
@@ -27,10 +32,10 @@ class SDPA(Kernel):
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (_widen(x, width) for x in (q, k, v))
-        if mask.plain and mask.pattern.everything:
+        if mask.unrestricted:
             out = _by_indices(q, k, v, mask.pattern.causal, scale, dropout)
         else:
-            out = _by_positions(q, k, v, mask, scale, dropout)
+            out = by_positions(q, k, v, mask, scale, dropout, _fused)
         announce("sdpa (flash)" if q.device.type == "cpu" else "sdpa (fused)", *asked, mask)
         return out[..., :value_dim]
 
@@ -50,11 +55,15 @@ def _by_indices(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dro
     return _fused(*heads_first, **how).transpose(1, 2)
 
 
-def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
-    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S, against the keys that the
-    tile may see at most: with a window, neither does the time.
+def by_positions(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float, fused: Callable[..., Tensor]
+) -> Tensor:
+    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S (but gradients keep each),
+    against the keys that the tile may see at most: with a window, neither does the time.
 
     The query heads that share a key head become rows of one head, so keys are read once and never repeated.
+
+    fused(q, k, v, attn_mask=, scale=, dropout_p=): (B, heads, rows, D) each, as F.scaled_dot_product_attention.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
     tiles = []
@@ -67,7 +76,7 @@ def _by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dro
         if t > 1:
             visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, s); a single query broadcasts
         heads_first = grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k[:, :, keys], v[:, :, keys]
-        out = _fused(*heads_first, attn_mask=visible, scale=scale, dropout_p=dropout)
+        out = fused(*heads_first, attn_mask=visible, scale=scale, dropout_p=dropout)
         tiles.append(out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3))  # (B, t, H, D)
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
 

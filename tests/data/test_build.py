@@ -1,8 +1,10 @@
 """Shards in the making: the same bytes whatever the threads, the parts and the kills; bounded memory; full disks."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,6 +13,8 @@ from data import build
 from data.corpus import SyntheticCorpus
 from data.errors import UserError
 from data.files import FilesCorpus
+from data.lock import lock
+from data.names import names_file
 from data.prepare import prepare
 from data.tokenizer import BPEConfig, ByteConfig
 from tests.support import ROOT
@@ -27,7 +31,7 @@ def expected(tmp_path):
 def contents(made) -> list:
     """All that was prepared, wherever its shards begin and end."""
     tokens = [stream.read(0, len(stream)).tolist() for stream in (made.train, made.val)]
-    names = [build.names_file(made.folder, split).read_text() for split in build.SPLITS]
+    names = [names_file(made.folder, split).read_text() for split in build.SPLITS]
     return [made.tokenizer.hash, *tokens, *names]
 
 
@@ -74,20 +78,17 @@ def test_a_build_that_ends_midway_is_continued_after_its_last_part(workplace, mo
 
 def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monkeypatch, expected):
     code = (
-        "import time; from pathlib import Path; from data import build, durable;"
+        "import os, signal, sys; from pathlib import Path; from data import build, durable;"
         "from data.corpus import SyntheticCorpus; from data.prepare import prepare;"
         "from data.tokenizer import BPEConfig;"
-        f"build.PART_BYTES = {PART}; encode = build._encode_batch; fsync = durable._sync;"
-        "durable._sync = lambda path: (print('.', end='', flush=True), time.sleep(0.01), fsync(path));"
-        f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache')); print('whole')"
+        f"build.PART_BYTES = {PART}; fsync = durable._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
+        "durable._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
+        f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache'))"
     )
-    how = {"env": os.environ | {"PYTHONPATH": str(ROOT)}, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    kept = 0
+    environment, kept = os.environ | {"PYTHONPATH": str(ROOT)}, 0
     for syncs in (3, 12, 30):
-        process = subprocess.Popen([sys.executable, "-c", code], **how)
-        process.stdout.read(syncs)
-        process.kill()
-        process.communicate()
+        process = subprocess.run([sys.executable, "-c", code, str(syncs)], env=environment, stderr=subprocess.DEVNULL)
+        assert process.returncode == -signal.SIGKILL
         done = len(list(workplace.glob("cache/.parts-*/part_*")))
         assert done >= kept and not list(workplace.glob("cache/[!.]*"))
         kept = done
@@ -95,6 +96,23 @@ def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monke
     monkeypatch.setattr(build, "PART_BYTES", PART)
     assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
     assert [path.name[0] for path in sorted((workplace / "cache").iterdir())] == [".", "s"]  # the lock, the shards
+
+
+def test_parts_that_nobody_continues_are_removed_in_the_end(workplace, monkeypatch, caplog):
+    """Of other documents: with others' builds untouched, that are under way or not old yet."""
+    caplog.set_level("INFO")
+    cache, old = workplace / "cache", time.time() - (build.DAYS + 1) * 86400
+    for name, touched in {"old": old, "held": old, "young": time.time()}.items():
+        parts = cache / f".parts-{build.PART_BYTES}-synthetic-byte-{name}"
+        (parts / "part_00000").mkdir(parents=True)
+        os.utime(parts, (touched, touched))
+    (cache / ".writing-synthetic-byte-old-0a1b").mkdir()
+    with lock(build.lock_file(cache / "synthetic-byte-held"), "held"):
+        prepare(CORPUS, CONFIG, cache)
+    assert {path.name.rpartition("-")[2] for path in cache.glob(".parts-*")} == {"held", "young"}
+    assert not list(cache.glob(".writing-*"))
+    (line,) = (record.message for record in caplog.records if "removed" in record.message)
+    assert "synthetic-byte-old" in line and f"left for {build.DAYS + 1} days" in line
 
 
 def test_a_full_disk_keeps_the_parts_that_are_whole(workplace, monkeypatch, expected):

@@ -1,7 +1,7 @@
 """Datasets through the library that reads the hub's, here from a folder; and what is said where there is no hub."""
 
 import json
-import time
+import urllib.request
 
 import pytest
 
@@ -64,25 +64,68 @@ def test_the_fingerprint_follows_the_files(folder):
     assert corpus.fingerprint() != before
 
 
-def test_broken_files_are_one_line(folder):
-    (folder / "train.jsonl").write_text('{"text": "x"}\n{oops\n')
-    with pytest.raises(UserError, match="cannot be read") as caught:
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("train.jsonl", b'{"text": "x"}\n{oops\n', r"train\.jsonl:2 is not JSON"),
+        ("train_2.jsonl", b'{"text": "x"}\n{"text": \xff}\n', r"train_2\.jsonl:2 is not JSON"),
+        ("train_2.jsonl", b'{"tekst": "x"}\n', r"data\.column=text: .*train_2\.jsonl has tekst"),
+        ("train_2.parquet", b"PAR1 and no more", r"several formats, such as train\.jsonl and train_2\.parquet"),
+    ],
+    ids=["JSON", "bytes", "columns", "formats"],
+)
+def test_a_file_that_does_not_belong_is_named_in_one_line(folder, caplog, name, content, complaint):
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        list(HubCorpus(path=str(folder)).read())
+    assert "\n" not in str(caught.value) and not caplog.records
+
+
+def test_a_format_that_only_the_library_reads_is_one_line(folder):
+    (folder / "train.jsonl").unlink()
+    (folder / "test.jsonl").unlink()
+    (folder / "train.json").write_text("[{oops")
+    with pytest.raises(UserError, match=r"data\.path=.* cannot be read") as caught:
         list(HubCorpus(path=str(folder)).read())
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_said(folder):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="is an empty folder"):
         HubCorpus(path=str(folder / "empty")).fingerprint()
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["forbidden", "unreachable"])
-def test_without_a_hub_one_line_at_once(monkeypatch, offline):
+def test_without_a_hub_one_line_and_one_question_at_most(monkeypatch, offline):
+    """The library alone would ask for half a minute."""
     monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
-    began = time.monotonic()
+    monkeypatch.setattr("huggingface_hub.HfApi", None)
+    asked, urlopen = [], urllib.request.urlopen
+    monkeypatch.setattr(
+        "urllib.request.urlopen", lambda what, timeout: asked.append(timeout) or urlopen(what, None, timeout)
+    )
     for corpus in (HubCorpus(path="owner/name"), HubCorpus(path="owner/name", revision="main")):
-        with pytest.raises(UserError, match="HF_HUB_OFFLINE" if offline else r"127\.0\.0\.1:9 does not answer"):
+        expected = "HF_HUB_OFFLINE" if offline else r"127\.0\.0\.1:9 does not answer: Connection refused: give"
+        with pytest.raises(UserError, match=expected):
             corpus.fingerprint()
-    assert time.monotonic() - began < hub.PATIENCE
+    assert asked == [] if offline else asked == [hub.PATIENCE] * 2
+    with pytest.raises(
+        UserError, match=r"^data\.path='nonsense' is no folder \(a dataset .* is named owner/name\), and "
+    ):
+        HubCorpus(path="nonsense").fingerprint()
+
+
+def test_a_name_that_no_hub_has_is_not_asked_for(folder, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", None)
+    for path, complaint in {
+        "a/b/c": "nor named owner/name",
+        "two words": "nor named owner/name",
+        str(folder / "train.jsonl"): "is a file: data=files reads it",
+    }.items():
+        with pytest.raises(UserError, match=complaint):
+            HubCorpus(path=path).fingerprint()
 
 
 def test_a_whole_commit_needs_no_hub_until_it_is_read(monkeypatch):

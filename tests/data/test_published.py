@@ -42,8 +42,11 @@ def test_names_patterns_and_hashes_are_those_published(monkeypatch):
     monkeypatch.setattr(theirs, "load_tiktoken_bpe", lambda url, expected_hash: loaded.append((url, expected_hash)))
     for config, name in zip(CONFIGS, ("r50k_base", "cl100k_base", "o200k_base"), strict=True):
         published = config().published
-        assert theirs.ENCODING_CONSTRUCTORS[name]()["pat_str"] == published.pattern
+        found = theirs.ENCODING_CONSTRUCTORS[name]()
+        assert found["pat_str"] == published.pattern
         assert loaded[-1] == (published.url, published.sha256)
+        gap = 0 if name == "r50k_base" else 1  # the number that their end of text leaves free
+        assert config().most_tokens == found["special_tokens"][END_OF_TEXT] + 1 - gap
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.batches import document_places
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
@@ -60,6 +61,27 @@ def test_a_causal_query_attends_to_half_the_window_on_average(attention):
     assert predicted.training() == 3 * predicted.forward()
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_documents_that_do_not_see_each_other_cost_the_pairs_within_them(attention):
+    config, length = small_config(f"attention={attention}"), 64
+    tokens = torch.zeros(2, length, dtype=torch.int64)
+    tokens[0, ::16] = tokens[1, 32] = 9  # four documents of 16 tokens, and two of 32
+    predicted = cost.flops(config, VOCAB, document_places(tokens, end_of_text=9))
+    assert predicted.keys == (17 / 2 + 33 / 2) / 2
+    assert predicted.forward() == predicted.per_token + predicted.per_pair * 12.5
+
+
+def test_which_keys_count_is_what_the_mask_says(monkeypatch):
+    """So that a mask that hides more costs less, without a word here."""
+    visible = Mask.visible
+
+    def two_keys(mask: Mask, rows: slice = slice(None)) -> torch.Tensor:
+        return visible(mask, rows) & (mask.q_pos[:, rows, None] - mask.k_pos[:, None, :] < 2)
+
+    monkeypatch.setattr(Mask, "visible", two_keys)
+    assert cost.flops(small_config(), VOCAB).keys == (1 + 63 * 2) / 64
+
+
 def test_the_formulas_by_hand():
     """d_model 768, 12 heads of 64, 12 layers, T = 1024: scores and values, 2 · 12 · (64 + 64) a pair and layer, however
     few the key heads; MLA as wide when expanded, c + r = 208 twice when absorbed."""
@@ -74,7 +96,7 @@ def test_the_formulas_by_hand():
 
 def test_keys_of_a_long_window_are_counted_well_enough():
     for length in (4096, 5000, 20000):
-        found = cost._visible(Mask(None, None, plain=True), length, length)
+        found = cost._visible(Mask(None, None, plain=True), torch.arange(length)[None])
         assert found == pytest.approx((length + 1) / 2, rel=1e-9 if length == 4096 else 1e-3)
 
 

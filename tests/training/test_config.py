@@ -1,6 +1,7 @@
 """The border: everything under conf/ passes, nonsense is one line, and a configuration executes nothing."""
 
 import itertools
+import re
 
 import pytest
 import yaml
@@ -146,6 +147,21 @@ BAD = [
     (("tokenizer.vocab_size=100",), "tokenizer.vocab_size=100"),
     (("data=files",), "data.path is not set"),
     (("data=files", "data.path=x", "data.val_fraction=1"), "data.val_fraction=1"),
+    (("seed=9223372036854775808",), "seed=9223372036854775808: give less than 9223372036854775808"),
+    (("steps=0",), "steps=0: give at least 1"),
+    (("steps=1e3",), "steps=1000.0: give a whole number, written in digits"),
+    (("optim.lr=0",), "optim.lr=0: give more than 0"),
+    (("optim.lr=inf",), "optim.lr=inf: give a finite number"),
+    (("clip_norm=true",), "clip_norm=true: give a number"),
+    (("compile=null",), "compile=null: give true or false"),
+    (("model.dropout=1",), "model.dropout=1: give less than 1"),
+    (("profile_steps=1001",), "profile_steps=1001: give at most 1000"),
+    (("precision=fp8",), "precision=fp8: choose auto, bf16, fp16 or fp32"),
+    (("device=3",), "device=3: give text"),
+    (("run_dir=''",), "run_dir= is empty: give it a value"),
+    (("data=files", "data.path=''"), "data.path= is empty: give it a value"),
+    (("data=mix", "data.parts={}"), "data.parts={} names no corpus: give each one its quota, as in"),
+    (("data=mix", "data.parts=[sympy]"), "data.parts=['sympy'] names no corpus"),
     (("attention._target_=model.mlp.SwiGLUConfig",), "does not name a AttentionChoice"),
 ]
 
@@ -156,6 +172,7 @@ def test_nonsense_is_refused_in_one_line(overrides, complaint):
         load_composed(*overrides)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert not re.search(r"input|valid (integer|number|string|boolean)|should|\bNone\b", str(caught.value))
 
 
 def test_unknown_choices_and_keys_are_refused_while_composing():

@@ -1,19 +1,24 @@
 """What a run is said to cost, held against what it costs."""
 
 import gc
+import itertools
 import json
+import re
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from data.batches import windows
+from data.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, SMOKE, call, load_composed, some_tokens
+from training import step
 from training.dry_run import memory
 from training.log import clock
 from training.precision import Working
-from training.step import accumulate
+from training.step import accumulate, losses_of
 
 VOCAB = 100
 
@@ -21,14 +26,28 @@ VOCAB = 100
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive"])
 def test_the_peak_memory_is_what_the_allocator_says(tmp_path, attention, options):
-    """Within 1 %, asking PyTorch's allocator of a CPU for every block it gave and took back."""
-    run = load_composed(*SMOKE, f"attention={attention}", "precision=fp32", "micro_batch_size=4", options)
-    tokens = some_tokens(4, 64, VOCAB)
+    check_memory(tmp_path, f"attention={attention}", "precision=fp32", options)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16"])
+def test_the_peak_memory_of_masked_documents_too(tmp_path, attention, options):
+    """In windows of several tiles of queries, whose masks are the larger part of it."""
+    window = ["model.context_length=600", "batch_tokens=4800"]
+    masked = check_memory(tmp_path, f"attention={attention}", options, *window, "data.document_mask=true")
+    plain = memory(load_composed(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB)
+    assert masked > 1.2 * sum(plain.values())
+
+
+def check_memory(tmp_path, *options: str) -> int:
+    """Within 1 %, asking PyTorch's allocator of a CPU for every block it gave and took back -> the bytes predicted."""
+    run = load_composed(*SMOKE, "micro_batch_size=4", *options)
+    tokens = some_tokens(4, run.model.context_length, VOCAB)
     predicted = memory(run, VOCAB)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         working = Working(TransformerLM(run.model, VOCAB), run.precision)
-        accumulate(working, [(tokens, tokens)] * 2, (0, 0))
+        accumulate(working, [(tokens, tokens)] * 2, (0, 0), losses_of(run.data, VOCAB - 1)[0])
     assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in working.parameters)
     recorded.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
@@ -37,6 +56,7 @@ def test_the_peak_memory_is_what_the_allocator_says(tmp_path, attention, options
         alive += event["args"]["Bytes"]
         peak = max(peak, alive)
     assert sum(predicted.values()) - predicted["optimizer"] == pytest.approx(peak, rel=0.01)
+    return sum(predicted.values())
 
 
 def test_the_state_of_the_optimizer_is_what_it_keeps():
@@ -57,7 +77,8 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert "cache        1,024 bytes per token" in out
     assert "micro-batches of 16 x 64" in out and "optimizer 953 kB" in out
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944" in out
-    assert "for 3,000 steps, evaluating and saving not counted: from 10 steps timed on this cpu" in out
+    assert "for 3,000 steps, reading, evaluating and saving not counted: " in out
+    assert "tokens per second on this cpu, from 10 micro-batches and one update\n" in out and "not known" not in out
     assert [path.name for path in workplace.iterdir()] == ["cache"]
 
 
@@ -78,7 +99,7 @@ def test_a_model_beyond_this_machine_is_counted_all_the_same(workplace, monkeypa
     huge = [*SMOKE, "model.d_model=65536", "precision=bf16", "dry_run=true"]
     assert call("train", huge, monkeypatch) == 0
     out = capsys.readouterr().out
-    assert "time         n/a: no step can be timed here (it needs" in out
+    assert "time         n/a: no step can be timed here (it may take" in out
     assert f"mlp {2 * 8 * 65536**2:,}" in out
     assert call("train", [*huge, "peak_flops=1e15"], monkeypatch) == 0
     assert "if 40% of 1e+15 FLOPs per second are reached" in capsys.readouterr().out
@@ -95,3 +116,91 @@ def test_a_dry_run_that_meets_too_little_memory_says_so(workplace, monkeypatch, 
 
 def test_times_as_a_person_reads_them():
     assert [clock(seconds) for seconds in (0.4, 65, 3599.7, 100_000)] == ["0:00", "1:05", "1:00:00", "27:46:40"]
+
+
+def counted(monkeypatch, name: str) -> list:
+    """Fills with the windows that each call of a loss was given."""
+    shapes, original = [], getattr(step, name)
+    monkeypatch.setattr(
+        step, name, lambda model, x, *rest, **how: shapes.append(x.shape) or original(model, x, *rest, **how)
+    )
+    return shapes
+
+
+def test_a_step_of_many_micro_batches_is_not_run_whole(workplace, monkeypatch, capsys):
+    shapes = counted(monkeypatch, "mean_loss")
+    options = [*SMOKE, "dry_run=true", "steps=2", f"batch_tokens={2**20 * 64}", "micro_batch_size=4"]
+    assert call("train", options, monkeypatch) == 0
+    found = capsys.readouterr()
+    assert "from 10 micro-batches and one update" in found.out and "timing up to 10 micro-batches" in found.err
+    assert [shape[0] for shape in shapes if shape[0] == 4][2:] == [4] * 11  # after those on the meta device
+    (seconds,) = re.findall(r"time +about (\d+):(\d\d):(\d\d) for 2 steps", found.out)
+    (speed,) = re.findall(r"([\d,]+) tokens per second on", found.out)
+    hours, minutes, rest = map(int, seconds)
+    expected = 2 * 2**20 * 64 / int(speed.replace(",", ""))
+    assert hours * 3600 + minutes * 60 + rest == pytest.approx(expected, rel=0.01)
+
+
+def test_a_micro_batch_beyond_the_deadline_is_told_from_one_sequence(workplace, monkeypatch, capsys):
+    shapes = counted(monkeypatch, "mean_loss")
+    monkeypatch.setattr("training.dry_run.DEADLINE", 1e-9)
+    assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
+    assert "from one sequence and one update (a micro-batch would take 0:0" in capsys.readouterr().out
+    assert shapes.count((1, 64)) == 1 and shapes.count((16, 64)) == 1  # the latter on the meta device
+
+
+def test_nothing_is_timed_where_the_memory_would_not_suffice(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("training.device.memory_left", lambda: 3_000_000)
+    monkeypatch.setattr("training.dry_run.TransformerLM", None)
+    assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "no step can be timed here (it may take" in out and "3 MB are free)" in out
+    assert "parameters   119,168" in out and "epochs of 90,944" in out
+
+
+def test_without_the_vocabulary_all_else_is_said(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "tokenizer=gpt2", "dry_run=true"]
+    assert call("train", options, monkeypatch) == 0
+    out = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    assert f"embedding {50304 * 64:,}" in rows["parameters"]
+    assert {"flops", "cache", "memory", "dry"} <= rows.keys()
+    assert rows["training"].endswith("30 steps of 1,024 tokens each: 30,720 tokens")
+    assert " and one update" in rows["time"]
+    assert (
+        "how many epochs that is; the vocabulary is taken as 50,257 tokens: tokenizer=gpt2: there is no" in rows["not"]
+    )
+    assert list(workplace.iterdir()) == []
+    assert call("train", options[:-1], monkeypatch) == 2  # the run itself does not begin
+
+
+def test_a_dry_run_downloads_nothing(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("data.hub._commit_of", lambda path, revision: "0" * 40)
+    monkeypatch.setattr("data.hub.HubCorpus.read", None)
+    assert call("train", [*SMOKE, "data=hub", "data.path=owner/name", "dry_run=true"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "257 tokens: data=hub is not in cache yet, and would have to be downloaded" in out
+    assert "parameters   119,168" in out and "from 10 micro-batches" in out
+
+
+def test_documents_too_short_for_the_run_are_refused_as_by_the_run(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "data.size=10", "model.context_length=2048", "batch_tokens=2048", "dry_run=true"],
+                monkeypatch) == 2  # fmt: skip
+    assert "give more text, or a shorter context" in capsys.readouterr().err
+
+
+def test_masked_documents_count_their_own_pairs_and_without_them_an_upper_bound_is_said(workplace, monkeypatch, capsys):
+    said = {}
+    for tokenizer in ("byte", "gpt2"):
+        options = [*SMOKE, f"tokenizer={tokenizer}", "data.document_mask=true", "dry_run=true"]
+        assert call("train", options, monkeypatch) == 0
+        (said[tokenizer],) = re.findall(r"over ([\d.]+) keys on average(.*)\)", capsys.readouterr().out)
+    assert said["gpt2"] == ("32.5", ", an upper bound: pairs across documents are counted")
+    run = load_composed(*SMOKE)
+    corpus = prepare(run.data, run.tokenizer, workplace / "cache")
+    inputs = corpus.train.read(0, windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
+    keys = seen = 0
+    for token, first in zip(inputs.flat, itertools.cycle([True] + [False] * 63), strict=False):
+        seen = 1 if first or token == 256 else seen + 1
+        keys += seen
+    assert said["byte"] == (f"{keys / inputs.size:.1f}", " within documents") and keys / inputs.size < 32

@@ -68,6 +68,8 @@ REFUSED = {
     "attention=gqa": "attention cannot be chosen with init_from=base: the model is that run's",
     "model.d_model=128": "model.d_model cannot be chosen",
     "init_from=nowhere": "nowhere is not a run",
+    "init_from=base/checkpoints/step_00000030": "is no run, but lies within one: give the run's folder, base",
+    "init_from=base/checkpoints": "give the run's folder, base",
     "init_from=''": "init_from= names no run",
 }
 

@@ -47,7 +47,7 @@ def test_runs_are_overlaid_under_their_names(runs, monkeypatch, capsys):
     assert call(monkeypatch, "runs/one", "runs/two") == 0
     assert capsys.readouterr().out == "losses.png\n" and (runs / "losses.png").read_bytes().startswith(PNG)
     labels = [text.get_text() for text in found[0].get_legend().get_texts()]
-    assert labels[:2] == ["one", "two"] and "training (running mean)" in labels
+    assert labels[:2] == ["one", "two"] and "training (mean of up to 10 steps)" in labels
     lines = {line.get_label(): list(line.get_xdata()) for line in found[0].lines}
     assert lines["one"] == list(range(1, 9)) and lines["two"] == [1, 2, 3, 4]
     assert [4] in [list(line.get_xdata()) for line in found[0].lines]  # where it was scored
@@ -60,6 +60,21 @@ def test_over_tokens_runs_of_other_batches_can_be_compared(runs, monkeypatch):
     lines = {line.get_label(): list(line.get_xdata()) for line in found[0].lines}
     assert lines["runs/two"] == [32, 64, 96, 128] and lines["other/two"] == [9]  # same names: told apart by paths
     assert found[0].get_xlabel() == "tokens"
+
+
+def test_short_runs_are_drawn_as_they_were_and_long_ones_smoothed(workplace, monkeypatch):
+    """A mean of ten steps would show the end of a run of ten steps at half its fall."""
+    found = drawn(monkeypatch)
+    for steps in (10, 400):
+        noisy = [3 + (-1) ** s * 0.5 for s in range(steps)] if steps > 10 else [9.0 - s for s in range(steps)]
+        rows = [{"step": s + 1, "tokens": s + 1, "train_loss": loss} for s, loss in enumerate(noisy)]
+        (workplace / str(steps)).mkdir()
+        (workplace / str(steps) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert call(monkeypatch, "10", "400") == 0
+    plot.plot_loss(workplace / "10")
+    short, long = (list(line.get_ydata()) for line in found[0].lines[:2])
+    assert short == [9.0 - s for s in range(10)] == list(found[1].lines[1].get_ydata())
+    assert len(long) == 400 and max(abs(loss - 3) for loss in long[100:]) < 0.05
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import signal
 
 import pytest
+import torch
 
 from data.errors import UserError
 from data.tokenizer import ByteTokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from tests.support import CASES, small_model
+from training import repl
 from training.repl import Conversation
+from training.signals import Interruptible
 
 GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
 
@@ -69,6 +72,16 @@ def test_ctrl_c_ends_the_turn_and_the_text_goes_on_from_what_was_written():
     assert written(talk) == written(free)
 
 
+def test_a_ctrl_c_that_the_process_was_started_to_ignore_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruptible() as interruption:
+            signal.raise_signal(signal.SIGINT)
+        assert not interruption.asked and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_stop_string_ends_a_turn_unseen_and_stays_in_the_text():
     model = small_model("attention=gqa", vocab_size=257)
     free = conversation(model)
@@ -95,3 +108,27 @@ def test_a_full_context_is_said_and_a_reset_begins_anew():
     talk.append("x")
     talk.turn(ignore)
     assert written(talk)[0] == ord("x")
+
+
+@pytest.mark.parametrize(("line", "shown"), [("", "🙂b\n"), ("x", "\ufffdb\n")])
+def test_a_character_that_a_turn_left_incomplete_is_shown_whole_by_the_next_unless_text_comes_between(
+    monkeypatch, line, shown
+):
+    script = list("a🙂b".encode())
+
+    def recite(model, texts, sampler, *, max_new_tokens, end_token):
+        for _ in range(max_new_tokens):
+            token = torch.tensor([script.pop(0)])
+            texts.add(token)
+            yield token
+
+    monkeypatch.setattr(repl, "generate", recite)
+    talk, pieces = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4), []
+    talk.append("The ")
+    talk.turn(pieces.append)
+    assert "".join(pieces) == "a\n"
+    talk.max_new_tokens = 2
+    talk.append(line)
+    talk.turn(pieces.append)
+    assert "".join(pieces) == "a\n" + shown
+    assert bytes(written(talk)) == b"The a" + "🙂".encode()[:3] + line.encode() + "🙂".encode()[3:] + b"b"

@@ -186,7 +186,10 @@ def await_steps(process, run, count: int) -> int:
 def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, monkeypatch, capsys):
     options = [*BUSY, "schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0.25"]
     assert call("train", [*options, "steps=20", "run_dir=long"], monkeypatch) == 0
+    capsys.readouterr()
     assert call("train", [*options, "steps=12", "run_dir=short"], monkeypatch) == 0
+    how = "resume=short steps=24  (after moving away the checkpoints after step_00000005: the cooldown began at step 9)"
+    assert how in capsys.readouterr().out
     rewind(workplace / "short", workplace / "early", step=5)  # the cooldown begins at step 9
     assert call("train", ["resume=early", "steps=20"], monkeypatch) == 0
     rows = [[row[:4] for row in losses(workplace / name)] for name in ("long", "early")]
@@ -195,6 +198,18 @@ def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, 
     assert call("train", ["resume=short", "steps=20"], monkeypatch) == 2
     assert "only before the cooldown, which began at step 9, and 12 are done" in capsys.readouterr().err
     assert call("train", ["resume=early", "steps=40"], monkeypatch) == 2
+
+
+def test_a_complete_wsd_run_says_whether_it_can_become_longer(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "schedule=wsd", "schedule.warmup_steps=1", "steps=8", "save_every=100"]
+    assert call("train", [*options, "run_dir=cooled"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "a longer run is a new one: the cooldown began at step 6, and no checkpoint from before is left" in out
+    assert "resume=cooled" not in out
+    assert call("train", ["resume=cooled", "steps=16"], monkeypatch) == 2
+    assert call("train", [*options, "schedule.cooldown=0", "run_dir=warm"], monkeypatch) == 0
+    assert "python train.py resume=warm steps=16\n" in capsys.readouterr().out
+    assert call("train", ["resume=warm", "steps=16"], monkeypatch) == 0
 
 
 def test_a_run_folder_may_move(workplace, monkeypatch):

@@ -45,7 +45,15 @@ def test_what_begins_like_a_stop_string_is_held_back_until_it_is_not_one():
     assert stream.close() == "E" and not stream.stopped
 
 
-def test_half_a_character_shows_only_at_the_end():
+def test_half_a_character_is_left_out_and_may_be_completed_by_another_stream():
+    first = TextStream(ByteTokenizer())
+    assert [first.feed(byte) for byte in "a🙂".encode()[:4]] == ["a", "", "", ""]
+    assert first.close() == "" and first.text == "a"
+    second = TextStream(ByteTokenizer(), half=first.half)
+    assert [second.feed(byte) for byte in "🙂b".encode()[3:]] == ["🙂", "b"]
+    assert second.half == b""
+
+
+def test_bytes_that_are_no_character_show_as_such():
     stream = TextStream(ByteTokenizer())
-    assert [stream.feed(byte) for byte in "🙂".encode()[:3]] == ["", "", ""]
-    assert stream.close() == "\ufffd"
+    assert "".join(stream.feed(byte) for byte in b"\xc3a") == "\ufffda"

@@ -202,14 +202,14 @@ def test_masked_documents_are_scored_as_if_alone():
     model = small_model("attention=mla", vocab_size=257, kernel=SDPA())
     tokens = torch.tensor([[256, *b"a text", 256, *b"another"]])
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    mean, each = losses_of(SyntheticCorpus(document_mask=True), ByteTokenizer())
+    mean, each = losses_of(SyntheticCorpus(document_mask=True), ByteTokenizer().end_of_text)
     cut = 7  # where the second document begins
     alone = [token_losses(model(part).logits, goal) for part, goal in
              ((inputs[:, :cut], targets[:, :cut]), (inputs[:, cut:], targets[:, cut:]))]  # fmt: skip
     expected = torch.cat(alone, dim=1)
     assert relative_error(each(model, inputs, targets), expected) <= 1e-5
     assert relative_error(mean(model, inputs, targets), expected.mean()) <= 1e-5
-    unmasked = losses_of(SyntheticCorpus(), ByteTokenizer())[1](model, inputs, targets)
+    unmasked = losses_of(SyntheticCorpus(), ByteTokenizer().end_of_text)[1](model, inputs, targets)
     assert torch.equal(unmasked[:, :cut], each_loss(model, inputs, targets)[:, :cut])
     assert relative_error(unmasked, expected) > 1e-3
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 import yaml
 
+from data.prepare import prepare
 from model import cost
 from tests.support import SMOKE, call, load_composed
 from tests.training.runs import assert_same_run, rewind
 from training.log import read_metrics
-from training.mfu import peak_flops, peak_of
+from training.mfu import flops_of, peak_flops, peak_of
 
 
 def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
@@ -30,6 +31,36 @@ def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
         assert 50e6 < row["memory_bytes"] < 50e9
     assert re.search(r"bpb \d\.\d+  [\d,]+ tokens/s  MFU \d+\.\d%  ETA", err)
     assert re.search(r"speed  .* MFU \d+\.\d%, \d+\.\d% of the time waiting for data", out)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (["attention=mha"], "MHA, 4 heads with a key and a value each: "),
+        (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
+        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
+        (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
+        (
+            ["attention=stack"],
+            "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
+        ),
+        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_begins_by_saying_what_its_heads_share(workplace, monkeypatch, capsys, choice, said):
+    assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
+    assert f"attention    {said}" in capsys.readouterr().err
+
+
+def test_flops_of_masked_documents_are_those_within_them(workplace, monkeypatch):
+    assert call("train", [*SMOKE, "data.document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
+    run = load_composed(*SMOKE)
+    counted = flops_of(run.model, prepare(run.data, run.tokenizer, workplace / "cache"), document_mask=True)
+    whole = cost.flops(run.model, 257)
+    assert counted.per_token == whole.per_token and counted.keys < whole.keys
+    for row in read_metrics(workplace / "run/metrics.jsonl"):
+        assert row["flops_per_second"] == pytest.approx(row["tokens_per_second"] * counted.training())
 
 
 def test_without_a_known_peak_there_is_no_mfu(workplace, monkeypatch, capsys):

@@ -63,9 +63,7 @@ def test_kernels_agree_and_so_do_their_gradients(case):
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if not any(part.startswith(ANCHORED) for part in case)], ids=" ".join
-)
+@pytest.mark.parametrize("case", [case for case in CASES if not any(key in " ".join(case) for key in ANCHORED)])
 def test_scores_depend_on_differences_of_positions(case):
     laws.check_relative_positions(small_model(*case))
 

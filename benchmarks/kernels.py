@@ -1,0 +1,98 @@
+"""Times attention kernels on one layer's shapes, in turns: what a window saves, and what each kernel costs.
+
+python -m benchmarks.kernels                              # forward, and backward where there is one
+python -m benchmarks.kernels --tokens 8192 --json benchmarks/results/kernels.json
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.side_by_side import in_turns, marked, report
+from model.errors import Unsupported
+from model.kernels.base import Kernel
+from model.kernels.flex import Flex
+from model.kernels.naive import Naive
+from model.kernels.sdpa import SDPA
+from model.mask import Mask, Pattern
+
+KERNELS = {"sdpa": SDPA(), "flex": Flex(), "naive": Naive()}
+NAIVE_TOKENS = 4096  # beyond, its scores do not fit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--heads", type=int, nargs=2, default=[8, 2], metavar=("QUERY", "KEY"))
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the table there")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        patterns = {
+            "causal": Pattern(),
+            f"window {args.window}": Pattern(window=args.window),
+            "window, 1/20 of all blocks": Pattern(window=args.window, random_blocks=0.05, block_size=128),
+        }
+        for name, pattern in patterns.items():
+            for phase in ("forward", "both"):
+                rows += _timed(args, device, tokens, name, pattern, phase)
+    report(f"kernels, heads {args.heads}, head dim {args.head_dim}, batch 1, on {device.type}", rows, args.json)
+
+
+def _timed(
+    args: argparse.Namespace, device: torch.device, tokens: int, name: str, pattern: Pattern, phase: str
+) -> list[dict[str, Any]]:
+    positions = torch.arange(tokens, device=device)[None]
+    mask = Mask(positions, positions, plain=True, pattern=pattern)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, tokens, heads, args.head_dim, generator=draw).to(device, torch.bfloat16)
+        for heads in (args.heads[0], args.heads[1], args.heads[1])
+    )
+    candidates = {}
+    for label, kernel in KERNELS.items():
+        if label == "naive" and tokens > NAIVE_TOKENS:
+            continue
+        run = _runner(kernel, q, k, v, mask, phase)
+        try:
+            run()
+        except Unsupported:
+            continue
+        candidates[label] = run
+    timings = in_turns(candidates, args.rounds)
+    fastest = min(timing.median for timing in timings.values())
+    return [
+        {
+            "tokens": tokens,
+            "mask": name,
+            "passes": phase,
+            "kernel": label,
+            "ms": 1e3 * timing.median,
+            "+-": 1e3 * timing.spread,
+            "x fastest": timing.median / fastest,
+            "others": marked(timing),
+        }
+        for label, timing in timings.items()
+    ]
+
+
+def _runner(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask, phase: str):
+    if phase == "forward":
+        return lambda: _without_gradients(kernel, q, k, v, mask)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    return lambda: torch.autograd.grad(kernel(*leaves, mask, 0.125).float().sum(), leaves)
+
+
+@torch.no_grad()
+def _without_gradients(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask):
+    return kernel(q, k, v, mask, 0.125)
+
+
+if __name__ == "__main__":
+    main()

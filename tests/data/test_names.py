@@ -1,0 +1,81 @@
+"""The documents of a few tokens are found among hundreds of thousands, without reading their names."""
+
+import bisect
+import io
+import json
+import random
+
+import pytest
+
+from data import names
+
+DOCUMENTS = 200_000
+SPANS = 50
+
+
+class Counted(io.FileIO):
+    """A file that counts the bytes read from it."""
+
+    taken = 0
+
+    def readinto(self, buffer) -> int:
+        read = super().readinto(buffer)
+        self.taken += read
+        return read
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A names file, and the documents it names: uneven ones, some with long and strange names."""
+    draw, start, documents = random.Random(0), 0, []
+    path = names.names_file(tmp_path_factory.mktemp("corpus"), "train")
+    for i in range(DOCUMENTS):
+        documents.append((start, f"rows/ü\n{'long ' * 300}{i}" if i % 1000 == 7 else f"rows/{i}"))
+        start += draw.choice((1, 2, 30, 5000))
+    path.write_text("".join(names.line(*document) for document in documents))
+    return path, documents, start
+
+
+def found_by_reading_all(documents, spans):
+    starts = [start for start, _ in documents]
+    chosen = set()
+    for start, stop in spans:
+        chosen |= set(range(bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, stop)))
+    return [documents[i][1] for i in sorted(chosen)]
+
+
+def spans_of(documents, total):
+    draw = random.Random(1)
+    starts = [start for start, _ in draw.sample(documents, SPANS)]
+    anywhere = [(start, start + draw.choice((1, 64, 4097))) for start in draw.sample(range(total - 5000), SPANS)]
+    edges = [(starts[0], starts[0] + 1), (starts[1] - 1, starts[1]), (starts[2] - 1, starts[2] + 1)]
+    return [*anywhere, *edges, (0, 1), (0, 200), (total - 1, total), (total - 9000, total)]
+
+
+def test_names_are_those_that_reading_all_finds(corpus):
+    path, documents, total = corpus
+    spans = spans_of(documents, total)
+    with path.open("rb", buffering=names.BLOCK) as file:
+        assert names.names_of(file, path.stat().st_size, spans) == found_by_reading_all(documents, spans)
+        for span in spans:
+            assert names.names_of(file, path.stat().st_size, [span]) == found_by_reading_all(documents, [span])
+
+
+def test_a_span_costs_a_few_blocks_however_many_documents_there_are(corpus, monkeypatch):
+    path, documents, total = corpus
+    decoded, loads = [], json.loads
+    monkeypatch.setattr(names.json, "loads", lambda text: decoded.append(text) or loads(text))
+    raw, size = Counted(path), path.stat().st_size
+    with io.BufferedReader(raw, names.BLOCK) as file:
+        (name,) = names.names_of(file, size, [(total // 3, total // 3 + 1)])
+    assert name == found_by_reading_all(documents, [(total // 3, total // 3 + 1)])[0]
+    assert size > 3e6 and len(decoded) < 30
+    assert raw.taken < 30 * (2 * names.BLOCK + 2000)  # lines of 1600 bytes are among those met
+
+
+def test_a_list_of_names_that_was_cut_or_emptied_is_an_error_that_callers_know(tmp_path):
+    path = tmp_path / "train_documents.jsonl"
+    for content in (b"", b'[0, "a"]\n[5, "b', b"{}\n", b"[]\n", b"7\n", b"\xff\n"):
+        path.write_bytes(content)
+        with path.open("rb") as file, pytest.raises((OSError, ValueError, TypeError)):
+            names.names_of(file, len(content), [(6, 7)])

@@ -1,0 +1,106 @@
+"""The flex kernel against the naive twin. It compiles for seconds, so few situations are compiled, and the blocks it is
+told to skip are compared with the mask by themselves."""
+
+import pytest
+import torch
+
+from model.errors import Unsupported
+from model.kernels import flex
+from model.kernels.flex import BLOCK, Flex
+from model.kernels.naive import Naive
+from model.mask import Mask, Pattern
+from tests.model.test_kernels import inputs
+from tests.support import call, relative_error, small_model, some_tokens
+
+T = 2 * BLOCK + 44
+INDICES = torch.arange(T)[None].expand(2, -1)
+DOCS = (torch.arange(T) // 77)[None].expand(2, -1)
+RAGGED = torch.stack([torch.arange(T), torch.arange(T) - 50])
+SPARSE = Pattern(window=20, dilation=2, global_tokens=3, random_blocks=0.2, block_size=16)
+MASKS = {
+    "window": Mask(INDICES, INDICES, plain=True, pattern=Pattern(window=40)),
+    "sparse": Mask(INDICES, INDICES, plain=True, pattern=SPARSE),
+    "encoder": Mask(INDICES, INDICES, plain=True, pattern=Pattern(causal=False, window=150)),
+    "documents": Mask(INDICES % 77, INDICES % 77, plain=False, q_doc=DOCS, k_doc=DOCS),
+    "padding": Mask(RAGGED, RAGGED, plain=False, pattern=Pattern(window=33)),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_blocks_are_skipped_exactly_where_the_mask_hides_all_of_them(mask):
+    by_index = mask.plain and mask.pattern.causal
+    if by_index:
+        blocks = flex._blocks_of(mask.pattern, 3 * BLOCK, torch.device("cpu"))
+        positions = torch.arange(3 * BLOCK)[None]
+        longer = Mask(positions, positions, plain=True, pattern=mask.pattern)
+    else:
+        longer = flex._lengthened(mask, 2)
+        blocks = flex._blocks(longer)
+    visible = longer.visible().unflatten(1, (-1, BLOCK)).unflatten(3, (-1, BLOCK))
+    some, whole = visible.any(4).any(2), visible.all(4).all(2)
+    assert torch.equal(blocks.to_dense()[:, 0].bool(), some)
+    for row in ((b, i) for b in range(some.shape[0]) for i in range(3)):
+        listed = blocks.full_kv_indices[row[0], 0, row[1], : blocks.full_kv_num_blocks[row[0], 0, row[1]]]
+        assert sorted(listed.tolist()) == whole[row].nonzero()[:, 0].tolist()
+    b, i, j = (x.flatten() for x in torch.meshgrid(*(torch.arange(n) for n in longer.visible().shape), indexing="ij"))
+    pairs = torch.vmap(lambda b, i, j: blocks.mask_mod(b, b, i, j))(b, i, j)
+    assert torch.equal(pairs, longer.visible().flatten())
+
+
+@pytest.mark.parametrize("mask", [MASKS[name] for name in ("window", "sparse", "documents", "padding")])
+def test_flex_equals_naive(mask):
+    q, k, v = inputs(T, T, 4, 2, 16, 24)
+    with torch.no_grad():
+        found, expected = Flex()(q, k, v, mask, 0.4), Naive()(q, k, v, mask, 0.4)
+    real = (mask.q_pos >= 0).expand(2, -1)
+    assert relative_error(found[real], expected[real]) <= 1e-5
+
+
+def test_a_model_on_flex_computes_what_it_computes_on_naive_and_compiles_once_per_length_bucket():
+    models = [
+        small_model("attention=gqa", "attention.window=30", "model.context_length=512", kernel=kernel)
+        for kernel in (Flex(), Naive())
+    ]
+    flex._program.cache_clear()
+    with torch.no_grad():
+        for length in (130, 200, 255):  # two layers, three lengths, one program
+            tokens = some_tokens(2, length)
+            assert relative_error(*(model(tokens).logits for model in models)) <= 1e-5
+    assert flex._program.cache_info().misses == 1
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.no_grad():
+        models[0](some_tokens(2, 140, seed=1))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+
+
+def test_every_length_has_a_bucket_of_at_most_half_as_much_again():
+    lengths = [flex._length(n) for n in range(1, 5000)]
+    assert all(n <= length < max(1.5 * n + BLOCK, 2 * BLOCK) for n, length in enumerate(lengths, start=1))
+    assert len(set(lengths)) <= 12
+
+
+def test_decoding_takes_the_fused_kernel():
+    q, k, v = inputs(1, 21, 4, 2, 8, 8)
+    mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], plain=False)
+    assert relative_error(Flex()(q, k, v, mask, 0.4), Naive()(q, k, v, mask, 0.4)) <= 1e-5
+
+
+def test_training_on_a_cpu_is_refused_before_anything_is_made(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call("train", ["experiment=smoke", "kernel=flex", "device=cpu"], monkeypatch) == 2
+    assert "kernel=flex has no backward pass on a CPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    q, k, v = inputs(T, T, 2, 2, 8, 8)
+    with pytest.raises(Unsupported, match="no backward pass on a CPU"):
+        Flex()(q, k, v, MASKS["window"], 0.4)
+
+
+def test_dropout_and_machines_without_a_compiler_are_refused(monkeypatch):
+    q, k, v = (x.detach() for x in inputs(T, T, 2, 2, 8, 8))
+    with pytest.raises(Unsupported, match=r"attention\.dropout=0"):
+        Flex()(q, k, v, MASKS["window"], 0.4, dropout=0.1)
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(Unsupported, match="cannot be compiled here") as refusal:
+        Flex()(q, k, v, MASKS["sparse"], 0.4)
+    assert len(str(refusal.value).splitlines()) == 1
