@@ -78,8 +78,8 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     if model.head is not None:
         matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
-    if model.positions is not None:
-        matrices -= model.positions.weight.numel()
+    if model.position_embedding is not None:
+        matrices -= sum(p.numel() for p in model.position_embedding.parameters())
     matrices += sum(block.attention.more_products for block in model.layers)
     per_pair = sum(cost for cost, _ in kernel.calls)
     keys = {mask: _visible(mask, *(documents or (torch.arange(length)[None], None))) for _, mask in set(kernel.calls)}

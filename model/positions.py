@@ -4,14 +4,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import Dimensions
 
-class LearnedPositions(nn.Module):
-    """A row for each position of the context (Radford et al. 2019)."""
 
-    def __init__(self, context_length: int, d_model: int):
+class Learned(nn.Module):
+    """A vector for each position of the context (Radford et al. 2018)."""
+
+    def __init__(self, dimensions: Dimensions):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(context_length, d_model))
+        self.weight = nn.Parameter(torch.empty(dimensions.context_length, dimensions.d_model))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """(B, T) below the context length -> (B, T, d). Negative ones, padding, have the first row."""
+        """(B, T) below the context length -> (B, T, d); padding is given the first."""
         return F.embedding(positions.clamp(min=0), self.weight)
+
+
+def position_embedding(dimensions: Dimensions) -> nn.Module | None:
+    """What gives (B, T) positions vectors (B, T, d) to add to the embedding, where the model has such a thing."""
+    return Learned(dimensions) if dimensions.position_embedding == "learned" else None

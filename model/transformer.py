@@ -16,7 +16,7 @@ from model.config import Dimensions
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
 from model.norm import residual_norm
-from model.positions import LearnedPositions
+from model.positions import position_embedding
 
 VOCAB_MULTIPLE = 64  # matrix units want aligned widths
 RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
@@ -100,8 +100,7 @@ class TransformerLM(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.causal = config, vocab_size, causal
         self.embedding = VocabMatrix(vocab_size, config.d_model)
-        learned = config.position_embedding == "learned"
-        self.positions = LearnedPositions(config.context_length, config.d_model) if learned else None
+        self.position_embedding = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = residual_norm(config)
         self.head = None if config.tie_embeddings else VocabMatrix(vocab_size, config.d_model)
@@ -148,8 +147,8 @@ class TransformerLM(nn.Module):
             positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training, want=want
         )
         x = self.embedding(tokens)
-        if self.positions is not None:
-            x = x + self.positions(positions)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions).to(x.dtype)
         x = ctx.drop(x, self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):

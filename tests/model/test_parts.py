@@ -138,10 +138,10 @@ def test_learned_positions_are_rows_added_to_the_embedding():
     moved = model(tokens, positions=torch.arange(9)[None] + 5).logits
     assert relative_error(moved, plain) > 0.01
     with torch.no_grad():
-        model.positions.weight[:9] = model.positions.weight[5:14].clone()
+        model.position_embedding.weight[:9] = model.position_embedding.weight[5:14].clone()
     assert relative_error(model(tokens).logits, moved) <= 1e-6
     with torch.no_grad():
-        model.positions.weight.zero_()
+        model.position_embedding.weight.zero_()
     swapped = tokens[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]]  # one layer without positions reads a bag of words
     assert relative_error(model(swapped).logits[:, 5:], model(tokens).logits[:, 5:]) <= 1e-5
 

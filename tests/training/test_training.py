@@ -121,7 +121,7 @@ def test_decay_touches_matrices_only():
     decayed, rest = (
         {names[id(p)] for p in group["params"]} for group in AdamWConfig(lr=1e-3).build(model).param_groups
     )
-    assert {"embedding.weight", "positions.weight", "head.weight", "layers.0.mlp.up_proj.weight"} <= decayed
+    assert {"embedding.weight", "position_embedding.weight", "head.weight", "layers.0.mlp.up_proj.weight"} <= decayed
     assert {"norm.weight", "norm.bias", "layers.0.attention.q_proj.bias", "layers.0.mlp.down_proj.bias"} <= rest
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
 

@@ -135,7 +135,7 @@ def test_deepseek_v3(q_lora_rank, execution, bias):
 
 GPT2_NAMES = {
     "transformer.wte": "embedding",
-    "transformer.wpe": "positions",
+    "transformer.wpe": "position_embedding",
     "transformer.ln_f": "norm",
     "transformer.h": "layers",
     "ln_1": "attention_norm",
