@@ -108,7 +108,7 @@ BAD = [
     (("attention=mla", "attention.dropout=-0.1"), "attention.dropout=-0.1"),
     (("model.dropout=1.5",), "model.dropout=1.5"),
     (("mlp=gelu", "mlp.approximate=erf"), "mlp.approximate=erf"),
-    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=True"),
+    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=true: choose latent or head"),
     (
         ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
         "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
@@ -208,5 +208,5 @@ def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
 
 def test_a_choice_can_be_loaded_alone():
     assert type(load_choice("kernel", "naive")).__name__ == "Naive"
-    with pytest.raises(UserError, match="choose one of auto, naive, sdpa"):
+    with pytest.raises(UserError, match="choose one of auto, flex, naive, sdpa"):
         load_choice("kernel", "fast")
