@@ -57,6 +57,13 @@ CASES = [
     ("attention=mla", "position=none", "attention.q_lora_rank=24"),
     ("attention=gqa", "position=learned"),
     ("attention=mla", "position=sinusoidal"),
+    ("attention=gqa", "model.norm=layer", "model.bias=true", "model.logit_softcap=5"),
+    ("attention=mha", "position=learned", "model.norm=layer"),
+    ("attention=mla", "model.norm=layer", "model.bias=true", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.qk_norm=head"),
+    ("attention=mla", "attention.qk_norm=head", "position=alibi"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=2", "attention.execution=absorbed"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
 ]
 
 
@@ -86,7 +93,7 @@ def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if parameter.ndim == 1:  # norms and biases
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
             elif not parameter.any():  # what starts at zero would hide all before it
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[1] ** -0.5)

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "model.config model.errors",
-    "model.mask model.rope model.norm model.sampler",
+    "model.linear model.mask model.norm model.rope model.sampler",
     "model.cache model.positions",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa model.kernels.online",

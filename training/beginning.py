@@ -16,7 +16,7 @@ from training.run_folder import refuse_no_run, refuse_taken, resume_command, res
 log = logging.getLogger("headroom")
 OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
 STRETCH = ("attention.rope_scaling", "attention.rope_factor", "attention.rope_original_context")
-ADJUSTABLE = ("model.dropout", "model.context_length", *STRETCH)  # and what of it they do not
+ADJUSTABLE = ("model.dropout", "attention.dropout", "model.context_length", *STRETCH)  # and what of it they do not
 
 
 def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:

@@ -30,6 +30,10 @@ class Context:
     training: bool = False  # dropout is on
     want: frozenset[str] = frozenset()  # names of what layers shall say besides
 
+    def dropped(self, probability: float) -> float:
+        """The probability to drop with now: none outside training."""
+        return probability if self.training else 0.0
+
     def drop(self, x: Tensor, probability: float) -> Tensor:
         """Dropout (Srivastava et al. 2014), which leaves x alone outside training."""
         return F.dropout(x, probability) if self.training and probability else x
@@ -74,6 +78,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     block_size: Size = 64  # tokens in such a block
     pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones
     mask_diagonal: bool = False  # a token does not see itself: to study what it is good for
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the attention weights, while training
 
     @model_validator(mode="after")
     def _pattern_makes_sense(self) -> Self:
@@ -123,8 +128,9 @@ class Attention(nn.Module, ABC):
     Its last matrix is named `o_proj`: it writes to the residual stream and is initialised accordingly.
     """
 
-    rope: Rope | None
+    rope: Rope | None  # none where positions reach it otherwise, or not at all
     pattern: Pattern
+    more_products: int = 0  # multiply-adds per token beside one application of each matrix; no cache
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:

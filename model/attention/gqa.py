@@ -21,6 +21,7 @@ from model.cache import Cache, cache_for
 from model.config import Dimensions, Size
 from model.kernels.base import Kernel
 from model.kernels.scores import said_of_scores
+from model.linear import Linear
 from model.norm import RMSNorm
 
 
@@ -85,17 +86,17 @@ class GQA(Attention):
         super().__init__()
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
-        self.attend = kernel
+        self.attend, self.dropout = kernel, config.dropout
         self.pattern = config.pattern(causal)
         self.rope = config.rope(config.rope_dim)
         self.scale = config.head_dim**-0.5 * config.sharpening
         self.biased = config.distance_bias(causal)
-        self.q_proj = nn.Linear(d_model, n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
+        self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias)
+        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
+        self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.o_proj = nn.Linear(n_heads * config.head_dim, d_model, bias=False)
+        self.o_proj = Linear(n_heads * config.head_dim, d_model, dimensions.bias)
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -103,7 +104,7 @@ class GQA(Attention):
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
         q, k = self.biased(q, k, mask, self.scale)
-        y = self.attend(q, k, v, mask, self.scale)  # (B, T, H, D)
+        y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
         return self.o_proj(y.flatten(2)), said_of_scores(ctx.want, q, k, mask, self.scale)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:

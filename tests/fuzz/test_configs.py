@@ -60,6 +60,8 @@ ATTENTION = {
     "qk_rope_head_dim": unset_or(even(8)),
     "v_head_dim": unset_or(st.integers(1, 16)),
     "qk_norm": st.booleans(),
+    "qk_norm_groups": st.sampled_from([1, 1, 1, 2, 3]),
+    "dropout": st.sampled_from([0.0, 0.0, 0.0, 0.2]),
     "rope_theta": st.sampled_from([10000.0, 100.0, 1e6]),
     "rope_layout": st.sampled_from(get_args(Layout)),
     "rope_dim": unset_or(even(8)),
@@ -101,10 +103,16 @@ def cases(draw) -> Case:
         "tie_embeddings": draw(st.booleans()),
         "dropout": draw(st.sampled_from([0.0, 0.0, 0.3])),
         "position_embedding": draw(st.sampled_from(["none", "learned", "sinusoidal"])),
+        "norm": draw(st.sampled_from(["rms", "layer"])),
+        "bias": draw(st.booleans()),
+        "logit_softcap": draw(unset_or(st.sampled_from([0.5, 30.0]))),
+        "zero_init": draw(st.booleans()),
     }
     tree["attention"] |= {name: draw(ATTENTION[name]) for name in tree["attention"] if name in ATTENTION}
     if "rope_scaling" in tree["attention"]:
         tree["attention"] |= draw(st.sampled_from(STRETCHES))
+    if attention == "mla":
+        tree["attention"]["qk_norm"] = draw(st.sampled_from(["latent", "head"]))
     if attention == "mha":
         tree["attention"]["n_kv_heads"] = n_heads
     elif attention == "gqa":

@@ -42,6 +42,39 @@ def test_every_attention_fits_every_model(attention, model):
     assert all(config.attention.of_layer(i).cache_elements > 0 for i in range(config.n_layers))
 
 
+def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice():
+    def found(*overrides: str) -> tuple:
+        model = load_composed("model=classic_gpt", *overrides).model
+        attention = model.attention
+        return attention.n_kv_heads, attention.qk_norm, attention.position, attention.dropout, type(model.mlp).__name__
+
+    assert found() == (4, False, "none", 0.1, "GELUConfig")
+    assert found("attention=gqa") == (2, False, "none", 0.1, "GELUConfig")
+    assert found("attention=mqa", "attention.qk_norm=true") == (1, True, "none", 0.1, "GELUConfig")
+    assert found("attention.position=rope", "attention.dropout=0") == (4, False, "rope", 0.0, "GELUConfig")
+    assert found("mlp=swiglu", "experiment=smoke") == (4, False, "none", 0.1, "SwiGLUConfig")
+    other = load_composed("attention=mha").model
+    assert (other.attention.qk_norm, other.attention.position, type(other.mlp).__name__) == (
+        True,
+        "rope",
+        "ReLU2Config",
+    )
+
+
+def test_what_runs_were_before_these_switches_they_still_are():
+    """A config.yaml without them means the arithmetic of its time."""
+    for attention in ATTENTIONS:
+        now = load_composed(f"attention={attention}")
+        tree = dump(now)
+        for name in ("norm", "bias", "logit_softcap", "position_embedding", "zero_init"):
+            del tree["model"][name]
+        for part in (tree["attention"], *tree["attention"].get("parts", {}).values()):
+            for name in ("dropout", "position", "qk_norm_groups", *["qk_norm"] * (attention == "mla")):
+                part.pop(name, None)
+        tree["mlp"].pop("approximate", None)
+        assert load(yaml.safe_load(yaml.safe_dump(tree))) == now
+
+
 def test_unset_dimensions_derive_by_the_documented_rules():
     gpt2 = load_composed("model=gpt2", "attention=mla")
     mla = gpt2.model.attention
@@ -138,6 +171,20 @@ BAD = [
         "position=alibi needs qk_rope_head_dim=0, not 4",
     ),
     (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
+    (("model.logit_softcap=0",), "model.logit_softcap=0"),
+    (("model.logit_softcap=-30",), "model.logit_softcap=-30"),
+    (("model.norm=batch",), "model.norm=batch"),
+    (("model.bias=maybe",), "model.bias=maybe"),
+    (("attention.dropout=1",), "attention.dropout=1"),
+    (("attention=mla", "attention.dropout=-0.1"), "attention.dropout=-0.1"),
+    (("model.dropout=1.5",), "model.dropout=1.5"),
+    (("mlp=gelu", "mlp.approximate=erf"), "mlp.approximate=erf"),
+    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=true: choose latent or head"),
+    (
+        ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
+        "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
+    ),
+    (("attention=mla", "attention.qk_norm_groups=2"), "qk_norm_groups=2 has no heads to norm with qk_norm=latent"),
     (("steps=abc",), "steps=abc"),
     (("steps=0",), "steps=0"),
     (("steps=1.5",), "steps=1.5"),
@@ -232,5 +279,5 @@ def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
 
 def test_a_choice_can_be_loaded_alone():
     assert type(load_choice("kernel", "naive")).__name__ == "Naive"
-    with pytest.raises(UserError, match="choose one of auto, naive, online, sdpa"):
+    with pytest.raises(UserError, match="choose one of auto, flex, naive, online, sdpa"):
         load_choice("kernel", "fast")

@@ -90,6 +90,9 @@ def test_cache_sizes_by_hand():
     expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
     for name, elements in expected.items():
         assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
+    for groups in (1, 2, 4):  # and one inverse root mean square for each group
+        model = small_model("attention=mla", "attention.qk_norm=head", f"attention.qk_norm_groups={groups}")
+        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4 + groups)
 
 
 def test_a_window_bounds_the_cache():
@@ -150,10 +153,19 @@ def test_decode_step_compiles_once(case, kernel):
             assert relative_error(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("q_lora_rank", [0, 24])
-def test_absorbed_expanded_and_naive_are_one_function(q_lora_rank):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("attention.q_lora_rank=0",),
+        ("attention.q_lora_rank=24",),
+        ("attention.q_lora_rank=24", "model.bias=true"),
+        *(("attention.qk_norm=head", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
+    ],
+    ids=" ".join,
+)
+def test_absorbed_expanded_and_naive_are_one_function(changed):
     tokens = some_tokens(2, 20)
-    common = ("attention=mla", f"attention.q_lora_rank={q_lora_rank}")
+    common = ("attention=mla", *changed)
     models = {
         execution: small_model(*common, f"attention.execution={execution}")
         for execution in ("naive", "expanded", "absorbed", "auto")
@@ -162,6 +174,42 @@ def test_absorbed_expanded_and_naive_are_one_function(q_lora_rank):
     for execution, model in models.items():
         assert relative_error(model(tokens).logits, expected) <= 1e-5, execution
         assert relative_error(_decoded(model, tokens), expected) <= 1e-5, execution
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_norms_of_heads_by_their_formula(groups):
+    """One layer and all positions at once, against the formula written with loops over heads and groups."""
+    model = small_model("attention=mla", "attention.qk_norm=head", f"attention.qk_norm_groups={groups}")
+    layer: MLA = model.layers[0].attention
+    n, r, v, c, heads = layer.nope_dim, layer.rope_dim, layer.v_dim, layer.rank, layer.n_heads
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(9)[None]
+    table = layer.rope.table(positions)
+
+    def normed(x: Tensor, weight: Tensor, over: Tensor | None = None) -> Tensor:
+        squares = (x if over is None else over.flatten(-2)).square()
+        return x * weight / (squares.mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x: Tensor) -> Tensor:
+        return layer.rope.rotate(x[:, :, None], table)[:, :, 0]
+
+    with torch.no_grad():
+        queries = (x @ layer.q_proj.weight.T).view(1, 9, heads, n + r)
+        latent, k_rope = (x @ layer.kv_down.weight.T).split([c, r], -1)
+        latent, k_rope = normed(latent, layer.kv_norm.weight), turned(normed(k_rope, layer.k_rope_norm.weight))
+        k_nope, values = (latent @ layer.kv_up.weight.T).view(1, 9, heads, n + v).split([n, v], -1)
+        outputs, together = [], heads // groups
+        for h in range(heads):
+            group = slice(h // together * together, (h // together + 1) * together)
+            key = normed(k_nope[:, :, h], layer.k_nope_norm.weight, over=k_nope[:, :, group])
+            q_nope = normed(queries[:, :, h, :n], layer.q_nope_norm.weight)
+            q_rope = turned(normed(queries[:, :, h, n:], layer.q_rope_norm.weight))
+            scores = (q_nope @ key.mT + q_rope @ k_rope.mT) * (n + r) ** -0.5
+            scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+            outputs.append(scores.softmax(-1) @ values[:, :, h])
+        expected = torch.cat(outputs, -1) @ layer.o_proj.weight.T
+        found, _ = layer(x, Context(positions, plain=True, extent=None, rotary={layer.rope: table}))
+    assert relative_error(found, expected) <= 1e-5
 
 
 def test_prefused_matrices_are_the_same_function_too():
