@@ -5,6 +5,7 @@ python sample.py --run runs/NAME --max-new-tokens 300 --top-k 50 --seed 7 --stat
 python sample.py --prompt-file a.py --num-samples 4 --json
 python sample.py --interactive
 python sample.py --score a.py                     # how well the model predicts a text
+python sample.py "def f(x):" --attention-map a.png
 """
 
 import argparse
@@ -22,6 +23,7 @@ def sample(args: argparse.Namespace) -> None:
 
     from model.generate import Texts
     from model.sampler import Sampler
+    from training.attention_map import draw_attention
     from training.config import load_choice
     from training.device import choose_device
     from training.log import held_back, tell, to_stderr
@@ -54,6 +56,10 @@ def sample(args: argparse.Namespace) -> None:
         score = score_text(model, tokenizer, args.text, limit)
         tell(f"run {folder}")
         print(json.dumps({"file": str(args.score), **as_json(score)}) if args.json else as_line(score))
+        return
+    if args.attention_map is not None:
+        draw_attention(model, tokenizer, args.prompt, args.attention_map, folder.resolve().name)
+        tell(f"run {folder}: {args.attention_map}")
         return
     if args.interactive:
         tell(f"run {folder}")

@@ -20,7 +20,7 @@ from model.kernels.base import Kernel
 from model.kernels.naive import Naive
 from model.kernels.sdpa import by_positions
 from model.mask import Mask
-from model.norm import RMSNorm
+from model.norm import NORMS
 from model.transformer import ModelConfig, TransformerLM
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
@@ -28,10 +28,10 @@ TRAINING = 3  # a backward pass computes two products for each one of the forwar
 MOST_SCANNED = 2**24  # entries of a mask that are looked at
 
 
-def on_meta(config: ModelConfig, vocab_size: int, kernel: Kernel | None = None) -> TransformerLM:
+def on_meta(config: ModelConfig, vocab_size: int, kernel: Kernel | None = None, *, drops: bool = True) -> TransformerLM:
     """The model without its memory. It runs, forward and backward: a fused kernel, which knows its devices only, is
-    replaced by one that keeps for the backward pass what a fused one keeps."""
-    kernel = kernel or (config.kernel if isinstance(config.kernel, Naive) else Fused())
+    replaced by one that keeps for the backward pass what a fused one keeps. drops: see Fused."""
+    kernel = kernel or (config.kernel if isinstance(config.kernel, Naive) else Fused(drops=drops))
     with torch.device("meta"):
         return TransformerLM(config.model_copy(update={"kernel": kernel}), vocab_size)
 
@@ -42,7 +42,7 @@ def parameters(model: TransformerLM) -> dict[str, int]:
     counts = dict.fromkeys(PARTS, 0)
     for name, module in model.named_modules():
         part = next((part for part in ("attention", "mlp", "head") if part in name.split(".")), "embedding")
-        part = "norms" if isinstance(module, RMSNorm) else part
+        part = "norms" if isinstance(module, NORMS) else part
         counts[part] += sum(p.numel() for p in module.parameters(recurse=False))
     return counts
 
@@ -78,6 +78,9 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     if model.head is not None:
         matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
+    if model.position_embedding is not None:
+        matrices -= sum(p.numel() for p in model.position_embedding.parameters())
+    matrices += sum(block.attention.more_products for block in model.layers)
     per_pair = sum(cost for cost, _ in kernel.calls)
     keys = {mask: _visible(mask, *(documents or (torch.arange(length)[None], None))) for _, mask in set(kernel.calls)}
     return Flops(2 * matrices, per_pair, sum(cost * keys[mask] for cost, mask in kernel.calls) / per_pair)
@@ -122,9 +125,12 @@ class Fused(Kernel):
     head), and no numbers. Where indices do not say who sees whom, kernel=sdpa runs it by tiles, each of which keeps its
     mask as numbers to add to the scores."""
 
+    drops: bool = True  # attention weights, as on a GPU; where no fused kernel does, the naive one takes its place
     calls: list[tuple[int, Any]] = Field(default_factory=list)  # FLOPs per pair, and the Mask without its positions
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        if dropout and not self.drops:
+            return Naive()(q, k, v, mask, scale, dropout)
         heads, value_dim = q.shape[2], v.shape[-1]
         nowhere = dataclasses.replace(mask, q_pos=None, k_pos=None, q_doc=None, k_doc=None)
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))

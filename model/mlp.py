@@ -2,13 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Self
+from functools import partial
+from typing import Literal, Self
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from model.config import LARGEST, Config, Dimensions
+from model.linear import Linear
 
 
 class MLPConfig(Config, ABC):
@@ -30,7 +32,7 @@ class SwiGLUConfig(MLPConfig):
         return self.model_copy(update={"d_ff": self.d_ff or -(-8 * dimensions.d_model // 96) * 32})
 
     def build(self, dimensions: Dimensions) -> nn.Module:
-        return SwiGLU(dimensions.d_model, self.d_ff)
+        return SwiGLU(dimensions.d_model, self.d_ff, dimensions.bias)
 
 
 class PlainMLPConfig(MLPConfig):
@@ -40,36 +42,45 @@ class PlainMLPConfig(MLPConfig):
         return self.model_copy(update={"d_ff": self.d_ff or 4 * dimensions.d_model})
 
 
+class ReLUConfig(PlainMLPConfig):
+    def build(self, dimensions: Dimensions) -> nn.Module:
+        return PlainMLP(dimensions.d_model, self.d_ff, F.relu, dimensions.bias)
+
+
 class ReLU2Config(PlainMLPConfig):
     def build(self, dimensions: Dimensions) -> nn.Module:
-        return PlainMLP(dimensions.d_model, self.d_ff, lambda x: F.relu(x).square())
+        return PlainMLP(dimensions.d_model, self.d_ff, lambda x: F.relu(x).square(), dimensions.bias)
 
 
 class GELUConfig(PlainMLPConfig):
+    approximate: Literal["none", "tanh"] = "none"  # x · Φ(x), or GPT-2's formula for it
+
     def build(self, dimensions: Dimensions) -> nn.Module:
-        return PlainMLP(dimensions.d_model, self.d_ff, F.gelu)
+        activation = partial(F.gelu, approximate=self.approximate)
+        return PlainMLP(dimensions.d_model, self.d_ff, activation, dimensions.bias)
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) · up x) (Shazeer 2020, arXiv:2002.05202)."""
 
-    def __init__(self, d_model: int, d_ff: int):
+    def __init__(self, d_model: int, d_ff: int, bias: bool):
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.gate_proj = Linear(d_model, d_ff, bias)
+        self.up_proj = Linear(d_model, d_ff, bias)
+        self.down_proj = Linear(d_ff, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class PlainMLP(nn.Module):
-    """down(activation(up x)), with GELU, or with ReLU² (So et al. 2021, arXiv:2109.08668)."""
+    """down(activation(up x)), with ReLU, ReLU² (So et al. 2021, arXiv:2109.08668) or GELU (Hendrycks & Gimpel 2016,
+    arXiv:1606.08415)."""
 
-    def __init__(self, d_model: int, d_ff: int, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, d_model: int, d_ff: int, activation: Callable[[Tensor], Tensor], bias: bool):
         super().__init__()
-        self.up_proj = nn.Linear(d_model, d_ff, bias=False)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=False)
+        self.up_proj = Linear(d_model, d_ff, bias)
+        self.down_proj = Linear(d_ff, d_model, bias)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+"""Normalisation over the last dimension, in float32 whatever comes in; the caller's dtype goes out."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import Dimensions
+
 
 class RMSNorm(nn.Module):
-    """x · weight / sqrt(mean(x²) + 1e-6) over the last dimension, in float32; returns the caller's dtype."""
+    """x · weight / sqrt(mean(x²) + 1e-6) (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -14,3 +16,46 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=1e-6).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) · weight / sqrt(var(x) + 1e-5) + bias (Ba et al. 2016, arXiv:1607.06450); var is the biased one."""
+
+    def __init__(self, dim: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, eps=1e-5).to(x.dtype)
+
+
+class GroupedRMSNorm(nn.Module):
+    """RMSNorm of heads (..., H, n) with one root mean square for each of G groups of neighbouring heads, and one weight
+    (n,) for all heads: x[h] · weight · inv[g(h)], inv[g] = 1 / sqrt(mean over the group's heads and dims of x² + 1e-6).
+    With G = H it is RMSNorm of every head. `inverse_rms` alone is all that makes it more than a constant matrix."""
+
+    def __init__(self, dim: int, groups: int):
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def inverse_rms(self, x: Tensor) -> Tensor:
+        """(..., H, n) -> (..., G) in float32."""
+        grouped = x.float().unflatten(-2, (self.groups, -1))
+        return (grouped.square().mean((-2, -1)) + 1e-6).rsqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inverse = self.inverse_rms(x).repeat_interleave(x.shape[-2] // self.groups, dim=-1)[..., None]  # (..., H, 1)
+        return (x.float() * inverse * self.weight).to(x.dtype)
+
+
+NORMS = (RMSNorm, LayerNorm, GroupedRMSNorm)
+
+
+def residual_norm(dimensions: Dimensions) -> nn.Module:
+    """Of the residual stream: what each part of a block reads, and what the head reads. Norms within an attention (of
+    queries, keys and latents) are RMSNorms always, as their papers have them."""
+    if dimensions.norm == "layer":
+        return LayerNorm(dimensions.d_model, dimensions.bias)
+    return RMSNorm(dimensions.d_model)

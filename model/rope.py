@@ -1,5 +1,7 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the rotation of queries and keys by their position."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the rotation of queries and keys by their position, and
+the ways to stretch it over longer texts than it was trained on."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor
 
 Layout = Literal["half", "interleaved"]
+Scaling = Literal["none", "linear", "ntk", "yarn"]
+BETA_FAST, BETA_SLOW = 32, 1  # turns within the original context, which YaRN ramps between; the paper's, for Llama
 
 
 @dataclass(frozen=True)
@@ -15,21 +19,33 @@ class Rope:
 
     The layout says which coordinates make pair i: `half` takes (i, i + dim/2) as Llama does, `interleaved` takes
     (2i, 2i + 1) as the paper and DeepSeek do. The two are one model up to a permutation of weight rows.
+
+    Scaling lets a model read `factor` times the context it was trained on:
+
+        linear   positions / factor (Chen et al. 2023, arXiv:2306.15595)
+        ntk      theta · factor^(dim/(dim-2)): the fastest pair turns as before, the slowest factor times slower
+        yarn     pairs that turn often within the original context as before, those that do not turn once factor times
+                 slower, a ramp in between (Peng et al. 2023, arXiv:2309.00071, section 3.2); its sharper scores are
+                 the attention's affair
     """
 
     dim: int
     theta: float
     layout: Layout
+    scaling: Scaling = "none"
+    factor: float = 1.0
+    original_context: int | None = None  # tokens; yarn only
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions (B, T) -> cos, sin, each (B, T, 1, dim/2) in float32: bfloat16 loses positions beyond 256."""
-        exponents = torch.arange(0, self.dim, 2, device=positions.device, dtype=torch.float32) / self.dim
-        angles = positions[..., None, None].float() * self.theta**-exponents
+        angles = positions[..., None, None].float() * self._frequencies(positions.device)
         return angles.cos(), angles.sin()
 
     def rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        """x (B, T, H, dim) -> the same shape and dtype, rotated in float32."""
+        """x (B, T, H, D) -> the same shape and dtype, its first dim coordinates rotated in float32."""
         cos, sin = table
+        if x.shape[-1] > self.dim:
+            return torch.cat((self.rotate(x[..., : self.dim], table), x[..., self.dim :]), dim=-1)
         if self.layout == "half":
             a, b = x.float().chunk(2, dim=-1)
             rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -37,3 +53,24 @@ class Rope:
             a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
             rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
         return rotated.to(x.dtype)
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """(dim/2,) float32, radians per position."""
+        theta = self.theta
+        if self.scaling == "ntk":
+            theta *= self.factor ** (self.dim / (self.dim - 2))
+        exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
+        frequencies = theta**-exponents
+        if self.scaling == "linear":
+            return frequencies / self.factor
+        if self.scaling == "yarn":
+            first, last = math.floor(self._pair_that_turns(BETA_FAST)), math.ceil(self._pair_that_turns(BETA_SLOW))
+            first, last = max(first, 0), min(last, self.dim - 1)
+            pairs = torch.arange(self.dim // 2, device=device, dtype=torch.float32)
+            slowed = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+            return frequencies / self.factor * slowed + frequencies * (1 - slowed)
+        return frequencies
+
+    def _pair_that_turns(self, times: float) -> float:
+        """The i, not whole, for which original_context · theta^(-2i/dim) is that many full turns."""
+        return self.dim * math.log(self.original_context / (times * 2 * math.pi)) / (2 * math.log(self.theta))

@@ -1,6 +1,7 @@
 """The causal language model: blocks of attention and MLP on a residual stream."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,8 @@ from model.cache import Cache
 from model.config import Dimensions
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
-from model.norm import RMSNorm
+from model.norm import residual_norm
+from model.positions import position_embedding
 
 VOCAB_MULTIPLE = 64  # matrix units want aligned widths
 RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
@@ -42,9 +44,9 @@ class Output(NamedTuple):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, causal: bool):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model)
+        self.attention_norm = residual_norm(config)
         self.attention = config.attention.of_layer(index).build(config, config.kernel, causal)
-        self.mlp_norm = RMSNorm(config.d_model)
+        self.mlp_norm = residual_norm(config)
         self.mlp = config.mlp.build(config)
         self.dropout = config.dropout
 
@@ -84,6 +86,12 @@ def _with_padding(module: VocabMatrix, state: dict, prefix: str, *_) -> None:
         state[name] = F.pad(state[name], (0, 0, 0, module.weight.shape[0] - module.vocab_size))
 
 
+def softcapped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap · tanh(logits / cap), in float32: none is beyond the cap (Gemma 2, arXiv:2408.00118, section 2). Returns the
+    caller's dtype; without a cap, the logits themselves."""
+    return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+
+
 class TransformerLM(nn.Module):
     """Pre-norm decoder. The same seed gives the same float32 weights whatever kernel, device or precision."""
 
@@ -92,10 +100,11 @@ class TransformerLM(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.causal = config, vocab_size, causal
         self.embedding = VocabMatrix(vocab_size, config.d_model)
+        self.position_embedding = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
-        self.norm = RMSNorm(config.d_model)
+        self.norm = residual_norm(config)
         self.head = None if config.tie_embeddings else VocabMatrix(vocab_size, config.d_model)
-        self.ropes = {block.attention.rope for block in self.layers}
+        self.ropes = {block.attention.rope for block in self.layers} - {None}
         self._initialise(seed)
 
     def forward(
@@ -137,14 +146,18 @@ class TransformerLM(nn.Module):
         ctx = Context(
             positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training, want=want
         )
-        x = ctx.drop(self.embedding(tokens), self.config.dropout)
+        x = self.embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(positions).to(x.dtype)
+        x = ctx.drop(x, self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
             x, said = block(x, ctx, None if caches is None else caches[i])
             extras |= {f"layers.{i}.{name}": value for name, value in said.items()}
         if only is not None:
             x = x.take_along_dim(only[..., None], dim=1)
-        return Output((self.head or self.embedding).logits(self.norm(x)), extras)
+        logits = (self.head or self.embedding).logits(self.norm(x))
+        return Output(softcapped(logits, self.config.logit_softcap), extras)
 
     def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
         """One empty cache per layer; the caller owns them."""
@@ -155,19 +168,22 @@ class TransformerLM(nn.Module):
         """Each matrix draws from a generator of (seed, its name), so models that differ in one part share the rest.
 
         The std is 1/sqrt(width of the input): fan-in for matrices, d_model for embeddings, so that a tied head begins
-        with logits of about unit size. Matrices that write to the residual stream start at zero: every block begins as
-        the identity (Zhang et al. 2019, arXiv:1901.09321).
+        with logits of about unit size. Biases start at zero. So do the matrices that write to the residual stream, and
+        every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321); without `zero_init` their std is
+        divided by sqrt(2 · n_layers), so that all of them together add about as much as one would (Radford et al. 2019,
+        section 2.3).
         """
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2 or parameter.is_meta:
-                continue  # norms start at one; tensors without memory have nothing to draw
-            if name.endswith(RESIDUAL_OUTPUTS):
+            if parameter.is_meta:
+                continue  # without memory there is nothing to draw
+            writes = name.endswith(RESIDUAL_OUTPUTS)
+            if name.endswith(".bias") or (writes and self.config.zero_init):
                 parameter.zero_()
-                continue
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            drawn = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-            parameter.copy_(drawn)
+            elif parameter.ndim >= 2:  # norms start at one
+                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+                drawn = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+                parameter.copy_(drawn / math.sqrt(2 * self.config.n_layers) if writes else drawn)
         for matrix in (self.embedding, self.head):
             if matrix is not None:
                 matrix.weight[matrix.vocab_size :] = 0

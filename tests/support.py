@@ -44,6 +44,26 @@ CASES = [
     ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2"),
     ("attention=mla", "attention.mask_diagonal=true"),
     ("attention=stack", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=gqa", "attention.rope_dim=6", "attention.rope_layout=interleaved"),
+    ("attention=mqa", "attention.rope_scaling=linear", "attention.rope_factor=4"),
+    ("attention=mha", "attention.rope_scaling=ntk", "attention.rope_factor=4", "attention.rope_dim=8"),
+    ("attention=gqa", "attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.rope_theta=100"),
+    ("attention=mla", "attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.qk_rope_head_dim=8"),
+    ("attention=mla", "attention.k_rope_from=latent", "attention.qk_rope_head_dim=8"),
+    ("attention=gqa", "position=alibi"),
+    ("attention=mla", "position=alibi"),
+    ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=mha", "position=none"),
+    ("attention=mla", "position=none", "attention.q_lora_rank=24"),
+    ("attention=gqa", "position=learned"),
+    ("attention=mla", "position=sinusoidal"),
+    ("attention=gqa", "model.norm=layer", "model.bias=true", "model.logit_softcap=5"),
+    ("attention=mha", "position=learned", "model.norm=layer"),
+    ("attention=mla", "model.norm=layer", "model.bias=true", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.qk_norm=head"),
+    ("attention=mla", "attention.qk_norm=head", "position=alibi"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=2", "attention.execution=absorbed"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
 ]
 
 
@@ -73,7 +93,7 @@ def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if parameter.ndim == 1:  # norms and biases
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
             elif not parameter.any():  # what starts at zero would hide all before it
                 parameter.copy_(torch.randn(parameter.shape, generator=draw) * parameter.shape[1] ** -0.5)

@@ -273,6 +273,13 @@ BAD_SAMPLES = {
     "score of nothing": (["--score", "empty.txt"], "nothing to predict"),
     "score of no file": (["--score", "none.txt"], "none.txt cannot be read: No such file"),
     "score of bytes": (["--score", "binary.txt"], "binary.txt is not UTF-8 text"),
+    "map of nothing": (["--attention-map", "a.png"], "a prompt of 2 to 64 tokens, this one has 0: give a longer one"),
+    "map of much": (["x" * 65, "--attention-map", "a.png"], "2 to 64 tokens, this one has 65: give a shorter one"),
+    "map of no format": (["xy", "--attention-map", "a.bmp"], "a.bmp: choose a name that ends in one of .pdf, .png"),
+    "map nowhere": (["xy", "--attention-map", "none/a.png"], "none/a.png cannot be written: there is no folder none"),
+    "map over a run": (["xy", "--attention-map", "folder.png"], "folder.png cannot be written: it is a folder"),
+    "map and write": (["xy", "--attention-map", "a.png", "--top-k", "3"], "--attention-map with --top-k"),
+    "map and score": (["--score", "empty.txt", "--attention-map", "a.png"], "--score with --attention-map"),
 }
 
 
@@ -280,18 +287,22 @@ BAD_SAMPLES = {
 def test_sampling_refuses_in_one_line(place, monkeypatch, capsys, arguments, complaint):
     monkeypatch.chdir(place)
     (place / "empty.txt").touch()
+    (place / "folder.png").mkdir(exist_ok=True)
     (place / "binary.txt").write_bytes(b"a\n\xff")
     assert call("sample", arguments, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert complaint in err and err.count("\n") == 1 and out == ""
+    assert not (place / "a.png").exists()
 
 
 BAD_RUNS = {
     "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
     "heads": (["model=gpt2", "attention=gqa", "attention.n_kv_heads=5"], "n_kv_heads=5 does not divide n_heads=12"),
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
-    "numbered model": (["model=5"], "model=5: choose one of gpt2, small, tiny"),
+    "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, small, tiny"),
     "nearly": (["attention.n_kv_head=2"], "no such setting of attention=mha; did you mean n_kv_heads?"),
+    "nearly a shared one": (["attention.rope_teta=2"], "no such setting of attention=mha; did you mean rope_theta?"),
+    "position": (["position=absolute"], "position=absolute: choose one of alibi, learned, none, rope, sinusoidal"),
     "of another choice": (
         ["attention=mla", "attention.n_kv_heads=2"],
         "of attention=mla; it belongs to attention=gqa or mha or mqa",
@@ -301,6 +312,11 @@ BAD_RUNS = {
         "of attention=mla; did you mean n_kv_heads? It belongs to attention=gqa or mha or mqa",
     ),
     "nearly, of the model": (["model.d_modl=64"], "model.d_modl: no such setting of model=tiny; did you mean d_model?"),
+    "nearly, of a model that chooses": (
+        ["model=classic_gpt", "model.norn=rms"],
+        "of model=classic_gpt; did you mean norm?",
+    ),
+    "of what a model chooses": (["model=classic_gpt", "mlp.aproximate=tanh"], "of mlp=gelu; did you mean approximate?"),
     "nearly, of the optimizer": (["optim.lrr=1"], "no such setting of optim=adamw; did you mean lr?"),
     "nearly, in an experiment": (["experiment=smoke", "data.sise=1"], "of data=synthetic; did you mean size?"),
     "nearly, in a sweep": (["-m", "attention=gqa,mla", "attention.n_kv_head=2"], "did you mean n_kv_heads?"),
@@ -310,7 +326,7 @@ BAD_RUNS = {
     "in no group": (["model.attention.n_kv_heads=2"], "no such setting; did you mean attention.n_kv_heads?"),
     "nearly an experiment": (["experimnt=smoke"], "experimnt: no such setting; did you mean experiment?"),
     "a folder": (["data=files", "data.path=taken"], "data.path='taken' is a folder: write taken/*"),
-    "key": (["foo=1"], "foo: no such setting; valid: model,"),
+    "key": (["foo=1"], "foo: no such setting; valid: attention,"),
     "added key": (["+foo=1"], "foo=1: no such key"),
     "type": (["steps=abc"], "steps=abc"),
     "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),

@@ -15,7 +15,8 @@ from training.run_folder import refuse_no_run, refuse_taken, resume_command, res
 
 log = logging.getLogger("headroom")
 OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
-ADJUSTABLE = ("model.dropout", "model.context_length")  # and what of it they do not
+STRETCH = ("attention.rope_scaling", "attention.rope_factor", "attention.rope_original_context")
+ADJUSTABLE = ("model.dropout", "attention.dropout", "model.context_length", *STRETCH)  # and what of it they do not
 
 
 def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
@@ -50,6 +51,11 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
     theirs = {group: dict(found.manifest.config[group]) for group in OWNED}
     for key in (override.lstrip("+~").partition("=")[0] for override in typed):
         group, _, name = key.partition(".")
+        if key == "model.context_length" and theirs["model"].get("position_embedding") == "learned":
+            raise UserError(
+                f"{key} cannot be chosen with init_from={base}: its learned positions are the "
+                f"{theirs['model']['context_length']} of its context"
+            )
         if key in ADJUSTABLE:
             theirs[group][name] = tree[group][name]
         elif group == "tokenizer":
@@ -57,7 +63,7 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
                 f"{key} cannot be chosen with init_from={base}: its weights know the {tokenizer.vocab_size:,} tokens "
                 f"of {base}/tokenizer.json"
             )
-        elif group in OWNED:
+        elif group in (*OWNED, "position"):
             raise UserError(
                 f"{key} cannot be chosen with init_from={base}: the model is that run's; "
                 f"{' and '.join(ADJUSTABLE)} may change"

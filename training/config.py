@@ -79,6 +79,7 @@ class Run(Config):
     init_from: str | None
     peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
     profile_steps: int = Field(0, ge=0, le=1000)
+    log_attention: bool = False
     dry_run: bool = False
     run_dir: str | None = Field(min_length=1)
     cache_dir: str = Field(min_length=1)
@@ -187,7 +188,9 @@ def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
     if cls is MixCorpus and isinstance(section.get("parts"), Mapping):
         section["parts"] = {name: _mixed(f"{key}.parts.{name}", name, part) for name, part in section["parts"].items()}
     if cls is StackConfig and isinstance(section.get("parts"), Mapping):
-        section["parts"] = {name: _stacked(f"{key}.parts.{name}", part) for name, part in section["parts"].items()}
+        common = {"position": section["position"]} if "position" in section else {}
+        parts = section["parts"].items()
+        section["parts"] = {name: _stacked(f"{key}.parts.{name}", part, common) for name, part in parts}
     if cls is StackConfig and isinstance(section.get("pattern"), list):
         section["pattern"] = tuple(section["pattern"])  # YAML has no tuples
     return _build(cls, key, section, {})
@@ -203,12 +206,16 @@ def _mixed(key: str, name: str, given: Any) -> Part:
     return _build(Part, key, quota | part, {"corpus": _typed(dict(corpus), key, Corpus)})
 
 
-def _stacked(key: str, given: Any) -> AttentionConfig:
-    """A part of a stack, as typed (a choice of conf/attention and settings of it) or as dumped (with its class)."""
+def _stacked(key: str, given: Any, common: Mapping[str, Any]) -> AttentionConfig:
+    """A part of a stack, as typed (a choice of conf/attention and settings of it) or as dumped (with its class).
+
+    common: what the stack says for all parts that do not say otherwise.
+    """
     part = {"attention": given} if isinstance(given, str) else given
     if not isinstance(part, Mapping) or not part.keys() & {"attention", "_target_"}:
         raise UserError(f"{key}={given!r}: choose an attention, as {key}.attention=gqa")
-    return _typed(_chosen(key, "attention", part) if "attention" in part else dict(part), key, AttentionConfig)
+    settings = _chosen(key, "attention", part) if "attention" in part else part
+    return _typed({**common, **settings}, key, AttentionConfig)
 
 
 def _chosen(key: str, group: str, part: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,7 +255,7 @@ def _dump_part(part: BaseModel) -> dict[str, Any]:
         return target | part.model_dump(exclude={"parts"}) | {"parts": parts}
     if isinstance(part, StackConfig):
         parts = {name: _dump_part(one) for name, one in part.parts.items()}
-        return target | {"pattern": list(part.pattern), "parts": parts}
+        return target | {"pattern": list(part.pattern), "position": part.position, "parts": parts}
     return target | part.model_dump()
 
 

@@ -53,7 +53,7 @@ def dry_run(run: Run, device: torch.device, done: int) -> None:
     keys = ""
     if run.data.document_mask:
         keys = " within documents" if corpus else ", an upper bound: pairs across documents are counted"
-    parts = memory(run, vocab_size)
+    parts = memory(run, vocab_size, device)
     for line in _shapes(run, vocab_size, flops, keys, parts, device):
         print(line)
     print(_plan(run, corpus, done), flush=True)  # before what takes a while
@@ -74,14 +74,14 @@ def _prepared(run: Run) -> tuple[Prepared | None, str]:
     return corpus, ""
 
 
-def memory(run: Run, vocab_size: int) -> dict[str, int]:
+def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:
     """Bytes of tensors at the peak of a training step, by what they are. Activations are all that is neither of the
     others: what the backward pass needs of a micro-batch, and what is alive for a moment. The step's own code is run on
     the meta device for it, eagerly: a compiled one takes less."""
     micro_steps = min(2, run.sequences // run.micro_batch_size)  # the second meets the gradients of the first
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
-        working = Working(cost.on_meta(run.model, vocab_size), run.precision)
+        working = Working(cost.on_meta(run.model, vocab_size, drops=device.type != "cpu"), run.precision)
         accumulate(working, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
     weights = sum(p.nbytes for p in working.parameters)
     known = {

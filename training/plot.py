@@ -5,17 +5,15 @@ python -m training.plot runs/* --x tokens -o all.svg
 """
 
 import argparse
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.durable import write_whole
 from data.errors import UserError
 from training.command import Parser, one_line_errors
 from training.log import read_metrics
+from training.picture import refuse_unwritable, save
 
-FORMATS = ("pdf", "png", "svg")
 WINDOW = 10  # steps that a running mean is over, about
 SMOOTHED = f"training (mean of up to {WINDOW} steps)"
 
@@ -42,8 +40,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     """Draws the runs over each other: a line is the running mean of a run's training losses, its points are validation
     losses. x: step or tokens. Raises UserError for what is no run, or has no rows yet, and for a path that cannot be
     written."""
-    if path.suffix.removeprefix(".") not in FORMATS:
-        raise UserError(f"-o {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
+    refuse_unwritable(path, "-o")
     folders = [folder for folder in folders if not folder.is_file()]  # runs/* has the settings of sweeps, too
     if not folders:
         raise UserError("there is no run among what was given: python -m training.plot runs/A runs/B")
@@ -60,10 +57,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     axes.plot([], [], "-", color="gray", linewidth=1, label=SMOOTHED)
     axes.plot([], [], "o--", color="gray", markersize=4, linewidth=0.8, label="validation, on a prefix")
     axes.plot([], [], "s", color="gray", markersize=4, label="validation, on all of it")
-    try:
-        _save(figure, axes, path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    _save(figure, axes, path)
 
 
 def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
@@ -105,10 +99,8 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
 
     if axes.lines:
         axes.legend(fontsize="small")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
+    save(figure, path)
     plt.close(figure)
-    write_whole(path, picture.getvalue())
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.batches import documents_of_step
 from data.prepare import Prepared
 from model.transformer import TransformerLM
+from training.attention_seen import attention_seen
 from training.checkpoint import saved, step_of
 from training.config import Run, dump
 from training.device import peak_memory
@@ -38,7 +39,7 @@ class Report:
     def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, byte_lengths: Tensor):
         """done: steps before the first of this process. byte_lengths (V,): on the device of the losses."""
         self.run, self.folder, self.byte_lengths, self.device = run, folder, byte_lengths, byte_lengths.device
-        self.corpus = corpus
+        self.corpus, self.model = corpus, model
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
         self.guard = Guard(self.metrics.past)
         self.sink = run.logger.open(folder, dump(run))
@@ -78,6 +79,7 @@ class Report:
         self.waited = 0.0
         if score is not None:
             row |= {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
+            row |= self._attention_seen() if self.run.log_attention else {}
         text_bytes = self.byte_lengths[targets].sum()
         values = (result.loss, result.grad_norm, text_bytes.to(result.loss), result.skipped.to(result.loss))
         self.pending.append((row, torch.stack(values)))
@@ -192,6 +194,12 @@ class Report:
         elif spike:
             what += f" is a spike, {self.guard.usual_loss:.4g} was usual"
             self.say(f"{what}; its documents: {self._documents(row['step'])}")
+
+    def _attention_seen(self) -> dict[str, float]:
+        run, corpus = self.run, self.corpus
+        end_of_text = corpus.tokenizer.end_of_text if run.data.document_mask else None
+        with self.aside():
+            return attention_seen(self.model, corpus.val, run.model.context_length, run.micro_batch_size, end_of_text)
 
     def _documents(self, step: int) -> str:
         run = self.run

@@ -36,6 +36,7 @@ RESUMABLE = [
     "cache_dir",
     "peak_flops",
     "profile_steps",
+    "log_attention",
     "dry_run",
 ]
 log = logging.getLogger("headroom")

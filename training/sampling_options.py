@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import UserError
 from training.command import CONF, Parser, number
 from training.completion import PrintCompletion
+from training.picture import refuse_unwritable
 
 MOST_SAMPLES = 1024
 DEFAULTS = {
@@ -16,6 +17,7 @@ DEFAULTS = {
     "prompt_file": None,
     "interactive": False,
     "score": None,
+    "attention_map": None,
     "run": None,
     "checkpoint": "latest",
     "max_new_tokens": 200,
@@ -41,7 +43,12 @@ FILTERS = ("top_k", "top_p", "min_p")
 WRITING = ("max_new_tokens", "num_samples", "seed", "stop", "context", "temperature", *FILTERS, "repetition_penalty")
 # A flag, those that it leaves without a meaning, and why.
 CONTRADICTIONS = (
-    ("score", (*PROMPTS, "interactive", *WRITING, "stats", "no_cache"), "a text is read, none is written"),
+    (
+        "score",
+        (*PROMPTS, "attention_map", "interactive", *WRITING, "stats", "no_cache"),
+        "a text is read, none is written",
+    ),
+    ("attention_map", ("interactive", *WRITING, "json", "stats", "no_cache"), "a prompt is drawn, not continued"),
     ("interactive", ("prompt_file", "num_samples", "json", "stats"), "one text is written, as a conversation"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
@@ -49,7 +56,8 @@ CONTRADICTIONS = (
 
 def arguments(description: str) -> argparse.Namespace:
     """The command line, every flag filled in; `prompt` is the text to continue, `text` the one to score. Raises
-    UserError for flags that contradict each other, a run that is not there, and a file that is not text."""
+    UserError for flags that contradict each other, a run that is not there, a file that is not text, and a picture that
+    cannot be written."""
     parser = _parser(description)
     given = vars(parser.parse_args())
     complaint = _contradiction(given)
@@ -63,6 +71,8 @@ def arguments(description: str) -> argparse.Namespace:
     elif args.prompt == "-":
         args.prompt = read_text(Path("-"), "the prompt")
     args.prompt = args.prompt or ""
+    if args.attention_map is not None:
+        refuse_unwritable(args.attention_map, "--attention-map")
     args.text = None if args.score is None else read_text(args.score, "--score")
     return args
 
@@ -96,6 +106,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
     text("--interactive", action="store_true", help="turn by turn; what was read and written stays in the cache")
     text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
+    text("--attention-map", type=Path, metavar="FILE", help="no text: draw the prompt's attention (.png, .svg or .pdf)")
     model = parser.add_argument_group("the model").add_argument
     model("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
     model("--checkpoint", choices=["latest", "best"], help="best: of the lowest validation loss; default: latest")

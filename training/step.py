@@ -26,7 +26,7 @@ class StepResult(NamedTuple):
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart."""
-    return token_losses(model(inputs, **_places(inputs, end_of_text), training=True).logits, targets).mean()
+    return token_losses(model(inputs, **places(inputs, end_of_text), training=True).logits, targets).mean()
 
 
 def train_step(
@@ -106,7 +106,7 @@ class Score(NamedTuple):
 
 def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Nats of each token, (B, T)."""
-    return token_losses(model(inputs, **_places(inputs, end_of_text)).logits, targets)
+    return token_losses(model(inputs, **places(inputs, end_of_text)).logits, targets)
 
 
 def losses_of(corpus: Corpus, end_of_text: int) -> tuple[Callable, Callable]:
@@ -116,7 +116,9 @@ def losses_of(corpus: Corpus, end_of_text: int) -> tuple[Callable, Callable]:
     return tuple(functools.partial(function, end_of_text=end_of_text) for function in (mean_loss, each_loss))
 
 
-def _places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
+def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
+    """Positions and documents of packed windows (B, T), as a model takes them; nothing, where documents see each
+    other."""
     if end_of_text is None:
         return {}
     positions, docs = document_places(inputs, end_of_text)

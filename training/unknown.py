@@ -41,12 +41,15 @@ def _nearest(name: str, names: list[str]) -> str | None:
 
 
 def _chosen() -> dict[str, Path]:
-    """Each group with the file of its choice: as typed, else as an experiment says, else the default one."""
+    """Each group with the file of its choice: as typed, else as an experiment or a model says, else the default one."""
     found = _defaults(CONF / "train.yaml")
     typed = dict(re.findall(r"^\+*(\w+)=(\w+)", "\n".join(sys.argv[1:]), re.MULTILINE))  # of a sweep, its first
     experiment = CONF / "experiment" / f"{typed.get('experiment')}.yaml"
     if experiment.is_file():
         found |= _defaults(experiment)
+    model = CONF / "model" / f"{typed.get('model', found['model'])}.yaml"
+    if model.is_file():
+        found = found | _defaults(model) | (_defaults(experiment) if experiment.is_file() else {})
     paths = {group: CONF / group / f"{typed.get(group, choice)}.yaml" for group, choice in found.items()}
     return {group: path for group, path in paths.items() if path.is_file()}
 
@@ -54,7 +57,11 @@ def _chosen() -> dict[str, Path]:
 def _defaults(path: Path) -> dict[str, str]:
     """The choices that a file's defaults list makes."""
     entries = (entry for entry in _read(path).get("defaults", []) if isinstance(entry, dict))
-    found = {group.removeprefix("override /"): choice for entry in entries for group, choice in entry.items()}
+    found = {
+        group.removeprefix("override /").partition("@")[0]: choice
+        for entry in entries
+        for group, choice in entry.items()
+    }
     return {group: choice for group, choice in found.items() if group.isidentifier()}  # no group of Hydra's own
 
 
@@ -66,7 +73,8 @@ def _keys(path: Path) -> list[str]:
     """Those of a file, and those that it takes over from others of its folder."""
     own = [key for key in _read(path) if key not in ("defaults", "hydra", "_target_")]
     shared = [entry for entry in _read(path).get("defaults", []) if str(entry).endswith("@_here_")]
-    return [*own, *(key for entry in shared for key in _keys(path.parent / f"{entry.removesuffix('@_here_')}.yaml"))]
+    taken = (key for entry in shared for key in _keys(path.parent / f"{entry.removesuffix('@_here_')}.yaml"))
+    return list(dict.fromkeys((*own, *taken)))
 
 
 def _read(path: Path) -> dict:

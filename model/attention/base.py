@@ -14,6 +14,7 @@ from model.cache import Cache
 from model.config import LARGEST, Config, Dimensions, Size
 from model.kernels.base import Kernel
 from model.mask import Mask, Pattern
+from model.positions import PositionConfig
 from model.rope import Rope
 
 
@@ -29,9 +30,17 @@ class Context:
     training: bool = False  # dropout is on
     want: frozenset[str] = frozenset()  # names of what layers shall say besides
 
+    def dropped(self, probability: float) -> float:
+        """The probability to drop with now: none outside training."""
+        return probability if self.training else 0.0
+
     def drop(self, x: Tensor, probability: float) -> Tensor:
         """Dropout (Srivastava et al. 2014), which leaves x alone outside training."""
         return F.dropout(x, probability) if self.training and probability else x
+
+    def rotated(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """x (B, T, H, D), rotated by its tokens' positions if anything rotates it."""
+        return x if rope is None else rope.rotate(x, self.rotary[rope])
 
 
 class AttentionChoice(Config, ABC):
@@ -59,7 +68,7 @@ class AttentionChoice(Config, ABC):
         """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
 
 
-class AttentionConfig(AttentionChoice):
+class AttentionConfig(AttentionChoice, PositionConfig):
     """One attention, the same in each layer that has it."""
 
     window: Size | None = None  # keys a query sees, its own included; unset: all before it
@@ -69,6 +78,7 @@ class AttentionConfig(AttentionChoice):
     block_size: Size = 64  # tokens in such a block
     pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones
     mask_diagonal: bool = False  # a token does not see itself: to study what it is good for
+    dropout: float = Field(0.0, ge=0, lt=1)  # of the attention weights, while training
 
     @model_validator(mode="after")
     def _pattern_makes_sense(self) -> Self:
@@ -118,8 +128,9 @@ class Attention(nn.Module, ABC):
     Its last matrix is named `o_proj`: it writes to the residual stream and is initialised accordingly.
     """
 
-    rope: Rope
+    rope: Rope | None  # none where positions reach it otherwise, or not at all
     pattern: Pattern
+    more_products: int = 0  # multiply-adds per token beside one application of each matrix; no cache
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:

@@ -6,7 +6,6 @@ arXiv:1911.02150) has one, GQA (Ainslie et al. 2023, arXiv:2305.13245) a divisor
 
 from typing import Literal, Self
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from model.attention.base import (
@@ -21,18 +20,16 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.config import Dimensions, Size
 from model.kernels.base import Kernel
+from model.kernels.scores import said_of_scores
+from model.linear import Linear
 from model.norm import RMSNorm
-from model.rope import Layout, Rope
 
 
 class GQAConfig(AttentionConfig):
-    n_kv_heads: Size | Literal["all"] | None = (
-        None  # all: n_heads; unset: the smallest divisor of n_heads that is >= n_heads/4, and 2
-    )
+    n_kv_heads: Size | Literal["all"] | None = None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
     head_dim: Size | None = None  # d_model / n_heads
     qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
-    rope_theta: float = Field(10000.0, ge=1)
-    rope_layout: Layout = "half"
+    rope_dim: Size | None = None  # the first so many of each head rotate: head_dim
 
     def derive(self, dimensions: Dimensions) -> Self:
         n_heads = dimensions.n_heads
@@ -43,9 +40,29 @@ class GQAConfig(AttentionConfig):
                 f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}: "
                 f"choose one of {', '.join(map(str, divisors(n_heads)))}"
             )
-        if head_dim % 2:
-            raise ValueError(f"head_dim={head_dim} is odd: RoPE rotates pairs, choose an even one")
-        return self.model_copy(update={"n_kv_heads": n_kv_heads, "head_dim": head_dim})
+        return self.model_copy(
+            update={
+                "n_kv_heads": n_kv_heads,
+                "head_dim": head_dim,
+                "rope_dim": self._rope_dim(head_dim),
+                "rope_original_context": self.original_context(dimensions),
+            }
+        )
+
+    def _rope_dim(self, head_dim: int) -> int | None:
+        if self.position != "rope":
+            if self.rope_dim is not None:
+                raise ValueError(
+                    f"rope_dim={self.rope_dim} rotates, and position={self.position} does not: choose position=rope"
+                )
+            return None
+        if self.rope_dim is None:
+            self.check_rotated("head_dim", head_dim)
+            return head_dim
+        self.check_rotated("rope_dim", self.rope_dim)
+        if self.rope_dim > head_dim:
+            raise ValueError(f"rope_dim={self.rope_dim} is more than head_dim={head_dim}: choose at most that")
+        return self.rope_dim
 
     def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "GQA":
         return GQA(self, dimensions, kernel, causal)
@@ -69,25 +86,26 @@ class GQA(Attention):
         super().__init__()
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
-        self.scale = config.head_dim**-0.5
-        self.attend = kernel
+        self.attend, self.dropout = kernel, config.dropout
         self.pattern = config.pattern(causal)
-        self.rope = Rope(config.head_dim, config.rope_theta, config.rope_layout)
-        self.q_proj = nn.Linear(d_model, n_heads * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(d_model, config.n_kv_heads * config.head_dim, bias=False)
+        self.rope = config.rope(config.rope_dim)
+        self.scale = config.head_dim**-0.5 * config.sharpening
+        self.biased = config.distance_bias(causal)
+        self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias)
+        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
+        self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.o_proj = nn.Linear(n_heads * config.head_dim, d_model, bias=False)
+        self.o_proj = Linear(n_heads * config.head_dim, d_model, dimensions.bias)
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        table = ctx.rotary[self.rope]
-        q = self.rope.rotate(self.q_norm(q), table)  # (B, T, H, D)
-        k = self.rope.rotate(self.k_norm(k), table)  # (B, T, G, D)
+        q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
+        k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
-        y = self.attend(q, k, v, mask, self.scale)  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), {}
+        q, k = self.biased(q, k, mask, self.scale)
+        y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
+        return self.o_proj(y.flatten(2)), said_of_scores(ctx.want, q, k, mask, self.scale)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)

@@ -9,13 +9,28 @@ few dimensions of its own, rotated, shared by all heads and kept beside the late
     k_nope | v       per head      = kv_up latent
     score                          = (q_nope · k_nope + q_rope · k_rope) / sqrt(n + r)
 
+With model.bias, kv_down, q_down and o_proj have one, as with DeepSeek's attention_bias. One of kv_up would say nothing
+new: its part in k_nope adds the same to all scores of a query, which softmax ignores, and its part in v reaches the
+output as a constant, which o_proj's bias is already.
+
+With qk_norm=head the queries and keys of the heads are normed too, before the rotation; N is RMSNorm with a weight:
+
+    q_nope = N q_nope,  q_rope = N q_rope   per head;     k_rope = N k_rope
+    k_nope[h] = w ∘ k_nope[h] · inv[g(h)],  inv[g] = 1 / sqrt(mean of k_nope² over the heads and dims of group g + eps)
+
+A norm of every head's keys cannot be folded into constant matrices, but what is not constant in it is one number per
+token and group of heads, inv: it is kept beside the latent (c + r + groups numbers). With as many groups as heads the
+norm is the usual one of each head; with one group, the default, the cache grows by a single number.
+
 The same parameters run in three ways:
 
     naive      keeps the keys and values of every head: the reference
     expanded   keeps the latent, and reads keys and values from it for all visible tokens
     absorbed   keeps the latent, and moves kv_up to the query's side:
                q_nope · (W_uk latent) = (W_ukᵀ q_nope) · latent,  and  sum p (W_uv latent) = W_uv (sum p latent);
-               the latent then is the one wide key and value head of a multi-query attention
+               the latent then is the one wide key and value head of a multi-query attention.
+               With qk_norm=head: q_nope · (w ∘ W_uk latent · inv) = (W_ukᵀ (w ∘ q_nope)) · (inv latent), so there is
+               one key head inv[g] latent | k_rope for each group, and the latent is the value of all
 """
 
 import logging
@@ -24,6 +39,7 @@ from collections import OrderedDict
 from typing import Literal, Self, get_args
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,6 +47,7 @@ from model.attention.base import (
     Attention,
     AttentionConfig,
     Context,
+    divisors,
     grouped_kv_heads,
     head_dim_of,
     through_cache,
@@ -38,10 +55,13 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.config import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
-from model.norm import RMSNorm
-from model.rope import Layout, Rope
+from model.kernels.scores import said_of_scores
+from model.linear import Linear
+from model.mask import Mask
+from model.norm import GroupedRMSNorm, RMSNorm
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
+Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
 
 
 class MLAConfig(AttentionConfig):
@@ -52,16 +72,25 @@ class MLAConfig(AttentionConfig):
     q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
     kv_lora_rank: Size | None = None  # c: d_model / 4
     qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: Size | None = None  # r: head_dim / 4, rounded up to an even number
+    qk_rope_head_dim: int | None = Field(None, ge=0, le=LARGEST)  # r: head_dim / 4, made even; 0 if nothing rotates
     v_head_dim: Size | None = None  # v: head_dim
-    rope_theta: float = Field(10000.0, ge=1)
-    rope_layout: Layout = "half"
+    k_rope_from: Literal["hidden", "latent"] = "hidden"  # the rope key is a projection of
+    qk_norm: Literal["latent", "head"] = "latent"  # the latents are normed always; head: queries and keys as well
+    qk_norm_groups: Size = 1  # groups of heads whose keys share one root mean square: n_heads norms each head
     execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
 
     def derive(self, dimensions: Dimensions) -> Self:
-        rope_dim = self.qk_rope_head_dim or 2 * math.ceil(head_dim_of(dimensions) / 8)
-        if rope_dim % 2:
-            raise ValueError(f"qk_rope_head_dim={rope_dim} is odd: RoPE rotates pairs, choose an even one")
+        if self.qk_norm_groups > 1 and self.qk_norm == "latent":
+            raise ValueError(
+                f"qk_norm_groups={self.qk_norm_groups} has no heads to norm with qk_norm=latent: "
+                "set attention.qk_norm=head"
+            )
+        if dimensions.n_heads % self.qk_norm_groups:
+            raise ValueError(
+                f"qk_norm_groups={self.qk_norm_groups} does not divide n_heads={dimensions.n_heads}: "
+                f"choose one of {', '.join(map(str, divisors(dimensions.n_heads)))}"
+            )
+        rope_dim = self._rope_dim(dimensions)
         nope_dim = self.qk_nope_head_dim or head_dim_of(dimensions) - rope_dim
         if nope_dim < 1:
             raise ValueError(
@@ -75,15 +104,34 @@ class MLAConfig(AttentionConfig):
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
                 "v_head_dim": self.v_head_dim or head_dim_of(dimensions),
+                "rope_original_context": self.original_context(dimensions),
             }
         )
         grouped = 2 * grouped_kv_heads(dimensions.n_heads) * derived.v_head_dim
         if derived.cache_elements > grouped:
+            fitting = grouped - (derived.cache_elements - derived.kv_lora_rank)
             logging.getLogger("headroom").warning(
                 f"MLA's cache of {derived.cache_elements} numbers per token and layer is larger than the {grouped} of "
-                f"grouped-query attention: kv_lora_rank up to {grouped - rope_dim} would not be"
+                f"grouped-query attention: kv_lora_rank up to {fitting} would not be"
             )
         return derived
+
+    def _rope_dim(self, dimensions: Dimensions) -> int:
+        rope_dim = self.qk_rope_head_dim
+        if self.position == "rope":
+            if rope_dim == 0:
+                raise ValueError("qk_rope_head_dim=0 leaves position=rope nothing to rotate: choose position=none")
+            rope_dim = rope_dim or 2 * math.ceil(head_dim_of(dimensions) / 8)
+            self.check_rotated("qk_rope_head_dim", rope_dim)
+            return rope_dim
+        if rope_dim:
+            raise ValueError(
+                f"position={self.position} needs qk_rope_head_dim=0, not {rope_dim}: leave it unset, or choose "
+                "position=rope"
+            )
+        if self.k_rope_from == "latent":
+            raise ValueError(f"k_rope_from=latent: position={self.position} has no rope key, choose position=rope")
+        return 0
 
     def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "MLA":
         return MLA(self, dimensions, kernel, causal)
@@ -94,7 +142,7 @@ class MLAConfig(AttentionConfig):
 
     @property
     def cache_elements(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim
+        return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
 
     def described(self, n_heads: int) -> str:
         return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank} and a rotated key of {self.qk_rope_head_dim}"
@@ -108,15 +156,24 @@ class MLA(Attention):
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
         self.n_heads, self.nope_dim, self.rope_dim, self.v_dim, self.rank = n_heads, n, r, v, c
-        self.scale = (n + r) ** -0.5  # in absorbed form too, though its keys are c + r wide
-        self.attend = kernel
+        self.scale = (n + r) ** -0.5 * config.sharpening  # in absorbed form too, though its keys are c + r wide
+        self.attend, self.dropout = kernel, config.dropout
         self.pattern = config.pattern(causal)
-        self.rope = Rope(r, config.rope_theta, config.rope_layout)
-        self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r))  # rows of a head: nope | rope
-        self.kv_down = nn.Linear(d_model, c + r, bias=False)  # rows: latent | rope key
+        self.rope = config.rope(r)
+        self.biased = config.distance_bias(causal)
+        # Rows of a head: nope | rope
+        self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r), dimensions.bias)
+        own = config.k_rope_from == "latent"
+        self.kv_down = Linear(d_model, c if own else c + r, dimensions.bias)  # rows: latent | rope key
         self.kv_norm = RMSNorm(c)
-        self.kv_up = nn.Linear(c, n_heads * (n + v), bias=False)  # rows of a head: k_nope | v
-        self.o_proj = nn.Linear(n_heads * v, d_model, bias=False)
+        self.k_rope_proj = Linear(c, r, bias=False) if own else None
+        heads, rotates = config.qk_norm == "head", r > 0
+        self.q_nope_norm = RMSNorm(n) if heads else nn.Identity()
+        self.q_rope_norm = RMSNorm(r) if heads and rotates else nn.Identity()
+        self.k_rope_norm = RMSNorm(r) if heads and rotates else nn.Identity()
+        self.k_nope_norm = GroupedRMSNorm(n, config.qk_norm_groups) if heads else None
+        self.kv_up = Linear(c, n_heads * (n + v), bias=False)  # rows of a head: k_nope | v
+        self.o_proj = Linear(n_heads * v, d_model, dimensions.bias)
         # Expanding costs c(n+v) products per visible token and head, once; absorbing costs 2c-n-v more per query.
         self.break_even = c * (n + v) / (2 * c - n - v) if 2 * c > n + v else math.inf  # queries
         self.execute = {
@@ -126,44 +183,63 @@ class MLA(Attention):
             "absorbed": self._absorbed,
         }[config.execution]
         self.caches_heads = config.execution == "naive"
+        if heads and config.execution == "absorbed":
+            self.more_products = n_heads * n * c  # k_nope, for the norm
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        table = ctx.rotary[self.rope]
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
-        q_rope = self.rope.rotate(q_rope, table)  # (B, T, H, r)
-        latent, k_rope = self.kv_down(x).unsqueeze(2).split([self.rank, self.rope_dim], -1)
-        # One row per token, all that a latent cache keeps: (B, T, 1, c + r)
-        row = torch.cat((self.kv_norm(latent), self.rope.rotate(k_rope, table)), dim=-1)
-        y = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
-        return self.o_proj(y.flatten(2)), {}
+        q_nope = self.q_nope_norm(q_nope)  # (B, T, H, n)
+        q_rope = ctx.rotated(self.q_rope_norm(q_rope), self.rope)  # (B, T, H, r)
+        down = self.kv_down(x).unsqueeze(2)
+        latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
+        if self.k_rope_proj is not None:
+            k_rope = self.k_rope_proj(latent)
+        # One row per token, all that a latent cache keeps (but for inv): (B, T, 1, c + r)
+        row = torch.cat((latent, ctx.rotated(self.k_rope_norm(k_rope), self.rope)), dim=-1)
+        y, said = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
+        return self.o_proj(y.flatten(2)), said
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
+        if self.k_nope_norm is not None:
+            columns["inverse_rms"] = (self.k_nope_norm.groups, 1)
         if self.caches_heads:
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         k, v = self._expand(row)
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)
-        return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
+        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
-        (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
+    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
+        kept = {"latent_and_k_rope": row} if cache is None else self._kept(row)
+        (row, *_), mask = through_cache(self.pattern, ctx, cache, **kept)
         k, v = self._expand(row)
-        return self.attend(torch.cat((q_nope, q_rope), -1), k, v, mask, self.scale)
+        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
-        (row,), mask = through_cache(self.pattern, ctx, cache, latent_and_k_rope=row)
-        w_uk, w_uv = self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
+        (row, *inverse), mask = through_cache(self.pattern, ctx, cache, **self._kept(row))
+        w_uk, w_uv = self._up_per_head()
+        key = row
+        if self.k_nope_norm is not None:
+            q_nope = (q_nope * self.k_nope_norm.weight).to(row.dtype)
+            row = row.expand(-1, -1, self.k_nope_norm.groups, -1)
+            latent, k_rope = row.split([self.rank, self.rope_dim], -1)
+            key = torch.cat((latent * inverse[0], k_rope), -1)  # (B, S, G, c + r)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
         # The row serves as value too, without a copy; its rope columns are dropped from the output.
-        y = self.attend(q, row, row, mask, self.scale)[..., : self.rank]
-        return torch.einsum("bthc,hvc->bthv", y, w_uv)
+        y, said = self._attend(q, key, row, mask, ctx)
+        return torch.einsum("bthc,hvc->bthv", y[..., : self.rank], w_uv), said
 
-    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Tensor:
+    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         absorb = cache is not None and row.shape[1] <= self.break_even
         return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> Said:
+        q, k = self.biased(q, k, mask, self.scale)
+        y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))
+        return y, said_of_scores(ctx.want, q, k, mask, self.scale)
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
@@ -171,12 +247,26 @@ class MLA(Attention):
         k_nope, v = (
             self.kv_up(latent.squeeze(2)).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
         )
+        if self.k_nope_norm is not None:
+            k_nope = self.k_nope_norm(k_nope)
         return torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1), v
 
+    def _kept(self, row: Tensor) -> dict[str, Tensor]:
+        """What a latent cache keeps of these tokens. inv needs their k_nope, computed for it alone."""
+        if self.k_nope_norm is None:
+            return {"latent_and_k_rope": row}
+        w_uk, _ = self._up_per_head()
+        k_nope = F.linear(row[..., 0, : self.rank], w_uk.flatten(0, 1)).unflatten(-1, (self.n_heads, -1))
+        return {"latent_and_k_rope": row, "inverse_rms": self.k_nope_norm.inverse_rms(k_nope)[..., None].to(row.dtype)}
 
-def _query(d_model: int, rank: int, width: int) -> nn.Module:
+    def _up_per_head(self) -> tuple[Tensor, Tensor]:
+        """kv_up as W_uk (H, n, c) and W_uv (H, v, c)."""
+        return self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
+
+
+def _query(d_model: int, rank: int, width: int, bias: bool) -> nn.Module:
     """d_model -> width: one matrix, or through a normed latent of its own (then `down`, `norm` and `up`)."""
     if not rank:
-        return nn.Linear(d_model, width, bias=False)
-    down, up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, width, bias=False)
+        return Linear(d_model, width, bias=False)
+    down, up = Linear(d_model, rank, bias), Linear(rank, width, bias=False)
     return nn.Sequential(OrderedDict(down=down, norm=RMSNorm(rank), up=up))

@@ -10,10 +10,12 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
 from model.config import Dimensions
+from model.positions import Position
 
 
 class StackConfig(AttentionChoice):
     pattern: tuple[str, ...] = Field(min_length=1)  # names of parts, one per layer, again from the start when they end
+    position: Position = "rope"  # of the parts that were typed without one: the border has handed it down
     parts: dict[str, SerializeAsAny[AttentionConfig]]
 
     @model_validator(mode="after")

@@ -14,7 +14,8 @@ from model.attention.base import divisors
 from model.attention.mla import Execution
 from model.errors import Unsupported
 from model.kernels.naive import Naive
-from model.rope import Layout
+from model.positions import Position
+from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from tests.support import NEEDS, assert_one_line, compose, relative_error, sharpened, some_tokens
 from training.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
@@ -59,10 +60,16 @@ ATTENTION = {
     "qk_rope_head_dim": unset_or(even(8)),
     "v_head_dim": unset_or(st.integers(1, 16)),
     "qk_norm": st.booleans(),
+    "qk_norm_groups": st.sampled_from([1, 1, 1, 2, 3]),
+    "dropout": st.sampled_from([0.0, 0.0, 0.0, 0.2]),
     "rope_theta": st.sampled_from([10000.0, 100.0, 1e6]),
     "rope_layout": st.sampled_from(get_args(Layout)),
+    "rope_dim": unset_or(even(8)),
+    "position": st.sampled_from(["rope", *get_args(Position)]),
+    "k_rope_from": st.sampled_from(["hidden", "latent"]),
     "execution": st.sampled_from(get_args(Execution)),
 }
+STRETCHES = [{}, {}, {}, *({"rope_scaling": s, "rope_factor": f} for s in get_args(Scaling) for f in (0.5, 4.0))]
 HUGE = [10**6, 2**31, -(2**63), 10**15, 10**400]
 FLOATS = [0.0, 0.5, 1.0, 5e-324, 1e-30, 1e30, 1e300, math.inf, math.nan]
 EXTREMES = [*HUGE, -1, 0, 1, 2, 3, 7, *FLOATS, None, True, "", [], {}]
@@ -95,8 +102,17 @@ def cases(draw) -> Case:
         "context_length": window,
         "tie_embeddings": draw(st.booleans()),
         "dropout": draw(st.sampled_from([0.0, 0.0, 0.3])),
+        "position_embedding": draw(st.sampled_from(["none", "learned", "sinusoidal"])),
+        "norm": draw(st.sampled_from(["rms", "layer"])),
+        "bias": draw(st.booleans()),
+        "logit_softcap": draw(unset_or(st.sampled_from([0.5, 30.0]))),
+        "zero_init": draw(st.booleans()),
     }
     tree["attention"] |= {name: draw(ATTENTION[name]) for name in tree["attention"] if name in ATTENTION}
+    if "rope_scaling" in tree["attention"]:
+        tree["attention"] |= draw(st.sampled_from(STRETCHES))
+    if attention == "mla":
+        tree["attention"]["qk_norm"] = draw(st.sampled_from(["latent", "head"]))
     if attention == "mha":
         tree["attention"]["n_kv_heads"] = n_heads
     elif attention == "gqa":

@@ -13,7 +13,11 @@ from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, CASES, load_composed, small_config, some_tokens
 
-MLPS = [(f"mlp={mlp}", f"model.tie_embeddings={tied}") for mlp in ("gelu", "relu2", "swiglu") for tied in (True, False)]
+MLPS = [
+    (f"mlp={mlp}", f"model.tie_embeddings={tied}")
+    for mlp in ("gelu", "relu", "relu2", "swiglu")
+    for tied in (True, False)
+]
 VOCAB = 100
 
 
@@ -27,9 +31,10 @@ def test_parameters_by_part_are_those_of_the_model(case):
     model = TransformerLM(config, VOCAB)
     parts = cost.parameters(cost.on_meta(config, VOCAB))
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
-    assert parts["embedding"] == model.embedding.weight.numel()
+    learned = 64 * 64 if "position=learned" in case else 0
+    assert parts["embedding"] == model.embedding.weight.numel() + learned
     assert parts["head"] == (0 if config.tie_embeddings else model.head.weight.numel())
-    assert parts["norms"] == sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    assert parts["norms"] == sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
     assert parts["mlp"] == sum(p.numel() for layer in model.layers for p in layer.mlp.parameters())
 
 

@@ -3,12 +3,17 @@
 import pytest
 import torch
 
+from model import cost
+from model.errors import Unsupported
+from model.kernels import online
 from model.kernels.auto import Auto
 from model.kernels.naive import Naive
+from model.kernels.online import Online
 from model.kernels.sdpa import QUERY_TILE, SDPA
-from model.mask import Mask
+from model.mask import CAUSAL, Mask, Pattern
 from tests.support import relative_error
 
+TILED = Online(query_tile=3, key_tile=4)  # several tiles of everything, the last of each cut short
 SHAPES = {  # T, S, H, G, D, Dv
     "MHA": (16, 16, 4, 4, 8, 8),
     "GQA": (16, 16, 6, 2, 8, 8),
@@ -48,10 +53,10 @@ def test_naive_is_the_definition(shape):
     assert relative_error(Naive()(q, k, v, mask, 0.3), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kernel", [SDPA(), Auto()], ids=["sdpa", "auto"])
+@pytest.mark.parametrize("kernel", [SDPA(), Auto(), TILED, Online()], ids=["sdpa", "auto", "tiles", "online"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("situation", ["plain", "chunk", "one query", "ragged"])
-def test_fused_equals_naive_forward_and_backward(kernel, shape, situation):
+def test_every_kernel_equals_naive_forward_and_backward(kernel, shape, situation):
     t, s, *rest = shape
     if situation == "plain":
         mask = Mask(positions(0, t), positions(0, s), plain=True)
@@ -64,14 +69,102 @@ def test_fused_equals_naive_forward_and_backward(kernel, shape, situation):
     else:
         ragged = torch.stack([torch.arange(t), torch.arange(t) - 5])
         mask = Mask(ragged, ragged, plain=False)
-    draw = torch.randn(2, t, rest[0], rest[3], generator=torch.Generator().manual_seed(9))
+    check_against_naive(kernel, inputs(t, s, *rest), mask)
+
+
+def check_against_naive(kernel, given, mask, tolerance=1e-5):
+    """Output and gradients."""
+    q, _, v = given
+    draw = torch.randn(*q.shape[:3], v.shape[3], generator=torch.Generator().manual_seed(9))
     results = []
     for chosen in (Naive(), kernel):
-        q, k, v = inputs(t, s, *rest)
-        out = chosen(q, k, v, mask, 0.4)
-        results.append([out, *torch.autograd.grad((out * draw).sum(), (q, k, v))])
+        out = chosen(*given, mask, 0.4)
+        results.append([out, *torch.autograd.grad((out * draw).sum(), given)])
     for found, expected in zip(results[1], results[0], strict=True):
-        assert relative_error(found, expected) <= 1e-5
+        assert relative_error(found, expected) <= tolerance
+
+
+PATTERNS = {
+    "causal": CAUSAL,
+    "both sides": Pattern(causal=False),
+    "window": Pattern(window=4),
+    "window on both sides": Pattern(causal=False, window=4),
+    "wide window": Pattern(window=11),
+    "dilated window": Pattern(window=7, dilation=3),
+    "global tokens": Pattern(window=3, global_tokens=2),
+    "random blocks": Pattern(window=3, random_blocks=0.4, block_size=2),
+    "not itself": Pattern(see_self=False),
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("situation", ["plain", "documents", "padding", "padding behind"])
+@pytest.mark.parametrize("tiles", [(1, 1), (3, 4), (5, 2), (16, 7)], ids=str)
+def test_tiles_of_any_size_equal_naive_under_every_mask(pattern, situation, tiles):
+    """Tiles that some or all of their queries see nothing of, before and after those that they do."""
+    t = 17
+    places, docs, plain = positions(0, t), None, situation.startswith("pla")
+    if situation == "documents":
+        docs = torch.tensor([[0] * 6 + [1] + [2] * 10, [0] * 2 + [1] * 13 + [2] * 2])
+        places = torch.arange(t) - torch.searchsorted(docs, docs)
+    elif situation == "padding":
+        places = torch.stack([torch.arange(t) - 6, torch.arange(t) - 1]).clamp(min=-1)
+    elif situation == "padding behind":
+        places = torch.arange(t).where(torch.arange(t) < torch.tensor([[t], [9]]), -1)
+    mask = Mask(places, places, plain, pattern, docs, docs)
+    kernel = Online(query_tile=tiles[0], key_tile=tiles[1])
+    check_against_naive(kernel, inputs(t, t, 4, 2, 8, 6), mask)
+
+
+def test_online_is_right_where_scores_are_far_apart():
+    """Maxima that rise and fall by a hundred from tile to tile."""
+    q, k, v = inputs(16, 16, 4, 2, 8, 8)
+    q, k = (x.detach().mul(8).requires_grad_() for x in (q, k))
+    mask = Mask(positions(0, 16), positions(0, 16), plain=True)
+    check_against_naive(TILED, (q, k, v), mask, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("pattern", [CAUSAL, Pattern(window=40)], ids=["causal", "window"])
+def test_memory_of_online_grows_with_the_length_and_not_with_its_square(pattern):
+    def peak(kernel, length: int) -> int:
+        given, places = inputs(length, length, 4, 2, 8, 8), positions(0, length)
+        with cost.LivePeak() as live:
+            kernel(*given, Mask(places, places, True, pattern), 0.4).sum().backward()
+        return live.bytes
+
+    kernel = Online(query_tile=16, key_tile=16)
+    small, large = peak(kernel, 256), peak(kernel, 1024)
+    assert large < 4.1 * small
+    assert peak(Naive(), 1024) > 12 * peak(Naive(), 256)  # which is what such a count shows of a kernel that is not
+    scores = 4 * 2 * 4 * 1024 * 1024  # bytes of one T × S matrix per head
+    assert large < scores / 20
+
+
+def test_online_skips_the_tiles_that_nobody_sees(monkeypatch):
+    """Of 8 x 8 tiles: those up to the diagonal; with a window of one tile, two per row of them."""
+    computed, real = [], online.scores_of_tile
+    monkeypatch.setattr(online, "scores_of_tile", lambda *given: (computed.append(given[-2:]), real(*given))[1])
+    kernel, places = Online(query_tile=4, key_tile=4), positions(0, 32)
+    for pattern, tiles in ((CAUSAL, 36), (Pattern(window=4), 15), (Pattern(causal=False), 64)):
+        computed.clear()
+        out = kernel(*inputs(32, 32, 2, 1, 4, 4), Mask(places, places, True, pattern), 0.5)
+        assert len(computed) == tiles
+        out.sum().backward()
+        assert len(computed) == 2 * tiles
+
+
+def test_online_has_no_second_derivative_and_says_so():
+    given = inputs(4, 4, 1, 1, 4, 4)
+    out = Online()(*given, Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+    (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_online_refuses_dropout_of_weights():
+    mask = Mask(positions(0, 4), positions(0, 4), plain=True)
+    with pytest.raises(Unsupported, match=r"kernel=online has no dropout .*kernel=naive"):
+        Online()(*inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
 
 
 def test_long_chunks_run_in_tiles_of_queries():
@@ -85,10 +178,14 @@ def test_bfloat16_within_its_rounding():
     low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
     mask = Mask(positions(0, 16), positions(0, 16), plain=True)
     expected = Naive()(*(x.float() for x in low), mask, 0.35)
-    for kernel in (Naive(), SDPA()):
+    gradients = torch.autograd.grad(expected.square().sum(), low)
+    for kernel in (Naive(), SDPA(), TILED):
         found = kernel(*low, mask, 0.35)
         assert found.dtype == torch.bfloat16
         assert relative_error(found, expected) <= 0.02
+        for grad, exact in zip(torch.autograd.grad(found.float().square().sum(), low), gradients, strict=True):
+            assert grad.dtype == torch.bfloat16
+            assert relative_error(grad, exact) <= 0.04
 
 
 def test_sdpa_refuses_a_device_it_does_not_know():

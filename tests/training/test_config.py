@@ -42,6 +42,39 @@ def test_every_attention_fits_every_model(attention, model):
     assert all(config.attention.of_layer(i).cache_elements > 0 for i in range(config.n_layers))
 
 
+def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice():
+    def found(*overrides: str) -> tuple:
+        model = load_composed("model=classic_gpt", *overrides).model
+        attention = model.attention
+        return attention.n_kv_heads, attention.qk_norm, attention.position, attention.dropout, type(model.mlp).__name__
+
+    assert found() == (4, False, "none", 0.1, "GELUConfig")
+    assert found("attention=gqa") == (2, False, "none", 0.1, "GELUConfig")
+    assert found("attention=mqa", "attention.qk_norm=true") == (1, True, "none", 0.1, "GELUConfig")
+    assert found("attention.position=rope", "attention.dropout=0") == (4, False, "rope", 0.0, "GELUConfig")
+    assert found("mlp=swiglu", "experiment=smoke") == (4, False, "none", 0.1, "SwiGLUConfig")
+    other = load_composed("attention=mha").model
+    assert (other.attention.qk_norm, other.attention.position, type(other.mlp).__name__) == (
+        True,
+        "rope",
+        "ReLU2Config",
+    )
+
+
+def test_what_runs_were_before_these_switches_they_still_are():
+    """A config.yaml without them means the arithmetic of its time."""
+    for attention in ATTENTIONS:
+        now = load_composed(f"attention={attention}")
+        tree = dump(now)
+        for name in ("norm", "bias", "logit_softcap", "position_embedding", "zero_init"):
+            del tree["model"][name]
+        for part in (tree["attention"], *tree["attention"].get("parts", {}).values()):
+            for name in ("dropout", "position", "qk_norm_groups", *["qk_norm"] * (attention == "mla")):
+                part.pop(name, None)
+        tree["mlp"].pop("approximate", None)
+        assert load(yaml.safe_load(yaml.safe_dump(tree))) == now
+
+
 def test_unset_dimensions_derive_by_the_documented_rules():
     gpt2 = load_composed("model=gpt2", "attention=mla")
     mla = gpt2.model.attention
@@ -57,6 +90,47 @@ def test_unset_dimensions_derive_by_the_documented_rules():
     assert load_composed("batch_tokens=2560", "micro_batch_size=null").micro_batch_size == 10
 
 
+def test_one_switch_says_how_positions_are_known():
+    for position, bias, embedding in (
+        ("rope", "rope", "none"),
+        ("alibi", "alibi", "none"),
+        ("none", "none", "none"),
+        ("learned", "none", "learned"),
+        ("sinusoidal", "none", "sinusoidal"),
+    ):
+        for attention in ATTENTIONS:
+            model = load_composed(f"position={position}", f"attention={attention}").model
+            assert model.position_embedding == embedding
+            assert {model.attention.of_layer(i).position for i in range(model.n_layers)} == {bias}
+
+
+def test_what_is_typed_or_said_by_an_experiment_goes_before_the_switch(tmp_path):
+    assert load_composed("attention.position=alibi").model.attention.position == "alibi"
+    run = load_composed("position=learned", "attention.position=rope")
+    assert (run.model.position_embedding, run.model.attention.position) == ("learned", "rope")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "ours.yaml").write_text("# @package _global_\nattention: {position: alibi}\n")
+    run = load_composed("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
+    assert run.model.attention.position == "alibi"
+
+
+def test_a_part_of_a_stack_may_differ_from_what_the_stack_says():
+    stack = load_composed("attention=stack", "position=none", "+attention.parts.local.position=rope").model.attention
+    assert [stack.of_layer(i).position for i in range(2)] == ["rope", "none"]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_the_config_of_a_run_older_than_these_settings_loads(attention):
+    new = {"position", "position_embedding", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context"}
+    new |= {"k_rope_from"}
+
+    def older(tree):
+        return {k: older(v) for k, v in tree.items() if k not in new} if isinstance(tree, dict) else tree
+
+    run = load_composed(f"attention={attention}")
+    assert load(older(dump(run))) == run
+
+
 BAD = [
     (
         ("attention.n_kv_heads=5", "model=gpt2", "attention=gqa"),
@@ -65,7 +139,52 @@ BAD = [
     (("attention=mla", "attention.qk_rope_head_dim=7"), "qk_rope_head_dim=7 is odd"),
     (("attention=mla", "attention.qk_rope_head_dim=32"), "qk_rope_head_dim=32 leaves nothing of head_dim=32"),
     (("attention.head_dim=7",), "head_dim=7 is odd"),
+    (("attention.rope_dim=5",), "rope_dim=5 is odd"),
+    (("attention.rope_dim=34",), "rope_dim=34 is more than head_dim=32"),
+    (("attention.rope_dim=0",), "attention.rope_dim=0"),
+    (("attention.rope_dim=8", "position=none"), "rope_dim=8 rotates, and position=none does not"),
+    (("attention.rope_scaling=yarn", "attention.rope_factor=0"), "attention.rope_factor=0"),
+    (("attention.rope_scaling=linear", "attention.rope_factor=-2"), "attention.rope_factor=-2"),
+    (("attention.rope_scaling=ntk",), "rope_scaling=ntk needs a factor"),
+    (("attention.rope_factor=2",), "rope_factor=2.0 does nothing with rope_scaling=none"),
+    (("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_dim=2"), "rope_dim=2 is one pair"),
+    (("attention.rope_scaling=yarn", "attention.rope_factor=2", "attention.rope_theta=1"), "rope_theta=1 turns all"),
+    (
+        ("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_original_context=64"),
+        "rope_original_context=64 is what yarn begins from, and rope_scaling=ntk does not ask",
+    ),
+    (
+        ("attention.rope_scaling=linear", "attention.rope_factor=2", "position=alibi"),
+        "rope_scaling=linear scales a rotation, and position=alibi has none",
+    ),
+    (
+        ("attention=mla", "attention.qk_rope_head_dim=8", "position=alibi"),
+        "position=alibi needs qk_rope_head_dim=0, not 8",
+    ),
+    (("attention=mla", "attention.qk_rope_head_dim=0"), "qk_rope_head_dim=0 leaves position=rope nothing to rotate"),
+    (("attention=mla", "attention.k_rope_from=latent", "position=none"), "position=none has no rope key"),
+    (("attention=mla", "attention.k_rope_from=above"), "attention.k_rope_from=above"),
+    (("attention.position=learned",), "attention.position=learned"),
+    (("model.position_embedding=rope",), "model.position_embedding=rope"),
+    (
+        ("attention=stack", "attention.parts.local={attention: mla, qk_rope_head_dim: 4}", "position=alibi"),
+        "position=alibi needs qk_rope_head_dim=0, not 4",
+    ),
     (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
+    (("model.logit_softcap=0",), "model.logit_softcap=0"),
+    (("model.logit_softcap=-30",), "model.logit_softcap=-30"),
+    (("model.norm=batch",), "model.norm=batch"),
+    (("model.bias=maybe",), "model.bias=maybe"),
+    (("attention.dropout=1",), "attention.dropout=1"),
+    (("attention=mla", "attention.dropout=-0.1"), "attention.dropout=-0.1"),
+    (("model.dropout=1.5",), "model.dropout=1.5"),
+    (("mlp=gelu", "mlp.approximate=erf"), "mlp.approximate=erf"),
+    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=true: choose latent or head"),
+    (
+        ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
+        "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
+    ),
+    (("attention=mla", "attention.qk_norm_groups=2"), "qk_norm_groups=2 has no heads to norm with qk_norm=latent"),
     (("steps=abc",), "steps=abc"),
     (("steps=0",), "steps=0"),
     (("steps=1.5",), "steps=1.5"),
@@ -160,5 +279,5 @@ def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
 
 def test_a_choice_can_be_loaded_alone():
     assert type(load_choice("kernel", "naive")).__name__ == "Naive"
-    with pytest.raises(UserError, match="choose one of auto, naive, sdpa"):
+    with pytest.raises(UserError, match="choose one of auto, flex, naive, online, sdpa"):
         load_choice("kernel", "fast")

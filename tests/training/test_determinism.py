@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from model.kernels.naive import Naive
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, SMOKE, call, relative_error, small_config, small_model, some_tokens
 from tests.training import golden
@@ -95,6 +96,44 @@ def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
     dropped = ctx.drop(torch.ones(100_000), block.dropout)
     assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.01)
     assert dropped.mean() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("attention=gqa", "attention.dropout=0.25"),
+        *(("attention=mla", "attention.dropout=0.25", f"attention.execution={how}") for how in ("naive", "expanded")),
+        ("attention=mla", "attention.dropout=0.25", "attention.execution=absorbed"),
+        ("attention=stack", "+attention.parts.local.dropout=0.25", "+attention.parts.global.dropout=0.25"),
+    ],
+    ids=" ".join,
+)
+def test_dropout_of_attention_weights_drops_the_share_it_says_while_training_only(case):
+    """The weights themselves, read off with a row of the identity as each key's value."""
+    recorded = []
+
+    class Recording(Naive):
+        def __call__(self, q, k, v, mask, scale, dropout=0.0):
+            rows = torch.eye(k.shape[1])[None, :, None].expand(*k.shape[:3], -1)
+            seed = torch.random.get_rng_state()
+            weights = [super(Recording, self).__call__(q, k, rows, mask, scale, p) for p in (dropout, 0.0)]
+            torch.random.set_rng_state(seed)
+            recorded.append(weights)
+            return super().__call__(q, k, v, mask, scale, dropout)
+
+    model, tokens = small_model(*case, kernel=Recording()), some_tokens(8, 64)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        model(tokens, training=True)
+        model(tokens)
+    for dropped, whole in recorded[:2]:
+        visible = whole > 0
+        kept = visible & (dropped > 0)
+        assert torch.allclose(dropped[kept], whole[kept] / 0.75)
+        assert (kept.sum() / visible.sum()).item() == pytest.approx(0.75, abs=0.01)
+        assert dropped.sum().item() == pytest.approx(whole.sum().item(), rel=0.04)
+    for dropped, whole in recorded[2:]:
+        assert torch.equal(dropped, whole)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from training.log import clock
 from training.precision import Working
 from training.step import accumulate, losses_of
 
-VOCAB = 100
+VOCAB, CPU = 100, torch.device("cpu")
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -29,13 +29,27 @@ def test_the_peak_memory_is_what_the_allocator_says(tmp_path, attention, options
     check_memory(tmp_path, f"attention={attention}", "precision=fp32", options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("attention=mla", "attention.dropout=0.1", "attention.qk_norm=head"),
+        ("model=classic_gpt",),
+        ("model=classic_gpt", "attention.dropout=0", "precision=bf16"),
+    ],
+    ids=" ".join,
+)
+def test_the_peak_memory_where_attention_weights_are_dropped(tmp_path, options):
+    """A CPU's fused kernel does not drop them: all T×T of the naive one are counted."""
+    check_memory(tmp_path, "precision=fp32", *options)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16"])
 def test_the_peak_memory_of_masked_documents_too(tmp_path, attention, options):
     """In windows of several tiles of queries, whose masks are the larger part of it."""
     window = ["model.context_length=600", "batch_tokens=4800"]
     masked = check_memory(tmp_path, f"attention={attention}", options, *window, "data.document_mask=true")
-    plain = memory(load_composed(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB)
+    plain = memory(load_composed(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
     assert masked > 1.2 * sum(plain.values())
 
 
@@ -43,7 +57,7 @@ def check_memory(tmp_path, *options: str) -> int:
     """Within 1 %, asking PyTorch's allocator of a CPU for every block it gave and took back -> the bytes predicted."""
     run = load_composed(*SMOKE, "micro_batch_size=4", *options)
     tokens = some_tokens(4, run.model.context_length, VOCAB)
-    predicted = memory(run, VOCAB)
+    predicted = memory(run, VOCAB, CPU)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         working = Working(TransformerLM(run.model, VOCAB), run.precision)

@@ -52,6 +52,21 @@ def test_a_shorter_context_is_allowed(base, workplace, monkeypatch):
     assert load_run("short")[0].config.context_length == 32
 
 
+def test_a_longer_context_is_allowed_with_the_rotation_stretched_over_it(base, workplace, monkeypatch):
+    longer = ["model.context_length=128", "attention.rope_scaling=yarn", "attention.rope_factor=2"]
+    assert call("train", [*TUNED, *longer, "run_dir=long"], monkeypatch) == 0
+    attention = load_run("long")[0].config.attention
+    assert (attention.rope_scaling, attention.rope_factor, attention.rope_original_context) == ("yarn", 2.0, 64)
+
+
+def test_another_context_is_refused_where_positions_are_learned(workplace, monkeypatch, capsys):
+    Path("a.txt").write_text(TEXT)
+    assert call("train", [*BASE, "position=learned", "steps=1"], monkeypatch) == 0
+    assert call("train", [*TUNED, "model.context_length=32", "run_dir=no"], monkeypatch) == 2
+    assert "its learned positions are the 64 of its context" in capsys.readouterr().err.splitlines()[-1]
+    assert call("train", [*TUNED, "steps=1", "run_dir=yes"], monkeypatch) == 0
+
+
 def test_it_resumes_without_the_run_it_began_with(base, workplace, monkeypatch):
     assert call("train", [*TUNED, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", 5)
@@ -67,6 +82,7 @@ REFUSED = {
     "tokenizer=bpe": "tokenizer cannot be chosen",
     "attention=gqa": "attention cannot be chosen with init_from=base: the model is that run's",
     "model.d_model=128": "model.d_model cannot be chosen",
+    "position=alibi": "position cannot be chosen",
     "init_from=nowhere": "nowhere is not a run",
     "init_from=base/checkpoints/step_00000030": "is no run, but lies within one: give the run's folder, base",
     "init_from=base/checkpoints": "give the run's folder, base",

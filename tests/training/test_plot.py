@@ -85,7 +85,7 @@ def test_short_runs_are_drawn_as_they_were_and_long_ones_smoothed(workplace, mon
         (["runs/one/metrics.jsonl"], "there is no run among what was given"),
         (["runs/diverged"], "runs/diverged has nothing to draw yet"),
         (["runs/one", "-o", "runs/one/metrics.jsonl"], "choose a name that ends in one of .pdf, .png, .svg"),
-        (["runs/one", "-o", "nowhere/x.png"], "nowhere/x.png cannot be written: No such file"),
+        (["runs/one", "-o", "nowhere/x.png"], "nowhere/x.png cannot be written: there is no folder nowhere"),
         (["runs/one", "--x", "hours"], "invalid choice: 'hours'"),
         (["runs/one", "--y"], "--y"),
     ],

@@ -38,6 +38,24 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, att
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
+@pytest.mark.parametrize(
+    ("choice", "compiled"),
+    [
+        (["model=classic_gpt"], False),
+        (["model=classic_gpt", "model.n_layers=1"], True),
+        (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], False),
+        (["attention=stack", "+attention.parts.local.dropout=0.2"], False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_so_is_one_that_drops_attention_weights(workplace, monkeypatch, capsys, choice, compiled):
+    assert call("train", [*BUSY, *choice, f"compile={compiled}", "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    assert "running eagerly" not in capsys.readouterr().err
+
+
 def test_a_mix_with_masked_documents_resumes_too(workplace, monkeypatch):
     parts = "data.parts={a: {quota: 1, data: synthetic, size: 12}, b: {quota: 2, data: synthetic, size: 30, seed: 1}}"
     options = [option for option in BUSY if not option.startswith("data.")] + ["data=mix", parts]

@@ -58,8 +58,11 @@ def test_accumulation_changes_nothing_but_rounding(precision, tolerance):
             assert (found - expected).norm() <= tolerance * expected.norm()
 
 
-def test_bfloat16_copies_leave_the_float32_weights_in_charge():
-    model = small_model("attention=mla", kernel=SDPA())
+@pytest.mark.parametrize(
+    "case", [("attention=mla",), ("attention=gqa", "model.bias=true", "model.norm=layer")], ids=" ".join
+)
+def test_bfloat16_copies_leave_the_float32_weights_in_charge(case):
+    model = small_model(*case, kernel=SDPA())
     working = Working(model, "bf16")
     for master, twin in zip(model.parameters(), working.model.parameters(), strict=True):
         assert master.dtype == torch.float32
@@ -112,6 +115,15 @@ def test_decay_touches_matrices_only():
     assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
     assert all(p.ndim < 2 for p in rest["params"]) and rest["weight_decay"] == 0
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    classic = load_composed("model=classic_gpt", "model.n_layers=1").model
+    model = TransformerLM(classic, 100)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, rest = (
+        {names[id(p)] for p in group["params"]} for group in AdamWConfig(lr=1e-3).build(model).param_groups
+    )
+    assert {"embedding.weight", "position_embedding.weight", "head.weight", "layers.0.mlp.up_proj.weight"} <= decayed
+    assert {"norm.weight", "norm.bias", "layers.0.attention.q_proj.bias", "layers.0.mlp.down_proj.bias"} <= rest
+    assert not any("norm" in name or name.endswith("bias") for name in decayed)
 
 
 def test_the_cosine_schedule_by_its_landmarks():

@@ -7,17 +7,19 @@ from torch import Tensor
 from model.attention.base import Context
 from model.attention.mla import MLA
 from model.generate import bucket, decode_step
+from model.kernels import online
 from model.kernels.auto import Auto
-from model.kernels.base import Kernel
 from model.kernels.naive import Naive
+from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.model.attention import laws
-from tests.support import CASES, relative_error, sharpened, small_config, small_model, some_tokens
+from tests.support import ATTENTIONS, CASES, relative_error, sharpened, small_config, small_model, some_tokens
 
-KERNELS = [Naive(), SDPA(), Auto()]
-ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal")  # what a token sees depends on where it stands
+KERNELS = [Naive(), SDPA(), Auto(), Online(query_tile=4, key_tile=3)]
+# What a token is, or what it sees, depends on where it stands.
+ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
 
 
@@ -51,9 +53,10 @@ def test_packed_documents_equal_each_alone(case, kernel):
 
 
 @every_case
-def test_kernels_agree_and_so_do_their_gradients(case):
+@pytest.mark.parametrize("kernel", KERNELS[1:], ids=lambda kernel: type(kernel).__name__)
+def test_kernels_agree_and_so_do_their_gradients(case, kernel):
     tokens = some_tokens(2, 24)
-    naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=SDPA())
+    naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=kernel)
     for model in (naive, fused):
         model(tokens).logits.square().mean().backward()
     assert relative_error(fused(tokens).logits, naive(tokens).logits) <= 1e-5
@@ -62,7 +65,9 @@ def test_kernels_agree_and_so_do_their_gradients(case):
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not any(key in " ".join(case) for key in ANCHORED)])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not any(name in part for name in ANCHORED for part in case)], ids=" ".join
+)
 def test_scores_depend_on_differences_of_positions(case):
     laws.check_relative_positions(small_model(*case))
 
@@ -85,6 +90,9 @@ def test_cache_sizes_by_hand():
     expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
     for name, elements in expected.items():
         assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
+    for groups in (1, 2, 4):  # and one inverse root mean square for each group
+        model = small_model("attention=mla", "attention.qk_norm=head", f"attention.qk_norm_groups={groups}")
+        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4 + groups)
 
 
 def test_a_window_bounds_the_cache():
@@ -97,7 +105,7 @@ def test_a_window_bounds_the_cache():
         assert [cache.columns["latent_and_k_rope"].shape[1] for cache in caches] == [rows + 1, rows + 1]
 
 
-@every_case
+@pytest.mark.parametrize("case", [case for case in CASES if "position=alibi" not in case], ids=" ".join)
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
 def test_an_encoder_sees_both_sides(case, kernel):
     encoder = sharpened(
@@ -114,6 +122,12 @@ def test_an_encoder_does_not_decode():
         encoder(some_tokens(1, 3), positions=torch.arange(3)[None], caches=encoder.make_caches(1, 8))
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_encoder_has_no_bias_that_would_favour_what_comes_later(attention):
+    with pytest.raises(ValueError, match="position=alibi is for causal models"):
+        TransformerLM(small_config(f"attention={attention}", "position=alibi"), 100, causal=False)
+
+
 def test_a_latent_cache_never_holds_a_tensor_per_head():
     for execution in ("auto", "expanded", "absorbed"):
         model = small_model("attention=mla", f"attention.execution={execution}")
@@ -122,8 +136,9 @@ def test_a_latent_cache_never_holds_a_tensor_per_head():
 
 
 @every_case
-def test_decode_step_compiles_once(case):
-    model = small_model(*case, kernel=SDPA())
+@pytest.mark.parametrize("kernel", [SDPA(), Online()], ids=lambda kernel: type(kernel).__name__)
+def test_decode_step_compiles_once(case, kernel):
+    model = small_model(*case, kernel=kernel)
     torch._dynamo.reset()
     step = torch.compile(decode_step, backend="eager", fullgraph=True)
     caches = model.make_caches(2, 64)
@@ -138,10 +153,19 @@ def test_decode_step_compiles_once(case):
             assert relative_error(found, expected) <= 1e-6
 
 
-@pytest.mark.parametrize("q_lora_rank", [0, 24])
-def test_absorbed_expanded_and_naive_are_one_function(q_lora_rank):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("attention.q_lora_rank=0",),
+        ("attention.q_lora_rank=24",),
+        ("attention.q_lora_rank=24", "model.bias=true"),
+        *(("attention.qk_norm=head", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
+    ],
+    ids=" ".join,
+)
+def test_absorbed_expanded_and_naive_are_one_function(changed):
     tokens = some_tokens(2, 20)
-    common = ("attention=mla", f"attention.q_lora_rank={q_lora_rank}")
+    common = ("attention=mla", *changed)
     models = {
         execution: small_model(*common, f"attention.execution={execution}")
         for execution in ("naive", "expanded", "absorbed", "auto")
@@ -150,6 +174,42 @@ def test_absorbed_expanded_and_naive_are_one_function(q_lora_rank):
     for execution, model in models.items():
         assert relative_error(model(tokens).logits, expected) <= 1e-5, execution
         assert relative_error(_decoded(model, tokens), expected) <= 1e-5, execution
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_norms_of_heads_by_their_formula(groups):
+    """One layer and all positions at once, against the formula written with loops over heads and groups."""
+    model = small_model("attention=mla", "attention.qk_norm=head", f"attention.qk_norm_groups={groups}")
+    layer: MLA = model.layers[0].attention
+    n, r, v, c, heads = layer.nope_dim, layer.rope_dim, layer.v_dim, layer.rank, layer.n_heads
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(9)[None]
+    table = layer.rope.table(positions)
+
+    def normed(x: Tensor, weight: Tensor, over: Tensor | None = None) -> Tensor:
+        squares = (x if over is None else over.flatten(-2)).square()
+        return x * weight / (squares.mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x: Tensor) -> Tensor:
+        return layer.rope.rotate(x[:, :, None], table)[:, :, 0]
+
+    with torch.no_grad():
+        queries = (x @ layer.q_proj.weight.T).view(1, 9, heads, n + r)
+        latent, k_rope = (x @ layer.kv_down.weight.T).split([c, r], -1)
+        latent, k_rope = normed(latent, layer.kv_norm.weight), turned(normed(k_rope, layer.k_rope_norm.weight))
+        k_nope, values = (latent @ layer.kv_up.weight.T).view(1, 9, heads, n + v).split([n, v], -1)
+        outputs, together = [], heads // groups
+        for h in range(heads):
+            group = slice(h // together * together, (h // together + 1) * together)
+            key = normed(k_nope[:, :, h], layer.k_nope_norm.weight, over=k_nope[:, :, group])
+            q_nope = normed(queries[:, :, h, :n], layer.q_nope_norm.weight)
+            q_rope = turned(normed(queries[:, :, h, n:], layer.q_rope_norm.weight))
+            scores = (q_nope @ key.mT + q_rope @ k_rope.mT) * (n + r) ** -0.5
+            scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+            outputs.append(scores.softmax(-1) @ values[:, :, h])
+        expected = torch.cat(outputs, -1) @ layer.o_proj.weight.T
+        found, _ = layer(x, Context(positions, plain=True, extent=None, rotary={layer.rope: table}))
+    assert relative_error(found, expected) <= 1e-5
 
 
 def test_prefused_matrices_are_the_same_function_too():
@@ -204,6 +264,18 @@ def test_bfloat16_stays_near_float32(case):
         assert relative_error(_decoded(low, tokens), expected) <= 0.06
 
 
+@every_case
+def test_what_tells_positions_apart_is_needed(case):
+    """Two tokens before the last one change places: the last one's logits notice, but with no positions at all, where a
+    single layer cannot (further ones can, by what the causal mask showed to each)."""
+    model = small_model(
+        *case, "model.n_layers=1", *(["attention.pattern=[local]"] if "attention=stack" in case else [])
+    )
+    tokens = some_tokens(1, 3)
+    moved = relative_error(model(tokens[:, [1, 0, 2]]).logits[:, -1], model(tokens).logits[:, -1])
+    assert (moved <= 1e-6) == ("position=none" in case)
+
+
 # Negative tests: what the laws are for is caught by them.
 
 
@@ -221,27 +293,6 @@ class TopLeftCausal(SDPA):
         return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, plain=True), scale)
 
 
-class OnlineSoftmax(Kernel):
-    """A running maximum and sum over keys, one at a time; `sign` +1 is the correct rescaling, -1 the misprint."""
-
-    sign: int = 1
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        repeats = q.shape[2] // k.shape[2]
-        k, v = k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2)
-        visible = mask.visible()
-        largest = torch.full((*q.shape[:3], 1), -1e30)
-        total, out = torch.zeros_like(largest), torch.zeros(*q.shape[:3], v.shape[-1])
-        for s in range(k.shape[1]):
-            score = scale * (q * k[:, s : s + 1]).sum(-1, keepdim=True)
-            score = score.masked_fill(~visible[:, :, s, None, None], -1e30)
-            new = torch.maximum(largest, score)
-            rescale = (self.sign * (largest - new)).exp().clamp(max=1e30)
-            weight = (score - new).exp() * visible[:, :, s, None, None]
-            total, out, largest = total * rescale + weight, out * rescale + weight * v[:, s : s + 1], new
-        return out / total
-
-
 def test_a_scale_from_the_wrong_dimension_is_caught():
     case = ("attention=mla", "attention.execution=absorbed")
     with pytest.raises(AssertionError):
@@ -253,11 +304,20 @@ def test_a_top_left_causal_mask_in_decoding_is_caught():
         laws.check_cached(small_model("attention=gqa", kernel=TopLeftCausal()), oracle_for(("attention=gqa",)))
 
 
-def test_the_wrong_rescaling_sign_is_caught():
-    expected = oracle_for(("attention=gqa",))
-    laws.check_cached(small_model("attention=gqa", kernel=OnlineSoftmax()), expected)
+@pytest.mark.parametrize(
+    "misprint",
+    [lambda m, m_new: (m_new - m).exp().clamp(max=1e30), lambda m, m_new: torch.ones_like(m)],
+    ids=["the other sign", "never"],
+)
+def test_a_wrong_rescaling_of_the_running_softmax_is_caught(monkeypatch, misprint):
+    model, expected = (
+        small_model("attention=gqa", kernel=Online(query_tile=4, key_tile=1)),
+        oracle_for(("attention=gqa",)),
+    )
+    laws.check_cached(model, expected)
+    monkeypatch.setattr(online, "rescale", misprint)
     with pytest.raises(AssertionError):
-        laws.check_cached(small_model("attention=gqa", kernel=OnlineSoftmax(sign=-1)), expected)
+        laws.check_cached(model, expected)
 
 
 def test_positions_restarted_at_zero_are_caught():

@@ -1,6 +1,7 @@
 """Our oracle against code written elsewhere: randomly initialised transformers models, their weights mapped to ours.
 
-Llama is MHA and GQA, Qwen3 adds the norms on queries and keys, DeepSeek-V3 (its dense blocks) is MLA.
+Llama is MHA and GQA, with biases where it is asked to, Qwen3 adds the norms on queries and keys, DeepSeek-V3 (its dense
+blocks) is MLA, and GPT-2 is classic_gpt.
 """
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.transformer import TransformerLM
+from tests.model.attention.laws import ways_to_decode
 from tests.support import load_composed, relative_error, some_tokens
 
 transformers = pytest.importorskip("transformers")
@@ -60,16 +62,26 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
-    theirs = theirs.eval()
+def spread_out(theirs: torch.nn.Module) -> None:
+    """They begin nearly uniform, which would hide differences."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, parameter in theirs.named_parameters():  # theirs begin nearly uniform, which would hide differences
+        for name, parameter in theirs.named_parameters():
             spread = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * spread if "norm" in name else spread * parameter.shape[-1] ** -0.5 * 2)
+            norm = "norm" in name or ".ln_" in name
+            parameter.copy_(1 + 0.3 * spread if norm else spread * parameter.shape[-1] ** -0.5 * 2)
+
+
+def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
+    theirs = theirs.eval()
+    spread_out(theirs)
     config = load_composed(*OURS, "kernel=naive", *overrides).model
     mine = TransformerLM(config, VOCAB)
-    mine.load_state_dict(renamed(theirs.state_dict()))
+    state = renamed(theirs.state_dict())
+    for name, parameter in mine.named_parameters():
+        if "mlp" in name and name.endswith("bias") and name not in state:  # DeepSeek has biases in attention only
+            state[name] = torch.zeros_like(parameter)
+    mine.load_state_dict(state)
     tokens = some_tokens(2, 40)
     with torch.no_grad():
         assert relative_error(mine(tokens).logits, theirs(tokens, use_cache=False).logits) <= 1e-4
@@ -81,6 +93,31 @@ def test_llama(kv_heads, attention):
     check_parity(transformers.LlamaForCausalLM(config), f"attention={attention}", "attention.qk_norm=false")
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("scaling", ["linear", "yarn"])
+def test_llama_stretched(scaling):
+    """Theirs multiplies cos and sin by YaRN's mscale, ours the scores by its square."""
+    rope = YARN if scaling == "yarn" else {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    shape = {**SHAPE, "rope_parameters": rope, "rope_scaling": rope}
+    config = transformers.LlamaConfig(**shape, num_key_value_heads=2)
+    check_parity(
+        transformers.LlamaForCausalLM(config),
+        "attention=gqa",
+        "attention.qk_norm=false",
+        "model.context_length=64",  # so that yarn begins from 16
+        f"attention.rope_scaling={scaling}",
+        "attention.rope_factor=4",
+    )
+
+
+def test_llama_with_biases():
+    config = transformers.LlamaConfig(**SHAPE | {"attention_bias": True}, mlp_bias=True, num_key_value_heads=2)
+    theirs = transformers.LlamaForCausalLM(config)
+    check_parity(theirs, "attention=gqa", "attention.qk_norm=false", "model.bias=true")
+
+
 def test_qwen3_with_norms_on_queries_and_keys():
     config = transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)
     check_parity(transformers.Qwen3ForCausalLM(config), "attention=gqa")
@@ -88,9 +125,13 @@ def test_qwen3_with_norms_on_queries_and_keys():
 
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
 @pytest.mark.parametrize("execution", ["naive", "absorbed"])
-def test_deepseek_v3(q_lora_rank, execution):
+@pytest.mark.parametrize(("scaling", "bias"), [("none", False), ("yarn", False), ("none", True)])
+def test_deepseek_v3(q_lora_rank, execution, scaling, bias):
+    rope = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
+    stretched = ("attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.rope_original_context=16")
     config = transformers.DeepseekV3Config(
-        **SHAPE,
+        **SHAPE | {"attention_bias": bias},
+        **({"rope_parameters": rope, "rope_scaling": rope} if scaling == "yarn" else {}),
         num_key_value_heads=HEADS,
         q_lora_rank=q_lora_rank,
         kv_lora_rank=16,
@@ -110,4 +151,52 @@ def test_deepseek_v3(q_lora_rank, execution):
         "attention.v_head_dim=16",
         "attention.rope_layout=interleaved",
         f"attention.execution={execution}",
+        *(stretched if scaling == "yarn" else ()),
+        f"model.bias={bias}",
     )
+
+
+GPT2_NAMES = {
+    "transformer.wte": "embedding",
+    "transformer.wpe": "position_embedding",
+    "transformer.ln_f": "norm",
+    "transformer.h": "layers",
+    "ln_1": "attention_norm",
+    "ln_2": "mlp_norm",
+    "attn.c_proj": "attention.o_proj",
+    "mlp.c_fc": "mlp.up_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
+def from_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Its matrices are stored as (inputs, outputs), and those of queries, keys and values as one."""
+    ours = {}
+    for name, tensor in state.items():
+        for theirs, mine in GPT2_NAMES.items():
+            name = name.replace(theirs, mine)
+        tensor = tensor.T if "proj.weight" in name or "c_attn.weight" in name else tensor
+        if "c_attn" in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                ours[name.replace("attn.c_attn", f"attention.{part}_proj")] = rows
+        elif name != "lm_head.weight":  # the embedding again
+            ours[name] = tensor
+    return ours
+
+
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_new", "tanh")])
+def test_gpt2(activation, approximate):
+    shape = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "n_positions": 64, "n_inner": HIDDEN}
+    config = transformers.GPT2Config(vocab_size=VOCAB, activation_function=activation, **shape)
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    spread_out(theirs)
+    sizes = [override for override in OURS if "tie" not in override and override != "mlp=swiglu"]
+    tied = ("model.tie_embeddings=true", "model.context_length=64", f"mlp.approximate={approximate}")
+    mine = TransformerLM(load_composed("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
+    mine.load_state_dict(from_gpt2(theirs.state_dict()))
+    tokens = some_tokens(2, 40)
+    with torch.no_grad():
+        expected = theirs(tokens, use_cache=False).logits
+        assert relative_error(mine(tokens).logits, expected) <= 1e-4
+    for way, found in ways_to_decode(mine, tokens):
+        assert relative_error(found, expected) <= 1e-4, way

@@ -1,0 +1,116 @@
+"""FlashAttention in plain PyTorch: what the fused kernels compute, in the order in which they compute it.
+
+A softmax needs its whole row: the largest score, not to overflow, and the sum of all. Both can be kept up to date while
+the scores go by, a tile of keys at a time (Milakov & Gimelshein 2018, arXiv:1805.02867): when a tile brings a larger
+maximum, all that was summed under the old one shrinks by e^(m_old - m_new). The output is such a sum too, so neither
+the scores nor the probabilities, which are T × S, ever exist at once (FlashAttention: Dao et al. 2022,
+arXiv:2205.14135). This follows FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2): the output is
+divided once, at the end, and of the softmax only L = log Σ e^x is kept, from which the backward pass computes each tile
+of probabilities anew, P = e^(x - L).
+
+Slower than kernel=sdpa, which does the same in fast memory. Letters: B batch, T queries, S keys, G key heads, R = H / G
+query heads that share one, D width of keys, Dv of values; t and s are T and S of one tile.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.config import Size
+from model.errors import Unsupported
+from model.kernels.base import Kernel, announce, group_queries
+from model.mask import Mask
+
+LOWEST = torch.finfo(torch.float32).min  # where a maximum begins: from -∞, a tile that a row sees nothing of gives NaN
+
+
+class Online(Kernel):
+    """Memory grows as T + S, forward and backward. Computes in float32."""
+
+    query_tile: Size = 128
+    key_tile: Size = 128
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        if dropout:
+            raise Unsupported("kernel=online has no dropout of attention weights: kernel=naive, or dropout 0")
+        announce("online", q, k, v, mask)
+        return _Attention.apply(q, k, v, mask, scale, self.query_tile, self.key_tile)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, query_tile: int, key_tile: int
+    ) -> Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[3])  # (B, T, H, Dv)
+        log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, T, H)
+        for rows in tiles(slice(0, q.shape[1]), query_tile):
+            q_i = group_queries(q[:, rows], k.shape[2])  # (B, t, G, R, D)
+            m = torch.full(q_i.shape[:4], LOWEST, device=q.device)  # (B, t, G, R) the largest score so far
+            total = torch.zeros_like(m)  # (B, t, G, R) the l of the papers: Σ e^(x - m)
+            o = m.new_zeros(*m.shape, v.shape[3])  # (B, t, G, R, Dv) Σ e^(x - m) v, not divided by it yet
+            for keys in tiles(mask.span(rows), key_tile):
+                x = scores_of_tile(q_i, k, mask, scale, rows, keys)  # (B, t, G, R, s)
+                m_new = torch.maximum(m, x.amax(-1))
+                p = (x - m_new[..., None]).exp()  # (B, t, G, R, s)
+                shrink = rescale(m, m_new)
+                total = total * shrink + p.sum(-1)
+                o = o * shrink[..., None] + torch.einsum("btgrs,bsgv->btgrv", p, v[:, keys].float())
+                m = m_new
+            out[:, rows] = (o / total[..., None]).flatten(2, 3)  # in the caller's dtype
+            log_sum_exp[:, rows] = (m + total.log()).flatten(2, 3)
+        ctx.save_for_backward(q, k, v, out, log_sum_exp)
+        ctx.mask, ctx.scale, ctx.query_tile, ctx.key_tile = mask, scale, query_tile, key_tile
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        """With P the probabilities and A = QKᵀ:
+
+            dV = Pᵀ dO        dP = dO Vᵀ        dA = scale · P ∘ (dP - D)        dQ = dA K        dK = dAᵀ Q
+
+        where D = rowsum(P ∘ dP), through the sum that a softmax divides by, is rowsum(dO ∘ O): no pass over the keys.
+        FlashAttention-2 puts the loop over keys outside, so that blocks of threads need not add to the same dK and dV;
+        here one after the other does.
+        """
+        q, k, v, out, log_sum_exp = ctx.saved_tensors
+        n_groups, scale = k.shape[2], ctx.scale
+        d_q, d_k, d_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        for rows in tiles(slice(0, q.shape[1]), ctx.query_tile):
+            # views all: what is added to d_q_i is added to d_q
+            q_i, do_i, o_i, d_q_i = (group_queries(x[:, rows], n_groups) for x in (q, d_out, out, d_q))
+            do_i = do_i.float()  # (B, t, G, R, Dv)
+            lse_i = log_sum_exp[:, rows].unflatten(2, (n_groups, -1))  # (B, t, G, R)
+            d_i = (do_i * o_i).sum(-1)  # (B, t, G, R)
+            for keys in tiles(ctx.mask.span(rows), ctx.key_tile):
+                x = scores_of_tile(q_i, k, ctx.mask, scale, rows, keys)
+                p = (x - lse_i[..., None]).exp()  # (B, t, G, R, s), which sums to 1 over all tiles
+                d_v[:, keys] += torch.einsum("btgrs,btgrv->bsgv", p, do_i)
+                d_p = torch.einsum("btgrv,bsgv->btgrs", do_i, v[:, keys].float())
+                d_a = scale * p * (d_p - d_i[..., None])  # (B, t, G, R, s)
+                d_q_i += torch.einsum("btgrs,bsgd->btgrd", d_a, k[:, keys].float())
+                d_k[:, keys] += torch.einsum("btgrs,btgrd->bsgd", d_a, q_i.float())
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
+
+
+def tiles(span: slice, size: int) -> Iterator[slice]:
+    """Cuts a span into pieces of `size`; the last is as long as what is left."""
+    for start in range(span.start, span.stop, size):
+        yield slice(start, min(start + size, span.stop))
+
+
+def scores_of_tile(q_i: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice, keys: slice) -> Tensor:
+    """x = scale · q kᵀ, -∞ where the mask hides it: q_i (B, t, G, R, D), the queries in `rows`, against the keys in
+    `keys` of k (B, S, G, D) -> (B, t, G, R, s). A key head meets all its query heads at once: none is repeated."""
+    x = scale * torch.einsum("btgrd,bsgd->btgrs", q_i.float(), k[:, keys].float())
+    return x.masked_fill(~mask.visible(rows, keys)[:, :, None, None], float("-inf"))
+
+
+def rescale(m: Tensor, m_new: Tensor) -> Tensor:
+    """What a sum under the maximum m is multiplied by to be one under m_new >= m. (Printed the other way round in more
+    than one text, where it overflows.)"""
+    return (m - m_new).exp()

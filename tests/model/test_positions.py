@@ -1,0 +1,173 @@
+"""Rotations in part and stretched, linear biases, and vectors added to the embedding, each against its definition."""
+
+import math
+
+import pytest
+import torch
+
+from model import cost
+from model.attention.base import Context
+from model.kernels.naive import Naive
+from model.kernels.sdpa import SDPA
+from model.mask import Mask
+from model.positions import alibi
+from model.rope import Rope
+from model.transformer import TransformerLM
+from tests.support import relative_error, small_config, small_model, some_tokens
+
+
+def angles(rope: Rope, position: int) -> list[float]:
+    """Of each pair, read off the rotation of (1, 0)."""
+    cos, sin = rope.table(torch.tensor([[position]]))
+    return torch.atan2(sin, cos).flatten().tolist()
+
+
+def test_the_dimensions_beyond_rope_dim_pass():
+    x = torch.randn(2, 5, 3, 10, generator=torch.Generator().manual_seed(0))
+    rope, positions = Rope(6, 100.0, "half"), torch.arange(5)[None]
+    rotated = rope.rotate(x, rope.table(positions))
+    assert torch.equal(rotated[..., 6:], x[..., 6:])
+    assert torch.equal(rotated[..., :6], rope.rotate(x[..., :6], rope.table(positions)))
+    assert not torch.allclose(rotated[:, 1:, :, :6], x[:, 1:, :, :6], atol=0.1)
+
+
+def test_linear_scaling_divides_positions():
+    assert angles(Rope(8, 100.0, "half", "linear", 4.0), 12) == pytest.approx(angles(Rope(8, 100.0, "half"), 3))
+
+
+def test_ntk_scaling_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor():
+    plain, scaled = (angles(Rope(8, 100.0, "half", *how), 2) for how in ((), ("ntk", 4.0)))
+    assert scaled[0] == pytest.approx(plain[0])
+    assert scaled[-1] == pytest.approx(plain[-1] / 4)
+    theta = 100.0 * 4 ** (8 / 6)
+    assert scaled == pytest.approx([2 * theta ** (-2 * i / 8) for i in range(4)])
+
+
+def test_yarn_keeps_fast_pairs_slows_slow_ones_and_ramps_between():
+    """64 dimensions, theta 10,000, context 4,096: pair 10.5 turns 32 times, pair 22.5 once; rounded outwards."""
+    scaled, plain = Rope(64, 10000.0, "half", "yarn", 8.0, 4096), Rope(64, 10000.0, "half")
+    ratio = [after / before for after, before in zip(angles(scaled, 1), angles(plain, 1), strict=True)]
+    first, last = (32 * math.log(4096 / (turns * 2 * math.pi)) / math.log(10000.0) for turns in (32, 1))
+    assert (math.floor(first), math.ceil(last)) == (10, 23)
+    expected = [1 - (1 - 1 / 8) * min(max((i - 10) / 13, 0), 1) for i in range(32)]
+    assert ratio == pytest.approx(expected, rel=1e-4)
+
+
+def test_yarn_sharpens_the_scores_of_every_execution():
+    mscale = 0.1 * math.log(4) + 1
+    yarn = ("attention.rope_scaling=yarn", "attention.rope_factor=4")
+    assert small_model("attention=gqa", *yarn).layers[0].attention.scale == pytest.approx(16**-0.5 * mscale**2)
+    for execution in ("naive", "expanded", "absorbed"):
+        mla = small_model("attention=mla", *yarn, f"attention.execution={execution}").layers[0].attention
+        assert mla.scale == pytest.approx(16**-0.5 * mscale**2)
+    assert small_config("attention=gqa", *yarn).attention.rope_original_context == 64 / 4
+
+
+@pytest.mark.parametrize("kernel", [Naive(), SDPA()], ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("heads", [1, 3, 6, 8, 12])
+@pytest.mark.parametrize("start", [0, 5000])
+def test_alibi_is_a_bias_that_falls_with_the_distance(heads, start, kernel):
+    """scores - 2^(-8i/h) (q_pos - k_pos), written down in float64; three of the keys are unfilled rows of a cache."""
+    draw, scale = torch.Generator().manual_seed(0), 0.3
+    q, k, v = (torch.randn(2, length, n, 8, generator=draw) for length, n in ((4, heads), (300, 1), (300, 1)))
+    k_pos = torch.arange(start, start + 300)[None].expand(2, -1).clone()
+    k_pos[0, :3] = -1
+    q_pos = torch.tensor([[start + 299, start + 260, start + 7, -1], [start + 3, start + 280, start + 9, start + 50]])
+    mask = Mask(q_pos, k_pos, plain=False)
+    found = kernel(*alibi(q, k, mask, scale), v, mask, scale)
+    slopes = torch.tensor([2 ** (-8 * i / heads) for i in range(1, heads + 1)], dtype=torch.float64)
+    scores = scale * torch.einsum("bthd,bsgd->bhts", q.double(), k.double())
+    scores -= slopes[:, None, None] * (q_pos[:, None, :, None] - k_pos[:, None, None, :])
+    scores = scores.masked_fill(~mask.visible()[:, None], -math.inf)
+    expected = torch.einsum("bhts,bsgd->bthd", scores.softmax(-1), v.double())
+    real = q_pos >= 0
+    assert relative_error(found[real], expected[real]) <= 1e-5
+    assert found.isfinite().all()
+
+
+def test_alibis_distances_are_exact_in_bfloat16():
+    """Of 40,000 keys, each as far as it is: read back from the columns, with slopes that bfloat16 holds."""
+    distance = torch.arange(40000)
+    mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], plain=False)
+    q, k = (torch.zeros(1, n, 8, 64, dtype=torch.bfloat16) for n in (1, 40000))
+    q, k = alibi(q, k, mask, 0.125)
+    scores = 0.125 * torch.einsum("thd,shd->hs", q[0].double(), k[0].double())
+    slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64)
+    assert torch.equal(scores, -slopes[:, None] * distance)
+
+
+def test_alibi_and_no_positions_leave_mla_without_a_rope_key():
+    for position in ("alibi", "none"):
+        model = small_model("attention=mla", f"position={position}")
+        assert model.config.attention.qk_rope_head_dim == 0
+        assert model.config.attention.qk_nope_head_dim == 16
+        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * 16
+        assert model.layers[0].attention.kv_down.weight.shape == (16, 64)
+        assert not model.ropes
+
+
+def test_the_rope_key_comes_from_the_hidden_state_or_from_the_normed_latent():
+    """What only the hidden state holds, beyond the latent, reaches the cached key in one case and not in the other."""
+    for source in ("hidden", "latent"):
+        layer = small_model("attention=mla", f"attention.k_rope_from={source}").layers[0].attention
+        x = torch.randn(1, 3, 64, generator=torch.Generator().manual_seed(0))
+        _, _, rows = torch.linalg.svd(layer.kv_down.weight[:16])
+        unseen = x + 5 * rows[-1]  # orthogonal to the 16 directions the latent is read from
+        positions = torch.arange(3)[None]
+        found = []
+        for inputs in (x, unseen):
+            cache = layer.make_cache(1, 3)
+            rotary = {layer.rope: layer.rope.table(positions)}
+            layer(inputs, Context(positions, plain=True, extent=None, rotary=rotary), cache)
+            found.append(cache.columns["latent_and_k_rope"][0, 1:, 0])
+        assert torch.allclose(found[0][:, :16], found[1][:, :16], atol=1e-4)
+        assert torch.allclose(found[0][:, 16:], found[1][:, 16:], atol=1e-4) == (source == "latent")
+
+
+def test_sinusoidal_positions_are_those_of_the_formula():
+    model = small_model("attention=mha", "position=sinusoidal")
+    found = model.position_embedding(torch.tensor([[0, 1, 1000, -1]]))
+    assert found.dtype == torch.float32
+    for t, position in enumerate([0, 1, 1000, 0]):
+        for i in range(32):
+            angle = position / 10000 ** (2 * i / 64)
+            expected = [math.sin(angle) / 8, math.cos(angle) / 8]
+            assert found[0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(expected, abs=1e-5)
+    assert small_model("attention=mha", "position=sinusoidal")(some_tokens(1, 100)).logits.isfinite().all()
+
+
+def test_sinusoidal_positions_of_an_odd_width_lack_the_last_cosine():
+    model = small_model("position=sinusoidal", "model.d_model=21", "model.n_heads=3", "attention=mha")
+    assert model(some_tokens(1, 5)).logits.shape == (1, 5, 100)
+
+
+def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
+    config = small_config("attention=mha", "position=learned")
+    model = TransformerLM(config, 100)
+    matrix = model.position_embedding.weight
+    assert matrix.shape == (64, 64)
+    assert matrix.std().item() == pytest.approx(model.embedding.weight[:100].std().item(), rel=0.1)
+    positions = torch.tensor([[5, 0, -1]])
+    assert torch.equal(model.position_embedding(positions)[0], matrix[[5, 0, 0]])
+    same, other = TransformerLM(config, 100), TransformerLM(config, 100, seed=1)
+    assert torch.equal(same.position_embedding.weight, matrix)
+    assert not torch.equal(other.position_embedding.weight, matrix)
+
+
+def test_learned_positions_end_with_the_context():
+    model = small_model("attention=gqa", "position=learned")
+    assert model(some_tokens(1, 64)).logits.isfinite().all()
+    with pytest.raises(ValueError, match="65 tokens are more than the context_length=64"):
+        model(some_tokens(1, 65))
+    caches = model.make_caches(1, 128)
+    with pytest.raises(IndexError):
+        model(some_tokens(1, 1), positions=torch.tensor([[64]]), caches=caches)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_to_look_up_a_position_is_no_product(tied):
+    flops = [
+        cost.flops(small_config("attention=mha", f"position={position}", f"model.tie_embeddings={tied}"), 100).per_token
+        for position in ("none", "sinusoidal", "learned")
+    ]
+    assert flops[0] == flops[1] == flops[2]

@@ -1,0 +1,171 @@
+"""Statistics of the scores, in tiles, against their definitions; and what an attention says when it is asked."""
+
+import pytest
+import torch
+
+from model import cost
+from model.kernels.naive import Naive
+from model.kernels.scores import Statistics, attention_map, head_summed, said_of_scores, statistics
+from model.mask import CAUSAL, Mask, Pattern
+from model.transformer import TransformerLM
+from tests.model.attention import laws
+from tests.support import CASES, relative_error, small_model, some_tokens
+
+ALL = frozenset({"max_logit", "entropy", "attention_map"})
+PATTERNS = {
+    "causal": CAUSAL,
+    "both sides": Pattern(causal=False),
+    "window": Pattern(window=4),
+    "global tokens": Pattern(window=3, global_tokens=2),
+    "not itself": Pattern(see_self=False),
+}
+
+
+def inputs(t: int, s: int, h: int, g: int, spread: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(t)
+    return spread * torch.randn(2, t, h, 8, generator=draw), torch.randn(2, s, g, 8, generator=draw)
+
+
+def by_definition(q, k, mask, scale) -> tuple[Statistics, torch.Tensor]:
+    """Each of (B, T, H), and the probabilities (B, H, T, S), in float64."""
+    k = k.double().repeat_interleave(q.shape[2] // k.shape[2], 2)
+    x = scale * torch.einsum("bthd,bshd->bths", q.double(), k)
+    x = x.masked_fill(~mask.visible()[:, :, None], float("-inf"))
+    p = x.softmax(-1)
+    entropy = -(p * p.log()).nan_to_num(nan=0.0).sum(-1)  # 0 log 0 is 0
+    return Statistics(x.logsumexp(-1), x.amax(-1), entropy), p.transpose(1, 2)
+
+
+def check(q, k, mask, scale=0.4, tile=5):
+    real = (mask.q_pos >= 0).expand(q.shape[:2])
+    expected, p = by_definition(q, k, mask, scale)
+    for name, found, exact in zip(Statistics._fields, statistics(q, k, mask, scale, tile), expected, strict=True):
+        assert found.dtype == torch.float32 and not found.isnan().any()
+        torch.testing.assert_close(found[real].double(), exact[real], rtol=1e-5, atol=2e-5, msg=name)
+    assert relative_error(head_summed(q, k, mask, scale, tile)[real], p.sum(1)[real]) <= 1e-5
+    assert relative_error(attention_map(q, k, mask, scale), p) <= 1e-5
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("situation", ["plain", "documents", "padding", "padding behind"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
+def test_in_tiles_as_by_definition(pattern, situation, heads):
+    t = 17
+    places, docs, plain = torch.arange(t).expand(2, -1), None, situation.startswith("pla")
+    if situation == "documents":
+        docs = torch.tensor([[0] * 6 + [1] + [2] * 10, [0] * 2 + [1] * 13 + [2] * 2])
+        places = torch.arange(t) - torch.searchsorted(docs, docs)
+    elif situation == "padding":
+        places = torch.stack([torch.arange(t) - 6, torch.arange(t) - 1]).clamp(min=-1)
+    elif situation == "padding behind":
+        places = torch.arange(t).where(torch.arange(t) < torch.tensor([[t], [9]]), -1)
+    check(*inputs(t, t, *heads), Mask(places, places, plain, pattern, docs, docs))
+
+
+@pytest.mark.parametrize("tile", [1, 4, 128])
+def test_one_query_against_a_cache(tile):
+    positions = torch.tensor([[13], [4]])
+    check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], plain=False), tile=tile)
+
+
+def test_entropy_of_scores_that_are_far_apart_and_of_equal_ones():
+    """From certain, 0 nats, to as unsure as can be: log of the number of keys seen."""
+    mask = Mask(torch.arange(40)[None], torch.arange(40)[None], plain=True)
+    check(*inputs(40, 40, 4, 2, spread=100.0), mask, scale=1.0, tile=7)
+    q, k = inputs(40, 40, 4, 2)
+    entropy = statistics(0 * q, k, mask, 1.0, tile=7).entropy
+    torch.testing.assert_close(entropy, torch.arange(1.0, 41).log()[None, :, None].expand(2, -1, 4))
+
+
+def test_memory_grows_with_the_length_and_of_the_head_sum_with_its_square_once():
+    def peak(statistic, length: int) -> int:
+        (q, k), places = inputs(length, length, 8, 2), torch.arange(length)[None]
+        with cost.LivePeak() as live:
+            statistic(q, k, Mask(places, places, plain=True), 0.4, tile=16)
+        return live.bytes
+
+    assert peak(statistics, 1024) < 4.1 * peak(statistics, 256)
+    one_matrix = 4 * 2 * 1024 * 1024
+    assert one_matrix < peak(head_summed, 1024) < 1.3 * one_matrix  # of eight heads
+
+
+def test_padding_does_not_count():
+    """A row padded in front says what the same row says alone."""
+    q, k = inputs(12, 12, 4, 2, spread=3.0)
+    padded = Mask(torch.arange(12)[None] - 5, torch.arange(12)[None] - 5, plain=False)
+    alone = Mask(torch.arange(7)[None], torch.arange(7)[None], plain=True)
+    found, expected = (said_of_scores(ALL, *given, 0.4) for given in ((q, k, padded), (q[:, 5:], k[:, 5:], alone)))
+    for name in ("max_logit", "entropy"):
+        assert found[name].shape == (4,)
+        torch.testing.assert_close(found[name], expected[name])
+    loud = q.clone()
+    loud[:, :5] *= 100
+    torch.testing.assert_close(said_of_scores(ALL, loud, k, padded, 0.4)["max_logit"], expected["max_logit"])
+
+
+# What attentions say.
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_every_attention_says_what_it_is_asked_and_computes_the_same(case):
+    model, tokens = small_model(*case), some_tokens(2, 20)
+    silent, told = model(tokens), model(tokens, want=ALL)
+    assert silent.extras == {} and torch.equal(silent.logits, told.logits)
+    assert told.extras.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
+    for i, block in enumerate(model.layers):
+        entropy, largest, probabilities = (
+            told.extras[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
+        )
+        assert probabilities.shape == (2, 4, 20, 20) and entropy.shape == largest.shape == (4,)
+        assert not any(value.requires_grad for value in (entropy, largest, probabilities))
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 20))
+        positions = torch.arange(20)
+        hidden = ~block.attention.pattern.sees(positions[:, None], positions)
+        assert (probabilities[..., hidden] == 0).all()
+        torch.testing.assert_close(torch.special.entr(probabilities).sum(-1).mean((0, 2)), entropy)
+    only = model(tokens, want=frozenset({"entropy"})).extras
+    assert only.keys() == {"layers.0.entropy", "layers.1.entropy"}
+
+
+def test_the_executions_of_mla_say_the_same_with_and_without_a_cache():
+    tokens = some_tokens(2, 20)
+    expected = small_model("attention=mla", "attention.execution=naive")(tokens, want=ALL).extras
+    for execution in ("auto", "naive", "expanded", "absorbed"):
+        model = small_model("attention=mla", f"attention.execution={execution}")
+        for name, value in model(tokens, want=ALL).extras.items():
+            assert relative_error(value, expected[name]) <= 1e-5, (execution, name)
+        caches = model.make_caches(2, 20)
+        laws.decode_in_chunks(model, tokens[:, :19], [12, 7], caches)
+        with torch.no_grad():
+            last = model(tokens[:, 19:], positions=torch.full((2, 1), 19), caches=caches, want=ALL).extras
+        for i in range(2):
+            name = f"layers.{i}.attention_map"
+            assert relative_error(last[name], expected[name][:, :, 19:]) <= 1e-5, (execution, name)
+
+
+def test_what_a_layer_says_is_of_what_its_kernel_was_given():
+    """The largest score by the definition, of the very queries and keys that the kernel gets."""
+    seen = []
+
+    class Spy(Naive):
+        def __call__(self, q, k, v, mask, scale, dropout=0.0):
+            seen.append(by_definition(q, k, mask, scale)[0])
+            return super().__call__(q, k, v, mask, scale, dropout)
+
+    for case in ("attention=gqa", "attention=mla"):
+        seen.clear()
+        model: TransformerLM = small_model(case, kernel=Spy())
+        extras = model(some_tokens(2, 20), want=ALL).extras
+        for i, exact in enumerate(seen):
+            assert relative_error(extras[f"layers.{i}.max_logit"], exact.max_logit.amax((0, 1))) <= 1e-5
+            assert relative_error(extras[f"layers.{i}.entropy"], exact.entropy.mean((0, 1))) <= 1e-5
+
+
+def test_gradients_of_a_forward_that_is_asked_are_the_same():
+    model, tokens = small_model("attention=mla"), some_tokens(2, 20)
+    gradients = []
+    for want in (frozenset(), ALL):
+        model.zero_grad()
+        model(tokens, want=want).logits.square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -1,0 +1,37 @@
+"""What attention looks like while a model learns: how sharp each layer's is, and how large its scores grow."""
+
+import torch
+
+from data.batches import stack, windows
+from data.shards import TokenStream
+from model.transformer import TransformerLM
+from training.step import places
+
+STATISTICS = frozenset({"entropy", "max_logit"})
+
+
+@torch.no_grad()
+def attention_seen(
+    model: TransformerLM, stream: TokenStream, length: int, batch_size: int, end_of_text: int | None = None
+) -> dict[str, float]:
+    """Of the stream's first windows, as many as evaluation reads at once. Per layer, as `attention/layer_0/entropy`:
+
+    entropy           in nats, the mean over queries and heads: log n for even attention to n keys, 0 for a single one
+    lowest_entropy    of the head where it is lowest: near 0, that head hardly learns any more
+    max_logit         the largest score before the softmax; where it keeps growing, training becomes unstable
+    """
+    inputs, _ = stack(stream, length, list(range(min(batch_size, windows(stream, length)))))
+    inputs = inputs.to(next(model.parameters()).device)
+    no_logits = inputs[:, :0]
+    extras = model(inputs, **places(inputs, end_of_text), only=no_logits, want=STATISTICS).extras
+    seen = {}
+    for name, of_heads in extras.items():
+        _, layer, statistic = name.split(".")
+        layer = f"attention/layer_{layer}"
+        if statistic == "entropy":
+            seen[f"{layer}/entropy"] = of_heads.mean()
+            seen[f"{layer}/lowest_entropy"] = of_heads.amin()
+        else:
+            seen[f"{layer}/max_logit"] = of_heads.amax()
+    numbers = torch.stack(list(seen.values())).tolist()  # one wait for the device
+    return dict(zip(seen, numbers, strict=True))

@@ -1,0 +1,36 @@
+"""Where pictures go. Imports nothing heavy, so that a path is refused before anything is computed for it."""
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from data.durable import write_whole
+from data.errors import UserError
+
+FORMATS = ("pdf", "png", "svg")
+
+
+def refuse_unwritable(path: Path, flag: str) -> None:
+    """Raises UserError where `path`, given with `flag`, cannot become a picture."""
+    if path.suffix.removeprefix(".") not in FORMATS:
+        raise UserError(f"{flag} {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
+    folder, reason = path.parent, None
+    if not folder.is_dir():
+        reason = f"there is no folder {folder}"
+    elif path.is_dir():
+        reason = "it is a folder"
+    elif not os.access(folder, os.W_OK):
+        reason = f"nothing may be written to {folder}"
+    if reason:
+        raise UserError(f"{flag} {path} cannot be written: {reason}")
+
+
+def save(figure: Any, path: Path) -> None:
+    """A matplotlib figure, in the format that the name says. The file appears as a whole. Raises UserError."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
+    try:
+        write_whole(path, picture.getvalue())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
