@@ -137,7 +137,8 @@ def absorbing() -> None:
 
 
 def crossover() -> None:
-    """The time of one MLA layer at GPT-2's dimensions, with the cache it reads. Depends on the machine."""
+    """The time of one MLA layer at GPT-2's dimensions, with the cache it reads, on one thread of this machine."""
+    torch.set_num_threads(1)
     cached = 4096
     for queries in (1, 16, 64, 128, 256, 512):
         runs = {execution: _against_a_cache(execution, queries, cached) for execution in ("expanded", "absorbed")}
