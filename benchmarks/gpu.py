@@ -97,9 +97,7 @@ def kernels(scale: Scale) -> Iterator[Row]:
     masks = {
         "causal": Mask(positions, positions, plain=True),
         "window": Mask(positions, positions, plain=True, pattern=Pattern(window=scale.tokens // 8)),
-        "documents": Mask(
-            positions % (scale.tokens // 3), positions % (scale.tokens // 3), False, q_doc=documents, k_doc=documents
-        ),
+        "documents": Mask(positions % third, positions % third, plain=False, q_doc=documents, k_doc=documents),
     }
     shapes = {
         "MHA 64": (8, 8, 64, 64),

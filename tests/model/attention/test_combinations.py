@@ -37,8 +37,11 @@ POSITIONS = switches(
     "attention.rope_scaling=yarn attention.rope_factor=4",
     "attention.rope_scaling=ntk attention.rope_factor=2 attention.rope_layout=interleaved",
 )
-BLOCKS = switches(
-    "model.norm=layer model.bias=true", "model.logit_softcap=5", "mlp=gelu model.bias=true", "mlp=relu model.norm=layer"
+BLOCKS = switches(  # without relu: a unit that rounding switches on has another gradient
+    "model.norm=layer model.bias=true",
+    "model.logit_softcap=5",
+    "mlp=gelu model.bias=true",
+    "mlp=swiglu model.norm=layer",
 )
 GQA = st.tuples(
     st.sampled_from(["attention=mha", "attention=gqa", "attention=mqa"]).map(str.split),
