@@ -145,7 +145,8 @@ class MLAConfig(AttentionConfig):
         return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
 
     def described(self, n_heads: int) -> str:
-        return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank} and a rotated key of {self.qk_rope_head_dim}"
+        rotated = f" and a rotated key of {self.qk_rope_head_dim}" if self.qk_rope_head_dim else ""
+        return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}"
 
 
 class MLA(Attention):

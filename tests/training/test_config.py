@@ -167,7 +167,7 @@ BAD = [
     (("attention.position=learned",), "attention.position=learned"),
     (("model.position_embedding=rope",), "model.position_embedding=rope"),
     (
-        ("attention=stack", "attention.parts.local={attention: mla, qk_rope_head_dim: 4}", "position=alibi"),
+        ("attention=stack", "+attention.parts.deep={attention: mla, qk_rope_head_dim: 4}", "position=alibi"),
         "position=alibi needs qk_rope_head_dim=0, not 4",
     ),
     (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
