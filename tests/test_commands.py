@@ -299,7 +299,7 @@ BAD_RUNS = {
     "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
     "heads": (["model=gpt2", "attention=gqa", "attention.n_kv_heads=5"], "n_kv_heads=5 does not divide n_heads=12"),
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
-    "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, small, tiny"),
+    "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, mini, small, tiny"),
     "nearly": (["attention.n_kv_head=2"], "no such setting of attention=mha; did you mean n_kv_heads?"),
     "nearly a shared one": (["attention.rope_teta=2"], "no such setting of attention=mha; did you mean rope_theta?"),
     "position": (["position=absolute"], "position=absolute: choose one of alibi, learned, none, rope, sinusoidal"),

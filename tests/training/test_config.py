@@ -31,6 +31,27 @@ def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
     assert again == run and again.data.document_mask
 
 
+CHOSEN_WITHIN = [
+    (experiment, group, choice)
+    for experiment in choices("experiment")
+    for group in ("model", "data", "tokenizer", "optim", "schedule")
+    for choice in choices(group)
+]
+
+
+@pytest.mark.parametrize(("experiment", "group", "choice"), CHOSEN_WITHIN, ids=lambda x: x)
+def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(experiment, group, choice):
+    """Whole: nothing that the experiment would have chosen instead is left in it, but for dropout."""
+    needs = NEEDS.get((group, choice), ())
+    texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
+    tree = compose(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
+    load({key: value for key, value in tree.items() if key != "resume"})
+    alone = compose(f"{group}={choice}", *needs)[group]
+    if group == "model":
+        alone["dropout"] = tree["model"]["dropout"]
+    assert tree[group] == alone
+
+
 def test_a_part_of_a_mix_has_no_document_mask_of_its_own():
     with pytest.raises(UserError, match=r"document_mask is the mix's, not a part's"):
         load_composed("data=mix", "data.parts={sympy: {quota: 1, document_mask: true}}")
