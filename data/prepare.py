@@ -1,5 +1,6 @@
 """From a corpus to shards, once: later runs find them in the cache folder."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from data.names import BLOCK, names_file, names_of
 from data.sealed import digest
 from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+
+log = logging.getLogger("headroom")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,9 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
         trained = load_tokenizer(folder / "tokenizer.json")
     except UserError as error:
         raise UserError(f"{error}: delete the folder {folder} and run again to rebuild it") from None
+    shortfall = tokenizer.shortfall(trained)
+    if shortfall:
+        log.warning(shortfall)
     train, val = (open_stream(folder, split, trained.hash) for split in ("train", "val"))
     return Prepared(folder, fingerprint, trained, train, val)
 
