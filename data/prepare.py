@@ -56,8 +56,8 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():
         tokenizer.refuse_missing()
-        if corpus.remote and not download:
-            raise UserError(f"data={corpus.name} is not in {cache_dir} yet, and would have to be downloaded")
+        if not download:
+            refuse_download(corpus, cache_dir)
         _build_once(corpus, fingerprint, tokenizer, folder)
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
@@ -70,6 +70,23 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
     return Prepared(folder, fingerprint, trained, train, val)
 
 
+def missing(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> list[str]:
+    """What stands between these settings and documents that are not prepared yet, a line each."""
+    found = []
+    for refuse in (tokenizer.refuse_missing, corpus.fingerprint, lambda: refuse_download(corpus, cache_dir)):
+        try:
+            refuse()
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def refuse_download(corpus: Corpus, cache_dir: Path) -> None:
+    """Raises UserError where documents that are not prepared yet can only be had by a download."""
+    if corpus.remote:
+        raise UserError(f"the documents of data={corpus.name} are not in {cache_dir} yet: a run downloads them")
+
+
 def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path) -> None:
     size = survey(corpus)
     try:
@@ -77,7 +94,9 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         busy = f"another process is preparing {folder}: waiting for it"
         guard = lock(lock_file(folder), busy, wait=True)
     except OSError as error:
-        raise UserError(f"cache_dir={folder.parent} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"cache_dir={folder.parent} cannot be written: {error.strerror}: give a folder to write to as cache_dir="
+        ) from None
     discard_abandoned(folder.parent)  # before more room is needed
     with guard:
         sweep(folder.parent, folder.name)

@@ -130,7 +130,7 @@ class TokenizerConfig(DataConfig):
         return self.model_dump()
 
     def shortfall(self, tokenizer: Tokenizer) -> str | None:
-        """What a tokenizer that this has made lacks of what was asked for, for the user; None where it lacks nothing."""
+        """What a tokenizer that this made lacks of what was asked for, in words for the user, if anything."""
         return None
 
 

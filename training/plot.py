@@ -45,7 +45,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     if not folders:
         raise UserError("there is no run among what was given: python -m training.plot runs/A runs/B")
     found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
-    window = _window(max(len(train) for _, train, _ in found))  # one for all: at the same step, they lag alike
+    window = _window(min(len(train) for _, train, _ in found))  # the shortest one's, for all: none lags, or all alike
     markers = _markers([point for *_, val in found for point in val])
     figure, axes = _empty("", x)
     for i, (label, train, val) in enumerate(found):

@@ -91,7 +91,7 @@ def test_runs_in_one_picture_are_smoothed_alike(workplace, monkeypatch):
     assert call(monkeypatch, "whole", "ended") == 0
     whole, ended = (list(line.get_ydata()) for line in found[0].lines[:2])
     assert ended == whole[:30]
-    assert "training (running mean over about 6 steps)" in [t.get_text() for t in found[0].get_legend().get_texts()]
+    assert "training (running mean over about 1.5 steps)" in [t.get_text() for t in found[0].get_legend().get_texts()]
 
 
 def test_the_legend_says_how_much_was_scored(workplace, monkeypatch):
