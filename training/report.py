@@ -25,7 +25,7 @@ from training.log import MetricsFile, Watch, percent, tell
 from training.mfu import flops_of, peak_flops
 from training.plot import plot_loss
 from training.profiling import Profile
-from training.run_folder import resume_command
+from training.run_folder import leaves, resume_command
 from training.step import Score, StepResult
 
 log = logging.getLogger("headroom")
@@ -245,7 +245,8 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, {parameters:,} parameters "
         f"on {device.type}"
     )
-    yield f"attention    {attention.described(dims.n_heads)}: {attention}"
+    changed = leaves(attention.model_dump(exclude_defaults=True)).items()
+    yield f"attention    {attention.described(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
         f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "

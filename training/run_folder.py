@@ -125,7 +125,7 @@ def refuse_no_run(folder: Path) -> None:
 def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], done: int) -> None:
     """Raises UserError where `run` is not the run whose settings were `trained` for its first `done` steps, or where
     its schedule does not allow another number of steps any more."""
-    now, before = _leaves(dump(run)), _leaves(dump(load(trained)))  # with what was no setting yet, as it was then
+    now, before = leaves(dump(run)), leaves(dump(load(trained)))  # with what was no setting yet, as it was then
     before["tokenizer.path"] = now.get("tokenizer.path")  # of a run that began with another's, its own copy
     for key in now:
         if key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
@@ -224,11 +224,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings as `group.key`: value."""
     found = {}
     for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 
