@@ -72,7 +72,7 @@ def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
 
 def no_column(place: str, column: str, columns: list[str]) -> str:
     """What is to be said, also where nobody has set data.column."""
-    return f"{place} has no column {column}, but {listed(columns)}: give data.column="
+    return f"{place} has no column {column}, it has {listed(columns)}: give one as data.column="
 
 
 def listed(names: list[str]) -> str:

@@ -348,7 +348,7 @@ BAD_RUNS = {
     "binary file": (["data=files", "data.path=binary.txt"], "binary.txt holds NUL bytes"),
     "column": (
         ["data=files", "data.path=rows.jsonl", "data.column=tekst"],
-        "rows.jsonl has no column tekst, but text: give data.column=",
+        "rows.jsonl has no column tekst, it has text: give one as data.column=",
     ),
     "a row that is none": (["data=files", "data.path=rows.jsonl"], "rows.jsonl:2 is not JSON"),
     "no vocabulary": (["tokenizer=cl100k"], "cache/tokenizers/cl100k.tiktoken: fetch https://"),

@@ -174,7 +174,7 @@ def test_too_little_text_is_refused_before_a_run(workplace):
 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
     (workplace / "cache").write_text("a file")
-    with pytest.raises(UserError, match="cache_dir=.*: give a folder to write to as cache_dir="):
+    with pytest.raises(UserError, match=r"cache_dir=.*: give a folder to write to as cache_dir="):
         prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
 
 
