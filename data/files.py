@@ -91,7 +91,12 @@ class FilesCorpus(Corpus):
         )
         if not found:
             folder = os.path.isdir(os.path.expanduser(self.path))
-            reason = f"is a folder: write {self.path}/*" if folder else f"matches no file (looked from {os.getcwd()})"
+            reason = f"is a folder: write {self.path}/*"
+            if not folder:
+                pattern = "data.path='books/*.txt'"
+                reason = (
+                    f"matches no file (looked from {os.getcwd()}): give a path or a quoted pattern, as in {pattern}"
+                )
             raise UserError(f"data.path={self.path!r} {reason}")
         return found
 

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data.corpus import Corpus, Document, drawn
 from data.errors import UserError
-from data.tables import cells, format_of, listed, refuse_no_column
+from data.tables import cells, format_of, listed, no_column, no_text, refuse_no_column
 
 PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
 T = TypeVar("T")
@@ -60,11 +60,9 @@ class HubCorpus(Corpus):
             row = self._asked(lambda: next(rows, None), f" (after {index} documents)")
             if row is None:
                 return
-            text, name = row[self.column], f"{self.path}:{index}"
+            text, name = row[self.column], f"{self.path}:{index + 1}"  # rows are counted from 1, as in tables
             if text is not None and not isinstance(text, str):
-                raise UserError(
-                    f"{name} holds {type(text).__name__} in column {self.column}, not text: choose another data.column"
-                )
+                raise UserError(no_text(name, self.column, text))
             if text:
                 yield Document(name, text, drawn(index, self.val_fraction))
             index += 1
@@ -99,7 +97,7 @@ class HubCorpus(Corpus):
         stream = self._asked(lambda: datasets.load_dataset(**where, name=config, split=self.split, streaming=True))
         columns = stream.column_names or list(self._asked(lambda: next(iter(stream), {})))
         if self.column not in columns:
-            raise UserError(f"data.column={self.column}: {self.path} has {listed(columns)}: choose one of them")
+            raise UserError(no_column(self.path, self.column, columns))
         stream = stream.select_columns([self.column])
         return iter(stream.take(self.limit) if self.limit else stream)
 

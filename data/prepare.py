@@ -1,5 +1,6 @@
 """From a corpus to shards, once: later runs find them in the cache folder."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from data.names import BLOCK, names_file, names_of
 from data.sealed import digest
 from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+
+log = logging.getLogger("headroom")
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,35 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not folder.exists():
         tokenizer.refuse_missing()
-        if corpus.remote and not download:
-            raise UserError(f"data={corpus.name} is not in {cache_dir} yet, and would have to be downloaded")
+        if not download:
+            refuse_download(corpus, cache_dir)
         _build_once(corpus, fingerprint, tokenizer, folder)
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
     except UserError as error:
         raise UserError(f"{error}: delete the folder {folder} and run again to rebuild it") from None
+    shortfall = tokenizer.shortfall(trained)
+    if shortfall:
+        log.warning(shortfall)
     train, val = (open_stream(folder, split, trained.hash) for split in ("train", "val"))
     return Prepared(folder, fingerprint, trained, train, val)
+
+
+def missing(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> list[str]:
+    """What stands between these settings and documents that are not prepared yet, a line each."""
+    found = []
+    for refuse in (tokenizer.refuse_missing, corpus.fingerprint, lambda: refuse_download(corpus, cache_dir)):
+        try:
+            refuse()
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def refuse_download(corpus: Corpus, cache_dir: Path) -> None:
+    """Raises UserError where documents that are not prepared yet can only be had by a download."""
+    if corpus.remote:
+        raise UserError(f"the documents of data={corpus.name} are not in {cache_dir} yet: a run downloads them")
 
 
 def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path) -> None:
@@ -71,7 +94,9 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         busy = f"another process is preparing {folder}: waiting for it"
         guard = lock(lock_file(folder), busy, wait=True)
     except OSError as error:
-        raise UserError(f"cache_dir={folder.parent} cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"cache_dir={folder.parent} cannot be written: {error.strerror}: give a folder to write to as cache_dir="
+        ) from None
     discard_abandoned(folder.parent)  # before more room is needed
     with guard:
         sweep(folder.parent, folder.name)

@@ -36,12 +36,19 @@ def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
 
 def _text(place: str, column: str, cell: Any) -> str:
     if not isinstance(cell, str):
-        raise UserError(f"{place} holds {type(cell).__name__} in column {column}, not text: choose another data.column")
+        raise UserError(no_text(place, column, cell))
     try:
         cell.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{place} is not valid Unicode: a lone surrogate at character {error.start}: mend it") from None
     return cell
+
+
+def no_text(place: str, column: str, cell: Any) -> str:
+    return (
+        f"{place} holds {type(cell).__name__} in column {column}, not text: choose a column of strings as data.column= "
+        "(null and empty ones are passed over)"
+    )
 
 
 def _columns(path: str) -> list[str]:
@@ -60,7 +67,12 @@ def _columns(path: str) -> list[str]:
 
 def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
-        raise UserError(f"data.column={column}: {place} has {listed(columns)}: choose one of them")
+        raise UserError(no_column(place, column, columns))
+
+
+def no_column(place: str, column: str, columns: list[str]) -> str:
+    """What is to be said, also where nobody has set data.column."""
+    return f"{place} has no column {column}, it has {listed(columns)}: give one as data.column="
 
 
 def listed(names: list[str]) -> str:
@@ -133,4 +145,4 @@ def _open_parquet(path: str):
     try:
         return ParquetFile(path)
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}: replace or exclude it") from None

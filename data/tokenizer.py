@@ -129,6 +129,10 @@ class TokenizerConfig(DataConfig):
         """The settings that the tokens depend on."""
         return self.model_dump()
 
+    def shortfall(self, tokenizer: Tokenizer) -> str | None:
+        """What a tokenizer that this made lacks of what was asked for, in words for the user, if anything."""
+        return None
+
 
 class ByteConfig(TokenizerConfig):
     @property
@@ -154,6 +158,14 @@ class BPEConfig(TokenizerConfig):
     @property
     def most_tokens(self) -> int:
         return self.vocab_size
+
+    def shortfall(self, tokenizer: Tokenizer) -> str | None:
+        if tokenizer.vocab_size == self.vocab_size:
+            return None
+        return (
+            f"tokenizer.vocab_size={self.vocab_size}: the training text yields {tokenizer.vocab_size} tokens and no "
+            "more, which the run goes on with; longer text gives more"
+        )
 
     def share(self, total: int) -> float:
         return min(1.0, self.train_bytes / max(1, total))

@@ -237,7 +237,15 @@ def test_help_states_the_limits_of_every_number(monkeypatch, capsys):
 
 
 BAD_SAMPLES = {
-    "a long prompt": (["x" * 64], "the prompt has 64 tokens, the context holds 64"),
+    "a long prompt": (
+        ["x" * 64],
+        "the prompt has 64 tokens, the context holds 64: shorten it, or read its end with --context",
+    ),
+    "words without quotes": (["to", "be"], "unrecognized arguments: be: a prompt of several words goes in quotes"),
+    "seeds beyond the last": (
+        ["x", "--seed", str(2**63 - 1), "--num-samples", "2"],
+        f"--seed {2**63 - 1} with --num-samples 2: the seeds would go beyond {2**63 - 1}",
+    ),
     "cold": (["x", "--temperature", "-1"], "--temperature: '-1'"),
     "top-p beyond 1": (["x", "--top-p", "7"], "--top-p: '7'"),
     "top-k of nothing": (["x", "--top-k", "0"], "--top-k: '0'"),
@@ -263,14 +271,18 @@ BAD_SAMPLES = {
     "no prompt file": (["--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
     "binary prompt": (["--prompt-file", "binary.txt"], "binary.txt is not UTF-8 text: byte 2"),
     "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),
-    "conversation as JSON": (["--interactive", "--json"], "--interactive with --json"),
+    "conversation as JSON": (
+        ["--interactive", "--json"],
+        "--interactive with --json: an object stands for a text that is",
+    ),
+    "conversation with speeds": (["--interactive", "--stats"], "--interactive with --stats: speeds are of one text"),
     "conversations": (["--interactive", "--num-samples", "2"], "--interactive with --num-samples"),
     "conversation with a file": (["--interactive", "--prompt-file", "x"], "--interactive with --prompt-file"),
     "conversation with stdin": (["--interactive", "-"], "--interactive with -: stdin"),
     "score and write": (["x", "--score", "empty.txt"], "--score with a prompt: a text is read, none is written"),
     "score and sample": (["--score", "empty.txt", "--top-k", "3"], "--score with --top-k"),
     "score and talk": (["--score", "empty.txt", "--interactive"], "--score with --interactive"),
-    "score of nothing": (["--score", "empty.txt"], "nothing to predict"),
+    "score of nothing": (["--score", "empty.txt"], "--score empty.txt is empty, which leaves nothing to predict"),
     "score of no file": (["--score", "none.txt"], "none.txt cannot be read: No such file"),
     "score of bytes": (["--score", "binary.txt"], "binary.txt is not UTF-8 text"),
     "map of nothing": (["--attention-map", "a.png"], "a prompt of 2 to 64 tokens, this one has 0: give a longer one"),
@@ -299,7 +311,7 @@ BAD_RUNS = {
     "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
     "heads": (["model=gpt2", "attention=gqa", "attention.n_kv_heads=5"], "n_kv_heads=5 does not divide n_heads=12"),
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
-    "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, small, tiny"),
+    "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, mini, small, tiny"),
     "nearly": (["attention.n_kv_head=2"], "no such setting of attention=mha; did you mean n_kv_heads?"),
     "nearly a shared one": (["attention.rope_teta=2"], "no such setting of attention=mha; did you mean rope_theta?"),
     "position": (["position=absolute"], "position=absolute: choose one of alibi, learned, none, rope, sinusoidal"),
@@ -330,10 +342,14 @@ BAD_RUNS = {
     "added key": (["+foo=1"], "foo=1: no such key"),
     "type": (["steps=abc"], "steps=abc"),
     "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),
-    "glob": (["data=files", "data.path='nothing/*.txt'"], "matches no file"),
+    "glob": (["data=files", "data.path='nothing/*.txt'"], "a path or a quoted pattern, as in"),
+    "no Parquet": (["data=files", "data.path=bad.parquet"], "bad.parquet is not a Parquet file: "),
     "empty file": (["data=files", "data.path=empty.txt"], "empty.txt is empty"),
     "binary file": (["data=files", "data.path=binary.txt"], "binary.txt holds NUL bytes"),
-    "column": (["data=files", "data.path=rows.jsonl", "data.column=tekst"], "rows.jsonl has text: choose one of them"),
+    "column": (
+        ["data=files", "data.path=rows.jsonl", "data.column=tekst"],
+        "rows.jsonl has no column tekst, it has text: give one as data.column=",
+    ),
     "a row that is none": (["data=files", "data.path=rows.jsonl"], "rows.jsonl:2 is not JSON"),
     "no vocabulary": (["tokenizer=cl100k"], "cache/tokenizers/cl100k.tiktoken: fetch https://"),
     "no hub": (["data=hub", "data.path=nobody/nothing"], "HF_HUB_OFFLINE keeps from asking the hub"),
@@ -351,6 +367,8 @@ BAD_RUNS = {
     "no run": (["resume=latest"], "there is no run in"),
     "no folder": (["run_dir=''"], "run_dir="),
     "no name": (["resume="], "resume= names no run"),
+    "no such run, and what may not change": (["experiment=smoke", "resume=none"], "none is not a run: it has no"),
+    "two beginnings": (["init_from=a", "resume=b"], "resume=b with init_from: a run that goes on has weights already"),
     "a flag": (["--foo"], "unrecognized arguments: --foo"),
 }
 
@@ -360,6 +378,7 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     (workplace / "empty.txt").touch()
     (workplace / "binary.txt").write_bytes(bytes(range(256)))
     (workplace / "rows.jsonl").write_text('{"text": "x"}\n{oops\n')
+    (workplace / "bad.parquet").write_bytes(b"PAR1 and no more")
     (workplace / "taken").mkdir()
     (workplace / "taken" / "something").touch()
     before = set(workplace.rglob("*"))

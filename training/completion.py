@@ -3,7 +3,8 @@
 eval "$(python train.py -sc install=bash; python sample.py --completion)"
 
 Bash has one function for the word `python`, whatever program follows. Hydra's would run that program, to ask it what
-completes; the one here takes its place, knows the answer, and leaves train.py's to Hydra's.
+completes; the one here takes its place, knows the answer, and leaves train.py's to Hydra's, except for
+the folders of runs.
 """
 
 import argparse
@@ -16,6 +17,12 @@ _headroom_python() {
     case ${COMP_WORDS[1]}:$COMP_CWORD in
         *:1) ;;
         train.py:* | */train.py:*)
+            case $word in
+                resume=* | init_from=*)
+                    compopt -o nospace
+                    COMPREPLY=($(compgen -d -P "${word%%=*}=" -S / -- "${word#*=}"))
+                    return ;;
+            esac
             declare -F hydra_bash_completion >/dev/null && compopt -o nospace && hydra_bash_completion ;;
         PROGRAM:* | */PROGRAM:*)
             case ${COMP_WORDS[COMP_CWORD - 1]} in

@@ -10,10 +10,12 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from data.corpus import Corpus
@@ -271,20 +273,27 @@ def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str,
     try:
         return cls.model_validate({**settings, **parts})
     except ValidationError as error:
-        raise UserError(_one_line(key, error)) from None
+        raise UserError(_one_line(cls, key, error)) from None
 
 
-def _one_line(key: str, error: ValidationError) -> str:
+def _one_line(cls: type[BaseModel], key: str, error: ValidationError) -> str:
     first, *rest = error.errors()
     if first["type"] == "value_error":  # ours: it names the value itself
         message = str(first["ctx"]["error"])
     else:
-        message = _complaint(_dotted(key, *first["loc"]), first)
+        message = _complaint(_dotted(key, *first["loc"]), first, _limits(cls, *first["loc"]))
     return message + (f" (and {len(rest)} more)" if rest else "")
 
 
-def _complaint(where: str, error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in words that know nothing of schemas."""
+def _limits(cls: type[BaseModel], field: Any, *_: Any) -> dict[str, Any]:
+    """What a field's numbers are held to, by pydantic's names for it."""
+    known = cls.model_fields[field].metadata if field in cls.model_fields else ()
+    return {name: limit for one in known if isinstance(one, Ge | Gt | Le | Lt) for name, limit in asdict(one).items()}
+
+
+def _complaint(where: str, error: Mapping[str, Any], field_limits: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in words that know nothing of schemas. field_limits: of both sides, where there are
+    two; the error tells only the one that was passed."""
     kind, limits, given = error["type"], error.get("ctx", {}), f"{where}={_spelled(error['input'])}"
     if kind == "missing":
         return f"{where} is not set: give {where}=..."
@@ -292,10 +301,10 @@ def _complaint(where: str, error: Mapping[str, Any]) -> str:
         return f"{given} is empty: give it a value"
     if kind == "literal_error":
         return f"{given}: choose " + limits["expected"].replace("'", "")
-    for name, words in LIMITS.items():
-        if name in limits:
-            limit = limits[name]
-            return f"{given}: give {words} {int(limit) if limit == int(limit) else limit}"
+    if limits.keys() & LIMITS.keys():
+        both = {name: limit for name, limit in {**field_limits, **limits}.items() if name in LIMITS}
+        words = (f"{LIMITS[name]} {int(limit) if limit == int(limit) else limit}" for name, limit in both.items())
+        return f"{given}: give {' and '.join(words)}"
     wanted = next((words for name, words in KINDS.items() if kind.startswith(name)), None)
     return f"{given}: give {wanted}" if wanted else f"{given}: {error['msg'][0].lower()}{error['msg'][1:]}"
 

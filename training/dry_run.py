@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.batches import refuse_short, windows
 from data.errors import UserError
-from data.prepare import Prepared, prepare
+from data.prepare import Prepared, missing, prepare
 from model import cost
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
@@ -43,7 +43,7 @@ def dry_run(run: Run, device: torch.device, done: int) -> None:
     """
     if done >= run.steps:
         raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
-    corpus, unknown = _prepared(run)
+    corpus, lacking = _prepared(run)
     if corpus is None:
         vocab_size = run.tokenizer.most_tokens
         flops = cost.flops(run.model, vocab_size)
@@ -59,19 +59,23 @@ def dry_run(run: Run, device: torch.device, done: int) -> None:
     print(_plan(run, corpus, done), flush=True)  # before what takes a while
     print(_duration(run, vocab_size, flops, sum(parts.values()), device, done))
     if corpus is None:
-        print(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens: {unknown}")
-    print("dry run      nothing was trained or kept: leave dry_run=true out to train")
+        print(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens")
+        for line in lacking:
+            print(f"missing      {line}")
+    kept = f", and nothing kept but the prepared documents, in {corpus.folder}" if corpus else " or kept"
+    print(f"dry run      nothing was trained{kept}: leave dry_run=true out to train")
 
 
-def _prepared(run: Run) -> tuple[Prepared | None, str]:
-    """The corpus, or why there is none."""
+def _prepared(run: Run) -> tuple[Prepared | None, list[str]]:
+    """The corpus, or all that is missing for it, a line each."""
+    cache_dir = Path(run.cache_dir)
     try:
-        corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), download=False)
+        corpus = prepare(run.data, run.tokenizer, cache_dir, download=False)
     except UserError as error:
-        return None, str(error)
+        return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
     refuse_short(corpus, run.model.context_length)
     preview_prompt(corpus, run.sample_prompt, run.model.context_length)
-    return corpus, ""
+    return corpus, []
 
 
 def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -70,19 +71,22 @@ class WandbLogger(Logger):
         remembered = folder / "wandb-id.txt"
         if not remembered.exists():
             write_whole(remembered, secrets.token_hex(4).encode())
-        return WandbSink(
-            wandb.init(
-                project=self.project,
-                mode=self.mode,
-                dir=folder,
-                name=folder.name,
-                id=remembered.read_text().strip(),  # a run that is resumed goes on in the run it has there
-                resume="allow",
-                config=dict(config),
-                reinit="create_new",  # one process may train several runs, which must not merge
-                settings=wandb.Settings(silent=True),
-            )
+        remote = wandb.init(
+            project=self.project,
+            mode=self.mode,
+            dir=folder,
+            name=folder.name,
+            id=remembered.read_text().strip(),  # a run that is resumed goes on in the run it has there
+            resume="allow",
+            config=dict(config),
+            reinit="create_new",  # one process may train several runs, which must not merge
+            settings=wandb.Settings(silent=True),
         )
+        if self.mode == "offline":
+            log.info(
+                f"logger=wandb is offline; to upload the run: wandb sync {shlex.quote(str(Path(remote.dir).parent))}"
+            )
+        return WandbSink(remote)
 
 
 class WandbSink(Sink):

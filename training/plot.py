@@ -5,6 +5,7 @@ python -m training.plot runs/* --x tokens -o all.svg
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,7 @@ from training.command import Parser, one_line_errors
 from training.log import read_metrics
 from training.picture import refuse_unwritable, save
 
-WINDOW = 10  # steps that a running mean is over, about
-SMOOTHED = f"training (mean of up to {WINDOW} steps)"
+WINDOW = 10  # steps that a running mean is over at most, about
 
 
 def plot_loss(folder: Path) -> None:
@@ -26,12 +26,12 @@ def plot_loss(folder: Path) -> None:
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _running_mean(losses), color="tab:blue", label=SMOOTHED)
+        window = _window(len(losses))
+        axes.plot(steps, _running_mean(losses, window), color="tab:blue", label=_smoothed(window))
     if val:
-        for tokens, marker in zip(sorted({tokens for *_, tokens in val}), "os^", strict=False):
+        for tokens, marker in _markers(val).items():
             points = [(step, loss) for step, loss, scored in val if scored == tokens]
-            label = f"validation ({tokens:,} tokens)"
-            axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=label)
+            axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=_scored(tokens))
         axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
     _save(figure, axes, folder / "loss.png")
 
@@ -45,18 +45,20 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     if not folders:
         raise UserError("there is no run among what was given: python -m training.plot runs/A runs/B")
     found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
+    window = _window(min(len(train) for _, train, _ in found))  # the shortest one's, for all: none lags, or all alike
+    markers = _markers([point for *_, val in found for point in val])
     figure, axes = _empty("", x)
     for i, (label, train, val) in enumerate(found):
         color = f"C{i}"  # after ten runs, colors come again
         if train:
             places, losses = zip(*train, strict=True)
-            axes.plot(places, _running_mean(losses), color=color, linewidth=1, label=label)
-        for tokens, marker in zip(sorted({tokens for *_, tokens in val}), "os^", strict=False):
+            axes.plot(places, _running_mean(losses, window), color=color, linewidth=1, label=label)
+        for tokens in {tokens for *_, tokens in val}:
             points = [(place, loss) for place, loss, scored in val if scored == tokens]
-            axes.plot(*zip(*points, strict=True), f"{marker}--", color=color, markersize=4, linewidth=0.8)
-    axes.plot([], [], "-", color="gray", linewidth=1, label=SMOOTHED)
-    axes.plot([], [], "o--", color="gray", markersize=4, linewidth=0.8, label="validation, on a prefix")
-    axes.plot([], [], "s", color="gray", markersize=4, label="validation, on all of it")
+            axes.plot(*zip(*points, strict=True), f"{markers[tokens]}--", color=color, markersize=4, linewidth=0.8)
+    axes.plot([], [], "-", color="gray", linewidth=1, label=_smoothed(window))
+    for tokens, marker in markers.items():
+        axes.plot([], [], f"{marker}--", color="gray", markersize=4, linewidth=0.8, label=_scored(tokens))
     _save(figure, axes, path)
 
 
@@ -103,12 +105,28 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Over about WINDOW steps, or a twentieth of the run: in a short one, a longer mean would lag behind all of it."""
-    weight = 1 / min(WINDOW, max(1, len(values) / 20))
+def _markers(val: Sequence[tuple[float, float, int]]) -> dict[int, str]:
+    """For each number of tokens scored, of a prefix or of the whole validation set, a marker of its own."""
+    return dict(zip(sorted({tokens for *_, tokens in val}), itertools.cycle("os^Dv")))
+
+
+def _scored(tokens: int) -> str:
+    return f"validation ({tokens:,} tokens)" if tokens else "validation"  # rows of old did not say how many
+
+
+def _window(steps: int) -> float:
+    """WINDOW, or a twentieth of the steps: in a short run, a longer mean would lag behind all of it."""
+    return min(WINDOW, max(1.0, steps / 20))
+
+
+def _smoothed(window: float) -> str:
+    return "training" if window == 1 else f"training (running mean over about {window:.2g} steps)"
+
+
+def _running_mean(values: Sequence[float], window: float) -> list[float]:
     means, mean = [], values[0]
     for value in values:
-        mean += weight * (value - mean)
+        mean += (value - mean) / window
         means.append(mean)
     return means
 

@@ -16,12 +16,19 @@ class Profile:
     """Records `steps` steps after a few, into the run's folder, as Chrome's trace format has it. It never stops
     training: what fails is a warning. 0 steps do nothing. A process that resumes a run records again."""
 
-    def __init__(self, steps: int, folder: Path, device: torch.device, done: int):
-        """done: steps before the first of this process."""
+    def __init__(self, steps: int, folder: Path, device: torch.device, done: int, last: int):
+        """done: steps before the first of this process. last: the number of the run's last one."""
         self.steps, self.folder, self.done, self.seen = steps, folder, done, 0
         self.activities = [torch.profiler.ProfilerActivity.CPU]
         self.activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
         self.recording: torch.profiler.profile | None = None
+        shown = max(0, last - done - WARMUP)
+        if shown < steps:
+            log.warning(
+                f"profile_steps={steps}: this process has {last - done} steps, the first {WARMUP} of which are not "
+                f"recorded, so the trace will show {shown or 'none'}"
+            )
+            self.steps = steps if shown else 0
 
     def step(self) -> None:
         """Call before every step."""

@@ -25,7 +25,7 @@ from training.log import MetricsFile, Watch, percent, tell
 from training.mfu import flops_of, peak_flops
 from training.plot import plot_loss
 from training.profiling import Profile
-from training.run_folder import resume_command
+from training.run_folder import leaves, resume_command
 from training.step import Score, StepResult
 
 log = logging.getLogger("headroom")
@@ -44,7 +44,7 @@ class Report:
         self.guard = Guard(self.metrics.past)
         self.sink = run.logger.open(folder, dump(run))
         self.watch = Watch(done, run.steps)
-        self.profile = Profile(run.profile_steps, folder, self.device, done)
+        self.profile = Profile(run.profile_steps, folder, self.device, done, run.steps)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm, bytes, skipped or not
         self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
         self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
@@ -245,11 +245,13 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, {parameters:,} parameters "
         f"on {device.type}"
     )
-    yield f"attention    {attention.described(dims.n_heads)}: {attention}"
+    changed = leaves(attention.model_dump(exclude_defaults=True)).items()
+    yield f"attention    {attention.described(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
         f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "
-        f"{text_bytes / len(corpus.val):.2f} bytes per token, fingerprint {corpus.fingerprint[:12]}"
+        f"in a vocabulary of {corpus.tokenizer.vocab_size:,}, {text_bytes / len(corpus.val):.2f} bytes per token, "
+        f"fingerprint {corpus.fingerprint[:12]}"
     )
     yield (
         f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch_size} "

@@ -61,7 +61,8 @@ def claim(folder: Path) -> AbstractContextManager:
     try:
         held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be written: {error.strerror}") from None
+        reason = f"the run's folder {folder} cannot be written: {error.strerror}"
+        raise UserError(f"{reason}: let this user write to it") from None
     for place in (folder, folder / "checkpoints", folder / "failures"):
         sweep(place)
     return held
@@ -80,7 +81,8 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
-        raise UserError(f"the run folder {folder} cannot be made: {error.strerror}") from None
+        named = f"run_dir={folder}" if run.run_dir else f"the run's folder {folder}"
+        raise UserError(f"{named} cannot be made: {error.strerror}: give a folder to write to as run_dir=") from None
     return folder, claimed
 
 
@@ -123,7 +125,7 @@ def refuse_no_run(folder: Path) -> None:
 def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], done: int) -> None:
     """Raises UserError where `run` is not the run whose settings were `trained` for its first `done` steps, or where
     its schedule does not allow another number of steps any more."""
-    now, before = _leaves(dump(run)), _leaves(dump(load(trained)))  # with what was no setting yet, as it was then
+    now, before = leaves(dump(run)), leaves(dump(load(trained)))  # with what was no setting yet, as it was then
     before["tokenizer.path"] = now.get("tokenizer.path")  # of a run that began with another's, its own copy
     for key in now:
         if key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
@@ -156,16 +158,20 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that may not
     change.
     """
+    if resume == "":
+        raise UserError("resume= names no run: give a run's folder, or latest")
     keys = [override.lstrip("+").partition("=")[0] for override in typed]
+    if "init_from" in keys:
+        raise UserError(
+            f"resume={resume} with init_from: a run that goes on has weights already, its own; leave one of them out"
+        )
+    folder = newest() if resume == "latest" else Path(str(resume))
+    stored = read_config(folder)
     for key in keys:
         if key.split(".")[0] not in (*RESUMABLE, "resume"):
             raise UserError(
                 f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may; the rest is the run's own"
             )
-    if resume == "":
-        raise UserError("resume= names no run: give a run's folder, or latest")
-    folder = newest() if resume == "latest" else Path(str(resume))
-    stored = read_config(folder)
     if "path" in stored.get("tokenizer", {}):
         stored["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
     changed = {key.split(".")[0] for key in keys} - {"resume"}
@@ -218,11 +224,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings as `group.key`: value."""
     found = {}
     for key, value in tree.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 

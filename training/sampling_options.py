@@ -12,6 +12,7 @@ from training.completion import PrintCompletion
 from training.picture import refuse_unwritable
 
 MOST_SAMPLES = 1024
+LAST_SEED = 2**63 - 1
 DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
@@ -49,7 +50,9 @@ CONTRADICTIONS = (
         "a text is read, none is written",
     ),
     ("attention_map", ("interactive", *WRITING, "json", "stats", "no_cache"), "a prompt is drawn, not continued"),
-    ("interactive", ("prompt_file", "num_samples", "json", "stats"), "one text is written, as a conversation"),
+    ("interactive", ("prompt_file", "num_samples"), "one text is written, as a conversation"),
+    ("interactive", ("json",), "an object stands for a text that is whole, and a conversation goes on"),
+    ("interactive", ("stats",), "speeds are of one text written in one go, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
 
@@ -59,7 +62,12 @@ def arguments(description: str) -> argparse.Namespace:
     UserError for flags that contradict each other, a run that is not there, a file that is not text, and a picture that
     cannot be written."""
     parser = _parser(description)
-    given = vars(parser.parse_args())
+    known, rest = parser.parse_known_args()
+    if rest:
+        words = not any(word.startswith("-") for word in rest)
+        hint = ': a prompt of several words goes in quotes, as in "to be"' if words else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    given = vars(known)
     complaint = _contradiction(given)
     if complaint:
         raise UserError(complaint)
@@ -74,6 +82,8 @@ def arguments(description: str) -> argparse.Namespace:
     if args.attention_map is not None:
         refuse_unwritable(args.attention_map, "--attention-map")
     args.text = None if args.score is None else read_text(args.score, "--score")
+    if args.text == "":
+        raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")
     return args
 
 
@@ -129,7 +139,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     draw("--top-k", metavar="K", **_number("sample among the K likeliest tokens", int, 1))
     draw("--top-p", metavar="P", **_number("sample among the fewest tokens that reach P", float, 0, 1))
     draw("--min-p", metavar="P", **_number("leave out what is less likely than P times the likeliest", float, 0, 1))
-    draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, 2**63 - 1))
+    draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, LAST_SEED))
     output = parser.add_argument_group("output").add_argument
     output(
         "--json",
@@ -174,6 +184,9 @@ def _contradiction(given: dict) -> str | None:
                 )
         if given.get("num_samples", 1) > 1:
             return f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text"
+    first, count = given.get("seed", DEFAULTS["seed"]), given.get("num_samples", DEFAULTS["num_samples"])
+    if first + count - 1 > LAST_SEED:
+        return f"--seed {first} with --num-samples {count}: the seeds would go beyond {LAST_SEED}; choose a smaller one"
     if given.get("interactive") and given.get("prompt") == "-":
         return "--interactive with -: stdin is where the turns come from; give the prompt as text"
     return None

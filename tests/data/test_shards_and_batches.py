@@ -121,6 +121,19 @@ def test_prepared_once_and_found_again(workplace):
     assert prepare(corpus, ByteConfig(), workplace / "cache").folder != first.folder
 
 
+def test_a_vocabulary_that_the_text_cannot_fill_is_said_each_time(workplace, caplog):
+    corpus = SyntheticCorpus(size=20)
+    for _ in range(2):
+        made = prepare(corpus, BPEConfig(vocab_size=5000), workplace / "cache")
+        (said,) = [record.message for record in caplog.records if "vocab_size" in record.message]
+        assert said.startswith(
+            f"tokenizer.vocab_size=5000: the training text yields {made.tokenizer.vocab_size} tokens"
+        )
+        caplog.clear()
+    prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
+    assert not caplog.records or "vocab_size" not in caplog.text
+
+
 def test_the_end_of_text_precedes_each_document(workplace):
     corpus = SyntheticCorpus(size=20)
     made = prepare(corpus, ByteConfig(), workplace / "cache")
@@ -161,7 +174,7 @@ def test_too_little_text_is_refused_before_a_run(workplace):
 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
     (workplace / "cache").write_text("a file")
-    with pytest.raises(UserError, match="cache_dir"):
+    with pytest.raises(UserError, match=r"cache_dir=.*: give a folder to write to as cache_dir="):
         prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
 
 

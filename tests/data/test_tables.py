@@ -64,7 +64,7 @@ def test_what_is_held_out_stays_so_when_rows_are_added(tmp_path):
 
 
 def test_a_wrong_column_lists_those_there_are(table):
-    assert "data.column=body: " in refusal(path=str(table), column="body")
+    assert " has no column body, it has " in refusal(path=str(table), column="body")
     assert "a." in refusal(path=str(table), column="body") and "has n, text" in refusal(path=str(table), column="body")
 
 
@@ -80,14 +80,14 @@ BAD_TABLES = {
     "not JSON": ("a.jsonl", '{"text": "x"}\n{oops\n', "a.jsonl:2 is not JSON"),
     "not an object": ("a.jsonl", '{"text": "x"}\n[3]\n', "a.jsonl:2 is not a JSON object"),
     "nested": ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is not JSON"),
-    "lacking": ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', "data.column=text: {folder}/a.jsonl:2 has body"),
+    "lacking": ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', "{folder}/a.jsonl:2 has no column text, it has body"),
     "number": ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', "a.jsonl:2 holds int in column text, not text"),
     "surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1 is not valid Unicode"),
     "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv:2 has 1 cells, the head has 2"),
     "open quote": ("a.csv", 'n,text\n1,"x\n', "a.csv, line 2, is not CSV"),
     "no Parquet": ("a.parquet", "text", "a.parquet is not a Parquet file"),
     "empty": ("a.jsonl", "", "a.jsonl is empty"),
-    "blank": ("a.jsonl", "\n", "a.jsonl has none"),
+    "blank": ("a.jsonl", "\n", "a.jsonl has no column text, it has none"),
     "binary": ("a.csv", "text\n\0\n", "a.csv holds NUL bytes"),
 }
 

@@ -51,3 +51,11 @@ def test_the_rest_is_left_to_bash(offered):
 
 def test_train_is_left_to_hydra(offered):
     assert offered("python", "train.py", "at") == ["compopt -o nospace", "hydra"]
+
+
+def test_runs_are_offered_where_a_run_is_asked_for(offered, workplace):
+    for name in ("a", "b"):
+        (workplace / "runs" / name).mkdir(parents=True)
+    assert offered("python", "train.py", "resume=r") == ["compopt -o nospace", "resume=runs/"]
+    runs = ["init_from=runs/a/", "init_from=runs/b/"]
+    assert sorted(offered("python", "train.py", "init_from=runs/")) == ["compopt -o nospace", *runs]

@@ -31,6 +31,27 @@ def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
     assert again == run and again.data.document_mask
 
 
+CHOSEN_WITHIN = [
+    (experiment, group, choice)
+    for experiment in choices("experiment")
+    for group in ("model", "data", "tokenizer", "optim", "schedule")
+    for choice in choices(group)
+]
+
+
+@pytest.mark.parametrize(("experiment", "group", "choice"), CHOSEN_WITHIN, ids=lambda x: x)
+def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(experiment, group, choice):
+    """Whole: nothing that the experiment would have chosen instead is left in it, but for dropout."""
+    needs = NEEDS.get((group, choice), ())
+    texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
+    tree = compose(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
+    load({key: value for key, value in tree.items() if key != "resume"})
+    alone = compose(f"{group}={choice}", *needs)[group]
+    if group == "model":
+        alone["dropout"] = tree["model"]["dropout"]
+    assert tree[group] == alone
+
+
 def test_a_part_of_a_mix_has_no_document_mask_of_its_own():
     with pytest.raises(UserError, match=r"document_mask is the mix's, not a part's"):
         load_composed("data=mix", "data.parts={sympy: {quota: 1, document_mask: true}}")
@@ -218,15 +239,15 @@ BAD = [
     (("tokenizer.vocab_size=100",), "tokenizer.vocab_size=100"),
     (("data=files",), "data.path is not set"),
     (("data=files", "data.path=x", "data.val_fraction=1"), "data.val_fraction=1"),
-    (("seed=9223372036854775808",), "seed=9223372036854775808: give less than 9223372036854775808"),
-    (("steps=0",), "steps=0: give at least 1"),
+    (("seed=9223372036854775808",), "seed=9223372036854775808: give at least 0 and less than 9223372036854775808"),
+    (("steps=0",), "steps=0: give at least 1 and at most 1099511627776"),
     (("steps=1e3",), "steps=1000.0: give a whole number, written in digits"),
     (("optim.lr=0",), "optim.lr=0: give more than 0"),
     (("optim.lr=inf",), "optim.lr=inf: give a finite number"),
     (("clip_norm=true",), "clip_norm=true: give a number"),
     (("compile=null",), "compile=null: give true or false"),
-    (("model.dropout=1",), "model.dropout=1: give less than 1"),
-    (("profile_steps=1001",), "profile_steps=1001: give at most 1000"),
+    (("model.dropout=1",), "model.dropout=1: give at least 0 and less than 1"),
+    (("profile_steps=1001",), "profile_steps=1001: give at least 0 and at most 1000"),
     (("precision=fp8",), "precision=fp8: choose auto, bf16, fp16 or fp32"),
     (("device=3",), "device=3: give text"),
     (("run_dir=''",), "run_dir= is empty: give it a value"),

@@ -93,6 +93,8 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944" in out
     assert "for 3,000 steps, reading, evaluating and saving not counted: " in out
     assert "tokens per second on this cpu, from 10 micro-batches and one update\n" in out and "not known" not in out
+    (kept,) = (workplace / "cache").glob("[!.]*")
+    assert f"nothing was trained, and nothing kept but the prepared documents, in cache/{kept.name}: " in out
     assert [path.name for path in workplace.iterdir()] == ["cache"]
 
 
@@ -181,9 +183,9 @@ def test_without_the_vocabulary_all_else_is_said(workplace, monkeypatch, capsys)
     assert {"flops", "cache", "memory", "dry"} <= rows.keys()
     assert rows["training"].endswith("30 steps of 1,024 tokens each: 30,720 tokens")
     assert " and one update" in rows["time"]
-    assert (
-        "how many epochs that is; the vocabulary is taken as 50,257 tokens: tokenizer=gpt2: there is no" in rows["not"]
-    )
+    assert rows["not"].endswith("how many epochs that is; the vocabulary is taken as 50,257 tokens")
+    assert rows["missing"].startswith("missing      tokenizer=gpt2: there is no")
+    assert "nothing was trained or kept: " in rows["dry"]
     assert list(workplace.iterdir()) == []
     assert call("train", options[:-1], monkeypatch) == 2  # the run itself does not begin
 
@@ -193,8 +195,17 @@ def test_a_dry_run_downloads_nothing(workplace, monkeypatch, capsys):
     monkeypatch.setattr("data.hub.HubCorpus.read", None)
     assert call("train", [*SMOKE, "data=hub", "data.path=owner/name", "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
-    assert "257 tokens: data=hub is not in cache yet, and would have to be downloaded" in out
+    assert "257 tokens\nmissing      the documents of data=hub are not in cache yet: a run downloads them\n" in out
     assert "parameters   119,168" in out and "from 10 micro-batches" in out
+
+
+def test_a_dry_run_says_all_that_is_missing(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "data=hub", "data.path=owner/name", "tokenizer=gpt2", "dry_run=true"]
+    assert call("train", options, monkeypatch) == 0
+    missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing ")]
+    assert len(missing) == 3
+    for line, complaint in zip(missing, ("gpt2.tiktoken", "HF_HUB_OFFLINE", "a run downloads them"), strict=True):
+        assert complaint in line
 
 
 def test_documents_too_short_for_the_run_are_refused_as_by_the_run(workplace, monkeypatch, capsys):

@@ -64,8 +64,10 @@ def broken(*_, **__):
 
 @pytest.mark.parametrize("fault", ["init", "log", "finish"])
 def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
+    caplog.set_level("INFO")
     calls = []
     remote = SimpleNamespace(
+        dir="w/offline-run-1/files",
         log=broken if fault == "log" else lambda row, step: calls.append((row, step)),
         finish=broken if fault == "finish" else lambda: calls.append("finish"),
     )
@@ -82,6 +84,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
     sink.close()
     assert "training goes on" in caplog.text and "no key" in caplog.text
     assert caplog.text.count("training goes on") == 1
+    assert ("to upload the run: wandb sync w/offline-run-1\n" in caplog.text) == (fault != "init")
     if fault == "finish":
         assert calls == [({"step": 1, "train_loss": 2.0}, 1)]
         assert asked["mode"] == "offline" and asked["dir"] == tmp_path and asked["reinit"] == "create_new"
@@ -89,7 +92,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
 
 def test_wandb_runs_go_on_when_resumed_and_never_merge(tmp_path, monkeypatch):
     asked = []
-    remote = SimpleNamespace(log=lambda row, step: None, finish=lambda: None)
+    remote = SimpleNamespace(dir="w/offline-run-1/files", log=lambda row, step: None, finish=lambda: None)
     fake = SimpleNamespace(Settings=lambda **_: None, init=lambda **options: (asked.append(options), remote)[1])
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for name in ("one", "two", "one"):
@@ -100,7 +103,7 @@ def test_wandb_runs_go_on_when_resumed_and_never_merge(tmp_path, monkeypatch):
 
 
 def test_a_logger_that_fails_at_every_row_says_so_once(tmp_path, monkeypatch, caplog):
-    remote = SimpleNamespace(log=broken, finish=lambda: None)
+    remote = SimpleNamespace(dir="w/offline-run-1/files", log=broken, finish=lambda: None)
     fake = SimpleNamespace(Settings=lambda **_: None, init=lambda **_: remote)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     sink = WandbLogger().open(tmp_path, {})

@@ -47,7 +47,7 @@ def test_runs_are_overlaid_under_their_names(runs, monkeypatch, capsys):
     assert call(monkeypatch, "runs/one", "runs/two") == 0
     assert capsys.readouterr().out == "losses.png\n" and (runs / "losses.png").read_bytes().startswith(PNG)
     labels = [text.get_text() for text in found[0].get_legend().get_texts()]
-    assert labels[:2] == ["one", "two"] and "training (mean of up to 10 steps)" in labels
+    assert labels == ["one", "two", "training", "validation"]
     lines = {line.get_label(): list(line.get_xdata()) for line in found[0].lines}
     assert lines["one"] == list(range(1, 9)) and lines["two"] == [1, 2, 3, 4]
     assert [4] in [list(line.get_xdata()) for line in found[0].lines]  # where it was scored
@@ -62,19 +62,48 @@ def test_over_tokens_runs_of_other_batches_can_be_compared(runs, monkeypatch):
     assert found[0].get_xlabel() == "tokens"
 
 
+def run_of(folder, losses, **last) -> None:
+    rows = [{"step": s, "tokens": s, "train_loss": loss} for s, loss in enumerate(losses, 1)]
+    rows[-1] |= last
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_short_runs_are_drawn_as_they_were_and_long_ones_smoothed(workplace, monkeypatch):
     """A mean of ten steps would show the end of a run of ten steps at half its fall."""
     found = drawn(monkeypatch)
-    for steps in (10, 400):
-        noisy = [3 + (-1) ** s * 0.5 for s in range(steps)] if steps > 10 else [9.0 - s for s in range(steps)]
-        rows = [{"step": s + 1, "tokens": s + 1, "train_loss": loss} for s, loss in enumerate(noisy)]
-        (workplace / str(steps)).mkdir()
-        (workplace / str(steps) / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert call(monkeypatch, "10", "400") == 0
-    plot.plot_loss(workplace / "10")
-    short, long = (list(line.get_ydata()) for line in found[0].lines[:2])
-    assert short == [9.0 - s for s in range(10)] == list(found[1].lines[1].get_ydata())
-    assert len(long) == 400 and max(abs(loss - 3) for loss in long[100:]) < 0.05
+    run_of(workplace / "10", [9.0 - s for s in range(10)])
+    run_of(workplace / "400", [3 + (-1) ** s * 0.5 for s in range(400)])
+    for name in ("10", "400"):
+        plot.plot_loss(workplace / name)
+    assert list(found[0].lines[1].get_ydata()) == [9.0 - s for s in range(10)]
+    assert max(abs(loss - 3) for loss in found[1].lines[1].get_ydata()[100:]) < 0.05
+    labels = [axes.get_legend().get_texts()[0].get_text() for axes in found]
+    assert labels == ["training", "training (running mean over about 10 steps)"]
+
+
+def test_runs_in_one_picture_are_smoothed_alike(workplace, monkeypatch):
+    """A run that ended early lies on the one it was so far the same as."""
+    found = drawn(monkeypatch)
+    losses = [3 + 2 / s + (-1) ** s * 0.2 for s in range(1, 121)]
+    run_of(workplace / "whole", losses)
+    run_of(workplace / "ended", losses[:30])
+    assert call(monkeypatch, "whole", "ended") == 0
+    whole, ended = (list(line.get_ydata()) for line in found[0].lines[:2])
+    assert ended == whole[:30]
+    assert "training (running mean over about 1.5 steps)" in [t.get_text() for t in found[0].get_legend().get_texts()]
+
+
+def test_the_legend_says_how_much_was_scored(workplace, monkeypatch):
+    """The whole set of one run is never taken for the prefix of another."""
+    found = drawn(monkeypatch)
+    run_of(workplace / "a", [3.0, 2.0], val_loss=2.5, val_tokens=9000)
+    run_of(workplace / "b", [3.0, 2.0], val_loss=2.6, val_tokens=500)
+    assert call(monkeypatch, "a", "b") == 0
+    marker_of = {line.get_label(): line.get_marker() for line in found[0].lines}
+    scored = {line.get_ydata()[0]: line.get_marker() for line in found[0].lines if len(line.get_ydata()) == 1}
+    assert scored == {2.5: marker_of["validation (9,000 tokens)"], 2.6: marker_of["validation (500 tokens)"]}
+    assert scored[2.5] != scored[2.6]
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,11 @@ def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (["attention=mha"], "MHA, 4 heads with a key and a value each: "),
+        (["attention=mha"], "MHA, 4 heads with a key and a value each: n_kv_heads=4 head_dim=16 rope_dim=16\n"),
         (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
         (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
         (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
+        (["attention=mqa", "attention.window=7"], "MQA, 4 heads on one key and value head: window=7 n_kv_heads=1 head"),
         (
             ["attention=stack"],
             "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
@@ -50,7 +51,8 @@ def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
 )
 def test_a_run_begins_by_saying_what_its_heads_share(workplace, monkeypatch, capsys, choice, said):
     assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
-    assert f"attention    {said}" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"attention    {said}" in err and "in a vocabulary of 257," in err
 
 
 def test_flops_of_masked_documents_are_those_within_them(workplace, monkeypatch):
@@ -92,7 +94,9 @@ def test_a_trace_shows_the_steps_it_says_and_changes_no_bit(workplace, monkeypat
     assert names.count("aten::_fused_adamw_") % 2 == 0 and "aten::_fused_adamw_" in names and "aten::mm" in names
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed", "profile_steps=30", "peak_flops=1e12"], monkeypatch) == 0
-    assert (workplace / "killed/trace_steps_9-12.json").is_file()  # the run ended before 30
+    assert (workplace / "killed/trace_steps_9-12.json").is_file()
+    said = "profile_steps=30: this process has 7 steps, the first 3 of which are not recorded, so the trace will show 4"
+    assert said in capsys.readouterr().err
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
@@ -112,7 +116,7 @@ def test_a_profiler_that_fails_stops_nothing(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "steps=5", "profile_steps=1"], monkeypatch) == 0
     assert "profile_steps=1 failed, training goes on: no profiler\n" in capsys.readouterr().err
     assert call("train", [*SMOKE, "steps=2", "profile_steps=1"], monkeypatch) == 0
-    assert "profile_steps=1: this process ended within the 3 steps before; no trace" in capsys.readouterr().err
+    assert "the first 3 of which are not recorded, so the trace will show none\n" in capsys.readouterr().err
 
 
 OF_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore advice.")
