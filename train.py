@@ -55,7 +55,7 @@ def train(tree: dict, typed: list[str]) -> None:
     run.logger.refuse_missing()
     set_determinism(run.deterministic)
     device = choose_device(run.device)
-    run.model.kernel.check(device, training=True)
+    run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
     if run.dry_run:
         return dry_run(run, device, checkpoint.steps_done(folder) if folder else 0)

@@ -130,7 +130,8 @@ class WindowCache(Cache):
             return Keys(self._read(rows), self._positions(positions, rows))
         first = positions.where(positions >= 0, sys.maxsize).amin(1, keepdim=True)
         before = self._positions(first - 1, rows).expand(len(self.sequences), -1)
-        columns = tuple(torch.cat((held, new), 1) for held, new in zip(self._read(rows), fresh.values(), strict=True))
+        held = zip(self.columns, self._read(rows), strict=True)
+        columns = tuple(torch.cat((column, fresh[name]), 1) for name, column in held)
         keys = Keys(columns, torch.cat((before, positions.expand(len(self.sequences), -1)), 1))
         self.write(positions, **fresh)
         return keys

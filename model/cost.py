@@ -10,7 +10,6 @@ import weakref
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from model.kernels.base import Kernel
 from model.kernels.naive import Naive
-from model.kernels.sdpa import by_positions
+from model.kernels.sdpa import by_positions, widened
 from model.mask import Mask
 from model.norm import NORMS
 from model.transformer import ModelConfig, TransformerLM
@@ -91,6 +90,11 @@ def cache_bytes_per_token(model: TransformerLM) -> int:
     return sum(cache.bytes_per_token for cache in model.make_caches(1, 1))
 
 
+def cache_bytes(model: TransformerLM, tokens: int) -> int:
+    """While decoding one text of that many tokens: windows hold no more than they are wide."""
+    return sum(cache.rows * cache.bytes_per_token for cache in model.make_caches(1, tokens))
+
+
 class LivePeak(TorchDispatchMode):
     """Within its `with` block: `bytes`, the most that tensors made there took at one time. On the meta device it
     predicts what the same code would hold on another. It sees what operators return; not what a kernel allocates and
@@ -135,7 +139,7 @@ class Fused(Kernel):
         nowhere = dataclasses.replace(mask, q_pos=None, k_pos=None, q_doc=None, k_doc=None)
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))
         width = max(q.shape[-1], value_dim)  # they want q, k and v equally wide
-        q, k, v = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        q, k, v = (widened(x, width) for x in (q, k, v))
         tiled = not mask.unrestricted
         out = by_positions(q, k, v, mask, scale, dropout, _masked) if tiled else _Kept.apply(q, k, v)
         return out[..., :value_dim]

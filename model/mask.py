@@ -56,7 +56,7 @@ class Pattern:
 
     def _drawn(self, q_block: Tensor, k_block: Tensor) -> Tensor:
         """Whether a hash of the pair and the seed, of 31 bits, is below the share that is wanted."""
-        bits = (q_block * 73856093) ^ (k_block * 19349663) ^ (self.seed * 83492791)
+        bits = (q_block * 73856093) ^ (k_block * 19349663) ^ ((self.seed * 83492791) & HASH)
         for _ in range(3):
             bits = ((bits & HASH) ^ ((bits & HASH) >> 16)) * 0x45D9F3B + 1
         return (bits & HASH) < int(self.random_blocks * HASH)
@@ -86,8 +86,9 @@ class Mask:
 
     @property
     def unrestricted(self) -> bool:
-        """Indices say who sees whom: all keys are seen, or, if causal, those up to the query's own."""
-        return self.plain and self.pattern.everything
+        """Indices say who sees whom: a query sees the keys up to its own. (Without `causal` they do not tell the
+        padding that may stand behind.)"""
+        return self.plain and self.pattern.everything and self.pattern.causal
 
     def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """(B, t, s) bool, for the queries in `rows` and the keys in `keys`."""

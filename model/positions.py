@@ -3,19 +3,20 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from model.config import LARGEST, Config, Dimensions, Size
+from model.config import LARGEST, Config, Dimensions
 from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
 
 Position = Literal["rope", "alibi", "none"]
 COLUMNS = 8  # added by ALiBi; two hold numbers, but fused kernels want widths that are multiples of 8
+SHORTEST = 7  # tokens of an original context in which the fastest pair turns once
 DIGIT = 256  # bfloat16 holds whole numbers up to here
 
 
@@ -27,7 +28,7 @@ class PositionConfig(Config):
     rope_layout: Layout = "half"
     rope_scaling: Scaling = "none"
     rope_factor: float | None = Field(None, ge=1 / LARGEST, le=LARGEST)  # how many times longer texts become
-    rope_original_context: Size | None = None  # of yarn: context_length / rope_factor
+    rope_original_context: int | None = Field(None, ge=SHORTEST, le=LARGEST)  # of yarn: context_length / rope_factor
 
     @model_validator(mode="after")
     def _scaling_makes_sense(self) -> Self:
@@ -60,7 +61,7 @@ class PositionConfig(Config):
         """The rule for an unset rope_original_context."""
         if self.rope_scaling != "yarn" or self.rope_original_context is not None:
             return self.rope_original_context
-        return min(LARGEST, max(1, round(dimensions.context_length / self.rope_factor)))
+        return min(LARGEST, max(SHORTEST, round(dimensions.context_length / self.rope_factor)))
 
     def rope(self, dim: int) -> Rope | None:
         """What rotates `dim` coordinates of queries and keys, if anything does; of a derived config."""
@@ -76,8 +77,8 @@ class PositionConfig(Config):
         """
         return (0.1 * math.log(max(1.0, self.rope_factor)) + 1) ** 2 if self.rope_scaling == "yarn" else 1.0
 
-    def distance_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], tuple[Tensor, Tensor]]:
-        """(q, k, mask, scale) -> q, k, as kernels shall see them."""
+    def distance_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], "Biased"]:
+        """(q, k, mask, scale) -> what kernels shall see."""
         if self.position != "alibi":
             return unbiased
         if not causal:
@@ -85,7 +86,13 @@ class PositionConfig(Config):
         return alibi
 
 
-def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
+class Biased(NamedTuple):
+    q: Tensor
+    k: Tensor
+    left_out: Tensor | float  # (B or 1, T, H) what the scores lack that is the same for all keys of a query
+
+
+def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Biased:
     """Attention with linear biases (Press et al. 2022, arXiv:2108.12409): scores + -m (q_pos - k_pos), where the slope
     m of head i, of 1..H, is 2^(-8i/H): the paper's geometric sequence, whether or not H is a power of two.
 
@@ -100,16 +107,17 @@ def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tenso
     the mask hides.
     """
     heads = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=torch.float32)
-    slopes = torch.exp2(-8 / q.shape[2] * heads) / scale  # (H,)
-    distance = mask.q_pos.amax(1, keepdim=True) - mask.k_pos  # (B or 1, S)
+    m = torch.exp2(-8 / q.shape[2] * heads)  # (H,)
+    slopes, last = m / scale, mask.q_pos.amax(1, keepdim=True)
+    distance = last - mask.k_pos  # (B or 1, S)
     high = distance.div(DIGIT, rounding_mode="floor")
     factors = torch.stack((DIGIT * slopes, slopes), -1).to(q.dtype)  # (H, 2)
     digits = -torch.stack((high, distance - DIGIT * high), -1).to(k.dtype)  # (B or 1, S, 2)
-    return _widen(q, factors), _widen(k, digits[:, :, None])
+    return Biased(_widen(q, factors), _widen(k, digits[:, :, None]), m * (last - mask.q_pos)[..., None])
 
 
-def unbiased(q: Tensor, k: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
-    return q, k
+def unbiased(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Biased:
+    return Biased(q, k, 0.0)
 
 
 def _widen(x: Tensor, columns: Tensor) -> Tensor:

@@ -35,6 +35,11 @@ class ModelConfig(Dimensions):
         known = {name: info.data[name] for name in Dimensions.model_fields if name in info.data}
         return part.derive(Dimensions(**known)) if known.keys() == Dimensions.model_fields.keys() else part
 
+    def check_training(self, device: torch.device) -> None:
+        """Raises Unsupported where the kernel cannot train this model there."""
+        dropout = any(self.attention.of_layer(i).dropout for i in range(self.n_layers))
+        self.kernel.check(device, training=True, dropout=dropout)
+
 
 class Output(NamedTuple):
     logits: Tensor  # (B, T, V), or (B, K, V) where K tokens were asked for

@@ -4,10 +4,9 @@ import torch
 
 from data.batches import stack, windows
 from data.shards import TokenStream
+from model.kernels.scores import WATCHED
 from model.transformer import TransformerLM
 from training.step import places
-
-STATISTICS = frozenset({"entropy", "max_logit"})
 
 
 @torch.no_grad()
@@ -23,7 +22,7 @@ def attention_seen(
     inputs, _ = stack(stream, length, list(range(min(batch_size, windows(stream, length)))))
     inputs = inputs.to(next(model.parameters()).device)
     no_logits = inputs[:, :0]
-    extras = model(inputs, **places(inputs, end_of_text), only=no_logits, want=STATISTICS).extras
+    extras = model(inputs, **places(inputs, end_of_text), only=no_logits, want=WATCHED).extras
     seen = {}
     for name, of_heads in extras.items():
         _, layer, statistic = name.split(".")

@@ -56,7 +56,7 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
                 f"{key} cannot be chosen with init_from={base}: its learned positions are the "
                 f"{theirs['model']['context_length']} of its context"
             )
-        if key in ADJUSTABLE:
+        if key in ADJUSTABLE and name in theirs[group]:
             theirs[group][name] = tree[group][name]
         elif group == "tokenizer":
             raise UserError(
@@ -64,10 +64,13 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
                 f"of {base}/tokenizer.json"
             )
         elif group in (*OWNED, "position"):
+            may = [key for key in ADJUSTABLE if key.partition(".")[2] in theirs[key.partition(".")[0]]]
             raise UserError(
-                f"{key} cannot be chosen with init_from={base}: the model is that run's; "
-                f"{' and '.join(ADJUSTABLE)} may change"
+                f"{key} cannot be chosen with init_from={base}: the model is that run's; {' and '.join(may)} may change"
             )
+    attention, trained_on = theirs["attention"], found.manifest.config["model"]["context_length"]
+    if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
+        attention["rope_original_context"] = trained_on  # which only the base knows
     theirs["tokenizer"] = {
         "_target_": "data.tokenizer.StoredConfig",
         "path": str(base / "tokenizer.json"),

@@ -97,6 +97,12 @@ class Run(Config):
         return schedule.derive(info.data["steps"]) if "steps" in info.data else schedule
 
     @model_validator(mode="after")
+    def _compiles_once(self) -> Self:
+        if self.compile and self.model.kernel.compiles_itself:
+            raise ValueError("compile=true: this kernel compiles itself, choose compile=false or kernel=auto")
+        return self
+
+    @model_validator(mode="after")
     def _batches_fit(self) -> Self:
         window = self.model.context_length
         if self.batch_tokens < window:
@@ -195,6 +201,8 @@ def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
         section["parts"] = {name: _stacked(f"{key}.parts.{name}", part, common) for name, part in parts}
     if cls is StackConfig and isinstance(section.get("pattern"), list):
         section["pattern"] = tuple(section["pattern"])  # YAML has no tuples
+    elif cls is StackConfig:
+        raise UserError(f"{key}.pattern={section.get('pattern')}: give a list of parts, as [local, local, global]")
     return _build(cls, key, section, {})
 
 
@@ -216,6 +224,8 @@ def _stacked(key: str, given: Any, common: Mapping[str, Any]) -> AttentionConfig
     part = {"attention": given} if isinstance(given, str) else given
     if not isinstance(part, Mapping) or not part.keys() & {"attention", "_target_"}:
         raise UserError(f"{key}={given!r}: choose an attention, as {key}.attention=gqa")
+    if part.get("attention") == "stack":
+        raise UserError(f"{key}.attention=stack: a part is one attention, choose another one")
     settings = _chosen(key, "attention", part) if "attention" in part else part
     return _typed({**common, **settings}, key, AttentionConfig)
 

@@ -110,7 +110,10 @@ def _shapes(
         f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average"
         f"{keys})"
     )
-    yield f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32"
+    yield (
+        f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32, "
+        f"{cost.cache_bytes(model, run.model.context_length):,} for a full context"
+    )
     where = "on the GPU" if device.type == "cuda" else "besides what Python and PyTorch take themselves"
     yield (
         f"memory       about {size(sum(parts.values()))} of tensors at the peak of a step {where}: "

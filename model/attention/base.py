@@ -89,6 +89,14 @@ class AttentionConfig(AttentionChoice, PositionConfig):
                         f"{name}={getattr(self, name)} adds to what a window shows, and without one all is seen: "
                         "set attention.window"
                     )
+        if self.window is not None and 1 < self.window <= self.dilation:
+            raise ValueError(
+                f"dilation={self.dilation} leaves a token only itself in window={self.window}: choose a wider window"
+            )
+        if not self.random_blocks:
+            for name in ("block_size", "pattern_seed"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name}={getattr(self, name)} is of random blocks: set attention.random_blocks")
         if self.mask_diagonal and not self.global_tokens and (self.window == 1 or self.dilation > 1):
             raise ValueError(
                 "mask_diagonal=true leaves some tokens nothing to see with "

@@ -103,9 +103,9 @@ class GQA(Attention):
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
-        q, k = self.biased(q, k, mask, self.scale)
+        q, k, left_out = self.biased(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), said_of_scores(ctx.want, q, k, mask, self.scale)
+        return self.o_proj(y.flatten(2)), said_of_scores(ctx.want, q, k, mask, self.scale, left_out)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)

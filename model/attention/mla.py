@@ -238,9 +238,9 @@ class MLA(Attention):
         return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> Said:
-        q, k = self.biased(q, k, mask, self.scale)
+        q, k, left_out = self.biased(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))
-        return y, said_of_scores(ctx.want, q, k, mask, self.scale)
+        return y, said_of_scores(ctx.want, q, k, mask, self.scale, left_out)
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""

@@ -16,7 +16,7 @@ from model.positions import Position
 class StackConfig(AttentionChoice):
     pattern: tuple[str, ...] = Field(min_length=1)  # names of parts, one per layer, again from the start when they end
     position: Position = "rope"  # of the parts that were typed without one: the border has handed it down
-    parts: dict[str, SerializeAsAny[AttentionConfig]]
+    parts: dict[str, SerializeAsAny[AttentionConfig]]  # those the pattern does not name are left out
 
     @model_validator(mode="after")
     def _names_its_parts(self) -> Self:
@@ -35,7 +35,8 @@ class StackConfig(AttentionChoice):
                 f"attention.pattern of {len(self.pattern)} layers does not repeat evenly in "
                 f"n_layers={dimensions.n_layers}: choose a length of {', '.join(map(str, fitting))}, or other n_layers"
             )
-        return self.model_copy(update={"parts": {name: part.derive(dimensions) for name, part in self.parts.items()}})
+        used = {name: self.parts[name].derive(dimensions) for name in dict.fromkeys(self.pattern)}
+        return self.model_copy(update={"parts": used})
 
     def of_layer(self, index: int) -> AttentionConfig:
         return self.parts[self.pattern[index % len(self.pattern)]]

@@ -3,6 +3,7 @@
 import functools
 import logging
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from model.mask import Mask
 class Kernel(Config, ABC):
     """A frozen callable, handed to an attention at construction."""
 
-    def check(self, device: torch.device, training: bool) -> None:
-        """Raises Unsupported where this kernel cannot serve, so that it is said before a run has made anything."""
+    compiles_itself: ClassVar[bool] = False  # and so is none for torch.compile
+
+    def check(self, device: torch.device, training: bool, dropout: bool) -> None:
+        """Raises Unsupported where this kernel cannot serve, so that it is said before a run has made anything.
+        dropout: whether attention weights will be dropped."""
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +26,21 @@ FEW = SDPA()
 class Flex(Kernel):
     """Fewer queries than a block have nothing to skip, as in decoding: the fused kernel takes them."""
 
-    def check(self, device: torch.device, training: bool) -> None:
+    compiles_itself: ClassVar[bool] = True
+
+    def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type not in ("cpu", "cuda"):
             raise Unsupported(f"kernel=flex compiles for cpu and cuda, not for {device.type}: kernel=naive")
         if device.type == "cpu" and training:
             raise Unsupported("kernel=flex has no backward pass on a CPU: to train there, kernel=auto or kernel=online")
+        if dropout:
+            raise Unsupported("kernel=flex drops no attention weights: kernel=auto or naive, or attention.dropout=0")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        if dropout:
-            raise Unsupported("kernel=flex has no dropout of attention weights: kernel=naive, or attention.dropout=0")
         t = q.shape[1]
         if t < BLOCK:
-            return FEW(q, k, v, mask, scale)
-        self.check(q.device, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
+            return FEW(q, k, v, mask, scale, dropout)
+        self.check(q.device, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)), dropout > 0)
         announce("flex", q, k, v, mask)
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, _length(x.shape[1]) - x.shape[1])).transpose(1, 2) for x in (q, k, v))
         if mask.plain and mask.pattern.causal:  # indices say all, and what is padded behind is seen by none

@@ -33,9 +33,12 @@ class Online(Kernel):
     query_tile: Size = 128
     key_tile: Size = 128
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+    def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if dropout:
-            raise Unsupported("kernel=online has no dropout of attention weights: kernel=naive, or dropout 0")
+            raise Unsupported("kernel=online drops no attention weights: kernel=auto or naive, or attention.dropout=0")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        self.check(q.device, q.requires_grad, dropout > 0)
         announce("online", q, k, v, mask)
         return _Attention.apply(q, k, v, mask, scale, self.query_tile, self.key_tile)
 

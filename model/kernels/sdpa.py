@@ -17,41 +17,43 @@ QUERY_TILE = 256  # queries whose boolean mask exists at one time
 
 
 class SDPA(Kernel):
-    def check(self, device: torch.device, training: bool) -> None:
+    def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type not in DEVICES:
             raise Unsupported(
                 f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {device.type}: kernel=naive"
             )
+        if dropout and device.type == "cpu":
+            raise Unsupported(
+                "kernel=sdpa drops no attention weights on a CPU: kernel=auto or naive, or attention.dropout=0"
+            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        self.check(q.device, training=q.requires_grad)
-        if dropout and q.device.type == "cpu":
-            raise Unsupported("kernel=sdpa has no dropout of attention weights on a CPU: kernel=naive, or dropout 0")
+        self.check(q.device, q.requires_grad, dropout > 0)
         asked, value_dim = (q, k, v), v.shape[-1]
         # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
-        q, k, v = (_widen(x, width) for x in (q, k, v))
+        q, k, v = (widened(x, width) for x in (q, k, v))
         if mask.unrestricted:
-            out = _by_indices(q, k, v, mask.pattern.causal, scale, dropout)
+            out = _causal(q, k, v, scale, dropout)
         else:
             out = by_positions(q, k, v, mask, scale, dropout, _fused)
         announce("sdpa (flash)" if q.device.type == "cpu" else "sdpa (fused)", *asked, mask)
         return out[..., :value_dim]
 
 
-def _widen(x: Tensor, width: int) -> Tensor:
+def widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _by_indices(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, dropout: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type == "cuda" and q.dtype == torch.float32:
         # float32 has the memory-efficient kernel only, which does not know groups
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         grouped = False
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    how = {"is_causal": causal, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
+    how = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
     return _fused(*heads_first, **how).transpose(1, 2)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from model import cost
 from model.errors import Unsupported
-from model.kernels import online
+from model.kernels import online, sdpa
 from model.kernels.auto import Auto
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -73,12 +73,13 @@ def test_every_kernel_equals_naive_forward_and_backward(kernel, shape, situation
 
 
 def check_against_naive(kernel, given, mask, tolerance=1e-5):
-    """Output and gradients."""
+    """Output and gradients of real queries."""
     q, _, v = given
     draw = torch.randn(*q.shape[:3], v.shape[3], generator=torch.Generator().manual_seed(9))
+    real = (mask.q_pos >= 0).expand(q.shape[:2])[..., None, None]
     results = []
     for chosen in (Naive(), kernel):
-        out = chosen(*given, mask, 0.4)
+        out = chosen(*given, mask, 0.4).where(real, 0)
         results.append([out, *torch.autograd.grad((out * draw).sum(), given)])
     for found, expected in zip(results[1], results[0], strict=True):
         assert relative_error(found, expected) <= tolerance
@@ -100,10 +101,10 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("situation", ["plain", "documents", "padding", "padding behind"])
 @pytest.mark.parametrize("tiles", [(1, 1), (3, 4), (5, 2), (16, 7)], ids=str)
-def test_tiles_of_any_size_equal_naive_under_every_mask(pattern, situation, tiles):
+def test_tiles_of_any_size_equal_naive_under_every_mask(monkeypatch, pattern, situation, tiles):
     """Tiles that some or all of their queries see nothing of, before and after those that they do."""
     t = 17
-    places, docs, plain = positions(0, t), None, situation.startswith("pla")
+    places, docs, plain = positions(0, t), None, situation in ("plain", "padding behind")
     if situation == "documents":
         docs = torch.tensor([[0] * 6 + [1] + [2] * 10, [0] * 2 + [1] * 13 + [2] * 2])
         places = torch.arange(t) - torch.searchsorted(docs, docs)
@@ -112,8 +113,9 @@ def test_tiles_of_any_size_equal_naive_under_every_mask(pattern, situation, tile
     elif situation == "padding behind":
         places = torch.arange(t).where(torch.arange(t) < torch.tensor([[t], [9]]), -1)
     mask = Mask(places, places, plain, pattern, docs, docs)
-    kernel = Online(query_tile=tiles[0], key_tile=tiles[1])
-    check_against_naive(kernel, inputs(t, t, 4, 2, 8, 6), mask)
+    monkeypatch.setattr(sdpa, "QUERY_TILE", tiles[0])
+    for kernel in (Online(query_tile=tiles[0], key_tile=tiles[1]), SDPA()):
+        check_against_naive(kernel, inputs(t, t, 4, 2, 8, 6), mask)
 
 
 def test_online_is_right_where_scores_are_far_apart():
@@ -219,3 +221,40 @@ def test_who_sees_whom():
     expected = [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees all there is, and is seen by none
     assert mask.visible().int().tolist() == [expected]
     assert mask.visible(slice(2, 3)).int().tolist() == [expected[2:]]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 1, 4, 40])
+@pytest.mark.parametrize(("dilation", "global_tokens"), [(1, 0), (3, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize("see_self", [True, False])
+def test_patterns_are_what_their_words_say(causal, window, dilation, global_tokens, see_self):
+    pattern = Pattern(causal, window, dilation, global_tokens, see_self=see_self)
+    indices = torch.arange(15)
+    found = pattern.sees(indices[:, None], indices)
+    for q in range(15):
+        for k in range(15):
+            apart = q - k if causal else abs(q - k)
+            near = apart >= 0 and (window is None or apart < window) and apart % dilation == 0
+            seen = near or (k < global_tokens and (k <= q or not causal))
+            if q == k and not see_self:
+                seen = q == 0
+            assert found[q, k] == seen, (q, k)
+
+
+def test_random_blocks_are_whole_drawn_by_the_seed_and_as_many_as_asked():
+    blocks, size = 200, 4
+    indices = torch.arange(blocks * size)
+    drawn = []
+    for seed in (0, 1, 2**31 - 1):
+        pattern = Pattern(causal=False, window=1, random_blocks=0.3, block_size=size, seed=seed)
+        seen = pattern.sees(indices[:, None], indices) & (indices[:, None] != indices)
+        by_block = seen.unflatten(0, (-1, size)).unflatten(2, (-1, size))
+        some = by_block.any(3).any(1)
+        off_diagonal = ~torch.eye(blocks, dtype=torch.bool)
+        assert torch.equal(some & off_diagonal, by_block.all(3).all(1) & off_diagonal)
+        assert some[off_diagonal].float().mean() == pytest.approx(0.3, abs=0.01)
+        assert (some.float().mean(1) - 0.3).abs().max() < 0.15  # each block of queries has its share
+        drawn.append(some)
+        assert (some[0] != some[1]).any() and (some[:, 0] != some[:, 1]).any()
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (drawn[a] == drawn[b])[off_diagonal].float().mean() == pytest.approx(0.3**2 + 0.7**2, abs=0.02)
