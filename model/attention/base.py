@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from model.blocks import Split
 from model.cache import Cache
 from model.config import LARGEST, Config, Dimensions, Size
 from model.kernels.base import Kernel
@@ -139,6 +140,14 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache on the device and in the dtype of the weights. The caller owns it."""
+
+    @abstractmethod
+    def blocks(self) -> dict[str, Split]:
+        """The logical matrices within each of its matrices, by parameter name: each head's own, and what is used
+        differently (latent and rope key, keys and values) apart. o_proj is one: it adds the heads up to one vector.
+
+        Queries are named q and keys k where all of a head's dimensions are alike, else q_nope, q_rope and k_nope (the
+        shared rope key is no head's own): by these names clipping finds what makes a head's logits."""
 
 
 def through_cache(
