@@ -30,6 +30,7 @@ FLOORS = [
     "training.unknown",
     "training.command",
     "training.loss training.signals training.streaming training.sampling_options training.mfu training.profiling",
+    "training.qk_clip",
     "training.optim training.precision training.schedule training.plot",
     "training.orthogonal",
     "training.step training.preview training.muon",

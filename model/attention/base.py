@@ -65,6 +65,11 @@ class AttentionChoice(Config, ABC):
         """What that layer is built of; call it on a derived choice."""
 
     @abstractmethod
+    def why_not_clipped(self) -> str | None:
+        """Where scaling the rows that make queries and keys would not scale a head's scores (which QK-clip is for), one
+        line that says why, and the way out."""
+
+    @abstractmethod
     def described(self, n_heads: int) -> str:
         """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
 
@@ -100,6 +105,11 @@ class AttentionConfig(AttentionChoice, PositionConfig):
 
     def of_layer(self, index: int) -> "AttentionConfig":
         return self
+
+    def why_not_clipped(self) -> str | None:
+        if self.position == "alibi":
+            return "position=alibi adds to the scores what no scaling of queries and keys changes: choose another"
+        return None
 
     def pattern(self, causal: bool) -> Pattern:
         return Pattern(

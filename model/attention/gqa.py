@@ -72,6 +72,11 @@ class GQAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return 2 * self.n_kv_heads * self.head_dim
 
+    def why_not_clipped(self) -> str | None:
+        if self.qk_norm:
+            return "attention.qk_norm=true undoes any scaling of queries and keys: set it to false"
+        return super().why_not_clipped()
+
     def described(self, n_heads: int) -> str:
         if self.n_kv_heads == n_heads:
             return f"MHA, {n_heads} heads with a key and a value each"

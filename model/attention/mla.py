@@ -145,6 +145,11 @@ class MLAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
 
+    def why_not_clipped(self) -> str | None:
+        if self.qk_norm == "head":
+            return "attention.qk_norm=head undoes any scaling of queries and keys: set it to latent"
+        return super().why_not_clipped()
+
     def described(self, n_heads: int) -> str:
         return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank} and a rotated key of {self.qk_rope_head_dim}"
 

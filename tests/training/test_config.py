@@ -209,6 +209,17 @@ BAD = [
     (("optim=muon", "optim.muon_lr=-0.1"), "optim.muon_lr=-0.1: give more than 0"),
     (("optim=muon", "optim.momentum=1"), "optim.momentum=1: give less than 1"),
     (("optim=muon", "optim.momentum_warmup=-1"), "optim.momentum_warmup=-1: give at least 0"),
+    (("optim.qk_clip=0",), "optim.qk_clip=0: give more than 0"),
+    (
+        ("optim.qk_clip=50",),
+        "optim.qk_clip=50.0: attention.qk_norm=true undoes any scaling of queries and keys: set it",
+    ),
+    (("attention=mla", "attention.qk_norm=head", "optim.qk_clip=50"), "attention.qk_norm=head undoes any scaling"),
+    (("attention=mla", "position=alibi", "optim.qk_clip=50"), "optim.qk_clip=50.0: position=alibi adds to the scores"),
+    (
+        ("attention=stack", "optim=muon", "optim.qk_clip=50"),
+        "optim.qk_clip=50.0: in part local, attention.qk_norm=true",
+    ),
     (("+optim.muon_lr=0.1",), "optim.muon_lr=0.1: no such key"),
     (("micro_batch_size=0",), "micro_batch_size=0"),
     (("optim.beta1=1",), "optim.beta1=1"),
