@@ -27,6 +27,10 @@ class MuonConfig(AdamWConfig):
     momentum_warmup: int = Field(300, ge=0)  # updates until the momentum, from 0.85 on, is that
     logical_blocks: bool = True  # orthogonalise what the attention publishes as matrices; false: what is stored as one
 
+    @property
+    def rates(self) -> str:
+        return f"optim.muon_lr than {self.muon_lr:.3g}, or optim.lr than {self.lr:.3g}"
+
     def build(self, model: TransformerLM) -> "Muon":
         splits, named = model.blocks(), dict(model.named_parameters())
         if not self.logical_blocks:
@@ -36,7 +40,8 @@ class MuonConfig(AdamWConfig):
         hidden = {
             "params": [named[name] for name in splits],
             "lr": self.lr,
-            "lr_ratio": self.muon_lr / self.lr,
+            "peak_lr": self.lr,
+            "muon_lr": self.muon_lr,
             "weight_decay": self.weight_decay,
             "momentum": self.momentum,
             "momentum_warmup": self.momentum_warmup,
@@ -52,7 +57,8 @@ class MuonConfig(AdamWConfig):
 
 class Muon(torch.optim.Optimizer):
     """For every logical matrix W of the first group (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
-    with momentum m, gradient g and rate η = lr · lr_ratio:
+    with momentum m, gradient g and rate η = muon_lr · lr / peak_lr, where lr is what the schedule gives
+    every group:
 
         M <- m M + (1 - m) g
         W <- (1 - η · weight_decay) W - η · sqrt(max(1, rows/cols)) · orthogonal(m M + (1 - m) g)
@@ -94,7 +100,7 @@ class Muon(torch.optim.Optimizer):
         skipped = torch.zeros_like(counts[0]) if self.found_inf is None else self.found_inf
         # Of a skipped step nothing counts: its gradients are zeros, the momentum is kept whole, the rate is zero.
         momentum = torch.where(skipped > 0, 1.0, momentum_after(counts[0], group["momentum"], group["momentum_warmup"]))
-        rate = group["lr"] * group["lr_ratio"] * (1 - skipped)
+        rate = group["muon_lr"] * (group["lr"] / group["peak_lr"]) * (1 - skipped)
         fresh = [torch.where(skipped > 0, 0.0, p.grad) * (1 - momentum) for p in parameters]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, fresh)

@@ -16,6 +16,11 @@ class OptimConfig(Config, ABC):
     lr: float | None = Field(None, gt=0)  # peak; unset, it derives from d_model
     qk_clip: float | None = Field(None, gt=0)  # the largest score a head may have and keep its scale
 
+    @property
+    def rates(self) -> str:
+        """What a user may lower where training diverges, as in `optim.lr than 0.01`; of a derived choice."""
+        return f"optim.lr than {self.lr:.3g}"
+
     @abstractmethod
     def derive(self, d_model: int) -> Self:
         """The same choice with the learning rate filled in."""
