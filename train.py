@@ -68,7 +68,7 @@ def train(tree: dict, typed: list[str]) -> None:
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
-    working = Working(model, run.precision)
+    working, clip = Working(model, run.precision), run.optim.clip(model)
     training = checkpoint.Training(model, run.optim.build(model), working.loss_scale)
     if folder is not None:
         done = checkpoint.resume(folder, run, corpus, training)
@@ -76,7 +76,7 @@ def train(tree: dict, typed: list[str]) -> None:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
     if run.init_from and not done:
         begin_with_weights_of(Path(run.init_from), model)
-    loss, losses = (maybe_compiled(each, run.compile) for each in losses_of(run.data, tokenizer.end_of_text))
+    loss, losses = (maybe_compiled(each, run.compile) for each in losses_of(run.data, tokenizer.end_of_text, clip))
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 
@@ -92,8 +92,8 @@ def train(tree: dict, typed: list[str]) -> None:
         for step in range(done, run.steps):
             with report.waiting():
                 batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)
-            optimizer, seeds = training.optimizer, (run.seed, step)
-            result = train_step(working, optimizer, batches, run.lr(step), run.clip_norm, seeds, loss)
+            seeds, lr = (run.seed, step), run.lr(step)
+            result = train_step(working, training.optimizer, batches, lr, run.clip_norm, seeds, loss, clip)
             now, last, part, score = step + 1, step + 1 == run.steps, None, None
             if last or now % run.eval_every == 0:
                 with report.aside():

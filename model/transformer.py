@@ -11,6 +11,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from model.attention.base import AttentionChoice, Context
+from model.blocks import Split, whole
 from model.cache import Cache
 from model.config import Dimensions
 from model.kernels.base import Kernel
@@ -167,6 +168,18 @@ class TransformerLM(nn.Module):
     def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
         """One empty cache per layer; the caller owns them."""
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
+
+    def blocks(self) -> dict[str, Split]:
+        """The logical matrices within each matrix of the layers, by parameter name. Embeddings and head are not among
+        them: their rows are looked up or compared with, one by one."""
+        found = {}
+        for i, block in enumerate(self.layers):
+            for name, split in block.attention.blocks().items():
+                found[f"layers.{i}.attention.{name}"] = split
+            for name, parameter in block.mlp.named_parameters():
+                if parameter.ndim >= 2:
+                    found[f"layers.{i}.mlp.{name}"] = whole(name, parameter.shape[0])
+        return found
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "model.config model.errors",
-    "model.linear model.mask model.norm model.rope model.sampler",
+    "model.blocks model.linear model.mask model.norm model.rope model.sampler",
     "model.cache model.positions",
     "model.kernels.base",
     "model.kernels.naive model.kernels.sdpa model.kernels.online",
@@ -30,8 +30,10 @@ FLOORS = [
     "training.unknown",
     "training.command",
     "training.loss training.signals training.streaming training.sampling_options training.mfu training.profiling",
+    "training.qk_clip",
     "training.optim training.precision training.schedule training.plot",
-    "training.step training.preview",
+    "training.orthogonal",
+    "training.step training.preview training.muon",
     "training.scoring training.repl training.writing training.attention_seen training.attention_map",
     "training.config",
     "training.run_folder",

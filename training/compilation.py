@@ -21,8 +21,9 @@ def maybe_compiled(function: Callable, enabled: bool) -> Callable:
                 chosen = torch.compile(function, dynamic=False)
                 with torch.random.fork_rng():  # this call, too, would draw dropout masks
                     first = chosen(model, *inputs)
-                    if first.requires_grad:
-                        torch.autograd.grad(first, list(model.parameters()))
+                    loss = first[0] if isinstance(first, tuple) else first
+                    if loss.requires_grad:
+                        torch.autograd.grad(loss, list(model.parameters()))
             except Exception as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")

@@ -103,6 +103,13 @@ class Run(Config):
         return self
 
     @model_validator(mode="after")
+    def _clips_what_can_be(self) -> Self:
+        reason = None if self.optim.qk_clip is None else self.model.attention.why_not_clipped()
+        if reason:
+            raise ValueError(f"optim.qk_clip={self.optim.qk_clip}: {reason}, or leave optim.qk_clip unset")
+        return self
+
+    @model_validator(mode="after")
     def _batches_fit(self) -> Self:
         window = self.model.context_length
         if self.batch_tokens < window:

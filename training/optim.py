@@ -8,10 +8,18 @@ from pydantic import Field
 from torch import nn
 
 from model.config import Config
+from model.transformer import TransformerLM
+from training.qk_clip import QKClip
 
 
 class OptimConfig(Config, ABC):
     lr: float | None = Field(None, gt=0)  # peak; unset, it derives from d_model
+    qk_clip: float | None = Field(None, gt=0)  # the largest score a head may have and keep its scale
+
+    @property
+    def rates(self) -> str:
+        """What a user may lower where training diverges, as in `optim.lr than 0.01`; of a derived choice."""
+        return f"optim.lr than {self.lr:.3g}"
 
     @abstractmethod
     def derive(self, d_model: int) -> Self:
@@ -20,6 +28,10 @@ class OptimConfig(Config, ABC):
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         """An optimizer over all of the model's parameters."""
+
+    def clip(self, model: TransformerLM) -> QKClip | None:
+        """What acts on the model after each update, if anything does."""
+        return None if self.qk_clip is None else QKClip(model, self.qk_clip)
 
     def state_bytes(self, model: nn.Module) -> int:
         """What the optimizer keeps between steps: two float32 moments of each parameter, if a subclass says no else."""

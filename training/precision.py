@@ -12,13 +12,18 @@ log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which. Another
-    choice is kept, with a word where the device only imitates it."""
-    native_bf16 = {
+def multiplies_bf16(device: torch.device) -> bool:
+    """Natively; some that do not imitate it, slowly."""
+    return {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     }.get(device.type, lambda: False)()
+
+
+def choose_precision(precision: str, device: torch.device) -> str:
+    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which. Another
+    choice is kept, with a word where the device only imitates it."""
+    native_bf16 = multiplies_bf16(device)
     if precision == "auto":
         chosen = "bf16" if native_bf16 else "fp16" if device.type == "cuda" else "fp32"
         reason = "multiplies bfloat16 natively" if native_bf16 else "has no native bfloat16"

@@ -43,7 +43,7 @@ def keep(
     path = folder / "failures" / f"step_{step:08d}"
     diverged = (
         f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a smaller "
-        f"optim.lr than {run.optim.lr:.3g}"
+        f"{run.optim.rates}"
     )
     inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
     files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}

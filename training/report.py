@@ -45,7 +45,7 @@ class Report:
         self.sink = run.logger.open(folder, dump(run))
         self.watch = Watch(done, run.steps)
         self.profile = Profile(run.profile_steps, folder, self.device, done, run.steps)
-        self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its loss, gradient norm, bytes, skipped or not
+        self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its numbers on the device
         self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
         self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
         self.total_tokens, self.total_seconds, self.total_waited, self.waited = 0, 0.0, 0.0, 0.0
@@ -81,8 +81,8 @@ class Report:
             row |= {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
             row |= self._attention_seen() if self.run.log_attention else {}
         text_bytes = self.byte_lengths[targets].sum()
-        values = (result.loss, result.grad_norm, text_bytes.to(result.loss), result.skipped.to(result.loss))
-        self.pending.append((row, torch.stack(values)))
+        values = (result.loss, result.grad_norm, text_bytes, result.skipped, *(result.clipped or ()))
+        self.pending.append((row, torch.stack([value.to(result.loss) for value in values])))
         self.interval_tokens += targets.numel()
         free_to_read = self.device.type == "cpu"
         due = score is not None or step == self.run.steps or self._elapsed() >= FLUSH_SECONDS
@@ -167,10 +167,11 @@ class Report:
         self._restart_clock()
         whole = {"tokens_per_second": speed, "flops_per_second": speed * self.flops, "mfu": self._mfu(speed)}
         whole["memory_bytes"] = peak_memory(self.device)
-        for (row, _), (loss, grad_norm, text_bytes, skipped) in zip(rows, values, strict=True):
+        for (row, _), (loss, grad_norm, text_bytes, skipped, *clipped) in zip(rows, values, strict=True):
             bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
             row |= {"train_loss": loss, "train_bpb": bpb, "grad_norm": grad_norm, **whole}
             row |= {"skipped": True} if skipped else {}
+            row |= {"max_logit": clipped[0], "clipped_heads": int(clipped[1])} if clipped else {}
             self.metrics.write(row)
             self.sink.write(row)
             self._watch_over(row)

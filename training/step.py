@@ -14,6 +14,9 @@ from data.corpus import Corpus
 from data.shards import TokenStream
 from training.loss import token_losses
 from training.precision import Working
+from training.qk_clip import Clipped, QKClip
+
+MAX_LOGIT = frozenset({"max_logit"})
 
 
 class StepResult(NamedTuple):
@@ -22,11 +25,20 @@ class StepResult(NamedTuple):
     loss: Tensor  # mean nats per token
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # bool: one of the two is not finite, and nothing was updated
+    clipped: Clipped | None = None  # where QK-clip is on
 
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart."""
     return token_losses(model(inputs, **places(inputs, end_of_text), training=True).logits, targets).mean()
+
+
+def mean_loss_and_scores(
+    model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """mean_loss, and the largest score of each head, (layers, heads) float32."""
+    out = model(inputs, **places(inputs, end_of_text), training=True, want=MAX_LOGIT)
+    return token_losses(out.logits, targets).mean(), torch.stack(list(out.extras.values()))
 
 
 def train_step(
@@ -37,38 +49,46 @@ def train_step(
     clip_norm: float,
     seeds: tuple[int, int] = (0, 0),
     loss: Callable = mean_loss,
+    clip: QKClip | None = None,
 ) -> StepResult:
-    """One update from equally large micro-batches. seeds: the run's, and the step. clip_norm 0 does not clip."""
-    mean = accumulate(working, batches, seeds, loss)
+    """One update from equally large micro-batches. seeds: the run's, and the step. clip_norm 0 does not clip. loss:
+    mean_loss; with `clip`, which acts on the updated weights, mean_loss_and_scores."""
+    mean, max_logits = accumulate(working, batches, seeds, loss)
     grad_norm = nn.utils.clip_grad_norm_(working.parameters, clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     for group in optimizer.param_groups:
         group["lr"] = lr
     _step_unless(skipped, optimizer)
+    clipped = None if clip is None else clip(max_logits, skipped)
     if working.loss_scale is not None:
         working.loss_scale.update(skipped)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(mean, grad_norm, skipped)
+    return StepResult(mean, grad_norm, skipped, clipped)
 
 
 def accumulate(
     working: Working, batches: Iterable[tuple[Tensor, Tensor]], seeds: tuple[int, int], loss: Callable = mean_loss
-) -> Tensor:
-    """Adds the gradients of the mean loss to the float32 parameters -> the mean loss, a scalar.
+) -> tuple[Tensor, Tensor | None]:
+    """Adds the gradients of the mean loss to the float32 parameters -> the mean loss, a scalar, and the largest score
+    of each head where the loss says them.
 
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
     working.refresh()
     batches = list(batches)
-    total = torch.zeros((), device=working.parameters[0].device)
+    total, largest = torch.zeros((), device=working.parameters[0].device), None
     for micro_step, (inputs, targets) in enumerate(batches):
         digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        share = loss(working.model, inputs, targets) / len(batches)
+        said = loss(working.model, inputs, targets)
+        mean, scores = said if isinstance(said, tuple) else (said, None)
+        share = mean / len(batches)
         working.backward(share)
         total += share.detach()
+        if scores is not None:
+            largest = scores if largest is None else torch.maximum(largest, scores)
     working.unscale()
-    return total
+    return total, largest
 
 
 def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -109,11 +129,12 @@ def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: in
     return token_losses(model(inputs, **places(inputs, end_of_text)).logits, targets)
 
 
-def losses_of(corpus: Corpus, end_of_text: int) -> tuple[Callable, Callable]:
-    """mean_loss and each_loss, as the corpus wants its documents read."""
+def losses_of(corpus: Corpus, end_of_text: int, clip: QKClip | None = None) -> tuple[Callable, Callable]:
+    """What to train by and each_loss, as the corpus wants its documents read."""
+    losses = mean_loss if clip is None else mean_loss_and_scores, each_loss
     if not corpus.document_mask:
-        return mean_loss, each_loss
-    return tuple(functools.partial(function, end_of_text=end_of_text) for function in (mean_loss, each_loss))
+        return losses
+    return tuple(functools.partial(function, end_of_text=end_of_text) for function in losses)
 
 
 def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from model.blocks import Split
 from model.cache import Cache
 from model.config import LARGEST, Config, Dimensions, Size
 from model.kernels.base import Kernel
@@ -64,6 +65,11 @@ class AttentionChoice(Config, ABC):
         """What that layer is built of; call it on a derived choice."""
 
     @abstractmethod
+    def why_not_clipped(self) -> str | None:
+        """Where scaling the rows that make queries and keys would not scale a head's scores (which QK-clip is for), one
+        line that says why, and the way out."""
+
+    @abstractmethod
     def described(self, n_heads: int) -> str:
         """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
 
@@ -108,6 +114,11 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     def of_layer(self, index: int) -> "AttentionConfig":
         return self
 
+    def why_not_clipped(self) -> str | None:
+        if self.position == "alibi":
+            return "position=alibi adds to the scores what no scaling of queries and keys changes: choose another"
+        return None
+
     def pattern(self, causal: bool) -> Pattern:
         return Pattern(
             causal=causal,
@@ -147,6 +158,14 @@ class Attention(nn.Module, ABC):
     @abstractmethod
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache on the device and in the dtype of the weights. The caller owns it."""
+
+    @abstractmethod
+    def blocks(self) -> dict[str, Split]:
+        """The logical matrices within each of its matrices, by parameter name: each head's own, and what is used
+        differently (latent and rope key, keys and values) apart. o_proj is one: it adds the heads up to one vector.
+
+        Queries are named q and keys k where all of a head's dimensions are alike, else q_nope, q_rope and k_nope (the
+        shared rope key is no head's own): by these names clipping finds what makes a head's logits."""
 
 
 def through_cache(

@@ -17,6 +17,7 @@ from model.attention.base import (
     head_dim_of,
     through_cache,
 )
+from model.blocks import Split, whole
 from model.cache import Cache, cache_for
 from model.config import Dimensions, Size
 from model.kernels.base import Kernel
@@ -71,6 +72,11 @@ class GQAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return 2 * self.n_kv_heads * self.head_dim
 
+    def why_not_clipped(self) -> str | None:
+        if self.qk_norm:
+            return "attention.qk_norm=true undoes any scaling of queries and keys: set it to false"
+        return super().why_not_clipped()
+
     def described(self, n_heads: int) -> str:
         if self.n_kv_heads == n_heads:
             return f"MHA, {n_heads} heads with a key and a value each"
@@ -110,3 +116,12 @@ class GQA(Attention):
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)
         return cache_for(self.pattern, batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
+
+    def blocks(self) -> dict[str, Split]:
+        heads = self.o_proj.in_features // self.head_dim
+        return {
+            "q_proj.weight": Split(heads, {"q": self.head_dim}),
+            "k_proj.weight": Split(self.n_kv_heads, {"k": self.head_dim}),
+            "v_proj.weight": Split(self.n_kv_heads, {"v": self.head_dim}),
+            "o_proj.weight": whole("o", self.o_proj.out_features),
+        }

@@ -52,6 +52,7 @@ from model.attention.base import (
     head_dim_of,
     through_cache,
 )
+from model.blocks import Split, whole
 from model.cache import Cache, cache_for
 from model.config import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
@@ -144,6 +145,11 @@ class MLAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
 
+    def why_not_clipped(self) -> str | None:
+        if self.qk_norm == "head":
+            return "attention.qk_norm=head undoes any scaling of queries and keys: set it to latent"
+        return super().why_not_clipped()
+
     def described(self, n_heads: int) -> str:
         rotated = f" and a rotated key of {self.qk_rope_head_dim}" if self.qk_rope_head_dim else ""
         return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}"
@@ -207,6 +213,20 @@ class MLA(Attention):
         if self.caches_heads:
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
+
+    def blocks(self) -> dict[str, Split]:
+        n, r, v, c, h = self.nope_dim, self.rope_dim, self.v_dim, self.rank, self.n_heads
+        rotates, own = r > 0, self.k_rope_proj is not None
+        query = Split(h, {"q_nope": n} | ({"q_rope": r} if rotates else {}))
+        found = {"q_proj.weight": query}
+        if isinstance(self.q_proj, nn.Sequential):
+            found = {"q_proj.down.weight": whole("q_latent", self.q_proj.down.out_features), "q_proj.up.weight": query}
+        return found | {
+            "kv_down.weight": Split(1, {"latent": c} | ({"k_rope": r} if rotates and not own else {})),
+            "kv_up.weight": Split(h, {"k_nope": n, "v": v}),
+            "o_proj.weight": whole("o", self.o_proj.out_features),
+            **({"k_rope_proj.weight": whole("k_rope", r)} if own else {}),
+        }
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         k, v = self._expand(row)

@@ -41,6 +41,10 @@ class StackConfig(AttentionChoice):
     def of_layer(self, index: int) -> AttentionConfig:
         return self.parts[self.pattern[index % len(self.pattern)]]
 
+    def why_not_clipped(self) -> str | None:
+        reasons = {name: part.why_not_clipped() for name, part in self.parts.items()}
+        return next((f"in part {name}, {reason}" for name, reason in reasons.items() if reason), None)
+
     def described(self, n_heads: int) -> str:
         parts = (f"{name} is {part.described(n_heads)}" for name, part in self.parts.items())
         return f"layers in turn {', '.join(self.pattern)}; {'; '.join(parts)}"

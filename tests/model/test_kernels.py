@@ -165,7 +165,7 @@ def test_online_has_no_second_derivative_and_says_so():
 
 def test_online_refuses_dropout_of_weights():
     mask = Mask(positions(0, 4), positions(0, 4), plain=True)
-    with pytest.raises(Unsupported, match=r"kernel=online has no dropout .*kernel=naive"):
+    with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*naive"):
         Online()(*inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
 
 

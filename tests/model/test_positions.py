@@ -74,7 +74,8 @@ def test_alibi_is_a_bias_that_falls_with_the_distance(heads, start, kernel):
     k_pos[0, :3] = -1
     q_pos = torch.tensor([[start + 299, start + 260, start + 7, -1], [start + 3, start + 280, start + 9, start + 50]])
     mask = Mask(q_pos, k_pos, plain=False)
-    found = kernel(*alibi(q, k, mask, scale), v, mask, scale)
+    biased = alibi(q, k, mask, scale)
+    found = kernel(biased.q, biased.k, v, mask, scale)
     slopes = torch.tensor([2 ** (-8 * i / heads) for i in range(1, heads + 1)], dtype=torch.float64)
     scores = scale * torch.einsum("bthd,bsgd->bhts", q.double(), k.double())
     scores -= slopes[:, None, None] * (q_pos[:, None, :, None] - k_pos[:, None, None, :])
@@ -90,7 +91,7 @@ def test_alibis_distances_are_exact_in_bfloat16():
     distance = torch.arange(40000)
     mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], plain=False)
     q, k = (torch.zeros(1, n, 8, 64, dtype=torch.bfloat16) for n in (1, 40000))
-    q, k = alibi(q, k, mask, 0.125)
+    q, k, _ = alibi(q, k, mask, 0.125)
     scores = 0.125 * torch.einsum("thd,shd->hs", q[0].double(), k[0].double())
     slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64)
     assert torch.equal(scores, -slopes[:, None] * distance)

@@ -85,6 +85,39 @@ def test_cache_holds_what_the_formula_says(case):
         assert cache.bytes_per_token == 4 * expected
 
 
+@every_case
+def test_blocks_tile_every_matrix(case):
+    """Each matrix of an attention is published, its parts in their heads are all of its rows, each once."""
+    model = small_model(*case)
+    for block in model.layers:
+        matrices = {name: p for name, p in block.attention.named_parameters() if p.ndim >= 2}
+        blocks = block.attention.blocks()
+        assert blocks.keys() == matrices.keys()
+        for name, split in blocks.items():
+            assert all(rows > 0 for rows in split.parts.values())
+            assert split.heads * sum(split.parts.values()) == matrices[name].shape[0]
+            assert split.views(matrices[name]).keys() == split.parts.keys()
+    hidden = {name for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim >= 2}
+    assert model.blocks().keys() == hidden
+
+
+def test_blocks_are_the_rows_that_the_forward_pass_reads():
+    """Zeroing the keys of a head, as the blocks name them, leaves that head without scores, and no other."""
+    seen = {}
+    for attention, part in (("gqa", "k"), ("mla", "k_nope")):
+        model = small_model(f"attention={attention}", "attention.qk_norm=" + ("false" if part == "k" else "latent"))
+        with torch.no_grad():
+            for name, split in model.blocks().items():
+                views = split.views(dict(model.named_parameters())[name])
+                if part in views:
+                    views[part][1] = 0
+                if "q_rope" in views:
+                    views["q_rope"][1] = 0
+        extras = model(some_tokens(1, 16), want=frozenset({"max_logit"})).extras
+        seen[attention] = [value > 0 for value in extras["layers.0.max_logit"].tolist()]
+    assert seen == {"gqa": [True, True, False, False], "mla": [True, False, True, True]}
+
+
 def test_cache_sizes_by_hand():
     """d_model 64, 4 heads of 16; latent 16 + rope key 4. Elements per token of one layer."""
     expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
