@@ -233,7 +233,7 @@ BAD = [
     (("optim=muon", "optim.lr=0"), "optim.lr=0: give more than 0"),
     (("optim=muon", "optim.muon_lr=0"), "optim.muon_lr=0: give more than 0"),
     (("optim=muon", "optim.muon_lr=-0.1"), "optim.muon_lr=-0.1: give more than 0"),
-    (("optim=muon", "optim.momentum=1"), "optim.momentum=1: give less than 1"),
+    (("optim=muon", "optim.momentum=1"), "optim.momentum=1: give at least 0 and less than 1"),
     (("optim=muon", "optim.momentum_warmup=-1"), "optim.momentum_warmup=-1: give at least 0"),
     (("optim.qk_clip=0",), "optim.qk_clip=0: give more than 0"),
     (
