@@ -26,7 +26,7 @@ class SDPA(Kernel):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         self.check(q.device, training=q.requires_grad)
         if dropout and q.device.type == "cpu":
-            raise Unsupported("kernel=sdpa has no dropout of attention weights on a CPU: kernel=naive, or dropout 0")
+            raise Unsupported("kernel=sdpa has no dropout of attention weights on a CPU: kernel=matmul, or dropout 0")
         asked, value_dim = (q, k, v), v.shape[-1]
         # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
         # nor the values that are kept.
