@@ -1,8 +1,8 @@
 """Attention as a few matrix products and a softmax, with a backward pass written out: for short texts on a CPU, where
 PyTorch's fused kernel is slow in bfloat16, most of all backward.
 
-Forward and backward in bfloat16, how many times faster than kernel=sdpa: 3 to 5 at T 64 and 128, 2.5 to 3 at 256, 2 to
-3 at 512, 1.3 to 2 at 1024; in float32 neither is ahead (benchmarks/README.md).
+Forward and backward in bfloat16 it takes less than half the time of kernel=sdpa at T 64 and 128, and 50 to 60 % at 256
+and 512; in float32 it is no faster (benchmarks/README.md).
 
 Letters: B batch, T queries, S keys, G key heads, R = H / G query heads that share one, D width of keys, Dv of values; t
 and s are T and S of one tile.
