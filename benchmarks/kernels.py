@@ -2,6 +2,7 @@
 
 python -m benchmarks.kernels                              # forward, and backward where there is one
 python -m benchmarks.kernels --tokens 8192 --json benchmarks/results/kernels.json
+python -m benchmarks.kernels --tokens 64 256 512 --batch 8 --heads 6 6 --causal --only sdpa matmul   # on a CPU
 """
 
 import argparse
@@ -14,11 +15,13 @@ from benchmarks.side_by_side import in_turns, marked, report
 from model.errors import Unsupported
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
+from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern
 
-KERNELS = {"sdpa": SDPA(), "flex": Flex(), "naive": Naive()}
+KERNELS = {"sdpa": SDPA(), "matmul": Matmul(), "flex": Flex(), "naive": Naive()}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NAIVE_TOKENS = 4096  # beyond, its scores do not fit
 
 
@@ -28,6 +31,10 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--heads", type=int, nargs=2, default=[8, 2], metavar=("QUERY", "KEY"))
     parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--causal", action="store_true", help="no windows")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path, help="write the table there")
     args = parser.parse_args()
@@ -39,10 +46,14 @@ def main() -> None:
             f"window {args.window}": Pattern(window=args.window),
             "window, 1/20 of all blocks": Pattern(window=args.window, random_blocks=0.05, block_size=128),
         }
-        for name, pattern in patterns.items():
+        for name, pattern in list(patterns.items())[: 1 if args.causal else None]:
             for phase in ("forward", "both"):
                 rows += _timed(args, device, tokens, name, pattern, phase)
-    report(f"kernels, heads {args.heads}, head dim {args.head_dim}, batch 1, on {device.type}", rows, args.json)
+    report(
+        f"kernels, heads {args.heads} of {args.head_dim}, batch {args.batch}, {args.precision}, on {device.type}",
+        rows,
+        args.json,
+    )
 
 
 def _timed(
@@ -52,12 +63,12 @@ def _timed(
     mask = Mask(positions, positions, plain=True, pattern=pattern)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
-        torch.randn(1, tokens, heads, args.head_dim, generator=draw).to(device, torch.bfloat16)
+        torch.randn(args.batch, tokens, heads, args.head_dim, generator=draw).to(device, DTYPES[args.precision])
         for heads in (args.heads[0], args.heads[1], args.heads[1])
     )
     candidates = {}
     for label, kernel in KERNELS.items():
-        if label == "naive" and tokens > NAIVE_TOKENS:
+        if label not in args.only or (label == "naive" and tokens > NAIVE_TOKENS):
             continue
         run = _runner(kernel, q, k, v, mask, phase)
         try:
@@ -75,6 +86,7 @@ def _timed(
             "kernel": label,
             "ms": 1e3 * timing.median,
             "+-": 1e3 * timing.spread,
+            "CPU ms": 1e3 * timing.own,
             "x fastest": timing.median / fastest,
             "others": marked(timing),
         }

@@ -18,6 +18,7 @@ class Timing(NamedTuple):
     median: float  # seconds
     spread: float  # seconds: half the distance between the quartiles
     others: float  # share of the machine's CPU time that other processes took
+    own: float  # median seconds of CPU time that it took itself, of all threads: what is left of it on a busy machine
 
 
 def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, Timing]:
@@ -26,15 +27,20 @@ def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> di
         run()
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     others: dict[str, list[float]] = {name: [] for name in candidates}
+    own: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            busy, own, start = _machine_seconds(), time.process_time(), time.perf_counter()
+            busy, before, start = _machine_seconds(), time.process_time(), time.perf_counter()
             run()
             _settle()
             seconds[name].append(time.perf_counter() - start)
-            elsewhere = _machine_seconds() - busy - (time.process_time() - own)
+            own[name].append(time.process_time() - before)
+            elsewhere = _machine_seconds() - busy - own[name][-1]
             others[name].append(max(0.0, elsewhere) / (seconds[name][-1] * os.cpu_count()))
-    return {name: Timing(_median(seconds[name]), _spread(seconds[name]), _median(others[name])) for name in candidates}
+    return {
+        name: Timing(_median(seconds[name]), _spread(seconds[name]), _median(others[name]), _median(own[name]))
+        for name in candidates
+    }
 
 
 def environment() -> dict[str, Any]:

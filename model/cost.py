@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.kernels.auto import PRODUCTS, Auto, preferred
 from model.kernels.base import Kernel
+from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.sdpa import by_positions, widened
 from model.mask import Mask
@@ -27,10 +29,16 @@ TRAINING = 3  # a backward pass computes two products for each one of the forwar
 MOST_SCANNED = 2**24  # entries of a mask that are looked at
 
 
-def on_meta(config: ModelConfig, vocab_size: int, kernel: Kernel | None = None, *, drops: bool = True) -> TransformerLM:
+def on_meta(
+    config: ModelConfig, vocab_size: int, kernel: Kernel | None = None, *, device: torch.device | None = None
+) -> TransformerLM:
     """The model without its memory. It runs, forward and backward: a fused kernel, which knows its devices only, is
-    replaced by one that keeps for the backward pass what a fused one keeps. drops: see Fused."""
-    kernel = kernel or (config.kernel if isinstance(config.kernel, Naive) else Fused(drops=drops))
+    replaced by one that keeps for the backward pass what a fused one keeps. device: where kernel=auto shall choose as
+    if it ran there."""
+    if kernel is None and isinstance(config.kernel, Naive | Matmul):
+        kernel = config.kernel
+    elif kernel is None:
+        kernel = Fused(auto_on=device.type if device and isinstance(config.kernel, Auto) else None)
     with torch.device("meta"):
         return TransformerLM(config.model_copy(update={"kernel": kernel}), vocab_size)
 
@@ -129,12 +137,12 @@ class Fused(Kernel):
     head), and no numbers. Where indices do not say who sees whom, kernel=sdpa runs it by tiles, each of which keeps its
     mask as numbers to add to the scores."""
 
-    drops: bool = True  # attention weights, as on a GPU; where no fused kernel does, the naive one takes its place
+    auto_on: str | None = None  # the device whose choice of kernel=auto takes its place, if that is no fused one
     calls: list[tuple[int, Any]] = Field(default_factory=list)  # FLOPs per pair, and the Mask without its positions
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        if dropout and not self.drops:
-            return Naive()(q, k, v, mask, scale, dropout)
+        if self.auto_on and preferred(torch.device(self.auto_on), q, k, dropout) is PRODUCTS:
+            return PRODUCTS(q, k, v, mask, scale, dropout)
         heads, value_dim = q.shape[2], v.shape[-1]
         nowhere = dataclasses.replace(mask, q_pos=None, k_pos=None, q_doc=None, k_doc=None)
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))

@@ -85,7 +85,7 @@ def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:
     micro_steps = min(2, run.sequences // run.micro_batch_size)  # the second meets the gradients of the first
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
-        working = Working(cost.on_meta(run.model, vocab_size, drops=device.type != "cpu"), run.precision)
+        working = Working(cost.on_meta(run.model, vocab_size, device=device), run.precision)
         accumulate(working, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
     weights = sum(p.nbytes for p in working.parameters)
     known = {

@@ -48,7 +48,10 @@ say_once._dynamo_marked_constant = True
 
 
 def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all."""
+    """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all. On the meta device
+    nothing runs."""
+    if q.is_meta:
+        return
     phase = "causal" if mask.plain else "positions"
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
     say_once(

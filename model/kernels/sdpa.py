@@ -24,7 +24,7 @@ class SDPA(Kernel):
             )
         if dropout and device.type == "cpu":
             raise Unsupported(
-                "kernel=sdpa drops no attention weights on a CPU: kernel=auto or naive, or attention.dropout=0"
+                "kernel=sdpa drops no attention weights on a CPU: kernel=auto or matmul, or attention.dropout=0"
             )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:

@@ -5,8 +5,9 @@ import torch
 
 from model import cost
 from model.errors import Unsupported
-from model.kernels import online, sdpa
-from model.kernels.auto import Auto
+from model.kernels import base, online, sdpa
+from model.kernels.auto import SHORT, Auto
+from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import QUERY_TILE, SDPA
@@ -14,6 +15,7 @@ from model.mask import CAUSAL, Mask, Pattern
 from tests.support import relative_error
 
 TILED = Online(query_tile=3, key_tile=4)  # several tiles of everything, the last of each cut short
+PRODUCTS = Matmul(query_tile=5)
 SHAPES = {  # T, S, H, G, D, Dv
     "MHA": (16, 16, 4, 4, 8, 8),
     "GQA": (16, 16, 6, 2, 8, 8),
@@ -53,7 +55,11 @@ def test_naive_is_the_definition(shape):
     assert relative_error(Naive()(q, k, v, mask, 0.3), expected) <= 1e-5
 
 
-@pytest.mark.parametrize("kernel", [SDPA(), Auto(), TILED, Online()], ids=["sdpa", "auto", "tiles", "online"])
+@pytest.mark.parametrize(
+    "kernel",
+    [SDPA(), Auto(), TILED, Online(), PRODUCTS, Matmul()],
+    ids=["sdpa", "auto", "tiles", "online", "products in tiles", "matmul"],
+)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("situation", ["plain", "chunk", "one query", "ragged"])
 def test_every_kernel_equals_naive_forward_and_backward(kernel, shape, situation):
@@ -114,7 +120,7 @@ def test_tiles_of_any_size_equal_naive_under_every_mask(monkeypatch, pattern, si
         places = torch.arange(t).where(torch.arange(t) < torch.tensor([[t], [9]]), -1)
     mask = Mask(places, places, plain, pattern, docs, docs)
     monkeypatch.setattr(sdpa, "QUERY_TILE", tiles[0])
-    for kernel in (Online(query_tile=tiles[0], key_tile=tiles[1]), SDPA()):
+    for kernel in (Online(query_tile=tiles[0], key_tile=tiles[1]), Matmul(query_tile=tiles[0]), SDPA()):
         check_against_naive(kernel, inputs(t, t, 4, 2, 8, 6), mask)
 
 
@@ -165,8 +171,53 @@ def test_online_has_no_second_derivative_and_says_so():
 
 def test_online_refuses_dropout_of_weights():
     mask = Mask(positions(0, 4), positions(0, 4), plain=True)
-    with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*naive"):
+    with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*kernel=auto"):
         Online()(*inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
+
+
+def test_the_products_have_no_second_derivative_and_say_so():
+    given = inputs(4, 4, 1, 1, 4, 4)
+    out = PRODUCTS(*given, Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+    (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_the_products_drop_weights_backward_as_forward():
+    """With the identity as values, the output is the weights; two calls from one seed drop the same ones."""
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), plain=True)
+    q, k, v = given
+    identity = torch.eye(16)[:, None].expand(2, 16, 2, 16)
+    draw = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(9))
+    weights = Naive()(q, k, identity, mask, 0.4)  # (B, T, H, S)
+    torch.manual_seed(3)
+    left = Matmul()(q, k, identity, mask, 0.4, dropout=0.25) / weights.where(weights > 0, 1)
+    torch.manual_seed(3)
+    found = Matmul()(*given, mask, 0.4, dropout=0.25)
+    expected = torch.einsum("bths,bshv->bthv", left.detach() * weights, v.repeat_interleave(2, dim=2))
+    assert (left[weights > 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert torch.allclose(left[left > 0], torch.tensor(1 / 0.75))
+    assert relative_error(found, expected) <= 1e-5
+    gradients = (torch.autograd.grad((out * draw).sum(), given) for out in (found, expected))
+    for grad, exact in zip(*gradients, strict=True):
+        assert relative_error(grad, exact) <= 1e-5
+
+
+def test_auto_takes_the_products_where_a_cpu_trains_on_short_texts_in_bfloat16(caplog):
+    def taken(length, dtype=torch.bfloat16, dropout=0.0):
+        given = inputs(2, length, 5, 5, 6, 6, dtype=dtype)
+        mask = Mask(positions(length - 2, 2), positions(0, length), plain=False)
+        base._log_once.cache_clear()
+        caplog.clear()
+        with caplog.at_level("INFO", logger="headroom"):
+            Auto()(*given, mask, 0.5, dropout)
+        return caplog.messages[-1].split(":")[0]
+
+    assert taken(SHORT) == "kernel matmul"
+    assert taken(SHORT + 1) == taken(SHORT, torch.float32) == "kernel sdpa (flash)"
+    assert taken(SHORT + 1, torch.float32, dropout=0.1) == "kernel matmul"
+    with torch.no_grad():
+        assert taken(SHORT) == "kernel sdpa (flash)"
 
 
 def test_long_chunks_run_in_tiles_of_queries():
@@ -181,7 +232,7 @@ def test_bfloat16_within_its_rounding():
     mask = Mask(positions(0, 16), positions(0, 16), plain=True)
     expected = Naive()(*(x.float() for x in low), mask, 0.35)
     gradients = torch.autograd.grad(expected.square().sum(), low)
-    for kernel in (Naive(), SDPA(), TILED):
+    for kernel in (Naive(), SDPA(), TILED, PRODUCTS, Auto()):
         found = kernel(*low, mask, 0.35)
         assert found.dtype == torch.bfloat16
         assert relative_error(found, expected) <= 0.02

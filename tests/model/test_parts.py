@@ -33,6 +33,23 @@ def test_rope_tables_are_float32_for_any_input():
     assert rope.rotate(torch.ones(1, 1, 1, 4, dtype=torch.bfloat16), table).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_pass_of_the_norm_is_the_one_that_pytorch_derives(dtype):
+    draw, tolerance = torch.Generator().manual_seed(0), 1e-5 if dtype == torch.float32 else 0.01
+    norm = RMSNorm(24)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(24, generator=draw))
+    x = torch.randn(2, 5, 3, 24, generator=draw).to(dtype).requires_grad_()
+    d_y = torch.randn(x.shape, generator=draw).to(dtype)
+    exact = x.double()
+    expected = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight
+    found = norm(x)
+    assert found.dtype == dtype and relative_error(found, expected) <= tolerance
+    gradients = torch.autograd.grad(found, [x, norm.weight], d_y)
+    for grad, right in zip(gradients, torch.autograd.grad(expected, [x, norm.weight], d_y.double()), strict=True):
+        assert relative_error(grad, right) <= tolerance
+
+
 def test_norm_is_computed_in_float32():
     """In bfloat16 the sum of 512 squares would stop growing at 256, and the result would be sqrt(2)."""
     y = RMSNorm(512)(torch.ones(1, 512, dtype=torch.bfloat16))

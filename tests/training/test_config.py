@@ -322,5 +322,5 @@ def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
 
 def test_a_choice_can_be_loaded_alone():
     assert type(load_choice("kernel", "naive")).__name__ == "Naive"
-    with pytest.raises(UserError, match="choose one of auto, flex, naive, online, sdpa"):
+    with pytest.raises(UserError, match="choose one of auto, flex, matmul, naive, online, sdpa"):
         load_choice("kernel", "fast")

@@ -39,7 +39,7 @@ def test_the_peak_memory_is_what_the_allocator_says(tmp_path, attention, options
     ids=" ".join,
 )
 def test_the_peak_memory_where_attention_weights_are_dropped(tmp_path, options):
-    """A CPU's fused kernel does not drop them: all T×T of the naive one are counted."""
+    """A CPU's fused kernel does not drop them: all T×T of the products that take its place are counted."""
     check_memory(tmp_path, "precision=fp32", *options)
 
 

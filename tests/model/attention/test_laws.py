@@ -9,6 +9,7 @@ from model.attention.mla import MLA
 from model.generate import bucket, decode_step
 from model.kernels import online
 from model.kernels.auto import Auto
+from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
@@ -17,7 +18,7 @@ from model.transformer import TransformerLM
 from tests.model.attention import laws
 from tests.support import ATTENTIONS, CASES, relative_error, sharpened, small_config, small_model, some_tokens
 
-KERNELS = [Naive(), SDPA(), Auto(), Online(query_tile=4, key_tile=3)]
+KERNELS = [Naive(), SDPA(), Auto(), Online(query_tile=4, key_tile=3), Matmul(query_tile=7)]
 # What a token is, or what it sees, depends on where it stands.
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -169,7 +170,7 @@ def test_a_latent_cache_never_holds_a_tensor_per_head():
 
 
 @every_case
-@pytest.mark.parametrize("kernel", [SDPA(), Online()], ids=lambda kernel: type(kernel).__name__)
+@pytest.mark.parametrize("kernel", [SDPA(), Online(), Matmul()], ids=lambda kernel: type(kernel).__name__)
 def test_decode_step_compiles_once(case, kernel):
     model = small_model(*case, kernel=kernel)
     torch._dynamo.reset()

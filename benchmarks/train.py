@@ -1,0 +1,241 @@
+"""Times training: ours against peers, in turns, at the same shapes, precision, optimizer and work; on made-up tokens.
+
+python -m benchmarks.train                                    # (i) and (ii) in bf16, beside transformers
+python -m benchmarks.train --nanogpt ../nanoGPT --sizes i ii iii --precision bf16 fp32 --json train.json
+
+A step is forward, backward, clipping and AdamW on one micro-batch. Peers run as their users run them: bf16 by autocast,
+AdamW as they build it. All share one process, so the allocator that training tunes for ours is tuned for them too
+(--untuned leaves it to all as it comes). A peer that cannot be imported is skipped.
+"""
+
+import argparse
+import importlib.util
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.side_by_side import in_turns, marked, report
+from model.kernels import base
+from model.transformer import TransformerLM
+from tests.support import load_composed
+from training.allocator import keep_buffers
+from training.precision import Working
+from training.step import train_step
+
+LR, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
+OURS = ("mha", "gqa", "mla")
+
+
+class Size(NamedTuple):
+    n_layers: int
+    n_heads: int
+    d_model: int
+    tokens: int
+    batch: int
+    vocab: int
+    steps: int  # of one turn: short ones together, so that a turn takes about a second
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self[:5]))
+
+
+SIZES = {
+    "i": Size(4, 4, 128, 64, 12, vocab=65, steps=5),
+    "ii": Size(6, 6, 384, 256, 16, vocab=65, steps=1),
+    "iii": Size(12, 12, 768, 512, 4, vocab=50304, steps=1),  # GPT-2 124M
+}
+Step = Callable[[Tensor, Tensor], Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["i", "ii"])
+    parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16"])
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT: its model.py is imported")
+    parser.add_argument("--only", nargs="+", help="names of models: those alone")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--untuned", action="store_true", help="leave the allocator as it comes")
+    parser.add_argument("--json", type=Path, help="write the table there")
+    args = parser.parse_args()
+    if not args.untuned:
+        keep_buffers()
+    rows = []
+    for size in (SIZES[name] for name in args.sizes):
+        for precision in args.precision:
+            rows += _timed(args, size, precision)
+    report("training, sizes as layers/heads/width/tokens/batch", rows, args.json)
+
+
+def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[str, Any]]:
+    tokens = torch.randint(size.vocab, (size.batch, size.tokens + 1), generator=torch.Generator().manual_seed(0))
+    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    runs, kernels, weights = {}, {}, {}
+    for name, make in {**_ours(size, precision), **_peers(size, precision, args.nanogpt)}.items():
+        if args.only and name not in args.only:
+            continue
+        try:
+            model, step = make()
+        except ImportError as error:
+            print(f"{name} is skipped: {error}")
+            continue
+        with _Announced() as announced:
+            step(*batch)
+        kernels[name], weights[name] = announced.kernel, sum(p.numel() for p in model.parameters())
+        runs[name] = lambda step=step: [step(*batch) for _ in range(size.steps)]
+    timings = in_turns(runs, args.rounds)
+    first = next(iter(timings.values())).own
+    return [
+        {
+            "size": str(size),
+            "precision": precision,
+            "model": name,
+            "weights": f"{weights[name] / 1e6:.1f}M",
+            "tokens/s": round(size.steps * size.batch * size.tokens / timing.median),
+            "ms": 1e3 * timing.median / size.steps,
+            "+-": 1e3 * timing.spread / size.steps,
+            "CPU ms": 1e3 * timing.own / size.steps,
+            "x first": timing.own / first,
+            "others": marked(timing),
+            "kernel": kernels[name],
+        }
+        for name, timing in timings.items()
+    ]
+
+
+class _Announced(logging.Handler):
+    """Within its `with` block: which kernel of ours ran, `sdpa` if none of them said anything."""
+
+    kernel = "sdpa"
+
+    def __enter__(self) -> "_Announced":
+        base._log_once.cache_clear()
+        self.logger = logging.getLogger("headroom")
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"kernel ([^:]+): ", record.getMessage())
+        self.kernel = found[1] if found else self.kernel
+
+
+def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
+    def make(attention: str) -> tuple[nn.Module, Step]:
+        run = load_composed(
+            f"attention={attention}",
+            f"model.n_layers={size.n_layers}",
+            f"model.n_heads={size.n_heads}",
+            f"model.d_model={size.d_model}",
+            f"model.context_length={size.tokens}",
+            f"batch_tokens={size.batch * size.tokens}",
+        )
+        model = TransformerLM(run.model, size.vocab)
+        working, optimizer = Working(model, precision), run.optim.build(model)
+        return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP)
+
+    return {f"ours {attention}": lambda attention=attention: make(attention) for attention in OURS}
+
+
+def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
+    def stepping(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+        def step(inputs: Tensor, targets: Tensor) -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                mean = loss(inputs, targets)
+            mean.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def nano() -> tuple[nn.Module, Step]:
+        theirs = _imported(nanogpt)
+        shape = {"n_layer": size.n_layers, "n_head": size.n_heads, "n_embd": size.d_model}
+        config = theirs.GPTConfig(**shape, block_size=size.tokens, vocab_size=size.vocab, dropout=0.0, bias=False)
+        model = theirs.GPT(config)
+        optimizer = model.configure_optimizers(DECAY, LR, BETAS, "cpu")
+        return model, stepping(model, optimizer, lambda inputs, targets: model(inputs, targets)[1])
+
+    def hugging(kind: str, **more: Any) -> tuple[nn.Module, Step]:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=size.vocab,
+            hidden_size=size.d_model,
+            intermediate_size=-(-8 * size.d_model // 96) * 32,
+            num_hidden_layers=size.n_layers,
+            num_attention_heads=size.n_heads,
+            num_key_value_heads=size.n_heads,
+            max_position_embeddings=size.tokens,
+            tie_word_embeddings=True,
+            attn_implementation="sdpa",
+            **more,
+        )
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+        return model, stepping(model, _adamw(model), _cross_entropy(lambda x: model(x, use_cache=False).logits))
+
+    def litgpt() -> tuple[nn.Module, Step]:
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        config = Config(
+            n_layer=size.n_layers,
+            n_head=size.n_heads,
+            n_embd=size.d_model,
+            block_size=size.tokens,
+            padded_vocab_size=-(-size.vocab // 64) * 64,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=-(-8 * size.d_model // 96) * 32,
+        )
+        model = GPT(config)
+        model.lm_head.weight = model.transformer.wte.weight
+        return model, stepping(model, _adamw(model), _cross_entropy(model))
+
+    head = size.d_model // size.n_heads
+    latent = {
+        "q_lora_rank": None,
+        "kv_lora_rank": size.d_model // 4,
+        "qk_nope_head_dim": head - head // 4,
+        "qk_rope_head_dim": head // 4,
+        "v_head_dim": head,
+        "first_k_dense_replace": size.n_layers,
+    }
+    peers = {
+        "transformers Llama": lambda: hugging("Llama"),
+        "transformers DeepseekV3": lambda: hugging("DeepseekV3", **latent),
+        "litgpt": litgpt,
+    }
+    return peers if nanogpt is None else {"nanoGPT": nano, **peers}
+
+
+def _imported(checkout: Path) -> Any:
+    """Its model.py, under a name that leaves our own package `model` alone."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
+
+
+def _cross_entropy(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda inputs, targets: F.cross_entropy(logits(inputs).float().flatten(0, 1), targets.flatten())
+
+
+if __name__ == "__main__":
+    main()
