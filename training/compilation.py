@@ -25,7 +25,7 @@ def maybe_compiled(function: Callable, enabled: bool) -> Callable:
                     if loss.requires_grad:
                         torch.autograd.grad(loss, list(model.parameters()))
             except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
                 logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")
                 chosen = function
         return chosen(model, *inputs)

@@ -95,12 +95,11 @@ def test_training_on_a_cpu_is_refused_before_anything_is_made(monkeypatch, tmp_p
         Flex()(q, k, v, MASKS["window"], 0.4)
 
 
-def test_dropout_and_machines_without_a_compiler_are_refused(monkeypatch):
+def test_dropout_and_machines_without_a_compiler_are_refused():
     q, k, v = (x.detach() for x in inputs(T, T, 2, 2, 8, 8))
     with pytest.raises(Unsupported, match=r"attention\.dropout=0"):
         Flex()(q, k, v, MASKS["window"], 0.4, dropout=0.1)
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nonexistent"))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    with pytest.raises(Unsupported, match="cannot be compiled here") as refusal:
+    without = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "force_disable_caches": True})
+    with without, pytest.raises(Unsupported, match="cannot be compiled here") as refusal:
         Flex()(q, k, v, MASKS["sparse"], 0.4)
     assert len(str(refusal.value).splitlines()) == 1

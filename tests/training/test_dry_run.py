@@ -23,6 +23,9 @@ from training.step import accumulate, losses_of
 VOCAB, CPU = 100, torch.device("cpu")
 
 
+CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64")
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive"])
 def test_the_peak_memory_is_what_the_allocator_says(tmp_path, attention, options):
@@ -33,8 +36,8 @@ def test_the_peak_memory_is_what_the_allocator_says(tmp_path, attention, options
     "options",
     [
         ("attention=mla", "attention.dropout=0.1", "attention.qk_norm=head"),
-        ("model=classic_gpt",),
-        ("model=classic_gpt", "attention.dropout=0", "precision=bf16"),
+        CLASSIC,
+        (*CLASSIC, "attention.dropout=0", "precision=bf16"),
     ],
     ids=" ".join,
 )

@@ -18,6 +18,7 @@ from training.log import read_metrics
 
 # Dropout, accumulation, and an epoch's end on the way.
 BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]
+CLASSIC = ["model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64"]
 
 
 def text_of(out: str) -> str:
@@ -48,8 +49,8 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, att
 @pytest.mark.parametrize(
     ("choice", "compiled"),
     [
-        (["model=classic_gpt"], False),
-        (["model=classic_gpt", "model.n_layers=1"], True),
+        ([*CLASSIC], False),
+        ([*CLASSIC, "model.n_layers=1"], True),
         (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], False),
         (["attention=stack", "+attention.parts.local.dropout=0.2"], False),
     ],
