@@ -46,7 +46,8 @@ def definition() -> None:
     v = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
     scores = q @ k.T / math.sqrt(2)
     weights = scores.masked_fill(torch.ones(3, 3).triu(1).bool(), -math.inf).softmax(-1)
-    print("scores / sqrt(2):", _numbers(scores))
+    print("q:", _numbers(q), " k:", _numbers(k), " v:", _numbers(v))
+    print("q k / sqrt(2), before hiding:", _numbers(scores))
     print("weights:", _numbers(weights))
     print("weights @ v:", _numbers(weights @ v))
     positions = torch.arange(3)[None]
@@ -115,8 +116,8 @@ def decoupling() -> None:
 
     for distance in (0, 1, 2, 50):
         between = w_q.T @ rotated(distance).T @ w_k
-        print(f"|Wq^T R({distance}) Wk - Wq^T Wk| = {(between - w_q.T @ w_k).norm():.3f}")
-    far = w_q.T @ (rotated(57).T @ rotated(7)).T.T @ w_k
+        print(f"|Wq^T R({distance})^T Wk - Wq^T Wk| = {(between - w_q.T @ w_k).norm():.3f}")
+    far = w_q.T @ (rotated(57).T @ rotated(7)) @ w_k
     print(f"|Wq^T R(57)^T R(7) Wk - Wq^T R(50)^T Wk| is {_small((far - w_q.T @ rotated(50).T @ w_k).norm())}")
 
 

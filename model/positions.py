@@ -27,7 +27,7 @@ class PositionConfig(Config):
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
     rope_scaling: Scaling = "none"
-    rope_factor: float | None = Field(None, ge=1 / LARGEST, le=LARGEST)  # how many times longer texts become
+    rope_factor: float | None = Field(None, ge=1, le=LARGEST)  # how many times longer texts become
     rope_original_context: int | None = Field(None, ge=SHORTEST, le=LARGEST)  # of yarn: context_length / rope_factor
 
     @model_validator(mode="after")

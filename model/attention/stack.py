@@ -24,7 +24,7 @@ class StackConfig(AttentionChoice):
             if name not in self.parts:
                 raise ValueError(
                     f"attention.pattern names {name!r}, which attention.parts does not have: choose from "
-                    f"{', '.join(self.parts) or 'none'}, or add it"
+                    f"{', '.join(self.parts) or 'none'}, or add it: +attention.parts.{name}.attention=gqa"
                 )
         return self
 

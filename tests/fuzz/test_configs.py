@@ -69,7 +69,7 @@ ATTENTION = {
     "k_rope_from": st.sampled_from(["hidden", "latent"]),
     "execution": st.sampled_from(get_args(Execution)),
 }
-STRETCHES = [{}, {}, {}, *({"rope_scaling": s, "rope_factor": f} for s in get_args(Scaling) for f in (0.5, 4.0))]
+STRETCHES = [{}, {}, {}, *({"rope_scaling": s, "rope_factor": f} for s in get_args(Scaling) for f in (1.5, 4.0))]
 HUGE = [10**6, 2**31, -(2**63), 10**15, 10**400]
 FLOATS = [0.0, 0.5, 1.0, 5e-324, 1e-30, 1e30, 1e300, math.inf, math.nan]
 EXTREMES = [*HUGE, -1, 0, 1, 2, 3, 7, *FLOATS, None, True, "", [], {}]
