@@ -12,6 +12,7 @@ from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import QUERY_TILE, SDPA
 from model.mask import CAUSAL, Mask, Pattern
+from tests.model.masks import LENGTH, SITUATIONS, mask_of
 from tests.support import relative_error
 
 TILED = Online(query_tile=3, key_tile=4)  # several tiles of everything, the last of each cut short
@@ -105,23 +106,14 @@ PATTERNS = {
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("situation", ["plain", "documents", "padding", "padding behind"])
+@pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("tiles", [(1, 1), (3, 4), (5, 2), (16, 7)], ids=str)
 def test_tiles_of_any_size_equal_naive_under_every_mask(monkeypatch, pattern, situation, tiles):
     """Tiles that some or all of their queries see nothing of, before and after those that they do."""
-    t = 17
-    places, docs, plain = positions(0, t), None, situation in ("plain", "padding behind")
-    if situation == "documents":
-        docs = torch.tensor([[0] * 6 + [1] + [2] * 10, [0] * 2 + [1] * 13 + [2] * 2])
-        places = torch.arange(t) - torch.searchsorted(docs, docs)
-    elif situation == "padding":
-        places = torch.stack([torch.arange(t) - 6, torch.arange(t) - 1]).clamp(min=-1)
-    elif situation == "padding behind":
-        places = torch.arange(t).where(torch.arange(t) < torch.tensor([[t], [9]]), -1)
-    mask = Mask(places, places, plain, pattern, docs, docs)
+    mask = mask_of(situation, pattern)
     monkeypatch.setattr(sdpa, "QUERY_TILE", tiles[0])
     for kernel in (Online(query_tile=tiles[0], key_tile=tiles[1]), Matmul(query_tile=tiles[0]), SDPA()):
-        check_against_naive(kernel, inputs(t, t, 4, 2, 8, 6), mask)
+        check_against_naive(kernel, inputs(LENGTH, LENGTH, 4, 2, 8, 6), mask)
 
 
 def test_online_is_right_where_scores_are_far_apart():

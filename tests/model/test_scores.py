@@ -9,6 +9,7 @@ from model.kernels.scores import Statistics, attention_map, head_summed, said_of
 from model.mask import CAUSAL, Mask, Pattern
 from model.transformer import TransformerLM
 from tests.model.attention import laws
+from tests.model.masks import LENGTH, SITUATIONS, mask_of
 from tests.support import CASES, relative_error, small_model, some_tokens
 
 ALL = frozenset({"max_logit", "entropy", "attention_map"})
@@ -48,19 +49,10 @@ def check(q, k, mask, scale=0.4, tile=5):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("situation", ["plain", "documents", "padding", "padding behind"])
+@pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
 def test_in_tiles_as_by_definition(pattern, situation, heads):
-    t = 17
-    places, docs, plain = torch.arange(t).expand(2, -1), None, situation in ("plain", "padding behind")
-    if situation == "documents":
-        docs = torch.tensor([[0] * 6 + [1] + [2] * 10, [0] * 2 + [1] * 13 + [2] * 2])
-        places = torch.arange(t) - torch.searchsorted(docs, docs)
-    elif situation == "padding":
-        places = torch.stack([torch.arange(t) - 6, torch.arange(t) - 1]).clamp(min=-1)
-    elif situation == "padding behind":
-        places = torch.arange(t).where(torch.arange(t) < torch.tensor([[t], [9]]), -1)
-    check(*inputs(t, t, *heads), Mask(places, places, plain, pattern, docs, docs))
+    check(*inputs(LENGTH, LENGTH, *heads), mask_of(situation, pattern))
 
 
 @pytest.mark.parametrize("tile", [1, 4, 128])
