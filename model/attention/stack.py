@@ -4,6 +4,7 @@ Each layer keeps the cache of its own attention, so a stack of local layers with
 little memory (Gemma 2, arXiv:2408.00118, section 2.2).
 """
 
+import logging
 from typing import Self
 
 from pydantic import Field, SerializeAsAny, model_validator
@@ -36,6 +37,10 @@ class StackConfig(AttentionChoice):
                 f"n_layers={dimensions.n_layers}: choose a length of {', '.join(map(str, fitting))}, or other n_layers"
             )
         used = {name: self.parts[name].derive(dimensions) for name in dict.fromkeys(self.pattern)}
+        for name in self.parts.keys() - used.keys():
+            logging.getLogger("headroom").warning(
+                f"attention.parts.{name} is in no layer: attention.pattern does not name it"
+            )
         return self.model_copy(update={"parts": used})
 
     def of_layer(self, index: int) -> AttentionConfig:
