@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from model.config import LARGEST, Config, Dimensions
 from model.linear import Linear
@@ -49,7 +51,7 @@ class ReLUConfig(PlainMLPConfig):
 
 class ReLU2Config(PlainMLPConfig):
     def build(self, dimensions: Dimensions) -> nn.Module:
-        return PlainMLP(dimensions.d_model, self.d_ff, lambda x: F.relu(x).square(), dimensions.bias)
+        return PlainMLP(dimensions.d_model, self.d_ff, _ReLU2.apply, dimensions.bias)
 
 
 class GELUConfig(PlainMLPConfig):
@@ -85,3 +87,19 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
+
+
+class _ReLU2(torch.autograd.Function):
+    """max(x, 0)². PyTorch would differentiate the square as 2 · x^1, a power and a copy besides the products."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive.square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor) -> Tensor:
+        (positive,) = ctx.saved_tensors
+        return (d_y * positive).mul_(2)

@@ -29,25 +29,28 @@ class RMSNorm(nn.Module):
 class _RMSNorm(torch.autograd.Function):
     """y = w ∘ u, where u = x · inv and inv = 1 / sqrt(mean(x²) + eps). Keeps x as it came and inv, a number per row.
 
-    dw = Σ over rows of dy ∘ u        dx = inv · (w ∘ dy - u · mean(w ∘ dy ∘ u))
+    dw = Σ over rows of inv · p        dx = inv · w ∘ dy - x · inv³ · (p · w) / d        where p = dy ∘ x
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        exact = x.float()
-        inverse = (torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square() / x.shape[-1] + EPS).rsqrt()
+        exact = x.to(torch.float32, copy=True)
+        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
+        inverse = square.div_(x.shape[-1]).add_(EPS).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (exact * inverse).mul_(weight).to(x.dtype)
+        return exact.mul_(inverse).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, inverse = ctx.saved_tensors
-        unit, d_y = x.float() * inverse, d_y.float()
-        product = d_y * unit
-        mean = (product @ weight)[..., None] / x.shape[-1]
-        d_x = (d_y * weight).addcmul_(unit, mean, value=-1).mul_(inverse)
-        return d_x.to(x.dtype), product.flatten(0, -2).sum(0)
+        inverse = inverse.view(-1, 1)
+        exact = x.float().reshape(-1, x.shape[-1])
+        d_x = d_y.to(torch.float32, copy=True).reshape(-1, x.shape[-1])
+        product = d_x * exact
+        along = torch.mv(product, weight)[:, None] * inverse**3 / x.shape[-1]
+        d_x.mul_(weight).mul_(inverse).addcmul_(exact, along, value=-1)
+        return d_x.to(x.dtype).view_as(x), torch.mv(product.mT, inverse.flatten())
 
 
 class LayerNorm(nn.Module):

@@ -37,22 +37,27 @@ class Rope:
     original_context: int | None = None  # tokens; yarn only
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (B, T) -> cos, sin, each (B, T, 1, dim/2) in float32: bfloat16 loses positions beyond 256."""
+        """positions (B, T) -> cos, sin, each (B, T, 1, dim) in float32: bfloat16 loses positions beyond 256. Every
+        coordinate has its pair's, and the sine's sign is minus in the first of the two."""
         angles = positions[..., None, None].float() * self._frequencies(positions.device)
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        if self.layout == "half":
+            return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
 
     def rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, H, D) -> the same shape and dtype, its first dim coordinates rotated in float32."""
         cos, sin = table
         if x.shape[-1] > self.dim:
             return torch.cat((self.rotate(x[..., : self.dim], table), x[..., self.dim :]), dim=-1)
+        exact = x.float()
+        return torch.addcmul(exact * cos, self._partners(exact), sin).to(x.dtype)
+
+    def _partners(self, x: Tensor) -> Tensor:
+        """Each coordinate's other one of the pair."""
         if self.layout == "half":
-            a, b = x.float().chunk(2, dim=-1)
-            rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        else:
-            a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-            rotated = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
-        return rotated.to(x.dtype)
+            return x.roll(self.dim // 2, -1)
+        return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """(dim/2,) float32, radians per position."""

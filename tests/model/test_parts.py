@@ -33,6 +33,16 @@ def test_rope_tables_are_float32_for_any_input():
     assert rope.rotate(torch.ones(1, 1, 1, 4, dtype=torch.bfloat16), table).dtype == torch.bfloat16
 
 
+def test_rotating_turns_gradients_back():
+    """A rotation keeps lengths and angles, so what comes back for the output is the input."""
+    for layout in ("half", "interleaved"):
+        rope, x = Rope(6, 100.0, layout), torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
+        x.requires_grad_()
+        rotated = rope.rotate(x, rope.table(torch.arange(5)[None]))
+        (gradient,) = torch.autograd.grad(rotated, x, rotated.detach())
+        assert torch.allclose(gradient, x, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_pass_of_the_norm_is_the_one_that_pytorch_derives(dtype):
     draw, tolerance = torch.Generator().manual_seed(0), 1e-5 if dtype == torch.float32 else 0.01
@@ -143,9 +153,13 @@ def test_without_zero_init_what_writes_to_the_residual_stream_begins_small():
 )
 def test_a_plain_mlp_is_its_formula(choice, activation):
     mlp = small_model(*choice, "model.bias=true").layers[0].mlp
-    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     hidden = activation(x @ mlp.up_proj.weight.T + mlp.up_proj.bias)
-    assert relative_error(mlp(x), hidden @ mlp.down_proj.weight.T + mlp.down_proj.bias) <= 1e-6
+    y, expected = mlp(x), hidden @ mlp.down_proj.weight.T + mlp.down_proj.bias
+    assert relative_error(y, expected) <= 1e-6
+    wanted = [x, *mlp.parameters()]
+    for gradient, twin in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (y, expected)), strict=True):
+        assert relative_error(gradient, twin) <= 1e-5
 
 
 def test_learned_positions_are_rows_added_to_the_embedding():

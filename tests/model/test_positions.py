@@ -18,8 +18,9 @@ from tests.support import relative_error, small_config, small_model, some_tokens
 
 def angles(rope: Rope, position: int) -> list[float]:
     """Of each pair, read off the rotation of (1, 0)."""
-    cos, sin = rope.table(torch.tensor([[position]]))
-    return torch.atan2(sin, cos).flatten().tolist()
+    first = torch.arange(rope.dim)[None, None, None] < rope.dim // 2  # of every pair; the layout is half
+    x, y = rope.rotate(first.float(), rope.table(torch.tensor([[position]]))).flatten().chunk(2)
+    return torch.atan2(y, x).tolist()
 
 
 def test_the_dimensions_beyond_rope_dim_pass():
