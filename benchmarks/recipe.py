@@ -1,0 +1,105 @@
+"""Leaves one part out of a recipe at a time, and says what validation loss it costs, over several seeds.
+
+python -m benchmarks.recipe                                   # experiment=fast at size (i), three seeds
+python -m benchmarks.recipe --base experiment=fast optim.lr=0.02 --seeds 0 1 --json recipe.json
+python -m benchmarks.recipe --base experiment=fast --rows '' 'optim=adamw' 'optim.muon_lr=0.01'
+
+All rows train on the same tokens of the default corpus for the same number of steps; what a step of each costs is in
+the table, as CPU time, so that a part can be judged by both. A row is what is added to the base on the command line. It
+takes half an hour.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.side_by_side import report
+from data.batches import micro_batches
+from data.prepare import Prepared, prepare
+from model.transformer import TransformerLM
+from tests.support import load_composed
+from training.allocator import keep_buffers
+from training.config import Run
+from training.precision import Working
+from training.step import evaluate, train_step
+
+SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.context_length=64", "batch_tokens=768")
+LEFT_OUT = (
+    "",
+    "optim=adamw",
+    "optim.logical_blocks=false",
+    "optim.lr=0.0039",
+    "optim.momentum_warmup=0",
+    "optim.weight_decay=0",
+    "mlp=swiglu",
+    "mlp=gelu",
+    "model.zero_init=false",
+    "model.logit_softcap=15",
+    "model.tie_embeddings=false",
+    "attention.qk_norm=false",
+    "position=learned",
+    "schedule=linear schedule.final_fraction=0",
+    "schedule=wsd",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", nargs="+", default=["experiment=fast"], help="overrides of every row")
+    parser.add_argument("--rows", nargs="+", default=LEFT_OUT, help="overrides that one row adds, in one word each")
+    parser.add_argument("--size", nargs="+", default=SIZE_I, help="overrides that set the size")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--val-tokens", type=int, default=65536, help="of the validation set, scored at the end")
+    parser.add_argument("--json", type=Path, help="write the table there")
+    args = parser.parse_args()
+    keep_buffers()
+    base = [*args.size, *args.base, f"steps={args.steps}"]
+    rows: list[dict[str, Any]] = []
+    for added in args.rows:
+        rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
+        print(rows[-1], flush=True)
+    report(f"{' '.join(base)}, nats per token on {args.val_tokens} tokens", rows, args.json)
+
+
+def _row(base: list[str], added: str, seeds: list[int], val_tokens: int, first: float | None) -> dict[str, Any]:
+    losses, own = [], []
+    for seed in seeds:
+        run = load_composed(*base, *added.split(), f"seed={seed}", "precision=bf16")
+        corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
+        loss, seconds = _trained(run, corpus, val_tokens)
+        losses.append(loss)
+        own.append(seconds)
+    mean = statistics.mean(losses)
+    return {
+        "added": added or "(the recipe)",
+        "nats": round(mean, 4),
+        "+-": round(statistics.stdev(losses), 4) if len(losses) > 1 else "",
+        "than first": round(mean - (mean if first is None else first), 4),
+        "seeds": " ".join(f"{loss:.4f}" for loss in losses),
+        "CPU ms a step": round(1e3 * statistics.median(own), 1),
+    }
+
+
+def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]:
+    """The validation loss after the run's steps, and the median CPU seconds of a step."""
+    model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed)
+    working, optimizer, clip = Working(model, run.precision), run.optim.build(model), run.optim.clip(model)
+    window, cpu, seconds = run.model.context_length, torch.device("cpu"), []
+    for step in range(run.steps):
+        batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)
+        before = time.process_time()
+        train_step(working, optimizer, batches, run.lr(step), run.clip_norm, (run.seed, step), clip=clip)
+        seconds.append(time.process_time() - before)
+    working.refresh()
+    byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
+    score = evaluate(working.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens))
+    return score.loss, statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()
