@@ -1,5 +1,7 @@
 """Every law, for every file under conf/attention and the choices within them (DESIGN: the laws)."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from model.attention.base import Context
 from model.attention.mla import MLA
 from model.generate import bucket, decode_step
 from model.kernels import online
+from model.kernels.base import Kernel
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -22,6 +25,32 @@ KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=
 # What a token is, or what it sees, depends on where it stands.
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
+# These hand a kernel all that cases can: shared keys, wide ones, values that are keys, masks, added columns.
+DISTINCT = [
+    ("attention=gqa",),
+    ("attention=mla",),
+    ("attention=mla", "attention.execution=absorbed", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.window=6"),
+    ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+]
+
+
+def on_kernels(kernels: Sequence[Kernel], cases: Sequence[tuple[str, ...]] = CASES) -> pytest.MarkDecorator:
+    """Every case on the fused kernel, and the distinct ones on the others; the rest is slow, and says little that
+    tests/model/test_kernels.py does not, which holds kernels against each other under every mask."""
+    return pytest.mark.parametrize(
+        ("case", "kernel"),
+        [
+            pytest.param(
+                case,
+                kernel,
+                marks=() if isinstance(kernel, SDPA) or case in DISTINCT else pytest.mark.slow,
+                id=f"{' '.join(case)} {type(kernel).__name__}",
+            )
+            for case in cases
+            for kernel in kernels
+        ],
+    )
 
 
 def oracle_for(case: tuple[str, ...]) -> TransformerLM:
@@ -35,26 +64,22 @@ def test_causality(case):
     laws.check_causality(small_model(*case, "model.tie_embeddings=false"))
 
 
-@every_case
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@on_kernels(KERNELS)
 def test_cached_equals_uncached(case, kernel):
     laws.check_cached(small_model(*case, kernel=kernel), oracle_for(case))
 
 
-@every_case
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@on_kernels(KERNELS)
 def test_ragged_batch_equals_each_row_alone(case, kernel):
     laws.check_ragged(small_model(*case, kernel=kernel), oracle_for(case))
 
 
-@every_case
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@on_kernels(KERNELS)
 def test_packed_documents_equal_each_alone(case, kernel):
     laws.check_packed_documents(small_model(*case, kernel=kernel))
 
 
-@every_case
-@pytest.mark.parametrize("kernel", KERNELS[1:], ids=lambda kernel: type(kernel).__name__)
+@on_kernels(KERNELS[1:])
 def test_kernels_agree_and_so_do_their_gradients(case, kernel):
     tokens = some_tokens(2, 24)
     naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=kernel)
@@ -139,8 +164,7 @@ def test_a_window_bounds_the_cache():
         assert [cache.columns["latent_and_k_rope"].shape[1] for cache in caches] == [rows + 1, rows + 1]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "position=alibi" not in case], ids=" ".join)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: type(kernel).__name__)
+@on_kernels(KERNELS, [case for case in CASES if "position=alibi" not in case])
 def test_an_encoder_sees_both_sides(case, kernel):
     encoder = sharpened(
         TransformerLM(small_config(*case, "model.tie_embeddings=false", kernel=kernel), 100, causal=False)
@@ -169,8 +193,7 @@ def test_a_latent_cache_never_holds_a_tensor_per_head():
             assert column.shape[2] == 1, execution
 
 
-@every_case
-@pytest.mark.parametrize("kernel", [SDPA(), Online(), Matmul()], ids=lambda kernel: type(kernel).__name__)
+@on_kernels([SDPA(), Online(), Matmul()])
 def test_decode_step_compiles_once(case, kernel):
     model = small_model(*case, kernel=kernel)
     torch._dynamo.reset()
