@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from data.batches import document_places, stack, windows
 from data.corpus import Corpus
 from data.shards import TokenStream
-from training.loss import token_losses
+from training.loss import chunked_losses, chunked_mean
 from training.precision import Working
 from training.qk_clip import Clipped, QKClip
 
@@ -30,15 +30,16 @@ class StepResult(NamedTuple):
 
 def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart."""
-    return token_losses(model(inputs, **places(inputs, end_of_text), training=True).logits, targets).mean()
+    out = model(inputs, **places(inputs, end_of_text), logits=False, training=True)
+    return chunked_mean(out.hidden, model.readout, targets)
 
 
 def mean_loss_and_scores(
     model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """mean_loss, and the largest score of each head, (layers, heads) float32."""
-    out = model(inputs, **places(inputs, end_of_text), training=True, want=MAX_LOGIT)
-    return token_losses(out.logits, targets).mean(), torch.stack(list(out.extras.values()))
+    out = model(inputs, **places(inputs, end_of_text), logits=False, training=True, want=MAX_LOGIT)
+    return chunked_mean(out.hidden, model.readout, targets), torch.stack(list(out.extras.values()))
 
 
 def train_step(
@@ -126,7 +127,7 @@ class Score(NamedTuple):
 
 def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Nats of each token, (B, T)."""
-    return token_losses(model(inputs, **places(inputs, end_of_text)).logits, targets)
+    return chunked_losses(model(inputs, **places(inputs, end_of_text), logits=False).hidden, model.readout, targets)
 
 
 def losses_of(corpus: Corpus, end_of_text: int, clip: QKClip | None = None) -> tuple[Callable, Callable]:
