@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention.base import AttentionChoice, Context
 from model.blocks import Split, whole
@@ -134,6 +135,7 @@ class TransformerLM(nn.Module):
         only: Tensor | None = None,
         logits: bool = True,
         training: bool = False,
+        recompute: bool = False,
         want: frozenset[str] = frozenset(),
     ) -> Output:
         """tokens (B, T) int64 -> logits (B, T, V).
@@ -149,12 +151,16 @@ class TransformerLM(nn.Module):
         only: (B, K) indices of the tokens whose logits are wanted.
         logits: false for whoever makes them of the hidden states, a piece at a time, as the loss does.
         training: dropout is on, and draws from PyTorch's global generator.
+        recompute: of what each block computes, nothing is kept for the backward pass but what went into it; the rest is
+            computed anew there, to the same bits (Chen et al. 2016, arXiv:1604.06174).
         want: names of what layers shall say besides; it comes as extras.
         """
         if docs is not None and (positions is None or plain or caches is not None):
             raise ValueError("packed documents need positions, which are not plain, and no caches")
         if caches is not None and not self.causal:
             raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
+        if caches is not None and recompute:
+            raise ValueError("recompute=True is for training: with caches nothing is kept for a backward pass")
         if positions is None:
             if caches is not None:
                 raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
@@ -169,7 +175,10 @@ class TransformerLM(nn.Module):
         x = ctx.drop(x, self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
-            x, said = block(x, ctx, None if caches is None else caches[i])
+            if recompute:
+                x, said = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=training)
+            else:
+                x, said = block(x, ctx, None if caches is None else caches[i])
             extras |= {f"layers.{i}.{name}": value for name, value in said.items()}
         if only is not None:
             x = x.take_along_dim(only[..., None], dim=1)
