@@ -5,8 +5,8 @@ their probabilities and their gradient. Here they exist a chunk of tokens at a t
 float32 a few rows at a time. A gradient needs nothing of a chunk but the chunk, so it is computed along with the loss
 (Hsu et al. 2024, arXiv:2410.10989, section 3.2) and multiplied in the backward pass by what came in.
 
-F.linear_cross_entropy of PyTorch 2.13 would do so too, but knows no softcap, leaves compiled code, and on a CPU takes
-1.4 to 2.8 times as long as the logits at once (benchmarks/README.md).
+F.linear_cross_entropy of PyTorch 2.13 would do so too, but knows no softcap, leaves compiled code, adds up a bfloat16
+loss in bfloat16, and on a CPU takes 1.3 to 2.8 times as long as the logits at once (benchmarks/README.md).
 
 Letters: N tokens, n of a chunk, d width, V vocabulary, V' its matrix's rows, padding counted.
 """
