@@ -40,7 +40,6 @@ def train(tree: dict, typed: list[str]) -> None:
     from training import checkpoint, replay, run_folder
     from training.allocator import keep_buffers
     from training.beginning import begin_with_weights_of, which_run
-    from training.compilation import maybe_compiled
     from training.device import choose_device, set_determinism
     from training.dry_run import dry_run
     from training.log import to_stderr
@@ -76,7 +75,7 @@ def train(tree: dict, typed: list[str]) -> None:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
     if run.init_from and not done:
         begin_with_weights_of(Path(run.init_from), model)
-    loss, losses = (maybe_compiled(each, run.compile) for each in losses_of(run.data, tokenizer.end_of_text, clip))
+    loss, losses = losses_of(run.data, tokenizer.end_of_text, clip, run.checkpoint_activations, run.compile)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 

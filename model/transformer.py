@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from model.attention.base import AttentionChoice, Context
 from model.blocks import Split, whole
@@ -43,8 +44,9 @@ class ModelConfig(Dimensions):
 
 
 class Output(NamedTuple):
-    logits: Tensor  # (B, T, V), or (B, K, V) where K tokens were asked for
+    logits: Tensor | None  # (B, T, V), or (B, K, V) where K tokens were asked for; None where no logits were
     extras: dict[str, Tensor]  # what layers had to say, as "layers.3.name"
+    hidden: Tensor  # (B, T, d) or (B, K, d), normed: what logits are made of
 
 
 class Block(nn.Module):
@@ -77,10 +79,6 @@ class VocabMatrix(nn.Module):
         """The embedding: (B, T) -> (B, T, d)."""
         return F.embedding(tokens, self.weight)
 
-    def logits(self, x: Tensor) -> Tensor:
-        """(B, T, d) -> (B, T, V): the real vocabulary only."""
-        return F.linear(x, self.weight)[..., : self.vocab_size]
-
 
 def _without_padding(module: VocabMatrix, state: dict, prefix: str, _metadata) -> None:
     state[prefix + "weight"] = state[prefix + "weight"][: module.vocab_size]
@@ -96,6 +94,18 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     """cap · tanh(logits / cap), in float32: none is beyond the cap (Gemma 2, arXiv:2408.00118, section 2). Returns the
     caller's dtype; without a cap, the logits themselves."""
     return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+
+
+class Readout(NamedTuple):
+    """What makes logits of hidden states."""
+
+    weight: Tensor  # (V', d): rows beyond the vocabulary are padding
+    vocab_size: int
+    softcap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, d), normed -> (B, T, V): the real vocabulary only."""
+        return softcapped(F.linear(hidden, self.weight)[..., : self.vocab_size], self.softcap)
 
 
 class TransformerLM(nn.Module):
@@ -123,7 +133,9 @@ class TransformerLM(nn.Module):
         caches: Sequence[Cache] | None = None,
         extent: int | None = None,
         only: Tensor | None = None,
+        logits: bool = True,
         training: bool = False,
+        recompute: bool = False,
         want: frozenset[str] = frozenset(),
     ) -> Output:
         """tokens (B, T) int64 -> logits (B, T, V).
@@ -137,13 +149,18 @@ class TransformerLM(nn.Module):
         caches: one per layer, from `make_caches`; written in place.
         extent: how many cache rows may be visible, if fewer than the capacity.
         only: (B, K) indices of the tokens whose logits are wanted.
+        logits: false for whoever makes them of the hidden states, a piece at a time, as the loss does.
         training: dropout is on, and draws from PyTorch's global generator.
+        recompute: of what each block computes, nothing is kept for the backward pass but what went into it; the rest is
+            computed anew there, to the same bits (Chen et al. 2016, arXiv:1604.06174).
         want: names of what layers shall say besides; it comes as extras.
         """
         if docs is not None and (positions is None or plain or caches is not None):
             raise ValueError("packed documents need positions, which are not plain, and no caches")
         if caches is not None and not self.causal:
             raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
+        if caches is not None and recompute:
+            raise ValueError("recompute=True is for training: with caches nothing is kept for a backward pass")
         if positions is None:
             if caches is not None:
                 raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
@@ -158,12 +175,20 @@ class TransformerLM(nn.Module):
         x = ctx.drop(x, self.config.dropout)
         extras = {}
         for i, block in enumerate(self.layers):
-            x, said = block(x, ctx, None if caches is None else caches[i])
+            if recompute:
+                x, said = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=training)
+            else:
+                x, said = block(x, ctx, None if caches is None else caches[i])
             extras |= {f"layers.{i}.{name}": value for name, value in said.items()}
         if only is not None:
             x = x.take_along_dim(only[..., None], dim=1)
-        logits = (self.head or self.embedding).logits(self.norm(x))
-        return Output(softcapped(logits, self.config.logit_softcap), extras)
+        hidden = self.norm(x)
+        return Output(self.readout.logits(hidden) if logits else None, extras, hidden)
+
+    @property
+    def readout(self) -> Readout:
+        """With the head's matrix, or the embedding's that it is tied to."""
+        return Readout((self.head or self.embedding).weight, self.vocab_size, self.config.logit_softcap)
 
     def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
         """One empty cache per layer; the caller owns them."""

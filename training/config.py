@@ -82,6 +82,7 @@ class Run(Config):
     peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
     profile_steps: int = Field(0, ge=0, le=1000)
     log_attention: bool = False
+    checkpoint_activations: bool = False
     dry_run: bool = False
     run_dir: str | None = Field(min_length=1)
     cache_dir: str = Field(min_length=1)

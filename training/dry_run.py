@@ -118,8 +118,15 @@ def _shapes(
     yield (
         f"memory       about {size(sum(parts.values()))} of tensors at the peak of a step {where}: "
         f"{', '.join(f'{name} {size(number)}' for name, number in parts.items())} (micro-batches of "
-        f"{run.micro_batch_size} x {run.model.context_length}, {run.precision})"
+        f"{run.micro_batch_size} x {run.model.context_length}, {run.precision}); {_otherwise(run, vocab_size, device)}"
     )
+
+
+def _otherwise(run: Run, vocab_size: int, device: torch.device) -> str:
+    """What the activations would take with the other choice of what is kept of them."""
+    other = run.model_copy(update={"checkpoint_activations": not run.checkpoint_activations})
+    activations = memory(other, vocab_size, device)["activations"]
+    return f"checkpoint_activations={str(not run.checkpoint_activations).lower()}: activations {size(activations)}"
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> str:
@@ -197,7 +204,8 @@ def _timed(run: Run, vocab_size: int, device: torch.device) -> tuple[float, str]
 
 
 def _loss(run: Run, vocab_size: int) -> Callable:
-    return losses_of(run.data, vocab_size - 1)[0]  # the last token of every vocabulary ends a text
+    end_of_text = vocab_size - 1  # the last token of every vocabulary
+    return losses_of(run.data, end_of_text, recompute=run.checkpoint_activations)[0]
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

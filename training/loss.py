@@ -1,10 +1,112 @@
-"""The one loss: cross-entropy of the next token, in float32."""
+"""The one loss: cross-entropy of the next token, in float32.
 
+Of a large vocabulary the logits are the largest tensor there is: 8192 tokens of GPT-2's take 1.6 GB in float32, as do
+their probabilities and their gradient. Here they exist a chunk of tokens at a time, in the dtype of the weights, and in
+float32 a few rows at a time. A gradient needs nothing of a chunk but the chunk, so it is computed along with the loss
+(Hsu et al. 2024, arXiv:2410.10989, section 3.2) and multiplied in the backward pass by what came in.
+
+F.linear_cross_entropy of PyTorch 2.13 would do so too, but knows no softcap, leaves compiled code, adds up a bfloat16
+loss in bfloat16, and on a CPU takes 1.3 to 2.8 times as long as the logits at once (benchmarks/README.md).
+
+Letters: N tokens, n of a chunk, d width, V vocabulary, V' its matrix's rows, padding counted.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.transformer import Readout, softcapped
+
+CHUNK = 2**26  # bytes of logits that exist at one time
+MOST_TOKENS = 4096  # in a chunk: of more, sums of float16 could overflow
+TILE = {"cpu": 2**18, "meta": 2**18}  # numbers in float32 at one time: what a cache holds,
+LARGE_TILE = 2**23  # or what keeps a GPU busy
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> nats of each token, (B, T) float32."""
+    """logits (B, T, V), targets (B, T) -> nats of each token, (B, T) float32. By definition, all at once."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     return losses.view_as(targets)
+
+
+def chunked_losses(hidden: Tensor, readout: Readout, targets: Tensor) -> Tensor:
+    """hidden (B, T, d), targets (B, T) -> what token_losses says of their logits, without a gradient."""
+    with torch.no_grad():
+        return _losses(hidden.flatten(0, 1), readout, targets.flatten()).view_as(targets)
+
+
+def chunked_mean(hidden: Tensor, readout: Readout, targets: Tensor) -> Tensor:
+    """Its mean, a scalar, with its gradient."""
+    if not torch.is_grad_enabled():
+        return chunked_losses(hidden, readout, targets).mean()
+    return _Mean.apply(hidden.flatten(0, 1), readout.weight, targets.flatten(), readout.vocab_size, readout.softcap)
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
+        """x (N, d), weight (V', d), targets (N) -> scalar."""
+        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        losses = _losses(x, Readout(weight, vocab_size, softcap), targets, (d_x, d_weight))
+        ctx.save_for_backward(d_x, d_weight)
+        ctx.tokens, ctx.dtype = len(x), weight.dtype
+        return losses.mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
+        """What was kept is the gradient of the sum, which float16 holds whatever the number of tokens."""
+        d_x, d_weight = ctx.saved_tensors
+        share = d_mean / ctx.tokens
+        return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None
+
+
+def _losses(x: Tensor, readout: Readout, targets: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """x (N, d), targets (N) -> nats of each token, (N) float32. gradients: of their sum, to be filled: those of x, and
+    those of the weight (zeros, float32)."""
+    weight, vocab_size, softcap = readout
+    losses = x.new_empty(len(x), dtype=torch.float32)
+    for chunk in _cut(len(x), min(MOST_TOKENS, CHUNK // (len(weight) * weight.element_size()))):
+        logits = x[chunk] @ weight.mT  # (n, V')
+        # a compiler makes its own tiles, and would write ours out one after the other
+        tile = len(logits) if torch.compiler.is_compiling() else TILE.get(x.device.type, LARGE_TILE) // len(weight)
+        for rows in _cut(len(logits), tile):
+            part = logits[rows, :vocab_size]
+            losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)
+        if gradients is None:
+            continue
+        d_x, d_weight = gradients
+        logits[:, vocab_size:] = 0
+        d_x[chunk] = logits @ weight
+        if weight.dtype == torch.float32:
+            d_weight.addmm_(logits.mT, x[chunk])
+        else:
+            d_weight += logits.mT @ x[chunk]
+    return losses
+
+
+def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentiate: bool) -> Tensor:
+    """logits (t, V), targets (t) -> nats (t) float32. If asked to, puts the gradient in place of the logits:
+
+    loss = log Σ e^z - z[target]      dz = softmax(z) - onehot(target)      dlogits = dz · (1 - (z / cap)²)
+
+    with z = cap · tanh(logits / cap), or the logits themselves. Of the softmax's own division by its sum, the sum is
+    read from the largest: log Σ e^z = max z - log max softmax(z).
+    """
+    z = softcapped(logits.float().contiguous(), softcap)  # where rows are padded, softmax would copy them unseen
+    p, at_target = z.softmax(-1), targets[:, None]
+    losses = z.amax(-1) - p.amax(-1).log() - z.gather(1, at_target)[:, 0]
+    if differentiate:
+        p.scatter_add_(1, at_target, torch.full_like(p[:, :1], -1))
+        logits.copy_(p if softcap is None else p * (1 - (z / softcap) ** 2))
+    return losses
+
+
+def _cut(length: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))

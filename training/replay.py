@@ -99,7 +99,10 @@ class FirstNotFinite:
 
     def _watch(self, name: str, module: nn.Module):
         def hook(_module: nn.Module, inputs: tuple, output: Tensor | tuple | Output) -> None:
-            result = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, Output):  # the loss makes its logits a piece at a time
+                result = module.readout.logits(output.hidden)
+            else:
+                result = output[0] if isinstance(output, tuple) else output
             if self.where is None and not result.isfinite().all():
                 fine = all(x.isfinite().all() for x in inputs if isinstance(x, Tensor))
                 source = "of finite numbers" if fine else "of numbers that were not finite already"

@@ -37,6 +37,7 @@ RESUMABLE = [
     "peak_flops",
     "profile_steps",
     "log_attention",
+    "checkpoint_activations",
     "dry_run",
 ]
 log = logging.getLogger("headroom")

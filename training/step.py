@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from data.batches import document_places, stack, windows
 from data.corpus import Corpus
 from data.shards import TokenStream
-from training.loss import token_losses
+from training.compilation import maybe_compiled
+from training.loss import chunked_losses, chunked_mean
 from training.precision import Working
 from training.qk_clip import Clipped, QKClip
 
@@ -28,17 +29,22 @@ class StepResult(NamedTuple):
     clipped: Clipped | None = None  # where QK-clip is on
 
 
-def mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
-    """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart."""
-    return token_losses(model(inputs, **places(inputs, end_of_text), training=True).logits, targets).mean()
+def mean_loss(
+    model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None, recompute: bool = False
+) -> Tensor:
+    """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart.
+    recompute: activations, in the backward pass."""
+    out = model(inputs, **places(inputs, end_of_text), logits=False, training=True, recompute=recompute)
+    return chunked_mean(out.hidden, model.readout, targets)
 
 
 def mean_loss_and_scores(
-    model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None
+    model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None, recompute: bool = False
 ) -> tuple[Tensor, Tensor]:
     """mean_loss, and the largest score of each head, (layers, heads) float32."""
-    out = model(inputs, **places(inputs, end_of_text), training=True, want=MAX_LOGIT)
-    return token_losses(out.logits, targets).mean(), torch.stack(list(out.extras.values()))
+    how = {"logits": False, "training": True, "recompute": recompute, "want": MAX_LOGIT}
+    out = model(inputs, **places(inputs, end_of_text), **how)
+    return chunked_mean(out.hidden, model.readout, targets), torch.stack(list(out.extras.values()))
 
 
 def train_step(
@@ -126,15 +132,19 @@ class Score(NamedTuple):
 
 def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Nats of each token, (B, T)."""
-    return token_losses(model(inputs, **places(inputs, end_of_text)).logits, targets)
+    return chunked_losses(model(inputs, **places(inputs, end_of_text), logits=False).hidden, model.readout, targets)
 
 
-def losses_of(corpus: Corpus, end_of_text: int, clip: QKClip | None = None) -> tuple[Callable, Callable]:
+def losses_of(
+    corpus: Corpus, end_of_text: int, clip: QKClip | None = None, recompute: bool = False, compiled: bool = False
+) -> tuple[Callable, Callable]:
     """What to train by and each_loss, as the corpus wants its documents read."""
-    losses = mean_loss if clip is None else mean_loss_and_scores, each_loss
-    if not corpus.document_mask:
-        return losses
-    return tuple(functools.partial(function, end_of_text=end_of_text) for function in losses)
+    mean, each = mean_loss if clip is None else mean_loss_and_scores, each_loss
+    if recompute:
+        mean = functools.partial(mean, recompute=True)
+    if corpus.document_mask:
+        mean, each = (functools.partial(function, end_of_text=end_of_text) for function in (mean, each))
+    return maybe_compiled(mean, compiled), maybe_compiled(each, compiled)
 
 
 def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:

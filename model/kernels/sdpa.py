@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from model.errors import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
@@ -14,6 +15,7 @@ from model.mask import Mask
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
 QUERY_TILE = 256  # queries whose boolean mask exists at one time
+KEPT_KEYS = 1024  # how wide a tile's mask may be to be kept for the backward pass
 
 
 class SDPA(Kernel):
@@ -60,27 +62,38 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Te
 def by_positions(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float, fused: Callable[..., Tensor]
 ) -> Tensor:
-    """With a boolean mask, a tile of queries at a time, so that memory never grows as T × S (but gradients keep each),
-    against the keys that the tile may see at most: with a window, neither does the time.
+    """With a boolean mask, a tile of queries at a time, against the keys that the tile may see at most: with a window,
+    neither memory nor time grows as T × S. Memory does not without one either: a mask wider than KEPT_KEYS is not kept
+    for the backward pass, where the tile is computed anew.
 
     The query heads that share a key head become rows of one head, so keys are read once and never repeated.
 
     fused(q, k, v, attn_mask=, scale=, dropout_p=): (B, heads, rows, D) each, as F.scaled_dot_product_attention.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
-    tiles = []
-    for start in range(0, q.shape[1], QUERY_TILE):
-        rows = slice(start, min(start + QUERY_TILE, q.shape[1]))
-        keys = mask.span(rows)
-        grouped = group_queries(q[:, rows], k.shape[1])  # (B, t, G, R, D)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+
+    def tile(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
+        grouped = group_queries(q, k.shape[1])  # (B, t, G, R, D)
         t, repeats = grouped.shape[1], grouped.shape[3]
         visible = mask.visible(rows, keys)[:, None]  # (B or 1, 1, t, s)
         if t > 1:
             visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, s); a single query broadcasts
-        heads_first = grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k[:, :, keys], v[:, :, keys]
-        out = fused(*heads_first, attn_mask=visible, scale=scale, dropout_p=dropout)
-        tiles.append(out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3))  # (B, t, H, D)
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=1)
+        out = fused(
+            grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k, v, attn_mask=visible, scale=scale, dropout_p=dropout
+        )
+        return out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, t, H, D)
+
+    outputs = []
+    for start in range(0, q.shape[1], QUERY_TILE):
+        rows = slice(start, min(start + QUERY_TILE, q.shape[1]))
+        keys = mask.span(rows)
+        inputs = q[:, rows], k[:, :, keys], v[:, :, keys], rows, keys
+        if trains and keys.stop - keys.start > KEPT_KEYS:
+            outputs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
+        else:
+            outputs.append(tile(*inputs))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:

@@ -1,0 +1,139 @@
+"""Measures the peak memory of training one layer as the text grows, forward and backward, and what a chunked loss and
+activation checkpointing save at GPT-2's vocabulary. On a CPU, whose allocator is asked for every block.
+
+python -m benchmarks.memory                               # 1k to 32k tokens; ten minutes on one thread
+python -m benchmarks.memory --tokens 1024 2048 4096 --precision bf16 --json benchmarks/results/memory.json
+"""
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.side_by_side import report
+from model.transformer import ModelConfig, TransformerLM
+from training.config import load_choice
+from training.device import allocated_peak
+from training.loss import token_losses
+from training.precision import Working
+from training.step import mean_loss
+
+VOCAB, GPT2_VOCAB = 256, 50_257
+DOCUMENT = 500  # tokens from one separator to the next
+PATHS = {  # what is trained, and with which settings: attention, its settings, documents kept apart
+    "mha": ("mha", {}, False),
+    "gqa": ("gqa", {}, False),
+    "mla": ("mla", {}, False),
+    "window 256": ("mha", {"window": 256}, False),
+    "documents, mha": ("mha", {}, True),
+    "documents, gqa": ("gqa", {}, True),
+    "documents, mla": ("mla", {}, True),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--only", nargs="+", choices=(*PATHS, "savings"), default=[*PATHS, "savings"])
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--d-model", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="write the table there")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for precision in args.precision:
+        for name in args.only:
+            if name != "savings":
+                rows += _growth(args, name, precision)
+    if rows:
+        report(f"peak of one layer, {args.heads} heads, width {args.d_model}", rows, args.json)
+    if "savings" in args.only:
+        path = args.json and args.json.with_stem(f"{args.json.stem}_savings")
+        report("peak of a step at GPT-2's vocabulary", [row for p in args.precision for row in _savings(p)], path)
+
+
+def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[str, Any]]:
+    """One sequence. The exponent is that of the step from half as many tokens: 1 is linear, 2 quadratic."""
+    attention, settings, documents = PATHS[name]
+    rows: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        config = _config(attention, settings, 1, args.d_model, args.heads, tokens)
+        working = Working(TransformerLM(config, VOCAB), precision)
+        peak, seconds = _measured(working, _text(tokens, VOCAB), VOCAB - 1 if documents else None, mean_loss)
+        last = rows[-1] if rows else None
+        grown = math.log(peak / last["bytes"], tokens / last["tokens"]) if last else math.nan
+        rows.append(
+            {
+                "path": name,
+                "precision": precision,
+                "tokens": tokens,
+                "bytes": peak,
+                "MB": peak / 1e6,
+                "bytes per token": peak // tokens,
+                "exponent": grown,
+                "seconds": seconds,
+            }
+        )
+    return rows
+
+
+def _savings(precision: str) -> list[dict[str, Any]]:
+    """12 layers of width 256 on 2048 tokens, where logits and activations are of a size."""
+    working = Working(TransformerLM(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
+    text, rows = _text(2048, GPT2_VOCAB).view(2, 1024), []
+    for loss_name, loss in (("at once", _at_once), ("chunked", mean_loss)):
+        for recompute in (False, True):
+            peak, seconds = _measured(working, text, None, loss, recompute)
+            rows.append(
+                {
+                    "precision": precision,
+                    "loss": loss_name,
+                    "checkpointed": recompute,
+                    "MB": peak / 1e6,
+                    "seconds": seconds,
+                }
+            )
+    return rows
+
+
+def _at_once(
+    model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None, recompute: bool = False
+) -> Tensor:
+    """mean_loss from the logits of the whole batch."""
+    return token_losses(model(inputs, training=True, recompute=recompute).logits, targets).mean()
+
+
+def _measured(
+    working: Working, text: Tensor, end_of_text: int | None, loss: Callable, recompute: bool = False
+) -> tuple[int, float]:
+    """Bytes at the peak, the weights not counted but their gradients; seconds of CPU time, the measuring included."""
+
+    def step() -> None:
+        working.backward(loss(working.model, text, text, end_of_text, recompute))
+
+    for parameter in working.parameters:
+        parameter.grad = None
+    start = time.process_time()
+    return allocated_peak(step), time.process_time() - start
+
+
+def _config(attention: str, settings: dict[str, Any], layers: int, width: int, heads: int, context: int) -> ModelConfig:
+    parts = {"attention": load_choice("attention", attention).model_copy(update=settings)}
+    parts |= {"mlp": load_choice("mlp", "relu2"), "kernel": load_choice("kernel", "auto")}
+    return ModelConfig(n_layers=layers, d_model=width, n_heads=heads, context_length=context, **parts)
+
+
+def _text(tokens: int, vocab_size: int) -> Tensor:
+    """Made up, (1, tokens); the last of the vocabulary begins a document."""
+    text = torch.randint(vocab_size - 1, (1, tokens), generator=torch.Generator().manual_seed(0))
+    text[:, ::DOCUMENT] = vocab_size - 1
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""What is kept for the backward pass: it grows as the text does, and with checkpoint_activations=true there is little
+of it, and not a bit else changes."""
+
+import math
+
+import pytest
+import torch
+
+from model.kernels import sdpa
+from model.kernels.auto import Auto
+from model.kernels.base import Kernel
+from model.mask import Mask
+from model.transformer import TransformerLM
+from tests.support import ATTENTIONS, SMOKE, batches, call, load_composed, relative_error, small_model, some_tokens
+from training import step
+from training.device import allocated_peak
+from training.log import read_metrics
+from training.precision import Working
+from training.step import accumulate, losses_of, mean_loss, mean_loss_and_scores
+
+DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
+
+
+def gradients(model: TransformerLM, precision: str, recompute: bool, loss=mean_loss, end_of_text=None):
+    """Of two micro-steps, by the parameter's name, and what the loss said."""
+    model.zero_grad()
+    said = accumulate(
+        Working(model, precision),
+        batches(4, 2),
+        (0, 0),
+        lambda *arguments: loss(*arguments, end_of_text=end_of_text, recompute=recompute),
+    )
+    return said, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("end_of_text", [None, 7], ids=["", "documents"])
+def test_checkpointing_changes_no_bit(attention, precision, dropout, end_of_text):
+    options = () if not dropout else DROPOUT[:1] if attention == "stack" else DROPOUT  # whose parts have their own
+    model = small_model(f"attention={attention}", *options, kernel=Auto())
+    (kept, _), exact = gradients(model, precision, recompute=False, end_of_text=end_of_text)
+    (anew, _), found = gradients(model, precision, recompute=True, end_of_text=end_of_text)
+    assert torch.equal(kept, anew)
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_checkpointing_does_recompute(monkeypatch):
+    """A block's MLP runs once more in the backward pass, and dropout would draw other numbers if not told to repeat."""
+    model, calls = small_model("attention=mha", *DROPOUT, kernel=Auto()), []
+    model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    _, exact = gradients(model, "fp32", recompute=False)
+    assert len(calls) == 2  # micro-steps
+    gradients(model, "fp32", recompute=True)
+    assert len(calls) == 6
+    monkeypatch.setattr(
+        "model.transformer.checkpoint",
+        lambda *arguments, **_: torch.utils.checkpoint.checkpoint(
+            *arguments, use_reentrant=False, preserve_rng_state=False
+        ),
+    )
+    _, found = gradients(model, "fp32", recompute=True)
+    assert any(not torch.equal(found[name], exact[name]) for name in exact)
+
+
+def test_the_scores_for_clipping_are_said_once():
+    model = small_model("attention=gqa", "attention.qk_norm=false", kernel=Auto())
+    (kept, scores), exact = gradients(model, "fp32", False, mean_loss_and_scores)
+    (anew, again), found = gradients(model, "fp32", True, mean_loss_and_scores)
+    assert torch.equal(kept, anew) and torch.equal(scores, again)
+    assert all(torch.equal(found[name], exact[name]) for name in exact)
+    tokens = some_tokens(2, 16)
+    extras = model(tokens, training=True, recompute=True, want=step.MAX_LOGIT).extras
+    assert list(extras) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
+
+
+def test_checkpointing_compiles_whole():
+    model, ((inputs, targets),) = small_model("attention=mla", kernel=Auto()), batches(4, 4)
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
+    found = torch.autograd.grad(compiled(model, inputs, targets, recompute=True), list(model.parameters()))
+    for gradient, exact in zip(found, expected, strict=True):
+        assert relative_error(gradient, exact) <= 1e-4
+
+
+def test_caches_and_recomputation_exclude_each_other():
+    model = small_model("attention=mha")
+    with pytest.raises(ValueError, match="recompute=True is for training"):
+        model(some_tokens(1, 4), positions=torch.arange(4)[None], caches=model.make_caches(1, 8), recompute=True)
+
+
+def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
+    options = [*SMOKE, "steps=6", "save_every=3", "model.dropout=0.1"]
+    assert call("train", [*options, "run_dir=kept"], monkeypatch) == 0
+    assert call("train", [*options, "run_dir=anew", "checkpoint_activations=true"], monkeypatch) == 0
+    losses = [
+        [row["train_loss"] for row in read_metrics(workplace / run / "metrics.jsonl")] for run in ("kept", "anew")
+    ]
+    assert losses[0] == losses[1]
+    assert call("train", ["resume=kept", "steps=8", "checkpoint_activations=true"], monkeypatch) == 0
+
+
+PATHS = [
+    ("attention=mha",),
+    ("attention=gqa",),
+    ("attention=mla",),
+    ("attention=mha", "attention.window=64"),
+    ("attention=mha", "data.document_mask=true"),
+    ("attention=mla", "data.document_mask=true"),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", PATHS, ids=" ".join)
+def test_memory_grows_as_the_text_does(options, precision):
+    """On the default kernel, beyond the lengths up to which it keeps what grows as their square."""
+    assert growth(options, precision, (2048, 4096)) <= 1.05
+
+
+def test_memory_that_keeps_every_mask_grows_faster(monkeypatch):
+    monkeypatch.setattr(sdpa, "KEPT_KEYS", math.inf)
+    assert growth(("attention=mha", "data.document_mask=true"), "fp32", (2048, 4096)) > 1.3
+
+
+def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -> float:
+    """The exponent of the peak of forward and backward, in the number of tokens."""
+    peaks = []
+    for length in lengths:
+        size = ["model.n_layers=1", "model.d_model=32", f"model.context_length={length}", f"batch_tokens={length}"]
+        run = load_composed("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
+        working, text = Working(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
+        loss, _ = losses_of(run.data, 255)
+        peaks.append(allocated_peak(lambda loss=loss, w=working, text=text: w.backward(loss(w.model, text, text))))
+    return math.log(peaks[1] / peaks[0], lengths[1] / lengths[0])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_tile_computed_anew_is_the_same_to_the_bit(monkeypatch, groups):
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 600, heads, 8, generator=draw).requires_grad_() for heads in (4, groups, groups))
+    docs = (torch.arange(600) // 100)[None].expand(2, -1)
+    mask = Mask(positions := torch.arange(600)[None] % 100, positions, plain=False, q_doc=docs, k_doc=docs)
+    kept = passes(sdpa.SDPA(), q, k, v, mask)
+    monkeypatch.setattr(sdpa, "KEPT_KEYS", 128)
+    for found, exact in zip(passes(sdpa.SDPA(), q, k, v, mask), kept, strict=True):
+        assert torch.equal(found, exact)
+    compiled = torch.compile(passes_of(sdpa.SDPA(), mask), backend="aot_eager", dynamic=False, fullgraph=True)
+    for found, exact in zip(torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v)), kept[1:], strict=True):
+        assert relative_error(found, exact) <= 1e-5
+
+
+def passes_of(kernel: Kernel, mask: Mask):
+    return lambda q, k, v: kernel(q, k, v, mask, 0.3)
+
+
+def passes(kernel: Kernel, q, k, v, mask: Mask) -> list[torch.Tensor]:
+    out = kernel(q, k, v, mask, 0.3)
+    return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]

@@ -1,0 +1,151 @@
+"""The chunked loss, held against cross-entropy of all logits at once."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from model.transformer import Readout
+from tests.support import batches, relative_error, small_model, some_tokens
+from training import loss
+from training.precision import Working
+from training.step import each_loss, mean_loss
+
+VOCAB, TOLERANCE = 100, {torch.float32: 1e-6, torch.bfloat16: 0.015, torch.float16: 0.002}
+
+
+def a_case(dtype=torch.float32, softcap=None, tokens=(3, 17), width=32, vocab=VOCAB):
+    """Hidden states, a readout whose matrix is padded as VocabMatrix pads it, and targets."""
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*tokens, width, generator=draw).to(dtype).requires_grad_()
+    weight = torch.randn(-(-vocab // 64) * 64, width, generator=draw)
+    weight[vocab:] = 0
+    readout = Readout(weight.to(dtype).requires_grad_(), vocab, softcap)
+    return hidden, readout, torch.randint(vocab, tokens, generator=draw)
+
+
+def cut_small(monkeypatch, chunk_tokens: int = 7, tile_tokens: int = 2) -> None:
+    """So that a small case has many chunks, and many tiles in each, none of which divides anything."""
+    monkeypatch.setattr(loss, "MOST_TOKENS", chunk_tokens)
+    monkeypatch.setattr(loss, "TILE", {"cpu": tile_tokens * 128})
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(monkeypatch, dtype, softcap, cut):
+    """Of numbers that the dtype holds, in float32: the truth. A gradient comes in as a float16 loss scale does."""
+    if cut:
+        cut_small(monkeypatch)
+    hidden, readout, targets = a_case(dtype, softcap)
+    exact = [x.detach().float().requires_grad_() for x in (hidden, readout.weight)]
+    expected = loss.token_losses(readout._replace(weight=exact[1]).logits(exact[0]), targets)
+    each = loss.chunked_losses(hidden, readout, targets)
+    assert each.dtype == torch.float32 and each.shape == targets.shape and not each.requires_grad
+    assert relative_error(each, expected) <= TOLERANCE[dtype]
+    mean = loss.chunked_mean(hidden, readout, targets)
+    assert mean.dtype == torch.float32 and torch.equal(mean, each.mean())
+    found = torch.autograd.grad(mean * 64, (hidden, readout.weight))
+    for gradient, its in zip(found, torch.autograd.grad(expected.mean() * 64, exact), strict=True):
+        assert gradient.dtype == dtype
+        assert relative_error(gradient, its) <= TOLERANCE[dtype]
+    assert not found[1][VOCAB:].any()
+
+
+def test_the_library_has_the_same_loss_where_it_has_one():
+    if not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("before PyTorch 2.13")
+    hidden, readout, targets = a_case(vocab=128)
+    inputs = hidden.flatten(0, 1), readout.weight, targets.flatten()
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16)
+    theirs = torch.nn.functional.linear_cross_entropy(*inputs, options=options)
+    ours = loss.chunked_mean(hidden, readout, targets)
+    assert relative_error(ours, theirs) <= 1e-6
+    wanted = hidden, readout.weight
+    for found, expected in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
+        assert relative_error(found, expected) <= 1e-6
+
+
+def test_logits_of_any_size_have_a_finite_loss():
+    hidden, readout, targets = a_case()
+    found = loss.chunked_losses(hidden * 1e4, readout, targets)
+    assert found.isfinite().all() and (found >= 0).all()
+    assert relative_error(found, loss.token_losses(readout.logits(hidden * 1e4), targets)) <= 1e-6
+
+
+def test_float16_holds_the_gradient_of_a_batch_that_says_one_thing():
+    """70,000 tokens, more than its largest number, all of which pull one way."""
+    hidden, readout = torch.ones(1, 70_000, 2).half().requires_grad_(), torch.zeros(64, 2).half().requires_grad_()
+    mean = loss.chunked_mean(hidden, Readout(readout, 64, None), torch.zeros(1, 70_000, dtype=torch.int64))
+    (found,) = torch.autograd.grad(mean, readout)
+    assert torch.allclose(found[0].float(), torch.tensor(-63 / 64), rtol=1e-3)
+
+
+def test_a_second_backward_pass_is_refused_not_wrong():
+    """The first one used the gradients that were kept up."""
+    hidden, readout, targets = a_case()
+    mean = loss.chunked_mean(hidden, readout, targets)
+    mean.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        mean.backward()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [(), ("model.tie_embeddings=false",), ("model.logit_softcap=3",)], ids=str)
+def test_a_model_learns_by_it_as_by_its_logits(monkeypatch, precision, options):
+    cut_small(monkeypatch)
+    model = small_model("attention=mla", *options)
+    working, ((inputs, targets),) = Working(model, precision), batches(4, 4)
+    working.backward(mean_loss(working.model, inputs, targets))
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    each = loss.token_losses(working.model(inputs).logits, targets)
+    working.backward(each.mean())
+    for name, parameter in model.named_parameters():
+        difference = (found[name] - parameter.grad).norm() / parameter.grad.norm()
+        assert difference <= (1e-5 if precision == "fp32" else 0.03), name
+    assert relative_error(each_loss(working.model, inputs, targets), each) <= (1e-6 if precision == "fp32" else 0.02)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of one tensor that an operator returned, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.of[tensor.dtype] = max(self.of.get(tensor.dtype, 0), tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_holds_the_logits_of_its_batch(monkeypatch, precision):
+    """In float32, no more than a tile where the weights are bfloat16; a chunk where they are float32."""
+    model, tokens = small_model("attention=gqa", vocab_size=5000), some_tokens(4, 64, 5000)
+    monkeypatch.setattr(loss, "CHUNK", 32 * 5056 * (4 if precision == "fp32" else 2))
+    monkeypatch.setattr(loss, "TILE", {"cpu": 8 * 5056})
+    working = Working(model, precision)
+    weights = model.embedding.weight.numel()
+    with Largest() as largest:
+        working.backward(mean_loss(working.model, tokens, tokens))
+        each_loss(working.model, tokens, tokens)
+    assert largest.of[torch.float32] <= max(weights, 32 * 5056) < tokens.numel() * 5000 / 3
+    with Largest() as naive:
+        loss.token_losses(working.model(tokens).logits, tokens)
+    assert naive.of[torch.float32] == tokens.numel() * 5056 or precision == "bf16"
+    assert naive.of[torch.float32] >= tokens.numel() * 5000
+
+
+def test_it_compiles_whole(monkeypatch):
+    cut_small(monkeypatch)
+    hidden, readout, targets = a_case(torch.bfloat16, softcap=5.0)
+    compiled = torch.compile(loss.chunked_mean, backend="aot_eager", dynamic=False, fullgraph=True)
+    ours, theirs = loss.chunked_mean(hidden, readout, targets), compiled(hidden, readout, targets)
+    assert relative_error(theirs, ours) <= 1e-6
+    wanted = hidden, readout.weight
+    for found, expected in zip(torch.autograd.grad(theirs, wanted), torch.autograd.grad(ours, wanted), strict=True):
+        assert relative_error(found, expected) <= 0.01
