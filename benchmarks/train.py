@@ -25,6 +25,7 @@ from model.kernels import base
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
+from training.config import Run
 from training.precision import Working
 from training.step import train_step
 
@@ -130,14 +131,7 @@ class _Announced(logging.Handler):
 
 def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def make(attention: str) -> tuple[nn.Module, Step]:
-        run = load_composed(
-            f"attention={attention}",
-            f"model.n_layers={size.n_layers}",
-            f"model.n_heads={size.n_heads}",
-            f"model.d_model={size.d_model}",
-            f"model.context_length={size.tokens}",
-            f"batch_tokens={size.batch * size.tokens}",
-        )
+        run = run_of(size, f"attention={attention}")
         model = TransformerLM(run.model, size.vocab)
         working, optimizer = Working(model, precision), run.optim.build(model)
         return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP)
@@ -147,22 +141,10 @@ def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module,
 
 def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def stepping(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
-        def step(inputs: Tensor, targets: Tensor) -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                mean = loss(inputs, targets)
-            mean.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
+        return autocast_step(model, optimizer, loss, torch.device("cpu"), precision)
 
     def nano() -> tuple[nn.Module, Step]:
-        theirs = _imported(nanogpt)
-        shape = {"n_layer": size.n_layers, "n_head": size.n_heads, "n_embd": size.d_model}
-        config = theirs.GPTConfig(**shape, block_size=size.tokens, vocab_size=size.vocab, dropout=0.0, bias=False)
-        model = theirs.GPT(config)
-        optimizer = model.configure_optimizers(DECAY, LR, BETAS, "cpu")
+        model, optimizer = nanogpt_of(nanogpt, size, LR, torch.device("cpu"))
         return model, stepping(model, optimizer, lambda inputs, targets: model(inputs, targets)[1])
 
     def hugging(kind: str, **more: Any) -> tuple[nn.Module, Step]:
@@ -221,12 +203,48 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
     return peers if nanogpt is None else {"nanoGPT": nano, **peers}
 
 
-def _imported(checkout: Path) -> Any:
-    """Its model.py, under a name that leaves our own package `model` alone."""
+def run_of(size: Size, *overrides: str) -> Run:
+    """Ours at that size; what the overrides say of its shape counts."""
+    shape = (
+        f"model.n_layers={size.n_layers}",
+        f"model.n_heads={size.n_heads}",
+        f"model.d_model={size.d_model}",
+        f"model.context_length={size.tokens}",
+        f"batch_tokens={size.batch * size.tokens}",
+    )
+    return load_composed(*shape, *overrides)
+
+
+def nanogpt_of(checkout: Path, size: Size, lr: float, device: torch.device) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model of a checkout of nanoGPT, and its optimizer as it builds it. model.py is imported under a name that
+    leaves our own package `model` alone."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    theirs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(theirs)
+    shape = {"n_layer": size.n_layers, "n_head": size.n_heads, "n_embd": size.d_model}
+    config = theirs.GPTConfig(**shape, block_size=size.tokens, vocab_size=size.vocab, dropout=0.0, bias=False)
+    model = theirs.GPT(config).to(device)
+    return model, model.configure_optimizers(DECAY, lr, BETAS, device.type)
+
+
+def autocast_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+    precision: str,
+) -> Step:
+    """A step as most loops take it."""
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            mean = loss(inputs, targets)
+        mean.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def _adamw(model: nn.Module) -> torch.optim.AdamW:
