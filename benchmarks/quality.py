@@ -5,14 +5,14 @@ python -m benchmarks.quality --text input.txt --ours "" "experiment=fast optim.l
 
 The text is cut as nanoGPT cuts it: the first nine tenths to train on, in a vocabulary of its characters. Both sides are
 scored alike: on the validation part, or the first --val-tokens of it, in windows that do not overlap, in the precision
-they train in. Evaluation is not on the clock, on either side; nor are making a model and a few steps of another one, by
+they train in. Evaluation is not on the clock, on either side; nor is making a model, nor a few steps of another one, by
 which the number of steps is chosen that fills the seconds, so that a schedule ends with them. A run ends after so many
 steps, whenever that is: `s` says when. What disturbs a run makes it late, not worse; with --clock cpu the clock shows
 the CPU time of this process, which on a busy machine is fairer. Recipes take turns, a seed each.
 
 nanoGPT trains as its train.py does: lr 1e-3, --warmup steps of warmup, a cosine to a tenth of it, AdamW with betas 0.9
-and 0.99, decay 0.1, gradients clipped to 1, no dropout, bfloat16 by autocast, windows drawn at random places. It has the
-allocator that training tunes for ours, unless --untuned.
+and 0.99, decay 0.1, gradients clipped to 1, no dropout, bfloat16 by autocast, windows drawn at random places. The
+allocator that training tunes for ours is tuned for it too, unless --untuned.
 """
 
 import argparse
