@@ -16,8 +16,6 @@ allocator that training tunes for ours is tuned for it too, unless --untuned.
 """
 
 import argparse
-import contextlib
-import io
 import math
 import statistics
 import time
@@ -28,8 +26,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, marked, report, settle
-from benchmarks.train import SIZES, Size, autocast_step, nanogpt_of, run_of
+from benchmarks.train import SIZES, Size, run_of
 from data.batches import micro_batches, stack, windows
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
@@ -246,8 +245,7 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
 def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.device) -> Recipe:
     def begin(seed: int, steps: int) -> Candidate:
         torch.manual_seed(seed)
-        with contextlib.redirect_stdout(io.StringIO()):  # it says how many parameters it has
-            model, optimizer = nanogpt_of(args.nanogpt, size, args.lr, device)
+        model, optimizer = nanogpt_of(args.nanogpt, device, **size.shape, lr=args.lr)
         update = autocast_step(model, optimizer, lambda *batch: model(*batch)[1], device, args.precision)
         length = size.tokens
         chosen = windows(text.val, length) if args.val_tokens is None else args.val_tokens // length

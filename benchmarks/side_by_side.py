@@ -1,8 +1,10 @@
 """Times alternatives against each other: in turns, within one process, so that what slows one slows all."""
 
 import json
+import logging
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from model.kernels.base import _log_once
 
 NOISY = 0.02  # share of the machine that others may take before a row is marked
 
@@ -39,6 +43,27 @@ class Meter:
         seconds, own = time.perf_counter() - self.start, _own_seconds() - self.before
         elsewhere = _machine_seconds() - self.busy - own
         return Reading(seconds, own, max(0.0, elsewhere) / (seconds * os.cpu_count()))
+
+
+class Announced(logging.Handler):
+    """Within its `with` block: which kernel of ours ran, `sdpa` if none said anything, and what was warned of."""
+
+    def __enter__(self) -> "Announced":
+        self.kernel, self.warnings = "sdpa", []
+        _log_once.cache_clear()
+        self.logger = logging.getLogger("headroom")
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"kernel ([^:]+): ", record.getMessage())
+        self.kernel = found[1] if found else self.kernel
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(record.getMessage())
 
 
 def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, Timing]:

@@ -18,6 +18,7 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+ACTIVATED: set[str] = set()  # flash kernels that took the place of PyTorch's own at our word
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's glue to each imports
 DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
 QUERY_TILE = 256  # queries whose boolean mask exists at one time
@@ -34,7 +35,7 @@ class SDPA(Kernel):
             )
         if self.flash and device.type != "cuda":
             raise Unsupported(f"kernel.flash={self.flash} runs on a GPU, not on {device.type}: leave it unset")
-        if self.flash:
+        if device.type == "cuda":
             _activate(self.flash)
         if self.backend not in (None, "flash") and device.type == "cpu":
             raise Unsupported(f"kernel.backend={self.backend} runs on a GPU, not on cpu: leave it unset")
@@ -138,9 +139,14 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> str:
     return f"{name}, {active}" if name == "flash" and active else name
 
 
-def _activate(flash: str) -> None:
-    """For the whole process, once: PyTorch has one flash kernel at a time. Raises Unsupported where it cannot be."""
+def _activate(flash: str | None) -> None:
+    """For the whole process: PyTorch has one flash kernel at a time. None brings its own back, if another was activated
+    here. Raises Unsupported where it cannot be."""
     if torch.compiler.is_compiling() or _current_flash() == flash:
+        return
+    if flash is None:
+        if _current_flash() in ACTIVATED:
+            fused_attention.restore_flash_attention_impl()
         return
     if flash not in _offered_flash():
         raise Unsupported(
@@ -149,6 +155,7 @@ def _activate(flash: str) -> None:
         )
     try:
         fused_attention.activate_flash_attention_impl(flash)
+        ACTIVATED.add(flash)
     except Exception as error:  # whatever the package raises where it does not fit
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise Unsupported(

@@ -311,7 +311,7 @@ def gpu(monkeypatch):
     """What SDPA asks PyTorch of a GPU and its flash kernels, answered here -> what was activated."""
     activated, current = [], [None]
 
-    def activate(name: str) -> None:
+    def activate(name: str | None) -> None:
         if name == "FA4":
             raise ModuleNotFoundError("No module named 'flash_attn'")
         activated.append(name)
@@ -320,6 +320,8 @@ def gpu(monkeypatch):
     attention = torch.nn.attention
     monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
     monkeypatch.setattr(attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: activate(None), raising=False)
+    monkeypatch.setattr(sdpa, "ACTIVATED", set())
     monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: current[0], raising=False)
     return activated
 
@@ -327,8 +329,17 @@ def gpu(monkeypatch):
 def test_another_flash_kernel_is_activated_once(gpu):
     for _ in range(3):
         SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
-    SDPA().check(torch.device("cuda"), training=True, dropout=False)
     assert gpu == ["FA3"]
+
+
+def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu, monkeypatch):
+    kernels = SDPA(flash="FA3"), SDPA()
+    for kernel in kernels:
+        kernel.check(torch.device("cuda"), training=True, dropout=False)
+    assert gpu == ["FA3", None]
+    torch.nn.attention.activate_flash_attention_impl("mine")
+    kernels[1].check(torch.device("cuda"), training=True, dropout=False)
+    assert torch.nn.attention.current_flash_attention_impl() == "mine"
 
 
 @pytest.mark.parametrize(
