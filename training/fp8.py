@@ -20,8 +20,7 @@ MULTIPLE = 16  # of which both sides of a matrix must be one
 
 def refuse_unfit(device: torch.device) -> None:
     """Raises UserError where nothing multiplies float8 here."""
-    if importlib.util.find_spec("torchao") is None:
-        raise UserError("precision=fp8 needs a package that is not here: python -m pip install torchao")
+    _refuse_missing()
     if device.type != "cuda":
         raise UserError(f"precision=fp8: this {device.type} has no float8 products: choose precision=auto")
     found = torch.cuda.get_device_capability(device)
@@ -34,12 +33,14 @@ def refuse_unfit(device: torch.device) -> None:
 
 def multiply_in_fp8(model: nn.Module) -> nn.Module:
     """The same model, in place: the linear layers that can multiply in float8 do so, with the same parameters, which
-    are bfloat16. The others are said. Embeddings and head are no linear layers, and stay as they are."""
+    are bfloat16. The others are said. Embeddings and head are no linear layers, and stay as they are. Elsewhere than on
+    a GPU the products are imitated. Raises UserError without torchao."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fit = {name for name, module in linear.items() if not any(side % MULTIPLE for side in module.weight.shape)}
     device = next(model.parameters()).device
     if device.type == "meta":
         return model  # what is kept for the backward pass is the same
+    _refuse_missing()
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(pad_inner_dim=True, emulate=device.type != "cuda")
@@ -52,3 +53,8 @@ def multiply_in_fp8(model: nn.Module) -> nn.Module:
             f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
         )
     return model
+
+
+def _refuse_missing() -> None:
+    if importlib.util.find_spec("torchao") is None:
+        raise UserError("precision=fp8 needs a package that is not here: python -m pip install torchao")

@@ -66,6 +66,7 @@ def stand_in(monkeypatch) -> list[SimpleNamespace]:
         asked.append(config)
 
     fake = SimpleNamespace(Float8LinearConfig=SimpleNamespace, convert_to_float8_training=convert)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
     monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=fake))
     monkeypatch.setitem(sys.modules, "torchao.float8", fake)
     return asked
@@ -82,6 +83,12 @@ def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
     assert f"{len(rounded)} of {len(rounded) + 2} matrices multiply in float8" in caplog.text
     assert "2 matrices stay in bfloat16" in caplog.text and "layers.0.attention.kv_down" in caplog.text
     assert [config.emulate for config in asked] == [True]
+
+
+def test_without_the_package_a_run_on_another_machine_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        Working(TransformerLM(small_config(), 100), "fp8")
 
 
 def test_masters_stay_float32_and_shapes_need_no_package():
