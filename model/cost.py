@@ -29,6 +29,7 @@ from model.transformer import ModelConfig, TransformerLM
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 TRAINING = 3  # a backward pass computes two products for each one of the forward pass
 MOST_SCANNED = 2**24  # entries of a mask that are looked at
+MOST_WEIGHTS = 2**25  # of a layer's attention that is run in memory
 
 
 def on_meta(
@@ -96,19 +97,21 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
 
 def _kernel_calls(model: TransformerLM) -> list[tuple[int, Any]]:
     """As `Fused.calls`, of each layer in turn, its attention asked what it does with two tokens: one of each kind, its
-    weights zero. On the meta device even a division imports PyTorch's compiler, for a second, and every
-    run counts its FLOPs before its first step."""
+    weights zero. On the meta device even a division imports PyTorch's compiler, for a second, and every run counts its
+    FLOPs before its first step: so only what is large is asked there."""
     config, known, calls = model.config, {}, []
-    positions = torch.arange(2)[None]
+    largest = max(sum(p.numel() for p in block.attention.parameters()) for block in model.layers)
+    where = "cpu" if largest <= MOST_WEIGHTS else "meta"
+    positions = torch.arange(2, device=where)[None]
     rotary = {rope: rope.table(positions) for rope in model.ropes}
     ctx = Context(positions=positions, plain=True, extent=None, rotary=rotary)
     for i, block in enumerate(model.layers):
         kind = config.attention.of_layer(i)
         if kind not in known:
             seen = len(config.kernel.calls)
-            weights = {name: torch.zeros(p.shape) for name, p in block.attention.named_parameters()}
+            weights = {name: torch.zeros(p.shape, device=where) for name, p in block.attention.named_parameters()}
             with torch.no_grad():
-                functional_call(block.attention, weights, (torch.zeros(1, 2, config.d_model), ctx))
+                functional_call(block.attention, weights, (torch.zeros(1, 2, config.d_model, device=where), ctx))
             known[kind] = config.kernel.calls[seen:]
         calls += known[kind]
     return calls
