@@ -75,7 +75,7 @@ def train(tree: dict, typed: list[str]) -> None:
         (folder, claim), done = run_folder.create(run, tokenizer), 0
     if run.init_from and not done:
         begin_with_weights_of(Path(run.init_from), model)
-    loss, losses = losses_of(run.data, tokenizer.end_of_text, clip, run.checkpoint_activations, run.compile)
+    loss, losses = losses_of(run.data, tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 

@@ -2,10 +2,19 @@
 memory predicted and measured, decoding. Each section ends within nine minutes and writes each row when it has it.
 
 python -m benchmarks.gpu kernels --out results.jsonl
-python -m benchmarks.gpu training decoding --out results.jsonl     # and: memory
+python -m benchmarks.gpu training training_350m --nanogpt ../nanoGPT --out results.jsonl
+python -m benchmarks.gpu variants memory decoding --out results.jsonl
 python -m benchmarks.gpu --cpu                                     # all of it in small, to see that it runs
 
-Needs torch, pydantic, PyYAML and numpy; neither hydra nor a corpus: the tokens are made up.
+    kernels         error of output and gradients, and the time of both passes, of every kernel that the device has
+    training        124M, compiled: tokens per second, MFU, peak memory of MHA, GQA, MLA, and of nanoGPT if it is given
+    training_350m   the same at 350M
+    variants        124M with float8, autotuning, cuDNN, FlashAttention 3 and 4, as far as they are there
+    memory          of one micro-batch, predicted and measured
+    decoding        tokens per second through the cache
+
+What cannot run is a row that says why. Needs torch, pydantic, PyYAML and numpy; neither hydra nor a corpus: the tokens
+are made up.
 """
 
 import argparse
@@ -20,27 +29,31 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from benchmarks.side_by_side import environment
+from benchmarks.nanogpt import autocast_step, nanogpt_of
+from benchmarks.side_by_side import Announced, environment
+from data.errors import UserError
 from model import cost
 from model.errors import Unsupported
 from model.generate import Texts, generate
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
+from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
-from model.kernels.sdpa import SDPA
+from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.sampler import Sampler
 from model.transformer import ModelConfig, TransformerLM
 from training.compilation import maybe_compiled
 from training.config import ROOT, load_choice
 from training.mfu import peak_flops
-from training.precision import Working
+from training.optim import AdamWConfig
+from training.precision import Working, choose_precision
 from training.step import mean_loss, train_step
 
-DEADLINE = 8 * 60  # seconds of a section; what is left is named and not run
-VOCAB = 50257
+DEADLINE = 8.5 * 60  # seconds of a section: a row that may take longer than is left of them is not begun
+VOCAB, PADDED_VOCAB = 50257, 50304  # ours pads what it multiplies by; nanoGPT is given the padded number
 ATTENTIONS = ("mha", "gqa", "mla")
 Row = dict[str, Any]
 
@@ -54,12 +67,14 @@ class Scale(NamedTuple):
     tokens: int  # of kernels' sequences
     steps: int  # timed, after as many to warm up
     compiled: bool
+    nanogpt: Path | None  # a checkout
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; unset: all")
     parser.add_argument("--out", type=Path, help="a row of JSON is added for each measurement")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT: its model.py is imported")
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
     unknown = set(args.section) - SECTIONS.keys()
@@ -67,17 +82,21 @@ def main() -> None:
         parser.error(f"no section {', '.join(sorted(unknown))}: choose from {', '.join(SECTIONS)}")
     if not args.cpu and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here: --cpu runs the same in small")
+    parts = {"nanogpt": args.nanogpt, "compiled": not args.cpu}
     if args.cpu:
-        scale = Scale(torch.device("cpu"), ("tiny",), 2, 160, 2, compiled=False)
+        scale = Scale(torch.device("cpu"), ("mini", "tiny"), 2, 160, 2, **parts)
     else:
-        scale = Scale(torch.device("cuda"), ("gpt2", "gpt2_medium"), 16, 4096, 10, compiled=True)
+        scale = Scale(torch.device("cuda"), ("gpt2", "gpt2_medium"), 16, 4096, 10, **parts)
     say({"section": "environment", **environment()}, args.out)
     for name in args.section or SECTIONS:
-        start = time.perf_counter()
+        start = last = time.perf_counter()
+        longest = 0.0
         for row in SECTIONS[name](scale):
             say({"section": name, **row}, args.out)
-            if time.perf_counter() - start > DEADLINE:
-                say({"section": name, "stopped": f"after {DEADLINE} s: the rest was not run"}, args.out)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+            if now - start + longest > DEADLINE:
+                say({"section": name, "stopped": f"after {now - start:.0f} s: the rest was not run"}, args.out)
                 break
 
 
@@ -90,7 +109,16 @@ def say(row: Row, out: Path | None) -> None:
 
 def kernels(scale: Scale) -> Iterator[Row]:
     """Forward and gradients in bfloat16 against the naive kernel in float32, and the time of both passes."""
-    candidates = {"sdpa": SDPA(), "online": Online(), "flex": Flex(), "auto": Auto()}
+    candidates = {
+        "naive": Naive(),
+        "online": Online(),
+        "matmul": Matmul(),
+        "flex": Flex(),
+        "auto": Auto(),
+        "sdpa": SDPA(),
+        **{f"sdpa {name}": SDPA(backend=name) for name in BACKENDS},
+        **{f"sdpa {name}": SDPA(flash=name) for name in PACKAGES},
+    }
     positions = torch.arange(scale.tokens, device=scale.device)[None]
     third = scale.tokens // 3
     documents = positions // third
@@ -115,23 +143,39 @@ def kernels(scale: Scale) -> Iterator[Row]:
             expected = both_passes(Naive(), *(x.float() for x in (q, k, v)), mask)
             for name, kernel in candidates.items():
                 row = {"shape": shape, "mask": mask_name, "tokens": scale.tokens, "kernel": name}
-                try:
-                    found = both_passes(kernel, q, k, v, mask)
-                except Unsupported as refusal:
-                    yield row | {"refused": str(refusal)}
-                    continue
-                errors = [
-                    float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)
-                ]
-                seconds = timed(lambda: both_passes(kernel, q, k, v, mask), scale)  # noqa: B023 - called before the next
-                yield row | {"error": max(errors), "within": max(errors) <= 0.03, "ms": 1e3 * seconds}
+
+                yield attempted(row, _compared, scale, kernel, (q, k, v), mask, expected)
 
 
 def training(scale: Scale) -> Iterator[Row]:
     """Tokens per second and MFU of whole steps: AdamW, bfloat16, made-up tokens."""
-    for size in scale.sizes:
-        for attention in ATTENTIONS:
-            yield _trained(scale, size, attention)
+    return _throughput(scale, scale.sizes[0])
+
+
+def training_350m(scale: Scale) -> Iterator[Row]:
+    return _throughput(scale, scale.sizes[1])
+
+
+def variants(scale: Scale) -> Iterator[Row]:
+    """What may make it faster still, each against the same run without it."""
+    size = scale.sizes[0]
+    kinds: dict[str, dict[str, Any]] = {"bf16": {}, "fp8": {"precision": "fp8"}}
+    if scale.compiled:
+        kinds |= {"autotune": {"autotune": True}, "fp8, autotune": {"precision": "fp8", "autotune": True}}
+    kinds |= {name: {"kernel": SDPA(flash=name)} for name in PACKAGES} | {"cudnn": {"kernel": SDPA(backend="cudnn")}}
+    for attention in ("mha", "mla"):
+        for kind, how in kinds.items():
+            row = {"size": size, "attention": attention, "variant": kind}
+            yield attempted(row, _trained, scale, size, attention, **how)
+
+
+def _throughput(scale: Scale, size: str) -> Iterator[Row]:
+    first, *others = ATTENTIONS
+    yield attempted({"size": size, "attention": first}, _trained, scale, size, first)
+    if scale.nanogpt:
+        yield attempted({"size": size, "attention": "nanoGPT"}, _nanogpt, scale, size)
+    for attention in others:
+        yield attempted({"size": size, "attention": attention}, _trained, scale, size, attention)
 
 
 def memory(scale: Scale) -> Iterator[Row]:
@@ -153,7 +197,7 @@ def memory(scale: Scale) -> Iterator[Row]:
 
 
 def decoding(scale: Scale) -> Iterator[Row]:
-    """Tokens per second through the cache, greedy, bfloat16 weights, prompts of 64."""
+    """Tokens per second through the cache, greedy, bfloat16 weights, prompts of 64 or a quarter of the context."""
     for size in scale.sizes:
         for attention in ATTENTIONS:
             model = TransformerLM(config_of(size, attention), VOCAB).to(scale.device)
@@ -164,7 +208,8 @@ def decoding(scale: Scale) -> Iterator[Row]:
                 count = 4 + 4 * scale.steps
 
                 def write(rows: int = rows, count: int = count, model: TransformerLM = model) -> None:
-                    texts = Texts(model, [list(range(1, 65))] * rows, seeds=list(range(rows)))
+                    prompt = list(range(1, 1 + min(64, model.config.context_length // 4)))
+                    texts = Texts(model, [prompt] * rows, seeds=list(range(rows)))
                     for _ in generate(model, texts, Sampler(temperature=0), max_new_tokens=count):
                         pass
 
@@ -205,31 +250,98 @@ def timed(run: Callable[[], Any], scale: Scale) -> float:
     return statistics.median(seconds)
 
 
-def _trained(scale: Scale, size: str, attention: str) -> Row:
-    config = config_of(size, attention)
+def attempted(row: Row, measure: Callable[..., Row], *given: Any, **settings: Any) -> Row:
+    """The row with what was measured, or with why nothing was: others are worth having then."""
+    try:
+        return row | measure(*given, **settings)
+    except (Unsupported, UserError) as refusal:
+        return row | {"refused": str(refusal)}
+    except (RuntimeError, ImportError) as error:  # out of memory is one, too
+        return row | {"failed": " ".join(str(error).split())[:300]}
+
+
+def _compared(
+    scale: Scale,
+    kernel: Kernel,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    mask: Mask,
+    expected: list[torch.Tensor],
+) -> Row:
+    kernel.check(scale.device, training=True, dropout=False)
+    with Announced() as announced:
+        found = both_passes(kernel, *given, mask)
+    errors = [float((a.float() - b).abs().max() / b.abs().max()) for a, b in zip(found, expected, strict=True)]
+    seconds = timed(lambda: both_passes(kernel, *given, mask), scale)
+    return {"error": max(errors), "within": max(errors) <= 0.03, "ms": 1e3 * seconds, "ran": announced.kernel}
+
+
+def _trained(
+    scale: Scale,
+    size: str,
+    attention: str,
+    precision: str = "bf16",
+    autotune: bool = False,
+    kernel: Kernel | None = None,
+) -> Row:
+    precision, config = choose_precision(precision, scale.device), config_of(size, attention)
+    config = config if kernel is None else config.model_copy(update={"kernel": kernel})
+    config.check_training(scale.device)
     model = TransformerLM(config, VOCAB).to(scale.device)
-    working = Working(model, "bf16")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    loss, batch = maybe_compiled(mean_loss, scale.compiled), _batch(config, scale)
+    working, optimizer = Working(model, precision), AdamWConfig(lr=1e-4).build(model)
+    loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
+    with Announced() as announced:
+        row = _timed_steps(
+            scale, config, lambda *batch: train_step(working, optimizer, [batch], 1e-4, 1.0, (0, 0), loss).loss
+        )
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": precision}
+    row |= {"kernel": announced.kernel, "warnings": announced.warnings}
+    return row | {"mfu": _mfu(scale, precision, row["tokens_per_second"] * flops)}
+
+
+def _nanogpt(scale: Scale, size: str) -> Row:
+    """Compiled and by autocast, as its train.py has it. Its FLOPs are counted as ours: of MHA in the same shape, whose
+    MLP holds as many numbers."""
+    config = config_of(size, "mha")
+    shape = {"n_layers": config.n_layers, "n_heads": config.n_heads, "d_model": config.d_model}
+    model, optimizer = nanogpt_of(
+        scale.nanogpt, scale.device, **shape, context_length=config.context_length, vocab=PADDED_VOCAB, lr=1e-4
+    )
+    run = torch.compile(model) if scale.compiled else model
+    step = autocast_step(model, optimizer, lambda *batch: run(*batch)[1], scale.device, "bf16")
+    row = _timed_steps(scale, config, lambda *batch: step(*(part.contiguous() for part in batch)))
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": "bf16"}
+    return row | {"mfu": _mfu(scale, "bf16", row["tokens_per_second"] * cost.flops(config, VOCAB).training())}
+
+
+def _timed_steps(scale: Scale, config: ModelConfig, step: Callable[..., torch.Tensor]) -> Row:
+    batch, start = _batch(config, scale), time.perf_counter()
+    if scale.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    step(*batch)
+    _wait(scale)
+    first = time.perf_counter() - start
     for _ in range(scale.steps):
-        result = train_step(working, optimizer, [batch], 1e-4, 1.0, (0, 0), loss)
+        loss = step(*batch)
     _wait(scale)
     start = time.perf_counter()
     for _ in range(scale.steps):
-        result = train_step(working, optimizer, [batch], 1e-4, 1.0, (0, 0), loss)
+        loss = step(*batch)
     _wait(scale)
     speed = scale.steps * batch[0].numel() / (time.perf_counter() - start)
-    peak, flops = peak_flops(scale.device, "bf16", None), cost.flops(config, VOCAB).training()
     return {
-        "size": size,
-        "attention": attention,
         "micro_batch": list(batch[0].shape),
         "compiled": scale.compiled,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "loss_is_finite": math.isfinite(float(result.loss)),
+        "first_step_seconds": first,
+        "loss_is_finite": math.isfinite(float(loss)),
         "tokens_per_second": speed,
-        "mfu": speed * flops / peak if peak else None,
+        "peak_mb": torch.cuda.max_memory_allocated() / 1e6 if scale.device.type == "cuda" else None,
     }
+
+
+def _mfu(scale: Scale, precision: str, flops_per_second: float) -> float | None:
+    peak = peak_flops(scale.device, precision, None)
+    return flops_per_second / peak if peak else None
 
 
 def _predicted(config: ModelConfig, scale: Scale) -> int:
@@ -253,6 +365,8 @@ def _wait(scale: Scale) -> None:
 SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "kernels": kernels,
     "training": training,
+    "training_350m": training_350m,
+    "variants": variants,
     "memory": memory,
     "decoding": decoding,
 }

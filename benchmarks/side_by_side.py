@@ -1,8 +1,10 @@
 """Times alternatives against each other: in turns, within one process, so that what slows one slows all."""
 
 import json
+import logging
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -11,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from model.kernels.base import _log_once
+
 NOISY = 0.02  # share of the machine that others may take before a row is marked
 
 
@@ -18,7 +22,48 @@ class Timing(NamedTuple):
     median: float  # seconds
     spread: float  # seconds: half the distance between the quartiles
     others: float  # share of the machine's CPU time that other processes took
-    own: float  # median seconds of CPU time that it took itself, of all threads: what is left of it on a busy machine
+    own: float  # median seconds of CPU time that it took itself, of all its threads and of the processes it started and
+    # waited for: what is left of it on a busy machine
+
+
+class Reading(NamedTuple):
+    seconds: float
+    own: float  # of CPU time, as in Timing
+    others: float  # as in Timing
+
+
+class Meter:
+    """Of the time since it was made."""
+
+    def __init__(self) -> None:
+        self.busy, self.before, self.start = _machine_seconds(), _own_seconds(), time.perf_counter()
+
+    def read(self) -> Reading:
+        settle()
+        seconds, own = time.perf_counter() - self.start, _own_seconds() - self.before
+        elsewhere = _machine_seconds() - self.busy - own
+        return Reading(seconds, own, max(0.0, elsewhere) / (seconds * os.cpu_count()))
+
+
+class Announced(logging.Handler):
+    """Within its `with` block: which kernel of ours ran, `sdpa` if none said anything, and what was warned of."""
+
+    def __enter__(self) -> "Announced":
+        self.kernel, self.warnings = "sdpa", []
+        _log_once.cache_clear()
+        self.logger = logging.getLogger("headroom")
+        self.logger.setLevel(logging.INFO)
+        self.logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.logger.removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"kernel ([^:]+): ", record.getMessage())
+        self.kernel = found[1] if found else self.kernel
+        if record.levelno >= logging.WARNING:
+            self.warnings.append(record.getMessage())
 
 
 def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> dict[str, Timing]:
@@ -30,13 +75,12 @@ def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> di
     own: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(rounds):
         for name, run in candidates.items():
-            busy, before, start = _machine_seconds(), time.process_time(), time.perf_counter()
+            meter = Meter()
             run()
-            _settle()
-            seconds[name].append(time.perf_counter() - start)
-            own[name].append(time.process_time() - before)
-            elsewhere = _machine_seconds() - busy - own[name][-1]
-            others[name].append(max(0.0, elsewhere) / (seconds[name][-1] * os.cpu_count()))
+            reading = meter.read()
+            seconds[name].append(reading.seconds)
+            own[name].append(reading.own)
+            others[name].append(reading.others)
     return {
         name: Timing(_median(seconds[name]), _spread(seconds[name]), _median(others[name]), _median(own[name]))
         for name in candidates
@@ -67,9 +111,15 @@ def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
         print(f"\n{path}")
 
 
-def marked(timing: Timing) -> str:
+def marked(timing: Timing | Reading) -> str:
     """How much others took of the machine, as a column says it."""
     return f"{100 * timing.others:.0f} %" + (" !" if timing.others > NOISY else "")
+
+
+def _own_seconds() -> float:
+    """CPU time of this process, and of those that it started and waited for."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
 
 
 def _machine_seconds() -> float:
@@ -89,7 +139,8 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _settle() -> None:
+def settle() -> None:
+    """Waits until a GPU has done what it was asked to."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -106,4 +157,4 @@ def _spread(values: list[float]) -> float:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -9,9 +9,6 @@ AdamW as they build it. All share one process, so the allocator that training tu
 """
 
 import argparse
-import importlib.util
-import logging
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.side_by_side import in_turns, marked, report
-from model.kernels import base
+from benchmarks.nanogpt import BETAS, CLIP, DECAY, Step, autocast_step, nanogpt_of
+from benchmarks.side_by_side import Announced, in_turns, marked, report
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
+from training.config import Run
 from training.precision import Working
 from training.step import train_step
 
-LR, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.99), 0.1, 1.0
+LR = 1e-4
 OURS = ("mha", "gqa", "mla")
 
 
@@ -44,13 +42,22 @@ class Size(NamedTuple):
     def __str__(self) -> str:
         return "/".join(map(str, self[:5]))
 
+    @property
+    def shape(self) -> dict[str, int]:
+        return {
+            "n_layers": self.n_layers,
+            "n_heads": self.n_heads,
+            "d_model": self.d_model,
+            "context_length": self.tokens,
+            "vocab": self.vocab,
+        }
+
 
 SIZES = {
     "i": Size(4, 4, 128, 64, 12, vocab=65, steps=5),
     "ii": Size(6, 6, 384, 256, 16, vocab=65, steps=1),
     "iii": Size(12, 12, 768, 512, 4, vocab=50304, steps=1),  # GPT-2 124M
 }
-Step = Callable[[Tensor, Tensor], Any]
 
 
 def main() -> None:
@@ -84,7 +91,7 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
         except ImportError as error:
             print(f"{name} is skipped: {error}")
             continue
-        with _Announced() as announced:
+        with Announced() as announced:
             step(*batch)
         kernels[name], weights[name] = announced.kernel, sum(p.numel() for p in model.parameters())
         runs[name] = lambda step=step: [step(*batch) for _ in range(size.steps)]
@@ -108,36 +115,9 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
     ]
 
 
-class _Announced(logging.Handler):
-    """Within its `with` block: which kernel of ours ran, `sdpa` if none of them said anything."""
-
-    kernel = "sdpa"
-
-    def __enter__(self) -> "_Announced":
-        base._log_once.cache_clear()
-        self.logger = logging.getLogger("headroom")
-        self.logger.setLevel(logging.INFO)
-        self.logger.addHandler(self)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.logger.removeHandler(self)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.match(r"kernel ([^:]+): ", record.getMessage())
-        self.kernel = found[1] if found else self.kernel
-
-
 def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def make(attention: str) -> tuple[nn.Module, Step]:
-        run = load_composed(
-            f"attention={attention}",
-            f"model.n_layers={size.n_layers}",
-            f"model.n_heads={size.n_heads}",
-            f"model.d_model={size.d_model}",
-            f"model.context_length={size.tokens}",
-            f"batch_tokens={size.batch * size.tokens}",
-        )
+        run = run_of(size, f"attention={attention}")
         model = TransformerLM(run.model, size.vocab)
         working, optimizer = Working(model, precision), run.optim.build(model)
         return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP)
@@ -147,22 +127,10 @@ def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module,
 
 def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def stepping(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
-        def step(inputs: Tensor, targets: Tensor) -> None:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                mean = loss(inputs, targets)
-            mean.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step
+        return autocast_step(model, optimizer, loss, torch.device("cpu"), precision)
 
     def nano() -> tuple[nn.Module, Step]:
-        theirs = _imported(nanogpt)
-        shape = {"n_layer": size.n_layers, "n_head": size.n_heads, "n_embd": size.d_model}
-        config = theirs.GPTConfig(**shape, block_size=size.tokens, vocab_size=size.vocab, dropout=0.0, bias=False)
-        model = theirs.GPT(config)
-        optimizer = model.configure_optimizers(DECAY, LR, BETAS, "cpu")
+        model, optimizer = nanogpt_of(nanogpt, torch.device("cpu"), **size.shape, lr=LR)
         return model, stepping(model, optimizer, lambda inputs, targets: model(inputs, targets)[1])
 
     def hugging(kind: str, **more: Any) -> tuple[nn.Module, Step]:
@@ -221,12 +189,16 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
     return peers if nanogpt is None else {"nanoGPT": nano, **peers}
 
 
-def _imported(checkout: Path) -> Any:
-    """Its model.py, under a name that leaves our own package `model` alone."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run_of(size: Size, *overrides: str) -> Run:
+    """Ours at that size; what the overrides say of its shape counts."""
+    shape = (
+        f"model.n_layers={size.n_layers}",
+        f"model.n_heads={size.n_heads}",
+        f"model.d_model={size.d_model}",
+        f"model.context_length={size.tokens}",
+        f"batch_tokens={size.batch * size.tokens}",
+    )
+    return load_composed(*shape, *overrides)
 
 
 def _adamw(model: nn.Module) -> torch.optim.AdamW:

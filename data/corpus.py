@@ -79,18 +79,20 @@ class SourceCorpus(Corpus):
         """path: within the root."""
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        digest, root = hashlib.sha256(), self._root()
         for path in self._files():
-            digest.update(path.encode() + b"\0" + (self._root() / path).read_bytes() + b"\0")
+            digest.update(path.encode() + b"\0" + (root / path).read_bytes() + b"\0")
         return digest.hexdigest()
 
     def read(self) -> Iterator[Document]:
+        root = self._root()
         for path in self._files():
             held_out = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big") % 20 == 0
-            yield Document(path, (self._root() / path).read_bytes().decode(), held_out)
+            yield Document(path, (root / path).read_bytes().decode(), held_out)
 
     def _files(self) -> list[str]:
-        paths = (path.relative_to(self._root()) for path in self._root().rglob("*.py"))
+        root = self._root()
+        paths = (path.relative_to(root) for path in root.rglob("*.py"))
         return sorted(path.as_posix() for path in paths if self._belongs(path))
 
 

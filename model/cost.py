@@ -1,5 +1,5 @@
 """What a model costs, known before it runs: parameters, FLOPs, bytes. Nothing here needs the memory it speaks of: the
-model's own code is run on the meta device, where tensors have shapes and no numbers.
+model's own code is run on the meta device, where tensors have shapes and no numbers, or a layer of it on two tokens.
 
 FLOPs are those of matrix products, two per multiply-add. Norms, rotations, softmax and the optimizer are left out, as
 is usual: they cost time, but hardly any arithmetic.
@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model.attention.base import Context
 from model.kernels.auto import PRODUCTS, Auto, preferred
 from model.kernels.base import Kernel
 from model.kernels.matmul import Matmul
@@ -27,6 +29,7 @@ from model.transformer import ModelConfig, TransformerLM
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
 TRAINING = 3  # a backward pass computes two products for each one of the forward pass
 MOST_SCANNED = 2**24  # entries of a mask that are looked at
+MOST_WEIGHTS = 2**25  # of a layer's attention that is run in memory
 
 
 def on_meta(
@@ -79,18 +82,39 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
     documents: positions and documents of the tokens of some windows, each (B, T), where tokens see their own document
     only: pairs are counted as these windows have them, on average. Without, a window is one document: an upper bound.
     """
-    kernel, length = Fused(), config.context_length
-    model = on_meta(config, vocab_size, kernel)
-    model(torch.zeros(1, length, dtype=torch.int64, device="meta"))
+    length, model = config.context_length, on_meta(config, vocab_size, Fused())
+    calls = _kernel_calls(model)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
     if model.head is not None:
         matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
     if model.position_embedding is not None:
         matrices -= sum(p.numel() for p in model.position_embedding.parameters())
     matrices += sum(block.attention.more_products for block in model.layers)
-    per_pair = sum(cost for cost, _ in kernel.calls)
-    keys = {mask: _visible(mask, *(documents or (torch.arange(length)[None], None))) for _, mask in set(kernel.calls)}
-    return Flops(2 * matrices, per_pair, sum(cost * keys[mask] for cost, mask in kernel.calls) / per_pair)
+    per_pair = sum(cost for cost, _ in calls)
+    keys = {mask: _visible(mask, *(documents or (torch.arange(length)[None], None))) for _, mask in set(calls)}
+    return Flops(2 * matrices, per_pair, sum(cost * keys[mask] for cost, mask in calls) / per_pair)
+
+
+def _kernel_calls(model: TransformerLM) -> list[tuple[int, Any]]:
+    """As `Fused.calls`, of each layer in turn, its attention asked what it does with two tokens: one of each kind, its
+    weights zero. On the meta device even a division imports PyTorch's compiler, for a second, and every run counts its
+    FLOPs before its first step: so only what is large is asked there."""
+    config, known, calls = model.config, {}, []
+    largest = max(sum(p.numel() for p in block.attention.parameters()) for block in model.layers)
+    where = "cpu" if largest <= MOST_WEIGHTS else "meta"
+    positions = torch.arange(2, device=where)[None]
+    rotary = {rope: rope.table(positions) for rope in model.ropes}
+    ctx = Context(positions=positions, plain=True, extent=None, rotary=rotary)
+    for i, block in enumerate(model.layers):
+        kind = config.attention.of_layer(i)
+        if kind not in known:
+            seen = len(config.kernel.calls)
+            weights = {name: torch.zeros(p.shape, device=where) for name, p in block.attention.named_parameters()}
+            with torch.no_grad():
+                functional_call(block.attention, weights, (torch.zeros(1, 2, config.d_model, device=where), ctx))
+            known[kind] = config.kernel.calls[seen:]
+        calls += known[kind]
+    return calls
 
 
 def cache_bytes_per_token(model: TransformerLM) -> int:

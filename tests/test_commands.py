@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -429,6 +430,45 @@ def test_help_and_refusals_answer_without_loading_torch(command):
         assert "attention" in result.stdout.lower()
     else:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+HEAVY = {"datasets", "matplotlib", "pyarrow", "sympy", "tokenizers", "torch._dynamo", "torch._inductor", "wandb"}
+
+
+def loaded_by(program: str, *arguments: str, until: str) -> list[str]:
+    """What of HEAVY a process of its own has loaded when it comes to the method `until`, where it ends."""
+    module = until.rsplit(".", 2)[0]
+    code = f"""
+import runpy, sys
+import {module}
+
+def stop(*_):
+    print("loaded:", *({HEAVY!r} & sys.modules.keys()), file=sys.stderr)
+    sys.exit(7)
+
+{until} = stop
+sys.argv = {[program, *arguments]!r}
+runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
+"""
+    here = os.environ | {"PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=here)
+    assert result.returncode == 7, result.stderr
+    return re.search(r"^loaded:(.*)$", result.stderr, re.M)[1].split()
+
+
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_the_first_step_of_a_cached_run_loads_only_what_it_needs(workplace, monkeypatch, optim):
+    """Each of these costs a part of a second or more, which a user would wait for at every beginning."""
+    settings = ["experiment=smoke", "tokenizer=bpe", "tokenizer.vocab_size=300", f"optim={optim}", "save_every=1"]
+    assert call("train", [*settings, "steps=1", "tune_malloc=false"], monkeypatch) == 0  # fills the cache
+    assert loaded_by("train.py", *settings, until="training.log.MetricsFile.write") == []
+    assert loaded_by("train.py", *settings, until="training.log.MetricsFile.sync") == []
+
+
+def test_the_first_sampled_token_loads_only_what_it_needs(place, monkeypatch):
+    monkeypatch.chdir(place)
+    for run in ("runs/gqa", "runs/mla"):
+        assert loaded_by("sample.py", "The ", "--run", run, until="training.streaming.TextStream.feed") == []
 
 
 def test_as_real_processes(tmp_path):

@@ -75,8 +75,9 @@ class Run(Config):
     seed: int = Field(ge=0, lt=2**63)
     device: str
     deterministic: bool
-    precision: Literal["auto", "bf16", "fp16", "fp32"]
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"]
     compile: bool
+    autotune: bool = False
     tune_malloc: bool
     init_from: str | None
     peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
@@ -101,6 +102,12 @@ class Run(Config):
     def _compiles_once(self) -> Self:
         if self.compile and self.model.kernel.compiles_itself:
             raise ValueError("compile=true: this kernel compiles itself, choose compile=false or kernel=auto")
+        return self
+
+    @model_validator(mode="after")
+    def _autotunes_what_is_compiled(self) -> Self:
+        if self.autotune and not self.compile:
+            raise ValueError("autotune=true chooses among compiled kernels: set compile=true, or leave it")
         return self
 
     @model_validator(mode="after")
@@ -138,6 +145,11 @@ class Run(Config):
     def sequences(self) -> int:
         """Training windows per optimizer step."""
         return self.batch_tokens // self.model.context_length
+
+    @property
+    def compilation(self) -> tuple[bool, bool]:
+        """Whether to compile, and whether to try several kernels."""
+        return self.compile, self.autotune
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that step (counted from 0) makes."""

@@ -38,7 +38,8 @@ def set_determinism(wanted: bool) -> None:
     Call it before the first CUDA operation: cuBLAS reads its setting then."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler, for a second
+        torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
 
 

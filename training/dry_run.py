@@ -194,7 +194,7 @@ def _timed(run: Run, vocab_size: int, device: torch.device) -> tuple[float, str]
         too_long = f"a micro-batch would take {clock(seconds * shape[0])}, too long for a dry run"
         return pieces * seconds * shape[0] + update(), f"{measured} ({too_long})"
     log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
-    loss, times = maybe_compiled(eager, run.compile), []
+    loss, times = maybe_compiled(eager, *run.compilation), []
     micro_batch(loss, tokens)
     update()
     while len(times) < TIMED and sum(times) < DEADLINE:

@@ -14,7 +14,7 @@ from model.transformer import ModelConfig
 # torch.cuda.get_device_name() says. float32 is that of the plain units: PyTorch does not use TF32 unless told to.
 # A name that is not here has no peak: that of another model with a similar name would give a wrong MFU in silence.
 PEAKS = {
-    r"NVIDIA (H100 80GB HBM3|H200|GH200 480GB)": {"bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
+    r"NVIDIA (H100 80GB HBM3|H200|GH200 480GB)": {"fp8": 1978.9, "bf16": 989.4, "fp16": 989.4, "fp32": 66.9},
     r"NVIDIA H100 NVL": {"bf16": 835.5, "fp16": 835.5, "fp32": 60.0},
     r"NVIDIA H100 PCIe": {"bf16": 756.0, "fp16": 756.0, "fp32": 51.2},
     r"(NVIDIA )?A100(-SXM4-40GB|-SXM4-80GB|-PCIE-40GB| 80GB PCIe)": {"bf16": 312.0, "fp16": 312.0, "fp32": 19.5},
@@ -37,8 +37,8 @@ def flops_of(config: ModelConfig, corpus: Prepared, document_mask: bool) -> cost
 
 
 def peak_flops(device: torch.device, precision: str, stated: float | None) -> float | None:
-    """FLOPs per second: as stated; else as the table knows this GPU in this precision (bf16, fp16 or fp32); else None,
-    as for every CPU."""
+    """FLOPs per second: as stated; else as the table knows this GPU in this precision (fp8, bf16, fp16 or fp32); else
+    None, as for every CPU."""
     if stated is not None or device.type != "cuda":
         return stated
     return peak_of(torch.cuda.get_device_name(device), precision)

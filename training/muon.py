@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from model.blocks import Split, whole
 from model.transformer import TransformerLM
-from training.optim import AdamWConfig
+from training.optim import AdamWConfig, Uncompiled
 from training.orthogonal import newton_schulz
 from training.precision import multiplies_bf16
 
@@ -60,7 +60,7 @@ class MuonConfig(AdamWConfig):
         return sum((4 if name in hidden else 2 * 4) * p.numel() for name, p in model.named_parameters())
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Uncompiled, torch.optim.Optimizer):
     """For every logical matrix W of the first group (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
     with momentum m, gradient g and rate η = muon_lr · lr / peak_lr, where lr is what the schedule gives
     every group:

@@ -1,5 +1,6 @@
 """Optimizers: typed settings that build a torch.optim.Optimizer."""
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import Self
 
@@ -10,6 +11,21 @@ from torch import nn
 from model.config import Config
 from model.transformer import TransformerLM
 from training.qk_clip import QKClip
+
+
+class Uncompiled:
+    """Methods of torch.optim.Optimizer without the marks that keep torch.compile out of them. Nothing here compiles an
+    optimizer, and each mark imports the compiler, half of all the time that a run takes to its first step. Where a
+    release of PyTorch marks none, they are the methods themselves."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class OptimConfig(Config, ABC):
@@ -50,10 +66,10 @@ class AdamWConfig(OptimConfig):
     def derive(self, d_model: int) -> Self:
         return self.model_copy(update={"lr": self.lr or 0.5 / d_model})
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
+    def build(self, model: nn.Module) -> AdamW:
         parameters = list(model.parameters())
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+        return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)

@@ -22,7 +22,7 @@ def plot_loss(folder: Path) -> None:
     """Draws metrics.jsonl into loss.png: every step's training loss, its running mean, and the validation losses."""
     rows = read_metrics(folder / "metrics.jsonl")
     train, val = _curves(rows, "step")
-    figure, axes = _empty(folder.name, "step")
+    figure, axes = empty_axes(folder.name, "step")
     if train:
         steps, losses = zip(*train, strict=True)
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
@@ -33,7 +33,7 @@ def plot_loss(folder: Path) -> None:
             points = [(step, loss) for step, loss, scored in val if scored == tokens]
             axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=_scored(tokens))
         axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
-    _save(figure, axes, folder / "loss.png")
+    save_axes(figure, axes, folder / "loss.png")
 
 
 def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
@@ -47,7 +47,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
     window = _window(min(len(train) for _, train, _ in found))  # the shortest one's, for all: none lags, or all alike
     markers = _markers([point for *_, val in found for point in val])
-    figure, axes = _empty("", x)
+    figure, axes = empty_axes("", x)
     for i, (label, train, val) in enumerate(found):
         color = f"C{i}"  # after ten runs, colors come again
         if train:
@@ -59,7 +59,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     axes.plot([], [], "-", color="gray", linewidth=1, label=_smoothed(window))
     for tokens, marker in markers.items():
         axes.plot([], [], f"{marker}--", color="gray", markersize=4, linewidth=0.8, label=_scored(tokens))
-    _save(figure, axes, path)
+    save_axes(figure, axes, path)
 
 
 def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
@@ -84,7 +84,8 @@ def _curves(rows: Sequence[dict[str, Any]], x: str) -> tuple[list[tuple[float, f
     return train, val
 
 
-def _empty(title: str, x: str) -> tuple[Any, Any]:
+def empty_axes(title: str, x: str) -> tuple[Any, Any]:
+    """A figure and its axes, for losses over x."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -96,7 +97,8 @@ def _empty(title: str, x: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _save(figure: Any, axes: Any, path: Path) -> None:
+def save_axes(figure: Any, axes: Any, path: Path) -> None:
+    """With a legend of what has a label, if anything was drawn."""
     from matplotlib import pyplot as plt
 
     if axes.lines:

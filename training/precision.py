@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from model.config import Config
+from training.fp8 import multiply_in_fp8, refuse_unfit
 
 log = logging.getLogger("headroom")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of the copies
 
 
 def multiplies_bf16(device: torch.device) -> bool:
@@ -23,6 +24,8 @@ def multiplies_bf16(device: torch.device) -> bool:
 def choose_precision(precision: str, device: torch.device) -> str:
     """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which. Another
     choice is kept, with a word where the device only imitates it."""
+    if precision == "fp8":
+        refuse_unfit(device)
     native_bf16 = multiplies_bf16(device)
     if precision == "auto":
         chosen = "bf16" if native_bf16 else "fp16" if device.type == "cuda" else "fp32"
@@ -83,6 +86,8 @@ class Working:
                 self.masters.append(parameter)
                 self.copies.append(twins[id(parameter)])
         self.model = copy.deepcopy(model, twins) if self.copies else model
+        if precision == "fp8":
+            multiply_in_fp8(self.model)
         self.loss_scale = LossScale(self.parameters[0].device) if precision == "fp16" else None
 
     @torch.no_grad()

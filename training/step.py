@@ -136,15 +136,20 @@ def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: in
 
 
 def losses_of(
-    corpus: Corpus, end_of_text: int, clip: QKClip | None = None, recompute: bool = False, compiled: bool = False
+    corpus: Corpus,
+    end_of_text: int,
+    clip: QKClip | None = None,
+    recompute: bool = False,
+    compilation: tuple[bool, bool] = (False, False),
 ) -> tuple[Callable, Callable]:
-    """What to train by and each_loss, as the corpus wants its documents read."""
+    """What to train by and each_loss, as the corpus wants its documents read. compilation: whether they are compiled,
+    and autotuned."""
     mean, each = mean_loss if clip is None else mean_loss_and_scores, each_loss
     if recompute:
         mean = functools.partial(mean, recompute=True)
     if corpus.document_mask:
         mean, each = (functools.partial(function, end_of_text=end_of_text) for function in (mean, each))
-    return maybe_compiled(mean, compiled), maybe_compiled(each, compiled)
+    return maybe_compiled(mean, *compilation), maybe_compiled(each, *compilation)
 
 
 def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:

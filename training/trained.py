@@ -42,7 +42,7 @@ def empty_model(config: ModelConfig, vocab_size: int) -> TransformerLM:
     """A model whose weights are yet to be loaded."""
     with torch.device("meta"):
         model = TransformerLM(config, vocab_size)
-    return model.to_empty(device="cpu")
+    return model._apply(lambda p: torch.empty(p.shape, dtype=p.dtype))  # to_empty imports SymPy, for half a second
 
 
 def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:

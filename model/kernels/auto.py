@@ -20,6 +20,10 @@ class Auto(Kernel):
     """The fused kernel, but on a CPU the products of kernel=matmul where they are faster, or the fused one cannot; and
     where this device or shape has no fused kernel, the naive one, with a warning."""
 
+    def check(self, device: torch.device, training: bool, dropout: bool) -> None:
+        if device.type == "cuda":
+            FUSED.check(device, training, dropout)
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         try:
             return preferred(q.device, q, k, dropout)(q, k, v, mask, scale, dropout)

@@ -1,8 +1,10 @@
 """PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
+import torch.nn.attention as fused_attention
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -12,18 +14,33 @@ from model.errors import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 
-BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+ACTIVATED: set[str] = set()  # flash kernels that took the place of PyTorch's own at our word
+PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's glue to each imports
 DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
 QUERY_TILE = 256  # queries whose boolean mask exists at one time
 KEPT_KEYS = 1024  # how wide a tile's mask may be to be kept for the backward pass
 
 
 class SDPA(Kernel):
+    backend: Literal["flash", "efficient", "cudnn"] | None = None  # the only one that may run; unset: PyTorch chooses
+    flash: Literal["FA3", "FA4"] | None = None  # on a GPU, what takes the place of PyTorch's own flash kernel
+
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type not in DEVICES:
             raise Unsupported(
                 f"kernel=sdpa knows its fused kernels on cpu and cuda, not on {device.type}: kernel=naive"
             )
+        if self.flash and device.type != "cuda":
+            raise Unsupported(f"kernel.flash={self.flash} runs on a GPU, not on {device.type}: leave it unset")
+        if device.type == "cuda":
+            _activate(self.flash)
+        if self.backend not in (None, "flash") and device.type == "cpu":
+            raise Unsupported(f"kernel.backend={self.backend} runs on a GPU, not on cpu: leave it unset")
         if dropout and device.type == "cpu":
             raise Unsupported(
                 "kernel=sdpa drops no attention weights on a CPU: kernel=auto or matmul, or attention.dropout=0"
@@ -36,11 +53,12 @@ class SDPA(Kernel):
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (widened(x, width) for x in (q, k, v))
+        fused = _Fused(self.backend)
         if mask.unrestricted:
-            out = _causal(q, k, v, scale, dropout)
+            out = _causal(q, k, v, scale, dropout, fused)
         else:
-            out = by_positions(q, k, v, mask, scale, dropout, _fused)
-        announce("sdpa (flash)" if q.device.type == "cpu" else "sdpa (fused)", *asked, mask)
+            out = by_positions(q, k, v, mask, scale, dropout, fused)
+        announce(f"sdpa ({fused.ran})", *asked, mask)
         return out[..., :value_dim]
 
 
@@ -48,7 +66,7 @@ def widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: Callable[..., Tensor]) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type == "cuda" and q.dtype == torch.float32:
         # float32 has the memory-efficient kernel only, which does not know groups
@@ -56,7 +74,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Te
         grouped = False
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     how = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
-    return _fused(*heads_first, **how).transpose(1, 2)
+    return fused(*heads_first, **how).transpose(1, 2)
 
 
 def by_positions(
@@ -96,15 +114,74 @@ def by_positions(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
-    """(B, heads, rows, D) each. Refuses, where PyTorch would fall to its slow math path in silence."""
-    try:
-        with sdpa_kernel(BACKENDS):
-            return F.scaled_dot_product_attention(q, k, v, **how)
-    except RuntimeError as error:
-        if "No available kernel" not in str(error):
-            raise
+class _Fused:
+    """F.scaled_dot_product_attention where it is fused; `ran` says which of its kernels that was."""
+
+    ran: str
+
+    def __init__(self, backend: str | None):
+        self.backend = backend
+        self.allowed = list(BACKENDS.values()) if backend is None else [BACKENDS[backend]]
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
+        """(B, heads, rows, D) each. Refuses, where PyTorch would fall to its slow math path in silence."""
+        try:
+            with sdpa_kernel(self.allowed):
+                self.ran = _chosen(q, k, v, how)
+                return F.scaled_dot_product_attention(q, k, v, **how)
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            asked, way_out = "no fused kernel", "choose kernel=naive, or a smaller head dim"
+            if self.backend is not None:
+                asked, way_out = f"no kernel.backend={self.backend}", "leave that unset, or choose kernel=naive"
+            raise Unsupported(
+                f"kernel=sdpa has {asked} for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: {way_out}"
+            ) from None
+
+
+def _chosen(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> str:
+    """Which kernel PyTorch takes, where it tells: not while it compiles."""
+    if q.device.type == "cpu":
+        return "flash"
+    if torch.compiler.is_compiling() or not hasattr(torch, "_fused_sdp_choice"):
+        return "fused"
+    taken = torch._fused_sdp_choice(q, k, v, **how)
+    name = next((name for name, backend in BACKENDS.items() if int(backend) == taken), "fused")
+    active = _current_flash()
+    return f"{name}, {active}" if name == "flash" and active else name
+
+
+def _activate(flash: str | None) -> None:
+    """For the whole process: PyTorch has one flash kernel at a time. None brings its own back, if another was activated
+    here. Raises Unsupported where it cannot be."""
+    if torch.compiler.is_compiling() or _current_flash() == flash:
+        return
+    if flash is None:
+        if _current_flash() in ACTIVATED:
+            fused_attention.restore_flash_attention_impl()
+        return
+    if flash not in _offered_flash():
         raise Unsupported(
-            f"kernel=sdpa has no fused kernel for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: "
-            "choose kernel=naive, or a smaller head dim"
+            f"kernel.flash={flash}: PyTorch {torch.__version__} offers {', '.join(_offered_flash()) or 'none'} beside "
+            "its own: leave it unset"
+        )
+    try:
+        fused_attention.activate_flash_attention_impl(flash)
+        ACTIVATED.add(flash)
+    except Exception as error:  # whatever the package raises where it does not fit
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise Unsupported(
+            f"kernel.flash={flash} needs the package {PACKAGES[flash]}, of FlashAttention: {reason}: install it, or "
+            "leave kernel.flash unset"
         ) from None
+
+
+def _offered_flash() -> list[str]:
+    known = hasattr(fused_attention, "list_flash_attention_impls")
+    return fused_attention.list_flash_attention_impls() if known else []
+
+
+def _current_flash() -> str | None:
+    known = hasattr(fused_attention, "current_flash_attention_impl")
+    return fused_attention.current_flash_attention_impl() if known else None

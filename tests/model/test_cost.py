@@ -119,3 +119,11 @@ def test_the_meta_device_holds_what_the_cpu_holds(attention, kernel):
             model(torch.zeros(4, 64, dtype=torch.int64, device=device)).logits.sum().backward()
         peaks.append(live.bytes)
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla", "stack"])
+def test_flops_are_the_same_where_a_layer_is_too_large_to_run(monkeypatch, attention):
+    config = small_config(f"attention={attention}")
+    expected = cost.flops(config, VOCAB)
+    monkeypatch.setattr(cost, "MOST_WEIGHTS", 0)
+    assert cost.flops(config, VOCAB) == expected

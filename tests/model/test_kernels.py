@@ -1,5 +1,8 @@
 """Kernels against the naive twin, on the shapes attentions hand them; and the mask they all read."""
 
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,7 +16,7 @@ from model.kernels.online import Online
 from model.kernels.sdpa import QUERY_TILE, SDPA
 from model.mask import CAUSAL, Mask, Pattern
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
-from tests.support import relative_error
+from tests.support import assert_one_line, relative_error
 
 TILED = Online(query_tile=3, key_tile=4)  # several tiles of everything, the last of each cut short
 PRODUCTS = Matmul(query_tile=5)
@@ -301,3 +304,75 @@ def test_random_blocks_are_whole_drawn_by_the_seed_and_as_many_as_asked():
         assert (some[0] != some[1]).any() and (some[:, 0] != some[:, 1]).any()
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert (drawn[a] == drawn[b])[off_diagonal].float().mean() == pytest.approx(0.3**2 + 0.7**2, abs=0.02)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What SDPA asks PyTorch of a GPU and its flash kernels, answered here -> what was activated."""
+    activated, current = [], [None]
+
+    def activate(name: str | None) -> None:
+        if name == "FA4":
+            raise ModuleNotFoundError("No module named 'flash_attn'")
+        activated.append(name)
+        current[0] = name
+
+    attention = torch.nn.attention
+    monkeypatch.setattr(attention, "list_flash_attention_impls", lambda: ["FA3", "FA4"], raising=False)
+    monkeypatch.setattr(attention, "activate_flash_attention_impl", activate, raising=False)
+    monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: activate(None), raising=False)
+    monkeypatch.setattr(sdpa, "ACTIVATED", set())
+    monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: current[0], raising=False)
+    return activated
+
+
+def test_another_flash_kernel_is_activated_once(gpu):
+    for _ in range(3):
+        SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
+    assert gpu == ["FA3"]
+
+
+def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu, monkeypatch):
+    kernels = SDPA(flash="FA3"), SDPA()
+    for kernel in kernels:
+        kernel.check(torch.device("cuda"), training=True, dropout=False)
+    assert gpu == ["FA3", None]
+    torch.nn.attention.activate_flash_attention_impl("mine")
+    kernels[1].check(torch.device("cuda"), training=True, dropout=False)
+    assert torch.nn.attention.current_flash_attention_impl() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "complaint"),
+    [
+        (SDPA(flash="FA3"), "cpu", "kernel.flash=FA3 runs on a GPU, not on cpu: leave it unset"),
+        (SDPA(flash="FA4"), "cuda", "needs the package flash_attn.cute, of FlashAttention: No module named"),
+        (SDPA(backend="cudnn"), "cpu", "kernel.backend=cudnn runs on a GPU, not on cpu: leave it unset"),
+    ],
+)
+def test_a_fused_kernel_that_is_not_there_is_refused_in_one_line(gpu, kernel, device, complaint):
+    with pytest.raises(Unsupported, match=re.escape(complaint)) as refusal:
+        kernel.check(torch.device(device), training=True, dropout=False)
+    assert_one_line(refusal.value)
+
+
+def test_a_pytorch_that_offers_no_other_flash_kernel_says_so(monkeypatch):
+    for name in ("list_flash_attention_impls", "activate_flash_attention_impl", "current_flash_attention_impl"):
+        monkeypatch.delattr(torch.nn.attention, name, raising=False)
+    with pytest.raises(Unsupported, match=r"offers none beside its own: leave it unset"):
+        SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
+
+
+@pytest.mark.parametrize(("taken", "said"), [(1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")])
+def test_which_fused_kernel_a_gpu_took_is_known(monkeypatch, gpu, taken, said):
+    sdpa._activate("FA3")
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: taken, raising=False)
+    there = SimpleNamespace(device=torch.device("cuda"))
+    assert sdpa._chosen(there, there, there, {}) == said
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert sdpa._chosen(there, there, there, {}) == "fused"
+
+
+def test_the_flash_kernel_alone_gives_what_any_gives():
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), plain=True)
+    assert torch.equal(SDPA(backend="flash")(*given, mask, 0.4), SDPA()(*given, mask, 0.4))

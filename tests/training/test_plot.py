@@ -37,8 +37,8 @@ def call(monkeypatch, *arguments: str) -> int:
 
 def drawn(monkeypatch) -> list:
     """The axes of the pictures that are saved from here on."""
-    found, save = [], plot._save
-    monkeypatch.setattr(plot, "_save", lambda figure, axes, path: (found.append(axes), save(figure, axes, path)))
+    found, save = [], plot.save_axes
+    monkeypatch.setattr(plot, "save_axes", lambda figure, axes, path: (found.append(axes), save(figure, axes, path)))
     return found
 
 

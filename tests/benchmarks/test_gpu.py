@@ -1,0 +1,59 @@
+"""The measurements for a GPU, in small on a CPU: what fails is a row, and no section outlasts its time."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import gpu
+from data.errors import UserError
+from model.errors import Unsupported
+from tests.benchmarks.stand_in import STAND_IN
+
+
+def rows(monkeypatch, workplace, *options: str) -> list[dict]:
+    monkeypatch.setattr(sys, "argv", ["gpu", "--cpu", "--out", "rows.jsonl", *options])
+    gpu.main()
+    first, *found = map(json.loads, (workplace / "rows.jsonl").read_text().splitlines())
+    assert first["section"] == "environment"
+    return found
+
+
+def test_training_is_measured_beside_nanogpt(workplace, monkeypatch):
+    (workplace / "model.py").write_text(STAND_IN)
+    found = rows(monkeypatch, workplace, "training", "--nanogpt", ".")
+    assert [row["attention"] for row in found] == ["mha", "nanoGPT", "gqa", "mla"]
+    assert all(row["loss_is_finite"] and row["tokens_per_second"] > 0 for row in found)
+
+
+def test_what_the_device_lacks_is_a_row_that_says_why(workplace, monkeypatch):
+    found = {row["variant"]: row for row in rows(monkeypatch, workplace, "variants") if row["attention"] == "mla"}
+    assert found["bf16"]["tokens_per_second"] > 0
+    for variant in ("fp8", "FA3", "FA4", "cudnn"):
+        assert "refused" in found[variant], variant
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [(Unsupported("no"), "refused"), (UserError("no"), "refused"), (RuntimeError("no\nmore"), "failed")],
+)
+def test_a_measurement_that_fails_costs_no_other(error, key):
+    def fail() -> None:
+        raise error
+
+    assert gpu.attempted({"size": "x"}, fail) == {"size": "x", key: " ".join(str(error).split())}
+    assert gpu.attempted({"size": "x"}, lambda y: {"ms": y}, 2) == {"size": "x", "ms": 2}
+
+
+def test_a_section_begins_no_row_that_may_outlast_it(workplace, monkeypatch):
+    now = [0.0]
+
+    def slow(scale):
+        for i in range(100):
+            now[0] += 100
+            yield {"row": i}
+
+    monkeypatch.setitem(gpu.SECTIONS, "kernels", slow)
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    *measured, last = rows(monkeypatch, workplace, "kernels")
+    assert len(measured) == 5 and "stopped" in last and now[0] <= gpu.DEADLINE

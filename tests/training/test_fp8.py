@@ -1,0 +1,143 @@
+"""Products in float8: refused where they cannot be, the same training within their rounding where they can."""
+
+import importlib.util
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from data.errors import UserError
+from model.transformer import TransformerLM
+from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
+from tests.training.runs import assert_same_run, rewind
+from training import fp8, precision
+from training.optim import AdamWConfig
+from training.precision import Working, choose_precision
+from training.step import accumulate, train_step
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("installed", "device", "capability", "complaint"),
+    [
+        (False, CUDA, (9, 0), "needs a package that is not here: python -m pip install torchao"),
+        (True, CPU, None, "this cpu has no float8 products: choose precision=auto"),
+        (True, CUDA, (8, 0), "this GPU's compute capability is 8.0, float8 products need 8.9: choose precision=auto"),
+    ],
+)
+def test_where_nothing_multiplies_float8_it_is_refused(monkeypatch, installed, device, capability, complaint):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there" if installed else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    with pytest.raises(UserError, match="precision=fp8") as refusal:
+        choose_precision("fp8", device)
+    assert str(refusal.value).endswith(complaint)
+    assert_one_line(refusal.value)
+
+
+def test_on_a_gpu_that_can_it_is_kept(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert choose_precision("fp8", CUDA) == "fp8"
+
+
+def test_a_run_that_cannot_is_refused_before_it_leaves_anything(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "precision=fp8"], monkeypatch) == 2
+    assert "error: precision=fp8" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(workplace.iterdir())
+
+
+class Rounded(nn.Linear):
+    """Stands for torchao's layer: the same parameters, other arithmetic."""
+
+
+def stand_in(monkeypatch) -> list[SimpleNamespace]:
+    """torchao.float8 in its place -> the configurations that are asked for."""
+    asked = []
+
+    def convert(model, *, module_filter_fn, config):
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module_filter_fn(module, name):
+                module.__class__ = Rounded
+        asked.append(config)
+
+    fake = SimpleNamespace(Float8LinearConfig=SimpleNamespace, convert_to_float8_training=convert)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(float8=fake))
+    monkeypatch.setitem(sys.modules, "torchao.float8", fake)
+    return asked
+
+
+def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
+    asked = stand_in(monkeypatch)
+    config = small_config("attention=mla")  # whose kv_down has a side of 20
+    with caplog.at_level(logging.INFO, logger="headroom"):
+        working = Working(TransformerLM(config, 100), "fp8")
+    rounded = {name for name, module in working.model.named_modules() if isinstance(module, Rounded)}
+    left = {name for name, module in working.model.named_modules() if isinstance(module, nn.Linear)} - rounded
+    assert left == {"layers.0.attention.kv_down", "layers.1.attention.kv_down"} and rounded
+    assert f"{len(rounded)} of {len(rounded) + 2} matrices multiply in float8" in caplog.text
+    assert "2 matrices stay in bfloat16" in caplog.text and "layers.0.attention.kv_down" in caplog.text
+    assert [config.emulate for config in asked] == [True]
+
+
+def test_without_the_package_a_run_on_another_machine_is_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torchao"):
+        Working(TransformerLM(small_config(), 100), "fp8")
+
+
+def test_masters_stay_float32_and_shapes_need_no_package():
+    model = TransformerLM(small_config(), 100)
+    assert precision.DTYPES["fp8"] == torch.bfloat16
+    with torch.device("meta"):
+        meta = TransformerLM(small_config(), 100)
+    assert fp8.multiply_in_fp8(meta) is meta
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+
+
+@needs_torchao
+@pytest.mark.parametrize("attention", ["mha", "gqa", "mla"])
+def test_gradients_are_those_of_float32_within_the_rounding(attention):
+    """Its naive twin is the same model in float32; torchao imitates the products on a CPU."""
+    found = {}
+    for name in ("fp32", "fp8"):
+        model = TransformerLM(small_config(f"attention={attention}", "model.zero_init=false"), 100)
+        loss, _ = accumulate(Working(model, name), batches(8, 4), (0, 0))
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+        found[name] = loss, gradients
+    assert relative_error(found["fp8"][0], found["fp32"][0]) < 0.01
+    apart = torch.cat([(found["fp8"][1][key] - expected).flatten() for key, expected in found["fp32"][1].items()])
+    whole = torch.cat([expected.flatten() for expected in found["fp32"][1].values()])
+    assert 0.05 < apart.norm() / whole.norm() < 0.25  # less, and nothing was rounded to three bits
+    for key, expected in found["fp32"][1].items():
+        assert torch.cosine_similarity(found["fp8"][1][key].flatten(), expected.flatten(), dim=0) > 0.9, key
+
+
+@needs_torchao
+def test_training_in_float8_learns_as_in_float32():
+    losses = {}
+    for name in ("fp32", "fp8"):
+        model = TransformerLM(small_config(), 100)
+        working, optimizer = Working(model, name), AdamWConfig(lr=3e-3).build(model)
+        losses[name] = [train_step(working, optimizer, batches(8, 4), 3e-3, 1.0).loss.item() for _ in range(20)]
+    assert losses["fp8"][-1] < 0.75 * losses["fp8"][0]
+    assert losses["fp8"][-1] == pytest.approx(losses["fp32"][-1], abs=0.05)
+
+
+@needs_torchao
+def test_a_run_in_float8_resumes_bit_for_bit(workplace, monkeypatch):
+    monkeypatch.setattr(precision, "refuse_unfit", lambda device: None)  # a CPU imitates it
+    options = [*SMOKE, "precision=fp8", "steps=6", "save_every=3", "eval_every=3"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "again", 3)
+    assert call("train", ["resume=again"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "again", 6)
