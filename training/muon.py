@@ -21,7 +21,7 @@ FIRST_MOMENTUM = 0.85
 class MuonConfig(AdamWConfig):
     """Hidden matrices learn by Muon at muon_lr, which need not change with the width: an update's spectral norm is
     muon_lr · sqrt(max(1, rows/cols)). lr, beta1, beta2 and eps are AdamW's, for embeddings, head and vectors;
-    weight_decay is of all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 4 / d_model:
+    weight_decay is of all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 / d_model:
     embeddings bear a larger one than AdamW alone may give the matrices beside them."""
 
     muon_lr: float = Field(0.02, gt=0)
@@ -30,7 +30,7 @@ class MuonConfig(AdamWConfig):
     logical_blocks: bool = True  # orthogonalise what the attention publishes as matrices; false: what is stored as one
 
     def derive(self, d_model: int) -> Self:
-        return self.model_copy(update={"lr": self.lr or 4 / d_model})
+        return self.model_copy(update={"lr": self.lr or 2 / d_model})
 
     @property
     def rates(self) -> str:

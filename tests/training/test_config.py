@@ -101,7 +101,7 @@ def test_unset_dimensions_derive_by_the_documented_rules():
     mla = gpt2.model.attention
     assert (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (192, 48, 16, 64)
     assert gpt2.model.mlp.d_ff == 3072
-    assert gpt2.optim.lr == pytest.approx(4 / 768)
+    assert gpt2.optim.lr == pytest.approx(2 / 768)
     assert load_composed("model=gpt2", "optim=adamw").optim.lr == pytest.approx(0.5 / 768)
     kv_heads = {
         heads: load_composed("attention=gqa", f"model.n_heads={heads}", "model.d_model=768").model.attention.n_kv_heads

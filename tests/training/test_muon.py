@@ -169,7 +169,7 @@ def test_the_momentum_grows_to_its_value():
 
 def test_its_state_is_what_it_keeps_and_has_a_name_for_each_tensor():
     run = load_composed(*SMOKE, "optim=muon")
-    assert run.optim.lr == 4 / 64 and load_composed(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
+    assert run.optim.lr == 2 / 64 and load_composed(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
     model = TransformerLM(run.model, 257)
     optimizer = run.optim.build(model)
     model(some_tokens(1, 8)).logits.sum().backward()
