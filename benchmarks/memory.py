@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from benchmarks.side_by_side import report
 from model.transformer import ModelConfig, TransformerLM
 from training.config import load_choice
-from training.device import allocated_peak
 from training.loss import token_losses
 from training.precision import Working
 from training.step import mean_loss

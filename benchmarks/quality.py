@@ -30,6 +30,7 @@ from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, marked, report, settle
 from benchmarks.train import SIZES, Size, run_of
 from data.batches import micro_batches, stack, windows
+from data.errors import UserError
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
 from training.command import one_line_errors
@@ -113,6 +114,9 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
         refuse_unwritable(args.picture, "--picture")
+    for override in " ".join(args.ours).split():
+        if override.startswith(("precision=", "data", "tokenizer", "steps=", "seed=")):
+            raise UserError(f"--ours {override}: recipes share text, precision, steps and seeds: leave it out")
     to_stderr()
     if not args.untuned:
         keep_buffers()
@@ -226,7 +230,7 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         length, micro = run.model.context_length, run.micro_batch_size
         model = TransformerLM(run.model, size.vocab, seed).to(device)
         working, optimizer, clip = Working(model, args.precision), run.optim.build(model), run.optim.clip(model)
-        loss, losses = losses_of(run.data, 0, clip)
+        loss, losses = losses_of(run.data, 0, clip, run.checkpoint_activations, run.compilation)
 
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)

@@ -25,7 +25,7 @@ from tests.support import load_composed
 from training.allocator import keep_buffers
 from training.config import Run
 from training.precision import Working
-from training.step import evaluate, train_step
+from training.step import evaluate, losses_of, train_step
 
 SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.context_length=64", "batch_tokens=768")
 LEFT_OUT = (
@@ -89,15 +89,16 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
     model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed)
     working, optimizer, clip = Working(model, run.precision), run.optim.build(model), run.optim.clip(model)
+    loss, losses = losses_of(run.data, corpus.tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
     window, cpu, seconds = run.model.context_length, torch.device("cpu"), []
     for step in range(run.steps):
         batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)
         before = time.process_time()
-        train_step(working, optimizer, batches, run.lr(step), run.clip_norm, (run.seed, step), clip=clip)
+        train_step(working, optimizer, batches, run.lr(step), run.clip_norm, (run.seed, step), loss, clip)
         seconds.append(time.process_time() - before)
     working.refresh()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
-    score = evaluate(working.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens))
+    score = evaluate(working.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens), losses)
     return score.loss, statistics.median(seconds)
 
 

@@ -117,7 +117,7 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
 
 def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def make(attention: str) -> tuple[nn.Module, Step]:
-        run = run_of(size, f"attention={attention}")
+        run = run_of(size, f"attention={attention}", "optim=adamw")
         model = TransformerLM(run.model, size.vocab)
         working, optimizer = Working(model, precision), run.optim.build(model)
         return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP)

@@ -1,17 +1,11 @@
 """Which device a run uses."""
 
-import itertools
-import json
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from data.errors import UserError
 from training.cgroup import memory_left
@@ -54,19 +48,6 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def allocated_peak(run: Callable[[], Any]) -> int:
-    """Bytes: the most that PyTorch's allocator of a CPU had given out at one time during run(), beyond what it had
-    before. It sees what kernels take for themselves too, and slows them down a little."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
-    return max(itertools.accumulate(changes), default=0)
 
 
 def free_memory(device: torch.device) -> int | None:

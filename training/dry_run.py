@@ -159,7 +159,8 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
         return (
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
-    seconds = left * run.batch_tokens * flops.training() / (USUAL_MFU * peak)
+    per_token = flops.training() + (flops.forward() if run.checkpoint_activations else 0)
+    seconds = left * run.batch_tokens * per_token / (USUAL_MFU * peak)
     return (
         f"time         about {clock(seconds)} for {left:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
         f"are reached: no step can be timed here ({reason})"

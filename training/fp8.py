@@ -45,11 +45,13 @@ def multiply_in_fp8(model: nn.Module) -> nn.Module:
 
     config = Float8LinearConfig(pad_inner_dim=True, emulate=device.type != "cuda")
     convert_to_float8_training(model, module_filter_fn=lambda _, name: name in fit, config=config)
-    log.info(f"precision fp8: {len(fit)} of {len(linear)} matrices multiply in float8; compile=true makes that fast")
+    log.info(
+        f"precision fp8: {len(fit)} of {len(linear)} linear layers multiply in float8; compile=true makes that fast"
+    )
     if len(fit) < len(linear):
         left = sorted(linear.keys() - fit)
         log.warning(
-            f"precision fp8: {len(left)} matrices stay in bfloat16, whose sides are no multiples of {MULTIPLE}: "
+            f"precision fp8: {len(left)} linear layers stay in bfloat16, whose sides are no multiples of {MULTIPLE}: "
             f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}"
         )
     return model
@@ -57,4 +59,4 @@ def multiply_in_fp8(model: nn.Module) -> nn.Module:
 
 def _refuse_missing() -> None:
     if importlib.util.find_spec("torchao") is None:
-        raise UserError("precision=fp8 needs a package that is not here: python -m pip install torchao")
+        raise UserError("precision=fp8 needs a package that is not here: python -m pip install -e '.[fp8]'")

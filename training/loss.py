@@ -6,7 +6,7 @@ float32 a few rows at a time. A gradient needs nothing of a chunk but the chunk,
 (Hsu et al. 2024, arXiv:2410.10989, section 3.2) and multiplied in the backward pass by what came in.
 
 F.linear_cross_entropy of PyTorch 2.13 would do so too, but knows no softcap, leaves compiled code, adds up a bfloat16
-loss in bfloat16, and on a CPU takes 1.3 to 2.8 times as long as the logits at once (benchmarks/README.md).
+loss in bfloat16, and on a CPU takes two to five times as long (benchmarks/README.md).
 
 Letters: N tokens, n of a chunk, d width, V vocabulary, V' its matrix's rows, padding counted.
 """
@@ -21,8 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from model.transformer import Readout, softcapped
 
-CHUNK = 2**26  # bytes of logits that exist at one time
-MOST_TOKENS = 4096  # in a chunk: of more, sums of float16 could overflow
+CHUNK = {"cpu": 2**26, "meta": 2**26}  # bytes of logits that exist at one time;
+LARGE_CHUNK = 2**29  # fewer chunks where each costs a launch, or a compiler's time
+MOST_TOKENS = 4096  # in a chunk,
+MOST_FLOAT16 = 1024  # whose sums over more of them could overflow
 TILE = {"cpu": 2**18, "meta": 2**18}  # numbers in float32 at one time: what a cache holds,
 LARGE_TILE = 2**23  # or what keeps a GPU busy
 
@@ -70,11 +72,15 @@ def _losses(x: Tensor, readout: Readout, targets: Tensor, gradients: tuple[Tenso
     those of the weight (zeros, float32)."""
     weight, vocab_size, softcap = readout
     losses = x.new_empty(len(x), dtype=torch.float32)
-    for chunk in _cut(len(x), min(MOST_TOKENS, CHUNK // (len(weight) * weight.element_size()))):
+    large = torch.compiler.is_compiling()
+    chunk_bytes = LARGE_CHUNK if large else CHUNK.get(x.device.type, LARGE_CHUNK)
+    most = MOST_FLOAT16 if weight.dtype == torch.float16 else MOST_TOKENS
+    most = min(most, chunk_bytes // (len(weight) * weight.element_size()))
+    for chunk in _cut(len(x), most, x.is_meta):
         logits = x[chunk] @ weight.mT  # (n, V')
         # a compiler makes its own tiles, and would write ours out one after the other
-        tile = len(logits) if torch.compiler.is_compiling() else TILE.get(x.device.type, LARGE_TILE) // len(weight)
-        for rows in _cut(len(logits), tile):
+        tile = len(logits) if large else TILE.get(x.device.type, LARGE_TILE) // len(weight)
+        for rows in _cut(len(logits), tile, x.is_meta):
             part = logits[rows, :vocab_size]
             losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)
         if gradients is None:
@@ -106,7 +112,8 @@ def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentia
     return losses
 
 
-def _cut(length: int, size: int) -> Iterator[slice]:
+def _cut(length: int, size: int, first_only: bool) -> Iterator[slice]:
+    """first_only: on the meta device the others would only be the same shapes again."""
     size = max(1, size)
-    for start in range(0, length, size):
+    for start in range(0, size if first_only else length, size):
         yield slice(start, min(start + size, length))

@@ -1,11 +1,12 @@
 """PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.attention as fused_attention
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -27,8 +28,16 @@ KEPT_KEYS = 1024  # how wide a tile's mask may be to be kept for the backward pa
 
 
 class SDPA(Kernel):
-    backend: Literal["flash", "efficient", "cudnn"] | None = None  # the only one that may run; unset: PyTorch chooses
+    # The only one that may train on whole contexts in low precision. Elsewhere, as in a float32 preview that decodes
+    # under a mask, PyTorch chooses, which it does everywhere if this is unset.
+    backend: Literal["flash", "efficient", "cudnn"] | None = None
     flash: Literal["FA3", "FA4"] | None = None  # on a GPU, what takes the place of PyTorch's own flash kernel
+
+    @model_validator(mode="after")
+    def _flash_may_run(self) -> Self:
+        if self.flash and self.backend not in (None, "flash"):
+            raise ValueError(f"kernel.flash={self.flash} does nothing with kernel.backend={self.backend}: unset one")
+        return self
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type not in DEVICES:
@@ -53,7 +62,7 @@ class SDPA(Kernel):
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (widened(x, width) for x in (q, k, v))
-        fused = _Fused(self.backend)
+        fused = _Fused(self.backend if mask.unrestricted and q.dtype != torch.float32 else None)
         if mask.unrestricted:
             out = _causal(q, k, v, scale, dropout, fused)
         else:
@@ -117,7 +126,7 @@ def by_positions(
 class _Fused:
     """F.scaled_dot_product_attention where it is fused; `ran` says which of its kernels that was."""
 
-    ran: str
+    ran = "fused"
 
     def __init__(self, backend: str | None):
         self.backend = backend
@@ -127,7 +136,8 @@ class _Fused:
         """(B, heads, rows, D) each. Refuses, where PyTorch would fall to its slow math path in silence."""
         try:
             with sdpa_kernel(self.allowed):
-                self.ran = _chosen(q, k, v, how)
+                if not torch.compiler.is_compiling():  # which would trip over a tile that is computed anew
+                    self.ran = _chosen(q, k, v, how)
                 return F.scaled_dot_product_attention(q, k, v, **how)
         except RuntimeError as error:
             if "No available kernel" not in str(error):
@@ -141,10 +151,10 @@ class _Fused:
 
 
 def _chosen(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> str:
-    """Which kernel PyTorch takes, where it tells: not while it compiles."""
+    """Which kernel PyTorch takes, where it tells."""
     if q.device.type == "cpu":
         return "flash"
-    if torch.compiler.is_compiling() or not hasattr(torch, "_fused_sdp_choice"):
+    if not hasattr(torch, "_fused_sdp_choice"):
         return "fused"
     taken = torch._fused_sdp_choice(q, k, v, **how)
     name = next((name for name, backend in BACKENDS.items() if int(backend) == taken), "fused")

@@ -11,9 +11,18 @@ from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.mask import Mask
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, SMOKE, batches, call, load_composed, relative_error, small_model, some_tokens
+from tests.support import (
+    ATTENTIONS,
+    SMOKE,
+    allocated_peak,
+    batches,
+    call,
+    load_composed,
+    relative_error,
+    small_model,
+    some_tokens,
+)
 from training import step
-from training.device import allocated_peak
 from training.log import read_metrics
 from training.precision import Working
 from training.step import accumulate, losses_of, mean_loss, mean_loss_and_scores

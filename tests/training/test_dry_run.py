@@ -11,9 +11,8 @@ from data.batches import windows
 from data.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, SMOKE, call, load_composed, some_tokens
+from tests.support import ATTENTIONS, SMOKE, allocated_peak, call, load_composed, some_tokens
 from training import step
-from training.device import allocated_peak
 from training.dry_run import memory
 from training.log import clock
 from training.precision import Working
@@ -94,7 +93,7 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert "parameters   119,168: embedding 20,480, attention 32,768, mlp 65,536, norms 384, head 0 (tied" in out
     assert "flops        762,624 per token of training, 254,208 forward (7% of it attention, over 32.5 keys" in out
     assert "cache        1,024 bytes per token" in out
-    assert "micro-batches of 16 x 64" in out and "optimizer 953 kB" in out
+    assert "micro-batches of 16 x 64" in out and "optimizer 560 kB" in out
     both = re.search(r"activations ([\d.]+) MB .*; checkpoint_activations=true: activations ([\d.]+) MB\n", out)
     kept, anew = both.groups()
     assert 0 < float(anew) < 0.8 * float(kept)

@@ -24,7 +24,7 @@ def base(workplace, monkeypatch, capsys):
 
 
 def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsys):
-    assert call("train", [*TUNED, "optim.lr=1e-30", "run_dir=still"], monkeypatch) == 0
+    assert call("train", [*TUNED, "optim.lr=1e-30", "optim.muon_lr=1e-30", "run_dir=still"], monkeypatch) == 0
     assert "beginning with the weights of base/checkpoints/step_00000030" in capsys.readouterr().err
     (before, tokenizer), (after, its) = load_run("base"), load_run("still")
     assert tokenizer.hash == its.hash

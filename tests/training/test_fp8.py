@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("installed", "device", "capability", "complaint"),
     [
-        (False, CUDA, (9, 0), "needs a package that is not here: python -m pip install torchao"),
+        (False, CUDA, (9, 0), "needs a package that is not here: python -m pip install -e '.[fp8]'"),
         (True, CPU, None, "this cpu has no float8 products: choose precision=auto"),
         (True, CUDA, (8, 0), "this GPU's compute capability is 8.0, float8 products need 8.9: choose precision=auto"),
     ],
@@ -80,14 +80,14 @@ def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
     rounded = {name for name, module in working.model.named_modules() if isinstance(module, Rounded)}
     left = {name for name, module in working.model.named_modules() if isinstance(module, nn.Linear)} - rounded
     assert left == {"layers.0.attention.kv_down", "layers.1.attention.kv_down"} and rounded
-    assert f"{len(rounded)} of {len(rounded) + 2} matrices multiply in float8" in caplog.text
-    assert "2 matrices stay in bfloat16" in caplog.text and "layers.0.attention.kv_down" in caplog.text
+    assert f"{len(rounded)} of {len(rounded) + 2} linear layers multiply in float8" in caplog.text
+    assert "2 linear layers stay in bfloat16" in caplog.text and "layers.0.attention.kv_down" in caplog.text
     assert [config.emulate for config in asked] == [True]
 
 
 def test_without_the_package_a_run_on_another_machine_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torchao"):
+    with pytest.raises(UserError, match="pip install"):
         Working(TransformerLM(small_config(), 100), "fp8")
 
 
