@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from benchmarks.side_by_side import report
 from model.transformer import ModelConfig, TransformerLM
+from tests.support import allocated_peak
 from training.config import load_choice
 from training.loss import token_losses
 from training.precision import Working
