@@ -22,9 +22,10 @@ from benchmarks.side_by_side import Announced, in_turns, marked, report
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
+from training.compilation import maybe_compiled
 from training.config import Run
 from training.precision import Working
-from training.step import train_step
+from training.step import mean_loss, train_step
 
 LR = 1e-4
 OURS = ("mha", "gqa", "mla")
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["i", "ii"])
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16"])
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT: its model.py is imported")
+    parser.add_argument("--compiled", action="store_true", help="each model compiled too: a minute more for each")
     parser.add_argument("--only", nargs="+", help="names of models: those alone")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--untuned", action="store_true", help="leave the allocator as it comes")
@@ -83,7 +85,14 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
     tokens = torch.randint(size.vocab, (size.batch, size.tokens + 1), generator=torch.Generator().manual_seed(0))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     runs, kernels, weights = {}, {}, {}
-    for name, make in {**_ours(size, precision), **_peers(size, precision, args.nanogpt)}.items():
+    candidates = {**_ours(size, precision), **_peers(size, precision, args.nanogpt)}
+    if args.compiled:
+        candidates |= _ours(size, precision, compiled=True)
+        candidates |= {
+            f"{name}, compiled": lambda make=make: _compiled(make)
+            for name, make in _peers(size, precision, args.nanogpt).items()
+        }
+    for name, make in candidates.items():
         if args.only and name not in args.only:
             continue
         try:
@@ -115,14 +124,22 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
     ]
 
 
-def _ours(size: Size, precision: str) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
+def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def make(attention: str) -> tuple[nn.Module, Step]:
         run = run_of(size, f"attention={attention}", "optim=adamw")
         model = TransformerLM(run.model, size.vocab)
         working, optimizer = Working(model, precision), run.optim.build(model)
-        return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP)
+        loss = maybe_compiled(mean_loss, compiled)
+        return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP, loss=loss)
 
-    return {f"ours {attention}": lambda attention=attention: make(attention) for attention in OURS}
+    suffix = ", compiled" if compiled else ""
+    return {f"ours {attention}{suffix}": lambda attention=attention: make(attention) for attention in OURS}
+
+
+def _compiled(make: Callable[[], tuple[nn.Module, Step]]) -> tuple[nn.Module, Step]:
+    model, step = make()
+    model.compile()
+    return model, step
 
 
 def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:

@@ -35,7 +35,7 @@ def restored_determinism():
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_deterministic_run_comes_out_twice_alike(workplace, monkeypatch, restored_determinism, compiled):
     options = [*BUSY, "attention=mla", "deterministic=true", f"compile={compiled}", "steps=10", "eval_every=5"]
     for name in ("one", "two"):
@@ -57,7 +57,10 @@ def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
     assert "error: deterministic=true: put_ does not have a deterministic" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "attention",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gqa", "mla"))) for name in ATTENTIONS],
+)
 def test_the_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace, monkeypatch, attention):
     """Over 50 steps in float32. Muon, which divides by the smallest singular values, would make more of rounding."""
     options = [*SMOKE, f"attention={attention}", "optim=adamw", "precision=fp32", "steps=50", "batch_tokens=512"]

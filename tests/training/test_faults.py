@@ -48,7 +48,7 @@ def whole(workplace, monkeypatch):
 
 @pytest.mark.parametrize(
     ("largest_file", "complaint"),
-    [(500, "cannot be written"), (1500, "metrics.jsonl cannot be written"), (300_000, "checkpoint")],
+    [(500, "cannot be written"), (1800, "metrics.jsonl cannot be written"), (300_000, "checkpoint")],
     ids=["config", "metrics", "weights"],
 )
 def test_a_full_disk_costs_nothing_that_was_saved(whole, workplace, monkeypatch, largest_file, complaint):

@@ -87,8 +87,13 @@ def test_the_loss_is_the_same_with_scores_beside_it():
     assert torch.equal(mean_loss_and_scores(model, inputs, targets)[0], mean_loss(model, inputs, targets))
 
 
-@pytest.mark.parametrize("choice", [["attention=mla", "optim=muon"], ["attention=gqa", "attention.qk_norm=false"]])
-@pytest.mark.parametrize("compiled", [False, True])
+MUON, ADAMW = ["attention=mla", "optim=muon"], ["attention=gqa", "attention.qk_norm=false", "optim=adamw"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "compiled"),
+    [(MUON, False), (ADAMW, False), pytest.param(MUON, True, marks=pytest.mark.slow), (ADAMW, True)],
+)
 def test_a_clipped_run_says_so_and_resumes_bit_for_bit(workplace, monkeypatch, capsys, choice, compiled):
     options = [*SMOKE, *choice, "optim.qk_clip=0.02", "model.n_layers=1", f"compile={compiled}", "steps=12"]
     options += ["data.size=12", "save_every=5", "eval_every=4", "micro_batch_size=4"]

@@ -28,7 +28,7 @@ def text_of(out: str) -> str:
 def runs() -> Iterator:
     """Every attention in both precisions, compiled or not. To compile takes long: most of those are slow tests."""
     for case in itertools.product(ATTENTIONS, ["fp32", "bf16"], [False, True]):
-        seldom = case[2] and case[:2] not in (("gqa", "fp32"), ("mla", "bf16"), ("stack", "bf16"))
+        seldom = case[2] and case[:2] not in (("gqa", "fp32"), ("mla", "bf16"))
         yield pytest.param(*case, marks=[pytest.mark.slow] * seldom)
 
 
