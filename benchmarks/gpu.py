@@ -30,7 +30,7 @@ import torch
 import yaml
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
-from benchmarks.side_by_side import Announced, environment
+from benchmarks.side_by_side import Announced, checkout, environment, output
 from data.errors import UserError
 from model import cost
 from model.errors import Unsupported
@@ -45,6 +45,7 @@ from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.sampler import Sampler
 from model.transformer import ModelConfig, TransformerLM
+from training.command import one_line_errors
 from training.compilation import maybe_compiled
 from training.config import ROOT, load_choice
 from training.mfu import peak_flops
@@ -73,8 +74,8 @@ class Scale(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; unset: all")
-    parser.add_argument("--out", type=Path, help="a row of JSON is added for each measurement")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT: its model.py is imported")
+    parser.add_argument("--out", type=output, help="a row of JSON is added for each measurement")
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU")
     args = parser.parse_args()
     unknown = set(args.section) - SECTIONS.keys()
@@ -372,4 +373,5 @@ SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
 }
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

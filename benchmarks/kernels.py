@@ -6,12 +6,11 @@ python -m benchmarks.kernels --tokens 64 256 512 --batch 8 --heads 6 6 --causal 
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import in_turns, marked, report
+from benchmarks.side_by_side import count, in_turns, marked, output, report
 from model.errors import Unsupported
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
@@ -19,6 +18,7 @@ from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern
+from training.command import one_line_errors
 
 KERNELS = {"sdpa": SDPA(), "matmul": Matmul(), "flex": Flex(), "naive": Naive()}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,16 +27,16 @@ NAIVE_TOKENS = 4096  # beyond, its scores do not fit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
-    parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--heads", type=int, nargs=2, default=[8, 2], metavar=("QUERY", "KEY"))
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=count, nargs="+", default=[1024, 4096])
+    parser.add_argument("--window", type=count, default=256)
+    parser.add_argument("--heads", type=count, nargs=2, default=[8, 2], metavar=("QUERY", "KEY"))
+    parser.add_argument("--head-dim", type=count, default=64)
+    parser.add_argument("--batch", type=count, default=1)
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--causal", action="store_true", help="no windows")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--rounds", type=count, default=7)
+    parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
@@ -107,4 +107,5 @@ def _without_gradients(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torc
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

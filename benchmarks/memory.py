@@ -9,15 +9,15 @@ import argparse
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.side_by_side import report
+from benchmarks.side_by_side import count, output, report
 from model.transformer import ModelConfig, TransformerLM
 from tests.support import allocated_peak
+from training.command import one_line_errors
 from training.config import load_choice
 from training.loss import token_losses
 from training.precision import Working
@@ -38,12 +38,12 @@ PATHS = {  # what is trained, and with which settings: attention, its settings, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
+    parser.add_argument("--tokens", type=count, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", choices=(*PATHS, "savings"), default=[*PATHS, "savings"])
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--d-model", type=int, default=64)
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--heads", type=count, default=4)
+    parser.add_argument("--d-model", type=count, default=64)
+    parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for precision in args.precision:
@@ -136,4 +136,5 @@ def _text(tokens: int, vocab_size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
-from benchmarks.side_by_side import Meter, Reading, marked, report, settle
-from benchmarks.train import SIZES, Size, run_of
+from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, report, settle
+from benchmarks.train import SIZES, Size, refuse_shared, run_of
 from data.batches import micro_batches, stack, windows
-from data.errors import UserError
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
 from training.command import one_line_errors
@@ -92,19 +91,19 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="a file of text")
     parser.add_argument("--size", choices=SIZES, default="ii")
     parser.add_argument("--ours", nargs="*", default=[""], help="each the overrides of a recipe; '' is the default one")
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT: its model.py is imported")
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
     parser.add_argument("--lr", type=float, default=1e-3, help="nanoGPT's")
     parser.add_argument("--warmup", type=int, default=100, help="nanoGPT's, in steps")
     parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each run")
     parser.add_argument("--marks", type=float, nargs="+", help="seconds at which to score; unset: ten, evenly")
-    parser.add_argument("--val-tokens", type=int, help="of the validation text; unset: all")
+    parser.add_argument("--val-tokens", type=count, help="of the validation text; unset: all")
     parser.add_argument("--target", type=float, help="a loss: when was it reached?")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--untuned", action="store_true", help="leave the allocator as it comes")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--json", type=output, help="write the table there")
     parser.add_argument("--picture", type=Path, help="draw the curves there (.png, .svg or .pdf)")
     args = parser.parse_args()
     with one_line_errors():
@@ -114,9 +113,9 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
         refuse_unwritable(args.picture, "--picture")
-    for override in " ".join(args.ours).split():
-        if override.startswith(("precision=", "data", "tokenizer", "steps=", "seed=")):
-            raise UserError(f"--ours {override}: recipes share text, precision, steps and seeds: leave it out")
+    refuse_shared(" ".join(args.ours).split(), "--ours")
+    for overrides in args.ours:
+        run_of(SIZES[args.size], *overrides.split())  # whatever is wrong with one is said before any of them trains
     to_stderr()
     if not args.untuned:
         keep_buffers()

@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import report
+from benchmarks.side_by_side import count, output, report
+from benchmarks.train import refuse_shared
 from data.batches import micro_batches
 from data.prepare import Prepared, prepare
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
+from training.command import one_line_errors
 from training.config import Run
 from training.precision import Working
 from training.step import evaluate, losses_of, train_step
@@ -52,13 +54,16 @@ def main() -> None:
     parser.add_argument("--base", nargs="+", default=["experiment=fast"], help="overrides of every row")
     parser.add_argument("--rows", nargs="+", default=LEFT_OUT, help="overrides that one row adds, in one word each")
     parser.add_argument("--size", nargs="+", default=SIZE_I, help="overrides that set the size")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=count, default=500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--val-tokens", type=int, default=65536, help="of the validation set, scored at the end")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--val-tokens", type=count, default=65536, help="of the validation set, scored at the end")
+    parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
     keep_buffers()
     base = [*args.size, *args.base, f"steps={args.steps}"]
+    for added in args.rows:
+        refuse_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
+        load_composed(*base, *added.split())  # whatever is wrong with one is said before any of them trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:
         rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
@@ -103,4 +108,5 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -1,5 +1,6 @@
 """Times alternatives against each other: in turns, within one process, so that what slows one slows all."""
 
+import argparse
 import json
 import logging
 import os
@@ -106,9 +107,33 @@ def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
     print(f"{title}: {', '.join(f'{key} {value}' for key, value in environment().items())}\n")
     for row in ({key: key for key in widths}, *rows):
         print("  ".join(_text(value).rjust(widths[key]) for key, value in row.items()))
+    if "others" in widths:
+        print(f"\nothers: what other processes took of the machine's CPU time; ! marks more than {100 * NOISY:.0f} %")
     if path:
         path.write_text(json.dumps({"title": title, "environment": environment(), "rows": rows}, indent=1) + "\n")
         print(f"\n{path}")
+
+
+def count(text: str) -> int:
+    """Of a command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    return int(text)
+
+
+def output(text: str) -> Path:
+    """A file that can be written, so that it is said before hours of measuring."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in a folder that can be")
+    return path
+
+
+def checkout(text: str) -> Path:
+    """Of nanoGPT."""
+    if not (Path(text) / "model.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text} holds no model.py: name a checkout of nanoGPT")
+    return Path(text)
 
 
 def marked(timing: Timing | Reading) -> str:

@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.side_by_side import in_turns, marked, report
+from benchmarks.side_by_side import count, in_turns, marked, output, report
+from training.command import one_line_errors
 from training.config import ROOT
 
 BARS = {"train.py --help": 1.0, "sample.py --help": 1.0, "first step": 4.0, "first token": 4.0}
@@ -33,8 +34,8 @@ TWIN, IMPORT = "import torch", "import os, torch; os._exit(0)"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="of the run, as train.py takes them, as model=gpt2")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--rounds", type=count, default=7)
+    parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -98,4 +99,5 @@ def _first_token(place: Path, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

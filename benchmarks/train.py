@@ -9,7 +9,8 @@ AdamW as they build it. All share one process, so the allocator that training tu
 """
 
 import argparse
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,16 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.nanogpt import BETAS, CLIP, DECAY, Step, autocast_step, nanogpt_of
-from benchmarks.side_by_side import Announced, in_turns, marked, report
+from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked, output, report
+from data.errors import UserError
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
+from training.command import one_line_errors
 from training.compilation import maybe_compiled
 from training.config import Run
 from training.precision import Working
 from training.step import mean_loss, train_step
 
 LR = 1e-4
+# Settings that recipes which are compared have in common.
+SHARED = r"\+*(precision|data|tokenizer|steps|seed|dry_run|resume|init_from|run_dir|model)="
 OURS = ("mha", "gqa", "mla")
 
 
@@ -65,16 +70,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["i", "ii"])
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16"])
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT: its model.py is imported")
+    parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
     parser.add_argument("--compiled", action="store_true", help="each model compiled too: a minute more for each")
     parser.add_argument("--only", nargs="+", help="names of models: those alone")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--untuned", action="store_true", help="leave the allocator as it comes")
-    parser.add_argument("--json", type=Path, help="write the table there")
+    parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
     if not args.untuned:
         keep_buffers()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for size in (SIZES[name] for name in args.sizes):
         for precision in args.precision:
             rows += _timed(args, size, precision)
@@ -92,6 +97,9 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
             f"{name}, compiled": lambda make=make: _compiled(make)
             for name, make in _peers(size, precision, args.nanogpt).items()
         }
+    unknown = set(args.only or ()) - candidates.keys()
+    if unknown:
+        raise UserError(f"--only {', '.join(sorted(unknown))}: choose from {', '.join(candidates)}")
     for name, make in candidates.items():
         if args.only and name not in args.only:
             continue
@@ -218,6 +226,13 @@ def run_of(size: Size, *overrides: str) -> Run:
     return load_composed(*shape, *overrides)
 
 
+def refuse_shared(overrides: Sequence[str], where: str) -> None:
+    """Raises UserError for a setting that recipes which are compared have in common."""
+    for override in overrides:
+        if re.match(SHARED, override):
+            raise UserError(f"{where} {override}: what is compared shares text, size, precision, steps and seeds")
+
+
 def _adamw(model: nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=LR, betas=BETAS, weight_decay=DECAY, fused=True)
 
@@ -227,4 +242,5 @@ def _cross_entropy(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tens
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()
