@@ -72,14 +72,14 @@ def _losses(x: Tensor, readout: Readout, targets: Tensor, gradients: tuple[Tenso
     those of the weight (zeros, float32)."""
     weight, vocab_size, softcap = readout
     losses = x.new_empty(len(x), dtype=torch.float32)
-    large = torch.compiler.is_compiling()
-    chunk_bytes = LARGE_CHUNK if large else CHUNK.get(x.device.type, LARGE_CHUNK)
+    compiling = torch.compiler.is_compiling()
+    chunk_bytes = LARGE_CHUNK if compiling else CHUNK.get(x.device.type, LARGE_CHUNK)
     most = MOST_FLOAT16 if weight.dtype == torch.float16 else MOST_TOKENS
     most = min(most, chunk_bytes // (len(weight) * weight.element_size()))
     for chunk in _cut(len(x), most, x.is_meta):
         logits = x[chunk] @ weight.mT  # (n, V')
         # a compiler makes its own tiles, and would write ours out one after the other
-        tile = len(logits) if large else TILE.get(x.device.type, LARGE_TILE) // len(weight)
+        tile = len(logits) if compiling else TILE.get(x.device.type, LARGE_TILE) // len(weight)
         for rows in _cut(len(logits), tile, x.is_meta):
             part = logits[rows, :vocab_size]
             losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)
