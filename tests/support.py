@@ -122,6 +122,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(error.detach().nan_to_num(nan=float("inf")))
 
 
+def changed(overrides: Sequence[str], *changes: str) -> list[str]:
+    """The overrides and the changes, which take the place of those of the same setting: none may be given twice."""
+    keys = {change.partition("=")[0] for change in changes}
+    return [*(override for override in overrides if override.partition("=")[0] not in keys), *changes]
+
+
 def assert_one_line(error: UserError | Unsupported) -> None:
     assert len(str(error).splitlines()) == 1, repr(str(error))
 

@@ -369,6 +369,12 @@ BAD_RUNS = {
     "no folder": (["run_dir=''"], "run_dir="),
     "no name": (["resume="], "resume= names no run"),
     "no such run, and what may not change": (["experiment=smoke", "resume=none"], "none is not a run: it has no"),
+    "a choice twice": (
+        ["attention=mha", "attention=mla"],
+        "attention=mha and attention=mla give attention twice: leave",
+    ),
+    "a setting twice": (["steps=3", "optim=adamw", "++steps=5"], "steps=3 and ++steps=5 give steps twice: leave one"),
+    "a choice twice in a sweep": (["-m", "optim=adamw,muon", "optim=muon"], "optim=adamw,muon and optim=muon give"),
     "two beginnings": (["init_from=a", "resume=b"], "resume=b with init_from: a run that goes on has weights already"),
     "a flag": (["--foo"], "unrecognized arguments: --foo"),
 }

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
@@ -49,6 +49,20 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     elif _failed and not of_a_sweep:
         _failed.clear()
         sys.exit(2)
+
+
+def refuse_twice(typed: Sequence[str]) -> None:
+    """Raises UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
+    last in silence."""
+    given: dict[str, str] = {}
+    for override in typed:
+        key, equals, _ = override.lstrip("+").partition("=")
+        if not equals or key.startswith(("-", "~")):  # a flag; a setting that is taken away
+            continue
+        if key in given:
+            sweep = ", or -m with a list of values to have a run of each" if given[key] != override else ""
+            raise UserError(f"{given[key]} and {override} give {key} twice: leave one of them out{sweep}")
+        given[key] = override
 
 
 def plain_tree(cfg: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import SMOKE, call
+from tests.support import SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training.trained import load_run
 
@@ -64,7 +64,7 @@ def test_another_context_is_refused_where_positions_are_learned(workplace, monke
     assert call("train", [*BASE, "position=learned", "steps=1"], monkeypatch) == 0
     assert call("train", [*TUNED, "model.context_length=32", "run_dir=no"], monkeypatch) == 2
     assert "its learned positions are the 64 of its context" in capsys.readouterr().err.splitlines()[-1]
-    assert call("train", [*TUNED, "steps=1", "run_dir=yes"], monkeypatch) == 0
+    assert call("train", changed(TUNED, "steps=1", "run_dir=yes"), monkeypatch) == 0
 
 
 def test_it_resumes_without_the_run_it_began_with(base, workplace, monkeypatch):
@@ -92,7 +92,7 @@ REFUSED = {
 
 @pytest.mark.parametrize(("change", "complaint"), REFUSED.items(), ids=REFUSED)
 def test_another_model_or_vocabulary_is_refused(base, workplace, monkeypatch, capsys, change, complaint):
-    assert call("train", [*TUNED, change, "run_dir=no"], monkeypatch) == 2
+    assert call("train", changed(TUNED, change, "run_dir=no"), monkeypatch) == 2
     err = capsys.readouterr().err
     assert complaint in err.splitlines()[-1] and err.count("error:") == 1
     assert not (workplace / "no").exists()

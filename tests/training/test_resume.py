@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
-from tests.support import ATTENTIONS, SMOKE, call
+from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training.checkpoint import MODEL, OPTIMIZER, newest
 from training.log import read_metrics
@@ -50,7 +50,7 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, att
     ("choice", "compiled"),
     [
         ([*CLASSIC], False),
-        ([*CLASSIC, "model.n_layers=1"], True),
+        (changed(CLASSIC, "model.n_layers=1"), True),
         (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], False),
         (["attention=stack", "+attention.parts.local.dropout=0.2"], False),
     ],
@@ -95,7 +95,7 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
     monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
-    options = [*BUSY, "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "run_dir=whole"]
+    options = changed(BUSY, "precision=fp16", "steps=20", "most_skipped=30", "keep_last=9", "run_dir=whole")
     assert call("train", options, monkeypatch) == 0
     skipped = [row["step"] for row in read_metrics(workplace / "whole/metrics.jsonl") if row.get("skipped")]
     assert skipped[:6] == [1, 2, 3, 4, 5, 6] and 2 < skipped[-1] < 20
@@ -193,9 +193,9 @@ def await_steps(process, run, count: int) -> int:
 
 def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, monkeypatch, capsys):
     options = [*BUSY, "schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0.25"]
-    assert call("train", [*options, "steps=20", "run_dir=long"], monkeypatch) == 0
+    assert call("train", changed(options, "steps=20", "run_dir=long"), monkeypatch) == 0
     capsys.readouterr()
-    assert call("train", [*options, "steps=12", "run_dir=short"], monkeypatch) == 0
+    assert call("train", [*options, "run_dir=short"], monkeypatch) == 0
     how = "resume=short steps=24  (after moving away the checkpoints after step_00000005: the cooldown began at step 9)"
     assert how in capsys.readouterr().out
     rewind(workplace / "short", workplace / "early", step=5)  # the cooldown begins at step 9
