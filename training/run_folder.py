@@ -156,8 +156,8 @@ def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], do
 def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path, AbstractContextManager]:
     """The run to resume, a folder or `latest`, with its own stored settings and the few that may change; claimed.
 
-    tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that may not
-    change.
+    tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that would
+    change what may not.
     """
     if resume == "":
         raise UserError("resume= names no run: give a run's folder, or latest")
@@ -169,18 +169,32 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     folder = newest() if resume == "latest" else Path(str(resume))
     stored = read_config(folder)
     for key in keys:
-        if key.split(".")[0] not in (*RESUMABLE, "resume"):
+        if key.split(".")[0] not in (*RESUMABLE, "resume") and not _is_so(key, tree, stored):
             raise UserError(
                 f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may; the rest is the run's own"
             )
     if "path" in stored.get("tokenizer", {}):
         stored["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
-    changed = {key.split(".")[0] for key in keys} - {"resume"}
+    changed = {key.split(".")[0] for key in keys} & {*RESUMABLE}
     try:
         run = load(stored | {key: tree[key] for key in changed})
     except UserError as error:
         raise UserError(f"{error} (in {folder}/config.yaml, or on the command line)") from None
     return run, folder, claim(folder)
+
+
+def _is_so(key: str, tree: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
+    """Whether a setting or a choice that was typed is the one that the run was made with."""
+    try:
+        return dump(load(_with(stored, tree, key.split(".")))) == dump(load(stored))
+    except (UserError, KeyError, TypeError):
+        return False
+
+
+def _with(stored: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
+    """`stored`, but at `path` what `tree` has there."""
+    name, *rest = path
+    return {**stored, name: _with(stored[name], tree[name], rest) if rest else tree[name]}
 
 
 def newest(with_checkpoint: bool = False) -> Path:
