@@ -153,7 +153,12 @@ class Run(Config):
 
     def lr(self, step: int) -> float:
         """Learning rate of the update that step (counted from 0) makes."""
-        return self.optim.lr * self.schedule(step, self.steps)
+        return self.learning_rates(step)["lr"]
+
+    def learning_rates(self, step: int) -> dict[str, float]:
+        """All of them, where an optimizer has more than one, by their settings."""
+        factor = self.schedule(step, self.steps)
+        return {name: peak * factor for name, peak in self.optim.peaks.items()}
 
 
 def load(tree: Mapping[str, Any]) -> Run:

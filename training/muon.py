@@ -33,8 +33,8 @@ class MuonConfig(AdamWConfig):
         return self.model_copy(update={"lr": self.lr or 2 / d_model})
 
     @property
-    def rates(self) -> str:
-        return f"optim.muon_lr than {self.muon_lr:.3g}, or optim.lr than {self.lr:.3g}"
+    def peaks(self) -> dict[str, float]:
+        return {"muon_lr": self.muon_lr, "lr": self.lr}
 
     def build(self, model: TransformerLM) -> "Muon":
         splits, named = model.blocks(), dict(model.named_parameters())

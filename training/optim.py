@@ -33,9 +33,9 @@ class OptimConfig(Config, ABC):
     qk_clip: float | None = Field(None, gt=0)  # the largest score a head may have and keep its scale
 
     @property
-    def rates(self) -> str:
-        """What a user may lower where training diverges, as in `optim.lr than 0.01`; of a derived choice."""
-        return f"optim.lr than {self.lr:.3g}"
+    def peaks(self) -> dict[str, float]:
+        """The learning rates by their settings, each of which the schedule multiplies; of a derived choice."""
+        return {"lr": self.lr}
 
     @abstractmethod
     def derive(self, d_model: int) -> Self:

@@ -41,9 +41,10 @@ def keep(
     """Writes the step to failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
     weights are still those it met."""
     path = folder / "failures" / f"step_{step:08d}"
+    rates = ", or ".join(f"optim.{name} than {rate:.3g}" for name, rate in run.optim.peaks.items())
     diverged = (
         f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a smaller "
-        f"{run.optim.rates}"
+        f"{rates}"
     )
     inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
     files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}

@@ -74,7 +74,8 @@ class Report:
     def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
         """Call after every step, with the validation score if there is one."""
         targets = torch.cat([targets for _, targets in batches])
-        row = {"step": step, "tokens": step * targets.numel(), "lr": self.run.lr(step - 1), "data_seconds": self.waited}
+        row = {"step": step, "tokens": step * targets.numel(), **self.run.learning_rates(step - 1)}
+        row["data_seconds"] = self.waited
         self.total_waited += self.waited
         self.waited = 0.0
         if score is not None:
@@ -256,6 +257,7 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
     )
     yield (
         f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch_size} "
-        f"micro-batches of {run.micro_batch_size} x {dims.context_length}"
+        f"micro-batches of {run.micro_batch_size} x {dims.context_length}, "
+        f"{' and '.join(f'{name} up to {peak:.3g}' for name, peak in run.optim.peaks.items())}"
     )
     yield f"run          {folder}"

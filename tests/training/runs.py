@@ -14,7 +14,7 @@ def losses(run: Path) -> list[tuple]:
     rows = read_metrics(run / "metrics.jsonl")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     assert [row["step"] for row in rows] == list(range(1, len(lines) + 1))
-    kept = ("step", "train_loss", "grad_norm", "lr", "val_loss", "skipped")
+    kept = ("step", "train_loss", "grad_norm", "lr", "val_loss", "muon_lr", "skipped")
     return [tuple(row.get(key) for key in kept) for row in rows]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from data.errors import UserError
@@ -54,6 +55,8 @@ def test_the_folder_holds_what_it_promises(run):
     rows = read_metrics(run / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all({"tokens", "train_loss", "lr", "tokens_per_second"} <= row.keys() for row in rows)
+    optim = yaml.safe_load((run / "config.yaml").read_text())["optim"]
+    assert [row["muon_lr"] / optim["muon_lr"] for row in rows] == pytest.approx([r["lr"] / optim["lr"] for r in rows])
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
     assert rows[-1]["val_bpb"] > 0 and rows[-1]["tokens"] == 6 * 1024
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
