@@ -27,12 +27,13 @@ import numpy as np
 import torch
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
-from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, report, settle
+from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
 from benchmarks.train import SIZES, Size, refuse_shared, run_of
-from data.batches import micro_batches, stack, windows
+from data.batches import micro_batches, refuse_short, stack, windows
+from data.errors import UserError
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
-from training.command import one_line_errors
+from training.command import number, one_line_errors
 from training.device import choose_device
 from training.log import to_stderr
 from training.picture import refuse_unwritable
@@ -42,6 +43,7 @@ from training.step import evaluate, losses_of, train_step
 
 NANOGPT = "nanoGPT"
 WARM, TIMED = 3, 9  # steps before the clock starts: to warm up, and to estimate a step by
+BRIEFEST = 0.01  # seconds
 UNKNOWN = 10**6  # steps, of a schedule before there is an estimate
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -92,34 +94,43 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="ii")
     parser.add_argument("--ours", nargs="*", default=[""], help="each the overrides of a recipe; '' is the default one")
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
-    parser.add_argument("--lr", type=float, default=1e-3, help="nanoGPT's")
-    parser.add_argument("--warmup", type=int, default=100, help="nanoGPT's, in steps")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each run")
-    parser.add_argument("--marks", type=float, nargs="+", help="seconds at which to score; unset: ten, evenly")
+    parser.add_argument("--lr", type=number(float, 1e-12), default=1e-3, help="nanoGPT's")
+    parser.add_argument("--warmup", type=number(int, 0), default=100, help="nanoGPT's, in steps")
+    parser.add_argument("--seconds", type=number(float, BRIEFEST), default=60.0, help="of training, for each run")
+    parser.add_argument(
+        "--marks", type=number(float, BRIEFEST), nargs="+", help="seconds at which to score; unset: ten, evenly"
+    )
     parser.add_argument("--val-tokens", type=count, help="of the validation text; unset: all")
-    parser.add_argument("--target", type=float, help="a loss: when was it reached?")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--target", type=number(float, 0), help="a loss: when was it reached?")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0])
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--untuned", action="store_true", help="leave the allocator as it comes")
     parser.add_argument("--json", type=output, help="write the table there")
     parser.add_argument("--picture", type=Path, help="draw the curves there (.png, .svg or .pdf)")
-    args = parser.parse_args()
     with one_line_errors():
-        compare(args)
+        compare(parser.parse_args())
 
 
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
         refuse_unwritable(args.picture, "--picture")
+    refuse_repeated(args.seeds, "--seeds")
+    refuse_repeated([" ".join(overrides.split()) for overrides in args.ours], "--ours")
     refuse_shared(" ".join(args.ours).split(), "--ours")
-    for overrides in args.ours:
-        run_of(SIZES[args.size], *overrides.split())  # whatever is wrong with one is said before any of them trains
+    text, size = read(args.text), SIZES[args.size]
+    runs = [run_of(size, *overrides.split()) for overrides in args.ours]  # which refuses what is wrong with one
+    for length in ([size.tokens] if args.nanogpt else []) + [run.model.context_length for run in runs]:
+        refuse_short(text, length)
+        if args.val_tokens is not None and args.val_tokens < length:
+            raise UserError(
+                f"--val-tokens {args.val_tokens} holds no window of {length} tokens: give at least {length}"
+            )
     to_stderr()
     if not args.untuned:
         keep_buffers()
-    curves = measured(args, sorted(args.marks or [args.seconds * tenth / 10 for tenth in range(1, 11)]))
+    curves = measured(args, text, sorted(args.marks or [args.seconds * tenth / 10 for tenth in range(1, 11)]))
     title = f"validation loss over seconds on the {args.clock} clock, {args.precision}, size {SIZES[args.size]}"
     report(title, rows_of(curves, args.target), args.json)
     if args.picture:
@@ -127,9 +138,9 @@ def compare(args: argparse.Namespace) -> None:
         print(args.picture)
 
 
-def measured(args: argparse.Namespace, marks: Sequence[float]) -> dict[str, list[Curve]]:
+def measured(args: argparse.Namespace, text: Text, marks: Sequence[float]) -> dict[str, list[Curve]]:
     """By recipe, a curve for each seed."""
-    device, text = choose_device(args.device), read(args.text)
+    device = choose_device(args.device)
     size = SIZES[args.size]._replace(vocab=text.vocab)
     recipes: dict[str, Recipe] = {
         f"ours {overrides}".strip(): _ours(args, size, overrides.split(), text, device) for overrides in args.ours
@@ -149,7 +160,13 @@ def measured(args: argparse.Namespace, marks: Sequence[float]) -> dict[str, list
 
 
 def read(path: Path) -> Text:
-    text = path.read_text()
+    """Raises UserError for what is no file of text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--text {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
     characters = sorted(set(text))
     number = {character: i for i, character in enumerate(characters)}
     tokens = np.array([number[character] for character in text])

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import count, output, report
+from benchmarks.side_by_side import count, output, refuse_repeated, report
 from benchmarks.train import refuse_shared
 from data.batches import micro_batches
 from data.prepare import Prepared, prepare
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
-from training.command import one_line_errors
+from training.command import number, one_line_errors
 from training.config import Run
 from training.precision import Working
 from training.step import evaluate, losses_of, train_step
@@ -55,19 +55,21 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=LEFT_OUT, help="overrides that one row adds, in one word each")
     parser.add_argument("--size", nargs="+", default=SIZE_I, help="overrides that set the size")
     parser.add_argument("--steps", type=count, default=500)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--val-tokens", type=count, default=65536, help="of the validation set, scored at the end")
     parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
     keep_buffers()
     base = [*args.size, *args.base, f"steps={args.steps}"]
+    refuse_repeated(args.seeds, "--seeds")
+    refuse_repeated([" ".join(added.split()) for added in args.rows], "--rows")
     for added in args.rows:
         refuse_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
         load_composed(*base, *added.split())  # whatever is wrong with one is said before any of them trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:
         rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
-        print(rows[-1], flush=True)
+        print(_said(rows[-1]), flush=True)
     report(f"{' '.join(base)}, nats per token on {args.val_tokens} tokens", rows, args.json)
 
 
@@ -88,6 +90,13 @@ def _row(base: list[str], added: str, seeds: list[int], val_tokens: int, first: 
         "seeds": " ".join(f"{loss:.4f}" for loss in losses),
         "CPU ms a step": round(1e3 * statistics.median(own), 1),
     }
+
+
+def _said(row: dict[str, Any]) -> str:
+    return (
+        f"{row['added']}: {row['nats']:.4f} nats, {row['than first']:+.4f} than the first (by seed {row['seeds']}), "
+        f"{row['CPU ms a step']} ms of CPU time a step"
+    )
 
 
 def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]:

@@ -8,12 +8,13 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from data.errors import UserError
 from model.kernels.base import _log_once
 
 NOISY = 0.02  # share of the machine that others may take before a row is marked
@@ -119,6 +120,13 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
     return int(text)
+
+
+def refuse_repeated(values: Sequence[Any], option: str) -> None:
+    """Raises UserError for one that is there twice: it would be measured twice, and count as two."""
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{option}: {value!r} is there twice: leave one of them out")
 
 
 def output(text: str) -> Path:

@@ -22,11 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.side_by_side import count, in_turns, marked, output, report
+from data.errors import UserError
 from training.command import one_line_errors
 from training.config import ROOT
 
 BARS = {"train.py --help": 1.0, "sample.py --help": 1.0, "first step": 4.0, "first token": 4.0}
 PROMPT = "def "
+OWN = ("run_dir", "save_every", "resume", "dry_run")  # what the runs that are timed say themselves
 PATIENCE = 120  # seconds
 TWIN, IMPORT = "import torch", "import os, torch; os._exit(0)"
 
@@ -37,6 +39,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--json", type=output, help="write the table there")
     args = parser.parse_args()
+    for override in args.overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        if key in OWN:
+            raise UserError(f"{override}: what is timed are runs of their own, that are removed: leave {key} out")
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         _first_step(place, args.overrides)  # fills cache/

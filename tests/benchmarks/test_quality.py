@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from benchmarks import quality, train
+from benchmarks import quality, recipe, startup, train
+from data.errors import UserError
 from tests.benchmarks.stand_in import STAND_IN
 
 
@@ -69,6 +70,52 @@ def test_the_schedule_is_nanogpts():
     rates = [quality.nanogpt_lr(step, 1e-3, 10, 100) for step in range(101)]
     assert rates[0] == pytest.approx(1e-3 / 11) and max(rates) == rates[10] == 1e-3
     assert rates[55] == pytest.approx(0.55e-3) and rates[100] == pytest.approx(1e-4)
+
+
+REFUSED = {
+    "no text": (["--text", "none.txt"], "--text none.txt cannot be read: No such file"),
+    "a binary one": (["--text", "binary"], "--text binary is not UTF-8 text: byte 2"),
+    "a short one": (["--text", "short.txt"], "the validation split holds 2 tokens, one window of"),
+    "short for a recipe": (["--ours", "model.context_length=1024 batch_tokens=1024"], "the validation split holds 258"),
+    "no window to score": (["--val-tokens", "15"], "--val-tokens 15 holds no window of 16 tokens: give at least 16"),
+    "a seed twice": (["--seeds", "0", "1", "0"], "--seeds: 0 is there twice: leave one of them out"),
+    "a recipe twice": (["--ours", "mlp=gelu", " mlp=gelu"], "--ours: 'mlp=gelu' is there twice"),
+    "a negative seed": (["--seeds", "-1"], "--seeds: '-1' is not a whole number of at least 0"),
+    "no time": (["--seconds", "0"], "--seconds: '0' is not a number of at least 0.01"),
+    "a mark before all": (["--marks", "-3"], "--marks: '-3' is not a number of at least 0.01"),
+}
+
+
+@pytest.mark.parametrize(("options", "complaint"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_runs(
+    place, monkeypatch, capsys, options, complaint
+):
+    monkeypatch.setattr(quality, "measured", lambda *_: pytest.fail("it ran"))
+    (place / "binary").write_bytes(b"ab\xff")
+    (place / "short.txt").write_text("To be, or not to be.")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--size", "i", *options)
+    err = capsys.readouterr().err
+    assert complaint in err and err.count("\n") == 1
+
+
+def test_start_up_is_measured_on_runs_of_its_own(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["startup", "model=mini", "run_dir=mine"])
+    monkeypatch.setattr(startup, "in_turns", lambda *_: pytest.fail("it ran"))
+    with pytest.raises(UserError, match="run_dir=mine: what is timed are runs of their own"):
+        startup.main()
+
+
+def test_a_row_of_a_recipe_is_said_in_a_readable_line(monkeypatch, capsys):
+    options = "--size experiment=smoke --base optim=adamw --steps 2 --seeds 0 1 --val-tokens 64 --rows"
+    monkeypatch.setattr(sys, "argv", ["recipe", *options.split(), "", "optim.lr=0.01"])
+    monkeypatch.setattr(recipe, "keep_buffers", lambda: None)
+    monkeypatch.setattr(recipe, "prepare", lambda *_: None)
+    monkeypatch.setattr(recipe, "_trained", lambda run, *_: (3.0 + run.seed + (run.optim.lr == 0.01), 0.001))
+    recipe.main()
+    said = capsys.readouterr().out
+    assert "(the recipe): 3.5000 nats, +0.0000 than the first (by seed 3.0000 4.0000), 1.0 ms of CPU time" in said
+    assert "optim.lr=0.01: 4.5000 nats, +1.0000 than the first (by seed 4.0000 5.0000)" in said and "{" not in said
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_runs(place, monkeypatch, capsys):
