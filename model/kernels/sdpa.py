@@ -1,5 +1,6 @@
 """PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any, Literal, Self
 
@@ -46,10 +47,12 @@ class SDPA(Kernel):
             )
         if self.flash and device.type != "cuda":
             raise Unsupported(f"kernel.flash={self.flash} runs on a GPU, not on {device.type}: leave it unset")
-        if device.type == "cuda":
-            _activate(self.flash)
+        if self.flash:
+            _refuse_missing(self.flash)
         if self.backend not in (None, "flash") and device.type == "cpu":
             raise Unsupported(f"kernel.backend={self.backend} runs on a GPU, not on cpu: leave it unset")
+        if self.backend == "cudnn" and not torch.backends.cudnn.is_available():
+            raise Unsupported("kernel.backend=cudnn: there is no cuDNN here: leave kernel.backend unset")
         if dropout and device.type == "cpu":
             raise Unsupported(
                 "kernel=sdpa drops no attention weights on a CPU: kernel=auto or matmul, or attention.dropout=0"
@@ -57,6 +60,8 @@ class SDPA(Kernel):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         self.check(q.device, q.requires_grad, dropout > 0)
+        if q.device.type == "cuda":
+            _activate(self.flash)
         asked, value_dim = (q, k, v), v.shape[-1]
         # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
         # nor the values that are kept.
@@ -140,11 +145,14 @@ class _Fused:
                     self.ran = _chosen(q, k, v, how)
                 return F.scaled_dot_product_attention(q, k, v, **how)
         except RuntimeError as error:
-            if "No available kernel" not in str(error):
+            refused = "No available kernel" in str(error) or "No viable backend" in str(error)
+            if not refused and not (
+                self.backend == "cudnn" and "cudnn" in str(error).lower()
+            ):  # which has its own words
                 raise
             asked, way_out = "no fused kernel", "choose kernel=naive, or a smaller head dim"
             if self.backend is not None:
-                asked, way_out = f"no kernel.backend={self.backend}", "leave that unset, or choose kernel=naive"
+                asked, way_out = f"no {self.backend} kernel", "leave kernel.backend unset, and PyTorch chooses another"
             raise Unsupported(
                 f"kernel=sdpa has {asked} for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: {way_out}"
             ) from None
@@ -165,26 +173,43 @@ def _chosen(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> str:
 def _activate(flash: str | None) -> None:
     """For the whole process: PyTorch has one flash kernel at a time. None brings its own back, if another was activated
     here. Raises Unsupported where it cannot be."""
-    if torch.compiler.is_compiling() or _current_flash() == flash:
+    if _current_flash() == flash:
         return
     if flash is None:
         if _current_flash() in ACTIVATED:
             fused_attention.restore_flash_attention_impl()
         return
+    _refuse_missing(flash)
+    try:
+        fused_attention.activate_flash_attention_impl(flash)
+        ACTIVATED.add(flash)
+    except Exception as error:  # whatever the package raises where it does not fit
+        raise _lacks_package(flash, error) from None
+
+
+def _refuse_missing(flash: str) -> None:
+    """Raises Unsupported where it could not be activated, as far as is known before."""
     if flash not in _offered_flash():
         raise Unsupported(
             f"kernel.flash={flash}: PyTorch {torch.__version__} offers {', '.join(_offered_flash()) or 'none'} beside "
             "its own: leave it unset"
         )
     try:
-        fused_attention.activate_flash_attention_impl(flash)
-        ACTIVATED.add(flash)
-    except Exception as error:  # whatever the package raises where it does not fit
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise Unsupported(
-            f"kernel.flash={flash} needs the package {PACKAGES[flash]}, of FlashAttention: {reason}: install it, or "
-            "leave kernel.flash unset"
-        ) from None
+        importlib.import_module(PACKAGES[flash])
+    except Exception as error:
+        raise _lacks_package(flash, error) from None
+
+
+# While compiling, they act when the call is traced, as say_once does.
+_activate._dynamo_marked_constant = _refuse_missing._dynamo_marked_constant = True
+
+
+def _lacks_package(flash: str, error: Exception) -> Unsupported:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return Unsupported(
+        f"kernel.flash={flash} needs the package {PACKAGES[flash]}, of FlashAttention: {reason}: install it, or "
+        "leave kernel.flash unset"
+    )
 
 
 def _offered_flash() -> list[str]:

@@ -1,7 +1,8 @@
 """Kernels against the naive twin, on the shapes attentions hand them; and the mask they all read."""
 
 import re
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -322,24 +323,37 @@ def gpu(monkeypatch):
     monkeypatch.setattr(attention, "activate_flash_attention_impl", activate, raising=False)
     monkeypatch.setattr(attention, "restore_flash_attention_impl", lambda: activate(None), raising=False)
     monkeypatch.setattr(sdpa, "ACTIVATED", set())
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
     monkeypatch.setattr(attention, "current_flash_attention_impl", lambda: current[0], raising=False)
     return activated
 
 
-def test_another_flash_kernel_is_activated_once(gpu):
+def test_a_check_activates_nothing_and_the_first_use_does(gpu):
+    SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
+    assert gpu == []
     for _ in range(3):
-        SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
+        sdpa._activate("FA3")
     assert gpu == ["FA3"]
 
 
-def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu, monkeypatch):
-    kernels = SDPA(flash="FA3"), SDPA()
-    for kernel in kernels:
-        kernel.check(torch.device("cuda"), training=True, dropout=False)
+def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu):
+    for flash in ("FA3", None):
+        sdpa._activate(flash)
     assert gpu == ["FA3", None]
     torch.nn.attention.activate_flash_attention_impl("mine")
-    kernels[1].check(torch.device("cuda"), training=True, dropout=False)
+    sdpa._activate(None)
     assert torch.nn.attention.current_flash_attention_impl() == "mine"
+
+
+def test_a_compiled_call_activates_when_it_is_traced(gpu):
+    def use(kernel: SDPA, x: torch.Tensor) -> torch.Tensor:
+        kernel.check(torch.device("cuda"), training=True, dropout=False)
+        sdpa._activate(kernel.flash)
+        return x + 1
+
+    use = torch.compile(use, backend="eager", fullgraph=True)
+    assert use(SDPA(flash="FA3"), torch.zeros(1)) == 1 and gpu == ["FA3"]
 
 
 @pytest.mark.parametrize(
@@ -348,12 +362,28 @@ def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu, mo
         (SDPA(flash="FA3"), "cpu", "kernel.flash=FA3 runs on a GPU, not on cpu: leave it unset"),
         (SDPA(flash="FA4"), "cuda", "needs the package flash_attn.cute, of FlashAttention: No module named"),
         (SDPA(backend="cudnn"), "cpu", "kernel.backend=cudnn runs on a GPU, not on cpu: leave it unset"),
+        (SDPA(backend="cudnn"), "cuda", "kernel.backend=cudnn: there is no cuDNN here: leave kernel.backend unset"),
     ],
 )
 def test_a_fused_kernel_that_is_not_there_is_refused_in_one_line(gpu, kernel, device, complaint):
     with pytest.raises(Unsupported, match=re.escape(complaint)) as refusal:
         kernel.check(torch.device(device), training=True, dropout=False)
     assert_one_line(refusal.value)
+
+
+REFUSALS = "No available kernel. Aborting execution.", "cuDNN Frontend error: no valid engine configs", "what else?"
+
+
+@pytest.mark.parametrize("said", REFUSALS)
+def test_a_backend_that_cannot_is_refused_with_the_way_out_that_helps(monkeypatch, said):
+    def refuse(*_, **__):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
+    with pytest.raises(RuntimeError if said == REFUSALS[2] else Unsupported) as refusal:
+        sdpa._Fused("cudnn")(q, q, q)
+    assert (complaint in str(refusal.value)) == (said != REFUSALS[2])
 
 
 def test_a_pytorch_that_offers_no_other_flash_kernel_says_so(monkeypatch):
