@@ -100,11 +100,11 @@ def train(tree: dict, typed: list[str]) -> None:
                     part = validate(prefix)
                     score = part.plus(validate(rest)) if last else part
             report.step(now, result, batches, score)
-            ending = last or stop.signal or report.failing
-            if ending or now % run.save_every == 0:
+            if last or stop.signal or report.failing or now % run.save_every == 0:
                 report.settle()
-                with report.aside():
-                    checkpoint.save(folder, run, corpus, training, now, part and part.loss)
+                if not report.failing_still:
+                    with report.aside():
+                        checkpoint.save(folder, run, corpus, training, now, part and part.loss)
             if report.failing:
                 raise replay.keep(folder, run, corpus, training, now, report.guard.in_a_row, batches)
             if stop.signal:

@@ -42,6 +42,8 @@ class Report:
         self.corpus, self.model = corpus, model
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
         self.guard = Guard(self.metrics.past)
+        # It ended so before, with all saved. (Of float16 a skipped step halves the scale, which is worth saving.)
+        self.failing_still = self.guard.in_a_row >= run.most_skipped and run.precision != "fp16"
         self.sink = run.logger.open(folder, dump(run))
         self.watch = Watch(done, run.steps)
         self.profile = Profile(run.profile_steps, folder, self.device, done, run.steps)
@@ -188,6 +190,7 @@ class Report:
 
     def _watch_over(self, row: dict[str, Any]) -> None:
         spike = self.guard.see(row)
+        self.failing_still = self.failing_still and self.guard.in_a_row > 0
         what = f"step {row['step']}: loss {row['train_loss']:.4g}"
         if row.get("skipped") and self.guard.in_a_row <= self.run.most_skipped:
             what += f", gradient norm {row['grad_norm']:.4g}: update skipped, {self.guard.skipped} so far"

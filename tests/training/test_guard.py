@@ -123,9 +123,13 @@ def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(w
     assert float(loss) == pytest.approx(rows[-1][1], abs=1e-4)
     assert re.search(r"gradients +norm nan; not finite in embedding\.weight", replayed.stdout)
     assert re.search(r"the largest number is \d\.\d+e\+(28|29|30)", replayed.stdout)
-    # The run goes on where it stopped, though not for long.
-    assert call("train", ["resume='a run'"], monkeypatch) == 2
-    assert len(losses(workplace / "a run")) > len(rows)
+    # The run goes on where it stopped, though not for long, and leaves nothing but its words: they are the same again.
+    said = []
+    for _ in range(2):
+        assert call("train", ["resume='a run'", "save_every=1"], monkeypatch) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1])
+        assert len(losses(workplace / "a run")) == 7 and checkpoint.steps_done(workplace / "a run") == 6
+    assert "updates in a row were skipped up to step 7" in said[0] and said[0] == said[1]
 
 
 def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypatch, capsys):
