@@ -37,6 +37,12 @@ class ModelConfig(Dimensions):
         known = {name: info.data[name] for name in Dimensions.model_fields if name in info.data}
         return part.derive(Dimensions(**known)) if known.keys() == Dimensions.model_fields.keys() else part
 
+    @property
+    def positions(self) -> str:
+        """What tells where a token stands, as in `rope`, or `none` where the causal mask alone does."""
+        ways = [self.position_embedding, *(self.attention.of_layer(i).position for i in range(self.n_layers))]
+        return " and ".join(way for way in dict.fromkeys(ways) if way != "none") or "none"
+
     def check_training(self, device: torch.device) -> None:
         """Raises Unsupported where the kernel cannot train this model there."""
         dropout = any(self.attention.of_layer(i).dropout for i in range(self.n_layers))

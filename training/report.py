@@ -247,8 +247,8 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
     cache = sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
     text_bytes = corpus.tokenizer.byte_lengths[corpus.val.read(0, len(corpus.val))].sum()
     yield (
-        f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, {parameters:,} parameters "
-        f"on {device.type}"
+        f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, "
+        f"positions by {dims.positions}, {parameters:,} parameters on {device.type}"
     )
     changed = leaves(attention.model_dump(exclude_defaults=True)).items()
     yield f"attention    {attention.described(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"

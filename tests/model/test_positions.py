@@ -13,7 +13,7 @@ from model.mask import Mask
 from model.positions import alibi
 from model.rope import Rope
 from model.transformer import TransformerLM
-from tests.support import relative_error, small_config, small_model, some_tokens
+from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
 
 
 def angles(rope: Rope, position: int) -> list[float]:
@@ -154,6 +154,20 @@ def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
     same, other = TransformerLM(config, 100), TransformerLM(config, 100, seed=1)
     assert torch.equal(same.position_embedding.weight, matrix)
     assert not torch.equal(other.position_embedding.weight, matrix)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ([], "rope"),
+        (["position=none"], "none"),
+        (["position=learned", "attention.position=alibi"], "learned and alibi"),
+        (["model=classic_gpt", "model.n_layers=2"], "learned"),
+        (["attention=stack", "+attention.parts.local.position=alibi"], "alibi and rope"),
+    ],
+)
+def test_a_model_says_how_it_tells_positions(overrides, said):
+    assert load_composed(*overrides).model.positions == said
 
 
 def test_learned_positions_end_with_the_context():
