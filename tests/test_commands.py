@@ -365,7 +365,9 @@ BAD_RUNS = {
     "in an experiment": (["experiment=smoke", "data.sized=1"], "data.sized: no such setting"),
     "of no experiment": (["experiment.foo=1"], "experiment.foo: no such setting"),
     "nearly a group": (["atention=mla"], "did you mean attention?"),
-    "taken folder": (["run_dir=taken"], "run_dir=taken exists already"),
+    "taken folder": (["run_dir=taken"], "run_dir=taken exists already: choose another"),
+    "folder that is a file": (["run_dir=empty.txt"], "run_dir=empty.txt exists already: choose another"),
+    "folder in a file": (["run_dir=empty.txt/run"], "run_dir=empty.txt/run cannot be made: Not a directory: give"),
     "no run": (["resume=latest"], "there is no run in"),
     "no folder": (["run_dir=''"], "run_dir="),
     "no name": (["resume="], "resume= names no run"),
@@ -400,7 +402,10 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["tokenizer=byte", "data=files", "data.path=short.txt"], "give more text"),
+        (
+            ["tokenizer=byte", "data=files", "data.path=short.txt"],
+            "tokens, one window of model.context_length=256 takes 257: give more text, or a shorter",
+        ),
         ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, the context holds 64"),
         ([*SMOKE, "model.d_model=1048576"], "not enough memory: take a smaller model"),
     ],

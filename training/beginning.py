@@ -11,7 +11,7 @@ from data.tokenizer import load_tokenizer
 from model.transformer import TransformerLM
 from training import checkpoint
 from training.config import Run, load
-from training.run_folder import refuse_no_run, refuse_taken, resume_command, resumed
+from training.run_folder import refuse_no_run, refuse_unmakeable, resume_command, resumed
 
 log = logging.getLogger("headroom")
 OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
@@ -33,7 +33,7 @@ def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None,
             raise UserError("init_from= names no run: give a run's folder")
         tree = {**begun_from(Path(base), tree, typed), "init_from": base}
     run = load(tree)
-    refuse_taken(run.run_dir)
+    refuse_unmakeable(run.run_dir)
     return run, None, None
 
 

@@ -6,6 +6,7 @@ import random
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -46,15 +47,26 @@ ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow qui
 ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
 
 
-def refuse_taken(run_dir: str | None) -> None:
-    """Raises UserError where run_dir cannot become a new run's folder: it is not there, or it is empty but for what a
-    process left that was killed while it made one."""
-    if run_dir is None:
-        return
-    folder = Path(run_dir)
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.exists() and not (folder.is_dir() and all(n in BEGINNINGS or n.startswith(UNFINISHED) for n in names)):
-        raise UserError(f"run_dir={folder} exists already: choose another, or continue it with resume={folder}")
+def refuse_unmakeable(run_dir: str | None) -> None:
+    """Raises UserError where no new run's folder can be made: nothing can be written there, or run_dir is there, with
+    more in it than what a process left that was killed while it made one."""
+    folder = Path(run_dir or RUNS)
+    try:
+        names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
+        taken = not all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
+        if taken or folder.is_file():
+            others = f", or continue it with resume={folder}" if "config.yaml" in names else ""
+            raise UserError(f"run_dir={folder} exists already: choose another{others}")
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=there):
+            pass
+    except OSError as error:
+        raise _unmakeable(run_dir, folder, error) from None
+
+
+def _unmakeable(run_dir: str | None, folder: Path, error: OSError) -> UserError:
+    named = f"run_dir={folder}" if run_dir else f"the run's folder {folder}"
+    return UserError(f"{named} cannot be made: {error.strerror}: give a folder to write to as run_dir=")
 
 
 def claim(folder: Path) -> AbstractContextManager:
@@ -71,7 +83,7 @@ def claim(folder: Path) -> AbstractContextManager:
 
 def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager]:
     """A new folder, run_dir or runs/<time>-<words>, claimed, with all that is known before the first step."""
-    refuse_taken(run.run_dir)
+    refuse_unmakeable(run.run_dir)
     folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
     try:
         while not run.run_dir and folder.exists():
@@ -82,8 +94,7 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
-        named = f"run_dir={folder}" if run.run_dir else f"the run's folder {folder}"
-        raise UserError(f"{named} cannot be made: {error.strerror}: give a folder to write to as run_dir=") from None
+        raise _unmakeable(run.run_dir, folder, error) from None
     return folder, claimed
 
 

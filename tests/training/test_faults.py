@@ -81,6 +81,7 @@ def closed():
 def test_a_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, capsys, closed):
     assert call("train", [*OPTIONS, f"run_dir={closed}/run"], monkeypatch) == 2
     assert f"run_dir={closed}/run cannot be made" in capsys.readouterr().err
+    assert not (workplace / "cache").exists()  # it is said before the corpus is prepared
     assert call("train", [*OPTIONS, f"cache_dir={closed}/cache", "run_dir=run"], monkeypatch) == 2
     assert f"cache_dir={closed}/cache cannot be written" in capsys.readouterr().err
     assert not (workplace / "run").exists()
