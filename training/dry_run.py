@@ -28,7 +28,8 @@ from training.preview import preview_prompt
 from training.step import accumulate, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into
-DEADLINE = 5.0  # seconds; a micro-batch that alone takes longer is never run
+DEADLINE = 5.0  # seconds for them; where two with an update would take longer, none is run
+PART = 128  # tokens, from which a micro-batch's time is told first
 HELD = 1.8  # times the bytes of its tensors, what a process holds on a CPU, whose allocator leaves gaps: 1.75 was seen
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
 log = logging.getLogger("headroom")
@@ -145,7 +146,7 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
     reason = f"it may take {size(held)}, {size(free)} are free" if free is not None and held > free else None
     if reason is None:
         try:
-            seconds, measured = _timed(run, vocab_size, device)
+            seconds, measured = _timed(run, vocab_size, flops, device)
             return (
                 f"time         about {clock(left * seconds)} for {left:,} steps, reading, evaluating and saving not "
                 f"counted: {run.batch_tokens / seconds:,.0f} tokens per second on this {device.type}, from {measured}"
@@ -167,7 +168,7 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
     )
 
 
-def _timed(run: Run, vocab_size: int, device: torch.device) -> tuple[float, str]:
+def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -> tuple[float, str]:
     """Seconds per step of the real model, put together from those of its parts, and which were timed. The tokens are
     made up: real ones take as long, and may not be there."""
     if device.type == "cpu" and run.tune_malloc:
@@ -180,28 +181,41 @@ def _timed(run: Run, vocab_size: int, device: torch.device) -> tuple[float, str]
     def micro_batch(loss: Callable, tokens: Tensor) -> float:
         return _seconds(device, lambda: working.backward(loss(working.model, tokens, tokens) / pieces))
 
-    def update() -> float:
-        """With the gradients there are: all that a step does besides its micro-batches."""
+    def update(layers: int) -> float:
+        """All that a step does besides its micro-batches, where so many layers have gradients."""
+        beyond = {p for layer in model.layers[layers:] for p in layer.parameters()}
+        for parameter, gradient in gradients.items():
+            parameter.grad = None if parameter in beyond else gradient
         return _seconds(device, lambda: train_step(working, optimizer, [], run.lr(0), run.clip_norm))
 
-    log.info(f"timing one sequence of {shape[1]:,} tokens")
+    def work(part: Tensor) -> float:
+        return part.numel() * flops.training(min(flops.keys, (part.shape[1] + 1) / 2))
+
+    long = tokens[:1, :PART]
+    short = long[:, : max(1, long.shape[1] // 8)]  # of what a micro-batch takes whatever its length
+    log.info(f"timing {long.shape[1]:,} tokens, and the update of a layer")
     eager = _loss(run, vocab_size)
     working.refresh()
-    seconds = micro_batch(eager, tokens[:1])
-    if seconds * shape[0] > DEADLINE > seconds:  # the first one on a device waits for what is loaded once
-        seconds = micro_batch(eager, tokens[:1])
-    if seconds * shape[0] > DEADLINE:
-        measured = f"one sequence{', not compiled,' if run.compile else ''} and one update"
-        too_long = f"a micro-batch would take {clock(seconds * shape[0])}, too long for a dry run"
-        return pieces * seconds * shape[0] + update(), f"{measured} ({too_long})"
-    log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
-    loss, times = maybe_compiled(eager, *run.compilation), []
-    micro_batch(loss, tokens)
-    update()
-    while len(times) < TIMED and sum(times) < DEADLINE:
-        times.append(micro_batch(loss, tokens))
-    counted = "a micro-batch" if len(times) == 1 else f"{len(times)} micro-batches"
-    return pieces * sum(times) / len(times) + update(), f"{counted} and one update"
+    micro_batch(eager, short)  # the first one on a device waits for what is loaded once
+    brief, seconds = micro_batch(eager, short), micro_batch(eager, long)
+    per_flop = max(0.0, seconds - brief) / (work(long) - work(short))
+    seconds = brief + per_flop * (tokens.numel() * flops.training() - work(short))
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    update(1)
+    without, updating = update(0), update(1)
+    updating = without + max(0.0, updating - without) * len(model.layers)
+    measured = f"{long.shape[1]:,} tokens{', not compiled,' if run.compile else ''} and the update of one layer"
+    if 2 * (seconds + updating) <= DEADLINE:
+        log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
+        loss, times = maybe_compiled(eager, *run.compilation), []
+        micro_batch(loss, tokens)
+        start = time.perf_counter() - update(len(model.layers)) - seconds  # of these two too, but not of compiling
+        while len(times) < TIMED and (not times or time.perf_counter() - start < DEADLINE):
+            times.append(micro_batch(loss, tokens))
+        seconds, updating = sum(times) / len(times), update(len(model.layers))
+        measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
+    step = pieces * seconds + updating
+    return step, f"{measured}; the update takes {updating / step:.0%} of a step"
 
 
 def _loss(run: Run, vocab_size: int) -> Callable:

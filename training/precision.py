@@ -109,4 +109,5 @@ class Working:
     def unscale(self) -> None:
         """Call after the last backward of a step."""
         if self.loss_scale is not None:
-            torch._foreach_div_([parameter.grad for parameter in self.parameters], self.loss_scale.scale)
+            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+            torch._foreach_div_(gradients, self.loss_scale.scale)

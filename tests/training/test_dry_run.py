@@ -16,7 +16,7 @@ from training import step
 from training.dry_run import memory
 from training.log import clock
 from training.precision import Working
-from training.step import accumulate, losses_of
+from training.step import accumulate, losses_of, train_step
 
 VOCAB, CPU = 100, torch.device("cpu")
 
@@ -99,7 +99,8 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert 0 < float(anew) < 0.8 * float(kept)
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944" in out
     assert "for 3,000 steps, reading, evaluating and saving not counted: " in out
-    assert "tokens per second on this cpu, from 10 micro-batches and one update\n" in out and "not known" not in out
+    assert "tokens per second on this cpu, from 10 micro-batches and one update; the update takes " in out
+    assert 0 < int(re.search(r"(\d+)% of a step\n", out)[1]) < 100 and "not known" not in out
     (kept,) = (workplace / "cache").glob("[!.]*")
     assert f"nothing was trained, and nothing kept but the prepared documents, in cache/{kept.name}: " in out
     assert [path.name for path in workplace.iterdir()] == ["cache"]
@@ -164,12 +165,35 @@ def test_a_step_of_many_micro_batches_is_not_run_whole(workplace, monkeypatch, c
     assert hours * 3600 + minutes * 60 + rest == pytest.approx(expected, rel=0.01)
 
 
-def test_a_micro_batch_beyond_the_deadline_is_told_from_one_sequence(workplace, monkeypatch, capsys):
-    shapes = counted(monkeypatch, "mean_loss")
-    monkeypatch.setattr("training.dry_run.DEADLINE", 1e-9)
-    assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
-    assert "from one sequence and one update (a micro-batch would take 0:0" in capsys.readouterr().out
-    assert shapes.count((1, 64)) == 1 and shapes.count((16, 64)) == 2  # the latter on the meta device
+@pytest.mark.parametrize("settings", [["optim=adamw", "precision=fp16"], ["optim=muon", "model.n_layers=6"]])
+def test_what_takes_longer_than_the_deadline_is_told_from_parts(workplace, monkeypatch, capsys, settings):
+    """Each part takes as long as it would on a machine where all takes as long as its arithmetic, and a second more."""
+    monkeypatch.setattr("training.dry_run.PART", 16)
+    shapes, updated = counted(monkeypatch, "mean_loss"), []
+
+    def seconds(device, what):
+        shapes.clear()
+        what()
+        if shapes:  # a micro-batch
+            (shape,) = shapes
+            return 1.0 + shape.numel() * counts.training((shape[1] + 1) / 2) * 1e-8
+        return 0.5 + updated.pop() * 1e-3
+
+    def step(working, optimizer, *rest):
+        updated.append(sum(p.grad is not None for p in working.parameters))
+        return train_step(working, optimizer, *rest)
+
+    run = load_composed(*SMOKE, *settings)
+    counts, model = cost.flops(run.model, 257), TransformerLM(run.model, 257)
+    monkeypatch.setattr("training.dry_run._seconds", seconds)
+    monkeypatch.setattr("training.dry_run.train_step", step)
+    assert call("train", [*SMOKE, *settings, "dry_run=true", "steps=1"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    (speed,) = re.findall(r"([\d,]+) tokens per second on this cpu, from 16 tokens and the update of one layer; ", out)
+    updating = 0.5 + len(list(model.parameters())) * 1e-3
+    expected = 1.0 + 1024 * counts.training() * 1e-8 + updating
+    assert 1024 / int(speed.replace(",", "")) == pytest.approx(expected, rel=0.01)
+    assert f"the update takes {updating / expected:.0%} of a step" in out
 
 
 def test_nothing_is_timed_where_the_memory_would_not_suffice(workplace, monkeypatch, capsys):
