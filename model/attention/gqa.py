@@ -97,8 +97,9 @@ class GQA(Attention):
         self.rope = config.rope(config.rope_dim)
         self.scale = config.head_dim**-0.5 * config.sharpening
         self.biased = config.distance_bias(causal)
-        self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias)
-        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
+        qk_bias = config.qk_bias or dimensions.bias
+        self.q_proj = Linear(d_model, n_heads * config.head_dim, qk_bias)
+        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, qk_bias)
         self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()

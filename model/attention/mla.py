@@ -9,9 +9,9 @@ few dimensions of its own, rotated, shared by all heads and kept beside the late
     k_nope | v       per head      = kv_up latent
     score                          = (q_nope · k_nope + q_rope · k_rope) / sqrt(n + r)
 
-With model.bias, kv_down, q_down and o_proj have one, as with DeepSeek's attention_bias. One of kv_up would say nothing
-new: its part in k_nope adds the same to all scores of a query, which softmax ignores, and its part in v reaches the
-output as a constant, which o_proj's bias is already.
+With qk_bias, what makes q and k_rope has a bias; with model.bias, kv_down, q_down and o_proj, as with DeepSeek's
+attention_bias. One of kv_up would say nothing new: its part in k_nope adds the same to all scores of a query, which
+softmax ignores, and its part in v reaches the output as a constant, which o_proj's bias is already.
 
 With qk_norm=head the queries and keys of the heads are normed too, before the rotation; N is RMSNorm with a weight:
 
@@ -169,11 +169,12 @@ class MLA(Attention):
         self.rope = config.rope(r)
         self.biased = config.distance_bias(causal)
         # Rows of a head: nope | rope
-        self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r), dimensions.bias)
-        own = config.k_rope_from == "latent"
-        self.kv_down = Linear(d_model, c if own else c + r, dimensions.bias)  # rows: latent | rope key
+        self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r), config.qk_bias, dimensions.bias)
+        own, k_bias = config.k_rope_from == "latent", config.qk_bias and r > 0
+        down = c if own else c + r  # rows: latent | rope key
+        self.kv_down = Linear(d_model, down, dimensions.bias or (k_bias and not own))
         self.kv_norm = RMSNorm(c)
-        self.k_rope_proj = Linear(c, r, bias=False) if own else None
+        self.k_rope_proj = Linear(c, r, k_bias) if own else None
         heads, rotates = config.qk_norm == "head", r > 0
         self.q_nope_norm = RMSNorm(n) if heads else nn.Identity()
         self.q_rope_norm = RMSNorm(r) if heads and rotates else nn.Identity()
@@ -285,9 +286,9 @@ class MLA(Attention):
         return self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
 
 
-def _query(d_model: int, rank: int, width: int, bias: bool) -> nn.Module:
+def _query(d_model: int, rank: int, width: int, bias: bool, down_bias: bool) -> nn.Module:
     """d_model -> width: one matrix, or through a normed latent of its own (then `down`, `norm` and `up`)."""
     if not rank:
-        return Linear(d_model, width, bias=False)
-    down, up = Linear(d_model, rank, bias), Linear(rank, width, bias=False)
+        return Linear(d_model, width, bias)
+    down, up = Linear(d_model, rank, down_bias), Linear(rank, width, bias)
     return nn.Sequential(OrderedDict(down=down, norm=RMSNorm(rank), up=up))

@@ -122,8 +122,26 @@ def test_biases_are_where_they_are_said_to_be_and_begin_at_zero():
     assert not any(bias.any() for bias in biases.values())
     layer = TransformerLM(small_config("attention=gqa", "model.bias=true", "model.norm=layer"), 100)
     assert {"norm.bias", "layers.1.mlp_norm.bias"} <= dict(layer.named_parameters()).keys()
-    layer = TransformerLM(small_config("attention=gqa", "model.norm=layer"), 100)
-    assert not any(name.endswith("bias") for name, _ in layer.named_parameters())
+    none = TransformerLM(small_config("attention=gqa", "model.norm=layer", "attention.qk_bias=false"), 100)
+    assert not any(name.endswith("bias") for name, _ in none.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("choice", "biased"),
+    [
+        (("attention=gqa",), {"q_proj", "k_proj"}),
+        (("attention=mla",), {"q_proj", "kv_down"}),
+        (("attention=mla", "attention.q_lora_rank=8", "attention.k_rope_from=latent"), {"q_proj.up", "k_rope_proj"}),
+        (("attention=mla", "position=none"), {"q_proj"}),
+    ],
+)
+def test_by_default_queries_and_the_keys_that_rotate_have_a_bias(choice, biased):
+    model = TransformerLM(small_config(*choice), 100)
+    found = {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    assert found == {f"layers.{i}.attention.{part}.bias" for i in (0, 1) for part in biased}
+    without = TransformerLM(small_config(*choice, "attention.qk_bias=false"), 100)
+    tokens = some_tokens(2, 9)
+    assert torch.equal(model(tokens).logits, without(tokens).logits)  # they begin at zero
 
 
 def test_without_zero_init_what_writes_to_the_residual_stream_begins_small():

@@ -57,7 +57,8 @@ def test_heads_below_the_threshold_and_values_keep_their_bits():
     QKClip(model, 1e-3)(max_logits(model), GOOD)
     changed = {name for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True)
                if not torch.equal(a, b)}  # fmt: skip
-    assert changed == {f"layers.{i}.attention.{name}.weight" for i in (0, 1) for name in ("q_proj", "kv_up")}
+    parts = ("q_proj.weight", "q_proj.bias", "kv_up.weight")
+    assert changed == {f"layers.{i}.attention.{part}" for i in (0, 1) for part in parts}
     for (name, split), mine, its in (
         (item, dict(model.named_parameters()), dict(twin.named_parameters())) for item in model.blocks().items()
     ):

@@ -34,6 +34,7 @@ OURS = (
     "model.tie_embeddings=false",
     "mlp=swiglu",
     "mlp.d_ff=96",
+    "attention.qk_bias=false",
 )
 NAMES = {
     "model.embed_tokens": "embedding",
