@@ -1,5 +1,7 @@
 """What several tests share: composed configurations, small sharpened models, and the program called in-process."""
 
+import copy
+import functools
 import importlib
 import itertools
 import json
@@ -71,13 +73,20 @@ CASES = [
 ]
 
 
-def compose(*overrides: str) -> dict[str, Any]:
-    """The configuration tree that `python train.py *overrides` composes."""
+@functools.lru_cache(maxsize=1000)
+def _composed(*overrides: str) -> dict[str, Any]:
+    """Once in a process, as the next one: it takes a tenth of a second, and most tests want one of a few."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         return plain_tree(hydra_compose("train", list(overrides)))
 
 
+def compose(*overrides: str) -> dict[str, Any]:
+    """The configuration tree that `python train.py *overrides` composes."""
+    return copy.deepcopy(_composed(*overrides))
+
+
+@functools.lru_cache(maxsize=1000)
 def load_composed(*overrides: str) -> Run:
     tree = compose(*overrides)
     tree.pop("resume")
@@ -132,14 +141,18 @@ def assert_one_line(error: UserError | Unsupported) -> None:
     assert len(str(error).splitlines()) == 1, repr(str(error))
 
 
-def call(program: str, arguments: Sequence[str], monkeypatch) -> int:
-    """Runs train.py or sample.py in this process -> its exit code."""
+def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = False) -> int:
+    """Runs train.py or sample.py in this process -> its exit code. drawn: with loss.png, which takes as long as ten
+    steps."""
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
-    try:
-        importlib.import_module(program).main()
-    except SystemExit as stop:
-        return stop.code or 0
+    with monkeypatch.context() as patch:
+        if not drawn:
+            patch.setattr("training.report.plot_loss", lambda folder: None)
+        try:
+            importlib.import_module(program).main()
+        except SystemExit as stop:
+            return stop.code or 0
     return 0
 
 

@@ -22,12 +22,13 @@ def going_on(model, state: Texts, **options) -> list[list[int]]:
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_ragged_prompts_continue_as_each_does_alone_and_as_without_a_cache(case):
     model = small_model(*case, "model.context_length=128")
-    options = {"max_new_tokens": 90}  # across the first two sizes of a cache that began at 64
-    together = texts(model, PROMPTS, [1, 2, 3], **options)
-    assert together == texts(model, PROMPTS, [1, 2, 3], cached=False, **options)
-    for prompt, seed, text in zip(PROMPTS, [1, 2, 3], together, strict=True):
+    prompts = [PROMPTS[0], list(range(20, 78)), PROMPTS[2]]
+    options = {"max_new_tokens": 24}  # the cache, which began at 64, grows for the second row
+    together = texts(model, prompts, [1, 2, 3], **options)
+    assert together == texts(model, prompts, [1, 2, 3], cached=False, **options)
+    for prompt, seed, text in zip(prompts, [1, 2, 3], together, strict=True):
         assert texts(model, [prompt], [seed], **options) == [text]
-        assert len(text) == 90
+        assert len(text) == 24
 
 
 def test_the_seed_decides_and_greedy_needs_none():
@@ -92,18 +93,19 @@ def test_turns_continue_as_an_uncached_run_of_the_whole_text(case):
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_a_context_that_slides_goes_on_as_an_uncached_text_of_its_second_half(case):
-    model = small_model(*case)  # a context of 64
-    prompts, greedy = [[5, 6, 7], [42] * 50, list(range(100))], Sampler(temperature=0)
-    options = {"max_new_tokens": 100, "sampler": greedy, "slide": True}
+    model = small_model(*case, "model.context_length=32")
+    prompts, greedy = [[5, 6, 7], [42] * 25, list(range(50))], Sampler(temperature=0)
+    options = {"max_new_tokens": 34, "sampler": greedy, "slide": True}  # the first row loses a half once
     found = texts(model, prompts, [0, 0, 0], **options)
     assert found == texts(model, prompts, [0, 0, 0], cached=False, **options)
-    for prompt, new in zip(prompts, found, strict=True):
-        window = [*prompt]
-        for token in new:  # by the definition: one token at a time, each from a fresh forward pass
-            while len(window) >= 64:
-                window = window[32:]
-            assert texts(model, [window], [0], max_new_tokens=1, sampler=greedy, cached=False) == [[token]]
-            window.append(token)
+    windows = [[*prompt] for prompt in prompts]
+    for tokens in zip(*found, strict=True):  # by the definition: one token at a time, each from a fresh forward pass
+        for window in windows:
+            while len(window) >= 32:
+                del window[:16]
+        expected = [[token] for token in tokens]
+        assert texts(model, windows, [0, 0, 0], max_new_tokens=1, sampler=greedy, cached=False) == expected
+        windows = [[*window, token] for window, token in zip(windows, tokens, strict=True)]
 
 
 def test_a_row_that_waits_draws_nothing():

@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("trained")
         patch.chdir(folder)
-        assert call("train", [*TRAINED, "run_dir=run"], patch) == 0
+        assert call("train", [*TRAINED, "run_dir=run"], patch, drawn=True) == 0
     return folder / "run"
 
 

@@ -149,13 +149,19 @@ def test_nothing_reaches_for_the_network(workplace):
         "        raise SystemExit(f'reached for the network: {event} {arguments}')\n"
         "sys.addaudithook(deny)"
     )
-    environment = {"HF_HUB_OFFLINE": "0", "WANDB_MODE": "online"}
-    code = f"import os; os.environ |= {environment}\n{blocked}"
+    local = (
+        "def go(program, *arguments):\n"
+        "    sys.argv = [program, *arguments]\n"
+        f"    try: runpy.run_path({str(ROOT)!r} + '/' + program, None, '__main__')\n"
+        "    except SystemExit as stop: assert not stop.code, stop.code\n"
+        "    from hydra.core.global_hydra import GlobalHydra; GlobalHydra.instance().clear()"
+    )
     Path("a.txt").write_text(TEXT)
-    for data in (["data=synthetic"], ["data=files", "data.path=a.txt", "tokenizer=bpe", "tokenizer.vocab_size=300"]):
-        result = train(*OPTIONS, *data, "steps=2", code=code)
-        assert result.returncode == 0, result.stderr
-    sampled = run("sample.py", "line", code=code)
-    assert sampled.returncode == 0, sampled.stderr
+    texts = ["data=files", "data.path=a.txt", "tokenizer=bpe", "tokenizer.vocab_size=300"]
+    runs = [("train.py", *OPTIONS, "steps=2"), ("train.py", *OPTIONS, *texts, "steps=2"), ("sample.py", "line")]
+    environment = {"HF_HUB_OFFLINE": "0", "WANDB_MODE": "online"}
+    code = f"import os; os.environ |= {environment}\n{blocked}\nwas = sys.argv\n{local}\n"
+    code += "\n".join(f"go(*{arguments})" for arguments in runs) + "\nsys.argv = was; print('all was local')"
     denied = train("logger=wandb", "logger.mode=online", *OPTIONS, "steps=1", code=code)
+    assert "all was local" in denied.stdout, denied.stderr
     assert denied.returncode != 0, "the hook should have noticed this one"

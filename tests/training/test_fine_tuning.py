@@ -15,11 +15,20 @@ BASE = [*SMOKE, "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300", "r
 TUNED = [*SMOKE, "init_from=base", "data=files", "data.path=a.txt", "steps=12", "save_every=5", "eval_every=6"]
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run to begin from, what it read, and other texts."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("a.txt").write_text(TEXT)
+        assert call("train", BASE, patch) == 0
+    return folder
+
+
 @pytest.fixture
-def base(workplace, monkeypatch, capsys):
-    Path("a.txt").write_text(TEXT)
-    assert call("train", BASE, monkeypatch) == 0
-    capsys.readouterr()
+def base(trained, workplace):
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
     return workplace / "base"
 
 

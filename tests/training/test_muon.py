@@ -184,7 +184,11 @@ def test_its_state_is_what_it_keeps_and_has_a_name_for_each_tensor():
 
 @pytest.mark.parametrize(
     "choice",
-    [["attention=mla", "precision=bf16"], ["attention=gqa", "precision=fp32"], ["attention=mha", "compile=true"]],
+    [
+        ["attention=mla", "precision=bf16"],
+        ["attention=gqa", "precision=fp32"],
+        pytest.param(["attention=mha", "compile=true"], marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, choice):
@@ -200,6 +204,7 @@ def test_skipped_steps_of_float16_resume_too(workplace, monkeypatch):
     monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
     options = [*SMOKE, "optim=muon", "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9"]
+    options += ["batch_tokens=256"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     for step in (5, 15):
         rewind(workplace / "whole", workplace / f"killed{step}", step)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.kernels.naive import Naive
+from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, batches, call, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.log import read_metrics
@@ -88,12 +89,25 @@ def test_the_loss_is_the_same_with_scores_beside_it():
     assert torch.equal(mean_loss_and_scores(model, inputs, targets)[0], mean_loss(model, inputs, targets))
 
 
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_loss_with_scores_beside_it_compiles_whole(attention):
+    model, ((inputs, targets),) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
+    expected, scores = mean_loss_and_scores(model, inputs, targets)
+    compiled = torch.compile(mean_loss_and_scores, backend="aot_eager", dynamic=False, fullgraph=True)
+    loss, found = compiled(model, inputs, targets)
+    assert relative_error(loss, expected) <= 1e-5 and relative_error(found, scores) <= 1e-5
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(one, parameters) for one in (loss, expected)]
+    for gradient, exact in zip(*gradients, strict=True):
+        assert relative_error(gradient, exact) <= 1e-4
+
+
 MUON, ADAMW = ["attention=mla", "optim=muon"], ["attention=gqa", "attention.qk_norm=false", "optim=adamw"]
 
 
 @pytest.mark.parametrize(
     ("choice", "compiled"),
-    [(MUON, False), (ADAMW, False), pytest.param(MUON, True, marks=pytest.mark.slow), (ADAMW, True)],
+    [(MUON, False), (ADAMW, False), *(pytest.param(choice, True, marks=pytest.mark.slow) for choice in (MUON, ADAMW))],
 )
 def test_a_clipped_run_says_so_and_resumes_bit_for_bit(workplace, monkeypatch, capsys, choice, compiled):
     options = [*SMOKE, *choice, "optim.qk_clip=0.02", "model.n_layers=1", f"compile={compiled}", "steps=12"]

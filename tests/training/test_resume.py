@@ -1,14 +1,15 @@
 """A run that was stopped, by whatever, and resumed is the run that was not: bit for bit, each step once."""
 
+import functools
 import itertools
 import json
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS, SMOKE, call, changed
@@ -25,17 +26,35 @@ def text_of(out: str) -> str:
     return out.split("\nvalidation ")[0]
 
 
-def runs() -> Iterator:
-    """Every attention in both precisions, compiled or not. To compile takes long: most of those are slow tests."""
-    for case in itertools.product(ATTENTIONS, ["fp32", "bf16"], [False, True]):
-        seldom = case[2] and case[:2] not in (("gqa", "fp32"), ("mla", "bf16"))
-        yield pytest.param(*case, marks=[pytest.mark.slow] * seldom)
+def runs() -> list:
+    """Every attention in both precisions, eager and compiled. To generate code takes long, so most of that is slow: of
+    the default tests, one here does, and one of masked documents; for the others stand the graphs it begins from."""
+    cases = []
+    for attention, precision in itertools.product(ATTENTIONS, ["fp32", "bf16"]):
+        seldom = [pytest.mark.slow] * ((attention, precision) != ("mla", "bf16"))
+        cases += [(attention, precision, None), pytest.param(attention, precision, "inductor", marks=seldom)]
+    return cases + [(attention, "fp32", "aot_eager") for attention in ATTENTIONS]
 
 
-@pytest.mark.parametrize(("attention", "precision", "compiled"), runs())
-def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, attention, precision, compiled):
-    options = [*BUSY, f"attention={attention}", f"precision={precision}", f"compile={compiled}"]
-    if compiled and attention != "stack":  # which needs a layer of each kind
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """Call it with a backend of torch.compile, or None for eager runs -> what to say on the command line."""
+    torch_compile = torch.compile
+
+    def arrange(backend: str | None) -> str:
+        if backend:
+            monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=backend))
+        return f"compile={backend is not None}"
+
+    return arrange
+
+
+@pytest.mark.parametrize(("attention", "precision", "backend"), runs())
+def test_stopped_and_resumed_is_the_same_run(
+    workplace, monkeypatch, capsys, compiled_by, attention, precision, backend
+):
+    options = [*BUSY, f"attention={attention}", f"precision={precision}", compiled_by(backend)]
+    if backend and attention != "stack":  # which needs a layer of each kind
         options.append("model.n_layers=1")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     expected = text_of(capsys.readouterr().out)
@@ -47,17 +66,18 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, capsys, att
 
 
 @pytest.mark.parametrize(
-    ("choice", "compiled"),
+    ("choice", "backend"),
     [
-        ([*CLASSIC], False),
-        (changed(CLASSIC, "model.n_layers=1"), True),
-        (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], False),
-        (["attention=stack", "+attention.parts.local.dropout=0.2"], False),
+        ([*CLASSIC], None),
+        (changed(CLASSIC, "model.n_layers=1"), "aot_eager"),
+        pytest.param(changed(CLASSIC, "model.n_layers=1"), "inductor", marks=pytest.mark.slow),
+        (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], None),
+        (["attention=stack", "+attention.parts.local.dropout=0.2"], None),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_so_is_one_that_drops_attention_weights(workplace, monkeypatch, capsys, choice, compiled):
-    assert call("train", [*BUSY, *choice, f"compile={compiled}", "run_dir=whole"], monkeypatch) == 0
+def test_so_is_one_that_drops_attention_weights(workplace, monkeypatch, capsys, compiled_by, choice, backend):
+    assert call("train", [*BUSY, *choice, compiled_by(backend), "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
@@ -73,9 +93,9 @@ def test_a_mix_with_masked_documents_resumes_too(workplace, monkeypatch):
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys, compiled):
-    options = [*BUSY, "data.document_mask=true", f"compile={compiled}", "model.n_layers=1"]
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys, compiled_by, backend):
+    options = [*BUSY, "attention=gqa", "data.document_mask=true", compiled_by(backend), "model.n_layers=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -95,8 +115,9 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
     monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
-    options = changed(BUSY, "precision=fp16", "steps=20", "most_skipped=30", "keep_last=9", "run_dir=whole")
-    assert call("train", options, monkeypatch) == 0
+    options = ["precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "batch_tokens=256"]
+    options = changed(BUSY, *options)
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     skipped = [row["step"] for row in read_metrics(workplace / "whole/metrics.jsonl") if row.get("skipped")]
     assert skipped[:6] == [1, 2, 3, 4, 5, 6] and 2 < skipped[-1] < 20
     for step in (5, 15):
@@ -107,9 +128,9 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch, kills):
-    options = [*UNDER_FIRE, "attention=mla"]
+@pytest.mark.parametrize(("kills", "steps"), [(4, 200), pytest.param(20, STEPS, marks=pytest.mark.slow)])
+def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch, kills, steps):
+    options = [*UNDER_FIRE, "attention=mla", f"steps={steps}"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     draw, met = random.Random(0), []
     while len(met) < kills:
@@ -118,7 +139,7 @@ def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch
         found = train_under_fire(options, folder, kills - len(met), draw)
         assert "while writing" in found
         met += found
-        assert_same_run(workplace / "whole", folder / "run", step=STEPS)
+        assert_same_run(workplace / "whole", folder / "run", step=steps)
         assert not list(folder.rglob(".writing-*"))
 
 
@@ -155,7 +176,7 @@ def test_a_signal_is_heard_when_nobody_reads_any_more(workplace):
 
 
 def test_a_run_nobody_listens_to_goes_on(workplace):
-    process = start([*SMOKE, "steps=60", "eval_every=1", "run_dir=run"], workplace)
+    process = start([*SMOKE, "steps=60", "eval_every=1", "eval_tokens=512", "run_dir=run"], workplace)
     await_steps(process, workplace / "run", 1)
     process.stderr.close()
     process.stdout.close()
@@ -166,7 +187,7 @@ def test_a_run_nobody_listens_to_goes_on(workplace):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, sent):
     """The first one meets a long step."""
-    options = [*SMOKE, "steps=2000", "batch_tokens=262144", "micro_batch_size=16", "save_every=1", "eval_every=1000"]
+    options = [*SMOKE, "steps=2000", "batch_tokens=131072", "micro_batch_size=16", "save_every=1", "eval_every=1000"]
     process = start([*options, "run_dir=run"], workplace)
     while process.poll() is None and not list((workplace / "run").glob("checkpoints/step_*")):
         time.sleep(0.01)

@@ -195,7 +195,7 @@ def test_a_latent_cache_never_holds_a_tensor_per_head():
 
 @on_kernels([SDPA(), Online(), Matmul()])
 def test_decode_step_compiles_once(case, kernel):
-    model = small_model(*case, kernel=kernel)
+    model = small_model(*case, *(() if "attention=stack" in case else ("model.n_layers=1",)), kernel=kernel)
     torch._dynamo.reset()
     step = torch.compile(decode_step, backend="eager", fullgraph=True)
     caches = model.make_caches(2, 64)
