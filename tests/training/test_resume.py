@@ -130,7 +130,7 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
 
 @pytest.mark.parametrize(("kills", "steps"), [(4, 200), pytest.param(20, STEPS, marks=pytest.mark.slow)])
 def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch, kills, steps):
-    options = [*UNDER_FIRE, "attention=mla", f"steps={steps}"]
+    options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     draw, met = random.Random(0), []
     while len(met) < kills:
