@@ -145,10 +145,8 @@ class _Fused:
                     self.ran = _chosen(q, k, v, how)
                 return F.scaled_dot_product_attention(q, k, v, **how)
         except RuntimeError as error:
-            refused = "No available kernel" in str(error) or "No viable backend" in str(error)
-            if not refused and not (
-                self.backend == "cudnn" and "cudnn" in str(error).lower()
-            ):  # which has its own words
+            refusals = ["no available kernel", "no viable backend", *(["cudnn"] if self.backend == "cudnn" else [])]
+            if not any(refusal in str(error).lower() for refusal in refusals):
                 raise
             asked, way_out = "no fused kernel", "choose kernel=naive, or a smaller head dim"
             if self.backend is not None:
