@@ -37,12 +37,6 @@ class PositionConfig(Config):
             raise ValueError(
                 f"rope_scaling={scaling} scales a rotation, and position={self.position} has none: choose position=rope"
             )
-        for name in ("rope_theta", "rope_layout"):
-            if self.position != "rope" and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is of a rotation, and position={self.position} has none: "
-                    f"choose position=rope, or leave {name} unset"
-                )
         if scaling != "none" and factor is None:
             raise ValueError(f"rope_scaling={scaling} needs a factor: set attention.rope_factor, as in 4")
         if scaling == "none" and factor is not None:

@@ -39,9 +39,9 @@ class ModelConfig(Dimensions):
 
     @property
     def positions(self) -> str:
-        """What tells where a token stands, as in `rope`, or `none` where the causal mask alone does."""
+        """What tells where a token stands, as in `rope`."""
         ways = [self.position_embedding, *(self.attention.of_layer(i).position for i in range(self.n_layers))]
-        return " and ".join(way for way in dict.fromkeys(ways) if way != "none") or "none"
+        return " and ".join(way for way in dict.fromkeys(ways) if way != "none") or "the causal mask alone"
 
     def check_training(self, device: torch.device) -> None:
         """Raises Unsupported where the kernel cannot train this model there."""

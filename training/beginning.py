@@ -33,7 +33,8 @@ def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None,
             raise UserError("init_from= names no run: give a run's folder")
         tree = {**begun_from(Path(base), tree, typed), "init_from": base}
     run = load(tree)
-    refuse_unmakeable(run.run_dir)
+    if not run.dry_run:
+        refuse_unmakeable(run.run_dir)
     return run, None, None
 
 

@@ -57,6 +57,7 @@ def refuse_twice(typed: Sequence[str]) -> None:
     given: dict[str, str] = {}
     for override in typed:
         key, equals, _ = override.lstrip("+").partition("=")
+        key = key.strip().partition("@")[0]
         if not equals or key.startswith(("-", "~")):  # a flag; a setting that is taken away
             continue
         if key in given:

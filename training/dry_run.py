@@ -28,8 +28,8 @@ from training.preview import preview_prompt
 from training.step import accumulate, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into
-DEADLINE = 5.0  # seconds for them; where two with an update would take longer, none is run
-PART = 128  # tokens, from which a micro-batch's time is told first
+DEADLINE = 5.0  # seconds for them; a micro-batch that alone takes longer is never run,
+PART = 128  # but so many tokens
 HELD = 1.8  # times the bytes of its tensors, what a process holds on a CPU, whose allocator leaves gaps: 1.75 was seen
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
 log = logging.getLogger("headroom")
@@ -181,39 +181,32 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     def micro_batch(loss: Callable, tokens: Tensor) -> float:
         return _seconds(device, lambda: working.backward(loss(working.model, tokens, tokens) / pieces))
 
-    def update(layers: int) -> float:
-        """All that a step does besides its micro-batches, where so many layers have gradients."""
-        beyond = {p for layer in model.layers[layers:] for p in layer.parameters()}
-        for parameter, gradient in gradients.items():
-            parameter.grad = None if parameter in beyond else gradient
+    def update() -> float:
+        """With the gradients there are: all that a step does besides its micro-batches."""
         return _seconds(device, lambda: train_step(working, optimizer, [], run.lr(0), run.clip_norm))
 
-    def work(part: Tensor) -> float:
-        return part.numel() * flops.training(min(flops.keys, (part.shape[1] + 1) / 2))
+    def work(tokens: Tensor) -> float:
+        return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
 
-    long = tokens[:1, :PART]
-    short = long[:, : max(1, long.shape[1] // 8)]  # of what a micro-batch takes whatever its length
-    log.info(f"timing {long.shape[1]:,} tokens, and the update of a layer")
+    part = tokens[: max(1, PART // shape[1]), :PART]
+    log.info(f"timing {part.numel():,} tokens")
     eager = _loss(run, vocab_size)
     working.refresh()
-    micro_batch(eager, short)  # the first one on a device waits for what is loaded once
-    brief, seconds = micro_batch(eager, short), micro_batch(eager, long)
-    per_flop = max(0.0, seconds - brief) / (work(long) - work(short))
-    seconds = brief + per_flop * (tokens.numel() * flops.training() - work(short))
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    update(1)
-    without, updating = update(0), update(1)
-    updating = without + max(0.0, updating - without) * len(model.layers)
-    measured = f"{long.shape[1]:,} tokens{', not compiled,' if run.compile else ''} and the update of one layer"
-    if 2 * (seconds + updating) <= DEADLINE:
+    micro_batch(eager, part)  # the first one on a device waits for what is loaded once
+    seconds = micro_batch(eager, part) * work(tokens) / work(part)
+    if seconds > DEADLINE:
+        measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
+        measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"
+        updating = update()
+    else:
         log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
         loss, times = maybe_compiled(eager, *run.compilation), []
         micro_batch(loss, tokens)
-        start = time.perf_counter() - update(len(model.layers)) - seconds  # of these two too, but not of compiling
-        while len(times) < TIMED and (not times or time.perf_counter() - start < DEADLINE):
+        update()
+        while len(times) < TIMED and sum(times) < DEADLINE:
             times.append(micro_batch(loss, tokens))
-        seconds, updating = sum(times) / len(times), update(len(model.layers))
         measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
+        seconds, updating = sum(times) / len(times), update()
     step = pieces * seconds + updating
     return step, f"{measured}; the update takes {updating / step:.0%} of a step"
 

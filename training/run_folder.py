@@ -1,6 +1,7 @@
 """The folder a run writes to: how it is named, found again, and what it records about its origin."""
 
 import logging
+import os
 import platform
 import random
 import shlex
@@ -48,16 +49,17 @@ ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
 
 
 def refuse_unmakeable(run_dir: str | None) -> None:
-    """Raises UserError where no new run's folder can be made: nothing can be written there, or run_dir is there, with
-    more in it than what a process left that was killed while it made one."""
+    """Raises UserError where no new run's folder can be made: nothing can be written there, which only trying shows
+    (root may write where its access bits say no), or run_dir is there, with more in it than what a process left that
+    was killed while it made one."""
     folder = Path(run_dir or RUNS)
     try:
         names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
         taken = not all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
-        if taken or folder.is_file():
+        if run_dir and (taken or folder.is_file()):
             others = f", or continue it with resume={folder}" if "config.yaml" in names else ""
             raise UserError(f"run_dir={folder} exists already: choose another{others}")
-        there = next(path for path in (folder, *folder.parents) if path.exists())
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=there):
             pass
     except OSError as error:
@@ -182,7 +184,8 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     for key in keys:
         if key.split(".")[0] not in (*RESUMABLE, "resume") and not _is_so(key, tree, stored):
             raise UserError(
-                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may; the rest is the run's own"
+                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may; the rest is the run's own, so leave "
+                "it out"
             )
     if "path" in stored.get("tokenizer", {}):
         stored["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone

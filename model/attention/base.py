@@ -83,7 +83,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     random_blocks: float = Field(0.0, ge=0, lt=1)  # share of the blocks beyond the window that are seen
     block_size: Size = 64  # tokens in such a block
     pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones
-    qk_bias: bool = False  # of what makes queries and keys, or with MLA queries and the rope key, beside model.bias
+    qk_bias: bool = False  # of the matrices that make queries, and keys where it can matter; model.bias is of all
     mask_diagonal: bool = False  # a token does not see itself: to study what it is good for
     dropout: float = Field(0.0, ge=0, lt=1)  # of the attention weights, while training
 

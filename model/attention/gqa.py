@@ -97,9 +97,10 @@ class GQA(Attention):
         self.rope = config.rope(config.rope_dim)
         self.scale = config.head_dim**-0.5 * config.sharpening
         self.biased = config.distance_bias(causal)
-        qk_bias = config.qk_bias or dimensions.bias
-        self.q_proj = Linear(d_model, n_heads * config.head_dim, qk_bias)
-        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, qk_bias)
+        # What all keys have in common adds the same to all scores of a query, unless keys are turned or normed then.
+        k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
+        self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)
+        self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias or k_bias)
         self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()

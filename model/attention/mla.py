@@ -9,9 +9,9 @@ few dimensions of its own, rotated, shared by all heads and kept beside the late
     k_nope | v       per head      = kv_up latent
     score                          = (q_nope · k_nope + q_rope · k_rope) / sqrt(n + r)
 
-With qk_bias, what makes q and k_rope has a bias; with model.bias, kv_down, q_down and o_proj, as with DeepSeek's
-attention_bias. One of kv_up would say nothing new: its part in k_nope adds the same to all scores of a query, which
-softmax ignores, and its part in v reaches the output as a constant, which o_proj's bias is already.
+With qk_bias, what makes q and k_rope has a bias, kv_down whole; with model.bias, kv_down, q_down and o_proj do, as with
+DeepSeek's attention_bias. One of kv_up would say nothing new: its part in k_nope adds the same to all scores of a
+query, which softmax ignores, and its part in v reaches the output as a constant, which o_proj's bias is already.
 
 With qk_norm=head the queries and keys of the heads are normed too, before the rotation; N is RMSNorm with a weight:
 

@@ -21,6 +21,8 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
+# What PyTorch says where a backend has no kernel for a call; cuDNN's has words of its own.
+REFUSALS = ("no available kernel", "no viable backend", "no valid engine", "no execution plan", "cudnn frontend error")
 ACTIVATED: set[str] = set()  # flash kernels that took the place of PyTorch's own at our word
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's glue to each imports
 DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
@@ -145,8 +147,7 @@ class _Fused:
                     self.ran = _chosen(q, k, v, how)
                 return F.scaled_dot_product_attention(q, k, v, **how)
         except RuntimeError as error:
-            refusals = ["no available kernel", "no viable backend", *(["cudnn"] if self.backend == "cudnn" else [])]
-            if not any(refusal in str(error).lower() for refusal in refusals):
+            if not any(refusal in str(error).lower() for refusal in REFUSALS):
                 raise
             asked, way_out = "no fused kernel", "choose kernel=naive, or a smaller head dim"
             if self.backend is not None:

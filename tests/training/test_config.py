@@ -224,8 +224,6 @@ BAD = [
     (("+foo=1",), "foo=1: no such key"),
     (("+attention.n_kv_head=2",), "did you mean n_kv_heads?"),
     (("+optim.learning_rate=2",), "optim.learning_rate=2: no such key"),
-    (("position=none", "attention.rope_theta=100"), "rope_theta=100.0 is of a rotation, and position=none has none"),
-    (("position=alibi", "attention.rope_layout=interleaved"), "rope_layout=interleaved is of a rotation, and"),
     (("attention.rope_layout=diagonal",), "attention.rope_layout=diagonal"),
     (("attention=mla", "attention.execution=fast"), "attention.execution=fast"),
     (("batch_tokens=1000",), "batch_tokens=1000 is not a multiple of model.context_length=256: choose 768 or 1024"),

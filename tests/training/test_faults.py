@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import ROOT, SMOKE, call
+from tests.support import ROOT, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 
 OPTIONS = [*SMOKE, "steps=20", "save_every=5", "eval_every=10", "keep_last=9"]
@@ -158,10 +158,11 @@ def test_nothing_reaches_for_the_network(workplace):
     )
     Path("a.txt").write_text(TEXT)
     texts = ["data=files", "data.path=a.txt", "tokenizer=bpe", "tokenizer.vocab_size=300"]
-    runs = [("train.py", *OPTIONS, "steps=2"), ("train.py", *OPTIONS, *texts, "steps=2"), ("sample.py", "line")]
+    brief = changed(OPTIONS, "steps=2")
+    runs = [("train.py", *brief), ("train.py", *brief, *texts), ("sample.py", "line")]
     environment = {"HF_HUB_OFFLINE": "0", "WANDB_MODE": "online"}
     code = f"import os; os.environ |= {environment}\n{blocked}\nwas = sys.argv\n{local}\n"
     code += "\n".join(f"go(*{arguments})" for arguments in runs) + "\nsys.argv = was; print('all was local')"
-    denied = train("logger=wandb", "logger.mode=online", *OPTIONS, "steps=1", code=code)
+    denied = train("logger=wandb", "logger.mode=online", *changed(OPTIONS, "steps=1"), code=code)
     assert "all was local" in denied.stdout, denied.stderr
     assert denied.returncode != 0, "the hook should have noticed this one"

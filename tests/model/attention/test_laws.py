@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention.base import Context
@@ -131,7 +132,8 @@ def test_blocks_are_the_rows_that_the_forward_pass_reads():
     """Zeroing the keys of a head, as the blocks name them, leaves that head without scores, and no other."""
     seen = {}
     for attention, part in (("gqa", "k"), ("mla", "k_nope")):
-        model = small_model(f"attention={attention}", "attention.qk_norm=" + ("false" if part == "k" else "latent"))
+        norm = "false" if part == "k" else "latent"
+        model = small_model(f"attention={attention}", f"attention.qk_norm={norm}", "attention.qk_bias=false")
         with torch.no_grad():
             for name, split in model.blocks().items():
                 views = split.views(dict(model.named_parameters())[name])
@@ -251,8 +253,8 @@ def test_norms_of_heads_by_their_formula(groups):
         return layer.rope.rotate(x[:, :, None], table)[:, :, 0]
 
     with torch.no_grad():
-        queries = (x @ layer.q_proj.weight.T).view(1, 9, heads, n + r)
-        latent, k_rope = (x @ layer.kv_down.weight.T).split([c, r], -1)
+        queries = (x @ layer.q_proj.weight.T + layer.q_proj.bias).view(1, 9, heads, n + r)
+        latent, k_rope = (x @ layer.kv_down.weight.T + layer.kv_down.bias).split([c, r], -1)
         latent, k_rope = normed(latent, layer.kv_norm.weight), turned(normed(k_rope, layer.k_rope_norm.weight))
         k_nope, values = (latent @ layer.kv_up.weight.T).view(1, 9, heads, n + v).split([n, v], -1)
         outputs, together = [], heads // groups
@@ -278,11 +280,11 @@ def test_prefused_matrices_are_the_same_function_too():
     positions = torch.arange(9)[None]
     table = layer.rope.table(positions)
     with torch.no_grad():
-        up = layer.q_proj.up.weight.view(heads, n + r, 24)
+        up = torch.cat([layer.q_proj.up.weight, layer.q_proj.up.bias[:, None]], dim=1).view(heads, n + r, 25)
         w_uk, w_uv = layer.kv_up.weight.view(heads, n + v, c).split([n, v], 1)
         fused_q = torch.einsum("hnq,hnc->hcq", up[:, :n], w_uk)
         fused_o = torch.einsum("dhv,hvc->dhc", layer.o_proj.weight.view(64, heads, v), w_uv)
-        query = layer.q_proj.norm(layer.q_proj.down(x))
+        query = F.pad(layer.q_proj.norm(layer.q_proj.down(x)), (0, 1), value=1.0)  # the bias, a column of the matrix
         latent, k_rope = layer.kv_down(x).split([c, r], -1)
         latent, k_rope = layer.kv_norm(latent), layer.rope.rotate(k_rope[:, :, None], table)[:, :, 0]
         q_rope = layer.rope.rotate(torch.einsum("hrq,btq->bthr", up[:, n:], query), table)
@@ -317,8 +319,8 @@ def test_bfloat16_stays_near_float32(case):
             parameter.data = parameter.data.bfloat16()
     with torch.no_grad():
         expected = exact(tokens).logits
-        assert relative_error(low(tokens).logits, expected) <= 0.06
-        assert relative_error(_decoded(low, tokens), expected) <= 0.06
+        assert relative_error(low(tokens).logits, expected) <= 0.07
+        assert relative_error(_decoded(low, tokens), expected) <= 0.07
 
 
 @every_case
