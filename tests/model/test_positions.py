@@ -160,7 +160,7 @@ def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
     ("overrides", "said"),
     [
         ([], "rope"),
-        (["position=none"], "none"),
+        (["position=none"], "the causal mask alone"),
         (["position=learned", "attention.position=alibi"], "learned and alibi"),
         (["model=classic_gpt", "model.n_layers=2"], "learned"),
         (["attention=stack", "+attention.parts.local.position=alibi"], "alibi and rope"),
