@@ -43,6 +43,7 @@ LEFT_OUT = (
     "model.logit_softcap=15",
     "model.tie_embeddings=false",
     "attention.qk_norm=false",
+    "attention.qk_bias=false",
     "position=learned",
     "schedule=linear schedule.final_fraction=0",
     "schedule=wsd",
