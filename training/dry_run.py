@@ -189,11 +189,15 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
         return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
 
     part = tokens[: max(1, PART // shape[1]), :PART]
+    few = part[:1, : PART // 8]  # whose time is nearly all overhead: what a micro-batch takes whatever its length
     log.info(f"timing {part.numel():,} tokens")
     eager = _loss(run, vocab_size)
     working.refresh()
-    micro_batch(eager, part)  # the first one on a device waits for what is loaded once
-    seconds = micro_batch(eager, part) * work(tokens) / work(part)
+    for each in (few, part):
+        micro_batch(eager, each)  # the first one on a device waits for what is loaded once
+    overhead, seconds = micro_batch(eager, few), micro_batch(eager, part)
+    if part.numel() > few.numel():
+        seconds += max(0.0, seconds - overhead) * (work(tokens) - work(part)) / (work(part) - work(few))
     if seconds > DEADLINE:
         measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
         measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"

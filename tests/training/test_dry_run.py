@@ -167,20 +167,20 @@ def test_a_step_of_many_micro_batches_is_not_run_whole(workplace, monkeypatch, c
 
 @pytest.mark.parametrize("settings", [["optim=adamw", "precision=fp16"], ["optim=muon", "model.n_layers=6"]])
 def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace, monkeypatch, capsys, settings):
-    """On a machine where all takes as long as its arithmetic, and an update a second."""
-    monkeypatch.setattr("training.dry_run.PART", 16)
+    """On a machine where all takes as long as its arithmetic and a second more."""
+    monkeypatch.setattr("training.dry_run.PART", 32)
     shapes, counts = counted(monkeypatch, "mean_loss"), cost.flops(load_composed(*SMOKE, *settings).model, 257)
 
     def seconds(device, what):
         shapes.clear()
         what()
-        return sum(shape.numel() * counts.training((shape[1] + 1) / 2) * 1e-8 for shape in shapes) or 1.0
+        return 1.0 + sum(shape.numel() * counts.training((shape[1] + 1) / 2) * 1e-8 for shape in shapes)
 
     monkeypatch.setattr("training.dry_run._seconds", seconds)
     assert call("train", [*SMOKE, *settings, "dry_run=true", "steps=1"], monkeypatch) == 0
     out = capsys.readouterr().out
-    (speed,) = re.findall(r"([\d,]+) tokens per second on this cpu, from 16 tokens and one update \(a micro-batch", out)
-    micro_batch = 1024 * counts.training() * 1e-8
+    (speed,) = re.findall(r"([\d,]+) tokens per second on this cpu, from 32 tokens and one update \(a micro-batch", out)
+    micro_batch = 1 + 1024 * counts.training() * 1e-8
     assert int(speed.replace(",", "")) == pytest.approx(1024 / (micro_batch + 1), abs=1)
     assert f"the update takes {1 / (micro_batch + 1):.0%} of a step" in out
 
