@@ -10,6 +10,7 @@ os.environ |= {
 }
 
 import logging
+import sys
 
 import pytest
 import torch
@@ -30,3 +31,11 @@ def heard():
     yield
     logger = logging.getLogger("headroom")
     logger.handlers[:], logger.propagate = [], True
+
+
+@pytest.fixture(autouse=True)
+def compiled_alone():
+    """PyTorch refuses to compile one function more than eight times in a process, however many models it is of."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
