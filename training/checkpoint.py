@@ -26,10 +26,10 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import Config
 from model.transformer import TransformerLM
 from training.config import Run, dump
+from training.migrate import FORMAT, migrate
 from training.precision import LossScale
-from training.run_folder import refuse_other_settings, resume_command, write_config
+from training.run_folder import refuse_other_format, refuse_other_settings, resume_command, write_config
 
-VERSION = 2
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 log = logging.getLogger("headroom")
 
@@ -50,7 +50,7 @@ class FileMark(Config):
 class Manifest(Config):
     """What a checkpoint holds besides tensors."""
 
-    version: int
+    format: int
     step: int  # updates done
     val_loss: float | None  # nats per token on the first eval_tokens of the validation set, where it was scored
     loss_scale: LossScale.State | None
@@ -109,7 +109,7 @@ def write(
             (writing / name).write_bytes(content)
             marks[name] = FileMark(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         manifest = Manifest(
-            version=VERSION,
+            format=FORMAT,
             step=step,
             val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
             loss_scale=training.loss_scale and training.loss_scale.state(),
@@ -230,15 +230,13 @@ def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     try:
         content = unsealed(file.read_text())
-        if content["version"] != VERSION:
-            raise UserError(
-                f"{path} has format version {content['version']}, this program reads {VERSION}: "
-                "take the Headroom it was written with"
-            )
-        return Manifest.model_validate(content)
+        format = content["format"] if "format" in content else content.pop("version")
+        refuse_other_format(path, format)
+        migrated = migrate(content["config"], format)
+        return Manifest.model_validate(content | {"format": format, "config": migrated})
     except OSError as error:
         raise Damaged(f"{file} cannot be read: {error.strerror}") from None
-    except (ValidationError, ValueError, KeyError):
+    except (ValidationError, ValueError, KeyError, TypeError):
         raise Damaged(f"{file} is damaged") from None
 
 

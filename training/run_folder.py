@@ -23,6 +23,7 @@ from data.errors import UserError
 from data.lock import lock
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
+from training.migrate import FORMAT, UNSTATED, migrate
 
 RUNS = Path("runs")
 # What may change when a run is resumed.
@@ -103,13 +104,13 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
 def write_config(folder: Path, run: Run) -> None:
     """config.yaml, with every derived value filled in. Replaced as a whole or not at all."""
     try:
-        write_whole(folder / "config.yaml", yaml.safe_dump(dump(run), sort_keys=False).encode())
+        write_whole(folder / "config.yaml", yaml.safe_dump({"format": FORMAT} | dump(run), sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {error.strerror}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The tree in a run's config.yaml, for `load`. Raises UserError where there is none."""
+    """The tree in a run's config.yaml, migrated, for `load`. Raises UserError where there is none."""
     refuse_no_run(folder)
     try:
         tree = yaml.safe_load((folder / "config.yaml").read_text())
@@ -117,7 +118,17 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}/config.yaml cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{folder}/config.yaml is damaged: it holds no settings")
-    return tree
+    format = tree.pop("format", UNSTATED)
+    refuse_other_format(folder / "config.yaml", format)
+    return migrate(tree, format)
+
+
+def refuse_other_format(path: Path, format: Any) -> None:
+    """Raises UserError where a file was written in a format that this program does not know."""
+    if type(format) is not int or not UNSTATED <= format <= FORMAT:
+        raise UserError(
+            f"{path} has format {format}, this program reads {UNSTATED} to {FORMAT}: take the Headroom that wrote it"
+        )
 
 
 def resume_command(folder: Path) -> str:

@@ -1,0 +1,80 @@
+"""Stored settings of older runs, in the terms of this program: the one place that knows old keys and old defaults.
+
+What a run's config.yaml and the manifests of its checkpoints hold was written by the Headroom of its day. A key that it
+lacks had no setting then, and the value below is how the program behaved. What is typed is never migrated.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+FORMAT = 3  # of config.yaml and manifest.json
+UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
+
+RUN_2 = {
+    "autotune": False,
+    "peak_flops": None,
+    "profile_steps": 0,
+    "log_attention": False,
+    "checkpoint_activations": False,
+    "dry_run": False,
+}
+MODEL_2 = {
+    "position_embedding": "none",
+    "dropout": 0.0,
+    "norm": "rms",
+    "bias": False,
+    "logit_softcap": None,
+    "zero_init": True,
+}
+ATTENTION_2 = {
+    "position": "rope",
+    "rope_scaling": "none",
+    "rope_factor": None,
+    "rope_original_context": None,
+    "window": None,
+    "dilation": 1,
+    "global_tokens": 0,
+    "random_blocks": 0.0,
+    "block_size": 64,
+    "pattern_seed": 0,
+    "mask_diagonal": False,
+    "dropout": 0.0,
+    "qk_bias": False,
+}
+PARTS_2 = {  # by class
+    "model.attention.gqa.GQAConfig": ATTENTION_2 | {"rope_dim": None},
+    "model.attention.mla.MLAConfig": ATTENTION_2 | {"k_rope_from": "hidden", "qk_norm": "latent", "qk_norm_groups": 1},
+    "model.attention.stack.StackConfig": {"position": "rope"},
+    "model.mlp.GELUConfig": {"approximate": "none"},
+    "training.optim.AdamWConfig": {"qk_clip": None},
+    "training.muon.MuonConfig": {"qk_clip": None},
+    "data.corpus.SympyCorpus": {"document_mask": False},
+    "data.corpus.StdlibCorpus": {"document_mask": False},
+    "data.corpus.SyntheticCorpus": {"document_mask": False},
+    "data.files.FilesCorpus": {"document_mask": False},
+    "data.hub.HubCorpus": {"document_mask": False},
+    "data.mix.MixCorpus": {"document_mask": False},
+}
+
+
+def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
+    """A run's stored settings, as written in `format`, as this program writes them. What is not of the form that was
+    written then is left for the border to refuse."""
+    tree = dict(tree)
+    if format < 3:
+        tree = _each_part(RUN_2 | tree, _to_3)
+        if isinstance(tree.get("model"), Mapping):
+            tree["model"] = MODEL_2 | tree["model"]
+    return tree
+
+
+def _to_3(part: dict[str, Any]) -> dict[str, Any]:
+    target = part.get("_target_")
+    return PARTS_2.get(target, {}) | part if isinstance(target, str) else part
+
+
+def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """The tree with every mapping in it changed, those within before those around them."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return change({key: _each_part(value, change) for key, value in tree.items()})
