@@ -5,6 +5,7 @@ python -m benchmarks.gpu kernels --out results.jsonl
 python -m benchmarks.gpu training training_350m --nanogpt ../nanoGPT --out results.jsonl
 python -m benchmarks.gpu variants memory decoding --out results.jsonl
 python -m benchmarks.gpu --cpu                                     # all of it in small, to see that it runs
+python -m benchmarks.gpu --smoke --out smoke.jsonl                 # first: does the program work here, in four minutes
 
     kernels         error of output and gradients, and the time of both passes, of every kernel that the device has
     training        124M, compiled: tokens per second, MFU, peak memory of MHA, GQA, MLA, and of nanoGPT if it is given
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=output, help="a row of JSON is added for each measurement")
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
     parser.add_argument("--cpu", action="store_true", help="small shapes on the CPU")
+    parser.add_argument("--smoke", action="store_true", help="train, resume, sample, compile (benchmarks/smoke.py)")
     args = parser.parse_args()
     unknown = set(args.section) - SECTIONS.keys()
     if unknown:
@@ -89,6 +91,8 @@ def main() -> None:
     else:
         scale = Scale(torch.device("cuda"), ("gpt2", "gpt2_medium"), 16, 4096, 10, **parts)
     say({"section": "environment", **environment()}, args.out)
+    if args.smoke:
+        return smoked(scale, args.out)
     for name in args.section or SECTIONS:
         start = last = time.perf_counter()
         longest = 0.0
@@ -99,6 +103,20 @@ def main() -> None:
             if now - start + longest > DEADLINE:
                 say({"section": name, "stopped": f"after {now - start:.0f} s: the rest was not run"}, args.out)
                 break
+
+
+def smoked(scale: Scale, out: Path | None) -> None:
+    """Raises UserError, when all rows are written, where one shows that something does not work here."""
+    from benchmarks.smoke import smoke, verdict  # needs more packages than the rest
+
+    start, rows = time.perf_counter(), []
+    for row, measure in smoke(scale.device):
+        rows.append(attempted(row, measure))
+        say({"section": "smoke", **rows[-1]}, out)
+    summary = verdict(rows)
+    say({"section": "smoke", **summary, "seconds": round(time.perf_counter() - start, 1)}, out)
+    if not summary["passed"]:
+        raise UserError(f"the smoke test failed: {'; '.join(summary['failures'])}")
 
 
 def say(row: Row, out: Path | None) -> None:

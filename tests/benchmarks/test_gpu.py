@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import gpu
+from benchmarks.smoke import verdict
 from data.errors import UserError
 from model.errors import Unsupported
 from tests.benchmarks.stand_in import STAND_IN
@@ -31,6 +32,22 @@ def test_what_the_device_lacks_is_a_row_that_says_why(workplace, monkeypatch):
     assert found["bf16"]["tokens_per_second"] > 0
     for variant in ("fp8", "FA3", "FA4", "cudnn"):
         assert "refused" in found[variant], variant
+
+
+@pytest.mark.slow
+def test_smoke_on_a_cpu_passes(workplace, monkeypatch):
+    *tried, summary = rows(monkeypatch, workplace, "--smoke")
+    assert summary["passed"], summary
+    assert {row["what"] for row in tried} == {"train, resume, sample", "compile", "memory"}
+
+
+def test_smoke_names_what_failed():
+    fine = {"attention": "mha", "learns": True, "resumed_bit_for_bit": True, "ratio": 1.05}
+    assert verdict([fine, {"attention": "mla", "largest_difference": 0.01}]) == {"passed": True, "failures": []}
+    wrong = [fine | {"resumed_bit_for_bit": False}, fine | {"ratio": 1.2}, {"attention": "mqa", "failed": "no"}]
+    found = verdict(wrong)
+    assert not found["passed"] and len(found["failures"]) == 3
+    assert "mha: not resumed_bit_for_bit" in found["failures"]
 
 
 @pytest.mark.parametrize(
