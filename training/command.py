@@ -66,6 +66,25 @@ def refuse_twice(typed: Sequence[str]) -> None:
         given[key] = override
 
 
+def with_separator_quoted(typed: Sequence[str]) -> list[str]:
+    """The command line, with quotes around a data.document= that Hydra's grammar cannot read as it was typed: a
+    separator such as <|endoftext|> holds characters that it allows in quotes only."""
+    return [_quoted(one) if one.lstrip("+").startswith("data.document=") else one for one in typed]
+
+
+def _quoted(override: str) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        mark = '"' if "'" in value else "'"
+        return override if mark in value else f"{key}={mark}{value}{mark}"
+    return override
+
+
 def plain_tree(cfg: Any) -> dict[str, Any]:
     """A composed Hydra configuration as plain values. Raises UserError for one that is incomplete."""
     from omegaconf import OmegaConf
