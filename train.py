@@ -16,9 +16,10 @@ from omegaconf import DictConfig
 from training.command import (
     one_line_errors,
     plain_tree,
+    refuse_no_working_directory,
     refuse_twice,
     smaller_batches_advised,
-    with_separator_quoted,
+    with_quotes,
 )
 
 # torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
@@ -33,7 +34,8 @@ def composed(cfg: DictConfig) -> None:
 
 def main() -> None:
     with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
-        sys.argv[1:] = with_separator_quoted(sys.argv[1:])
+        sys.argv[1:] = with_quotes(sys.argv[1:])
+        refuse_no_working_directory()
         refuse_twice(sys.argv[1:])
         composed()
 

@@ -34,7 +34,7 @@ class Contents:
                 count, first = self.markers.get(marker, (0, document.name))
                 self.markers[marker] = (count + document.text.count(marker), first)
         if len(self.names) < COMPARED:
-            before = self.running if document.goes_on else document.split.encode()
+            before = self.running if document.goes_on else b""
             self.running = _hash(before + text) if text else before
             self.names.append(_number(_hash(document.name.encode())))
             self.texts.append(_number(self.running) if text else 0)
@@ -50,8 +50,8 @@ class Contents:
     def warn_of_markers(self) -> None:
         for marker, (count, name) in self.markers.items():
             log.warning(
-                f"{marker} stands {count:,} time{'s' * (count != 1)} in the text, first in {name}, and is text there: "
-                f"where it separates documents of a text file, give data.document='{marker}'"
+                f"{marker} stands {count:,} time{'s' * (count != 1)} in the text, first in {name}, and is trained on "
+                f"as text: where it separates documents of a text file, give data.document='{marker}'"
             )
 
     def _documents(self) -> tuple[int, int]:

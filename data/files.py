@@ -55,8 +55,8 @@ class FilesCorpus(Corpus):
 
     def identity(self) -> dict[str, Any]:
         """Without what is as it was before it was a setting, so that what was prepared then is found."""
-        before = {"held_out_by": "index", "reading": 2}
-        return {name: value for name, value in super().identity().items() if before.get(name) != value}
+        before = {"held_out_by": "index", "reading": 2}.items()
+        return {name: value for name, value in super().identity().items() if (name, value) not in before}
 
     def sources(self) -> list[str]:
         return self._files()
