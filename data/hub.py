@@ -47,7 +47,7 @@ class HubCorpus(Corpus):
 
     def fingerprint(self) -> str:
         if self._folder:
-            return _hash(Path(self.path))
+            return _hash(Path(self._place))
         return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class HubCorpus(Corpus):
         return tree
 
     def sources(self) -> list[str]:
-        return [str(path) for path in files_below(Path(self.path))] if self._folder else []
+        return [str(path) for path in files_below(Path(self._place))] if self._folder else []
 
     def split_rule(self) -> SplitRule | None:
         if self.held_out_by == "index":
@@ -86,8 +86,13 @@ class HubCorpus(Corpus):
             index += 1
 
     @property
+    def _place(self) -> str:
+        """Of a folder, also one written with ~; a name on the hub has none."""
+        return os.path.expanduser(self.path)
+
+    @property
     def _folder(self) -> bool:
-        return is_folder(self.path)
+        return is_folder(self._place)
 
     @property
     def _commit(self) -> str | None:
@@ -100,10 +105,10 @@ class HubCorpus(Corpus):
         if self.remote:
             _refuse_unreachable(self.path)
         else:
-            _refuse_several_formats(Path(self.path))
+            _refuse_several_formats(Path(self._place))
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes as an error, too
-        where = {"path": self.path, "revision": self._commit}
+        where = {"path": self._place, "revision": self._commit}
         configs = self._asked(lambda: datasets.get_dataset_config_names(**where))
         config = self.config or (configs[0] if len(configs) == 1 else None)
         if config not in configs:
@@ -124,9 +129,9 @@ class HubCorpus(Corpus):
         for it. Of the hub's files nobody can tell."""
         import datasets
 
-        if (Path(self.path) / "README.md").is_file():  # whose head may say to read them in another way
+        if (Path(self._place) / "README.md").is_file():  # whose head may say to read them in another way
             return
-        builder, left = self._asked(lambda: datasets.load_dataset_builder(self.path, self.config)), self.limit
+        builder, left = self._asked(lambda: datasets.load_dataset_builder(self._place, self.config)), self.limit
         for path in builder.config.data_files[self.split]:
             if format_of(path) in ("json", "json lines"):
                 looked_at = refuse_lacking(path, self.column, left)
@@ -137,7 +142,7 @@ class HubCorpus(Corpus):
             return question()
         except Exception as error:  # whatever reads the network, archives and formats underneath has its own
             if self._folder:
-                _refuse_bad_table(Path(self.path), self.column)  # theirs seldom say which file it was
+                _refuse_bad_table(Path(self._place), self.column)  # theirs seldom say which file it was
             raise UserError(f"data.path={self.path!r} cannot be read{when}: {_reason(error)}") from None
 
 
