@@ -102,36 +102,39 @@ class SourceCorpus(Corpus):
         """path: within the root."""
 
     def sources(self) -> list[str]:
-        return [str(self._root() / path) for path in self._files()]
+        root = self._root()
+        return [str(root / path) for path in self._files()]
 
     def split_rule(self) -> SplitRule:
         return SplitRule(of_files=self.name, of_texts=None)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
+        digest, root = hashlib.sha256(), self._root()
         for path in self._files():
-            digest.update(path.encode() + b"\0" + self._content(path) + b"\0")
+            digest.update(path.encode() + b"\0" + _content(root / path) + b"\0")
         return digest.hexdigest()
 
     def read(self) -> Iterator[Document]:
+        root = self._root()
         for path in self._files():
             held_out = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big") % 20 == 0
             try:
-                text = self._content(path).decode()
+                text = _content(root / path).decode()
             except UnicodeDecodeError as error:
-                raise UserError(f"{self._root() / path} is not UTF-8 text (at byte {error.start}): mend it") from None
+                raise UserError(f"{root / path} is not UTF-8 text (at byte {error.start}): mend it") from None
             yield Document(path, text, held_out)
-
-    def _content(self, path: str) -> bytes:
-        try:
-            return (self._root() / path).read_bytes()
-        except OSError as error:
-            refuse_unreadable(self._root() / path, error)
 
     def _files(self) -> list[str]:
         root = self._root()
         paths = (path.relative_to(root) for path in root.rglob("*.py"))
         return sorted(path.as_posix() for path in paths if self._belongs(path))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        refuse_unreadable(path, error)
 
 
 class SympyCorpus(SourceCorpus):
