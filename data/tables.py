@@ -6,8 +6,9 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from data.errors import UserError
 from data.json_values import values
@@ -40,20 +41,17 @@ def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
     """(place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
     kinds = {"json lines": _json_cells, "json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}
     rows = kinds[format_of(path)]
-    try:
+    with _one_line(path):
         for number, cell in rows(path, column):
             if cell is not None and cell != "":
                 yield f"{path}:{number}", _text(f"{path}:{number}", column, cell)
-    except OSError as error:
-        refuse_unreadable(path, error)
-    except UnicodeDecodeError as error:
-        _refuse_no_utf8(path, error)
 
 
 def refuse_lacking(path: str, column: str, rows: int | None) -> int:
     """Raises UserError for the first of so many rows (None: all) of JSON or JSON lines that lacks the column, instead
     of holding null in it. -> the rows looked at."""
-    return sum(1 for _ in itertools.islice(_json_cells(path, column), rows))
+    with _one_line(path):
+        return sum(1 for _ in itertools.islice(_json_cells(path, column), rows))
 
 
 def _text(place: str, column: str, cell: Any) -> str:
@@ -76,20 +74,23 @@ def no_text(place: str, column: str, cell: Any) -> str:
 def _columns(path: str) -> list[str]:
     if format_of(path) == "parquet":
         return _open_parquet(path).schema_arrow.names
-    try:
+    with _one_line(path):
         if format_of(path) == "csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return next(_csv_rows(path, file), [])
         return next((list(row) for _, row in _json_rows(path)), [])
+
+
+@contextmanager
+def _one_line(path: str) -> Iterator[None]:
+    """Around reading: turns what the system and the encoding raise into a UserError that names the file."""
+    try:
+        yield
     except OSError as error:
         refuse_unreadable(path, error)
     except UnicodeDecodeError as error:
-        _refuse_no_utf8(path, error)
-
-
-def _refuse_no_utf8(path: str, error: UnicodeDecodeError) -> NoReturn:
-    byte = error.object[error.start]
-    raise UserError(f"{path} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert or exclude it") from None
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert or exclude it") from None
 
 
 def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:

@@ -82,6 +82,12 @@ def test_a_file_that_does_not_belong_is_named_in_one_line(folder, caplog, name, 
     assert "\n" not in str(caught.value) and not caplog.records
 
 
+def test_a_csv_file_that_is_no_utf8_far_down_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\n" + b"words\n" * 30_000 + b"\xff\n")
+    with pytest.raises(UserError, match=r"a\.csv is not UTF-8 text \(it holds the byte 0xff\): convert or exclude it"):
+        list(HubCorpus(path=str(tmp_path)).read())
+
+
 def test_a_row_that_lacks_the_column_is_refused_as_data_files_does(folder):
     rows = [{"text": None}, {"text": "x"}, {"n": 2}, {"text": "y"}]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
