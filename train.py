@@ -13,7 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from training.command import one_line_errors, plain_tree, refuse_twice, smaller_batches_advised
+from training.command import (
+    one_line_errors,
+    plain_tree,
+    refuse_no_working_directory,
+    refuse_twice,
+    smaller_batches_advised,
+    with_quotes,
+)
 
 # torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
 
@@ -27,6 +34,8 @@ def composed(cfg: DictConfig) -> None:
 
 def main() -> None:
     with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
+        sys.argv[1:] = with_quotes(sys.argv[1:])
+        refuse_no_working_directory()
         refuse_twice(sys.argv[1:])
         composed()
 

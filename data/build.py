@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from data.contents import Contents
 from data.corpus import Corpus, Document, Split, drawn
 from data.durable import make_folder, sweep, whole_folder
 from data.errors import UserError
@@ -48,14 +49,16 @@ class Size(NamedTuple):
 
 def survey(corpus: Corpus) -> Size:
     """Reads all there is once, where that costs no download: what is wrong with the last document is said before the
-    first is encoded. Raises UserError for that, and for a split without documents."""
+    first is encoded, and what there is in a line. Raises UserError for what is wrong, and for a split without
+    documents."""
     if corpus.remote:
         return Size(None, None)
-    found: dict[Split, int] = {}
+    found = Contents()
     for document in corpus.read():
-        found[document.split] = found.get(document.split, 0) + _bytes(document)
+        found.add(document)
     _refuse_empty(corpus, found)
-    return Size(found["train"], found["val"])
+    _say(corpus, found)
+    return Size(found.bytes["train"], found.bytes["val"])
 
 
 def build(
@@ -73,18 +76,26 @@ def build(
             tokenizer = _tokenizer(corpus, config, parts, size)
             kept = len(list(parts.glob("part_*")))
             progress.reset(task, description="encoding" + f" (after {kept} finished parts)" * bool(kept), total=total)
-            megabytes = _encode(corpus, tokenizer, parts, workers, lambda done: progress.advance(task, done / 1e6))
+            contents = _encode(corpus, tokenizer, parts, workers, lambda done: progress.advance(task, done / 1e6))
         if corpus.fingerprint() != fingerprint:
             discard_parts(folder)
             raise UserError(f"the documents of data={corpus.name} changed while they were read: run again")
         with whole_folder(folder) as building:
             _assemble(parts, building)
+            contents_file(building).write_text(contents.described(len(corpus.sources())))
     except BaseException:
         if not list(parts.glob("part_*")):
             discard_parts(folder)
         raise
-    seconds = time.monotonic() - began
+    if corpus.remote:
+        _say(corpus, contents)
+    megabytes, seconds = sum(contents.bytes.values()) / 1e6, time.monotonic() - began
     log.info(f"prepared {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s): {folder}")
+
+
+def contents_file(folder: Path) -> Path:
+    """A line that says what the documents are."""
+    return folder / "contents.txt"
 
 
 def discard_parts(folder: Path) -> None:
@@ -132,14 +143,16 @@ def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
     return (passage for i, passage in enumerate(passages) if drawn(i, share, "tokenizer"))
 
 
-def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]) -> float:
-    """Makes the parts that are not there yet -> megabytes of text in all."""
+def _encode(
+    corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]
+) -> Contents:
+    """Makes the parts that are not there yet -> what all of them are of."""
     documents = _Ending(corpus.read())
-    totals, read = dict.fromkeys(SPLITS, 0), {}
+    totals, contents = dict.fromkeys(SPLITS, 0), Contents()
 
     def counted(part: Iterable[tuple[int, Document]]) -> Iterator[Document]:
         for _, document in part:
-            read[document.split] = read.get(document.split, 0) + _bytes(document)
+            contents.add(document)
             yield document
 
     for number, part in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
@@ -164,8 +177,8 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, adv
             for split, writer in writers.items():
                 writer.close(last=documents.ended)
                 totals[split] = writer.total
-    _refuse_empty(corpus, read)
-    return sum(read.values()) / 1e6
+    _refuse_empty(corpus, contents)
+    return contents
 
 
 class _Ending:
@@ -238,10 +251,16 @@ def _assemble(parts: Path, building: Path) -> None:
                 shutil.copyfileobj(part, names)
 
 
-def _refuse_empty(corpus: Corpus, found: dict[Split, int]) -> None:
+def _say(corpus: Corpus, contents: Contents) -> None:
+    log.info(f"data={corpus.name}: {contents.described(len(corpus.sources()))}")
+    contents.warn_of_markers()
+
+
+def _refuse_empty(corpus: Corpus, contents: Contents) -> None:
     for split in SPLITS:
-        if split not in found:
-            raise UserError(f"the {split} split of data={corpus.name} is empty: more or longer text is needed")
+        if split not in contents.bytes:
+            found = f", of {contents.described(len(corpus.sources()))}" * bool(contents.bytes)
+            raise UserError(f"the {split} split of data={corpus.name} is empty{found}: more or longer text is needed")
 
 
 def _bytes(document: Document) -> int:

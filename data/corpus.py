@@ -14,8 +14,10 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.errors import UserError
+from data.paths import refuse_unreadable
 
 Split = Literal["train", "val"]
+HeldOutBy = Literal["content", "index"]
 log = logging.getLogger("headroom")
 
 
@@ -28,6 +30,13 @@ class Document(NamedTuple):
     @property
     def split(self) -> Split:
         return "val" if self.held_out else "train"
+
+
+class SplitRule(NamedTuple):
+    """Two corpora of equal rules that read one file hold out the same documents of it."""
+
+    of_files: Any  # how files become documents, and which of those are held out
+    of_texts: float | None  # the share of documents that a hash of their text holds out; None where no hash does
 
 
 class Corpus(DataConfig):
@@ -48,6 +57,14 @@ class Corpus(DataConfig):
         """The same documents, whatever becomes of the name they were found under: what a run keeps."""
         return self
 
+    def sources(self) -> list[str]:
+        """The files of this machine that the documents are read from."""
+        return []
+
+    def split_rule(self) -> "SplitRule | None":
+        """By which documents are held out; None where it is not a function of the document alone."""
+        return None
+
     @abstractmethod
     def fingerprint(self) -> str:
         """Changes when the documents change. Raises UserError where there is nothing to read."""
@@ -61,7 +78,13 @@ class Corpus(DataConfig):
         return (document for document in self.read() if document.split == split)
 
 
-def drawn(index: int, share: float, purpose: str = "validation") -> bool:
+def held_out(by: HeldOutBy, index: int, text: str, share: float) -> bool:
+    """Whether a document of many is one of the share that is held out. By content, documents of the same text are on
+    the same side, wherever they stand; by index, they need not be."""
+    return drawn(index if by == "index" else hashlib.sha256(text.encode()).hexdigest(), share)
+
+
+def drawn(index: int | str, share: float, purpose: str = "validation") -> bool:
     """Whether the document of this index is one of the share that is drawn: a hash decides, so it depends neither on
     how many follow nor on what they hold."""
     return int.from_bytes(hashlib.sha256(f"{purpose}/{index}".encode()).digest()[:8], "big") < share * 2**64
@@ -78,22 +101,40 @@ class SourceCorpus(Corpus):
     def _belongs(self, path: Path) -> bool:
         """path: within the root."""
 
+    def sources(self) -> list[str]:
+        root = self._root()
+        return [str(root / path) for path in self._files()]
+
+    def split_rule(self) -> SplitRule:
+        return SplitRule(of_files=self.name, of_texts=None)
+
     def fingerprint(self) -> str:
         digest, root = hashlib.sha256(), self._root()
         for path in self._files():
-            digest.update(path.encode() + b"\0" + (root / path).read_bytes() + b"\0")
+            digest.update(path.encode() + b"\0" + _content(root / path) + b"\0")
         return digest.hexdigest()
 
     def read(self) -> Iterator[Document]:
         root = self._root()
         for path in self._files():
             held_out = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big") % 20 == 0
-            yield Document(path, (root / path).read_bytes().decode(), held_out)
+            try:
+                text = _content(root / path).decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{root / path} is not UTF-8 text (at byte {error.start}): mend it") from None
+            yield Document(path, text, held_out)
 
     def _files(self) -> list[str]:
         root = self._root()
         paths = (path.relative_to(root) for path in root.rglob("*.py"))
         return sorted(path.as_posix() for path in paths if self._belongs(path))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        refuse_unreadable(path, error)
 
 
 class SympyCorpus(SourceCorpus):

@@ -12,16 +12,17 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field
 
-from data.corpus import Corpus, Document, drawn
+from data.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
 from data.errors import UserError
-from data.tables import cells, format_of, listed, no_column, no_text, refuse_no_column
+from data.paths import files_below, is_folder, refuse_unreadable
+from data.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
 
 PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
 T = TypeVar("T")
 
 
 class HubCorpus(Corpus):
-    """One row is one document; a hash of its index holds it out.
+    """One row is one document; a hash of its text (or of its index) holds it out.
 
     Fingerprint: of the hub, the commit that data.revision names at the time; of a folder, the names and bytes of its
     files. The other settings are compared by themselves wherever fingerprints are.
@@ -34,6 +35,7 @@ class HubCorpus(Corpus):
     revision: str | None = None
     limit: int | None = Field(None, ge=1)
     val_fraction: float = Field(0.01, gt=0, lt=1)
+    held_out_by: HeldOutBy = "content"
 
     @property
     def name(self) -> str:
@@ -45,17 +47,30 @@ class HubCorpus(Corpus):
 
     def fingerprint(self) -> str:
         if self._folder:
-            return _hash(Path(self.path))
+            return _hash(Path(self._place))
         return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        return {name: value for name, value in super().identity().items() if name != "revision"}
+        """Without what the fingerprint tells, and what is as it was before it was a setting."""
+        tree = super().identity()
+        del tree["revision"]
+        if self.held_out_by == "index":
+            del tree["held_out_by"]
+        return tree
+
+    def sources(self) -> list[str]:
+        return [str(path) for path in files_below(Path(self._place))] if self._folder else []
+
+    def split_rule(self) -> SplitRule | None:
+        if self.held_out_by == "index":
+            return None
+        return SplitRule(["hub", self.config, self.split, self.column, self.val_fraction], self.val_fraction)
 
     def pinned(self) -> Self:
         return self.model_copy(update={"revision": self._commit})
 
     def read(self) -> Iterator[Document]:
-        rows, index = self._open(), 0
+        rows, index, complete = self._open(), 0, self.remote  # of a folder, rows that lack the column are refused
         while True:
             row = self._asked(lambda: next(rows, None), f" (after {index} documents)")
             if row is None:
@@ -64,12 +79,20 @@ class HubCorpus(Corpus):
             if text is not None and not isinstance(text, str):
                 raise UserError(no_text(name, self.column, text))
             if text:
-                yield Document(name, text, drawn(index, self.val_fraction))
+                yield Document(name, text, held_out(self.held_out_by, index, text, self.val_fraction))
+            elif text is None and not complete:
+                self._refuse_lacking()
+                complete = True
             index += 1
 
     @property
+    def _place(self) -> str:
+        """Of a folder, also one written with ~; a name on the hub has none."""
+        return os.path.expanduser(self.path)
+
+    @property
     def _folder(self) -> bool:
-        return Path(self.path).is_dir()
+        return is_folder(self._place)
 
     @property
     def _commit(self) -> str | None:
@@ -82,10 +105,10 @@ class HubCorpus(Corpus):
         if self.remote:
             _refuse_unreachable(self.path)
         else:
-            _refuse_several_formats(Path(self.path))
+            _refuse_several_formats(Path(self._place))
         datasets.disable_progress_bars()
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes as an error, too
-        where = {"path": self.path, "revision": self._commit}
+        where = {"path": self._place, "revision": self._commit}
         configs = self._asked(lambda: datasets.get_dataset_config_names(**where))
         config = self.config or (configs[0] if len(configs) == 1 else None)
         if config not in configs:
@@ -101,12 +124,25 @@ class HubCorpus(Corpus):
         stream = stream.select_columns([self.column])
         return iter(stream.take(self.limit) if self.limit else stream)
 
+    def _refuse_lacking(self) -> None:
+        """Raises UserError for a row of a JSON file that lacks the column, as data=files does: the library gives null
+        for it. Of the hub's files nobody can tell."""
+        import datasets
+
+        if (Path(self._place) / "README.md").is_file():  # whose head may say to read them in another way
+            return
+        builder, left = self._asked(lambda: datasets.load_dataset_builder(self._place, self.config)), self.limit
+        for path in builder.config.data_files[self.split]:
+            if format_of(path) in ("json", "json lines"):
+                looked_at = refuse_lacking(path, self.column, left)
+                left = left and max(0, left - looked_at)
+
     def _asked(self, question: Callable[[], T], when: str = "") -> T:
         try:
             return question()
         except Exception as error:  # whatever reads the network, archives and formats underneath has its own
             if self._folder:
-                _refuse_bad_table(Path(self.path), self.column)  # theirs seldom say which file it was
+                _refuse_bad_table(Path(self._place), self.column)  # theirs seldom say which file it was
             raise UserError(f"data.path={self.path!r} cannot be read{when}: {_reason(error)}") from None
 
 
@@ -154,8 +190,9 @@ def _refuse_unreachable(path: str) -> None:
 
 def _refuse_several_formats(folder: Path) -> None:
     """The library would take the most common one, and leave the others out without a word."""
-    found = {format_of(path.name): path.name for path in sorted(folder.rglob("*")) if path.is_file()}
-    found.pop(None, None)
+    found = {format_of(path.name): path.name for path in files_below(folder)}
+    for other in (None, "json"):  # .json files may be there to describe the others
+        found.pop(other, None)
     if len(found) > 1 and not (folder / "README.md").is_file():  # whose head may say which files are meant
         raise UserError(
             f"data.path={str(folder)!r} holds tables of several formats, such as {' and '.join(found.values())}: "
@@ -166,8 +203,8 @@ def _refuse_several_formats(folder: Path) -> None:
 def _refuse_bad_table(folder: Path, column: str) -> None:
     """Raises UserError with the file and the line of the first table in the folder that cannot be read, if one is of a
     format known here."""
-    for path in sorted(map(str, folder.rglob("*"))):
-        if format_of(path) and os.path.isfile(path):
+    for path in map(str, files_below(folder)):
+        if format_of(path) not in (None, "json"):
             refuse_no_column(path, column)
             for _ in cells(path, column):
                 pass
@@ -184,7 +221,7 @@ def _reason(error: object) -> str:
 
 def _hash(folder: Path) -> str:
     digest = hashlib.sha256(b"1")
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     if not files:
         raise UserError(f"data.path={str(folder)!r} is an empty folder: give one with data files")
     for path in files:
@@ -192,6 +229,6 @@ def _hash(folder: Path) -> str:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+            refuse_unreadable(path, error)
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
     return digest.hexdigest()

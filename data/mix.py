@@ -10,6 +10,8 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from data.config import DataConfig
 from data.corpus import Corpus, Document
+from data.errors import UserError
+from data.paths import FileId, file_ids
 
 log = logging.getLogger("headroom")
 
@@ -55,6 +57,7 @@ class MixCorpus(Corpus):
 
     def fingerprint(self) -> str:
         found = {name: [part.quota, part.corpus.fingerprint()] for name, part in self.parts.items()}
+        self._refuse_two_splits()
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
@@ -63,6 +66,32 @@ class MixCorpus(Corpus):
     def pinned(self) -> Self:
         parts = {name: Part(quota=part.quota, corpus=part.corpus.pinned()) for name, part in self.parts.items()}
         return self.model_copy(update={"parts": parts})
+
+    def sources(self) -> list[str]:
+        return list(file_ids(path for part in self.parts.values() for path in part.corpus.sources()).values())
+
+    def _refuse_two_splits(self) -> None:
+        """Raises UserError where one part might train on a document that another holds out: a file that both read, and
+        hold out by different rules, or texts that are held out by their hashes, but more of them by one."""
+        rules = {name: part.corpus.split_rule() for name, part in sorted(self.parts.items())}
+        rules = {name: rule for name, rule in rules.items() if rule is not None}
+        first = next((name for name, rule in rules.items() if rule.of_texts is not None), None)
+        readers: dict[FileId, str] = {}
+        for name, rule in rules.items():
+            if rule.of_texts not in (None, first and rules[first].of_texts):
+                raise UserError(
+                    f"data.parts.{first}.val_fraction={rules[first].of_texts} and "
+                    f"data.parts.{name}.val_fraction={rule.of_texts} would train on texts in one part that the other "
+                    "holds out, where both have them: give both the same val_fraction"
+                )
+            for file_id, path in file_ids(self.parts[name].corpus.sources()).items():
+                other = readers.setdefault(file_id, name)
+                if rules[other].of_files != rule.of_files:
+                    raise UserError(
+                        f"data.parts.{other} and data.parts.{name} both read {path}, and each would train on what the "
+                        "other holds out: give one of them other files, or both the same document, column and "
+                        "val_fraction"
+                    )
 
     def read(self) -> Iterator[Document]:
         names = sorted(self.parts)  # not as they were written: settings that are equal give equal documents

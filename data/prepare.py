@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.build import build, discard_abandoned, discard_parts, lock_file, survey
+from data.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
 from data.corpus import Corpus
 from data.durable import make_folder, sweep
 from data.errors import UserError
@@ -27,6 +27,15 @@ class Prepared:
     tokenizer: Tokenizer
     train: TokenStream
     val: TokenStream
+
+    @property
+    def contents(self) -> str | None:
+        """A line: how many files and documents there are, and how many of these are identical to an earlier one. None
+        where that cannot be read, as of what was prepared before it was counted."""
+        try:
+            return contents_file(self.folder).read_text()
+        except (OSError, ValueError):
+            return None
 
     def training_documents(self, spans: Iterable[tuple[int, int]]) -> list[str]:
         """Names of the documents that training tokens start ... stop - 1 of each span belong to, in order; [] where

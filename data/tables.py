@@ -1,16 +1,30 @@
-"""Tables: one column of JSON lines, CSV and Parquet, row by row and never as a whole."""
+"""Tables: one column of JSON, JSON lines, CSV and Parquet, row by row and never as a whole."""
 
 import csv
+import functools
+import itertools
 import json
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data.errors import UserError
+from data.json_values import values
+from data.paths import refuse_unreadable
 
-FORMATS = {".jsonl": "json", ".ndjson": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+FORMATS = {
+    ".jsonl": "json lines",
+    ".ndjson": "json lines",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+}
 ROWS = 256  # of a Parquet file, decoded at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book
+log = logging.getLogger("headroom")
 
 
 def format_of(path: str) -> str | None:
@@ -25,13 +39,19 @@ def refuse_no_column(path: str, column: str) -> None:
 
 def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
     """(place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
-    rows = {"json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}[format_of(path)]
-    try:
+    kinds = {"json lines": _json_cells, "json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}
+    rows = kinds[format_of(path)]
+    with _one_line(path):
         for number, cell in rows(path, column):
             if cell is not None and cell != "":
                 yield f"{path}:{number}", _text(f"{path}:{number}", column, cell)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def refuse_lacking(path: str, column: str, rows: int | None) -> int:
+    """Raises UserError for the first of so many rows (None: all) of JSON or JSON lines that lacks the column, instead
+    of holding null in it. -> the rows looked at."""
+    with _one_line(path):
+        return sum(1 for _ in itertools.islice(_json_cells(path, column), rows))
 
 
 def _text(place: str, column: str, cell: Any) -> str:
@@ -54,15 +74,23 @@ def no_text(place: str, column: str, cell: Any) -> str:
 def _columns(path: str) -> list[str]:
     if format_of(path) == "parquet":
         return _open_parquet(path).schema_arrow.names
-    try:
+    with _one_line(path):
         if format_of(path) == "csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return next(_csv_rows(path, file), [])
         return next((list(row) for _, row in _json_rows(path)), [])
+
+
+@contextmanager
+def _one_line(path: str) -> Iterator[None]:
+    """Around reading: turns what the system and the encoding raise into a UserError that names the file."""
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        refuse_unreadable(path, error)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (at byte {error.start}): convert or exclude it") from None
+        byte = error.object[error.start]
+        raise UserError(f"{path} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert or exclude it") from None
 
 
 def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
@@ -82,23 +110,43 @@ def listed(names: list[str]) -> str:
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, row) of every row: the line that it is, in a .json file its place among the rows."""
+    for number, row in _json_lines(path) if format_of(path) == "json lines" else enumerate(_json_values(path), 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove it")
+        yield number, row
+
+
+def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
                 reason = str(error).partition(":")[0]
                 raise UserError(f"{path}:{number} is not JSON ({reason}): mend or remove the line") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove the line")
-            yield number, row
+
+
+def _json_values(path: str) -> Iterator[Any]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        number = 0
+        try:
+            for value in values(file):
+                number += 1
+                yield value
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            reason, place = str(error).partition(":")[0], f" after row {number}" * bool(number)
+            raise UserError(f"{path} is not JSON{place} ({reason}): mend or exclude it") from None
 
 
 def _json_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
     for number, row in _json_rows(path):
-        _refuse_unknown(f"{path}:{number}", column, list(row))
+        if column not in row:
+            raise UserError(f"{no_column(f'{path}:{number}', column, list(row))}, or mend or remove the row")
         yield number, row[column]
 
 
@@ -128,14 +176,31 @@ def _parquet_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
 
     file, number = _open_parquet(path), 0
     _refuse_unknown(path, column, file.schema_arrow.names)
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    if leaves.count(column) > file.schema_arrow.names.count(column):
+        struct, _, field = column.partition(".")
+        _warn_once(
+            f"{path}: data.column={column} reads the column of that name; the field {field} of the struct {struct} is "
+            f"another text, which can be read from a file where it has a column of its own"
+        )
     try:
         for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-            for cell in batch.column(0).to_pylist():
+            # Not the first: columns= also selects the field text of a struct a by the name a.text.
+            for cell in batch.column(batch.schema.names.index(column)):
                 number += 1
-                yield number, cell
+                yield number, cell.as_py()
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}:{number} is not UTF-8 text in column {column}: mend the row, or exclude the file"
+        ) from None
     except (ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is damaged after row {number}: {reason}: replace or exclude it") from None
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    log.warning(line)
 
 
 def _open_parquet(path: str):

@@ -10,9 +10,11 @@ import sys
 import time
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
+from training.command import with_quotes
 from training.streaming import TextStream
 
 
@@ -343,7 +345,8 @@ BAD_RUNS = {
     "key": (["foo=1"], "foo: no such setting; valid: attention,"),
     "added key": (["+foo=1"], "foo=1: no such key"),
     "type": (["steps=abc"], "steps=abc"),
-    "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),
+    "grammar": (["run_dir=a=b", "data=files"], "cannot read 'run_dir=a=b'"),
+    "path as it is typed": (["data.path=<a=b> [1].txt", "data=files"], "data.path='<a=b> [1].txt' matches no file"),
     "glob": (["data=files", "data.path='nothing/*.txt'"], "a path or a quoted pattern, as in"),
     "no Parquet": (["data=files", "data.path=bad.parquet"], "bad.parquet is not a Parquet file: "),
     "empty file": (["data=files", "data.path=empty.txt"], "empty.txt is empty"),
@@ -397,6 +400,35 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     assert complaint in err[-1]
     assert sum(line.startswith("error:") for line in err) == 1 and "Traceback" not in "".join(err)
     assert set(workplace.rglob("*")) == before
+
+
+TYPED = [
+    "<|endoftext|>",
+    "book [v1].txt",
+    "</s>",
+    "###",
+    "a=b",
+    "it's <x>",
+    'say "<x>"',
+    "\\n\\n",
+    "a.txt",
+    "books/*.txt",
+]
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.document"])
+@pytest.mark.parametrize("value", TYPED)
+def test_paths_and_separators_are_taken_as_they_are_typed(key, value):
+    (quoted,) = with_quotes([f"{key}={value}"])
+    assert OverridesParser.create().parse_override(quoted).value() == value
+
+
+def test_a_working_directory_that_is_gone_is_one_line(workplace, monkeypatch, capsys):
+    (workplace / "gone").mkdir()
+    monkeypatch.chdir(workplace / "gone")
+    (workplace / "gone").rmdir()
+    assert call("train", SMOKE, monkeypatch) == 2
+    assert capsys.readouterr().err.startswith("error: the working directory cannot be read: No such file or directory")
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,16 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
         sys.exit(2)
 
 
+def refuse_no_working_directory() -> None:
+    """Raises UserError where it has been removed, which Hydra would meet with a traceback."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory cannot be read: {error.strerror}: change to one that is there"
+        ) from None
+
+
 def refuse_twice(typed: Sequence[str]) -> None:
     """Raises UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
     last in silence."""
@@ -64,6 +74,26 @@ def refuse_twice(typed: Sequence[str]) -> None:
             sweep = ", or -m with a list of values to have a run of each" if given[key] != override else ""
             raise UserError(f"{given[key]} and {override} give {key} twice: leave one of them out{sweep}")
         given[key] = override
+
+
+def with_quotes(typed: Sequence[str]) -> list[str]:
+    """The command line, with quotes around the path or separator of documents that Hydra's grammar cannot read as it
+    was typed: it allows the characters of <|endoftext|>, or of `book [2].txt`, in quotes only."""
+    taken_as_typed = ("data.path=", "data.document=")
+    return [_in_quotes(one) if one.lstrip("+").startswith(taken_as_typed) else one for one in typed]
+
+
+def _in_quotes(override: str) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    try:
+        OverridesParser.create().parse_override(override)
+    except HydraException:
+        mark = '"' if "'" in value else "'"
+        return override if mark in value else f"{key}={mark}{value}{mark}"
+    return override
 
 
 def plain_tree(cfg: Any) -> dict[str, Any]:

@@ -51,8 +51,8 @@ PARTS_2 = {  # by class
     "data.corpus.SympyCorpus": {"document_mask": False},
     "data.corpus.StdlibCorpus": {"document_mask": False},
     "data.corpus.SyntheticCorpus": {"document_mask": False},
-    "data.files.FilesCorpus": {"document_mask": False},
-    "data.hub.HubCorpus": {"document_mask": False},
+    "data.files.FilesCorpus": {"document_mask": False, "held_out_by": "index", "reading": 2},
+    "data.hub.HubCorpus": {"document_mask": False, "held_out_by": "index"},
     "data.mix.MixCorpus": {"document_mask": False},
 }
 

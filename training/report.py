@@ -246,6 +246,7 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
     parameters = sum(p.numel() for p in model.parameters())
     cache = sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
     text_bytes = corpus.tokenizer.byte_lengths[corpus.val.read(0, len(corpus.val))].sum()
+    contents = f" ({corpus.contents})" if corpus.contents else ""
     yield (
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, "
         f"positions by {dims.positions}, {parameters:,} parameters on {device.type}"
@@ -254,9 +255,9 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
     yield f"attention    {attention.described(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
-        f"data         {run.data.name}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to validate, "
-        f"in a vocabulary of {corpus.tokenizer.vocab_size:,}, {text_bytes / len(corpus.val):.2f} bytes per token, "
-        f"fingerprint {corpus.fingerprint[:12]}"
+        f"data         {run.data.name}{contents}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to "
+        f"validate, in a vocabulary of {corpus.tokenizer.vocab_size:,}, {text_bytes / len(corpus.val):.2f} bytes per "
+        f"token, fingerprint {corpus.fingerprint[:12]}"
     )
     yield (
         f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch_size} "

@@ -1,5 +1,8 @@
 """What documents come out of, and what is refused."""
 
+import bz2
+import gzip
+import lzma
 from pathlib import Path
 
 import pytest
@@ -96,19 +99,66 @@ def test_the_fingerprint_follows_the_files(tmp_path):
         (b"%PDF-1.4\n1 0 obj\n<< >>\nendobj\n", "is a PDF, .*: convert or exclude it; what is read is UTF-8 text"),
         (b"{\\rtf1 all of it ASCII}\n", "is RTF"),
         ("text\n".encode("utf-16"), "is UTF-16"),
+        ("text\n".encode("utf-32"), "is UTF-32"),
+        ("漢字\n".encode("utf-16-be"), "NUL bytes .*, as UTF-16, UTF-32 and binary files do"),
+        ("text\n".encode("utf-32-le"), "NUL bytes"),
         (b"PK\x03\x04 and so on", "is a zip archive"),
+        (gzip.compress(b"text\n"), "is compressed by gzip"),
+        (bz2.compress(b"text\n"), "is compressed by bzip2"),
+        (lzma.compress(b"text\n"), "is compressed by xz"),
+        (b"\x28\xb5\x2f\xfd and so on", "is compressed by zstd"),
+        (b"\xef\xbb\xbf", "is empty"),
+        (b"\n <!DOCTYPE html>\n", "is an HTML page, as it begins: convert it to text or exclude it; to train on it as"),
         (None, "matches no file"),
     ],
-    ids=["empty", "binary", "nul", "pdf", "rtf", "utf-16", "docx", "missing"],
 )
-def test_files_that_are_not_text_are_named(tmp_path, content, complaint):
+@pytest.mark.parametrize("name", ["a.txt", "b txt.jsonl", "c txt.json", "d txt.csv"])
+def test_files_that_are_not_text_are_named(tmp_path, name, content, complaint):
+    """Whatever they are called."""
     if content is not None:
-        (tmp_path / "a.txt").write_bytes(content)
-    corpus = FilesCorpus(path=f"{tmp_path}/*.txt")
+        (tmp_path / name).write_bytes(content)
+    if name != "a.txt" and content and content.endswith((b">\n", b"\xfe")):
+        complaint = "is not JSON|is not UTF-8 text|has no column text"
+    corpus = FilesCorpus(path=f"{tmp_path}/*txt*")
     with pytest.raises(UserError, match=complaint) as caught:
         corpus.fingerprint()
     assert "txt" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.html", "<p>words</p>\n", "is HTML"),
+        ("a.HTM", "words\n", "is HTML"),
+        ("a.md", "\ufeff<html>\n", "is an HTML page, as it begins"),
+        ("a.ipynb", '{"cells": []}\n', "is a Jupyter notebook"),
+        (
+            "a.json",
+            '{"name": "x",\n "version": 1}\n',
+            "has no column text, it has name, version: give one as data.column=;",
+        ),
+        ("a.json", "[[1, 2]]\n", "a.json:1 is not a JSON object"),
+        ("a.json", "words\n", r"a\.json is not JSON \(Expecting value\)"),
+    ],
+)
+def test_syntax_is_trained_on_only_where_it_is_asked_for(tmp_path, name, content, complaint):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"{complaint}.* as it is, give data.document=file"):
+        FilesCorpus(path=f"{tmp_path}/*").fingerprint()
+    corpus = FilesCorpus(path=f"{tmp_path}/*", document="file")
+    corpus.fingerprint()
+    assert "".join(document.text for document in corpus.read()) == content.removeprefix("\ufeff")
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("text", ["a\n", "words\n", "line of words\n" * 100])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, text, val_fraction):
+    (tmp_path / "a.txt").write_text("\ufeff" + text)
+    for document in (None, "line", "\\n"):
+        corpus = FilesCorpus(path=f"{tmp_path}/a.txt", document=document, val_fraction=val_fraction)
+        corpus.fingerprint()
+        assert "".join(d.text for d in corpus.read()) == (text.replace("\n", "") if document else text)
 
 
 def test_synthetic_text_is_seeded():

@@ -7,6 +7,7 @@ import pytest
 
 from data import hub
 from data.errors import UserError
+from data.files import FilesCorpus
 from data.hub import HubCorpus
 from data.mix import MixCorpus, Part
 
@@ -79,6 +80,29 @@ def test_a_file_that_does_not_belong_is_named_in_one_line(folder, caplog, name, 
     with pytest.raises(UserError, match=complaint) as caught:
         list(HubCorpus(path=str(folder)).read())
     assert "\n" not in str(caught.value) and not caplog.records
+
+
+def test_a_csv_file_that_is_no_utf8_far_down_is_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"text\n" + b"words\n" * 30_000 + b"\xff\n")
+    with pytest.raises(UserError, match=r"a\.csv is not UTF-8 text \(it holds the byte 0xff\): convert or exclude it"):
+        list(HubCorpus(path=str(tmp_path)).read())
+
+
+def test_a_row_that_lacks_the_column_is_refused_as_data_files_does(folder):
+    rows = [{"text": None}, {"text": "x"}, {"n": 2}, {"text": "y"}]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for corpus in (HubCorpus(path=str(folder)), FilesCorpus(path=f"{folder}/train.jsonl")):
+        with pytest.raises(UserError, match=r"train\.jsonl:3 has no column text, it has n: .* mend or remove the row"):
+            list(corpus.read())
+    assert [d.text for d in HubCorpus(path=str(folder), limit=2).read()] == ["x"]  # null is no text, and not refused
+
+
+def test_a_folder_may_be_at_home_and_hold_links_to_itself(folder, monkeypatch):
+    (folder / "self").symlink_to(".")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    corpus = HubCorpus(path=f"~/{folder.name}")
+    assert corpus.fingerprint() and not corpus.remote and [d.text for d in corpus.read()] == TEXTS
+    assert [path.rpartition("/")[2] for path in corpus.sources()] == ["test.jsonl", "train.jsonl"]
 
 
 def test_a_format_that_only_the_library_reads_is_one_line(folder):

@@ -18,7 +18,9 @@ TEXTS = [f'row {i}, with "quotes",\nline ends and ünï🙂' for i in range(300)
 
 def write_table(path, texts, column="text"):
     rows = [{"n": i, column: text} for i, text in enumerate(texts)]
-    if path.suffix == ".jsonl":
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=70)
@@ -28,7 +30,7 @@ def write_table(path, texts, column="text"):
             writer.writerows([["n", column], *([row["n"], row[column]] for row in rows)])
 
 
-@pytest.fixture(params=["jsonl", "csv", "tsv", "parquet"])
+@pytest.fixture(params=["jsonl", "json", "csv", "tsv", "parquet"])
 def table(request, tmp_path):
     path = tmp_path / f"a.{request.param}"
     write_table(path, TEXTS)
@@ -53,7 +55,8 @@ def test_every_row_is_a_document_once_and_in_order(table):
     assert len({document.name for document in found}) == len(TEXTS)
     assert all(re.fullmatch(rf"{re.escape(str(table))}:\d+", document.name) for document in found)
     assert 0.05 < sum(document.held_out for document in found) / len(TEXTS) < 0.15
-    assert [d.held_out for d in found] == [drawn(i, 0.1) for i in range(len(TEXTS))]
+    by_index = read(path=str(table), held_out_by="index")
+    assert [d.held_out for d in by_index] == [drawn(i, 0.1) for i in range(len(TEXTS))]
 
 
 def test_what_is_held_out_stays_so_when_rows_are_added(tmp_path):
@@ -69,7 +72,7 @@ def test_a_wrong_column_lists_those_there_are(table):
 
 
 def test_rows_without_text_are_passed_over(tmp_path):
-    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "a.csv"):
+    for path in (tmp_path / f"a.{kind}" for kind in ("jsonl", "json", "parquet", "csv")):
         write_table(path, ["one", None, "", "two"])
         found = read(path=str(path))
         assert [document.text for document in found] == ["one", "two"]
@@ -89,6 +92,10 @@ BAD_TABLES = {
     "empty": ("a.jsonl", "", "a.jsonl is empty"),
     "blank": ("a.jsonl", "\n", "a.jsonl has no column text, it has none"),
     "binary": ("a.csv", "text\n\0\n", "a.csv holds NUL bytes"),
+    "array cut short": ("a.json", '[{"text": "x"},\n{"text": ', "a.json is not JSON after row 1 (Expecting value)"),
+    "array of none": ("a.json", "[]", "a.json has no column text, it has none"),
+    "lacking in an array": ("a.json", '[{"text": "x"}, {"body": "y"}]', "a.json:2 has no column text, it has body"),
+    "nested array": ("a.json", '[{"text": "x"}, ' + "[" * 100_000, "a.json is not JSON after row 1"),
 }
 
 
@@ -112,9 +119,28 @@ def test_parquet_columns_that_are_not_text_are_named(tmp_path):
     assert "holds int in column n, not text" in refusal(path=f"{tmp_path}/*", column="n")
 
 
+def test_a_column_is_the_one_of_that_name_also_beside_a_struct_with_such_a_field(tmp_path, caplog):
+    rows = [{"a": {"text": f"nested {i}"}, "a.text": f"flat {i}"} for i in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = read(path=f"{tmp_path}/a.parquet", column="a.text")
+    assert [document.text for document in found] == [f"flat {i}" for i in range(5)]
+    (warning,) = {record.message for record in caplog.records}
+    assert "a.parquet: data.column=a.text reads the column of that name; the field text of the struct a is" in warning
+    assert "holds dict in column a, not text" in refusal(path=f"{tmp_path}/a.parquet", column="a")
+
+
+def test_a_parquet_row_that_is_no_utf8_is_named(tmp_path):
+    cells = pa.array([b"ab", b"caf\xc3\xa9", b"\xff\xfe", b"cd"])
+    text = pa.Array.from_buffers(pa.string(), len(cells), cells.buffers())
+    pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
+    assert "a.parquet:3 is not UTF-8 text in column text" in refusal(path=f"{tmp_path}/*")
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "complaint"),
     [
+        ("a.json", {"document": "line", "column": "text"}, "is no table: leave it out"),
+        ("a.csv", {"document": ";"}, "document=; does not fit"),
         ("a.csv", {"document": "file"}, "document=file does not fit"),
         ("a.csv", {"document": "line"}, "a table: choose row"),
         ("a.txt", {"document": "row"}, "choose file or line"),
@@ -131,6 +157,44 @@ def test_lines_are_documents_without_their_ends(tmp_path):
     found = read(path=f"{tmp_path}/a.txt", document="line")
     assert [d.text for d in found] == ["one", "two", "three é"]
     assert [d.name for d in found] == [f"{tmp_path}/a.txt:{n}" for n in (1, 3, 4)]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_ends_as_any_system_ends_it(tmp_path, end):
+    lines = [f"line {i}\x0b\x85\u2028 é" for i in range(300)]
+    (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+    assert [d.text for d in read(path=f"{tmp_path}/a.txt", document="line")] == lines
+
+
+SEPARATED = {
+    "a line of its own": (
+        "<|endoftext|>",
+        "one\n\ntwo\n<|endoftext|>\nthree\n<|endoftext|>\n",
+        ["one\n\ntwo", "three"],
+    ),
+    "within a line": ("<|endoftext|>", "<|endoftext|>one<|endoftext|> two <|endoftext|>\n\n", ["one", " two "]),
+    "empty lines, as they can be typed": ("\\n\\n", "one\ntwo\n\n\nthree\n", ["one\ntwo", "three"]),
+    "carriage returns": ("---", "one\r\n---\r\ntwo", ["one", "two"]),
+    "overlapping": ("aa", "xaaay", ["x", "ay"]),
+    "at the end": ("aa", "xa", None),
+}
+
+
+@pytest.mark.parametrize("part", [4, 16, 2**24])
+@pytest.mark.parametrize(("separator", "text", "expected"), SEPARATED.values(), ids=SEPARATED)
+def test_documents_stand_between_separators(tmp_path, monkeypatch, part, separator, text, expected):
+    monkeypatch.setattr(files, "PART", part)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    if expected is None:
+        assert f"data.document={separator!r} is no separator in" in refusal(path=f"{tmp_path}/*", document=separator)
+    else:
+        assert [d.text for d in read(path=f"{tmp_path}/*", document=separator)] == expected
+
+
+@pytest.mark.parametrize("slip", ["lines", "Line", "rows", "files"])
+def test_a_slip_is_no_separator(slip):
+    with pytest.raises(ValueError, match=rf"data\.document={slip}: did you mean {slip.lower().rstrip('s')}\?"):
+        FilesCorpus(path="a.txt", document=slip)
 
 
 @pytest.mark.parametrize("text", ["ünï 🙂 line\n" * 40, "ünï🙂" * 90, "a\n" * 200, "é" + "\n" * 90])

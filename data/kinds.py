@@ -1,0 +1,60 @@
+"""What kind of file one is, as far as its name and its first bytes tell: files that would be trained on as the syntax
+of a format are refused, with the way out."""
+
+import codecs
+from pathlib import Path
+
+from data.errors import UserError
+from data.tables import FORMATS
+
+HEAD = 2**12  # bytes looked at
+MARK = codecs.BOM_UTF8  # a byte order mark, which is no part of the text
+BEGINNINGS = {  # of files that look like text, or whose kind says more than the byte that cannot be text
+    b"%PDF-": "a PDF",
+    b"{\\rtf": "RTF",
+    b"PK\x03\x04": "a zip archive (as .docx and .epub are)",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh91AY&SY": "compressed by bzip2",
+    b"\xfd7zXZ\0": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16 does
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+MARKUP = {
+    ".html": "HTML",
+    ".htm": "HTML",
+    ".xhtml": "HTML",
+    ".ipynb": "a Jupyter notebook",
+}
+WAY_OUT = f"convert or exclude it; what is read is UTF-8 text, and tables named {' '.join(FORMATS)}"
+AS_IT_IS = "to train on it as it is, give data.document=file"
+
+
+def refuse_other_kind(path: str, head: bytes) -> None:
+    """Raises UserError where a file that should be text shows that it is none. head: its first HEAD bytes."""
+    for beginning, kind in BEGINNINGS.items():
+        if head.startswith(beginning):
+            raise UserError(f"{path} is {kind}, as its first bytes say: {WAY_OUT}")
+    refuse_nul(path, 0, head)
+
+
+def refuse_nul(path: str, start: int, content: bytes) -> None:
+    """Raises UserError for NUL bytes. start: the place of the content in the file."""
+    if b"\0" in content:
+        place = start + content.index(b"\0")
+        raise UserError(
+            f"{path} holds NUL bytes (the first at byte {place}), as UTF-16, UTF-32 and binary files do, so it is not "
+            f"UTF-8 text: {WAY_OUT}"
+        )
+
+
+def refuse_markup(path: str, head: bytes) -> None:
+    """Raises UserError for pages and notebooks: their tags and braces would be learned beside what they say."""
+    kind = MARKUP.get(Path(path).suffix.lower())
+    if kind is None and head.removeprefix(MARK).lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        kind = "an HTML page, as it begins"
+    if kind is not None:
+        raise UserError(f"{path} is {kind}: convert it to text or exclude it; {AS_IT_IS}")

@@ -1,0 +1,124 @@
+"""Which files a pattern or a folder names: each once, in an order of their own, whatever links there are."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NoReturn
+
+from data.errors import UserError
+
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # also a link that leads nowhere, or to itself
+FileId = tuple[int, int]  # device and inode
+
+
+def matching(pattern: str) -> list[str]:
+    """The regular files that a pattern matches, sorted; of several names of one file, the first.
+
+    As in a shell: * ? [ ] match within a name, ** any number of folders, none of them names that begin with a dot,
+    and ~ is the home folder. A name with * ? [ ] that is there as it is written is taken literally. ** does not enter
+    links to folders: one that leads back would have no end. Raises UserError for a folder that cannot be read.
+    """
+    pattern = os.path.expanduser(pattern)
+    names = [name for name in pattern.split("/") if name]
+    found = {"/" if pattern.startswith("/") else ""}
+    for name in [*names, "*"] if names[-1:] == ["**"] else names:
+        found = {path for folder in found for path in _expanded(folder, name)}
+    once: dict[FileId, str] = {}
+    for path in sorted(found):
+        file_id = _regular(path)
+        if file_id is not None:
+            once.setdefault(file_id, path)
+    return list(once.values())
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The regular files in a folder and in those within it, sorted; links to folders are not entered. Raises UserError
+    for a folder that cannot be read."""
+
+    def failed(error: OSError) -> None:
+        if error.errno not in NOT_THERE:
+            refuse_unreadable(error.filename, error)
+
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder, onerror=failed) for name in names)
+    return sorted(Path(path) for path in found if _regular(path) is not None)
+
+
+def is_folder(path: str) -> bool:
+    """Raises UserError where that cannot be told."""
+    status = _status(path)
+    return status is not None and stat.S_ISDIR(status.st_mode)
+
+
+def file_ids(paths: Iterable[str]) -> dict[FileId, str]:
+    """By what they are on the disk, whatever they are called. One that is gone is left out."""
+    found = ((_regular(path), path) for path in paths)
+    return {file_id: path for file_id, path in found if file_id is not None}
+
+
+def working_folder() -> str:
+    """For messages."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return "a working directory that does not exist any more"
+
+
+def refuse_unreadable(path: str | Path, error: OSError) -> NoReturn:
+    """Raises the error as a UserError that names the file or folder."""
+    raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _expanded(folder: str, name: str) -> Iterator[str]:
+    """What one part of a pattern stands for in a folder ("": the working directory)."""
+    path = os.path.join(folder, name)
+    if name == "**":
+        yield from _folders(folder)
+    elif not set(name) & set("*?[") or os.path.lexists(path):
+        yield path
+    else:
+        for entry in _entries(folder):
+            if fnmatchcase(entry.name, name) and (name.startswith(".") or not entry.name.startswith(".")):
+                yield os.path.join(folder, entry.name)
+
+
+def _folders(folder: str) -> Iterator[str]:
+    """The folder and all below it."""
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        yield folder
+        inner = (entry for entry in _entries(folder) if not entry.name.startswith("."))
+        waiting += (os.path.join(folder, entry.name) for entry in inner if entry.is_dir(follow_symlinks=False))
+
+
+def _entries(folder: str) -> list[os.DirEntry]:
+    """None of what is no folder."""
+    try:
+        with os.scandir(folder or os.curdir) as entries:
+            return list(entries)
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return []
+        raise UserError(
+            f"{folder or os.curdir} cannot be read: {error.strerror}: allow it, or give a path that leads elsewhere"
+        ) from None
+
+
+def _regular(path: str) -> FileId | None:
+    """None where there is no file, or one that is no text at rest, such as a pipe."""
+    status = _status(path)
+    return (status.st_dev, status.st_ino) if status is not None and stat.S_ISREG(status.st_mode) else None
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except ValueError:  # no path at all: it holds a NUL character
+        return None
+    except OSError as error:
+        if error.errno in NOT_THERE:
+            return None
+        refuse_unreadable(path, error)

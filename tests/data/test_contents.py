@@ -1,0 +1,82 @@
+"""What is said of documents when they are prepared, and afterwards."""
+
+import pytest
+
+from data import build, contents
+from data.contents import Contents
+from data.corpus import SympyCorpus, SyntheticCorpus
+from data.files import FilesCorpus
+from data.mix import MixCorpus, Part
+from data.prepare import prepare
+from data.tokenizer import ByteConfig
+
+STORY = "once upon a time\n"
+
+
+def counted(corpus) -> Contents:
+    found = Contents()
+    for document in corpus.read():
+        found.add(document)
+    return found
+
+
+@pytest.fixture
+def stories(workplace):
+    """Three files, two of them equal, and a table of 40 rows, two of them equal to others."""
+    for name, text in {"a": STORY * 30, "b": STORY * 30, "c": STORY * 31}.items():
+        (workplace / f"{name}.txt").write_text(text)
+    rows = [f"row {i % 38}" for i in range(40)]
+    (workplace / "rows.csv").write_text("text\n" + "".join(f"{row}\n" for row in rows))
+    return workplace
+
+
+def test_files_documents_and_identical_ones_are_counted(stories, caplog):
+    caplog.set_level("INFO")
+    corpus = FilesCorpus(path="*.*")
+    made = prepare(corpus, ByteConfig(), stories / "cache")
+    line = "4 files, 43 documents, 3 of them identical to an earlier one"
+    assert [r.message for r in caplog.records].count(f"data=files: {line}") == 1
+    assert prepare(corpus, ByteConfig(), stories / "cache").contents == made.contents == line
+    (made.folder / "contents.txt").unlink()  # as of shards that are older than it
+    assert prepare(corpus, ByteConfig(), stories / "cache").contents is None
+
+
+def test_a_document_in_parts_is_one(stories, monkeypatch):
+    monkeypatch.setattr("data.files.PART", 50)
+    books, words = FilesCorpus(path="*.txt"), SyntheticCorpus(size=10)
+    assert counted(books).described(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
+    mix = MixCorpus(parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})
+    names = {document.name for document in mix.read()}
+    assert counted(mix).described(3) == f"3 files, {len(names)} documents, 1 of them identical to an earlier one"
+    assert {"books/a.txt", "books/b.txt", "books/c.txt", "words/synthetic/0"} <= names
+
+
+def test_the_default_corpus_has_no_two_of_a_text():
+    corpus = SympyCorpus()
+    files = len(corpus.sources())
+    assert counted(corpus).described(files) == f"{files} files, {files} documents"
+
+
+def test_so_many_are_compared_at_most(stories, monkeypatch):
+    monkeypatch.setattr(contents, "COMPARED", 39)
+    found = counted(FilesCorpus(path="rows.csv"))
+    assert found.described(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
+    assert sum(found.bytes.values()) == sum(len(f"row {i % 38}") for i in range(40))
+
+
+def test_an_empty_split_says_what_there_was(stories):
+    (stories / "one.csv").write_text("text\n" + "the same\n" * 500)
+    with pytest.raises(build.UserError, match=r"is empty, of 1 file, 500 documents, 499 of them identical to an"):
+        build.survey(FilesCorpus(path="one.csv"))
+
+
+@pytest.mark.parametrize("marker", contents.MARKERS)
+def test_markers_between_documents_are_pointed_out(workplace, caplog, marker):
+    (workplace / "a.txt").write_text("".join(f"{STORY}{i}\n{marker}\n" for i in range(300)))
+    build.survey(FilesCorpus(path="a.txt"))
+    warning = next(r.message for r in caplog.records if r.levelname == "WARNING")
+    assert warning.startswith(f"{marker} stands 300 times in the text, first in a.txt, and is trained on as text")
+    assert warning.endswith(f"data.document='{marker}'")
+    caplog.clear()
+    build.survey(FilesCorpus(path="a.txt", document=marker))
+    assert not caplog.records

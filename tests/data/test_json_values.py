@@ -1,0 +1,58 @@
+"""Any JSON comes as json.loads reads it, however few characters are in memory at one time."""
+
+import io
+import json
+
+import pytest
+
+from data import json_values
+
+ROWS = [{"text": f'{"long " * (i % 40)}"\\ünï🙂\n', "n": [i, {"a": None}]} for i in range(60)]
+FORMS = {
+    "array": json.dumps(ROWS),
+    "indented": json.dumps(ROWS, indent=4, ensure_ascii=False),
+    "lines": "\n".join(map(json.dumps, ROWS)),
+    "several lines each": "\n".join(json.dumps(row, indent=2) for row in ROWS) + "\n\n",
+    "side by side": "".join(map(json.dumps, ROWS)),
+}
+
+
+@pytest.fixture(params=[1, 7, 100, 2**16], autouse=True)
+def block(request, monkeypatch):
+    monkeypatch.setattr(json_values, "BLOCK", request.param)
+
+
+@pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
+def test_all_values_come_in_order(text):
+    assert list(json_values.values(io.StringIO(text))) == ROWS
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ] ", "", " \n"])
+def test_there_may_be_none(text):
+    assert list(json_values.values(io.StringIO(text))) == []
+
+
+BAD = [
+    "[",
+    '[{"a": 1}',
+    '[{"a": 1},',
+    '[{"a": 1} {"b": 2}]',
+    '[{"a": 1},]',
+    '[{"a": 1}] x',
+    '{"a": ',
+    '{"a": "x',
+    "{oops}",
+]
+
+
+@pytest.mark.parametrize("text", [*BAD, '[{"a": tru}]', '{"a": 1} x', '{"a": "\\u12"}'])
+def test_what_is_no_json_is_an_error(text):
+    with pytest.raises(ValueError, match=r"."):
+        list(json_values.values(io.StringIO(text)))
+
+
+def test_a_mistake_at_the_beginning_does_not_read_the_rest():
+    file = io.StringIO('[{"text": "x" "n": 1},' + FORMS["array"][1:-1] * 200 + "]")
+    with pytest.raises(ValueError, match="delimiter"):
+        list(json_values.values(file))
+    assert file.tell() <= 2 * max(json_values.BLOCK, 100)

@@ -1,0 +1,125 @@
+"""Each file once, however many ways a pattern reaches it, and an end to every pattern."""
+
+import errno
+import glob
+import os
+
+import pytest
+
+from data.corpus import SympyCorpus
+from data.errors import UserError
+from data.files import FilesCorpus
+from data.hub import HubCorpus
+from data.paths import files_below, matching
+
+
+@pytest.fixture
+def tree(workplace):
+    for path in ("d/a.txt", "d/b.txt", "d/.hidden.txt", "d/sub/c.txt", "d/sub/deep/a.txt", "d/.git/x.txt", "e/f.txt"):
+        place = workplace / path
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(f"the text of {path}\n" * 9)
+    return workplace
+
+
+PATTERNS = ["d/*.txt", "d/**/*.txt", "d/**", "**/*.txt", "*/*/*.txt", "d/[ab].txt", "d/?.txt", "d/.*.txt", "d/.git/*"]
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS, "./d/*.txt", "d/../e/*", "d", "d/a.txt", "nothing/*", "d/a.txt/*"])
+def test_patterns_mean_what_they_do_elsewhere(tree, pattern):
+    for prefix in ("", f"{tree}/"):
+        expected = sorted(path for path in glob.glob(prefix + pattern, recursive=True) if os.path.isfile(path))
+        assert matching(prefix + pattern) == expected
+
+
+@pytest.mark.parametrize("pattern", ["d/**/*.txt", "d/**/**/*.txt", "d/**", "d/**/**", "**/[a-z].txt"])
+def test_each_file_is_read_once_and_links_to_folders_have_no_loops(tree, pattern):
+    expected = [path for path in matching(pattern) if path.startswith("d/")]
+    for link, target in {"self": ".", "again": ".", "sub/up": "..", "sub/deep/root": str(tree)}.items():
+        (tree / "d" / link).symlink_to(target)
+    (tree / "d" / "z.txt").symlink_to("a.txt")
+    os.link(tree / "d" / "b.txt", tree / "d" / "y.txt")
+    assert [path for path in matching(pattern) if path.startswith("d/")] == expected
+    documents = list(FilesCorpus(path="d/**/*.txt").read())
+    train, val = ([d.name for d in documents if d.held_out == side] for side in (False, True))
+    assert train == val == ["d/a.txt", "d/b.txt", "d/sub/c.txt", "d/sub/deep/a.txt"]
+
+
+def test_links_are_read_where_they_are_named(tree):
+    """A folder elsewhere is often put into place with a link: as in a shell, only ** stays out of it."""
+    (tree / "link").symlink_to("d/sub")
+    (tree / "one.txt").symlink_to("d/a.txt")
+    (tree / "gone.txt").symlink_to("nothing")
+    (tree / "loop.txt").symlink_to("loop.txt")
+    assert matching("link/*.txt") == matching("l*k/*.txt") == ["link/c.txt"]
+    assert matching("link/**/*.txt") == ["link/c.txt", "link/deep/a.txt"]
+    assert matching("*.txt") == ["one.txt"]
+
+
+def test_what_is_there_is_taken_literally(tree, monkeypatch):
+    for name in ("book [v1].txt", "book 1.txt", "vol [2]/a.txt", "vol 2/a.txt"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("x")
+    assert matching("book [v1].txt") == ["book [v1].txt"]
+    assert matching("vol [2]/*.txt") == ["vol [2]/a.txt"]
+    assert matching("book [12].txt") == ["book 1.txt"]
+    monkeypatch.setenv("HOME", str(tree / "d"))
+    assert matching("~/[a]*.txt") == [f"{tree}/d/a.txt"]
+
+
+def test_pipes_and_devices_are_never_opened(tree):
+    os.mkfifo(tree / "d" / "pipe.txt")
+    assert matching("d/*.txt") == ["d/a.txt", "d/b.txt"]
+    assert "pipe.txt" not in {path.name for path in files_below(tree / "d")}
+    for path in ("d/pipe.txt", "/dev/zero"):
+        with pytest.raises(UserError, match=r"is a pipe or a device, .*: write what it gives to a file"):
+            FilesCorpus(path=path).fingerprint()
+
+
+def failing(function, path: str, code: int):
+    def called(asked, *rest, **more):
+        if str(asked) == path:
+            raise OSError(code, os.strerror(code), path)
+        return function(asked, *rest, **more)
+
+    return called
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    ("function", "path", "read"),
+    [
+        ("scandir", "d/sub", lambda: FilesCorpus(path="d/**/*.txt").fingerprint()),
+        ("scandir", "d", lambda: FilesCorpus(path="d/*.txt").fingerprint()),
+        ("stat", "d/a.txt", lambda: FilesCorpus(path="d/a.txt").fingerprint()),
+        ("stat", "d", lambda: FilesCorpus(path="d").fingerprint()),
+        ("scandir", "d/sub", lambda: HubCorpus(path="d").fingerprint()),
+        ("stat", "d", lambda: HubCorpus(path="d").fingerprint()),
+    ],
+)
+def test_what_may_not_be_looked_at_is_named(tree, monkeypatch, function, path, read, code):
+    monkeypatch.setattr(os, function, failing(getattr(os, function), path, code))
+    with pytest.raises(UserError, match=rf"^{path} cannot be read: {os.strerror(code)}"):
+        read()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EISDIR])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_file_that_cannot_be_read_is_named(workplace, monkeypatch, name, code):
+    (workplace / name).write_text("x\n")
+    error = OSError(code, os.strerror(code))
+    for place in ("data.files.Path.open", "data.tables.open"):
+        monkeypatch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
+    with pytest.raises(UserError, match=rf"^{name} cannot be read: {os.strerror(code)}"):
+        FilesCorpus(path=name).fingerprint()
+    with pytest.raises(UserError, match=r"add\.py cannot be read|__init__\.py cannot be read"):
+        monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(error))
+        SympyCorpus().fingerprint()
+
+
+def test_a_working_directory_that_is_gone_is_one_line(workplace):
+    (workplace / "gone").mkdir()
+    os.chdir(workplace / "gone")
+    (workplace / "gone").rmdir()
+    with pytest.raises(UserError, match=r"matches no file \(looked from a working directory that does not exist"):
+        FilesCorpus(path="*.txt").fingerprint()

@@ -1,0 +1,146 @@
+"""No document is trained on and validated on as well: identical ones are on one side, in a file, in several, in a mix;
+and what older runs hold out stays what it was."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from data.corpus import StdlibCorpus, SympyCorpus, drawn
+from data.errors import UserError
+from data.files import FilesCorpus
+from data.hub import HubCorpus
+from data.mix import MixCorpus, Part
+from data.prepare import prepare
+from data.tokenizer import ByteConfig
+from training.migrate import migrate
+
+TEXTS = [f"text {i % 150}" for i in range(600)]
+
+
+@pytest.fixture
+def folder(workplace):
+    (workplace / "a.txt").write_text("".join(f"{text}\n" for text in TEXTS))
+    for name in ("a.jsonl", "b.jsonl", "rows/train.jsonl"):
+        (workplace / name).parent.mkdir(exist_ok=True)
+        (workplace / name).write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return workplace
+
+
+def sides(corpus) -> tuple[set[str], set[str]]:
+    found = list(corpus.read())
+    return {d.text for d in found if not d.held_out}, {d.text for d in found if d.held_out}
+
+
+@pytest.mark.parametrize(
+    "corpus",
+    [
+        FilesCorpus(path="*.jsonl"),
+        FilesCorpus(path="a.txt", document="line"),
+        FilesCorpus(path="a.txt", document="\\n"),
+        HubCorpus(path="rows", val_fraction=0.1),
+        MixCorpus(
+            parts={
+                "files": Part(quota=1, corpus=FilesCorpus(path="a.jsonl")),
+                "again": Part(quota=1, corpus=FilesCorpus(path="*.jsonl")),
+                "hub": Part(quota=1, corpus=HubCorpus(path="rows", val_fraction=0.1)),
+            }
+        ),
+    ],
+    ids=["rows", "lines", "separated", "hub", "mix"],
+)
+def test_identical_documents_are_on_one_side(folder, corpus):
+    corpus.fingerprint()
+    train, val = sides(corpus)
+    assert not train & val and train | val == set(TEXTS) and 5 < len(val) < 30
+
+
+def test_the_source_of_the_default_corpora_is_on_one_side():
+    """Held out by a hash of their paths; only empty files are alike on both sides."""
+    for corpus in (SympyCorpus(), StdlibCorpus()):
+        train, val = sides(corpus)
+        assert train & val <= {""}
+
+
+def older(**settings) -> FilesCorpus | HubCorpus:
+    """As a run of format 2 stored it."""
+    kind = "data.hub.HubCorpus" if settings.pop("hub", False) else "data.files.FilesCorpus"
+    stored = migrate({"data": {"_target_": kind, "document_mask": False} | settings}, 2)["data"]
+    return {"data.hub.HubCorpus": HubCorpus, "data.files.FilesCorpus": FilesCorpus}[stored.pop("_target_")](**stored)
+
+
+def test_older_runs_keep_their_documents_and_their_split(folder):
+    (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfa\rb\r\n\nc\n")
+    (folder / "rows.json").write_text('[{"text": "x"}]\n')
+    (folder / "page.html").write_text("<html>\n</html>\n")
+    for corpus in (older(path="a.jsonl"), older(path="rows", val_fraction=0.1, hub=True)):
+        assert [d.held_out for d in corpus.read()] == [drawn(i, 0.1) for i in range(600)]
+    for name in ("bom.txt", "rows.json", "page.html"):
+        corpus = older(path=name)
+        content = Path(name).read_bytes()
+        assert "".join(d.text for d in corpus.read()).encode() == content
+        assert corpus.fingerprint() == hashlib.sha256(b"2" + hashlib.sha256(content).digest()).hexdigest()
+    assert [d.text for d in older(path="bom.txt", document="line").read()] == ["\ufeffa\rb", "c"]
+
+
+def test_older_runs_find_what_was_prepared_for_them(folder):
+    """The key of the shards is a hash of these."""
+    assert older(path="a.txt", document="line").identity() == {
+        "path": "a.txt",
+        "column": None,
+        "document": "line",
+        "val_fraction": 0.1,
+    }
+    assert older(path="rows", hub=True).identity() == {
+        "path": "rows",
+        "config": None,
+        "split": "train",
+        "column": "text",
+        "limit": None,
+        "val_fraction": 0.01,
+    }
+    made = prepare(older(path="a.jsonl"), ByteConfig(), folder / "cache")
+    assert made.folder.name == "files-byte-8ea3c2293727"
+    assert prepare(FilesCorpus(path="a.jsonl"), ByteConfig(), folder / "cache").folder != made.folder
+
+
+def mix(**parts) -> MixCorpus:
+    return MixCorpus(parts={name: Part(quota=1, corpus=corpus) for name, corpus in parts.items()})
+
+
+CLASHES = {
+    "two units of one file": (
+        {"a": FilesCorpus(path="a.txt"), "b": FilesCorpus(path="*.txt", document="line")},
+        r"data\.parts\.a and data\.parts\.b both read a\.txt, .*: give one of them other files, or both the same",
+    ),
+    "two fractions of one file": (
+        {"a": FilesCorpus(path="a.txt"), "b": FilesCorpus(path="a.txt", val_fraction=0.2)},
+        "both read a.txt",
+    ),
+    "two fractions of texts": (
+        {"a": FilesCorpus(path="a.jsonl"), "b": HubCorpus(path="rows")},
+        r"data\.parts\.a\.val_fraction=0\.1 and data\.parts\.b\.val_fraction=0\.01 .*: give both the same val_fraction",
+    ),
+    "a link to one file": (
+        {"a": FilesCorpus(path="a.txt"), "b": FilesCorpus(path="link.txt", document="line")},
+        "both read link.txt",
+    ),
+    "the source of a corpus": (
+        {"a": SympyCorpus(), "b": FilesCorpus(path=f"{SympyCorpus._root()}/core/ad*.py")},
+        r"both read .*core/add\.py",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parts", "complaint"), CLASHES.values(), ids=CLASHES)
+def test_parts_of_a_mix_that_would_train_on_what_another_holds_out_are_refused(folder, parts, complaint):
+    (folder / "link.txt").symlink_to("a.txt")
+    with pytest.raises(UserError, match=complaint):
+        mix(**parts).fingerprint()
+
+
+def test_parts_that_hold_out_alike_may_read_the_same_file(folder):
+    mix(a=FilesCorpus(path="a.txt"), b=FilesCorpus(path="*.txt"), c=FilesCorpus(path="a.jsonl")).fingerprint()
+    by_index = older(path="a.jsonl", val_fraction=0.2)  # of an older mix, which goes on as it began
+    mix(a=FilesCorpus(path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")).fingerprint()
