@@ -17,12 +17,21 @@ def sealed(content: dict[str, Any]) -> str:
 
 def unsealed(text: str) -> dict[str, Any]:
     """The content of what `sealed` gave. Raises ValueError where a character of it has changed."""
-    try:
-        content = json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict) or "hash" not in content:
+    content = parsed(text)
+    if "hash" not in content:
         raise ValueError("it holds no hash")
     if content.pop("hash") != digest(content):
         raise ValueError("its hash does not match its content")
+    return content
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A JSON object, nested no deeper than `digest` can follow. Raises ValueError."""
+    try:
+        content = json.loads(text)
+        json.dumps(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
     return content
