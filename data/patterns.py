@@ -11,9 +11,9 @@ patterns in these three places:
 - Between a character that is no white space and a space or tab. In every alternative a blank is the first character or
   follows white space only, so nothing that has read the character before p can read the one after it, whether it is
   there or not. The lookahead and the $ are tried after white space only, so not at p.
-- Between a letter (Latin, kana, Han or Hangul: those of LETTERS) and an ASCII digit or punctuation (that of MARKS, which
-  has no apostrophe). After a letter, alternatives go on with letters, with combining marks or with the apostrophe of a
-  contraction, and none of these is such a character.
+- Between one of LETTERS (Latin, kana, Han, Hangul) and one of MARKS (digits and punctuation, without the apostrophe).
+  After a letter, alternatives go on with letters, with combining marks or with a contraction's apostrophe, and none of
+  these is among MARKS.
 - After a line feed that stands between characters that are no white space, of which the second is no slash. Punctuation
   before it takes the line feed and goes on with \\r, \\n or / only. Otherwise the run of white space is this one
   character, which is a word of its own with or without the text after it. (After several, GPT-2's pattern makes two

@@ -17,7 +17,7 @@ from data.durable import write_whole
 from data.errors import UserError
 from data.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
 from data.sealed import digest, parsed, unsealed
-from data.vocabulary import END_OF_TEXT, OURS, fault_of, merges_of, read, spelled_bytes, written
+from data.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
 
 LONGEST_WORD = 256  # characters of a word that training takes as one: its time grows by their square
 MOST_BYTES = 2**26  # of a tokenizer.json; o200k's takes a quarter of it
@@ -91,13 +91,18 @@ class ByteTokenizer(Tokenizer):
 
 
 Cut = Literal["exact", "words", "line_ends"]
+KINDS: dict[Cut, dict[str, str]] = {  # as tokenizer.json says it
+    "exact": {"kind": "bpe", "cut": "exact"},
+    "words": {"kind": "published"},
+    "line_ends": {"kind": "bpe"},
+}
 
 
 class BPETokenizer(Tokenizer):
     """tokens: the bytes and the merged tokens, in the order in which merges apply. pattern: one of KNOWN, which splits
-    text into words. cut: where a long text is cut before it is encoded. `exact`: where no token changes, so that any text
-    has the tokens that it has in one piece. `words` and `line_ends`, of older runs: about every PIECE characters, which
-    may change a token."""
+    text into words. cut: where a long text is cut before it is encoded. `exact`: where no token changes, so that every
+    text has the tokens that it has in one piece. `words` and `line_ends`, of older runs: after PIECE characters at the
+    latest, which may change a token."""
 
     def __init__(
         self, tokens: Sequence[bytes], pattern: str, cut: Cut, merges: Sequence[tuple[bytes, bytes]] | None = None
@@ -134,12 +139,7 @@ class BPETokenizer(Tokenizer):
         return written(self.tokens, merges, self.pattern, self._rules())
 
     def _rules(self) -> dict[str, Any]:
-        if self.cut == "exact":
-            return {"kind": "bpe", "cut": "exact", "pattern": self.pattern}
-        return {"kind": next(kind for kind, cut in OLD_CUTS.items() if cut == self.cut), "pattern": self.pattern}
-
-
-OLD_CUTS: dict[str, Cut] = {"bpe": "line_ends", "published": "words"}  # of a tokenizer that does not state one
+        return KINDS[self.cut] | {"pattern": self.pattern}
 
 
 class TokenizerConfig(DataConfig):
@@ -225,9 +225,8 @@ class BPEConfig(TokenizerConfig):
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=self.vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
         sample = _first(texts, self.train_bytes)
-        trainee.train_from_iterator(
-            (piece.text for text in sample for piece in _pieces(text, PATTERN, self.cut)), trainer
-        )
+        pieces_of = functools.partial(_pieces, pattern=PATTERN, cut=self.cut)
+        trainee.train_from_iterator((piece.text for text in sample for piece in pieces_of(text)), trainer)
         merges = json.loads(trainee.to_str())["model"]["merges"]
         merged = (spelled_bytes(left + right) for left, right in merges)
         return BPETokenizer(list(dict.fromkeys([*ByteTokenizer.tokens, *merged])), PATTERN, self.cut)
@@ -267,32 +266,37 @@ def load_tokenizer(path: Path) -> Tokenizer:
         if not path.is_file():
             raise UserError(f"the tokenizer {path} cannot be read: it is not a file")
         if size > MOST_BYTES:
-            raise UserError(f"the tokenizer {path} is larger than {MOST_BYTES:,} bytes, which none of this program is")
+            raise UserError(f"the tokenizer {path} has more than {MOST_BYTES:,} bytes: it is not one of this program's")
         return _tokenizer_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"the tokenizer {path} is damaged: {str(error)[:200]}") from None
+    except KeyError as error:
+        raise UserError(f"the tokenizer {path} is damaged: it lacks {str(error)[:200]}") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"the tokenizer {path} is damaged: its parts are not what they should be") from None
 
 
 def _tokenizer_of(text: str) -> Tokenizer:
-    """Raises one of the errors of Python's own where it is not what `Tokenizer.save` wrote, now or in older runs."""
+    """Raises ValueError, KeyError, TypeError or AttributeError where it is not what `Tokenizer.save` wrote, now or in
+    older runs."""
     content = parsed(text)
     if "model" in content:
         tokens, merges, rules = read(content)
     else:
         rules, merges = unsealed(text), None
-        tokens = [base64.b64decode(token, validate=True) for token in rules.get("tokens", ())]
-    kind = rules["kind"]
-    if kind == "byte":
+        tokens = [base64.b64decode(token, validate=True) for token in rules.pop("tokens", ())]
+    if rules == ByteTokenizer().describe() and tokens in ([], [*ByteTokenizer.tokens]):
         return ByteTokenizer()
-    cut = rules.get("cut", OLD_CUTS.get(kind))
-    if kind not in OLD_CUTS or cut not in ("exact", OLD_CUTS[kind]) or rules["pattern"] not in KNOWN:
-        raise ValueError("its kind, its pattern or its cut is not one that this program knows")
+    pattern = rules.pop("pattern")
+    cut = next((cut for cut, kind in KINDS.items() if kind == rules), None)
+    if cut is None or pattern not in KNOWN:
+        raise ValueError("its kind or its pattern is not one that this program knows")
     fault = fault_of(tokens)
     if fault:
         raise ValueError(fault)
-    return BPETokenizer(tokens, rules["pattern"], cut, merges)
+    return BPETokenizer(tokens, pattern, cut, merges)
 
 
 def _utf8(text: str) -> bytes:

@@ -8,9 +8,7 @@ from data.patterns import portable
 from data.sealed import digest
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
-OURS = (
-    "headroom"  # the key in `model` that holds what only this program reads; at the top level an unknown key is refused
-)
+OURS = "headroom"  # holds what only this program reads, in `model`: `tokenizers` refuses unknown keys at the top level
 
 
 def fault_of(tokens: Sequence[bytes]) -> str | None:
@@ -64,8 +62,10 @@ def written(
 
 
 def read(content: dict[str, Any]) -> tuple[list[bytes], list[tuple[bytes, bytes]], dict[str, Any]]:
-    """The tokens, merges and rules of what `written` gave. Raises ValueError, KeyError, TypeError or AttributeError where
-    anything has changed, or the vocabulary is not one."""
+    """The tokens, merges and rules of what `written` gave. Raises ValueError, KeyError, TypeError or AttributeError
+    where it is something else, or anything has changed."""
+    if OURS not in content["model"]:
+        raise ValueError("Headroom did not write it")
     rules = content["model"][OURS]
     if rules.pop("hash") != digest(content):
         raise ValueError("its hash does not match its content")
@@ -133,5 +133,8 @@ def _spell(token: bytes) -> str:
 
 
 def spelled_bytes(token: str) -> bytes:
-    """Raises KeyError for a character that spells no byte."""
-    return bytes([_BYTE[character] for character in token])
+    """Raises ValueError for a character that spells no byte."""
+    try:
+        return bytes([_BYTE[character] for character in token])
+    except KeyError as error:
+        raise ValueError(f"no byte is spelled {error}") from None
