@@ -1,14 +1,17 @@
 """Any text comes back from tokens; any file comes back as text, or is named in one line."""
 
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 
 import pytest
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from data.corpus import SyntheticCorpus
 from data.errors import UserError
 from data.files import FilesCorpus
+from data.patterns import KNOWN, pieces, portable
 from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
 from tests.support import assert_one_line
 
@@ -36,7 +39,29 @@ def test_any_text_round_trips(fuzz, tokenizers):
         check_round_trip(tokenizers, text)
         return "identical"
 
-    fuzz(check, TEXTS, short=60, long=2000)
+    fuzz(check, TEXTS, short=60, long=1000)
+
+
+def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
+    """With a cut wherever there may be one: of any text the words are those of the whole, for every pattern."""
+    monkeypatch.setattr("data.patterns.PIECE", 1)
+    monkeypatch.setattr("data.patterns.LONG_RUN", 3)
+    splits = {pattern: pre_tokenizers.Split(Regex(portable(pattern)), "isolated") for pattern in KNOWN}
+
+    def words(pattern: str, text: str) -> list[str]:
+        return [word for word, _ in splits[pattern].pre_tokenize_str(text)]
+
+    def check(text: str) -> str:
+        for pattern in KNOWN:
+            cut = [[piece.text] if piece.one_word else words(pattern, piece.text) for piece in pieces(text, pattern)]
+            assert list(chain.from_iterable(cut)) == words(pattern, text)
+        return "identical"
+
+    characters = st.sampled_from(" \n\r\taSé漢か。1½'/!(\u0301\u3000\x1cſʰ🙂[") | st.characters(
+        exclude_categories=["Cs"]
+    )
+    runs = st.tuples(characters, st.integers(1, 6)).map(lambda run: run[0] * run[1])
+    fuzz(check, st.lists(runs, max_size=40).map("".join), short=150, long=1000)
 
 
 def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):
