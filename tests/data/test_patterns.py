@@ -3,8 +3,8 @@
 import random
 import re
 from base64 import b64encode
-from collections.abc import Sequence
-from itertools import islice, product
+from collections.abc import Callable, Sequence
+from itertools import chain, islice, product
 
 import pytest
 import tiktoken
@@ -56,6 +56,12 @@ def whole(pattern: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
     return tiktoken.Encoding("whole", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
 
 
+def split(regex: str) -> Callable[[str], list[str]]:
+    """Into the words that Oniguruma finds."""
+    words = pre_tokenizers.Split(Regex(regex), "isolated")
+    return lambda text: [word for word, _ in words.pre_tokenize_str(text)]
+
+
 def test_long_texts_have_the_tokens_of_the_text_in_one_piece(pattern, tokens):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
     for name, text in TEXTS.items():
@@ -71,10 +77,13 @@ def test_natural_text_is_cut_into_pieces_of_about_one_size(pattern):
 def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, monkeypatch):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
     monkeypatch.setattr("data.patterns.LONG_RUN", 200)
+    words = split(portable(pattern))
     runs = (" " * 300, "\n" * 300, " \n" * 150, "\t" * 250 + "\u3000" * 250, "\r" + " " * 300)
     for before, run, after in product(("", "x", "!\n", "x\n\n "), runs, ("", "x", "\n", "\nx", " x", "/")):
         text = before + run + after
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), (before, run[:3], after)
+        cut = [[piece.text] if piece.one_word else words(piece.text) for piece in pieces(text, pattern)]
+        assert [*chain.from_iterable(cut)] == words(text), (before, run[:3], after)
 
 
 def test_runs_that_tiktoken_fails_on_have_their_tokens(pattern):
@@ -88,7 +97,7 @@ def test_runs_that_tiktoken_fails_on_have_their_tokens(pattern):
 def test_oniguruma_finds_the_same_words(pattern):
     """tiktoken does not tell its words; here each word is a token."""
     text = TEXTS["runs"][:5000] + TEXTS["contractions"][:5000] + "\n  "
-    words = [word for word, _ in pre_tokenizers.Split(Regex(portable(pattern)), "isolated").pre_tokenize_str(text)]
+    words = split(portable(pattern))(text)
     vocabulary = [*BYTES, *{word.encode(): None for word in words if len(word.encode()) > 1}]
     found = whole(pattern, vocabulary).encode_ordinary(text)
     assert [vocabulary[token].decode() for token in found] == words
@@ -101,7 +110,6 @@ def test_the_blanks_are_the_white_space_of_tiktoken():
 
 
 def test_training_takes_long_words_in_parts():
-    words = pre_tokenizers.Split(Regex(bounded(PATTERN, 256)), "isolated").pre_tokenize_str
-    assert [len(word) for word, _ in words("a" * 600 + "," + " " * 300)] == [256, 256, 88, 1, 256, 44]
-    plain = pre_tokenizers.Split(Regex(PATTERN), "isolated").pre_tokenize_str
+    words, plain = split(bounded(PATTERN, 256)), split(PATTERN)
+    assert [*map(len, words("a" * 600 + "," + " " * 300))] == [256, 256, 88, 1, 256, 44]
     assert words(SOURCE[:50_000]) == plain(SOURCE[:50_000])
