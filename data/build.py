@@ -27,6 +27,7 @@ from data.durable import make_folder, sweep, whole_folder
 from data.errors import UserError
 from data.lock import lock
 from data.names import line, names_file
+from data.patterns import last_cut
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
@@ -134,7 +135,7 @@ def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
 
 def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]) -> float:
     """Makes the parts that are not there yet -> megabytes of text in all."""
-    documents = _Ending(corpus.read())
+    documents = _Ending(_cut_between_words(corpus.read()) if tokenizer.cut == "exact" else corpus.read())
     totals, read = dict.fromkeys(SPLITS, 0), {}
 
     def counted(part: Iterable[tuple[int, Document]]) -> Iterator[Document]:
@@ -166,6 +167,22 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, adv
                 totals[split] = writer.total
     _refuse_empty(corpus, read)
     return sum(read.values()) / 1e6
+
+
+def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
+    """The parts of long documents, cut where no token changes; in order within each split. A part of one unbroken word
+    stays as it is."""
+    waiting: dict[bool, Document] = {}
+    for document in documents:
+        before = waiting.get(document.held_out)
+        if before and document.goes_on:
+            cut = last_cut(before.text) or len(before.text)
+            document = document._replace(text=before.text[cut:] + document.text)
+            before = before._replace(text=before.text[:cut])
+        if before:
+            yield before
+        waiting[document.held_out] = document
+    yield from waiting.values()
 
 
 class _Ending:

@@ -73,6 +73,17 @@ def pieces(text: str, pattern: str) -> Iterator[Piece]:
         start = end
 
 
+def last_cut(text: str) -> int:
+    """The last place in it that changes no word, whatever follows; 0 where there is none."""
+    last = 0
+    for width in (1000, len(text)):  # the end alone, where it has one
+        for cut in CUT.finditer(text, max(0, len(text) - width)):
+            last = cut.start()
+        if last:
+            break
+    return last
+
+
 def _around_long_runs(text: str, pattern: str) -> Iterator[Piece]:
     start = 0
     if len(text) > LONG_RUN:

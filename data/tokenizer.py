@@ -20,16 +20,20 @@ from data.sealed import digest, parsed, unsealed
 from data.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
 
 LONGEST_WORD = 256  # characters of a word that training takes as one: its time grows by their square
-MOST_BYTES = 2**26  # of a tokenizer.json; o200k's takes a quarter of it
+MOST_BYTES = 2**26  # of a tokenizer.json; o200k's takes a fifth of it
 # Of the older rule "words": a space that most often begins a word.
 WORD = re.compile(r"(?<=\S)(?= [A-Za-z])")
 LOOK_BACK = 1000  # characters searched for one
+
+
+Cut = Literal["exact", "words", "line_ends"]
 
 
 class Tokenizer(ABC):
     """Tokens 0..V-2 stand for byte strings; the last one ends a text and stands for none."""
 
     tokens: Sequence[bytes]  # all but the last token
+    cut: Cut | None = None  # where a long text is cut before it is encoded; None where that changes no token anyway
 
     @property
     def vocab_size(self) -> int:
@@ -90,7 +94,6 @@ class ByteTokenizer(Tokenizer):
         return written(self.tokens, (), None, self.describe())
 
 
-Cut = Literal["exact", "words", "line_ends"]
 KINDS: dict[Cut, dict[str, str]] = {  # as tokenizer.json says it
     "exact": {"kind": "bpe", "cut": "exact"},
     "words": {"kind": "published"},

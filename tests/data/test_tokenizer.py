@@ -16,6 +16,7 @@ from data.sealed import digest, sealed
 from data.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
 from tests.data.opening import assert_opened
 from tests.support import assert_one_line
+from training.migrate import migrate
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
 BPE = BPEConfig(vocab_size=400).train([*TEXTS, "',\n\nx" * 200])
@@ -93,6 +94,14 @@ def test_older_settings_train_what_they_trained_and_find_their_shards():
     assert older.identity() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
     assert older.train(TEXTS).hash == "a276b2b55160ffcfd5df22c50663a1535c9d269f1f87b7fac2cc9b3544f9d68f"
     assert BPEConfig(vocab_size=400).identity() == older.identity() | {"cut": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("target", "cut"), [("data.tokenizer.BPEConfig", "line_ends"), ("data.published.GPT2Config", "words")]
+)
+def test_stored_settings_of_older_runs_have_the_older_cut(target, cut):
+    assert migrate({"tokenizer": {"_target_": target}}, 2)["tokenizer"]["cut"] == cut
+    assert "cut" not in migrate({"tokenizer": {"_target_": "data.tokenizer.ByteConfig"}}, 2)["tokenizer"]
 
 
 def test_hugging_face_opens_the_file_and_finds_the_same_tokens(tokenizer, tmp_path):
