@@ -28,6 +28,7 @@ from data.durable import make_folder, sweep, whole_folder
 from data.errors import UserError
 from data.lock import lock
 from data.names import line, names_file
+from data.patterns import last_cut
 from data.shards import Shard, ShardWriter
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
@@ -147,18 +148,13 @@ def _encode(
     corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]
 ) -> Contents:
     """Makes the parts that are not there yet -> what all of them are of."""
-    documents = _Ending(corpus.read())
     totals, contents = dict.fromkeys(SPLITS, 0), Contents()
-
-    def counted(part: Iterable[tuple[int, Document]]) -> Iterator[Document]:
-        for _, document in part:
-            contents.add(document)
-            yield document
-
+    read = contents.counting(corpus.read())
+    documents = _Ending(_cut_between_words(read) if tokenizer.cut == "exact" else read)
     for number, part in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
         folder = parts / f"part_{number:05d}"
         if folder.exists():
-            for document in counted(part):
+            for _, document in part:
                 advance(_bytes(document))
             totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
             continue
@@ -166,7 +162,7 @@ def _encode(
             kind = (tokenizer.dtype, tokenizer.hash, 2**62, number)
             writers = {split: ShardWriter(building, split, *kind, totals[split]) for split in SPLITS}
             with names_file(building, "train").open("w") as train, names_file(building, "val").open("w") as val:
-                for document, tokens in _encoded(counted(part), tokenizer, workers):
+                for document, tokens in _encoded((document for _, document in part), tokenizer, workers):
                     writer = writers[document.split]
                     if not document.goes_on:
                         names = val if document.held_out else train
@@ -179,6 +175,21 @@ def _encode(
                 totals[split] = writer.total
     _refuse_empty(corpus, contents)
     return contents
+
+
+def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
+    """The parts of long documents, cut where no token changes. A part of one unbroken word stays as it is."""
+    before = None
+    for document in documents:
+        if before and document.goes_on:
+            cut = last_cut(before.text) or len(before.text)
+            document = document._replace(text=before.text[cut:] + document.text)
+            before = before._replace(text=before.text[:cut])
+        if before:
+            yield before
+        before = document
+    if before:
+        yield before
 
 
 class _Ending:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from array import array
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -38,6 +39,12 @@ class Contents:
             self.running = _hash(before + text) if text else before
             self.names.append(_number(_hash(document.name.encode())))
             self.texts.append(_number(self.running) if text else 0)
+
+    def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents, each added as it is taken."""
+        for document in documents:
+            self.add(document)
+            yield document
 
     def described(self, files: int) -> str:
         """For a line. files: 0 where the documents come from none."""

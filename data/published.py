@@ -6,12 +6,14 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from data.errors import UserError
+from data.patterns import CL100K, GPT2, O200K
 from data.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
+from data.vocabulary import fault_of
 
 SOURCE = "https://openaipublic.blob.core.windows.net/encodings"
 
@@ -31,6 +33,7 @@ class PublishedConfig(TokenizerConfig):
     one below theirs."""
 
     folder: str = Field("cache/tokenizers", min_length=1)
+    cut: Literal["exact", "words"] = "exact"  # where long texts are cut, see BPETokenizer
 
     @property
     @abstractmethod
@@ -45,13 +48,13 @@ class PublishedConfig(TokenizerConfig):
         return self.published.tokens
 
     def identity(self) -> dict[str, Any]:
-        return {"sha256": self.published.sha256}
+        return {"sha256": self.published.sha256} | ({} if self.cut == "words" else {"cut": self.cut})
 
     def refuse_missing(self) -> None:
         self._content()
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        return BPETokenizer(_tokens(self._path, self._content()), self.published.pattern, words=True)
+        return BPETokenizer(_tokens(self._path, self._content()), self.published.pattern, self.cut)
 
     @property
     def _path(self) -> Path:
@@ -84,7 +87,7 @@ class GPT2Config(PublishedConfig):
             f"{SOURCE}/r50k_base.tiktoken",  # the same tokens and ranks, in this format
             "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
             50_257,
-            r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+            GPT2,
         )
 
 
@@ -96,23 +99,19 @@ class CL100KConfig(PublishedConfig):
             f"{SOURCE}/cl100k_base.tiktoken",
             "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
             100_257,
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
-            r"|\s+(?!\S)|\s",
+            CL100K,
         )
 
 
 class O200KConfig(PublishedConfig):
     @property
     def published(self) -> Published:
-        lower, upper = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-        begin, end = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
         return Published(
             "o200k",
             f"{SOURCE}/o200k_base.tiktoken",
             "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
             199_999,
-            f"{begin}{upper}*{lower}+{end}|{begin}{upper}+{lower}*{end}"
-            r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+            O200K,
         )
 
 
@@ -126,7 +125,7 @@ def _tokens(path: Path, content: bytes) -> list[bytes]:
         except (ValueError, binascii.Error):
             raise UserError(f"{path}, line {number}, is not a token and its rank: fetch the file again") from None
     tokens = [found[rank] for rank in sorted(found)]
-    whole = sorted(found) == list(range(len(tokens))) and len(set(tokens)) == len(tokens)
-    if not whole or not {bytes([byte]) for byte in range(256)} <= set(tokens):
-        raise UserError(f"{path} is not a whole vocabulary: it lacks ranks or bytes, or names one twice")
+    fault = fault_of(tokens) if sorted(found) == list(range(len(tokens))) else "it lacks a rank or has one below 0"
+    if fault:
+        raise UserError(f"{path} is not a whole vocabulary: {fault}")
     return tokens

@@ -6,8 +6,12 @@ from typing import Any
 
 
 def digest(content: dict[str, Any]) -> str:
-    """SHA-256 of plain JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of plain JSON values, whatever the order of their keys. Raises ValueError where they are nested too
+    deeply to be written."""
+    try:
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sealed(content: dict[str, Any]) -> str:
@@ -17,12 +21,20 @@ def sealed(content: dict[str, Any]) -> str:
 
 def unsealed(text: str) -> dict[str, Any]:
     """The content of what `sealed` gave. Raises ValueError where a character of it has changed."""
+    content = parsed(text)
+    if "hash" not in content:
+        raise ValueError("it holds no hash")
+    if content.pop("hash") != digest(content):
+        raise ValueError("its hash does not match its content")
+    return content
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A JSON object. Raises ValueError."""
     try:
         content = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict) or "hash" not in content:
-        raise ValueError("it holds no hash")
-    if content.pop("hash") != digest(content):
-        raise ValueError("its hash does not match its content")
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
     return content

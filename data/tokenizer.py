@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -15,22 +15,25 @@ from pydantic import Field
 from data.config import DataConfig
 from data.durable import write_whole
 from data.errors import UserError
-from data.sealed import digest, sealed, unsealed
+from data.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
+from data.sealed import digest, parsed, unsealed
+from data.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
 
-END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
-# Words with the character before them, numbers of up to three digits, punctuation with the line's end, white space.
-# Every character belongs to one of these, so nothing is lost.
-PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PIECE = 25_000  # characters given to tiktoken at once (at most 100 kB): its regex engine overflows on very long runs
-# Where every published pattern begins a new word, whatever stands around: a piece that begins here costs no token.
+LONGEST_WORD = 256  # characters of a word that training takes as one: its time grows by their square
+MOST_BYTES = 2**26  # of a tokenizer.json; o200k's takes a fifth of it
+# Of the older rule "words": a space that most often begins a word.
 WORD = re.compile(r"(?<=\S)(?= [A-Za-z])")
 LOOK_BACK = 1000  # characters searched for one
+
+
+Cut = Literal["exact", "words", "line_ends"]
 
 
 class Tokenizer(ABC):
     """Tokens 0..V-2 stand for byte strings; the last one ends a text and stands for none."""
 
     tokens: Sequence[bytes]  # all but the last token
+    cut: Cut | None = None  # where a long text is cut before it is encoded; None where that changes no token anyway
 
     @property
     def vocab_size(self) -> int:
@@ -66,12 +69,16 @@ class Tokenizer(ABC):
     def describe(self) -> dict[str, Any]:
         """What makes this tokenizer what it is, as plain JSON values."""
 
+    @abstractmethod
+    def content(self) -> dict[str, Any]:
+        """Of tokenizer.json, which `load_tokenizer` and Hugging Face's libraries read."""
+
     @functools.cached_property
     def hash(self) -> str:
         return digest(self.describe())
 
     def save(self, path: Path) -> None:
-        write_whole(path, sealed(self.describe()).encode())
+        write_whole(path, json.dumps(self.content(), indent=0).encode())
 
 
 class ByteTokenizer(Tokenizer):
@@ -83,28 +90,59 @@ class ByteTokenizer(Tokenizer):
     def describe(self) -> dict[str, Any]:
         return {"kind": "byte"}
 
+    def content(self) -> dict[str, Any]:
+        return written(self.tokens, (), None, self.describe())
+
+
+KINDS: dict[Cut, dict[str, str]] = {  # as tokenizer.json says it
+    "exact": {"kind": "bpe", "cut": "exact"},
+    "words": {"kind": "published"},
+    "line_ends": {"kind": "bpe"},
+}
+
 
 class BPETokenizer(Tokenizer):
-    """tokens: the bytes and the merged tokens, in the order in which merges apply. words: cut long texts between words,
-    so that they have the tokens that they would have uncut; else after line ends."""
+    """tokens: the bytes and the merged tokens, in the order in which merges apply. pattern: one of KNOWN, which splits
+    text into words. cut: where a long text is cut before it is encoded. `exact`: where no token changes, so that every
+    text has the tokens that it has in one piece. `words` and `line_ends`, of older runs: after PIECE characters at the
+    latest, which may change a token."""
 
-    def __init__(self, tokens: Sequence[bytes], pattern: str, words: bool = False):
-        import tiktoken
-
-        self.tokens, self.pattern, self.words = tuple(tokens), pattern, words
-        ranks = {token: rank for rank, token in enumerate(self.tokens)}
-        self.encoding = tiktoken.Encoding(
-            "headroom", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-        )
+    def __init__(
+        self, tokens: Sequence[bytes], pattern: str, cut: Cut, merges: Sequence[tuple[bytes, bytes]] | None = None
+    ):
+        self.tokens, self.pattern, self.cut = tuple(tokens), pattern, cut
+        self.known_merges = merges  # of these tokens, where they have been worked out before
+        self.encoding = self._encoding(pattern)
 
     def encode(self, text: str) -> np.ndarray:
         _utf8(text)
-        pieces = [self.encoding.encode_ordinary(piece) for piece in _pieces(text, self.words)]
-        return np.concatenate([np.array(piece, dtype=self.dtype) for piece in pieces] or [np.array([], self.dtype)])
+        found = [self._encode(piece) for piece in _pieces(text, self.pattern, self.cut)]
+        return np.concatenate([np.array(tokens, dtype=self.dtype) for tokens in found] or [np.array([], self.dtype)])
+
+    def _encode(self, piece: Piece) -> list[int]:
+        return (self._word_encoding if piece.one_word else self.encoding).encode_ordinary(piece.text)
+
+    @functools.cached_property
+    def _word_encoding(self):
+        return self._encoding(r"(?s:.+)")
+
+    def _encoding(self, pattern: str):
+        import tiktoken
+
+        ranks = {token: rank for rank, token in enumerate(self.tokens)}
+        return tiktoken.Encoding(
+            "headroom", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+        )
 
     def describe(self) -> dict[str, Any]:
-        tokens = [base64.b64encode(token).decode() for token in self.tokens]
-        return {"kind": "published" if self.words else "bpe", "pattern": self.pattern, "tokens": tokens}
+        return self._rules() | {"tokens": [base64.b64encode(token).decode() for token in self.tokens]}
+
+    def content(self) -> dict[str, Any]:
+        merges = merges_of(self.tokens) if self.known_merges is None else self.known_merges
+        return written(self.tokens, merges, self.pattern, self._rules())
+
+    def _rules(self) -> dict[str, Any]:
+        return KINDS[self.cut] | {"pattern": self.pattern}
 
 
 class TokenizerConfig(DataConfig):
@@ -126,7 +164,8 @@ class TokenizerConfig(DataConfig):
         """Raises UserError where a file that `train` reads is not there, or is not the right one."""
 
     def identity(self) -> dict[str, Any]:
-        """The settings that the tokens depend on."""
+        """The settings that the tokens depend on, which are part of the name that prepared shards have: what older
+        runs did has no key here."""
         return self.model_dump()
 
     def shortfall(self, tokenizer: Tokenizer) -> str | None:
@@ -150,6 +189,10 @@ class ByteConfig(TokenizerConfig):
 class BPEConfig(TokenizerConfig):
     vocab_size: int = Field(4096, ge=257, le=65536)  # a small corpus may yield fewer
     train_bytes: int = Field(100_000_000, ge=2**16)
+    cut: Literal["exact", "line_ends"] = "exact"  # where long texts are cut, see BPETokenizer
+
+    def identity(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"cut"} if self.cut == "line_ends" else None)
 
     @property
     def name(self) -> str:
@@ -174,21 +217,22 @@ class BPEConfig(TokenizerConfig):
         from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as Trainee
 
+        words = bounded(PATTERN, LONGEST_WORD) if self.cut == "exact" else PATTERN
         trainee = Trainee(models.BPE())
         trainee.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+                pre_tokenizers.Split(Regex(words), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=self.vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
         sample = _first(texts, self.train_bytes)
-        trainee.train_from_iterator((piece for text in sample for piece in _pieces(text)), trainer)
+        pieces_of = functools.partial(_pieces, pattern=PATTERN, cut=self.cut)
+        trainee.train_from_iterator((piece.text for text in sample for piece in pieces_of(text)), trainer)
         merges = json.loads(trainee.to_str())["model"]["merges"]
-        byte_of = {visible: byte for byte, visible in _visible_bytes()}
-        merged = (bytes(byte_of[character] for character in left + right) for left, right in merges)
-        return BPETokenizer(list(dict.fromkeys([*ByteTokenizer.tokens, *merged])), PATTERN)
+        merged = (spelled_bytes(left + right) for left, right in merges)
+        return BPETokenizer(list(dict.fromkeys([*ByteTokenizer.tokens, *merged])), PATTERN, self.cut)
 
 
 class StoredConfig(TokenizerConfig):
@@ -219,17 +263,43 @@ class StoredConfig(TokenizerConfig):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises UserError where the file is missing, damaged, or not a tokenizer."""
+    """Raises UserError where the file is missing, damaged, or not a tokenizer that gives every text back."""
     try:
-        content = unsealed(path.read_text())
-        if content["kind"] == "byte":
-            return ByteTokenizer()
-        tokens = [base64.b64decode(token) for token in content["tokens"]]
-        return BPETokenizer(tokens, content["pattern"], words=content["kind"] == "published")
+        size = path.stat().st_size
+        if not path.is_file():
+            raise UserError(f"the tokenizer {path} cannot be read: it is not a file")
+        if size > MOST_BYTES:
+            raise UserError(f"the tokenizer {path} has more than {MOST_BYTES:,} bytes: it is not one of this program's")
+        return _tokenizer_of(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"the tokenizer {path} is damaged: {error}") from None
+    except ValueError as error:
+        raise UserError(f"the tokenizer {path} is damaged: {str(error)[:200]}") from None
+    except KeyError as error:
+        raise UserError(f"the tokenizer {path} is damaged: it lacks {str(error)[:200]}") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"the tokenizer {path} is damaged: its parts are not what they should be") from None
+
+
+def _tokenizer_of(text: str) -> Tokenizer:
+    """Raises ValueError, KeyError, TypeError or AttributeError where it is not what `Tokenizer.save` wrote, now or in
+    older runs."""
+    content = parsed(text)
+    if "model" in content:
+        tokens, merges, rules = read(content)
+    else:
+        rules, merges = unsealed(text), None
+        tokens = [base64.b64decode(token, validate=True) for token in rules.pop("tokens", ())]
+    if rules == ByteTokenizer().describe() and tokens in ([], [*ByteTokenizer.tokens]):
+        return ByteTokenizer()
+    pattern = rules.pop("pattern")
+    cut = next((cut for cut, kind in KINDS.items() if kind == rules), None)
+    if cut is None or pattern not in KNOWN:
+        raise ValueError("its kind or its pattern is not one that this program knows")
+    fault = fault_of(tokens)
+    if fault:
+        raise ValueError(fault)
+    return BPETokenizer(tokens, pattern, cut, merges)
 
 
 def _utf8(text: str) -> bytes:
@@ -240,33 +310,26 @@ def _utf8(text: str) -> bytes:
 
 
 def _first(texts: Iterable[str], most: int) -> Iterator[str]:
-    """The texts, up to and with the one that makes `most` bytes."""
+    """The texts, up to and with the one that makes `most` bytes. Raises UserError for lone surrogates."""
     for text in texts:
-        yield text
         most -= len(_utf8(text))
+        yield text
         if most <= 0:
             return
 
 
-def _pieces(text: str, words: bool = False) -> Iterator[str]:
-    """Cuts a long text between words, or after line ends, where it can; the cuts depend on the text alone."""
+def _pieces(text: str, pattern: str, cut: Cut) -> Iterator[Piece]:
+    """Of a long text; where it is cut depends on the text alone."""
+    return pieces(text, pattern) if cut == "exact" else _older_pieces(text, between_words=cut == "words")
+
+
+def _older_pieces(text: str, between_words: bool) -> Iterator[Piece]:
+    """As older runs cut it: between words or after line ends where there are any, else anywhere."""
     start = 0
     while start < len(text):
         end = start + PIECE
         if end < len(text):
-            found = [match.start() for match in WORD.finditer(text, end - LOOK_BACK, end)] if words else []
+            found = [match.start() for match in WORD.finditer(text, end - LOOK_BACK, end)] if between_words else []
             end = found[-1] if found else text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
+        yield Piece(text[start:end])
         start = end
-
-
-def _visible_bytes() -> Iterator[tuple[int, str]]:
-    """The characters by which byte-level BPE (Radford et al. 2019) spells bytes: printable Latin-1 stands for itself,
-    the others for 256, 257, ... in their order."""
-    spare = 256
-    for byte in range(256):
-        if 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or 0xAE <= byte <= 0xFF:
-            yield byte, chr(byte)
-        else:
-            yield byte, chr(spare)
-            spare += 1

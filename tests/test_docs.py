@@ -1,5 +1,6 @@
 """What the pages say is so: their links lead to the lines they name, and their numbers are the ones printed."""
 
+import math
 import re
 from pathlib import Path
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 
 from benchmarks.attention_by_numbers import SECTIONS, show
-from tests.support import ROOT
+from model.transformer import ModelConfig
+from tests.support import ROOT, small_model
+from training.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
+from training.run_folder import BEGINNINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = {"crossover"}  # times, which no other run gives again
@@ -34,3 +38,44 @@ def test_the_numbers_of_the_page_are_those_that_are_printed(section, capsys):
     show(section)
     printed = capsys.readouterr().out.strip()
     assert printed in (Path(ROOT) / "docs" / "attention.md").read_text()
+
+
+RUN_FORMAT = (ROOT / "docs" / "run_format.md").read_text()
+MODELS = [  # that have every tensor between them
+    ("attention=gqa", "mlp=swiglu", "model.tie_embeddings=false"),
+    ("attention=mha", "position=learned", "model.norm=layer", "model.bias=true"),
+    ("attention=mla", "attention.q_lora_rank=24", "model.bias=true"),
+    ("attention=mla", "attention.k_rope_from=latent", "attention.qk_rope_head_dim=8"),
+    ("attention=mla", "attention.qk_norm=head"),
+]
+
+
+def test_the_page_on_a_runs_files_gives_the_shape_of_every_tensor():
+    rows = [row.split(" | ") for row in RUN_FORMAT.splitlines() if row.startswith("| `") and ".weight`" in row]
+    unseen = {name for names, *_ in rows for name in re.findall(r"`(.+?)`", names)}
+    for options in MODELS:
+        model = small_model(*options, vocab_size=300)
+        numbers = _sizes(model.config)
+        for name, tensor in model.state_dict().items():
+            weight = re.sub(r"^layers\.\d+", "layers.N", name).removesuffix("bias").removesuffix("weight") + "weight"
+            shapes = [
+                eval(shape.replace("·", "*"), dict(numbers)) for names, shape, _ in rows if f"`{weight}`" in names
+            ]
+            assert tuple(tensor.shape) in [shape[: tensor.ndim] for shape in shapes], (options, name)
+            unseen.discard(weight)
+    assert not unseen
+
+
+def _sizes(config: ModelConfig) -> dict[str, float]:
+    """By the page's letters; NaN, which no size is, for one that the attention does not have."""
+    attention = config.attention.model_dump()
+    letters = {"Hk": "n_kv_heads", "D": "head_dim", "q": "q_lora_rank", "c": "kv_lora_rank", "n": "qk_nope_head_dim"}
+    letters |= {"r": "qk_rope_head_dim", "v": "v_head_dim"}
+    sizes = {"V": 300, "T": config.context_length, "d": config.d_model, "f": config.mlp.d_ff, "H": config.n_heads}
+    return sizes | {letter: attention.get(name, math.nan) for letter, name in letters.items()}
+
+
+def test_the_page_on_a_runs_files_names_the_files_and_the_manifests_keys():
+    named = set(re.findall(r"`([\w./]+)`", RUN_FORMAT))
+    assert named >= {*BEGINNINGS, "config.yaml", "metrics.jsonl", "loss.png", MODEL, OPTIMIZER, MANIFEST}
+    assert named >= Manifest.model_fields.keys()

@@ -39,6 +39,22 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("text", ["some words\n\n',\n\n  in lines\n", "漢字"], ids=["cuts", "none"])
+def test_a_file_that_is_read_in_parts_has_the_tokens_of_the_whole(text, workplace, monkeypatch):
+    for name in ("a.txt", "b.txt"):
+        (workplace / name).write_text(text * 60)
+    config = BPEConfig(vocab_size=300)
+    whole = prepare(FilesCorpus(path="*.txt"), config, workplace / "whole")
+    monkeypatch.setattr("data.files.PART", 100)
+    monkeypatch.setattr(build, "PART_BYTES", 350)
+    parts = prepare(FilesCorpus(path="*.txt"), config, workplace / "parts")
+    assert len([*parts.folder.glob("train_*.tokens")]) > 1
+    if text == "漢字":  # one unbroken word: its parts stay as they are read
+        assert parts.tokenizer.decode(contents(parts)[1]) == whole.tokenizer.decode(contents(whole)[1])
+    else:
+        assert contents(parts) == contents(whole)
+
+
 def test_the_bytes_do_not_depend_on_the_threads(workplace, monkeypatch, expected):
     monkeypatch.setattr(build, "PART_BYTES", PART)
     monkeypatch.setattr(build, "BATCH_BYTES", 700)

@@ -3,18 +3,18 @@
 import base64
 import hashlib
 import os
-from itertools import islice
 
 import numpy as np
 import pytest
 import tiktoken
 import tiktoken_ext.openai_public as theirs
 
-from data.corpus import StdlibCorpus, SyntheticCorpus
+from data.corpus import SyntheticCorpus
 from data.errors import UserError
 from data.prepare import prepare
 from data.published import CL100KConfig, GPT2Config, O200KConfig, Published
 from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer
+from tests.data.opening import assert_opened
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
 VOCABULARY = BPEConfig(vocab_size=400).train(TEXTS).tokens
@@ -50,7 +50,7 @@ def test_names_patterns_and_hashes_are_those_published(monkeypatch):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_long_texts_have_the_tokens_that_tiktoken_gives_them_whole(config, folder):
+def test_the_tokens_are_those_of_tiktoken_and_of_hugging_face(config, folder, tmp_path):
     class Ours(config):
         @property
         def published(self) -> Published:
@@ -59,11 +59,20 @@ def test_long_texts_have_the_tokens_that_tiktoken_gives_them_whole(config, folde
     tokenizer = Ours(folder=folder).train([])
     ranks = {token: rank for rank, token in enumerate(VOCABULARY)}
     whole = tiktoken.Encoding("whole", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={})
-    source = "".join(document.text for document in islice(StdlibCorpus().read(), 40))
-    for text in (source, "\n".join(TEXTS * 20), "x = (1,\n\n   ' They''re 12 345 ünï' )  \r\n" * 3000):
+    texts = ["\n".join(TEXTS * 20), "x = (1,\n\n   ' They''re 12 345 ünï' )  \r\n" * 1000 + "\n  "]
+    for text in texts:
         assert len(text) > PIECE
         assert tokenizer.encode(text).tolist() == whole.encode_ordinary(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert_opened(tmp_path / "tokenizer.json", tokenizer, texts)
+
+
+def test_older_settings_find_their_shards():
+    for config in CONFIGS:
+        identity = {"sha256": config().published.sha256}  # as recorded before there was a cut
+        assert config(cut="words").identity() == identity
+        assert config().identity() == identity | {"cut": "exact"}
 
 
 def test_the_end_of_text_is_the_last_token_and_never_comes_out_of_text(folder):
@@ -105,7 +114,7 @@ def test_what_is_missing_is_named_with_its_address_before_anything_is_read(tmp_p
         (FILE + b"nonsense\n", "line [0-9]+, is not a token and its rank"),
         (FILE.replace(b" 7\n", b" 8\n"), "is not a whole vocabulary"),
         (FILE.split(b"\n", 1)[1], "is not a whole vocabulary"),
-        (FILE + b"QQ== %d\n" % len(VOCABULARY), "is not a whole vocabulary"),
+        (FILE + b"QQ== %d\n" % len(VOCABULARY), "is not a whole vocabulary: it names a token twice"),
         (FILE + b"QQQ= -1\n", "is not a whole vocabulary"),
     ],
     ids=["cut", "empty", "nonsense", "rank twice", "rank lacking", "token twice", "negative"],

@@ -1,15 +1,25 @@
 """Any text comes back exactly; the same text makes the same tokenizer."""
 
 import json
+import os
+import time
+from base64 import b64encode
+from random import Random
 
 import numpy as np
 import pytest
 
 from data.corpus import SyntheticCorpus
 from data.errors import UserError
-from data.tokenizer import END_OF_TEXT, BPEConfig, ByteConfig, load_tokenizer
+from data.patterns import GPT2, PATTERN
+from data.sealed import digest, sealed
+from data.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
+from tests.data.opening import assert_opened
+from tests.support import assert_one_line
+from training.migrate import migrate
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
+BPE = BPEConfig(vocab_size=400).train([*TEXTS, "',\n\nx" * 200])
 AWKWARD = [
     "",
     "def f(x):\r\n\treturn x  # ½ of é, 漢字, 🙂🏽\n\n\n    done\n",
@@ -54,25 +64,147 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert again.hash == tokenizer.hash
     assert again.encode(TEXTS[0]).tolist() == tokenizer.encode(TEXTS[0]).tolist()
+    again.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["edit", "cut", "list", "missing"])
-def test_a_damaged_file_is_refused_in_one_line(damage, tmp_path):
+OLDER_FILES = [{"kind": "byte"}] + [
+    {"kind": kind, "pattern": pattern, "tokens": [b64encode(token).decode() for token in BPE.tokens]}
+    for kind, pattern in (("bpe", PATTERN), ("published", GPT2))
+]
+
+
+@pytest.mark.parametrize("described", OLDER_FILES, ids=["byte", "bpe", "published"])
+def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(sealed(described))
+    found = load_tokenizer(tmp_path / "tokenizer.json")
+    assert found.hash == digest(described)
+    found.save(tmp_path / "again.json")
+    again = load_tokenizer(tmp_path / "again.json")
+    text = "x" * (PIECE - 3) + "',\n\nx"
+    assert again.hash == found.hash
+    assert again.encode(text).tolist() == found.encode(text).tolist()
+    if described["kind"] == "bpe":  # cut between the line ends, which one token holds
+        assert found.decode(found.encode(text)[-4:]) == "',\n\nx"
+        assert found.encode(text).tolist() != BPE.encode(text).tolist() == BPE.encoding.encode_ordinary(text)
+
+
+def test_older_settings_train_what_they_trained_and_find_their_shards():
+    older = BPEConfig(vocab_size=400, cut="line_ends")
+    assert older.identity() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
+    assert older.train(TEXTS).hash == "a276b2b55160ffcfd5df22c50663a1535c9d269f1f87b7fac2cc9b3544f9d68f"
+    assert BPEConfig(vocab_size=400).identity() == older.identity() | {"cut": "exact"}
+
+
+@pytest.mark.parametrize(
+    ("target", "cut"), [("data.tokenizer.BPEConfig", "line_ends"), ("data.published.GPT2Config", "words")]
+)
+def test_stored_settings_of_older_runs_have_the_older_cut(target, cut):
+    assert migrate({"tokenizer": {"_target_": target}}, 2)["tokenizer"]["cut"] == cut
+    assert "cut" not in migrate({"tokenizer": {"_target_": "data.tokenizer.ByteConfig"}}, 2)["tokenizer"]
+
+
+def test_hugging_face_opens_the_file_and_finds_the_same_tokens(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
-    BPEConfig(vocab_size=300).train(TEXTS).save(path)
-    if damage == "edit":
-        content = json.loads(path.read_text())
-        content["tokens"][-1] = "QUFB"
-        path.write_text(json.dumps(content))
-    elif damage == "cut":
-        path.write_text(path.read_text()[:-40])
-    elif damage == "list":
-        path.write_text("[]")
-    else:
-        path.unlink()
-    with pytest.raises(UserError, match="the tokenizer") as caught:
+    tokenizer.save(path)
+    assert_opened(path, tokenizer, [TEXTS[0], *AWKWARD[:3], AWKWARD[4], AWKWARD[6], "x\n  y \r\n\n  "])
+
+
+def test_words_trained_on_are_of_any_length_and_in_time():
+    """A word of n characters takes a time of n²: a text of one word would take minutes."""
+    text = "".join(Random(0).choices("abcdefgh", k=300_000)) + "7" * 100_000 + " " * 200_000
+    began = time.monotonic()
+    trained = BPEConfig(vocab_size=1000).train([text])
+    assert time.monotonic() - began < 10
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_a_lone_surrogate_in_training_text_is_refused():
+    with pytest.raises(UserError, match="surrogate at character 2"):
+        BPEConfig(vocab_size=300).train(["ab\ud800"])
+
+
+def older(**changes) -> str:
+    return sealed(OLDER_FILES[1] | changes)
+
+
+def newer(change) -> str:
+    """What a tokenizer saves, changed, with the hash that belongs to it."""
+    content = BPE.content()
+    del content["model"]["headroom"]["hash"]
+    change(content["model"])
+    content["model"]["headroom"]["hash"] = digest(content)
+    return json.dumps(content)
+
+
+OLDER_TOKENS = OLDER_FILES[1]["tokens"]
+FOREIGN = {
+    "empty": "",
+    "cut": newer(lambda model: None)[:-40],
+    "list": "[]",
+    "number": "1" * 5000,
+    "deep": "[" * 50_000,
+    "deep object": '{"a":' * 50_000 + "1" + "}" * 50_000,
+    "deep within": '{"hash": "0", "kind": ' + "[" * 900 + "]" * 900 + "}",
+    "no hash": json.dumps(OLDER_FILES[1]),
+    "hash of another": json.dumps(OLDER_FILES[1] | {"hash": "0" * 64}),
+    "edited": newer(lambda model: None).replace('"ignore_merges": true', '"ignore_merges": false'),
+    "not UTF-8": b"\xff\xfe{}",
+    "surrogate": '{"hash": "\\ud800"}',
+    "another kind": older(kind="unigram"),
+    "another cut": older(cut="anywhere"),
+    "kind is a list": older(kind=["bpe"]),
+    "pattern matches nothing": older(pattern="(?!)"),
+    "pattern of one letter": older(pattern="a"),
+    "pattern does not compile": older(pattern="(["),
+    "pattern takes forever": older(pattern="(a+)+$"),
+    "pattern is a number": older(pattern=3),
+    "no pattern": sealed({"kind": "bpe", "tokens": OLDER_TOKENS}),
+    "no tokens": older(tokens=[]),
+    "a byte lacking": older(tokens=OLDER_TOKENS[1:]),
+    "a token twice": older(tokens=[*OLDER_TOKENS, OLDER_TOKENS[-1]]),
+    "no base64": older(tokens=[*OLDER_TOKENS, "*"]),
+    "token of no bytes": older(tokens=[*OLDER_TOKENS, ""]),
+    "tokens are numbers": older(tokens=[*range(256)]),
+    "tokens are lists": older(tokens=[["QQ=="]]),
+    "tokens are null": older(tokens=None),
+    "text that ends the text": older(tokens=[*OLDER_TOKENS, b64encode(END_OF_TEXT.encode()).decode()]),
+    "a merge of nothing": newer(lambda model: model["merges"].append(["a", "漢"])),
+    "a merge to nothing": newer(lambda model: model["merges"].append(["~", "~"])),
+    "a merge of three": newer(lambda model: model["merges"].append(["a", "b", "c"])),
+    "merges of lists": newer(lambda model: model["merges"].append([[], []])),
+    "merges are a number": newer(lambda model: model.update(merges=1)),
+    "a gap in the ranks": newer(lambda model: model["vocab"].update(zzzz=10**9)),
+    "a rank twice": newer(lambda model: model["vocab"].update(zzzz=5)),
+    "ranks of text": newer(lambda model: model["vocab"].update(a="5")),
+    "a rank that is true": newer(lambda model: model["vocab"].update(a=True)),
+    "a character of no byte": newer(lambda model: model["vocab"].update({"漢": len(BPE.tokens)})),
+    "vocab is a list": newer(lambda model: model.update(vocab=[])),
+    "vocab is empty": newer(lambda model: model.update(vocab={}, merges=[])),
+    "bytes of another kind": newer(lambda model: model.update(headroom={"kind": "byte"})),
+    "facts are text": '{"model": {"headroom": "bpe"}}',
+    "model is a list": '{"model": []}',
+    "somebody else's": '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+    "too large": " " * (MOST_BYTES + 1),
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
+def test_a_foreign_or_damaged_file_is_refused_in_one_line(content, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
         load_tokenizer(path)
-    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 500
+    assert_one_line(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
+def test_what_is_not_a_file_is_refused(kind, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    {"missing": lambda path: None, "folder": os.mkdir, "pipe": os.mkfifo}[kind](path)
+    with pytest.raises(UserError, match="json cannot be read"):
+        load_tokenizer(path)
 
 
 def test_lone_surrogates_are_refused(tokenizer):

@@ -1,14 +1,18 @@
 """Any text comes back from tokens; any file comes back as text, or is named in one line."""
 
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
+from random import Random
 
 import pytest
 from hypothesis import strategies as st
+from tokenizers import Regex, pre_tokenizers
 
 from data.corpus import SyntheticCorpus
 from data.errors import UserError
 from data.files import FilesCorpus
+from data.patterns import KNOWN, pieces, portable
 from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
 from tests.support import assert_one_line
 
@@ -36,7 +40,30 @@ def test_any_text_round_trips(fuzz, tokenizers):
         check_round_trip(tokenizers, text)
         return "identical"
 
-    fuzz(check, TEXTS, short=60, long=2000)
+    fuzz(check, TEXTS, short=60, long=1000)
+
+
+def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
+    """With a cut wherever there may be one: of any text the words are those of the whole, for every pattern."""
+    monkeypatch.setattr("data.patterns.PIECE", 1)
+    monkeypatch.setattr("data.patterns.LONG_RUN", 3)
+    splits = {pattern: pre_tokenizers.Split(Regex(portable(pattern)), "isolated") for pattern in KNOWN}
+
+    def words(pattern: str, text: str) -> list[str]:
+        return [word for word, _ in splits[pattern].pre_tokenize_str(text)]
+
+    def check(text: str) -> str:
+        for pattern in KNOWN:
+            cut = [[piece.text] if piece.one_word else words(pattern, piece.text) for piece in pieces(text, pattern)]
+            assert list(chain.from_iterable(cut)) == words(pattern, text)
+        return "identical"
+
+    def of_few_characters(seed: int) -> str:  # which meet in more ways than in text of many
+        chance = Random(seed)
+        characters = chance.sample(" \n\r\taStlé漢か。1½'/!(\u0301\u3000\x1cſʰ🙂[", chance.randint(1, 7))
+        return "".join(chance.choice(characters) * chance.choice((1, 1, 1, 1, 2, 3, 5, 9)) for _ in range(30))
+
+    fuzz(check, st.integers(0, 10**9).map(of_few_characters) | TEXTS, short=400, long=1000)
 
 
 def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):

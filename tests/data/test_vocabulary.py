@@ -1,0 +1,64 @@
+"""The merges that tokenizer.json lists are those that give tiktoken's tokens."""
+
+import json
+from random import Random
+
+import pytest
+import tiktoken
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from data.patterns import PATTERN
+from data.tokenizer import BPETokenizer
+from data.vocabulary import fault_of, merges_of, spelled_bytes
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+@pytest.mark.parametrize("letters", ["a", "ab", "abcd"])
+def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters):
+    """Few letters, so that one token can be had from several pairs."""
+    chance = Random(len(letters))
+    words = ["".join(chance.choices(letters, k=chance.randint(1, 30))) for _ in range(300)]
+    trainee = Tokenizer(models.BPE(ignore_merges=True))
+    trainee.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainee.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    trained = [tuple(map(spelled_bytes, pair)) for pair in json.loads(trainee.to_str())["model"]["merges"]]
+    tokens = [*BYTES, *dict.fromkeys(left + right for left, right in trained)]
+    assert merges_of(tokens) == trained
+    ours = Tokenizer.from_str(json.dumps(BPETokenizer(tokens, PATTERN, "exact").content()))
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    theirs = tiktoken.Encoding("words", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+    for _ in range(300):
+        word = "".join(chance.choices(letters, k=chance.randint(1, 300)))
+        assert ours.encode(word).ids == theirs.encode_ordinary(word)
+
+
+def test_a_token_that_others_do_not_lead_to_is_found_as_a_word():
+    tokens = [*BYTES, b"ab", b"cd", b"xyz"]
+    assert merges_of(tokens) == [(b"a", b"b"), (b"c", b"d")]
+    tokenizer = BPETokenizer(tokens, PATTERN, "exact")
+    theirs = Tokenizer.from_str(json.dumps(tokenizer.content()))
+    for text, found in (("xyz", [258]), ("wxyz", [*b"wxyz"]), ("abcd", [256, 257])):
+        assert tokenizer.encode(text).tolist() == theirs.encode(text).ids == found
+
+
+def test_a_token_of_very_many_bytes_is_parted_in_time():
+    tokens = [*BYTES, *(b"a" * 2**power for power in range(1, 17))]
+    assert merges_of(tokens) == [(b"a" * 2**power, b"a" * 2**power) for power in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "fault"),
+    [
+        (BYTES, None),
+        (BYTES[::-1], None),
+        (BYTES[1:], "it lacks 1 of the 256 bytes, such as 0x00"),
+        ([], "it lacks 256 of the 256 bytes, such as 0x00"),
+        ([*BYTES, b"a"], "it names a token twice"),
+        ([*BYTES, b""], "it has a token without bytes"),
+        ([*BYTES, b"<|endoftext|>"], "its text can spell the token <|endoftext|>"),
+    ],
+)
+def test_faults_of_a_vocabulary(tokens, fault):
+    assert fault_of(tokens) == fault
