@@ -81,19 +81,26 @@ class SourceCorpus(Corpus):
     def fingerprint(self) -> str:
         digest, root = hashlib.sha256(), self._root()
         for path in self._files():
-            digest.update(path.encode() + b"\0" + (root / path).read_bytes() + b"\0")
+            digest.update(path.encode() + b"\0" + _content(root / path) + b"\0")
         return digest.hexdigest()
 
     def read(self) -> Iterator[Document]:
         root = self._root()
         for path in self._files():
             held_out = int.from_bytes(hashlib.sha256(path.encode()).digest(), "big") % 20 == 0
-            yield Document(path, (root / path).read_bytes().decode(), held_out)
+            yield Document(path, _content(root / path).decode(), held_out)
 
     def _files(self) -> list[str]:
         root = self._root()
         paths = (path.relative_to(root) for path in root.rglob("*.py"))
         return sorted(path.as_posix() for path in paths if self._belongs(path))
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class SympyCorpus(SourceCorpus):

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from data.config import DataConfig
-from data.durable import write_whole
+from data.durable import read_regular, write_whole
 from data.errors import UserError
 from data.sealed import digest, sealed, unsealed
 
@@ -24,6 +24,7 @@ PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r
 PIECE = 25_000  # characters given to tiktoken at once (at most 100 kB): its regex engine overflows on very long runs
 # Where every published pattern begins a new word, whatever stands around: a piece that begins here costs no token.
 WORD = re.compile(r"(?<=\S)(?= [A-Za-z])")
+LARGEST = 2**28  # bytes of a tokenizer.json; a vocabulary of a million tokens has a tenth of that
 LOOK_BACK = 1000  # characters searched for one
 
 
@@ -221,7 +222,7 @@ class StoredConfig(TokenizerConfig):
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises UserError where the file is missing, damaged, or not a tokenizer."""
     try:
-        content = unsealed(path.read_text())
+        content = unsealed(read_regular(path, LARGEST).decode())
         if content["kind"] == "byte":
             return ByteTokenizer()
         tokens = [base64.b64decode(token) for token in content["tokens"]]
