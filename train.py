@@ -13,7 +13,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from training.command import one_line_errors, plain_tree, refuse_twice, smaller_batches_advised
+from training.command import (
+    one_line_errors,
+    plain_tree,
+    refuse_twice,
+    smaller_batches_advised,
+    with_stored_choices,
+)
 
 # torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
 
@@ -28,6 +34,7 @@ def composed(cfg: DictConfig) -> None:
 def main() -> None:
     with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
         refuse_twice(sys.argv[1:])
+        sys.argv[1:] = with_stored_choices(sys.argv[1:])
         composed()
 
 
@@ -89,6 +96,7 @@ def train(tree: dict, typed: list[str]) -> None:
 
     report = Report(run, folder, corpus, model, done, byte_lengths.to(device))
     with claim, smaller_batches_advised(*sizes), StopRequest() as stop, report:
+        score = validate(slice(None)) if done == run.steps else None  # it was killed before its last words
         for step in range(done, run.steps):
             with report.waiting():
                 batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)

@@ -17,7 +17,7 @@ MISSING = (FileNotFoundError, NotADirectoryError)  # all other errors leave open
 
 
 class Irregular(OSError):
-    """What stands where a file should be is a folder, a pipe, a device or a socket, or is larger than such a file is."""
+    """Where a file should be stands a folder, a pipe, a device or a socket, or one that is larger than it may be."""
 
     def __init__(self, reason: str):
         super().__init__(errno.EINVAL, reason)
@@ -61,7 +61,7 @@ def read_regular(path: Path, limit: int) -> bytes:
             content = file.read(limit + 1)  # some files of the system say that they are empty
             if len(content) <= limit:
                 return content
-    raise Irregular(f"it is larger than {limit:,} bytes, which none that this program writes is")
+    raise Irregular(f"it is larger than {limit:,} bytes, the most that is read of it")
 
 
 def _refuse_irregular(status: os.stat_result) -> None:

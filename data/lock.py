@@ -19,7 +19,7 @@ def lock(path: Path, busy: str, wait: bool = False) -> AbstractContextManager:
     process holds it: waits, saying what `busy` says, or raises UserError with it. Raises OSError where the file cannot
     be made, or a link or no regular file stands in its place: older releases of filelock empty what a link leads to."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise Irregular(f"{path.name} is not a regular file: remove it")
+        raise Irregular("it is no regular file")
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout:

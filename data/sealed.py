@@ -19,10 +19,10 @@ def unsealed(text: str) -> dict[str, Any]:
     """The content of what `sealed` gave. Raises ValueError where a character of it has changed."""
     try:
         content = json.loads(text)
+        if not isinstance(content, dict) or "hash" not in content:
+            raise ValueError("it holds no hash")
+        if content.pop("hash") != digest(content):
+            raise ValueError("its hash does not match its content")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if not isinstance(content, dict) or "hash" not in content:
-        raise ValueError("it holds no hash")
-    if content.pop("hash") != digest(content):
-        raise ValueError("its hash does not match its content")
     return content

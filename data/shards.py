@@ -102,8 +102,7 @@ class Shard:
         return self.header["tokens"]
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Tokens start ... stop - 1, fewer at the end. Raises UserError where the file cannot be read, or is not the one
-        opened."""
+        """Tokens start ... stop - 1, fewer at the end. Raises UserError where they cannot be read, or have changed."""
         start, stop, _ = part.indices(len(self))
         count = max(0, stop - start) * self.dtype.itemsize
         try:
@@ -111,8 +110,8 @@ class Shard:
             content, unchanged = self.file.read(count), self._signature() == self.opened
         except OSError as error:
             raise UserError(
-                f"the shard {self.path} cannot be read: {error.strerror}; what was saved stands: make it readable, then "
-                "go on"
+                f"the shard {self.path} cannot be read: {error.strerror}; what was saved stands: make it readable, "
+                "then go on"
             ) from None
         if len(content) != count or not unchanged:
             raise UserError(f"{self.path} has changed while it was in use: {_rebuild(self.path)}")

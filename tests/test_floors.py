@@ -39,6 +39,7 @@ FLOORS = [
     "training.step training.preview training.muon",
     "training.scoring training.repl training.writing training.attention_seen training.attention_map",
     "training.config training.migrate",
+    "training.origin",
     "training.run_folder",
     "training.checkpoint training.dry_run",
     "training.report",

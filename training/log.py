@@ -79,7 +79,8 @@ class WandbLogger(Logger):
             mode=self.mode,
             dir=folder,
             name=folder.name,
-            id=read_regular(remembered, LONGEST).decode().strip(),  # a run that is resumed goes on in the run it has there
+            # A run that is resumed goes on in the run it has there.
+            id=read_regular(remembered, LONGEST).decode().strip(),
             resume="allow",
             config=dict(config),
             reinit="create_new",  # one process may train several runs, which must not merge
@@ -224,12 +225,14 @@ def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
                 if row is not None and (rows[-1]["step"] if rows else 0) < row["step"] <= last:
                     rows.append(row)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}: make it readable, or move it away") from None
     return rows
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """None for what no run writes."""
+    if not line.startswith(b"{"):  # seen at once, where a line is long
+        return None
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):

@@ -17,6 +17,7 @@ from training.command import Parser, one_line_errors
 from training.log import read_metrics
 from training.picture import refuse_unwritable, save
 
+PICTURE = "loss.png"  # in a run's folder
 WINDOW = 10  # steps that a running mean is over at most, about
 
 
@@ -35,7 +36,7 @@ def plot_loss(folder: Path) -> None:
             points = [(step, loss) for step, loss, scored in val if scored == tokens]
             axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=_scored(tokens))
         axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
-    save_axes(figure, axes, folder / "loss.png")
+    save_axes(figure, axes, folder / PICTURE)
 
 
 def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:

@@ -148,7 +148,7 @@ def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypat
     monkeypatch.setattr("training.step.evaluate", lambda *_: next(scores))
     assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
     assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
-    assert checkpoint.best(workplace / "run").name == "step_00000020"
+    assert checkpoint.best(workplace / "run").path.name == "step_00000020"
 
 
 PLACES = {
