@@ -40,7 +40,7 @@ def reaching_out(run: Run) -> dict[str, Any]:
     return {
         key: value
         for key, value in settings.items()
-        if is_place(key) or key in ("cache_dir", "init_from") or (online and key.startswith("logger."))
+        if is_place(key) or key in ("cache_dir", "init_from") or (online and key in ("logger.project", "logger.mode"))
     }
 
 
@@ -79,10 +79,10 @@ def refuse_foreign(
             f"{folder}/config.yaml is not signed by this user, has no checkpoint, and begins with the weights of "
             f"{foreign['init_from']}: begin a run of your own with init_from="
         )
+    lasting = " (there is no key: set XDG_STATE_HOME to a folder that lasts, to be asked once)" if mine is None else ""
     raise UserError(
-        f"{folder}/config.yaml is not signed by this user and reaches out of the run's folder: repeat what you agree "
-        "to: "
-        f"{' '.join(_override(key, value) for key, value in foreign.items())}"
+        f"{folder}/config.yaml is not signed by this user{lasting} and reaches out of the run's folder: repeat what "
+        f"you agree to: {' '.join(_override(key, value) for key, value in foreign.items())}"
     )
 
 
@@ -103,7 +103,7 @@ def _override(key: str, value: Any) -> str:
 def _key() -> bytes | None:
     """This user's, made where there is none yet; None where it can neither be read nor made."""
     with suppress(OSError, ValueError, RuntimeError):  # no home, or one that cannot be written
-        path = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "headroom" / "key"
+        path = _key_file()
         try:
             found = read_regular(path, 2 * KEY_BYTES)
         except FileNotFoundError:
@@ -112,6 +112,10 @@ def _key() -> bytes | None:
         key = bytes.fromhex(found.decode())
         return key if len(key) == KEY_BYTES else None
     return None
+
+
+def _key_file() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "headroom" / "key"
 
 
 def _make(path: Path) -> None:

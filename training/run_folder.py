@@ -158,7 +158,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
         reason = error.strerror or str(error)
     except (ValueError, yaml.YAMLError) as error:
         reason = str(error).splitlines()[0]
-    raise UserError(f"{folder}/config.yaml cannot be read: {reason}: bring the run's own config.yaml back")
+    raise UserError(f"{folder}/config.yaml cannot be read: {reason}: bring the run's own back, as a file to be read")
 
 
 def refuse_other_format(path: Path, format: Any) -> None:
@@ -192,10 +192,13 @@ def refuse_other_settings(folder: Path, run: Run, trained: Run) -> None:
     is known by its fingerprint, and by the format that a file's name tells, which no fingerprint does."""
     now, before = leaves(dump(run)), leaves(dump(trained))
     for key in {**now, **before}:
-        same = now.get(key) == before.get(key)
         if is_place(key) and key in now and key in before:
-            same = format_of(str(now[key])) == format_of(str(before[key]))
-        if key.split(".")[0] not in RESUMABLE and not same:
+            if format_of(str(now[key])) != format_of(str(before[key])):
+                raise UserError(
+                    f"{key}={now[key]} is read in another way than {before[key]}, which {folder} was trained with: "
+                    "give it a name that ends alike"
+                )
+        elif key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
             raise UserError(
                 f"{folder}/config.yaml says {key}: {now.get(key)}, the run was trained with {before.get(key)}: "
                 "bring the run's own config.yaml back, or start a new run"
