@@ -71,7 +71,7 @@ def with_stored_choices(arguments: Sequence[str]) -> list[str]:
     Hydra looks for in the default choices: so they are marked to be added where they are not there."""
     if not any(argument.startswith("resume=") for argument in arguments):
         return list(arguments)
-    return [f"++{one}" if re.match(r"(data|tokenizer)\.[\w.]+=", one) else one for one in arguments]
+    return [f"++{one}" if re.match(r"(data|tokenizer)\.[^=]+=", one) else one for one in arguments]
 
 
 def plain_tree(cfg: Any) -> dict[str, Any]:
