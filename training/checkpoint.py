@@ -163,17 +163,18 @@ def read(path: Path, names: Collection[str]) -> Checkpoint:
 
 
 def _read_tensors(file: Path, mark: FileMark | None) -> dict[str, Tensor]:
+    if mark is None:
+        raise Damaged(f"{file} is damaged: the manifest does not know it")
     free = free_memory(torch.device("cpu"))
-    if mark is not None and free is not None and mark.size > free:
+    if free is not None and mark.size > free:
         raise UserError(f"{file} takes {mark.size:,} bytes of memory, {free:,} are free: take a machine with more")
-    # Not a map of the file: whoever overwrites it would overwrite the tensors.
-    content = _content(file, mark.size if mark else 0)
-    if mark is None or len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
+    content = _content(file, mark.size)  # no map of the file: whoever overwrites it would overwrite the tensors
+    if len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
         raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
     try:
         return safetensors.torch.load(content)
     except (SafetensorError, KeyError, AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise Damaged(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        raise Damaged(f"{file} is damaged: {error}") from None
 
 
 def _content(file: Path, limit: int) -> bytes:
@@ -298,7 +299,7 @@ def _stated(file: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise _fault(file, error) from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise Damaged(f"{file} is damaged: {str(error).splitlines()[0]}") from None
+        raise Damaged(f"{file} is damaged: {error}") from None
 
 
 def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
