@@ -20,6 +20,7 @@ from training.command import (
     refuse_twice,
     smaller_batches_advised,
     with_quotes,
+    with_stored_choices,
 )
 
 # torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
@@ -37,6 +38,7 @@ def main() -> None:
         sys.argv[1:] = with_quotes(sys.argv[1:])
         refuse_no_working_directory()
         refuse_twice(sys.argv[1:])
+        sys.argv[1:] = with_stored_choices(sys.argv[1:])
         composed()
 
 
@@ -98,6 +100,7 @@ def train(tree: dict, typed: list[str]) -> None:
 
     report = Report(run, folder, corpus, model, done, byte_lengths.to(device))
     with claim, smaller_batches_advised(*sizes), StopRequest() as stop, report:
+        score = validate(slice(None)) if done == run.steps else None  # it was killed before its last words
         for step in range(done, run.steps):
             with report.waiting():
                 batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)

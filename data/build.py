@@ -8,6 +8,7 @@ stand where depends on the documents and the tokenizer alone, not on the threads
 import itertools
 import logging
 import os
+import re
 import shutil
 import time
 from collections import deque
@@ -24,7 +25,7 @@ from rich.text import Text
 
 from data.contents import Contents
 from data.corpus import Corpus, Document, Split, drawn
-from data.durable import make_folder, sweep, whole_folder
+from data.durable import exists, make_folder, names_in, remove, sweep, whole_folder
 from data.errors import UserError
 from data.lock import lock
 from data.names import line, names_file
@@ -75,7 +76,7 @@ def build(
         with _progress() as progress:
             task = progress.add_task(f"training the {config.name} tokenizer", total=None)
             tokenizer = _tokenizer(corpus, config, parts, size)
-            kept = len(list(parts.glob("part_*")))
+            kept = len(_finished(parts))
             progress.reset(task, description="encoding" + f" (after {kept} finished parts)" * bool(kept), total=total)
             contents = _encode(corpus, tokenizer, parts, workers, lambda done: progress.advance(task, done / 1e6))
         if corpus.fingerprint() != fingerprint:
@@ -85,8 +86,9 @@ def build(
             _assemble(parts, building)
             contents_file(building).write_text(contents.described(len(corpus.sources())))
     except BaseException:
-        if not list(parts.glob("part_*")):
-            discard_parts(folder)
+        with suppress(OSError):  # unknown: then they are kept
+            if not _finished(parts):
+                discard_parts(folder)
         raise
     if corpus.remote:
         _say(corpus, contents)
@@ -100,13 +102,20 @@ def contents_file(folder: Path) -> Path:
 
 
 def discard_parts(folder: Path) -> None:
-    for parts in folder.parent.glob(f".parts-*-{folder.name}"):
-        shutil.rmtree(parts, ignore_errors=True)
+    """Of a build that is done, or has no use for them; what cannot be removed is left."""
+    with suppress(OSError):
+        for parts in _all_parts(folder.parent):
+            if parts.name.split("-", 2)[-1] == folder.name:
+                remove(parts)
 
 
 def discard_abandoned(cache_dir: Path) -> None:
     """Parts of builds that ended midway and were not continued for DAYS, whichever documents they are of."""
-    for parts in cache_dir.glob(".parts-*"):
+    try:
+        all_parts = _all_parts(cache_dir)
+    except OSError:  # then whether they are abandoned cannot be told
+        return
+    for parts in all_parts:
         name = parts.name.split("-", 2)[-1]
         with suppress(OSError, UserError):  # gone in between, not ours to remove, or being built right now
             age = (time.time() - parts.stat().st_mtime) / 86400  # the folder changes with every part that ends
@@ -126,10 +135,19 @@ def _parts_of(folder: Path) -> Path:
     return folder.with_name(f".parts-{PART_BYTES}-{folder.name}")  # parts of another size do not fit these
 
 
+def _all_parts(cache_dir: Path) -> list[Path]:
+    """As `_parts_of` names them: the cache may lie in a folder with other things in it."""
+    return [cache_dir / name for name in names_in(cache_dir) if re.match(r"\.parts-\d+-.", name)]
+
+
+def _finished(parts: Path) -> list[Path]:
+    return [parts / name for name in names_in(parts) if name.startswith("part_")]
+
+
 def _tokenizer(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size) -> Tokenizer:
     """The one that the parts there are encoded with, or a new one."""
     saved = parts / "tokenizer.json"
-    if saved.exists():
+    if exists(saved):
         return load_tokenizer(saved)
     share = 1.0 if size.train is None else config.share(size.train)
     texts = (document.text for document in corpus.documents("train"))
@@ -153,7 +171,7 @@ def _encode(
     documents = _Ending(_cut_between_words(read) if tokenizer.cut == "exact" else read)
     for number, part in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
         folder = parts / f"part_{number:05d}"
-        if folder.exists():
+        if exists(folder):
             for _, document in part:
                 advance(_bytes(document))
             totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
@@ -245,14 +263,15 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _last_shard(folder: Path, split: Split) -> Shard:
-    return Shard(max(folder.glob(f"{split}_*.tokens")))
+    names = (name for name in names_in(folder) if name.startswith(f"{split}_") and name.endswith(".tokens"))
+    return Shard(folder / max(names))
 
 
 def _assemble(parts: Path, building: Path) -> None:
     """The shards of all parts, as links: they stay where they are on the disk."""
     shutil.copyfile(parts / "tokenizer.json", building / "tokenizer.json")
-    for folder in sorted(parts.glob("part_*")):
-        for path in folder.glob("*.tokens"):
+    for folder in _finished(parts):
+        for path in (folder / name for name in names_in(folder) if name.endswith(".tokens")):
             try:
                 os.link(path, building / path.name)
             except OSError:  # a file system without links, or without space, which copying says

@@ -1,13 +1,72 @@
-"""Files and folders that stand whole or not at all, whatever ends the process or the power."""
+"""Files and folders that stand whole or not at all, whatever ends the process or the power; and reading that neither
+hangs nor takes what it could not read for what is not there.
+"""
 
+import errno
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 UNFINISHED = ".writing-"  # how the names of temporary files and folders begin
+MISSING = (FileNotFoundError, NotADirectoryError)  # all other errors leave open whether something is there
+
+
+class Irregular(OSError):
+    """Where a file should be stands a folder, a pipe, a device or a socket, or one that is larger than it may be."""
+
+    def __init__(self, reason: str):
+        super().__init__(errno.EINVAL, reason)
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there, behind a link too. Raises OSError where that cannot be told: Path.exists answers
+    False to that in some releases of Python."""
+    try:
+        os.stat(path)
+    except MISSING:
+        return False
+    return True
+
+
+def names_in(folder: Path) -> list[str]:
+    """Sorted; [] where there is no such folder. Raises OSError where it cannot be read, to which Path.glob finds
+    nothing."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """For reading. Raises OSError, and Irregular for what is not a regular file, which could block for ever."""
+    _refuse_irregular(os.stat(path))  # not opened even: that alone can rewind a tape, or wait for a writer
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    try:
+        _refuse_irregular(os.fstat(file.fileno()))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises OSError, and Irregular for any other."""
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size <= limit:
+            content = file.read(limit + 1)  # some files of the system say that they are empty
+            if len(content) <= limit:
+                return content
+    raise Irregular(f"it is larger than {limit:,} bytes, the most that is read of it")
+
+
+def _refuse_irregular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise Irregular(f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -39,7 +98,7 @@ def whole_folder(final: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
-        if final.exists():
+        if exists(final):
             discard(final)
         os.rename(temporary, final)
         _sync(final.parent)
@@ -55,12 +114,21 @@ def discard(folder: Path) -> None:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Removes what killed processes left unfinished of `name`. Call it only where no other process can be writing."""
-    for path in folder.glob(f"{UNFINISHED}{name}*"):
-        if path.is_dir():
+    """Removes what killed processes left unfinished of `name`; what cannot be removed is left. Call it only where no
+    other process can be writing."""
+    with suppress(OSError):
+        for found in names_in(folder):
+            if found.startswith(f"{UNFINISHED}{name}"):
+                remove(folder / found)
+
+
+def remove(path: Path) -> None:
+    """A file, a link, or a folder with all in it; what cannot be removed is left."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            path.unlink()
 
 
 def _temporary(final: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
 from data.corpus import Corpus
-from data.durable import make_folder, sweep
+from data.durable import exists, make_folder, names_in, open_regular, sweep
 from data.errors import UserError
 from data.lock import lock
 from data.names import BLOCK, names_file, names_of
@@ -56,18 +56,20 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
     that cannot be read, a cache folder that cannot be written, or damaged shards; and, unless download, where only a
     download could build them.
     """
-    if not any(cache_dir.glob(f"{corpus.name}-{tokenizer.name}-*")):
+    if not _prepared_before(cache_dir, f"{corpus.name}-{tokenizer.name}-"):
         tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
     fingerprint = corpus.fingerprint()
     documents = corpus.identity()
     identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.identity()]
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
-    if not folder.exists():
+    if not _exists(folder):
         tokenizer.refuse_missing()
         if not download:
             refuse_download(corpus, cache_dir)
         _build_once(corpus, fingerprint, tokenizer, folder)
+    discard_parts(folder)  # which a kill right after its build has left
+    _refuse_unreadable(folder / "tokenizer.json")
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
     except UserError as error:
@@ -109,7 +111,7 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
     discard_abandoned(folder.parent)  # before more room is needed
     with guard:
         sweep(folder.parent, folder.name)
-        if not folder.exists():
+        if not _exists(folder):
             try:
                 build(corpus, fingerprint, config, folder, size)
             except OSError as error:
@@ -117,4 +119,30 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
                     f"the shards cannot be written to {folder.parent}: {error.strerror}: make room and run again; "
                     "finished parts are kept"
                 ) from None
-        discard_parts(folder)
+
+
+def _prepared_before(cache_dir: Path, beginning: str) -> bool:
+    try:
+        return any(name.startswith(beginning) for name in names_in(cache_dir))
+    except OSError:  # which is said where it matters
+        return False
+
+
+def _exists(folder: Path) -> bool:
+    try:
+        return exists(folder)
+    except OSError as error:
+        raise UserError(
+            f"cache_dir={folder.parent} cannot be read: {error.strerror}: make it readable, or give another folder as "
+            "cache_dir="
+        ) from None
+
+
+def _refuse_unreadable(path: Path) -> None:
+    """Raises UserError where the file is there, or may be there, but does not open: no reason to rebuild anything."""
+    try:
+        open_regular(path).close()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}: make it readable, then run again") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.durable import names_in, open_regular
 from data.errors import UserError
 from data.sealed import sealed, unsealed
 
@@ -89,23 +90,30 @@ class Shard:
 
     def __init__(self, path: Path):
         try:
-            self.path, self.file = path, open(path, "rb")  # noqa: SIM115
+            self.path, self.file = path, open_regular(path)
             self.opened = self._signature()
+            head = self.file.read(HEADER_BYTES)
         except OSError as error:
             raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
-        self.header = _read_header(path, self.file.read(HEADER_BYTES), self.opened[0])
+        self.header = _read_header(path, head, self.opened[0])
         self.dtype = np.dtype(DTYPES[self.header["dtype"]])
 
     def __len__(self) -> int:
         return self.header["tokens"]
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        """Tokens start ... stop - 1, fewer at the end. Raises UserError where the file is not the one opened."""
+        """Tokens start ... stop - 1, fewer at the end. Raises UserError where they cannot be read, or have changed."""
         start, stop, _ = part.indices(len(self))
         count = max(0, stop - start) * self.dtype.itemsize
-        self.file.seek(HEADER_BYTES + start * self.dtype.itemsize)
-        content = self.file.read(count)
-        if len(content) != count or self._signature() != self.opened:
+        try:
+            self.file.seek(HEADER_BYTES + start * self.dtype.itemsize)
+            content, unchanged = self.file.read(count), self._signature() == self.opened
+        except OSError as error:
+            raise UserError(
+                f"the shard {self.path} cannot be read: {error.strerror}; what was saved stands: make it readable, "
+                "then go on"
+            ) from None
+        if len(content) != count or not unchanged:
             raise UserError(f"{self.path} has changed while it was in use: {_rebuild(self.path)}")
         return np.frombuffer(content, self.dtype)
 
@@ -187,7 +195,11 @@ class TokenStream:
 
 def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
     """All shards of a split. Raises UserError where there is none, or one is damaged."""
-    paths = sorted(folder.glob(f"{split}_*.tokens"))
+    try:
+        names = [name for name in names_in(folder) if name.startswith(f"{split}_") and name.endswith(".tokens")]
+    except OSError as error:
+        raise UserError(f"the shards in {folder} cannot be read: {error.strerror}") from None
+    paths = [folder / name for name in names]
     if not paths:
         raise UserError(f"{folder} holds no {split} shard: {_rebuild(folder / split)}")
     shards, total, last = [], 0, False

@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from data.config import DataConfig
-from data.durable import write_whole
+from data.durable import read_regular, write_whole
 from data.errors import UserError
 from data.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
 from data.sealed import digest, parsed, unsealed
@@ -265,12 +265,7 @@ class StoredConfig(TokenizerConfig):
 def load_tokenizer(path: Path) -> Tokenizer:
     """Raises UserError where the file is missing, damaged, or not a tokenizer that gives every text back."""
     try:
-        size = path.stat().st_size
-        if not path.is_file():
-            raise UserError(f"the tokenizer {path} cannot be read: it is not a file")
-        if size > MOST_BYTES:
-            raise UserError(f"the tokenizer {path} has more than {MOST_BYTES:,} bytes: it is not one of this program's")
-        return _tokenizer_of(path.read_text(encoding="utf-8"))
+        return _tokenizer_of(read_regular(path, MOST_BYTES).decode())
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
     except ValueError as error:

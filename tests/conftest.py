@@ -1,8 +1,10 @@
 """One thread per test process (they run side by side), and no network: what a test needs, it makes."""
 
 import os
+import tempfile
 
 os.environ |= {
+    "XDG_STATE_HOME": tempfile.mkdtemp(prefix="headroom-tests-"),  # what signs the runs of these tests
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",

@@ -10,7 +10,7 @@ from data.errors import UserError
 from data.tokenizer import load_tokenizer
 from model.transformer import TransformerLM
 from training import checkpoint
-from training.config import Run, load
+from training.config import Run, dump, load
 from training.run_folder import refuse_no_run, refuse_unmakeable, resume_command, resumed
 
 log = logging.getLogger("headroom")
@@ -26,7 +26,9 @@ def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None,
     """
     resume = tree.pop("resume")
     if resume is not None:
-        return resumed(resume, tree, typed)
+        run, folder, claim = resumed(resume, tree, typed)
+        checkpoint.refuse_unfit(folder, run)
+        return run, folder, claim
     if tree["init_from"] is not None:
         base = str(tree["init_from"])
         if not base:
@@ -49,7 +51,9 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
         raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
     tokenizer = load_tokenizer(base / "tokenizer.json")
     checkpoint.refuse_other_tokenizer(base, tokenizer, found.manifest.tokenizer)
-    theirs = {group: dict(found.manifest.config[group]) for group in OWNED}
+    their_run = checkpoint.settings_of(found.path, found.manifest)
+    checkpoint.refuse_other_weights(found, their_run.model, tokenizer.vocab_size)
+    theirs, trained_on = {group: dump(their_run)[group] for group in OWNED}, their_run.model.context_length
     for key in (override.lstrip("+~").partition("=")[0] for override in typed):
         group, _, name = key.partition(".")
         if key == "model.context_length" and theirs["model"].get("position_embedding") == "learned":
@@ -69,7 +73,7 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
             raise UserError(
                 f"{key} cannot be chosen with init_from={base}: the model is that run's; {' and '.join(may)} may change"
             )
-    attention, trained_on = theirs["attention"], found.manifest.config["model"]["context_length"]
+    attention = theirs["attention"]
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
         attention["rope_original_context"] = trained_on  # which only the base knows
     theirs["tokenizer"] = {

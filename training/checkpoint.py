@@ -8,29 +8,48 @@ checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors o
 import hashlib
 import logging
 import math
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
-from safetensors import SafetensorError
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.durable import discard, make_folder, whole_folder
+from data.durable import MISSING, Irregular, discard, make_folder, open_regular, read_regular, whole_folder
 from data.errors import UserError
 from data.prepare import Prepared
 from data.sealed import sealed, unsealed
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import Config
-from model.transformer import TransformerLM
-from training.config import Run, dump
+from model.transformer import ModelConfig, TransformerLM
+from training.config import Run, dump, load
+from training.device import free_memory
+from training.log import MOST_STEPS
 from training.migrate import FORMAT, migrate
+from training.optim import Kept
+from training.plot import PICTURE
 from training.precision import LossScale
-from training.run_folder import refuse_other_format, refuse_other_settings, resume_command, write_config
+from training.run_folder import (
+    refuse_other_format,
+    refuse_other_settings,
+    refuse_other_steps,
+    resume_command,
+    saved,
+    step_of,
+    write_config,
+)
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
+LARGEST_MANIFEST = 2**24  # bytes
+ATTEMPTS = 20  # to read a checkpoint before the run in training removes it
+SHOWN = 80  # characters of a value
+STATED = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+T = TypeVar("T")
 log = logging.getLogger("headroom")
 
 
@@ -43,7 +62,7 @@ class Training(NamedTuple):
 
 
 class FileMark(Config):
-    size: int  # bytes
+    size: int = Field(ge=0)  # bytes
     sha256: str
 
 
@@ -51,8 +70,9 @@ class Manifest(Config):
     """What a checkpoint holds besides tensors."""
 
     format: int
-    step: int  # updates done
-    val_loss: float | None  # nats per token on the first eval_tokens of the validation set, where it was scored
+    step: int = Field(ge=1, le=MOST_STEPS)  # updates done
+    # Nats per token on the first eval_tokens of the validation set, where it was scored:
+    val_loss: float | None = Field(ge=0)
     loss_scale: LossScale.State | None
     tokenizer: str  # its hash
     corpus: str  # its fingerprint
@@ -71,6 +91,10 @@ class Damaged(UserError):
     """A checkpoint, or a file of it, is not what was written."""
 
 
+class Removed(UserError):
+    """A checkpoint is not there any more."""
+
+
 def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int, val_loss: float | None) -> None:
     """Writes checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then removes all but the last
     run.keep_last and the best."""
@@ -83,8 +107,12 @@ def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int
             f"the checkpoint {path} cannot be written: {error.strerror or error}; what was saved before stands: "
             f"make room, then {resume_command(folder)}"
         ) from None
-    done = [path for path in saved(folder) if step_of(path) <= step]
-    for other in set(done[: -run.keep_last]) - {best(folder)}:
+    try:
+        others = superfluous(folder, step, run.keep_last)
+    except UserError as fault:
+        others = []
+        log.warning(f"{fault}; so none is removed")
+    for other in others:
         try:
             discard(other)
         except OSError as error:
@@ -122,17 +150,6 @@ def write(
         (writing / MANIFEST).write_text(sealed(manifest.model_dump()))
 
 
-def step_of(path: Path) -> int:
-    """A checkpoint's step, from its name; -1 for another name, such as a user's own copy may have."""
-    digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() and digits != path.name else -1
-
-
-def saved(folder: Path) -> list[Path]:
-    """The checkpoints of a run, in the order of their steps."""
-    return sorted((path for path in folder.glob("checkpoints/step_*") if step_of(path) >= 0), key=step_of)
-
-
 def steps_done(folder: Path) -> int:
     """Of a run, as its newest checkpoint's name says."""
     return max(map(step_of, saved(folder)), default=0)
@@ -140,28 +157,56 @@ def steps_done(folder: Path) -> int:
 
 def read(path: Path, names: Collection[str]) -> Checkpoint:
     """A checkpoint with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not what
-    was written, and UserError where it was written in another format."""
+    was written, and UserError where one cannot be read, or was written in another format."""
     manifest = _read_manifest(path)
-    tensors = {}
-    for name in names:
-        file = path / name
-        try:
-            content = file.read_bytes()  # not a map of the file: whoever overwrites it would overwrite the tensors
-        except OSError as error:
-            raise Damaged(f"{file} cannot be read: {error.strerror}") from None
-        mark = manifest.files.get(name)
-        if mark is None or len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
-            raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
-        try:
-            tensors[name] = safetensors.torch.load(content)
-        except (SafetensorError, KeyError, AssertionError) as error:
-            raise Damaged(f"{file} is damaged: {error}") from None
-    return Checkpoint(path, manifest, tensors)
+    return Checkpoint(path, manifest, {name: _read_tensors(path / name, manifest.files.get(name)) for name in names})
+
+
+def _read_tensors(file: Path, mark: FileMark | None) -> dict[str, Tensor]:
+    if mark is None:
+        raise Damaged(f"{file} is damaged: the manifest does not know it")
+    free = free_memory(torch.device("cpu"))
+    if free is not None and mark.size > free:
+        raise UserError(f"{file} takes {mark.size:,} bytes of memory, {free:,} are free: take a machine with more")
+    content = _content(file, mark.size)  # no map of the file: whoever overwrites it would overwrite the tensors
+    if len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
+        raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
+    try:
+        return safetensors.torch.load(content)
+    except (SafetensorError, KeyError, AssertionError, ValueError, TypeError, RuntimeError) as error:
+        raise Damaged(f"{file} is damaged: {error}") from None
+
+
+def _content(file: Path, limit: int) -> bytes:
+    """Of at most `limit` bytes. Raises what `_fault` says."""
+    try:
+        return read_regular(file, limit)
+    except OSError as error:
+        raise _fault(file, error) from None
+
+
+def _fault(file: Path, error: OSError) -> UserError:
+    """Damaged where there is no such file, Removed where its folder has gone too, and another UserError where it cannot
+    be read: what it holds may be whole."""
+    if isinstance(error, Irregular):
+        return Damaged(f"{file} is damaged: {error.strerror}")
+    if isinstance(error, MISSING):
+        kind = Damaged if os.path.lexists(file.parent) else Removed
+        return kind(f"{file} cannot be read: {error.strerror}")
+    return UserError(
+        f"{file} cannot be read: {error.strerror}: make it readable, or move {file.parent} away to take the checkpoint "
+        "before it"
+    )
 
 
 def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
     """The newest checkpoint of a run whose files, of those named, are whole; the damaged ones that were passed over are
-    named in a warning. None where there is no checkpoint. Raises UserError where all are damaged."""
+    named in a warning. None where there is no checkpoint. Raises UserError where all are damaged, or one cannot be
+    read."""
+    return _undisturbed(lambda: _newest(folder, names))
+
+
+def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
     faults = []
     for path in reversed(saved(folder)):
         try:
@@ -173,20 +218,88 @@ def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
             log.warning(f"{fault}; taking {path.name}, the newest whole checkpoint")
         return found
     if faults:
-        raise UserError(f"{faults[0]}, and no older checkpoint is whole: bring one back, or start a new run")
+        raise _none_whole(faults)
     return None
 
 
-def best(folder: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, of those saved where it was scored."""
-    scores = {}
+def best(folder: Path, names: Collection[str] = ()) -> Checkpoint | None:
+    """The checkpoint with the lowest validation loss, of those saved where it was scored. A damaged manifest is named
+    in a warning and passed over. Raises UserError where one cannot be read, or a file named is damaged."""
+    return _undisturbed(lambda: _best(folder, names))
+
+
+def _best(folder: Path, names: Collection[str]) -> Checkpoint | None:
+    losses = {}
     for path in saved(folder):
         try:
-            scores[path] = _read_manifest(path).val_loss
-        except UserError:
-            continue
-    scored = {path: loss for path, loss in scores.items() if loss is not None}
+            losses[path] = _read_manifest(path).val_loss
+        except Damaged as fault:
+            log.warning(f"{fault}; the best is chosen among the others")
+    path = _lowest(losses)
+    return path and read(path, names)
+
+
+def _lowest(losses: Mapping[Path, float | None]) -> Path | None:
+    scored = {path: loss for path, loss in losses.items() if loss is not None}
     return min(scored, key=scored.get, default=None)
+
+
+def _undisturbed(look: Callable[[], T]) -> T:
+    """look(), again where a checkpoint was removed while it was read, as a run in training does."""
+    for _ in range(ATTEMPTS):
+        with suppress(Removed):
+            return look()
+    return look()
+
+
+def superfluous(folder: Path, step: int, keep_last: int) -> list[Path]:
+    """The checkpoints, up to that of `step`, that are neither of the last keep_last nor the best. One whose loss cannot
+    be told may be the best, so it is none of them."""
+    old, losses = [path for path in saved(folder) if step_of(path) <= step][:-keep_last], {}
+    for path in saved(folder) if old else ():
+        try:
+            losses[path] = _read_manifest(path).val_loss
+        except UserError as fault:
+            if path in old:
+                log.warning(f"{fault}; so it is kept, for it may be the best")
+    lowest = _lowest(losses)
+    return [path for path in old if path in losses and path != lowest]
+
+
+def refuse_unfit(folder: Path, run: Run) -> None:
+    """Raises UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
+    before anything is prepared or built in the size that its config.yaml says. Raises it too where all are damaged."""
+    tokenizer, faults = load_tokenizer(folder / "tokenizer.json"), []
+    for path in reversed(saved(folder)):
+        try:
+            manifest, weights = _read_manifest(path), _stated(path / MODEL)
+        except Damaged as fault:
+            faults.append(fault)
+            continue
+        refuse_other_settings(folder, run, settings_of(path, manifest))
+        shaped(path / MODEL, weights, run.model, tokenizer.vocab_size)
+        return
+    if faults:
+        raise _none_whole(faults)
+
+
+def _none_whole(faults: Sequence[Damaged]) -> UserError:
+    return UserError(f"{faults[0]}, and no older checkpoint is whole: bring one back, or start a new run")
+
+
+def _stated(file: Path) -> dict[str, Tensor]:
+    """What a file of tensors says that it holds: tensors without content. Raises Damaged where that cannot be."""
+    try:
+        open_regular(file).close()
+        with safe_open(file, "pt") as tensors:
+            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            stated = {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
+        dtypes = {name: STATED.get(dtype, torch.uint8) for name, (_, dtype) in stated.items()}
+        return {name: torch.empty(stated[name][0], dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    except OSError as error:
+        raise _fault(file, error) from None
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise Damaged(f"{file} is damaged: {error}") from None
 
 
 def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
@@ -198,23 +311,78 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
     if found is None:
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _refuse_other_run(folder, run, corpus, training.model, found.manifest)
+        _refuse_other_run(folder, run, corpus, training, found)
         load_weights(found, training.model)
         _load_optimizer(found, training)
         if training.loss_scale is not None:
             training.loss_scale.load(found.manifest.loss_scale)
-        log.info(f"resuming {folder} after step {found.manifest.step}")
+        if found.manifest.step < run.steps:
+            log.info(f"resuming {folder} after step {found.manifest.step}")
+        else:
+            log.info(f"{folder} is complete at step {found.manifest.step}, but for its last text and its picture")
     write_config(folder, run)
     return found.manifest.step if found else 0
 
 
+def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> TransformerLM:
+    """The model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
+    file = found.path / MODEL
+    model = shaped(file, found.tensors[MODEL], config, vocab_size)
+    model = model._apply(lambda p: torch.empty(p.shape, dtype=p.dtype))  # to_empty imports SymPy, for half a second
+    load_weights(found, model)
+    return model
+
+
+def shaped(file: Path, weights: Mapping[str, Tensor], config: ModelConfig, vocab_size: int) -> TransformerLM:
+    """A model on the meta device, without content. Raises UserError where the file's weights are not of its shapes;
+    first of all, where they are not of its size, which could take minutes to build even so."""
+    layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    embedding = weights.get("embedding.weight", torch.empty(0, 0, device="meta"))
+    width = embedding.shape[-1] if embedding.ndim else 0
+    if (layers, width) != (config.n_layers, config.d_model):
+        raise UserError(
+            f"{file} does not fit the run's settings: it holds {layers} layers and an embedding of width {width}, not "
+            f"n_layers={config.n_layers} and d_model={config.d_model}: bring the run's own file back"
+        )
+    with torch.device("meta"):
+        model = TransformerLM(config, vocab_size)
+    _refuse_other_tensors(file, weights, model)
+    return model
+
+
+def refuse_other_weights(found: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
+    """Raises UserError where the weights of a checkpoint are not those of such a model. Builds none."""
+    shaped(found.path / MODEL, found.tensors[MODEL], config, vocab_size)
+
+
 def load_weights(found: Checkpoint, model: TransformerLM) -> None:
     """Raises UserError where they are not those of this model."""
+    _refuse_other_tensors(found.path / MODEL, found.tensors[MODEL], model)
+    model.load_state_dict(found.tensors[MODEL])
+
+
+def _refuse_other_tensors(file: Path, weights: Mapping[str, Tensor], model: TransformerLM) -> None:
+    expected = model.state_dict()
+    for name in {**expected, **weights}:
+        if name not in weights:
+            reason = f"it lacks {name}"
+        elif name not in expected:
+            reason = f"it holds {name}, which this model does not have"
+        elif weights[name].shape != expected[name].shape:
+            reason = f"{name} has shape {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+        elif weights[name].dtype != expected[name].dtype:
+            reason = f"{name} is {weights[name].dtype}, not {expected[name].dtype}"
+        else:
+            continue
+        raise UserError(f"{file} does not fit the run's settings: {reason}: bring the run's own file back")
+
+
+def settings_of(path: Path, manifest: Manifest) -> Run:
+    """What a checkpoint was trained with. Raises UserError where that is nothing that this program trains."""
     try:
-        model.load_state_dict(found.tensors[MODEL])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{found.path}/{MODEL} does not fit the run's settings: {reason}") from None
+        return load(manifest.config)
+    except UserError as error:
+        raise UserError(f"{error} (in {path / MANIFEST})") from None
 
 
 def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) -> None:
@@ -228,27 +396,41 @@ def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) ->
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
+    content = _content(file, LARGEST_MANIFEST)
     try:
-        content = unsealed(file.read_text())
+        content = unsealed(content.decode())
         format = content["format"] if "format" in content else content.pop("version")
         refuse_other_format(path, format)
+        if not isinstance(content["config"], dict):
+            raise ValueError("its config holds no settings")
         migrated = migrate(content["config"], format)
-        return Manifest.model_validate(content | {"format": format, "config": migrated})
-    except OSError as error:
-        raise Damaged(f"{file} cannot be read: {error.strerror}") from None
-    except (ValidationError, ValueError, KeyError, TypeError):
-        raise Damaged(f"{file} is damaged") from None
+        manifest = Manifest.model_validate(content | {"format": format, "config": migrated})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, value = ".".join(map(str, first["loc"])), first["input"]
+        shown = str(value)[:SHOWN] if isinstance(value, str | int | float) else type(value).__name__
+        raise Damaged(f"{file} is damaged: {where}={shown}: {first['msg']}") from None
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise Damaged(f"{file} is damaged: {error}") from None
+    if step_of(path) not in (-1, manifest.step):
+        raise Damaged(f"{file} is damaged: it says step={manifest.step}, in a folder of another step")
+    return manifest
 
 
-def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, model: TransformerLM, manifest: Manifest) -> None:
+def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: Training, found: Checkpoint) -> None:
+    manifest = found.manifest
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
             f"the documents of {folder} have changed since it was trained (fingerprint {manifest.corpus[:12]}, now "
-            f"{corpus.fingerprint[:12]}): bring them back, or start a new run"
+            f"{corpus.fingerprint[:12]}): bring them back, say with data.path= where they are now, or start a new run"
         )
     refuse_other_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
-    refuse_other_settings(folder, run, manifest.config, manifest.step)
-    for name, now in _machine(model).items():
+    trained = settings_of(found.path, manifest)
+    refuse_other_settings(folder, run, trained)
+    refuse_other_steps(folder, run, trained.steps, manifest.step, ended(folder, found.path))
+    if (manifest.loss_scale is None) != (training.loss_scale is None):
+        raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
+    for name, now in _machine(training.model).items():
         before = manifest.machine.get(name)
         if before != now:
             log.warning(f"{folder} ran with {name} {before}, this process has {now}: it goes on, not bit for bit")
@@ -262,22 +444,47 @@ def _machine(model: TransformerLM) -> dict[str, str | int]:
     return {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def _load_optimizer(found: Checkpoint, training: Training) -> None:
-    index_of = {name: i for i, name in enumerate(_parameter_names(training))}
-    parameters, by_index = dict(training.model.named_parameters()), {i: {} for i in index_of.values()}
+def ended(folder: Path, last: Path) -> bool:
+    """Whether a run whose last checkpoint this is has drawn its picture after it, which is the last thing it does."""
     try:
-        for key, tensor in found.tensors[OPTIMIZER].items():
-            name, _, part = key.rpartition("/")
-            by_index[index_of[name]][part] = tensor
-            if tensor.ndim and tensor.shape != parameters[name].shape:
-                raise ValueError(f"{key} has shape {tuple(tensor.shape)}, not {tuple(parameters[name].shape)}")
-        missing = [name for name, i in index_of.items() if not by_index[i]]
-        if missing:
-            raise ValueError(f"it holds nothing for {missing[0]}")
-        groups = training.optimizer.state_dict()["param_groups"]
-        training.optimizer.load_state_dict({"state": by_index, "param_groups": groups})
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {error}") from None
+        return os.stat(folder / PICTURE).st_mtime_ns >= os.stat(last / MANIFEST).st_mtime_ns
+    except OSError:
+        return False
+
+
+def _load_optimizer(found: Checkpoint, training: Training) -> None:
+    tensors, names = found.tensors[OPTIMIZER], _parameter_names(training)
+    parameters = dict(training.model.named_parameters())
+    expected = {
+        f"{name}/{part}": kept for name in names for part, kept in training.optimizer.kept(parameters[name]).items()
+    }
+    for key in {**expected, **tensors}:
+        reason = _unfit(key, tensors.get(key), expected.get(key), found.manifest.step)
+        if reason:
+            raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {reason}")
+    state = {i: {} for i in range(len(names))}
+    for key, tensor in tensors.items():
+        name, _, part = key.rpartition("/")
+        state[names.index(name)][part] = tensor
+    groups = training.optimizer.state_dict()["param_groups"]
+    training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _unfit(key: str, tensor: Tensor | None, kept: Kept | None, step: int) -> str | None:
+    """Why a tensor is not what an optimizer has after `step` steps, if it is not."""
+    if tensor is None:
+        return f"it lacks {key}"
+    if kept is None:
+        return f"it holds {key}, which this optimizer does not have"
+    if tensor.shape != kept.shape:
+        return f"{key} has shape {tuple(tensor.shape)}, not {tuple(kept.shape)}"
+    if tensor.dtype != torch.float32:
+        return f"{key} is {tensor.dtype}, not torch.float32"
+    if not (tensor >= kept.least).all():
+        return f"{key} holds a number that is not at least {kept.least}"
+    if not tensor.ndim and not (tensor <= step and tensor == tensor.floor()):
+        return f"{key} is {tensor.item():g}, in a checkpoint of {step} steps"
+    return None
 
 
 def _parameter_names(training: Training) -> list[str]:

@@ -96,6 +96,14 @@ def _in_quotes(override: str) -> str:
     return override
 
 
+def with_stored_choices(arguments: Sequence[str]) -> list[str]:
+    """The arguments; where a run is resumed, its own data and tokenizer are meant by settings of these groups, which
+    Hydra looks for in the default choices: so they are marked to be added where they are not there."""
+    if not any(argument.startswith("resume=") for argument in arguments):
+        return list(arguments)
+    return [f"++{one}" if re.match(r"(data|tokenizer)\.[^=]+=", one) else one for one in arguments]
+
+
 def plain_tree(cfg: Any) -> dict[str, Any]:
     """A composed Hydra configuration as plain values. Raises UserError for one that is incomplete."""
     from omegaconf import OmegaConf

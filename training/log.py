@@ -20,12 +20,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from data.durable import write_whole
+from data.durable import exists, open_regular, read_regular, write_whole
 from data.errors import UserError
 from model.config import Config
 
 log = logging.getLogger("headroom")
 LONGEST = 200  # characters of an error that is no line of ours
+MOST_STEPS = 2**40  # of a run
+LONGEST_ROW = 2**20  # bytes; what is longer is no row of metrics
+LARGEST_METRICS = 2**34  # bytes
 
 
 class Sink:
@@ -69,14 +72,15 @@ class WandbLogger(Logger):
         import wandb
 
         remembered = folder / "wandb-id.txt"
-        if not remembered.exists():
+        if not exists(remembered):
             write_whole(remembered, secrets.token_hex(4).encode())
         remote = wandb.init(
             project=self.project,
             mode=self.mode,
             dir=folder,
             name=folder.name,
-            id=remembered.read_text().strip(),  # a run that is resumed goes on in the run it has there
+            # A run that is resumed goes on in the run it has there.
+            id=read_regular(remembered, LONGEST).decode().strip(),
             resume="allow",
             config=dict(config),
             reinit="create_new",  # one process may train several runs, which must not merge
@@ -172,7 +176,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_after: int):
         """Rows after the step a run resumes from belong to a future that is computed anew: they are dropped."""
         self.path = path
-        self.past = [row for row in read_metrics(path) if row["step"] <= resume_after]
+        self.past = read_metrics(path, resume_after)
         try:
             write_whole(path, "".join(json.dumps(row) + "\n" for row in self.past).encode())
             self.file = open(path, "a")  # noqa: SIM115
@@ -206,27 +210,43 @@ class MetricsFile:
             ) from None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows written so far, in order, each step once; what is not a row is left out, such as a line that a kill cut
-    short. Raises UserError where the file cannot be read."""
-    try:
-        lines = path.read_bytes().splitlines() if path.exists() else []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
+    """The rows written so far, in order, up to that of step `last`, each step once; what is not a row is left out, such
+    as a line that a kill cut short. Raises UserError where the file cannot be read."""
     rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if _is_row(row) and row["step"] > (rows[-1]["step"] if rows else 0):
-            rows.append(row)
+    try:
+        if not exists(path):
+            return []
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_METRICS:
+                raise UserError(f"{path} is larger than {LARGEST_METRICS:,} bytes, which the metrics of no run are")
+            while line := file.readline(LONGEST_ROW):  # a longer one comes in pieces, none of which is a row
+                row = _row(line)
+                if row is not None and (rows[-1]["step"] if rows else 0) < row["step"] <= last:
+                    rows.append(row)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}: make it readable, or move it away") from None
     return rows
 
 
-def _is_row(row: Any) -> bool:
-    numbers = isinstance(row, dict) and all(value is None or isinstance(value, int | float) for value in row.values())
-    return numbers and "train_loss" in row and type(row.get("step")) is int
+def _row(line: bytes) -> dict[str, Any] | None:
+    """None for what no run writes."""
+    if not line.startswith(b"{"):  # seen at once, where a line is long
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not all(map(_is_number, row.values())):
+        return None
+    losses = (row.get(name) for name in ("train_loss", "val_loss", "val_tokens"))
+    fits = "train_loss" in row and type(row.get("step")) is int and not any(isinstance(loss, bool) for loss in losses)
+    return row if fits else None
+
+
+def _is_number(value: Any) -> bool:
+    """Or null. Not what arithmetic or a picture would fail at: Python has whole numbers of any size."""
+    return value is None or (isinstance(value, int | float) and abs(value) < sys.float_info.max)
 
 
 class Watch:

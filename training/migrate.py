@@ -4,10 +4,11 @@ What a run's config.yaml and the manifests of its checkpoints hold was written b
 lacks had no setting then, and the value below is how the program behaved. What is typed is never migrated.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 FORMAT = 3  # of config.yaml and manifest.json
+DEEPEST = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
 
 RUN_2 = {
@@ -63,13 +64,27 @@ PARTS_2 = {  # by class
 
 def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     """A run's stored settings, as written in `format`, as this program writes them. What is not of the form that was
-    written then is left for the border to refuse."""
+    written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to walk
+    through."""
     tree = dict(tree)
+    _refuse_deep(tree)
     if format < 3:
         tree = _each_part(RUN_2 | tree, _to_3)
         if isinstance(tree.get("model"), Mapping):
             tree["model"] = MODEL_2 | tree["model"]
     return tree
+
+
+def _refuse_deep(tree: Any) -> None:
+    level = [tree]
+    for _ in range(DEEPEST):
+        level = [value for node in level if isinstance(node, Mapping | list | tuple) for value in _within(node)]
+    if level:
+        raise ValueError("it is nested too deeply")
+
+
+def _within(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, Mapping) else node
 
 
 def _to_3(part: dict[str, Any]) -> dict[str, Any]:

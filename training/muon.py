@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from model.blocks import Split, whole
 from model.transformer import TransformerLM
-from training.optim import AdamWConfig, Uncompiled
+from training.optim import AdamWConfig, Kept, Uncompiled
 from training.orthogonal import newton_schulz
 from training.precision import multiplies_bf16
 
@@ -84,6 +84,14 @@ class Muon(Uncompiled, torch.optim.Optimizer):
     def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, Split]):
         super().__init__([hidden, *(group for group in others if group["params"])], {})
         self.splits = splits
+
+    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
+        """What the state of a parameter is after a step."""
+        if parameter in self.splits:
+            moments = {"momentum_buffer": Kept(parameter.shape)}
+        else:
+            moments = {"exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
+        return moments | {"updates": Kept.count()}
 
     @torch.no_grad()
     def step(self) -> None:

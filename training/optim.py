@@ -1,8 +1,9 @@
 """Optimizers: typed settings that build a torch.optim.Optimizer."""
 
 import inspect
+import math
 from abc import ABC, abstractmethod
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -11,6 +12,17 @@ from torch import nn
 from model.config import Config
 from model.transformer import TransformerLM
 from training.qk_clip import QKClip
+
+
+class Kept(NamedTuple):
+    """A tensor of float32 that an optimizer keeps of a parameter between steps."""
+
+    shape: torch.Size
+    least: float = -math.inf  # what none of its numbers is below
+
+    @classmethod
+    def count(cls) -> Self:
+        return cls(torch.Size(), 0.0)
 
 
 class Uncompiled:
@@ -26,6 +38,10 @@ class Uncompiled:
 
 class AdamW(Uncompiled, torch.optim.AdamW):
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
+        """What the state of a parameter is after a step."""
+        return {"step": Kept.count(), "exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
 
 
 class OptimConfig(Config, ABC):

@@ -6,15 +6,18 @@ python -m training.plot runs/* --x tokens -o all.svg
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.durable import exists
 from data.errors import UserError
 from training.command import Parser, one_line_errors
 from training.log import read_metrics
 from training.picture import refuse_unwritable, save
 
+PICTURE = "loss.png"  # in a run's folder
 WINDOW = 10  # steps that a running mean is over at most, about
 
 
@@ -33,7 +36,7 @@ def plot_loss(folder: Path) -> None:
             points = [(step, loss) for step, loss, scored in val if scored == tokens]
             axes.plot(*zip(*points, strict=True), f"{marker}-", color="tab:orange", markersize=5, label=_scored(tokens))
         axes.annotate(f"{val[-1][1]:.3f}", val[-1][:2], textcoords="offset points", xytext=(0, 8), ha="center")
-    save_axes(figure, axes, folder / "loss.png")
+    save_axes(figure, axes, folder / PICTURE)
 
 
 def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
@@ -41,7 +44,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     losses. x: step or tokens. Raises UserError for what is no run, or has no rows yet, and for a path that cannot be
     written."""
     refuse_unwritable(path, "-o")
-    folders = [folder for folder in folders if not folder.is_file()]  # runs/* has the settings of sweeps, too
+    folders = [folder for folder in folders if not os.path.isfile(folder)]  # runs/* has the settings of sweeps, too
     if not folders:
         raise UserError("there is no run among what was given: python -m training.plot runs/A runs/B")
     found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
@@ -63,7 +66,12 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
 
 
 def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
-    if not (folder / "metrics.jsonl").is_file():
+    metrics = folder / "metrics.jsonl"
+    try:
+        there = exists(metrics)
+    except OSError as error:
+        raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
+    if not there:
         raise UserError(f"{folder} is not a run: it has no metrics.jsonl")
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get(x) is not None]
     if not any(row["train_loss"] is not None for row in rows):
@@ -80,7 +88,7 @@ def _labels(folders: Sequence[Path]) -> list[str]:
 def _curves(rows: Sequence[dict[str, Any]], x: str) -> tuple[list[tuple[float, float]], list[tuple[float, float, int]]]:
     """(place, loss) in training, and (place, loss, tokens scored) in validation."""
     train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
-    val = [(row[x], row["val_loss"], row.get("val_tokens", 0)) for row in rows if row.get("val_loss") is not None]
+    val = [(row[x], row["val_loss"], row.get("val_tokens") or 0) for row in rows if row.get("val_loss") is not None]
     return train, val
 
 

@@ -4,6 +4,7 @@ import copy
 import logging
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from model.config import Config
@@ -45,8 +46,8 @@ class LossScale:
     INITIAL, GROWTH_STEPS = 2.0**16, 2000
 
     class State(Config):
-        scale: float
-        good_steps: int  # since the scale last changed
+        scale: float = Field(gt=0, le=2.0**127)
+        good_steps: int = Field(ge=0, lt=2000)  # since the scale last changed: fewer than GROWTH_STEPS
 
     def __init__(self, device: torch.device):
         self.scale = torch.tensor(self.INITIAL, device=device)

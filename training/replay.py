@@ -10,19 +10,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.durable import exists
 from data.errors import UserError
 from data.prepare import Prepared
 from data.tokenizer import load_tokenizer
 from model.transformer import Output
 from training import checkpoint
 from training.command import Parser, one_line_errors
-from training.config import Run, load
+from training.config import Run
 from training.device import choose_device
 from training.log import to_stderr
-from training.precision import Working
+from training.precision import Working, choose_precision
 from training.run_folder import refuse_no_run
 from training.step import accumulate, losses_of
-from training.trained import empty_model
 
 BATCH = "batch.safetensors"
 SHOWN = 120  # characters of each text
@@ -58,19 +58,25 @@ def keep(
 def replay(path: Path) -> None:
     """Prints what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
     folder = path.resolve().parent.parent
-    if not (path / BATCH).exists():
+    try:
+        kept = exists(path / BATCH)
+    except OSError as error:
+        raise UserError(f"{path} cannot be entered: {error.strerror}: let this user read it") from None
+    if not kept:
         raise UserError(f"{path} is not a step that was kept: give a folder of a run's failures/")
     refuse_no_run(folder)
     found = checkpoint.read(path, (checkpoint.MODEL, BATCH))
-    run, step = load(found.manifest.config), found.manifest.step
+    run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
     tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
-    model = empty_model(run.model, tokenizer.vocab_size)
-    checkpoint.load_weights(found, model)
-    working = Working(model.to(device), run.precision)
-    if found.manifest.loss_scale is not None:
+    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    inputs, targets = _batches(found, run, tokenizer.vocab_size)
+    model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
+    precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
+    working = Working(model.to(device), precision)
+    if found.manifest.loss_scale is not None and working.loss_scale is not None:
         before = found.manifest.loss_scale.scale * 2  # this step halved it
         working.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
-    batches = list(zip(*(found.tensors[BATCH][name].to(device) for name in ("inputs", "targets")), strict=True))
+    batches = list(zip(inputs.to(device), targets.to(device), strict=True))
     first = FirstNotFinite(working.model)
     mean_loss, _ = losses_of(run.data, tokenizer.end_of_text)
 
@@ -88,6 +94,19 @@ def replay(path: Path) -> None:
     print(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:NAMED]) or 'none'}{more}")
     largest = max(model.named_parameters(), key=lambda item: item[1].abs().max().nan_to_num(torch.inf))
     print(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
+
+
+def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (micro-steps, B, T) int64. Raises UserError where they are not tokens of this run."""
+    shape = (run.sequences // run.micro_batch_size, run.micro_batch_size, run.model.context_length)
+    tensors = found.tensors[BATCH]
+    for name in ("inputs", "targets"):
+        tokens = tensors.get(name)
+        if tokens is None or tokens.shape != shape or tokens.dtype != torch.int64:
+            raise UserError(f"{found.path}/{BATCH} does not fit the run's settings: {name} is not of {shape} int64")
+        if not ((tokens >= 0) & (tokens < vocab_size)).all():
+            raise UserError(f"{found.path}/{BATCH} holds {name} that are no tokens of a vocabulary of {vocab_size:,}")
+    return tensors["inputs"], tensors["targets"]
 
 
 class FirstNotFinite:

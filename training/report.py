@@ -23,9 +23,10 @@ from training.device import peak_memory
 from training.guard import Guard
 from training.log import MetricsFile, Watch, percent, tell
 from training.mfu import flops_of, peak_flops
+from training.origin import leaves
 from training.plot import plot_loss
 from training.profiling import Profile
-from training.run_folder import leaves, resume_command
+from training.run_folder import resume_command
 from training.step import Score, StepResult
 
 log = logging.getLogger("headroom")
@@ -39,7 +40,7 @@ class Report:
     def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, byte_lengths: Tensor):
         """done: steps before the first of this process. byte_lengths (V,): on the device of the losses."""
         self.run, self.folder, self.byte_lengths, self.device = run, folder, byte_lengths, byte_lengths.device
-        self.corpus, self.model = corpus, model
+        self.corpus, self.model, self.done = corpus, model, done
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
         self.guard = Guard(self.metrics.past)
         # It ended so before, with all saved. (Of float16 a skipped step halves the scale, which is worth saving.)
@@ -62,7 +63,7 @@ class Report:
         try:
             if kind is None:
                 self.flush()
-            if kind is not KeyboardInterrupt:
+            if kind not in (None, KeyboardInterrupt) and self.done < self.run.steps:
                 self._plot()
         finally:
             self.watch.stop()
@@ -75,7 +76,7 @@ class Report:
 
     def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
         """Call after every step, with the validation score if there is one."""
-        targets = torch.cat([targets for _, targets in batches])
+        self.done, targets = step, torch.cat([targets for _, targets in batches])
         row = {"step": step, "tokens": step * targets.numel(), **self.run.learning_rates(step - 1)}
         row["data_seconds"] = self.waited
         self.total_waited += self.waited
@@ -121,25 +122,33 @@ class Report:
             self.interval_start += time.perf_counter() - start
 
     def end(self, score: Score, sample: str) -> None:
-        """The last words of a run, on stdout."""
-        print(
+        """The last words of a run, on stdout; then its picture, the last thing it does: where that is missing, a run
+        that is resumed says its last words again."""
+        speed = (
+            f"speed        {self.tokens_per_second:,.0f} training tokens per second, "
+            f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data\n"
+        )
+        words = (
             f"\n{sample}\n\n"
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
             f"(the whole validation set, {score.tokens:,} tokens)\n"
-            f"speed        {self.tokens_per_second:,.0f} training tokens per second, "
-            f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data\n"
+            f"{speed if self.total_tokens else ''}"
             f"run          {self.folder}  (loss.png is its curve)\n"
             f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
             f"             {self._longer()}\n"
             f"             python train.py --help"
         )
+        try:
+            print(words)
+        finally:  # nobody may be listening
+            self._plot()
 
     def stopped(self, step: int, name: str) -> None:
         """The last words of a run that was asked to end."""
         self.watch.stop()
         last = step == self.run.steps
-        what_next = "it was the last one" if last else f"continue with: {resume_command(self.folder)}"
-        tell(f"{name}: stopped after step {step}, saved; {what_next}")
+        what_next = "it was the last one; for its last words: " if last else "continue with: "
+        tell(f"{name}: stopped after step {step}, saved; {what_next}{resume_command(self.folder)}")
 
     @property
     def failing(self) -> bool:

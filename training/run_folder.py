@@ -4,6 +4,7 @@ import logging
 import os
 import platform
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -18,12 +19,24 @@ from typing import Any
 import torch
 import yaml
 
-from data.durable import UNFINISHED, make_folder, sweep, write_whole
+from data.durable import (
+    MISSING,
+    UNFINISHED,
+    Irregular,
+    exists,
+    make_folder,
+    names_in,
+    read_regular,
+    sweep,
+    write_whole,
+)
 from data.errors import UserError
 from data.lock import lock
+from data.tables import format_of
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
 from training.migrate import FORMAT, UNSTATED, migrate
+from training.origin import is_place, leaves, refuse_foreign, signature
 
 RUNS = Path("runs")
 # What may change when a run is resumed.
@@ -44,6 +57,8 @@ RESUMABLE = [
     "dry_run",
 ]
 log = logging.getLogger("headroom")
+LARGEST_CONFIG = 2**18  # bytes of config.yaml
+LONGEST_NUMBER = 100  # characters
 BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml
 ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
 ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
@@ -76,6 +91,8 @@ def claim(folder: Path) -> AbstractContextManager:
     """Holds the run for this process. Raises UserError where another one trains in it."""
     try:
         held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
+    except Irregular as error:
+        raise UserError(f"{folder}/.lock cannot be held: {error.strerror}: remove it") from None
     except OSError as error:
         reason = f"the run's folder {folder} cannot be written: {error.strerror}"
         raise UserError(f"{reason}: let this user write to it") from None
@@ -89,7 +106,7 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
     refuse_unmakeable(run.run_dir)
     folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
     try:
-        while not run.run_dir and folder.exists():
+        while not run.run_dir and exists(folder):
             folder = folder.with_name(f"{folder.name}-{_words()}")
         make_folder(folder, exist_ok=bool(run.run_dir))
         claimed = claim(folder)
@@ -102,25 +119,46 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
 
 
 def write_config(folder: Path, run: Run) -> None:
-    """config.yaml, with every derived value filled in. Replaced as a whole or not at all."""
+    """config.yaml, with every derived value filled in, signed. Replaced as a whole or not at all."""
+    tree = {"format": FORMAT, "signature": signature(run)} | dump(run)
     try:
-        write_whole(folder / "config.yaml", yaml.safe_dump({"format": FORMAT} | dump(run), sort_keys=False).encode())
+        write_whole(folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {error.strerror}") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The tree in a run's config.yaml, migrated, for `load`. Raises UserError where there is none."""
+class PlainLoader(yaml.SafeLoader):
+    """YAML as config.yaml is written: without aliases, by which a short file can stand for an endless tree, and
+    without numbers that take minutes to read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias")
+        node = super().compose_node(parent, index)
+        text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
+        if not text and len(node.value) > LONGEST_NUMBER:
+            raise yaml.YAMLError(f"it holds {node.value[:20]}..., which is no number")
+        return node
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
+    """The tree in a run's config.yaml, migrated, for `load`, and its signature, if any. Raises UserError where there
+    is none."""
     refuse_no_run(folder)
     try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{folder}/config.yaml cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{folder}/config.yaml is damaged: it holds no settings")
-    format = tree.pop("format", UNSTATED)
-    refuse_other_format(folder / "config.yaml", format)
-    return migrate(tree, format)
+        tree = yaml.load(read_regular(folder / "config.yaml", LARGEST_CONFIG).decode(), PlainLoader)
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no settings")
+        signed, format = tree.pop("signature", None), tree.pop("format", UNSTATED)
+        refuse_other_format(folder / "config.yaml", format)
+        return migrate(tree, format), signed
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except (ValueError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+    raise UserError(f"{folder}/config.yaml cannot be read: {reason}: bring the run's own back, as a file to be read")
 
 
 def refuse_other_format(path: Path, format: Any) -> None:
@@ -137,37 +175,49 @@ def resume_command(folder: Path) -> str:
 
 
 def refuse_no_run(folder: Path) -> None:
-    """Raises UserError where the folder is not a run's."""
-    if not (folder / "config.yaml").exists():
-        for above in folder.parents[:2]:  # of a checkpoint, say
-            if (above / "config.yaml").exists():
-                raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
-        raise UserError(
-            f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says"
-        )
+    """Raises UserError where the folder is not a run's, or may not be entered."""
+    try:
+        if exists(folder / "config.yaml"):
+            return
+        above = next((above for above in folder.parents[:2] if exists(above / "config.yaml")), None)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be entered: {error.strerror}: let this user read it") from None
+    if above is not None:  # of a checkpoint, say
+        raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
+    raise UserError(f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says")
 
 
-def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], done: int) -> None:
-    """Raises UserError where `run` is not the run whose settings were `trained` for its first `done` steps, or where
-    its schedule does not allow another number of steps any more."""
-    now, before = leaves(dump(run)), leaves(dump(load(trained)))  # with what was no setting yet, as it was then
-    before["tokenizer.path"] = now.get("tokenizer.path")  # of a run that began with another's, its own copy
-    for key in now:
-        if key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
+def refuse_other_settings(folder: Path, run: Run, trained: Run) -> None:
+    """Raises UserError where `run` is not the run whose settings were `trained`. Places may differ: what is found there
+    is known by its fingerprint, and by the format that a file's name tells, which no fingerprint does."""
+    now, before = leaves(dump(run)), leaves(dump(trained))
+    for key in {**now, **before}:
+        if is_place(key) and key in now and key in before:
+            if format_of(str(now[key])) != format_of(str(before[key])):
+                raise UserError(
+                    f"{key}={now[key]} is read in another way than {before[key]}, which {folder} was trained with: "
+                    "give it a name that ends alike"
+                )
+        elif key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
             raise UserError(
                 f"{folder}/config.yaml says {key}: {now.get(key)}, the run was trained with {before.get(key)}: "
                 "bring the run's own config.yaml back, or start a new run"
             )
+
+
+def refuse_other_steps(folder: Path, run: Run, before: int, done: int, ended: bool) -> None:
+    """Raises UserError where a run that was to have `before` steps, and has done `done`, cannot have those of `run`, or
+    nothing is left to do. ended: the last thing that a run does was done after its last step."""
     if done > run.steps:
         raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
-    if done == run.steps:
+    if done == run.steps and ended:
         raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
-    if run.steps != trained["steps"]:
-        open_steps = [run.schedule.first_open_step(steps) for steps in (trained["steps"], run.steps)]
+    if run.steps != before:
+        open_steps = [run.schedule.first_open_step(steps) for steps in (before, run.steps)]
         if None in open_steps:
             log.info(
                 f"the learning rate goes on along the curve of steps={run.steps}; up to step {done} it followed that "
-                f"of steps={trained['steps']} (schedule=wsd leaves it open until the cooldown)"
+                f"of steps={before} (schedule=wsd leaves it open until the cooldown)"
             )
         elif done > min(open_steps):
             raise UserError(
@@ -191,29 +241,43 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
             f"resume={resume} with init_from: a run that goes on has weights already, its own; leave one of them out"
         )
     folder = newest() if resume == "latest" else Path(str(resume))
-    stored = read_config(folder)
+    stored, signed = read_config(folder)
+    try:
+        own = load(stored)
+    except UserError as error:
+        raise UserError(f"{error} (in {folder}/config.yaml)") from None
+    stored = dump(own)
     for key in keys:
-        if key.split(".")[0] not in (*RESUMABLE, "resume") and not _is_so(key, tree, stored):
+        if key.split(".")[0] in (*RESUMABLE, "resume"):
+            continue
+        if not _is_so(key, tree, stored):
             raise UserError(
-                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may; the rest is the run's own, so leave "
-                "it out"
+                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may, and where the same data has moved to "
+                "(data.path, tokenizer.folder); the rest is the run's own, so leave it out"
             )
-    if "path" in stored.get("tokenizer", {}):
+        if key.split(".")[0] in ("data", "tokenizer"):
+            stored = _with(stored, tree, key.split("."))
+    if "path" in stored["tokenizer"]:
         stored["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
     changed = {key.split(".")[0] for key in keys} & {*RESUMABLE}
     try:
         run = load(stored | {key: tree[key] for key in changed})
     except UserError as error:
         raise UserError(f"{error} (in {folder}/config.yaml, or on the command line)") from None
+    refuse_foreign(folder, own, run, signed, keys, tree, begun=bool(saved(folder)))
     return run, folder, claim(folder)
 
 
 def _is_so(key: str, tree: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Whether a setting or a choice that was typed is the one that the run was made with."""
+    """Whether a setting or a choice that was typed is the one that the run was made with, but for where things are."""
     try:
-        return dump(load(_with(stored, tree, key.split(".")))) == dump(load(stored))
+        return _placeless(load(_with(stored, tree, key.split(".")))) == _placeless(load(stored))
     except (UserError, KeyError, TypeError):
         return False
+
+
+def _placeless(run: Run) -> dict[str, Any]:
+    return {key: None if is_place(key) else value for key, value in leaves(dump(run)).items()}
 
 
 def _with(stored: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
@@ -224,19 +288,48 @@ def _with(stored: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -
 
 def newest(with_checkpoint: bool = False) -> Path:
     """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last."""
-    pattern = "*/checkpoints/step_*" if with_checkpoint else "*/config.yaml"
-    found = sorted(RUNS.glob(pattern), key=_touched)
-    if not found:
+    try:
+        folders = [RUNS / name for name in names_in(RUNS)]
+    except OSError as error:
+        raise UserError(f"{RUNS.resolve()} cannot be read: {error.strerror}") from None
+    touched = {}
+    for folder in folders:
+        try:
+            touched[folder] = max(
+                map(_touched, saved(folder) if with_checkpoint else [folder / "config.yaml"]), default=0
+            )
+        except (OSError, UserError) as error:
+            log.warning(f"{folder} is passed over: {getattr(error, 'strerror', None) or error}")
+    touched = {folder: when for folder, when in touched.items() if when}
+    if not touched:
         what = "run with a checkpoint" if with_checkpoint else "run"
         raise UserError(f"there is no {what} in {RUNS.resolve()}: python train.py makes one")
-    return found[-1].parents[1] if with_checkpoint else found[-1].parent
+    return max(touched, key=touched.get)
 
 
 def _touched(path: Path) -> float:
+    """0 where there is no such file: it may be no run, or one in training, which removes its old checkpoints."""
     try:
-        return path.stat().st_mtime
-    except OSError:  # a run in training removes its old checkpoints
+        return os.stat(path).st_mtime
+    except MISSING:
         return 0.0
+
+
+def step_of(path: Path) -> int:
+    """A checkpoint's step, from its name; -1 for another name, such as a user's own copy may have."""
+    digits = path.name.removeprefix("step_")
+    return int(digits) if re.fullmatch("[0-9]{1,15}", digits) and digits != path.name else -1
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run, in the order of their steps. Raises UserError where they cannot be listed."""
+    try:
+        paths = [folder / "checkpoints" / name for name in names_in(folder / "checkpoints")]
+    except OSError as error:
+        raise UserError(
+            f"{folder}/checkpoints cannot be read: {error.strerror}: make it a folder that this user may read"
+        ) from None
+    return sorted((path for path in paths if step_of(path) >= 0), key=step_of)
 
 
 def environment() -> dict[str, Any]:
@@ -262,14 +355,6 @@ def environment() -> dict[str, Any]:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changes": _git("status", "--porcelain"),
     }
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of settings as `group.key`: value."""
-    found = {}
-    for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _words() -> str:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from data.durable import exists
 from data.errors import UserError
 from training.command import CONF, Parser, number
 from training.completion import PrintCompletion
@@ -72,8 +73,8 @@ def arguments(description: str) -> argparse.Namespace:
     if complaint:
         raise UserError(complaint)
     args = argparse.Namespace(**DEFAULTS | given)
-    if args.run is not None and not args.run.is_dir():
-        raise UserError(f"{args.run} is not a run: there is no such folder")
+    if args.run is not None:
+        refuse_no_folder(args.run)
     if args.prompt_file is not None:
         args.prompt = read_text(args.prompt_file, "--prompt-file")
     elif args.prompt == "-":
@@ -85,6 +86,16 @@ def arguments(description: str) -> argparse.Namespace:
     if args.text == "":
         raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")
     return args
+
+
+def refuse_no_folder(path: Path) -> None:
+    """Raises UserError where it is not there, or is something else, or a folder around it may not be entered."""
+    try:
+        there = exists(path) and path.is_dir()
+    except OSError as error:
+        raise UserError(f"{path} cannot be entered: {error.strerror}: let this user read it") from None
+    if not there:
+        raise UserError(f"{path} is not a run: there is no such folder")
 
 
 def read_text(path: Path, what: str) -> str:

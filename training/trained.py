@@ -9,7 +9,6 @@ from data.errors import UserError
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training import checkpoint
-from training.config import load
 from training.run_folder import refuse_no_run, resume_command
 
 
@@ -23,26 +22,15 @@ def load_run(
     it is damaged, or its files do not belong together.
     """
     folder = Path(folder)
-    if which == "latest":
-        found = checkpoint.newest(folder, (checkpoint.MODEL,))
-    else:
-        chosen = checkpoint.best(folder)
-        found = chosen and checkpoint.read(chosen, (checkpoint.MODEL,))
+    choose = checkpoint.newest if which == "latest" else checkpoint.best
+    found = choose(folder, (checkpoint.MODEL,))
     if found is None:
         refuse_no_run(folder)
         raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
-    model = empty_model(changed(load(found.manifest.config).model, **changes), tokenizer.vocab_size)
-    checkpoint.load_weights(found, model)
-    return model.to(device), tokenizer
-
-
-def empty_model(config: ModelConfig, vocab_size: int) -> TransformerLM:
-    """A model whose weights are yet to be loaded."""
-    with torch.device("meta"):
-        model = TransformerLM(config, vocab_size)
-    return model._apply(lambda p: torch.empty(p.shape, dtype=p.dtype))  # to_empty imports SymPy, for half a second
+    config = changed(checkpoint.settings_of(found.path, found.manifest).model, **changes)
+    return checkpoint.load_model(found, config, tokenizer.vocab_size).to(device), tokenizer
 
 
 def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:

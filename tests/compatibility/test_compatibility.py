@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.sampler import Sampler
-from tests.compatibility.make import HERE, STOPPED, machine, sampled, texts
+from tests.compatibility.make import CASES, HERE, STOPPED, machine, sampled, texts
 from tests.support import call
 from training.log import read_metrics
 
@@ -24,13 +24,15 @@ def run(request, workplace) -> Path:
 
 
 @pytest.mark.parametrize("run", RUNS, indirect=True, ids=lambda path: f"{path.parent.name}-{path.name}")
-def test_stored_run_samples_and_resumes_as_recorded(run, monkeypatch):
+def test_stored_run_samples_and_resumes_as_recorded(run, request, monkeypatch):
+    case = request.node.callspec.params["run"].name
     expected = json.loads((run / "expected.json").read_text())
     same_machine = expected["machine"] == machine() and torch.get_num_threads() == 1
     if same_machine:
         assert sampled(run, Sampler(temperature=0.0)) == expected["greedy"]
         assert sampled(run, Sampler(temperature=0.8, top_k=50)) == expected["drawn"]
-    assert call("train", ["resume=run"], monkeypatch) == 0
+    repeated = [override for override in CASES[case] if override.startswith("data.path=")]  # of a folder from elsewhere
+    assert call("train", ["resume=run", *repeated], monkeypatch) == 0
     losses = [row["train_loss"] for row in read_metrics(run / "metrics.jsonl")][STOPPED:]
     if same_machine:
         assert losses == expected["losses"]

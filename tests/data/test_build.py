@@ -1,5 +1,6 @@
 """Shards in the making: the same bytes whatever the threads, the parts and the kills; bounded memory; full disks."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -123,12 +124,40 @@ def test_parts_that_nobody_continues_are_removed_in_the_end(workplace, monkeypat
         (parts / "part_00000").mkdir(parents=True)
         os.utime(parts, (touched, touched))
     (cache / ".writing-synthetic-byte-old-0a1b").mkdir()
+    (cache / ".parts-list").mkdir()  # not ours
+    os.utime(cache / ".parts-list", (old, old))
     with lock(build.lock_file(cache / "synthetic-byte-held"), "held"):
         prepare(CORPUS, CONFIG, cache)
-    assert {path.name.rpartition("-")[2] for path in cache.glob(".parts-*")} == {"held", "young"}
+    assert {path.name.rpartition("-")[2] for path in cache.glob(".parts-*")} == {"held", "young", "list"}
     assert not list(cache.glob(".writing-*"))
     (line,) = (record.message for record in caplog.records if "removed" in record.message)
     assert "synthetic-byte-old" in line and f"left for {build.DAYS + 1} days" in line
+
+
+def test_parts_that_a_kill_right_after_their_build_left_are_removed(workplace):
+    made = prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+    left = workplace / f"cache/.parts-2000-{made.folder.name}"
+    other = workplace / f"cache/.parts-2000-{made.folder.name}-of-another"
+    for folder in (left, other):
+        (folder / "part_00000").mkdir(parents=True)
+    prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+    assert not left.exists() and other.exists()
+
+
+def test_parts_are_kept_where_it_cannot_be_told_whether_one_is_whole(workplace, monkeypatch):
+    monkeypatch.setattr(build, "PART_BYTES", PART)
+
+    def unlisted(folder):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def fail(*_):
+        monkeypatch.setattr(build, "names_in", unlisted)
+        raise UserError("a document cannot be read")
+
+    monkeypatch.setattr(build, "_assemble", fail)
+    with pytest.raises(UserError, match="a document cannot be read"):
+        prepare(CORPUS, CONFIG, workplace / "cache")
+    assert len(list((workplace / "cache").glob(".parts-*/part_*"))) > 5
 
 
 def test_a_full_disk_keeps_the_parts_that_are_whole(workplace, monkeypatch, expected):

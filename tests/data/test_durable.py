@@ -1,5 +1,6 @@
 """Whole or not at all, whatever goes wrong in between."""
 
+import errno
 import json
 import os
 import subprocess
@@ -7,7 +8,17 @@ import sys
 
 import pytest
 
-from data.durable import discard, make_folder, sweep, whole_folder, write_whole
+from data.durable import (
+    Irregular,
+    discard,
+    exists,
+    make_folder,
+    names_in,
+    read_regular,
+    sweep,
+    whole_folder,
+    write_whole,
+)
 from data.errors import UserError
 from data.lock import lock
 from data.sealed import sealed, unsealed
@@ -85,6 +96,51 @@ def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
     sweep(tmp_path)
     discard(tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+IRREGULAR = {
+    "pipe": os.mkfifo,
+    "folder": os.mkdir,
+    "device": lambda path: os.symlink("/dev/zero", path),
+    "larger": lambda path: path.write_bytes(b"12345"),
+}
+
+
+@pytest.mark.parametrize("stand", IRREGULAR.values(), ids=IRREGULAR)
+def test_only_regular_files_of_a_stated_size_are_read(tmp_path, stand):
+    (tmp_path / "whole").write_bytes(b"1234")
+    assert read_regular(tmp_path / "whole", 4) == b"1234"
+    stand(tmp_path / "a")
+    with pytest.raises(Irregular) as refused:
+        read_regular(tmp_path / "a", 4)
+    assert refused.value.strerror
+
+
+def test_what_cannot_be_told_is_not_missing(tmp_path, monkeypatch):
+    (tmp_path / "a").touch()
+    assert exists(tmp_path / "a") and not exists(tmp_path / "b") and not exists(tmp_path / "a/c")
+    assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "b") == []
+    for function in ("os.stat", "os.listdir"):
+        monkeypatch.setattr(function, denied)
+    with pytest.raises(PermissionError):
+        exists(tmp_path / "a")
+    with pytest.raises(PermissionError):
+        names_in(tmp_path)
+
+
+def denied(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize("stand", [*IRREGULAR.values()][:3], ids=[*IRREGULAR][:3])
+def test_a_lock_empties_nothing_that_a_link_leads_to(tmp_path, stand):
+    (tmp_path / "precious").write_text("kept")
+    os.symlink(tmp_path / "precious", tmp_path / ".lock")
+    stand(tmp_path / "other")
+    for name in (".lock", "other"):
+        with pytest.raises(OSError, match="no regular file"):
+            lock(tmp_path / name, "busy")
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):

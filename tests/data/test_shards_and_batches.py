@@ -1,5 +1,6 @@
 """Tokens on disk: whole or refused. Tokens in batches: each once per epoch, whatever the batch."""
 
+import errno
 import os
 import shutil
 import subprocess
@@ -204,6 +205,20 @@ def test_a_shard_that_changes_in_use_is_one_line(stream, tmp_path, change):
     assert stream.read(0, 300).tolist() == list(range(300))
     with pytest.raises(UserError, match=r"train_00003\.tokens has changed while it was in use"):
         stream.read(290, 20)
+
+
+def test_a_shard_that_cannot_be_read_is_one_line_and_no_reason_to_rebuild(stream, tmp_path, monkeypatch):
+    class Failing:
+        def seek(self, _):
+            raise OSError(errno.EIO, "Input/output error")
+
+    stream.shards[3].file = Failing()
+    with pytest.raises(UserError, match=r"train_00003.tokens cannot be read: Input/output error; what was"):
+        stream.read(250, 100)
+    monkeypatch.setattr("os.listdir", lambda _: Failing().seek(0))
+    with pytest.raises(UserError, match="cannot be read: Input/output error") as refused:
+        open_stream(tmp_path, "train", "hash")
+    assert "delete" not in str(refused.value)
 
 
 def test_documents_are_found_by_their_tokens(workplace):

@@ -1,11 +1,14 @@
 """What is saved comes back, bit for bit; what is damaged or does not belong is refused in one line."""
 
+import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +20,9 @@ from data.sealed import sealed, unsealed
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, call, relative_error, some_tokens
 from tests.training.runs import assert_same_run, losses
-from training import run_folder
-from training.checkpoint import MODEL, OPTIMIZER, newest
+from training import checkpoint, run_folder
+from training.checkpoint import MODEL, OPTIMIZER, Training, newest
+from training.config import load
 from training.log import read_metrics
 from training.trained import load_run
 
@@ -79,8 +83,8 @@ def test_loaded_weights_are_the_saved_ones_and_run_as_asked(run):
 def test_a_refused_resume_leaves_the_run_as_it_was(run, monkeypatch):
     before = (run / "config.yaml").read_text()
     assert call("train", ["resume=run", "steps=3"], monkeypatch) == 2
-    for checkpoint in (run / "checkpoints").iterdir():
-        cut(checkpoint / "optimizer.safetensors")
+    for path in (run / "checkpoints").iterdir():
+        cut(path / "optimizer.safetensors")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
     assert (run / "config.yaml").read_text() == before
 
@@ -94,19 +98,226 @@ def test_latest_is_the_run_touched_last(run, monkeypatch, capsys):
     assert "resuming runs/newer after step 6" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["missing", "shape"])
-def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys, fault):
+def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys):
     path = last(run) / "optimizer.safetensors"
-    tensors = load_file(path)
-    name = "norm.weight/exp_avg"
-    if fault == "missing":
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("norm.weight/")}
-    else:
-        tensors[name] = tensors[name][:-1].clone()
-    save_file(tensors, path)
+    save_file({key: tensor for key, tensor in load_file(path).items() if key != "norm.weight/exp_avg"}, path)
     reseal(last(run), "optimizer.safetensors")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
-    assert "does not fit this run's optimizer" in capsys.readouterr().err
+    assert "does not fit this run's optimizer: it lacks norm.weight/exp_avg" in capsys.readouterr().err
+
+
+# What becomes of one tensor of the optimizer's state, and what is said of it.
+STATES = {
+    "shorter": ("norm.weight/exp_avg", lambda x: x[:-1], r"has shape \(63,\), not \(64,\)"),
+    "a number": ("norm.weight/exp_avg", lambda x: x.sum(), r"has shape \(\), not \(64,\)"),
+    "of other numbers": ("norm.weight/exp_avg", lambda x: x.half(), "is torch.float16, not torch.float32"),
+    "whole numbers": ("norm.weight/exp_avg_sq", lambda x: x.long(), "is torch.int64, not torch.float32"),
+    "not numbers": ("norm.weight/exp_avg", lambda x: x * torch.nan, "not at least -inf"),
+    "negative squares": ("norm.weight/exp_avg_sq", lambda x: x - 1, "not at least 0.0"),
+    "many counts": ("norm.weight/updates", lambda x: x.repeat(64), r"has shape \(64,\), not \(\)"),
+    "too large a count": ("norm.weight/updates", lambda x: x + 1, "is 7, in a checkpoint of 6 steps"),
+    "half a count": ("norm.weight/updates", lambda x: x - 0.5, "is 5.5, in a checkpoint of 6 steps"),
+    "no count": ("norm.weight/updates", lambda x: x * torch.nan, "not at least 0.0"),
+    "unknown": ("norm.weight/other", lambda _: torch.zeros(3), "it holds norm.weight/other, which this optimizer"),
+    "nameless": ("other", lambda _: torch.zeros(3), "it holds other, which this optimizer"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "complaint"), STATES.values(), ids=STATES)
+def test_an_optimizers_state_is_what_it_keeps_and_nothing_else(trained, name, change, complaint):
+    found = newest(trained, (MODEL, OPTIMIZER))
+    settings = checkpoint.settings_of(found.path, found.manifest)
+    model = checkpoint.load_model(found, settings.model, 257)
+    training = checkpoint.Training(model, settings.optim.build(model), None)
+    checkpoint._load_optimizer(found, training)
+    found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
+    with pytest.raises(UserError, match=complaint):
+        checkpoint._load_optimizer(found, training)
+
+
+WEIGHTS = {
+    "of half precision": (
+        lambda tensors: {name: x.half() for name, x in tensors.items()},
+        "float16, not torch.float32",
+    ),
+    "one more": (lambda tensors: tensors | {"other": torch.zeros(3)}, "it holds other, which this model does not have"),
+    "one fewer": (lambda tensors: {name: tensors[name] for name in list(tensors)[1:]}, "does not fit|it lacks"),
+    "padded": (lambda tensors: tensors | {"embedding.weight": torch.zeros(320, 64)}, r"\(320, 64\), not \(257, 64\)"),
+    "none": (lambda tensors: {}, "it holds 0 layers"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_are_those_of_the_model_and_float32(run, change, complaint):
+    path = last(run) / MODEL
+    save_file(change(load_file(path)), path)
+    reseal(last(run), MODEL)
+    with pytest.raises(UserError, match=complaint):
+        load_run(run)
+    config, _ = run_folder.read_config(run)
+    with pytest.raises(UserError, match=complaint):
+        checkpoint.refuse_unfit(run, load(config))
+
+
+@pytest.mark.parametrize("setting", ["n_layers", "d_model", "context_length"])
+def test_nothing_is_built_of_a_size_that_the_weights_do_not_have(run, monkeypatch, setting):
+    """What is claimed would take minutes and all memory."""
+    config, _ = run_folder.read_config(run)
+    model = config["model"] | {setting: 2**20} | ({"position_embedding": "learned"} if "context" in setting else {})
+    batches = {"batch_tokens": 2**20, "eval_tokens": 2**20, "micro_batch_size": 1}
+    claimed = config | {"model": model} | (batches if "context" in setting else {})
+    with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
+        checkpoint.refuse_unfit(run, load(claimed))
+    reseal(last(run), config=claimed)
+    for look in (lambda: load_run(run), lambda: checkpoint.refuse_unfit(run, load(claimed))):
+        with pytest.raises(UserError, match=r"does not fit the run's settings: it (holds 2 layers|lacks position)"):
+            look()
+
+
+MANIFESTS = [{"step": step} for step in (-6, 0, True, 5, 6.5, 10**30, 10**400, math.nan, None, "6")]
+MANIFESTS += [{"val_loss": loss} for loss in (-1.0, math.nan, math.inf, 10**400, True, "low", [1])]
+MANIFESTS += [{"loss_scale": {"scale": scale, "good_steps": 0}} for scale in (0.0, -1.0, math.nan, 1e300)]
+MANIFESTS += [{"loss_scale": {"scale": 1.0, "good_steps": steps}} for steps in (-1, 2000, 1.5)]
+MANIFESTS += [{"config": config} for config in (None, [1], json.loads("[" * 500 + "]" * 500))]
+MANIFESTS += [{"config": {"model": json.loads('{"a":' * 500 + "1" + "}" * 500)}}, {"other": 1}]
+
+
+@pytest.mark.parametrize("change", MANIFESTS, ids=lambda change: str(change)[:40])
+def test_a_manifest_that_says_what_no_run_writes_is_passed_over(run, caplog, change):
+    reseal(last(run), **change)
+    assert newest(run, (MODEL,)).manifest.step == 3
+    assert "step_00000006/manifest.json is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "tokenizer.json", MODEL, "manifest.json", "checkpoints"]
+)
+def test_what_is_no_regular_file_neither_hangs_nor_fills_the_memory(run, name, kind):
+    path = next(run.rglob(name)) if name not in (MODEL, "manifest.json") else last(run) / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    stand = {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}
+    stand[kind](path)
+    if name in (MODEL, "manifest.json"):
+        assert newest(run, (MODEL,)).manifest.step == 3
+        return
+    looks = {"config.yaml": run_folder.read_config, "metrics.jsonl": lambda run: read_metrics(run / name)}
+    if (name, kind) != ("checkpoints", "folder"):
+        with pytest.raises(UserError, match=f"{name} .*(no regular file|a folder|Not a directory)"):
+            looks.get(name, load_run)(run)
+
+
+UNREADABLE = [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE]
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """unreadable(path, number) makes all reading of that file fail with this error."""
+
+    def arrange(path, number):
+        def fails(found, limit, real=checkpoint.read_regular):
+            if found == path:
+                raise OSError(number, os.strerror(number))
+            return real(found, limit)
+
+        monkeypatch.setattr(checkpoint, "read_regular", fails)
+
+    return arrange
+
+
+@pytest.mark.parametrize("number", UNREADABLE)
+def test_a_checkpoint_that_cannot_be_judged_is_never_removed(run, unreadable, caplog, number):
+    for step in (1, 2, 4, 5):
+        shutil.copytree(run / "checkpoints/step_00000003", run / f"checkpoints/step_{step:08d}")
+        reseal(run / f"checkpoints/step_{step:08d}", step=step, val_loss=step / 100)
+    names = [path.name[-1] for path in checkpoint.superfluous(run, 6, 1)]
+    assert names == ["2", "3", "4", "5"]  # the first is the best
+    unreadable(run / "checkpoints/step_00000001/manifest.json", number)
+    names = [path.name[-1] for path in checkpoint.superfluous(run, 6, 1)]
+    assert "1" not in names and len(names) == 3  # of the others, the best is kept as well
+    assert "step_00000001/manifest.json cannot be read" in caplog.text and "so it is kept" in caplog.text
+
+
+def test_nothing_is_removed_where_checkpoints_cannot_be_listed(run, monkeypatch, caplog):
+    before = sorted((run / "checkpoints").iterdir())
+    monkeypatch.setattr(checkpoint, "write", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "_optimizer_tensors", lambda _: {})
+    monkeypatch.setattr(run_folder, "names_in", lambda _: os.listdir("/nowhere"))
+    checkpoint.save(
+        run, SimpleNamespace(keep_last=1), None, Training(SimpleNamespace(state_dict=dict), None, None), 9, None
+    )
+    assert "so none is removed" in caplog.text and sorted((run / "checkpoints").iterdir()) == before
+    with pytest.raises(UserError, match="run/checkpoints cannot be read"):  # and no run begins anew
+        newest(run, (MODEL,))
+
+
+@pytest.mark.parametrize("number", UNREADABLE)
+@pytest.mark.parametrize("name", [MODEL, "manifest.json"])
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over_as_damaged(run, unreadable, name, number):
+    """It may be whole: an older one would be trained on, and take its place."""
+    unreadable(last(run) / name, number)
+    for choose in (newest, checkpoint.best):
+        with pytest.raises(UserError, match=f"step_00000006/{name} cannot be read: .*: make it readable, or move"):
+            choose(run, (MODEL,))
+
+
+@pytest.mark.parametrize("choose", [newest, checkpoint.best])
+def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_looked_for_again(run, monkeypatch, choose):
+    """With keep_last=1, each that is listed may be gone when it is read."""
+    older, removed = run / "checkpoints/step_00000003", []
+
+    def removes_first(path, names, real=checkpoint.read):
+        if not removed:
+            removed.append(path)
+            shutil.copytree(path, older, dirs_exist_ok=True)
+            reseal(older, step=3)
+            shutil.rmtree(path)
+        return real(path, names)
+
+    shutil.rmtree(older)
+    monkeypatch.setattr(checkpoint, "read", removes_first)
+    assert choose(run, (MODEL,)).manifest.step == 3
+    monkeypatch.setattr(checkpoint, "read_regular", lambda path, _: (run / "gone/a").read_bytes())
+    monkeypatch.setattr("os.path.lexists", lambda _: False)
+    with pytest.raises(UserError, match="cannot be read: No such file"):  # not for ever
+        choose(run, (MODEL,))
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(run, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr("os.stat", denied)
+    with pytest.raises(UserError, match="run cannot be entered: Permission denied"):
+        run_folder.refuse_no_run(run)
+
+
+def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(run, monkeypatch, caplog):
+    for name in ("older", "newer"):
+        shutil.copytree(run, f"runs/{name}")
+    stat = os.stat
+
+    def denied(path, **how):
+        if "newer/" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return stat(path, **how)
+
+    monkeypatch.setattr("os.stat", denied)
+    assert str(run_folder.newest()) == "runs/older"
+    assert "runs/newer is passed over: Permission denied" in caplog.text
+
+
+def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, monkeypatch, capsys):
+    (run / "loss.png").unlink()
+    before = (last(run) / MODEL).read_bytes()
+    assert call("train", ["resume=run"], monkeypatch, drawn=True) == 0
+    out, err = capsys.readouterr()
+    score = read_metrics(run / "metrics.jsonl")[-1]["val_loss"]
+    assert f"validation   {score:.4f} nats" in out and "python sample.py" in out and "speed" not in out
+    assert "run is complete at step 6" in err and (run / "loss.png").exists()
+    assert (last(run) / MODEL).read_bytes() == before
+    assert call("train", ["resume=run"], monkeypatch) == 2
+    assert "complete at step 6 of steps=6: give a larger steps=" in capsys.readouterr().err
 
 
 def reseal(checkpoint, *names, **changes):
@@ -199,10 +410,10 @@ class Marker:
 
 def test_a_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
     for content in (pickle.dumps(Marker()), b"PK\x03\x04" + pickle.dumps(Marker())):
-        for checkpoint in (run / "checkpoints").iterdir():
+        for path in (run / "checkpoints").iterdir():
             for name in (MODEL, OPTIMIZER):
-                (checkpoint / name).write_bytes(content)
-            reseal(checkpoint, MODEL, OPTIMIZER)
+                (path / name).write_bytes(content)
+            reseal(path, MODEL, OPTIMIZER)
         assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
         assert "is damaged" in capsys.readouterr().err
     torch.save({"weight": Marker()}, last(run) / MODEL)
@@ -290,8 +501,8 @@ def test_resuming_a_run_without_a_checkpoint_starts_at_step_0_and_says_so(run, m
 
 def spoil(run, how, name="model.safetensors"):
     """Damages one file of every checkpoint."""
-    for checkpoint in (run / "checkpoints").iterdir():
-        how(checkpoint / name)
+    for path in (run / "checkpoints").iterdir():
+        how(path / name)
 
 
 FAULTS = {
@@ -312,6 +523,15 @@ FAULTS = {
 }
 RESUME_FAULTS = {
     "config cut short": ("model: [1,", "config.yaml cannot be read"),
+    "config of a list": ("[1, 2]", "holds no settings"),
+    "config of deep lists": ("a: " + "[" * 50_000, "is nested too deeply"),
+    "config of less deep lists": ("a: " + "[" * 100 + "]" * 100, "is nested too deeply"),
+    "config of deep settings": ("a: " + "{a: " * 100 + "1" + "}" * 100, "is nested too deeply"),
+    "config of aliases": ("a: &a [1]\nb: [*a, *a]", "holds an alias"),
+    "config of a huge number": ("steps: 0x" + "f" * 9000, "which is no number"),
+    "config of a long number": ("steps: " + "1:" * 9000 + "1", "which is no number"),
+    "config of any length": ("a: 1\n" * 100_000, "is larger than 262,144 bytes"),
+    "config of two words": ("tokenizer: path\nmodel: 3", "config.yaml"),
     "config of nothing": ("", "holds no settings"),
     "config of binary": ("\0\1", "config.yaml cannot be read"),
 }
@@ -360,10 +580,20 @@ def test_a_run_goes_on_only_with_its_own_data(workplace, monkeypatch, capsys):
     (workplace / "a.txt").write_text("".join(f"line {i}\n" for i in range(3000)))
     options = [*SMOKE, "data=files", "data.path=a.txt", "steps=4", "save_every=2", "run_dir=run"]
     assert call("train", options, monkeypatch) == 0
+    shutil.copytree("run", "whole")
+    assert call("train", ["resume=whole", "steps=6"], monkeypatch) == 0
+    shutil.move("a.txt", "moved.md")
     (workplace / "a.txt").write_text("".join(f"row {i}\n" for i in range(3000)))
     capsys.readouterr()
     assert call("train", ["resume=run", "steps=6"], monkeypatch) == 2
     assert "documents of run have changed" in capsys.readouterr().err
+    shutil.copy("moved.md", "moved.jsonl")
+    assert call("train", ["resume=run", "steps=6", "data.path=moved.jsonl"], monkeypatch) == 2
+    assert "data.path=moved.jsonl is read in another way than a.txt" in capsys.readouterr().err
+    assert call("train", ["resume=run", "steps=6", "data.path=moved.md"], monkeypatch) == 0
+    assert_same_run(workplace / "run", workplace / "whole", step=6)
+    assert "path: moved.md" in (workplace / "run/config.yaml").read_text()
+    assert call("train", ["resume=run", "steps=7"], monkeypatch) == 0
 
 
 def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from data.errors import UserError
 from model.kernels.sdpa import SDPA
-from tests.support import ROOT, SMOKE, batches, call, small_model
+from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint, replay
 from training.guard import SPIKE_WINDOW, Guard
@@ -148,7 +149,25 @@ def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypat
     monkeypatch.setattr("training.step.evaluate", lambda *_: next(scores))
     assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
     assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
-    assert checkpoint.best(workplace / "run").name == "step_00000020"
+    assert checkpoint.best(workplace / "run").path.name == "step_00000020"
+
+
+BATCHES = {
+    "gone": (lambda tensors: {"inputs": tensors["inputs"]}, "targets is not of"),
+    "of another shape": (lambda tensors: tensors | {"inputs": tensors["inputs"][:, :, :9]}, "inputs is not of"),
+    "of half numbers": (lambda tensors: tensors | {"inputs": tensors["inputs"].float()}, "inputs is not of"),
+    "of no tokens": (lambda tensors: tensors | {"targets": tensors["targets"] + 257}, "targets that are no tokens"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), BATCHES.values(), ids=BATCHES)
+def test_a_batch_that_is_none_of_the_runs_is_not_replayed(tmp_path, change, complaint):
+    run, shape = load_composed(*SMOKE), (1, 16, 64)
+    tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inputs", "targets")}
+    kept = checkpoint.Checkpoint(tmp_path, None, {replay.BATCH: tensors})
+    assert replay._batches(kept, run, 257)[0].shape == shape
+    with pytest.raises(UserError, match=complaint):
+        replay._batches(kept._replace(tensors={replay.BATCH: change(tensors)}), run, 257)
 
 
 PLACES = {

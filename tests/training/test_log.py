@@ -44,6 +44,13 @@ NOT_ROWS = [
     b'{"step": 1, "train_loss": 9}',
     b'{"step": true, "train_loss": 1}',
     b'{"step": 2, "train_loss": "x"}',
+    b'{"step": 2, "train_loss": true}',
+    b'{"step": 2, "train_loss": [1]}',
+    b'{"step": 2, "train_loss": 1%s}' % (b"0" * 400),
+    b'{"step": 2, "train_loss": 1, "val_loss": 1, "val_tokens": false}',
+    b'{"step": 1%s, "train_loss": 1}' % (b"0" * 30),
+    b'{"step": 7, "train_loss": 1}',
+    b"0" * 3_000_000,
 ]
 
 
