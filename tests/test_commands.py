@@ -13,6 +13,7 @@ import pytest
 
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
+from training.invocation import command
 from training.streaming import TextStream
 
 
@@ -41,7 +42,7 @@ def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, ca
     assert re.fullmatch(r"\d{8}-\d{6}-[a-z]+-[a-z]+", run.name)
     assert re.search(r"validation +\d\.\d+ nats per token, \d\.\d+ bits per byte", out)
     assert re.search(r"speed +[\d,]+ training tokens per second", out)
-    assert f"runs/{run.name}" in out and "python sample.py" in out and "The key" in out.split("validation")[0]
+    assert f"runs/{run.name}" in out and f"{command('sample.py', 'a beginning of yours')} --run" in out and "The key" in out.split("validation")[0]
     assert "4 heads, positions by rope, 119,424 parameters on cpu" in err
     assert "step 30/30" in err and re.search(r"1 micro-batches of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
     assert err.count("The key") >= 1  # the preview at step 20
@@ -343,7 +344,7 @@ BAD_RUNS = {
     "key": (["foo=1"], "foo: no such setting; valid: attention,"),
     "added key": (["+foo=1"], "foo=1: no such key"),
     "type": (["steps=abc"], "steps=abc"),
-    "grammar": (["data.path=a=b", "data=files"], "cannot read 'data.path=a=b'"),
+    "grammar": (["data.path=a=b", "data=files"], "data.path='a=b' matches no file"),
     "glob": (["data=files", "data.path='nothing/*.txt'"], "a path or a quoted pattern, as in"),
     "no Parquet": (["data=files", "data.path=bad.parquet"], "bad.parquet is not a Parquet file: "),
     "empty file": (["data=files", "data.path=empty.txt"], "empty.txt is empty"),

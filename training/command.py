@@ -1,16 +1,20 @@
 """The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
 
 import argparse
+import importlib.util
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from data.errors import UserError
 from model.errors import Unsupported
+from training import process
+from training.invocation import ROOT, command, interpreter, quoted, shortest
+from training.streams import StdoutLost, all_written, reason, tell
 from training.unknown import CONF, no_such_setting
 
 _failed: list[str] = []  # what runs of this process's sweep could not do
@@ -18,9 +22,10 @@ _failed: list[str] = []  # what runs of this process's sweep could not do
 
 @contextmanager
 def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, too little memory, or a complaint of Hydra's about what was
-    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
-    leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
+    """Turns a UserError, a kernel that does not run here, too little memory, a package that is not installed, a stdout
+    that cannot be written, or a complaint of Hydra's about what was typed, into one line on stderr and exit code 2, and
+    Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program quietly. Anything else
+    is a fault of the program and keeps its traceback.
 
     of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
     """
@@ -28,21 +33,26 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     argparse.ArgumentParser.error = Parser.error  # Hydra's own parser would print its usage as well
     line = None
     try:
-        yield
+        with all_written():
+            yield
     except (UserError, Unsupported) as error:
         line = str(error)
     except KeyboardInterrupt:
-        with suppress(OSError):
-            print("interrupted", file=sys.stderr)
+        process.end_at_once()
+        tell("interrupted")
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except StdoutLost as error:  # of a sweep, all that follows has lost it as well
+        if not error.reader_left:
+            fail(f"stdout cannot be written: {reason(error)}")
+        sys.exit(0)
     except Exception as error:
-        line = _too_large(error) or _indeterminate(error) or _hydra_complaint(error)
+        line = _too_large(error) or _indeterminate(error) or _not_installed(error) or _hydra_complaint(error)
         if line is None:
             raise
+    if not of_a_sweep:
+        process.end_at_once()
     if line is not None and of_a_sweep:
-        _say(line)
+        tell(f"error: {line}")
         _failed.append(line)
     elif line is not None:
         fail(line)
@@ -76,25 +86,25 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give it a value, as in {error.full_key}=...") from None
     except OmegaConfBaseException as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(_joined(error)) from None
 
 
 def fail(line: str) -> NoReturn:
     """One line on stderr, and exit code 2."""
-    _say(line)
+    tell(f"error: {line}")
     sys.exit(2)
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # where nobody listens any more
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+def _joined(error: Exception) -> str:
+    """What a library says over several lines, on one."""
+    return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
     """Complains in one line."""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{message} (python {self.prog} --help lists the options)")
+        fail(f"{message} ({command(self.prog, '--help')} lists the options)")
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
@@ -117,12 +127,11 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 
 def _hydra_complaint(error: Exception) -> str | None:
     """One line for what Hydra raises over what was typed; None for anything else."""
-    from hydra.errors import HydraException, OverrideParseException
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, OverrideParseException):
-        example = "'key=\"a=b\"'"
-        return f"cannot read {error.override!r}: write key=value, and quote a value that holds = or commas: {example}"
     if not isinstance(error, HydraException | OmegaConfBaseException | ValueError):
         return None
     for typed in sys.argv[1:]:
@@ -133,7 +142,18 @@ def _hydra_complaint(error: Exception) -> str | None:
     unknown = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
     if unknown:
         return no_such_setting(unknown[1])
-    return None if isinstance(error, ValueError) else str(error)
+    return None if isinstance(error, ValueError) else _joined(error)
+
+
+def _not_installed(error: Exception) -> str | None:
+    """For a package of somebody else's that is not there at all."""
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    if package is None or (ROOT / package).exists() or importlib.util.find_spec(package) is not None:
+        return None
+    ready = ROOT / ".venv" / "bin" / "python"
+    instead = f"run {quoted(shortest(str(ready)))} instead, or " if ready.exists() else ""
+    install = f"{quoted(interpreter())} -m pip install -e {quoted(str(ROOT))}"
+    return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
 
 
 def _indeterminate(error: Exception) -> str | None:

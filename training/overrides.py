@@ -1,0 +1,94 @@
+"""What is typed after train.py, made readable for Hydra's grammar, or refused in words that say what to type."""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from data.errors import UserError
+from training.invocation import command, quoted
+from training.unknown import CONF, no_such_setting
+
+PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
+TEXTS = (*PATHS, "data.path", "data.column", "tokenizer.path", "sample_prompt")  # never numbers, lists or dicts
+# The flags of Hydra's that a word follows.
+VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
+VALUED += ("-i", "--info", "--experimental-rerun")
+
+
+def readable(typed: Sequence[str]) -> list[str]:
+    """The words of a command line, values quoted for Hydra where its grammar cannot read them as text.
+
+    A value is text, and taken as it is, where the grammar refuses it and it is not all within [ ] or { }; of the
+    settings in TEXTS also where the grammar would see a number, a list or a dict in it. With -m, text outside of quotes
+    and brackets is a list of values at its commas. Raises UserError for what stays unreadable.
+    """
+    sweep = any(word in ("-m", "--multirun") for word in typed)
+    flags = {i for i, word in enumerate(typed) if word.startswith("-")}
+    flags |= {i + 1 for i in flags if typed[i] in VALUED}
+    return [word if i in flags else _override(word, sweep) for i, word in enumerate(typed)]
+
+
+def override(key: str, value: str) -> str:
+    """What is typed for a setting in TEXTS to be that text, before it is quoted for a shell."""
+    plain = re.fullmatch(r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?", value) and value != "null"
+    return f"{key}={value if plain else as_text(value)}"
+
+
+def as_text(value: str) -> str:
+    """A value in quotes that Hydra reads as exactly this text, in which an open ${ begins no interpolation."""
+    value = re.sub(r"\$\{(?![^{]*\})", r"\\${", value)
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value) + '"'
+
+
+def _override(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    key = key.strip()
+    if not key.lstrip("+~"):
+        raise UserError(f"{word!r} names no setting: write key=value, as in steps=300")
+    if key.startswith("~"):
+        if _read(word) is None:
+            raise UserError(no_such_setting(key.lstrip("+~")))
+        return word
+    if not equals:
+        raise UserError(f"{word!r} has no value: write {key}=VALUE; {command('train.py', '--help')} lists the settings")
+    if _read(f"{key}=x") is None:
+        raise UserError(no_such_setting(key.lstrip("+")))
+    name = key.lstrip("+")
+    if name in PATHS and value.startswith("~"):
+        value = os.path.expanduser(value)
+    found = _read(f"{key}={value}")
+    if found is None:
+        if name not in TEXTS and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
+            raise UserError(_unreadable(key, value))
+        parts = value.split(",") if sweep and not re.search(r"""["'()\[\]{}]""", value) else [value]
+        value = ",".join(map(as_text, parts))
+    elif found.is_sweep_override() and not sweep:
+        raise UserError(_no_sweep(key, value))
+    elif name in TEXTS and isinstance(found.value(), bool | int | float | list | dict):
+        value = as_text(value.strip())
+    return f"{key}={value}"
+
+
+def _read(word: str) -> Any | None:
+    """Hydra's override; None where its grammar refuses the word."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, RecursionError):
+        return None
+
+
+def _unreadable(key: str, value: str) -> str:
+    form = "a dict is {name: value, other: value}" if value.strip().startswith("{") else "a list is [value, value]"
+    text = quoted(f"{key}={as_text(value)}")
+    return f"cannot read {key}={value}: {form}, where text that is more than a word is in quotes; as one text: {text}"
+
+
+def _no_sweep(key: str, value: str) -> str:
+    several = f"{key}={value} is several values: add -m, for a run of each"
+    if (CONF / key.lstrip("+")).is_dir():
+        return several
+    return f"{several}, or write {quoted(f'{key}={as_text(value)}')} for one text"
