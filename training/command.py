@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -86,7 +87,7 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give it a value, as in {error.full_key}=...") from None
     except OmegaConfBaseException as error:
-        raise UserError(_joined(error)) from None
+        raise UserError(f"{error.full_key}: {(error.msg or str(error)).splitlines()[0]}") from None
 
 
 def fail(line: str) -> NoReturn:
@@ -142,7 +143,14 @@ def _hydra_complaint(error: Exception) -> str | None:
     unknown = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
     if unknown:
         return no_such_setting(unknown[1])
-    return None if isinstance(error, ValueError) else _joined(error)
+    if not isinstance(error, ValueError) or _raised_in("hydra", error):
+        return _joined(error)
+    return None
+
+
+def _raised_in(package: str, error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].partition(".")[0] == package
 
 
 def _not_installed(error: Exception) -> str | None:

@@ -22,11 +22,14 @@ def readable(typed: Sequence[str]) -> list[str]:
     A value is text, and taken as it is, where the grammar refuses it and it is not all within [ ] or { }; of the
     settings in TEXTS also where the grammar would see a number, a list or a dict in it. With -m, text outside of quotes
     and brackets is a list of values at its commas. Raises UserError for what stays unreadable.
+
+    Flags come last: amid settings, argparse would take no more of these after them.
     """
     sweep = any(word in ("-m", "--multirun") for word in typed)
     flags = {i for i, word in enumerate(typed) if word.startswith("-")}
     flags |= {i + 1 for i in flags if typed[i] in VALUED}
-    return [word if i in flags else _override(word, sweep) for i, word in enumerate(typed)]
+    settings = [_override(word, sweep) for i, word in enumerate(typed) if i not in flags]
+    return [*settings, *(word for i, word in enumerate(typed) if i in flags)]
 
 
 def override(key: str, value: str) -> str:
@@ -44,17 +47,23 @@ def as_text(value: str) -> str:
 def _override(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     key = key.strip()
-    if not key.lstrip("+~"):
-        raise UserError(f"{word!r} names no setting: write key=value, as in steps=300")
+    name = key.lstrip("+~")
+    is_group = name.isidentifier() and (CONF / name).is_dir()
+    if not name or (not equals and not key.startswith("~")):
+        raise UserError(
+            f"{word!r} is no setting: write key=value, as in steps=300, a value with spaces in quotes; "
+            f"{command('train.py', '--help')} lists them"
+        )
     if key.startswith("~"):
+        if is_group and name != "experiment":
+            raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")
         if _read(word) is None:
-            raise UserError(no_such_setting(key.lstrip("+~")))
+            raise UserError(no_such_setting(name))
         return word
-    if not equals:
-        raise UserError(f"{word!r} has no value: write {key}=VALUE; {command('train.py', '--help')} lists the settings")
     if _read(f"{key}=x") is None:
-        raise UserError(no_such_setting(key.lstrip("+")))
-    name = key.lstrip("+")
+        raise UserError(no_such_setting(name))
+    if is_group:
+        key = name  # Hydra would add a second choice to the default one
     if name in PATHS and value.startswith("~"):
         value = os.path.expanduser(value)
     found = _read(f"{key}={value}")
@@ -64,7 +73,8 @@ def _override(word: str, sweep: bool) -> str:
         parts = value.split(",") if sweep and not re.search(r"""["'()\[\]{}]""", value) else [value]
         value = ",".join(map(as_text, parts))
     elif found.is_sweep_override() and not sweep:
-        raise UserError(_no_sweep(key, value))
+        text = "" if is_group else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
+        raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
     elif name in TEXTS and isinstance(found.value(), bool | int | float | list | dict):
         value = as_text(value.strip())
     return f"{key}={value}"
@@ -85,10 +95,3 @@ def _unreadable(key: str, value: str) -> str:
     form = "a dict is {name: value, other: value}" if value.strip().startswith("{") else "a list is [value, value]"
     text = quoted(f"{key}={as_text(value)}")
     return f"cannot read {key}={value}: {form}, where text that is more than a word is in quotes; as one text: {text}"
-
-
-def _no_sweep(key: str, value: str) -> str:
-    several = f"{key}={value} is several values: add -m, for a run of each"
-    if (CONF / key.lstrip("+")).is_dir():
-        return several
-    return f"{several}, or write {quoted(f'{key}={as_text(value)}')} for one text"

@@ -155,7 +155,9 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypat
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "finishing the step and saving" in err and command("train.py", "resume=run") in err and "Traceback" not in err
+    assert (
+        "finishing the step and saving" in err and command("train.py", "resume=run") in err and "Traceback" not in err
+    )
     (checkpoint,) = (workplace / "run/checkpoints").iterdir()
     done = len(read_metrics(workplace / "run/metrics.jsonl"))
     assert checkpoint.name == f"step_{done:08d}" and steps <= done < 1000
