@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,6 +54,10 @@ def _override(word: str, sweep: bool) -> str:
         raise UserError(
             f"{word!r} is no setting: write key=value, as in steps=300, a value with spaces in quotes; "
             f"{command('train.py', '--help')} lists them"
+        )
+    if re.search("[\ud800-\udfff]", word):
+        raise UserError(
+            f"{word} is no text in this shell's encoding, {sys.getfilesystemencoding()}: try LC_ALL=C.UTF-8"
         )
     if key.startswith("~"):
         if is_group and name != "experiment":
