@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from data.errors import UserError
 from model.errors import Unsupported
 from training import process
-from training.invocation import ROOT, command, interpreter, quoted, shortest
+from training.invocation import ROOT, command, how_to_install
 from training.streams import StdoutLost, all_written, reason, tell
 from training.unknown import CONF, no_such_setting
 
@@ -158,10 +158,7 @@ def _not_installed(error: Exception) -> str | None:
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
     if package is None or (ROOT / package).exists() or importlib.util.find_spec(package) is not None:
         return None
-    ready = ROOT / ".venv" / "bin" / "python"
-    instead = f"run {quoted(shortest(str(ready)))} instead, or " if ready.exists() else ""
-    install = f"{quoted(interpreter())} -m pip install -e {quoted(str(ROOT))}"
-    return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
+    return how_to_install(package)
 
 
 def _indeterminate(error: Exception) -> str | None:

@@ -31,6 +31,14 @@ def interpreter() -> str:
     return shortest(sys.executable)
 
 
+def how_to_install(package: str) -> str:
+    """What to say where a package that Headroom needs is missing."""
+    ready = ROOT / ".venv" / "bin" / "python"
+    instead = f"run {quoted(shortest(str(ready)))} instead, or " if ready.exists() else ""
+    install = f"{quoted(interpreter())} -m pip install -e {quoted(str(ROOT))}"
+    return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
+
+
 def quoted(word: str) -> str:
     """A word for a shell, without characters that would steer the terminal it is printed to."""
     if not CONTROLS.search(word):

@@ -56,9 +56,8 @@ def _override(word: str, sweep: bool) -> str:
             f"{command('train.py', '--help')} lists them"
         )
     if re.search("[\ud800-\udfff]", word):
-        raise UserError(
-            f"{word} is no text in this shell's encoding, {sys.getfilesystemencoding()}: try LC_ALL=C.UTF-8"
-        )
+        encoding = sys.getfilesystemencoding()
+        raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: try LC_ALL=C.UTF-8")
     if key.startswith("~"):
         if is_group and name != "experiment":
             raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")

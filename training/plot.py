@@ -7,7 +7,7 @@ python -m training.plot runs/* --x tokens -o all.svg
 if __name__ == "__main__":
     from training import process
 
-    process.start()
+    process.start("matplotlib", "pydantic", "rich")
 
 import argparse
 import itertools

@@ -14,9 +14,10 @@ OLDEST = (3, 11)
 _in_charge = False  # of the process, which is one of the programs: not a test or a notebook that calls one
 
 
-def start() -> None:
+def start(*packages: str) -> None:
     """Readies the process: from here on a signal ends it in a word, its streams are there, and no file is opened in
-    place of one. Ends it with exit code 2 where Python is too old, or the working directory is gone."""
+    place of one. Ends it with exit code 2 where Python is too old, the working directory is gone, or one of the
+    packages that the file itself imports is not installed."""
     global _in_charge
     _in_charge = True
     end_at_once()
@@ -24,7 +25,10 @@ def start() -> None:
         needed = ".".join(map(str, OLDEST))
         sys.stderr.write(f"error: Headroom needs Python {needed} or newer, this is {sys.version.split()[0]}\n")
         sys.exit(2)
+    import importlib.util
+
     from training import streams
+    from training.invocation import how_to_install
 
     streams.mend()
     try:
@@ -32,6 +36,10 @@ def start() -> None:
     except OSError as error:
         streams.tell(f"error: the working directory is gone ({error.strerror}): cd to one that exists")
         sys.exit(2)
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            streams.tell(f"error: {how_to_install(package)}")
+            sys.exit(2)
 
 
 def end_at_once() -> None:

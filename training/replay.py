@@ -6,7 +6,7 @@ python -m training.replay runs/NAME/failures/step_00000012      # in the checkou
 if __name__ == "__main__":
     from training import process
 
-    process.start()
+    process.start("torch", "hydra", "pydantic", "rich", "safetensors", "tokenizers")
 
 import argparse
 from pathlib import Path
