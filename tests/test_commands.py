@@ -14,6 +14,7 @@ import pytest
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training.invocation import command
+from training.log import read_metrics
 from training.streaming import TextStream
 
 
@@ -485,11 +486,11 @@ def test_the_first_sampled_token_loads_only_what_it_needs(place, monkeypatch):
 
 
 def test_as_real_processes(tmp_path):
-    """The whole way once, through the shell's eyes: train, then sample into a pipe that closes early."""
-    train = subprocess.run(
-        [sys.executable, ROOT / "train.py", *SMOKE, "steps=3"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert train.returncode == 0, train.stderr
+    """The whole way once, through the shell's eyes: train where nobody listens, files being opened while the streams
+    are closed, then sample into a pipe that closes early."""
+    train = f"{sys.executable} {ROOT / 'train.py'} {' '.join(SMOKE)} steps=3 run_dir=runs/run <&- >&- 2>&-"
+    assert subprocess.run(train, shell=True, cwd=tmp_path).returncode == 0
+    assert [row["step"] for row in read_metrics(tmp_path / "runs/run/metrics.jsonl")] == [1, 2, 3]
     command = f"{sys.executable} {ROOT / 'sample.py'} 'The ' --max-new-tokens 40 | head -c 5"
     piped = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert piped.stdout.startswith("The ") and "Traceback" not in piped.stderr

@@ -1,6 +1,7 @@
 """The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
 
 import argparse
+import errno
 import importlib.util
 import math
 import os
@@ -18,15 +19,18 @@ from training.invocation import ROOT, command, how_to_install
 from training.streams import StdoutLost, all_written, reason, tell
 from training.unknown import CONF, no_such_setting
 
+# What is no fault of the program, whichever file it meets.
+FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE)
 _failed: list[str] = []  # what runs of this process's sweep could not do
 
 
 @contextmanager
 def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, too little memory, a package that is not installed, a stdout
-    that cannot be written, or a complaint of Hydra's about what was typed, into one line on stderr and exit code 2, and
-    Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program quietly. Anything else
-    is a fault of the program and keeps its traceback.
+    """Turns a UserError, a kernel that does not run here, too little memory, a package that is not installed, a file or
+    a stdout that cannot be read or written, or a complaint of Hydra's about what was typed, into one line on stderr and
+    exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program
+    quietly. Anything else is a fault of the program and keeps its traceback.
 
     of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
     """
@@ -47,7 +51,8 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
             fail(f"stdout cannot be written: {reason(error)}")
         sys.exit(0)
     except Exception as error:
-        line = _too_large(error) or _indeterminate(error) or _not_installed(error) or _hydra_complaint(error)
+        known = (_too_large, _indeterminate, _not_installed, _file_fault, _hydra_complaint)
+        line = next((line for line in (explain(error) for explain in known) if line), None)
         if line is None:
             raise
     if not of_a_sweep:
@@ -151,6 +156,12 @@ def _hydra_complaint(error: Exception) -> str | None:
 def _raised_in(package: str, error: Exception) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_globals["__name__"].partition(".")[0] == package
+
+
+def _file_fault(error: Exception) -> str | None:
+    if not isinstance(error, OSError) or error.errno not in FILE_FAULTS:
+        return None
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def _not_installed(error: Exception) -> str | None:

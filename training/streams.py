@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import select
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 from data.errors import CONTROLS, escaped
 
+LONG_WORD = re.compile(r"\S{2000,}")
 LEFT = (errno.EPIPE, errno.ECONNRESET)  # the reader of a pipe or a socket is gone: it has what it wanted
 _stdout: "_Stdout | None" = None
 
@@ -94,7 +96,8 @@ class _Stderr(_Waiting):
 
 
 def tell(line: str) -> None:
-    """One line on stderr."""
+    """One line on stderr. Of a word that nobody would read to its end, the middle is left out."""
+    line = LONG_WORD.sub(lambda found: f"{found[0][:100]}[...]{found[0][-100:]}", line)
     with suppress(OSError):
         print(escaped(line), file=sys.stderr, flush=True)
 
