@@ -26,7 +26,8 @@ def readable(typed: Sequence[str]) -> list[str]:
 
     Flags come last: amid settings, argparse would take no more of these after them.
     """
-    sweep = any(word in ("-m", "--multirun") for word in typed)
+    # argparse takes the beginning of a flag for it, too.
+    sweep = any(word == "-m" or (word > "--" and "--multirun".startswith(word)) for word in typed)
     flags = {i for i, word in enumerate(typed) if word.startswith("-")}
     flags |= {i + 1 for i in flags if typed[i] in VALUED}
     settings = [_override(word, sweep) for i, word in enumerate(typed) if i not in flags]
@@ -34,8 +35,9 @@ def readable(typed: Sequence[str]) -> list[str]:
 
 
 def override(key: str, value: str) -> str:
-    """What is typed for a setting in TEXTS to be that text, before it is quoted for a shell."""
-    plain = re.fullmatch(r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?", value) and value != "null"
+    """What is typed for a setting of PATHS to be that path, before it is quoted for a shell."""
+    value = f"./{value}" if value.startswith("~") else value
+    plain = re.fullmatch(r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?", value) and value.lower() != "null"
     return f"{key}={value if plain else as_text(value)}"
 
 
