@@ -8,9 +8,14 @@ python sample.py --score a.py                     # how well the model predicts 
 python sample.py "def f(x):" --attention-map a.png
 """
 
-import argparse
-import json
 import sys
+
+if __name__ == "__main__":
+    from training import process
+
+    process.start()
+
+import argparse
 
 from training.command import one_line_errors
 from training.sampling_options import arguments
@@ -23,18 +28,21 @@ def sample(args: argparse.Namespace) -> None:
 
     from model.generate import Texts
     from model.sampler import Sampler
+    from training import process
     from training.attention_map import draw_attention
     from training.config import load_choice
     from training.device import choose_device
-    from training.log import held_back, tell, to_stderr
+    from training.log import held_back, to_stderr
     from training.precision import Working, choose_precision
     from training.preview import prompt_tokens
     from training.repl import Conversation, converse
     from training.run_folder import newest
     from training.scoring import as_json, as_line, score_text
+    from training.streams import json_line, tell
     from training.trained import load_run
-    from training.writing import Sample, show, speeds, write
+    from training.writing import Sample, show_samples, speeds, write
 
+    process.end_by_unwinding()
     to_stderr()
     device = choose_device(args.device)
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
@@ -47,7 +55,7 @@ def sample(args: argparse.Namespace) -> None:
     seeds = range(args.seed, args.seed + args.num_samples)
     if not args.stats:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
-    sys.stdout.reconfigure(encoding="utf-8")
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
     def begin(tokens: list[int]) -> Texts:
         return Texts(model, [tokens] * len(seeds), seeds, cached=not args.no_cache, slide=slide)
@@ -55,7 +63,7 @@ def sample(args: argparse.Namespace) -> None:
     if args.text is not None:
         score = score_text(model, tokenizer, args.text, limit)
         tell(f"run {folder}")
-        print(json.dumps({"file": str(args.score), **as_json(score)}) if args.json else as_line(score))
+        print(json_line({"file": str(args.score), **as_json(score)}) if args.json else as_line(score))
         return
     if args.attention_map is not None:
         draw_attention(model, tokenizer, args.prompt, args.attention_map, folder.resolve().name)
@@ -79,9 +87,9 @@ def sample(args: argparse.Namespace) -> None:
         if args.json:
             list(pieces)
             for one in samples:
-                print(json.dumps({"prompt": args.prompt, **one.described()}, ensure_ascii=False), flush=True)
+                print(json_line({"prompt": args.prompt, **one.described()}), flush=True)
         else:
-            show(args.prompt, pieces, samples, limit)
+            show_samples(args.prompt, pieces, samples, limit)
     if args.stats:
         for name, value in speeds(samples).items():
             tell(f"{name}={'n/a' if value is None else value}")

@@ -6,28 +6,34 @@ python train.py --help
 """
 
 import sys
-from pathlib import Path
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+if __name__ == "__main__":
+    from training import process
+
+    process.start()
+
+from pathlib import Path
+from typing import Any
 
 from training.command import (
     one_line_errors,
     plain_tree,
-    refuse_no_working_directory,
     refuse_twice,
     smaller_batches_advised,
-    with_quotes,
     with_stored_choices,
 )
+from training.overrides import readable
+from training.unknown import CONF
 
-# torch, and all that needs it, is imported inside `train`: --help answers before it would have loaded.
+# Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
+# --help answers before it would have loaded.
 
 
-@hydra.main(config_path=str(Path(__file__).resolve().parent / "conf"), config_name="train", version_base="1.3")
-def composed(cfg: DictConfig) -> None:
+def composed(cfg: Any) -> None:
+    """cfg: what Hydra composed for one run."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
     hydra_config = HydraConfig.get()
     with one_line_errors(of_a_sweep=hydra_config.mode == RunMode.MULTIRUN):
         train(plain_tree(cfg), typed=hydra_config.overrides.task)
@@ -35,11 +41,11 @@ def composed(cfg: DictConfig) -> None:
 
 def main() -> None:
     with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
-        sys.argv[1:] = with_quotes(sys.argv[1:])
-        refuse_no_working_directory()
+        import hydra
+
         refuse_twice(sys.argv[1:])
-        sys.argv[1:] = with_stored_choices(sys.argv[1:])
-        composed()
+        sys.argv[1:] = readable(with_stored_choices(sys.argv[1:]))
+        hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
 
 
 def train(tree: dict, typed: list[str]) -> None:
@@ -49,7 +55,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from data.batches import micro_batches, refuse_short
     from data.prepare import prepare
     from model.transformer import TransformerLM
-    from training import checkpoint, replay, run_folder
+    from training import checkpoint, process, replay, run_folder
     from training.allocator import keep_buffers
     from training.beginning import begin_with_weights_of, which_run
     from training.device import choose_device, set_determinism
@@ -61,6 +67,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.signals import StopRequest
     from training.step import Score, evaluate, losses_of, train_step
 
+    process.end_by_unwinding()
     to_stderr()
     run, folder, claim = which_run(tree, typed)
     run.logger.refuse_missing()
@@ -124,7 +131,7 @@ def train(tree: dict, typed: list[str]) -> None:
                 sys.exit(stop.exit_code)
             if run.sample_every and now % run.sample_every == 0 and not last:
                 with report.aside():
-                    report.say(preview())
+                    report.show(preview())
     report.end(score, preview())
 
 

@@ -3,14 +3,13 @@
 python sample.py "def solve(x):" --attention-map map.png
 """
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from data.errors import UserError, escaped
 from data.tokenizer import Tokenizer
 from model.kernels.scores import ATTENTION_MAP
 from model.transformer import TransformerLM
@@ -87,11 +86,10 @@ def _draw(maps: Tensor, labels: list[str] | None, name: str, path: Path) -> None
     for side in (heads, layers):
         side.spines[:].set_visible(False)
         side.tick_params(length=0, labelsize=8)
-    figure.suptitle(f"{name}: how each token (row) attends to those it sees (column)", fontsize=10, parse_math=False)
+    title = f"{escaped(name)}: how each token (row) attends to those it sees (column)"
+    figure.suptitle(title, fontsize=10, parse_math=False)
     bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 4.0 / n_layers), aspect=30)
     bar.set_label("probability", fontsize=8)
     bar.ax.tick_params(labelsize=6)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # it draws a box, which is all there is to say
-        save(figure, path)
+    save(figure, path)
     plt.close(figure)

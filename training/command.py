@@ -1,26 +1,36 @@
 """The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
 
 import argparse
+import errno
+import importlib.util
 import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from data.errors import UserError
 from model.errors import Unsupported
+from training import process
+from training.invocation import ROOT, command, how_to_install
+from training.streams import StdoutLost, all_written, reason, tell
 from training.unknown import CONF, no_such_setting
 
+# What is no fault of the program, whichever file it meets.
+FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE)
 _failed: list[str] = []  # what runs of this process's sweep could not do
 
 
 @contextmanager
 def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, too little memory, or a complaint of Hydra's about what was
-    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
-    leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
+    """Turns a UserError, a kernel that does not run here, too little memory, a package that is not installed, a file or
+    a stdout that cannot be read or written, or a complaint of Hydra's about what was typed, into one line on stderr and
+    exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program
+    quietly. Anything else is a fault of the program and keeps its traceback.
 
     of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
     """
@@ -28,37 +38,33 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     argparse.ArgumentParser.error = Parser.error  # Hydra's own parser would print its usage as well
     line = None
     try:
-        yield
+        with all_written():
+            yield
     except (UserError, Unsupported) as error:
         line = str(error)
     except KeyboardInterrupt:
-        with suppress(OSError):
-            print("interrupted", file=sys.stderr)
+        process.end_at_once()
+        tell("interrupted")
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except StdoutLost as error:  # of a sweep, all that follows has lost it as well
+        if not error.reader_left:
+            fail(f"stdout cannot be written: {reason(error)}")
+        sys.exit(0)
     except Exception as error:
-        line = _too_large(error) or _indeterminate(error) or _hydra_complaint(error)
+        known = (_too_large, _indeterminate, _not_installed, _file_fault, _hydra_complaint)
+        line = next((line for line in (explain(error) for explain in known) if line), None)
         if line is None:
             raise
+    if not of_a_sweep:
+        process.end_at_once()
     if line is not None and of_a_sweep:
-        _say(line)
+        tell(f"error: {line}")
         _failed.append(line)
     elif line is not None:
         fail(line)
     elif _failed and not of_a_sweep:
         _failed.clear()
         sys.exit(2)
-
-
-def refuse_no_working_directory() -> None:
-    """Raises UserError where it has been removed, which Hydra would meet with a traceback."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise UserError(
-            f"the working directory cannot be read: {error.strerror}: change to one that is there"
-        ) from None
 
 
 def refuse_twice(typed: Sequence[str]) -> None:
@@ -74,26 +80,6 @@ def refuse_twice(typed: Sequence[str]) -> None:
             sweep = ", or -m with a list of values to have a run of each" if given[key] != override else ""
             raise UserError(f"{given[key]} and {override} give {key} twice: leave one of them out{sweep}")
         given[key] = override
-
-
-def with_quotes(typed: Sequence[str]) -> list[str]:
-    """The command line, with quotes around the path or separator of documents that Hydra's grammar cannot read as it
-    was typed: it allows the characters of <|endoftext|>, or of `book [2].txt`, in quotes only."""
-    taken_as_typed = ("data.path=", "data.document=")
-    return [_in_quotes(one) if one.lstrip("+").startswith(taken_as_typed) else one for one in typed]
-
-
-def _in_quotes(override: str) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    key, _, value = override.partition("=")
-    try:
-        OverridesParser.create().parse_override(override)
-    except HydraException:
-        mark = '"' if "'" in value else "'"
-        return override if mark in value else f"{key}={mark}{value}{mark}"
-    return override
 
 
 def with_stored_choices(arguments: Sequence[str]) -> list[str]:
@@ -114,25 +100,25 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is not set: give it a value, as in {error.full_key}=...") from None
     except OmegaConfBaseException as error:
-        raise UserError(" ".join(str(error).split())) from None
+        raise UserError(f"{error.full_key}: {(error.msg or str(error)).splitlines()[0]}") from None
 
 
 def fail(line: str) -> NoReturn:
     """One line on stderr, and exit code 2."""
-    _say(line)
+    tell(f"error: {line}")
     sys.exit(2)
 
 
-def _say(line: str) -> None:
-    with suppress(OSError):  # where nobody listens any more
-        print(f"error: {' '.join(line.split())}", file=sys.stderr)
+def _joined(error: Exception) -> str:
+    """What a library says over several lines, on one."""
+    return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
     """Complains in one line."""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{message} (python {self.prog} --help lists the options)")
+        fail(f"{message} ({command(self.prog, '--help')} lists the options)")
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
@@ -155,12 +141,11 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 
 def _hydra_complaint(error: Exception) -> str | None:
     """One line for what Hydra raises over what was typed; None for anything else."""
-    from hydra.errors import HydraException, OverrideParseException
+    if "hydra" not in sys.modules:
+        return None
+    from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if isinstance(error, OverrideParseException):
-        example = "'key=\"a=b\"'"
-        return f"cannot read {error.override!r}: write key=value, and quote a value that holds = or commas: {example}"
     if not isinstance(error, HydraException | OmegaConfBaseException | ValueError):
         return None
     for typed in sys.argv[1:]:
@@ -171,7 +156,28 @@ def _hydra_complaint(error: Exception) -> str | None:
     unknown = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
     if unknown:
         return no_such_setting(unknown[1])
-    return None if isinstance(error, ValueError) else str(error)
+    if not isinstance(error, ValueError) or _raised_in("hydra", error):
+        return _joined(error)
+    return None
+
+
+def _raised_in(package: str, error: Exception) -> bool:
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].partition(".")[0] == package
+
+
+def _file_fault(error: Exception) -> str | None:
+    if not isinstance(error, OSError) or error.errno not in FILE_FAULTS:
+        return None
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+def _not_installed(error: Exception) -> str | None:
+    """For a package of somebody else's that is not there at all."""
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
+    if package is None or (ROOT / package).exists() or importlib.util.find_spec(package) is not None:
+        return None
+    return how_to_install(package)
 
 
 def _indeterminate(error: Exception) -> str | None:

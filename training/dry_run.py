@@ -26,6 +26,7 @@ from training.mfu import flops_of, peak_flops
 from training.precision import Working
 from training.preview import preview_prompt
 from training.step import accumulate, losses_of, train_step
+from training.streams import print_line
 
 TIMED = 10  # micro-batches, or as many as fit into
 DEADLINE = 5.0  # seconds for them; a micro-batch that alone takes longer is never run,
@@ -56,15 +57,15 @@ def dry_run(run: Run, device: torch.device, done: int) -> None:
         keys = " within documents" if corpus else ", an upper bound: pairs across documents are counted"
     parts = memory(run, vocab_size, device)
     for line in _shapes(run, vocab_size, flops, keys, parts, device):
-        print(line)
-    print(_plan(run, corpus, done), flush=True)  # before what takes a while
-    print(_duration(run, vocab_size, flops, sum(parts.values()), device, done))
+        print_line(line)
+    print_line(_plan(run, corpus, done))  # before what takes a while
+    print_line(_duration(run, vocab_size, flops, sum(parts.values()), device, done))
     if corpus is None:
-        print(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens")
+        print_line(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens")
         for line in lacking:
-            print(f"missing      {line}")
+            print_line(f"missing      {line}")
     kept = f", and nothing kept but the prepared documents, in {corpus.folder}" if corpus else " or kept"
-    print(f"dry run      nothing was trained{kept}: leave dry_run=true out to train")
+    print_line(f"dry run      nothing was trained{kept}: leave dry_run=true out to train")
 
 
 def _prepared(run: Run) -> tuple[Prepared | None, list[str]]:

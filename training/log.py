@@ -21,8 +21,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from data.durable import exists, open_regular, read_regular, write_whole
-from data.errors import UserError
+from data.errors import UserError, escaped
 from model.config import Config
+from training.streams import tell
 
 log = logging.getLogger("headroom")
 LONGEST = 200  # characters of an error that is no line of ours
@@ -250,12 +251,13 @@ def _is_number(value: Any) -> bool:
 
 
 class Watch:
-    """The live line on a terminal; elsewhere, a plain line every tenth of the way. All on stderr."""
+    """The live line on a terminal that can move its cursor; elsewhere, a plain line every tenth of the way. All on
+    stderr."""
 
     def __init__(self, first_step: int, steps: int):
         columns = BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}")
-        self.console = _Patient(stderr=True)
-        self.live = self.console.is_terminal
+        self.console = Console(stderr=True)
+        self.live = self.console.is_terminal and not self.console.is_dumb_terminal
         self.progress = Progress(*columns, console=self.console, disable=not self.live)
         self.task = self.progress.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step)
         self.steps, self.said = steps, first_step
@@ -275,7 +277,11 @@ class Watch:
 
     def say(self, line: str) -> None:
         """Above the live line."""
-        self.console.print(Text(line), soft_wrap=True)
+        self.show(escaped(line))
+
+    def show(self, text: str) -> None:
+        """The same for a text of several lines."""
+        self.console.print(Text(escaped(text, keep="\t\n")), soft_wrap=True)
 
     def stop(self) -> None:
         self.progress.stop()
@@ -291,27 +297,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
-class _Patient(Console):
-    """Falls silent when nobody reads any more, where rich would end the process: `train.py | tee`, and Ctrl-C."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        let_go_of_stderr()
-
-
 class _Stderr(logging.Handler):
     """Looks sys.stderr up at every message: a live line replaces it while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tell(self.format(record))
-
-
-def tell(line: str) -> None:
-    """A line on stderr, to whoever still reads it."""
-    try:
-        print(line, file=sys.stderr)
-    except OSError:
-        let_go_of_stderr()
 
 
 @contextmanager
@@ -326,11 +316,6 @@ def held_back() -> Iterator[None]:
         log.handlers[:] = handlers
         for record in held.buffer:
             log.handle(record)
-
-
-def let_go_of_stderr() -> None:
-    """Its reader is gone: what is written there is lost from here on, and no error, nor one as the process ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def to_stderr() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ def refuse_unwritable(path: Path, flag: str) -> None:
 def save(figure: Any, path: Path) -> None:
     """A matplotlib figure, in the format that the name says. The file appears as a whole. Raises UserError."""
     picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # it draws a box, which is all there is to say
+        figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     try:
         write_whole(path, picture.getvalue())
     except OSError as error:

@@ -4,6 +4,11 @@ python -m training.plot runs/A runs/B                 # in the checkout; writes 
 python -m training.plot runs/* --x tokens -o all.svg
 """
 
+if __name__ == "__main__":
+    from training import process
+
+    process.start("matplotlib", "pydantic", "rich")
+
 import argparse
 import itertools
 import os
@@ -12,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from data.durable import exists
-from data.errors import UserError
+from data.errors import UserError, escaped
+from training import process
 from training.command import Parser, one_line_errors
+from training.invocation import command
 from training.log import read_metrics
 from training.picture import refuse_unwritable, save
+from training.streams import show
 
 PICTURE = "loss.png"  # in a run's folder
 WINDOW = 10  # steps that a running mean is over at most, about
@@ -46,7 +54,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
     refuse_unwritable(path, "-o")
     folders = [folder for folder in folders if not os.path.isfile(folder)]  # runs/* has the settings of sweeps, too
     if not folders:
-        raise UserError("there is no run among what was given: python -m training.plot runs/A runs/B")
+        raise UserError(f"there is no run among what was given: {command('-m training.plot', 'runs/A', 'runs/B')}")
     found = [(label, *_curves(_rows_of(folder, x), x)) for label, folder in zip(_labels(folders), folders, strict=True)]
     window = _window(min(len(train) for _, train, _ in found))  # the shortest one's, for all: none lags, or all alike
     markers = _markers([point for *_, val in found for point in val])
@@ -100,7 +108,8 @@ def empty_axes(title: str, x: str) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.set(title=title, xlabel=x, ylabel="loss (nats per token)")
+    axes.set(xlabel=x, ylabel="loss (nats per token)")
+    axes.set_title(escaped(title), parse_math=False)  # a run's name is no formula
     axes.grid(alpha=0.3)
     return figure, axes
 
@@ -109,8 +118,11 @@ def save_axes(figure: Any, axes: Any, path: Path) -> None:
     """With a legend of what has a label, if anything was drawn."""
     from matplotlib import pyplot as plt
 
-    if axes.lines:
-        axes.legend(fontsize="small")
+    named = [line for line in axes.lines if not line.get_label().startswith("_child")]  # what matplotlib calls the rest
+    if named:
+        legend = axes.legend(named, ["-"] * len(named), fontsize="small")  # it leaves out names that begin with _
+        for text, line in zip(legend.get_texts(), named, strict=True):
+            text.set(text=escaped(line.get_label()), parse_math=False)
     save(figure, path)
     plt.close(figure)
 
@@ -149,9 +161,10 @@ def main() -> None:
     )
     parser.add_argument("--x", choices=("steps", "tokens"), default="steps", help="what the losses are drawn over")
     with one_line_errors():
+        process.end_by_unwinding()
         arguments = parser.parse_args()
         plot_runs(arguments.runs, arguments.output, arguments.x.replace("steps", "step"))
-        print(arguments.output)
+        show(f"{arguments.output}\n")
 
 
 if __name__ == "__main__":

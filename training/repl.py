@@ -13,6 +13,7 @@ from model.transformer import TransformerLM
 from training.log import held_back
 from training.signals import Interruptible
 from training.streaming import TextStream
+from training.streams import StdoutLost, reason, show, tell
 
 HELP = """\
 What you type is appended to the text as it stands, and the model continues it.
@@ -96,13 +97,17 @@ def converse(conversation: Conversation, first: str) -> None:
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # what is not UTF-8 is refused as a line
     say("type what to continue; /help lists the commands, Ctrl-D leaves")
     if first:
-        write(first)
+        show(first)
         take_turn(conversation, first)
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
+        except StdoutLost:  # the prompt
+            raise
+        except OSError as error:
+            raise UserError(f"stdin cannot be read: {reason(error)}") from None
         except EOFError:
-            write("\n")
+            show("\n")
             return
         except KeyboardInterrupt:
             say("\nCtrl-D leaves")
@@ -126,14 +131,10 @@ def take_turn(conversation: Conversation, text: str) -> None:
         say(f"[{error}]")
     else:
         with held_back():
-            ending = conversation.turn(write)
+            ending = conversation.turn(show)
         say(ending)
 
 
-def write(text: str) -> None:
-    print(text, end="", flush=True)
-
-
-def say(line: str) -> None:
-    if line:
-        print(line, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    for line in text.splitlines():
+        tell(line)

@@ -3,8 +3,12 @@
 python -m training.replay runs/NAME/failures/step_00000012      # in the checkout
 """
 
+if __name__ == "__main__":
+    from training import process
+
+    process.start("torch", "hydra", "pydantic", "rich", "safetensors", "tokenizers")
+
 import argparse
-import shlex
 from pathlib import Path
 
 import torch
@@ -15,14 +19,16 @@ from data.errors import UserError
 from data.prepare import Prepared
 from data.tokenizer import load_tokenizer
 from model.transformer import Output
-from training import checkpoint
+from training import checkpoint, process
 from training.command import Parser, one_line_errors
 from training.config import Run
 from training.device import choose_device
+from training.invocation import command
 from training.log import to_stderr
 from training.precision import Working, choose_precision
 from training.run_folder import refuse_no_run
 from training.step import accumulate, losses_of
+from training.streams import print_line
 
 BATCH = "batch.safetensors"
 SHOWN = 120  # characters of each text
@@ -52,7 +58,7 @@ def keep(
         checkpoint.write(path, run, corpus, training, step, files)
     except OSError as error:
         return UserError(f"{diverged} (the step cannot be kept in {path}: {error.strerror or error})")
-    return UserError(f"{diverged}, or see where it begins: python -m training.replay {shlex.quote(str(path))}")
+    return UserError(f"{diverged}, or see where it begins: {command('-m training.replay', str(path))}")
 
 
 def replay(path: Path) -> None:
@@ -83,17 +89,17 @@ def replay(path: Path) -> None:
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = mean_loss(model, inputs, targets)
         beginning = tokenizer.decode(inputs[0].tolist())[:SHOWN]
-        print(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
+        print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
         return loss
 
     accumulate(working, batches, (run.seed, step - 1), watched)
-    print(f"forward      {first.where or 'finite everywhere'}")
+    print_line(f"forward      {first.where or 'finite everywhere'}")
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    print(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:NAMED]) or 'none'}{more}")
+    print_line(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:NAMED]) or 'none'}{more}")
     largest = max(model.named_parameters(), key=lambda item: item[1].abs().max().nan_to_num(torch.inf))
-    print(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
+    print_line(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
 
 
 def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -137,6 +143,7 @@ def main() -> None:
     )
     parser.add_argument("path", type=Path, help="a folder of a run's failures/")
     with one_line_errors():
+        process.end_by_unwinding()
         to_stderr()
         replay(parser.parse_args().path)
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batches import documents_of_step
+from data.errors import escaped
 from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.attention_seen import attention_seen
@@ -21,13 +21,15 @@ from training.checkpoint import saved, step_of
 from training.config import Run, dump
 from training.device import peak_memory
 from training.guard import Guard
-from training.log import MetricsFile, Watch, percent, tell
+from training.invocation import command
+from training.log import MetricsFile, Watch, percent
 from training.mfu import flops_of, peak_flops
 from training.origin import leaves
 from training.plot import plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
 from training.step import Score, StepResult
+from training.streams import on_stdout, reason, tell, write_if_possible
 
 log = logging.getLogger("headroom")
 DOCUMENTS_NAMED = 4
@@ -99,6 +101,10 @@ class Report:
         """Above the live line."""
         self.watch.say(line)
 
+    def show(self, text: str) -> None:
+        """The same for a text of several lines."""
+        self.watch.show(text)
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Around the wait for a batch, with which every step begins."""
@@ -122,26 +128,28 @@ class Report:
             self.interval_start += time.perf_counter() - start
 
     def end(self, score: Score, sample: str) -> None:
-        """The last words of a run, on stdout; then its picture, the last thing it does: where that is missing, a run
-        that is resumed says its last words again."""
-        speed = (
-            f"speed        {self.tokens_per_second:,.0f} training tokens per second, "
-            f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data\n"
-        )
-        words = (
-            f"\n{sample}\n\n"
+        """The last words of a run, on stdout, whether or not anybody reads them; then its picture, the last thing it
+        does: where that is missing, a run that is resumed says its last words again."""
+        lines = [
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
-            f"(the whole validation set, {score.tokens:,} tokens)\n"
-            f"{speed if self.total_tokens else ''}"
-            f"run          {self.folder}  (loss.png is its curve)\n"
-            f"next         python sample.py 'a beginning of yours' --run {shlex.quote(str(self.folder))}\n"
-            f"             {self._longer()}\n"
-            f"             python train.py --help"
+            f"(the whole validation set, {score.tokens:,} tokens)",
+            f"run          {self.folder}  (loss.png is its curve)",
+            f"next         {command('sample.py', 'a beginning of yours', '--run', str(self.folder))}",
+            f"             {self._longer()}",
+            f"             {command('train.py', '--help')}",
+        ]
+        if self.total_tokens:
+            lines.insert(1, self._speed())
+        lost = write_if_possible("\n".join(["", on_stdout(sample), "", *map(escaped, lines)]))
+        if lost is not None:
+            log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
+        self._plot()
+
+    def _speed(self) -> str:
+        return (
+            f"speed        {self.tokens_per_second:,.0f} training tokens per second, "
+            f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data"
         )
-        try:
-            print(words)
-        finally:  # nobody may be listening
-            self._plot()
 
     def stopped(self, step: int, name: str) -> None:
         """The last words of a run that was asked to end."""

@@ -5,7 +5,6 @@ import os
 import platform
 import random
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,8 +34,10 @@ from data.lock import lock
 from data.tables import format_of
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
+from training.invocation import command
 from training.migrate import FORMAT, UNSTATED, migrate
 from training.origin import is_place, leaves, refuse_foreign, signature
+from training.overrides import override
 
 RUNS = Path("runs")
 # What may change when a run is resumed.
@@ -73,7 +74,7 @@ def refuse_unmakeable(run_dir: str | None) -> None:
         names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
         taken = not all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
         if run_dir and (taken or folder.is_file()):
-            others = f", or continue it with resume={folder}" if "config.yaml" in names else ""
+            others = f", or continue it with {override('resume', str(folder))}" if "config.yaml" in names else ""
             raise UserError(f"run_dir={folder} exists already: choose another{others}")
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=there):
@@ -171,7 +172,7 @@ def refuse_other_format(path: Path, format: Any) -> None:
 
 def resume_command(folder: Path) -> str:
     """What continues a run, for a shell."""
-    return "python train.py " + shlex.quote(f"resume={folder}")
+    return command("train.py", override("resume", str(folder)))
 
 
 def refuse_no_run(folder: Path) -> None:
@@ -303,7 +304,7 @@ def newest(with_checkpoint: bool = False) -> Path:
     touched = {folder: when for folder, when in touched.items() if when}
     if not touched:
         what = "run with a checkpoint" if with_checkpoint else "run"
-        raise UserError(f"there is no {what} in {RUNS.resolve()}: python train.py makes one")
+        raise UserError(f"there is no {what} in {RUNS.resolve()}: {command('train.py')} makes one")
     return max(touched, key=touched.get)
 
 

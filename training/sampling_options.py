@@ -11,6 +11,7 @@ from data.errors import UserError
 from training.command import CONF, Parser, number
 from training.completion import PrintCompletion
 from training.picture import refuse_unwritable
+from training.streams import reason
 
 MOST_SAMPLES = 1024
 LAST_SEED = 2**63 - 1
@@ -104,7 +105,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         return (sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()).decode()
     except OSError as error:
-        raise UserError(f"{what}: {name} cannot be read: {error.strerror}") from None
+        raise UserError(f"{what}: {name} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{what}: {name} is not UTF-8 text: byte {error.start} cannot be decoded") from None
 

@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
+from training.invocation import command
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -26,7 +26,7 @@ def no_such_setting(key: str) -> str:
     elif group:  # so the nearest of all there are
         everywhere = [f"{other}.{name}" for other, path in chosen.items() for name in _keys(path)]
         nearest = _nearest(key, [*everywhere, *top])
-        return f"{key}: no such setting; {_hint(nearest)}python train.py --help lists them"
+        return f"{key}: no such setting; {_hint(nearest)}{command('train.py', '--help')} lists them"
     else:
         valid, where, nearest = top, "", _nearest(name, top)
     return f"{key}: no such setting{where}; {_hint(nearest)}valid: {', '.join(valid) or 'none'}"
@@ -78,4 +78,6 @@ def _keys(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> dict:
+    import yaml
+
     return yaml.safe_load(path.read_text())

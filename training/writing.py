@@ -8,9 +8,9 @@ from data.tokenizer import Tokenizer
 from model.generate import ENDED, Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
-from training.log import tell
 from training.signals import Interruptible
 from training.streaming import TextStream
+from training.streams import show, tell
 
 
 class Sample:
@@ -78,18 +78,18 @@ def write(
         yield rest[0]
 
 
-def show(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample], limit: int) -> None:
+def show_samples(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample], limit: int) -> None:
     """The first sample as it comes, then the others: the texts to stdout, what is said of them to stderr."""
     notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full]"}
     for i, one in enumerate(samples):
         if len(samples) > 1:
             tell(f"[sample {i + 1} of {len(samples)}, seed {one.seed}]")
-        print(prompt, end="", flush=True)
+        show(prompt)
         try:
             for piece in pieces if i == 0 else [one.text]:
-                print(piece, end="", flush=True)
+                show(piece)
         finally:
-            print(flush=True)
+            show("\n")
         if one.finish in notes:
             tell(notes[one.finish])
 

@@ -10,7 +10,7 @@ import pytest
 from data.errors import UserError
 from tests.support import SMOKE, call
 from tests.training.runs import rewind
-from training.log import MetricsFile, TensorboardLogger, WandbLogger, read_metrics
+from training.log import MetricsFile, TensorboardLogger, WandbLogger, Watch, read_metrics
 
 
 def row(step, **more):
@@ -63,6 +63,16 @@ def test_a_row_that_is_lost_is_said_and_the_others_stay(tmp_path, caplog, damage
     assert f"{path} has lost rows: it holds 2 of the 3 steps done" in caplog.text
     MetricsFile(path, resume_after=3).write(row(4))
     assert read_metrics(path) == [row(1), row(3), row(4)]
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    watch, numbers = Watch(0, 100), {"train_bpb": 1.0, "tokens_per_second": 9.0, "mfu": None}
+    for step in range(5, 101, 5):
+        watch.step(row(step, **numbers), seconds_left=1)
+    watch.stop()
+    assert capsys.readouterr().err.count("  loss 3.000  bpb 1.000  9 tokens/s") == 10
 
 
 def broken(*_, **__):

@@ -1,6 +1,7 @@
 """Curves of several runs in one picture."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -40,6 +41,19 @@ def drawn(monkeypatch) -> list:
     found, save = [], plot.save_axes
     monkeypatch.setattr(plot, "save_axes", lambda figure, axes, path: (found.append(axes), save(figure, axes, path)))
     return found
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_of_any_name_is_drawn_under_it(runs, monkeypatch, capsys):
+    names, found = ["_a", "$x_$", "$\\oops$", "a\x1b[31m\n", "漢", "b\udcff"], drawn(monkeypatch)
+    for name in names:
+        shutil.copytree(runs / "runs/one", runs / name)
+        plot.plot_loss(runs / name)
+    assert call(monkeypatch, *names) == 0
+    shown = ["_a", "$x_$", "$\\oops$", "a\\x1b[31m\\n", "漢", "b\\udcff"]
+    assert [axes.get_title() for axes in found[:-1]] == shown
+    assert [text.get_text() for text in found[-1].get_legend().get_texts()][: len(names)] == shown
+    assert capsys.readouterr().err == ""
 
 
 def test_runs_are_overlaid_under_their_names(runs, monkeypatch, capsys):

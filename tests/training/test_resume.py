@@ -15,6 +15,7 @@ from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training.checkpoint import MODEL, OPTIMIZER, newest
+from training.invocation import command
 from training.log import read_metrics
 
 # Dropout, accumulation, and an epoch's end on the way.
@@ -155,7 +156,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypat
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "finishing the step and saving" in err and "python train.py resume=run" in err and "Traceback" not in err
+    assert "finishing the step and saving" in err and "Traceback" not in err
+    assert f"continue with: {command('train.py', 'resume=run')}\n" in err
     (checkpoint,) = (workplace / "run/checkpoints").iterdir()
     done = len(read_metrics(workplace / "run/metrics.jsonl"))
     assert checkpoint.name == f"step_{done:08d}" and steps <= done < 1000
@@ -199,7 +201,7 @@ def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, sent):
     _, err = process.communicate(timeout=60)
     assert time.perf_counter() - begun < 5
     assert process.returncode == 130
-    assert "stopped at once; continue with: python train.py resume=run" in err and "Traceback" not in err
+    assert f"stopped at once; continue with: {command('train.py', 'resume=run')}" in err and "Traceback" not in err
     assert newest(workplace / "run", (MODEL, OPTIMIZER)) is not None
 
 
@@ -237,7 +239,7 @@ def test_a_complete_wsd_run_says_whether_it_can_become_longer(workplace, monkeyp
     assert "resume=cooled" not in out
     assert call("train", ["resume=cooled", "steps=16"], monkeypatch) == 2
     assert call("train", [*options, "schedule.cooldown=0", "run_dir=warm"], monkeypatch) == 0
-    assert "python train.py resume=warm steps=16\n" in capsys.readouterr().out
+    assert f"{command('train.py', 'resume=warm', 'steps=16')}\n" in capsys.readouterr().out
     assert call("train", ["resume=warm", "steps=16"], monkeypatch) == 0
 
 

@@ -1,0 +1,154 @@
+"""What is typed after train.py: any text as a value, and what is to be typed instead of what cannot be read."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from data.errors import UserError
+from tests.support import ROOT, SMOKE, call
+from training import invocation
+from training.invocation import command, interpreter, quoted
+from training.overrides import override, readable
+from training.run_folder import resume_command
+
+
+def value_of(word: str):
+    """What a setting is after Hydra, and OmegaConf, have read it."""
+    (read,) = readable([word])
+    return OmegaConf.create({"key": OverridesParser.create().parse_override(read).value()}).key
+
+
+VERBATIM = ["my books/a.txt", "~/a b.txt", "~", "Ärger.txt", "書.txt", "e\u0301.txt", "🙂", "it's.txt", "a#b", "a$b"]
+VERBATIM += ["a{b", "a}b", "a(b", "(a)", "f(x)", "a[b", "books/[v1].txt", "[v1]", "[v1].txt", "{a}", "a=b", "a!b"]
+VERBATIM += ["a;b", "a|b", "a&b", "<b>", "`a`", "^", '"a', "'a", 'a"b"', "a\nb", "a\tb", "007", "1e3", "12", "true"]
+VERBATIM += ["a\\b", "~\\", '~\\"', "a${b", "*.txt", "a:b", "a@b", "a\u00a0b", "a\x1bb"]
+SUGGESTED = ["data.path=a,b", "data.path=choice(a,b)", "data.parts={ä}", "attention.pattern=[~,~]"]
+NAMES = ["a run", "a,b", "nuLL", "~", "it's", '"q"', "a\\", "$x", "[v1]", "a(b)", "Ä", " a ", "7", "a\x1b\n'b"]
+NAMES += ["b\udcff"]
+
+
+@pytest.mark.parametrize("value", VERBATIM)
+def test_a_path_is_read_as_it_is_typed(value):
+    assert value_of(f"data.path={value}") == value
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("steps=3", 3),
+        ("seed = 3", 3),
+        ("optim.lr=1e-3", 1e-3),
+        ("compile=true", True),
+        ("resume=null", None),
+        ("data.path='a, b'", "a, b"),
+        ('data.path="it\'s"', "it's"),
+        ("attention.pattern=[local,global]", ["local", "global"]),
+        ("data.parts={sympy: 2, texts: {path: '*.txt'}}", {"sympy": 2, "texts": {"path": "*.txt"}}),
+        ("run_dir=~/my runs", str(Path("~/my runs").expanduser())),
+        ("steps=3;", "3;"),
+    ],
+)
+def test_what_is_no_text_stays_what_it_is(word, value):
+    assert value_of(word) == value
+
+
+def test_a_sweep_over_any_texts_and_flags_amid_settings():
+    assert readable(["-m", "data.path=~/a,Ä b", "attention=mha,mla"]) == [
+        'data.path="~/a","Ä b"',
+        "attention=mha,mla",
+        "-m",
+    ]
+    assert readable(["--multi", "seed=1,2"]) == ["seed=1,2", "--multi"]
+    assert readable(["--cfg", "job", "steps=3"]) == ["steps=3", "--cfg", "job"]
+    assert readable(["+attention=mla"]) == ["attention=mla"]
+
+
+REFUSED = {
+    "": "'' is no setting: write key=value, as in steps=300",
+    "foo": "'foo' is no setting: write key=value",
+    "+": "'+' is no setting",
+    "~": "'~' is no setting",
+    "=5": "'=5' is no setting",
+    "stéps=3": "stéps: no such setting; did you mean steps?",
+    "~stéps": "stéps: no such setting; did you mean steps?",
+    "~attention": "~attention: a run needs its attention: choose another as attention=",
+    "attention=mha,mla": "attention=mha,mla is several values: add -m, for a run of each",
+    "data.path=\udcff": "data.path=\\udcff is no text in the encoding of this shell, utf-8: try LC_ALL=C.UTF-8",
+}
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_cannot_be_read_is_answered_in_one_line(word):
+    with pytest.raises(UserError) as refused:
+        readable([word])
+    assert str(refused.value).startswith(REFUSED[word]) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("word", SUGGESTED)
+def test_what_is_said_to_be_typed_instead_gives_the_text(word):
+    with pytest.raises(UserError) as refused:
+        readable([word])
+    key, _, value = word.partition("=")
+    *_, suggested = [part for part in shlex.split(str(refused.value)) if part.startswith(f'{key}="')]
+    assert value_of(suggested) == value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_printed_command_resumes_a_run_of_any_name(name):
+    printed = resume_command(Path(name))
+    assert printed.isprintable()
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], capture_output=True).stdout.split(b"\0")
+    word = words[2].decode(errors="surrogateescape")
+    assert words[1].decode() == invocation.shortest(str(ROOT / "train.py"))
+    if "\udcff" in name:  # which Hydra cannot be given
+        assert word == override("resume", name)
+    else:
+        assert Path(value_of(word)) == Path(name)
+
+
+def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeypatch, capsys):
+    name = "my [v1] ~ü's\x1b run"
+    assert call("train", [*SMOKE, "steps=1", f"run_dir={name}"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "run          my [v1] ~ü's\\x1b run  (loss.png" in out
+    (line,) = [line for line in out.splitlines() if "resume=" in line]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")
+    assert call("train", words[2:-1], monkeypatch) == 0  # steps=2
+    assert len((workplace / name / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
+    base, venv = tmp_path / "base", tmp_path / ".venv/bin"
+    for folder in (base, venv):
+        folder.mkdir(parents=True)
+    (base / "python3.11").touch(mode=0o755)
+    for link in (base / "python", base / "python3", venv / "python", venv / "python3"):
+        link.symlink_to(base / "python3.11")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(invocation, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "executable", str(venv / "python"))
+    monkeypatch.setenv("PATH", str(base))  # as without the environment: the same binary, and other packages
+    assert command("train.py", "resume=a b") == ".venv/bin/python train.py 'resume=a b'"
+    assert command("-m training.replay", "x") == ".venv/bin/python -m training.replay x"
+    monkeypatch.setenv("PATH", f"{venv}:{base}")
+    assert command("train.py") == "python train.py"
+    monkeypatch.setattr(sys, "executable", str(base / "python3.11"))
+    monkeypatch.setenv("PATH", str(base))
+    assert interpreter() == "python"
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(base)
+    assert command("train.py") == "./python3.11 ../train.py"
+    assert command("-m training.plot") == f"PYTHONPATH={tmp_path} ./python3.11 -m training.plot"
+
+
+def test_words_of_any_characters_come_through_a_shell():
+    for word in ("a b", "it's", "\x1b[1m'\\x", "a\nb", "\u202eé", "b\udcff"):
+        printed = quoted(word)
+        assert printed.isprintable()
+        found = subprocess.run(["bash", "-c", f"printf %s {printed}"], capture_output=True).stdout
+        assert found.decode(errors="surrogateescape") == word

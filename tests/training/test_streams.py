@@ -1,0 +1,191 @@
+"""Streams that are closed, full or of another encoding, signals from the first moment, and what is shown of the texts
+of others: mostly small processes that load nothing heavy."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from data.errors import UserError, escaped
+from tests.support import ROOT
+from training import streams
+from training.log import Watch
+
+PYTHON = f"exec {sys.executable}"
+STARTED = "from training import process, streams; process.start(); from training.command import one_line_errors\n"
+
+
+def shell(line: str, cwd, **environment: str) -> tuple[int, str, str]:
+    """-> exit code, stdout and stderr of a line in which the streams can be redirected."""
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
+    found = subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, stdin=subprocess.PIPE)
+    return found.returncode, found.stdout.decode(), found.stderr.decode()
+
+
+def script(tmp_path, code: str) -> str:
+    (tmp_path / "script.py").write_text(STARTED + code)
+    return f"{PYTHON} {tmp_path / 'script.py'}"
+
+
+FULL = "error: stdout cannot be written: No space left on device\n"
+CLOSED = "error: stdout cannot be written: it is closed\n"
+STREAMS = {
+    ">/dev/full": (2, FULL),
+    ">&-": (2, CLOSED),
+    "<&- >&-": (2, CLOSED),
+    "2>/dev/full": (0, ""),
+    "2>&-": (0, ""),
+    "<&-": (0, "a message\n"),
+    ">&- 2>&-": (2, ""),
+    ">/dev/full 2>/dev/full": (2, ""),
+}
+
+
+@pytest.mark.parametrize("how", STREAMS)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["", "unbuffered"])
+def test_a_text_that_is_lost_is_said_and_a_message_that_is_lost_is_not(tmp_path, how, unbuffered):
+    code = "with one_line_errors():\n    streams.tell('a message')\n    print('text')\n"
+    line = f"{script(tmp_path, code)} {how}"
+    returned, err = STREAMS[how]
+    text = "text\n" if returned == 0 else ""
+    message = "a message\n" if err and returned else ""
+    assert shell(line, tmp_path, PYTHONUNBUFFERED=unbuffered) == (returned, text, message + err)
+
+
+@pytest.mark.parametrize(
+    ("program", "how", "code", "complaint"),
+    [
+        ("sample.py --help", ">/dev/full", 2, FULL),
+        ("sample.py --help", "| head -c 3", 0, ""),
+        ("train.py --help", ">&-", 2, CLOSED),
+        ("train.py foo", "2>&- <&-", 2, ""),
+        ("sample.py -", "<&-", 2, "error: the prompt: stdin cannot be read: it is closed\n"),
+        ("-m training.plot --help", ">&-", 2, CLOSED),
+    ],
+)
+def test_so_do_the_programs(tmp_path, program, how, code, complaint):
+    returned, out, err = shell(f"set -o pipefail; {sys.executable} {program} {how}", ROOT)
+    assert (returned, err) == (code, complaint) and len(out) == (3 if "head" in how else 0)
+
+
+def test_a_file_does_not_take_the_place_of_a_stream(tmp_path):
+    code = "import os, subprocess\nwith open('file', 'w') as file:\n"
+    code += "    subprocess.run(['sh', '-c', 'echo text; echo text >&2'])\n    os.write(2, b'text')\n"
+    assert shell(f"{script(tmp_path, code)} <&- >&- 2>&-", tmp_path) == (0, "", "")
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_what_is_no_product_may_be_lost(tmp_path):
+    code = "with one_line_errors():\n    streams.tell(str(streams.write_if_possible('x')))\n    print('y')\n"
+    assert shell(f"{script(tmp_path, code)} >/dev/full", tmp_path) == (0, "", "[Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
+def test_no_character_ends_a_program(tmp_path, encoding):
+    code = "import sys\nprint('é\\u6f22')\nprint('\\u6f22', file=sys.stderr)\n"
+    expected = "\xe9" if encoding == "latin-1" else "\\xe9"
+    line = f"{script(tmp_path, code)} | iconv -f latin1 -t utf8"
+    assert shell(line, tmp_path, PYTHONIOENCODING=encoding) == (0, f"{expected}\\u6f22\n", "\\u6f22\n")
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
+    line = f"mkdir gone; cd gone; rmdir ../gone; {PYTHON} {ROOT / 'train.py'}"
+    returned, out, err = shell(line, tmp_path)
+    assert (returned, out) == (2, "") and err.startswith("error: the working directory is gone (")
+
+
+@pytest.mark.parametrize("program", ["train.py", "sample.py x", "-m training.plot x", "-m training.replay x"])
+def test_a_package_that_is_missing_is_one_line(program):
+    returned, out, err = shell(f"{PYTHON} -S {program}", ROOT)
+    assert (returned, out, err.count("\n")) == (2, "", 1)
+    assert " has no package " in err and f"-m pip install -e {ROOT}\n" in err
+
+
+WHILE_IMPORTING = """
+import runpy, signal, sys
+class Import:
+    def find_spec(name, path=None, target=None):
+        if name == {package!r}:
+            try:
+                signal.raise_signal({number})
+            except BaseException:  # what some packages do
+                raise ImportError
+sys.meta_path.insert(0, Import)
+sys.argv = {words!r}
+{run}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("program", "package"),
+    [
+        ("train.py", "training.streams"),
+        ("train.py", "hydra"),
+        ("sample.py", "training.command"),
+        ("training.plot", "rich.console"),
+        ("training.replay", "torch"),
+    ],
+)
+def test_a_signal_amid_imports_ends_a_program_in_a_word(program, package, number):
+    run = f"runpy.run_path({program!r}, run_name='__main__')"
+    if "training" in program:
+        run = f"runpy.run_module({program!r}, run_name='__main__', alter_sys=True)"
+    code = WHILE_IMPORTING.format(package=package, number=int(number), words=[program, "x"], run=run)
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=hear)
+    word = "interrupted\n" if number == signal.SIGINT else ""
+    assert (found.returncode, found.stdout, found.stderr) == (128 + number, "", word)
+
+
+def hear() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_later_a_signal_lets_files_be_removed(tmp_path, number):
+    code = "import os, signal\nprocess.end_by_unwinding()\nwith one_line_errors():\n"
+    code += f"    try:\n        signal.raise_signal({int(number)})\n    finally:\n        print('removed')\n"
+    word = "interrupted\n" if number == signal.SIGINT else ""
+    assert shell(script(tmp_path, code), tmp_path) == (128 + number, "removed\n", word)
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+    code = "import signal\nsignal.raise_signal(signal.SIGINT)\nprint('here')\n"
+    assert shell(f"trap '' INT; {script(tmp_path, code)}", tmp_path) == (0, "here\n", "")
+
+
+CONTROLLED = "a\x1b[31m\x07\x00\x7f\x9b\u202e\u2066\udcff\n\r\tb\u2028c[red]é漢🙂"
+AS_SHOWN = "a\\x1b[31m\\x07\\x00\\x7f\\x9b\\u202e\\u2066\\udcff\\n\\r\\tb\\u2028c[red]é漢🙂"
+
+
+def test_controls_are_escapes_in_all_that_is_said(capsys):
+    assert escaped(CONTROLLED) == str(UserError(CONTROLLED)) == AS_SHOWN
+    assert escaped(AS_SHOWN) == AS_SHOWN and str(UserError(str(UserError(CONTROLLED)))) == AS_SHOWN
+    streams.tell(CONTROLLED)
+    watch = Watch(0, 1)
+    watch.say(CONTROLLED)
+    watch.show("two\nlines\x1b")
+    streams.print_line(CONTROLLED)
+    assert capsys.readouterr() == (f"{AS_SHOWN}\n", f"{AS_SHOWN}\n{AS_SHOWN}\ntwo\nlines\\x1b\n")
+
+
+def test_a_sampled_text_is_raw_but_on_a_terminal(monkeypatch):
+    for terminal, shown in ((False, "a\x1b\t\nb\x9b\r"), (True, "a\\x1b\t\nb\\x9b\\r")):
+        out = io.StringIO()
+        monkeypatch.setattr(out, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr(sys, "stdout", out)
+        streams.show("a\x1b\t\nb\x9b\r")
+        assert out.getvalue() == shown
+
+
+def test_json_has_escapes_that_mean_the_same():
+    line = streams.json_line({"text": CONTROLLED})
+    assert json.loads(line) == {"text": CONTROLLED} and escaped(line) == line and "é漢🙂" in line
+
+
+def test_a_word_that_nobody_would_read_is_shortened(capsys):
+    streams.tell("error: " + "x" * 100_000 + " is long")
+    assert capsys.readouterr().err == f"error: {'x' * 100}[...]{'x' * 100} is long\n"

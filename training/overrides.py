@@ -1,0 +1,110 @@
+"""What is typed after train.py, made readable for Hydra's grammar, or refused in words that say what to type."""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from data.errors import UserError
+from training.invocation import command, quoted
+from training.unknown import CONF, no_such_setting
+
+PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
+TEXTS = (
+    *PATHS,
+    "data.path",
+    "data.column",
+    "data.document",
+    "tokenizer.path",
+    "sample_prompt",
+)  # never numbers, lists or dicts
+# The flags of Hydra's that a word follows.
+VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
+VALUED += ("-i", "--info", "--experimental-rerun")
+
+
+def readable(typed: Sequence[str]) -> list[str]:
+    """The words of a command line, values quoted for Hydra where its grammar cannot read them as text.
+
+    A value is text, and taken as it is, where the grammar refuses it and it is not all within [ ] or { }; of the
+    settings in TEXTS also where the grammar would see a number, a list or a dict in it. With -m, text outside of quotes
+    and brackets is a list of values at its commas. Raises UserError for what stays unreadable.
+
+    Flags come last: amid settings, argparse would take no more of these after them.
+    """
+    # argparse takes the beginning of a flag for it, too.
+    sweep = any(word == "-m" or (word > "--" and "--multirun".startswith(word)) for word in typed)
+    flags = {i for i, word in enumerate(typed) if word.startswith("-")}
+    flags |= {i + 1 for i in flags if typed[i] in VALUED}
+    settings = [_override(word, sweep) for i, word in enumerate(typed) if i not in flags]
+    return [*settings, *(word for i, word in enumerate(typed) if i in flags)]
+
+
+def override(key: str, value: str) -> str:
+    """What is typed for a setting of PATHS to be that path, before it is quoted for a shell."""
+    value = f"./{value}" if value.startswith("~") else value
+    plain = re.fullmatch(r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?", value) and value.lower() != "null"
+    return f"{key}={value if plain else as_text(value)}"
+
+
+def as_text(value: str) -> str:
+    """A value in quotes that Hydra reads as exactly this text, in which an open ${ begins no interpolation."""
+    value = re.sub(r"\$\{(?![^{]*\})", r"\\${", value)
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value) + '"'
+
+
+def _override(word: str, sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    key = key.strip()
+    name = key.lstrip("+~")
+    is_group = name.isidentifier() and (CONF / name).is_dir()
+    if not name or (not equals and not key.startswith("~")):
+        raise UserError(
+            f"{word!r} is no setting: write key=value, as in steps=300, a value with spaces in quotes; "
+            f"{command('train.py', '--help')} lists them"
+        )
+    if re.search("[\ud800-\udfff]", word):
+        encoding = sys.getfilesystemencoding()
+        raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: try LC_ALL=C.UTF-8")
+    if key.startswith("~"):
+        if is_group and name != "experiment":
+            raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")
+        if _read(word) is None:
+            raise UserError(no_such_setting(name))
+        return word
+    if _read(f"{key}=x") is None:
+        raise UserError(no_such_setting(name))
+    if is_group:
+        key = name  # Hydra would add a second choice to the default one
+    if name in PATHS and value.startswith("~"):
+        value = os.path.expanduser(value)
+    found = _read(f"{key}={value}")
+    if found is None:
+        if name not in TEXTS and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
+            raise UserError(_unreadable(key, value))
+        parts = value.split(",") if sweep and not re.search(r"""["'()\[\]{}]""", value) else [value]
+        value = ",".join(map(as_text, parts))
+    elif found.is_sweep_override() and not sweep:
+        text = "" if is_group else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
+        raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
+    elif name in TEXTS and isinstance(found.value(), bool | int | float | list | dict):
+        value = as_text(value.strip())
+    return f"{key}={value}"
+
+
+def _read(word: str) -> Any | None:
+    """Hydra's override; None where its grammar refuses the word."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return OverridesParser.create().parse_override(word)
+    except (HydraException, RecursionError):
+        return None
+
+
+def _unreadable(key: str, value: str) -> str:
+    form = "a dict is {name: value, other: value}" if value.strip().startswith("{") else "a list is [value, value]"
+    text = quoted(f"{key}={as_text(value)}")
+    return f"cannot read {key}={value}: {form}, where text that is more than a word is in quotes; as one text: {text}"
