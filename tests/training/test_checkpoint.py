@@ -313,7 +313,7 @@ def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, mon
     assert call("train", ["resume=run"], monkeypatch, drawn=True) == 0
     out, err = capsys.readouterr()
     score = read_metrics(run / "metrics.jsonl")[-1]["val_loss"]
-    assert f"validation   {score:.4f} nats" in out and "python sample.py" in out and "speed" not in out
+    assert f"validation   {score:.4f} nats" in out and "sample.py " in out and "speed" not in out
     assert "run is complete at step 6" in err and (run / "loss.png").exists()
     assert (last(run) / MODEL).read_bytes() == before
     assert call("train", ["resume=run"], monkeypatch) == 2
