@@ -55,6 +55,7 @@ PARTS_2 = {  # by class
     "data.hub.HubCorpus": {"document_mask": False},
     "data.mix.MixCorpus": {"document_mask": False},
 }
+ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
 
 
 def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
@@ -70,7 +71,12 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
 
 def _to_3(part: dict[str, Any]) -> dict[str, Any]:
     target = part.get("_target_")
-    return PARTS_2.get(target, {}) | part if isinstance(target, str) else part
+    if not isinstance(target, str):
+        return part
+    old = PARTS_2.get(target, {}) | part
+    if old.get("position") == "alibi" and target in ATTENTIONS_2:
+        old = {"alibi_slopes": "geometric"} | old
+    return old
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
