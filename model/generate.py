@@ -43,7 +43,7 @@ class Texts:
         """Row i draws from a generator of seeds[i] alone. cached=False computes the whole text anew for each token: the
         slow twin. Raises ValueError for a prompt that cannot be appended."""
         rows, self.limit, self.slide = len(prompts), model.config.context_length, slide
-        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # a row each
         self.tokens = torch.zeros(rows, self.limit, dtype=torch.int64)  # (B, limit), padded on the right
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens in each row's context
         self.held = torch.zeros(rows, dtype=torch.int64)  # of these, how many the caches hold; not the last
@@ -91,6 +91,10 @@ class Texts:
         for row in self.alive.nonzero()[:, 0].tolist():
             drawn[row] = torch.rand((), generator=self.draws[row], dtype=torch.float64)
         return drawn
+
+    def draw_from(self, row: int, seed: int) -> None:
+        """The row draws anew, as a text of this seed does from its first token on."""
+        self.draws[row] = torch.Generator().manual_seed(seed)
 
     def _surplus(self, total: int) -> int:
         """The fewest halves of the context, in tokens, whose loss leaves room for one token more."""

@@ -218,6 +218,23 @@ def test_a_conversation(place, monkeypatch, capsys):
     assert out.startswith(one["text"]) and out.rstrip("\n").endswith(one["text"].rstrip("\n"))
 
 
+def test_a_conversation_takes_another_seed_and_temperature_and_quits(place, monkeypatch, capsys):
+    def talk(lines: str, *arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
+
+    out, err = talk("/seed 7\nThe key\n/temperature 0\n/reset\nThe key\n/quit\nnever read\n")
+    turns = [samples(place, monkeypatch, capsys, "The key", "--max-new-tokens", "6", *how)[0]["text"].rstrip("\n")
+             for how in (["--seed", "7"], ["--temperature", "0"])]  # fmt: skip
+    assert out.splitlines() == "\n".join(turns).splitlines()
+    assert "[seed 7]\n[temperature 0]\n" in err
+    _, err = talk("/seed\n/seed x\n/seed -1\n/temperature nan\n/temperature -2\n/temperature 1 2\n/quit now\n")
+    said = ["/seed takes one number", "/seed x: 'x' is not a whole number of at least 0", "/seed -1: '-1' is not a",
+            "/temperature nan: 'nan' is not a number", "/temperature -2: '-2'", "/temperature takes one number",
+            "/quit now: no such command"]  # fmt: skip
+    assert all(found.startswith(line) for found, line in zip(err.splitlines()[2:], said, strict=True))
+
+
 def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"The query sees the key.\r\n" * 8)
     out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
