@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from data.errors import UserError
-from model.errors import Unsupported
+from model.errors import NotFinite, Unsupported
 from training.unknown import CONF, no_such_setting
 
 _failed: list[str] = []  # what runs of this process's sweep could not do
@@ -18,9 +18,10 @@ _failed: list[str] = []  # what runs of this process's sweep could not do
 
 @contextmanager
 def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, too little memory, or a complaint of Hydra's about what was
-    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
-    leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
+    """Turns a UserError, a kernel that does not run here, an output that is not finite, too little memory, or a
+    complaint of Hydra's about what was typed, into one line on stderr and exit code 2, and Ctrl-C into one word and
+    exit code 130. A reader of stdout that leaves early ends the program quietly. Anything else is a fault of the
+    program and keeps its traceback.
 
     of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
     """
@@ -29,7 +30,7 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     line = None
     try:
         yield
-    except (UserError, Unsupported) as error:
+    except (UserError, Unsupported, NotFinite) as error:
         line = str(error)
     except KeyboardInterrupt:
         with suppress(OSError):

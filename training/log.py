@@ -174,7 +174,7 @@ class MetricsFile:
         self.path = path
         self.past = [row for row in read_metrics(path) if row["step"] <= resume_after]
         try:
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.past).encode())
+            write_whole(path, "".join(map(_line, self.past)).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
@@ -186,9 +186,8 @@ class MetricsFile:
             self.file.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
         with self._complaint():
-            self.file.write(json.dumps(finite) + "\n")
+            self.file.write(_line(row))
             self.file.flush()
 
     def sync(self) -> None:
@@ -204,6 +203,11 @@ class MetricsFile:
             raise UserError(
                 f"{self.path} cannot be written: {error.strerror}; what was saved stands: make room, then resume"
             ) from None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

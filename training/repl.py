@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
+from model.errors import NotFinite
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
@@ -87,17 +88,24 @@ class Conversation:
     def turn(self, write: Callable[[str], None]) -> str:
         """Continues the text, handing out what is certain of it -> a word for the user on why it ended, or none."""
         texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops, self.half), None
-        end = self.tokenizer.end_of_text
+        end, broken = self.tokenizer.end_of_text, ""
         with Interruptible() as interruption:
-            for step in generate(self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end):
-                token = int(step[0])
-                write(stream.feed(token))
-                if stream.stopped or interruption.asked:
-                    break
+            try:
+                for step in generate(
+                    self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end
+                ):
+                    token = int(step[0])
+                    write(stream.feed(token))
+                    if stream.stopped or interruption.asked:
+                        break
+            except NotFinite as error:
+                broken = f"[{error}: /reset begins anew]"
             write(stream.close())
         self.half = b"" if token == end else stream.half
         if not stream.text.endswith("\n"):
             write("\n")
+        if broken:
+            return broken
         if interruption.asked:
             return "[stopped]"
         if token == end:
