@@ -38,7 +38,7 @@ FLOORS = [
     "training.step training.preview training.muon",
     "training.scoring training.repl training.writing training.attention_seen training.attention_map",
     "training.config training.migrate",
-    "training.run_folder",
+    "training.epochs training.run_folder",
     "training.checkpoint training.dry_run",
     "training.report",
     "training.trained training.beginning",

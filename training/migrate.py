@@ -17,6 +17,7 @@ RUN_2 = {
     "log_attention": False,
     "checkpoint_activations": False,
     "dry_run": False,
+    "eval_before": False,
 }
 MODEL_2 = {
     "position_embedding": "none",

@@ -23,6 +23,7 @@ from data.errors import UserError
 from data.lock import lock
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
+from training.log import read_metrics, unscored
 from training.migrate import FORMAT, UNSTATED, migrate
 
 RUNS = Path("runs")
@@ -160,7 +161,7 @@ def refuse_other_settings(folder: Path, run: Run, trained: Mapping[str, Any], do
             )
     if done > run.steps:
         raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
-    if done == run.steps:
+    if done == run.steps and not unscored(read_metrics(folder / "metrics.jsonl"), done):
         raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
     if run.steps != trained["steps"]:
         open_steps = [run.schedule.first_open_step(steps) for steps in (trained["steps"], run.steps)]
