@@ -138,7 +138,7 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> str:
     if corpus is None:
         return line
     line += f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}"
-    return "\n".join((line, *(f"             {warning}" for warning in repetitions(run, corpus, done))))
+    return "\n".join((line, *(f"warning      {warning}" for warning in repetitions(run, corpus, done))))
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:

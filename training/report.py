@@ -54,7 +54,8 @@ class Report:
         self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
         self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
         self.total_tokens, self.total_seconds, self.total_waited, self.waited = 0, 0.0, 0.0, 0.0
-        for line in (*_opening(run, folder, corpus, model, self.device), *repetitions(run, corpus, done)):
+        warnings = (f"warning      {line}" for line in repetitions(run, corpus, done))
+        for line in (*_opening(run, folder, corpus, model, self.device), *warnings):
             self.watch.say(line)
         self._restart_clock()
 
