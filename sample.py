@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
 import argparse
 
+from data.errors import UserError
+from model.errors import NotFinite
 from training.command import one_line_errors
 from training.sampling_options import arguments
 
@@ -37,7 +39,7 @@ def sample(args: argparse.Namespace) -> None:
     from training.preview import prompt_tokens
     from training.repl import Conversation, converse
     from training.run_folder import newest
-    from training.scoring import as_json, as_line, score_text
+    from training.scoring import as_json, as_line, refuse_not_finite, score_text
     from training.streams import json_line, tell
     from training.trained import load_run
     from training.writing import Sample, show_samples, speeds, write
@@ -63,7 +65,11 @@ def sample(args: argparse.Namespace) -> None:
     if args.text is not None:
         score = score_text(model, tokenizer, args.text, limit)
         tell(f"run {folder}")
-        print(json_line({"file": str(args.score), **as_json(score)}) if args.json else as_line(score))
+        if args.json:
+            print(json_line({"file": str(args.score), **as_json(score)}), flush=True)
+        refuse_not_finite(score, model, tokenizer, args.text, limit)
+        if not args.json:
+            print(as_line(score))
         return
     if args.attention_map is not None:
         draw_attention(model, tokenizer, args.prompt, args.attention_map, folder.resolve().name)
@@ -96,11 +102,18 @@ def sample(args: argparse.Namespace) -> None:
         tell(f"cache_bytes_per_token={sum(layer.bytes_per_token for layer in texts.caches or [])}")
     if any(one.finish == "interrupted" for one in samples):
         raise KeyboardInterrupt
+    broken = [one for one in samples if one.finish == "not_finite"]
+    if broken:
+        where = ", ".join(f"{one.prompt_tokens + one.tokens} tokens (seed {one.seed})" for one in broken)
+        raise NotFinite(f"the model's output is not finite after {where}")
 
 
 def main() -> None:
     with one_line_errors():
-        sample(arguments(__doc__))
+        try:
+            sample(arguments(__doc__))
+        except NotFinite as error:
+            raise UserError(f"{error}: try --checkpoint best, or --precision fp32") from None
 
 
 if __name__ == "__main__":

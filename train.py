@@ -13,7 +13,7 @@ if __name__ == "__main__":
     process.start()
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from training.command import (
     one_line_errors,
@@ -64,7 +64,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
     from training.report import Report
-    from training.signals import StopRequest
+    from training.signals import Stopped, StopRequest
     from training.step import Score, evaluate, losses_of, train_step
 
     process.end_by_unwinding()
@@ -98,41 +98,75 @@ def train(tree: dict, typed: list[str]) -> None:
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 
+    def between(what: str, index: int, count: int) -> None:
+        stop.obey()
+        report.within(what, index, count)
+
     def validate(tokens: slice) -> Score:
         working.refresh()
-        return evaluate(working.model, corpus.val, window, run.micro_batch_size, byte_lengths, tokens, losses)
+        where = corpus.val, window, run.micro_batch_size, byte_lengths, tokens
+        return evaluate(working.model, *where, losses, between)
+
+    def scores(step: int) -> tuple[Score | None, Score | None]:
+        """After a step: on the prefix of the validation set, and what is told, which is of all of it at the end. None
+        where a signal came."""
+        try:
+            with report.aside():
+                part = validate(prefix)
+                return part, part.plus(validate(rest)) if step == run.steps else part
+        except Stopped:
+            return None, None
+
+    def save(step: int, val_loss: float | None = None) -> None:
+        report.settle()
+        if not report.failing_still:
+            with report.aside():
+                checkpoint.save(folder, run, corpus, training, step, val_loss)
+
+    def leave(step: int, within: bool = False) -> NoReturn:
+        report.stopped(step, stop.signal.name, within)
+        sys.exit(stop.exit_code)
 
     def preview() -> str:
         return continuation(model, tokenizer, beginning, run.seed)
 
-    report = Report(run, folder, corpus, model, done, byte_lengths.to(device))
+    report, saved = Report(run, folder, corpus, model, done, byte_lengths.to(device)), done
     with claim, smaller_batches_advised(*sizes), StopRequest() as stop, report:
-        score = validate(slice(None)) if done == run.steps else None  # it was killed before its last words
+        if report.unscored or done == run.steps or (run.evaluates_before and not done):
+            part, score = scores(done)
+            if score is None:
+                leave(done)
+            if report.unscored:
+                report.complete(score)
+                save(done, part.loss)
+            elif not done:
+                report.before(score)
         for step in range(done, run.steps):
             with report.waiting():
                 batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)
             seeds, lr = (run.seed, step), run.lr(step)
-            result = train_step(working, training.optimizer, batches, lr, run.clip_norm, seeds, loss, clip)
+            try:
+                result = train_step(working, training.optimizer, batches, lr, run.clip_norm, seeds, loss, clip, between)
+            except Stopped:
+                if step > saved:
+                    save(step)
+                leave(step, within=True)
             now, last, part, score = step + 1, step + 1 == run.steps, None, None
-            if last or now % run.eval_every == 0:
-                with report.aside():
-                    part = validate(prefix)
-                    score = part.plus(validate(rest)) if last else part
-            report.step(now, result, batches, score)
+            due = last or now % run.eval_every == 0
+            if due:
+                part, score = scores(now)
+            report.step(now, result, batches, score, unscored=due and score is None)
             if last or stop.signal or report.failing or now % run.save_every == 0:
-                report.settle()
-                if not report.failing_still:
-                    with report.aside():
-                        checkpoint.save(folder, run, corpus, training, now, part and part.loss)
+                save(now, part and part.loss)
+                saved = now
             if report.failing:
                 raise replay.keep(folder, run, corpus, training, now, report.guard.in_a_row, batches)
             if stop.signal:
-                report.stopped(now, stop.signal.name)
-                sys.exit(stop.exit_code)
+                leave(now)
             if run.sample_every and now % run.sample_every == 0 and not last:
                 with report.aside():
                     report.show(preview())
-    report.end(score, preview())
+    report.end(score, part, preview())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ def digest(content: dict[str, Any]) -> str:
 
 
 def sealed(content: dict[str, Any]) -> str:
-    """JSON that carries its own hash."""
-    return json.dumps(content | {"hash": digest(content)}, indent=0)
+    """JSON that carries its own hash. Raises ValueError for a number that JSON does not have: NaN, or an infinity."""
+    return json.dumps(content | {"hash": digest(content)}, indent=0, allow_nan=False)
 
 
 def unsealed(text: str) -> dict[str, Any]:

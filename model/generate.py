@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
-from model.sampler import Sampler
+from model.errors import NotFinite
+from model.sampler import NO_TOKEN, Sampler
 from model.transformer import TransformerLM
 
 ENDED = -1  # what `generate` yields for a row that has ended
@@ -43,11 +44,12 @@ class Texts:
         """Row i draws from a generator of seeds[i] alone. cached=False computes the whole text anew for each token: the
         slow twin. Raises ValueError for a prompt that cannot be appended."""
         rows, self.limit, self.slide = len(prompts), model.config.context_length, slide
-        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # a row each
         self.tokens = torch.zeros(rows, self.limit, dtype=torch.int64)  # (B, limit), padded on the right
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens in each row's context
         self.held = torch.zeros(rows, dtype=torch.int64)  # of these, how many the caches hold; not the last
         self.alive = torch.zeros(rows, dtype=torch.bool)
+        self.not_finite = torch.zeros(rows, dtype=torch.bool)  # rows that ended because no next token followed
         for row, (prompt, _) in enumerate(zip(prompts, seeds, strict=True)):
             self.append(row, prompt)
         self.caches = model.make_caches(rows, bucket(int(self.lengths.max()) + 1)) if cached else None
@@ -62,7 +64,7 @@ class Texts:
             raise ValueError(f"a text of {total} tokens: between 1 and {self.limit - 1} fit a context of {self.limit}")
         text = torch.cat((self.tokens[row, :held], torch.tensor(tokens, dtype=torch.int64)))[start:]
         self.tokens[row, : len(text)] = text
-        self.lengths[row], self.alive[row] = len(text), True
+        self.lengths[row], self.alive[row], self.not_finite[row] = len(text), True, False
         if start:
             self.held[row] = 0  # each token stands elsewhere now
 
@@ -92,6 +94,10 @@ class Texts:
             drawn[row] = torch.rand((), generator=self.draws[row], dtype=torch.float64)
         return drawn
 
+    def draw_from(self, row: int, seed: int) -> None:
+        """The row draws anew, as a text of this seed does from its first token on."""
+        self.draws[row] = torch.Generator().manual_seed(seed)
+
     def _surplus(self, total: int) -> int:
         """The fewest halves of the context, in tokens, whose loss leaves room for one token more."""
         half = self.limit // 2
@@ -107,16 +113,29 @@ def generate(
     A row's text does not depend on its neighbours (but where two tokens are as likely up to rounding, of which bfloat16
     has a lot). It ends after `end_token`, which is yielded, when its context is
     full, or when the caller says so; from then on ENDED stands for it, and when all rows have ended the iteration does.
+    A row after which the model's output is no distribution ends too (`texts.not_finite`), its neighbours go on, and
+    where the iteration would end NotFinite is raised.
     """
+    broken = torch.zeros_like(texts.alive)
     for _ in range(max_new_tokens):
         if not texts.alive.any():
-            return
+            break
         logits = next_logits(model, texts).float().cpu()
         seen = texts.seen(model.vocab_size) if sampler.repetition_penalty != 1 else None
-        tokens = sampler(logits, texts.uniform(), seen).where(texts.alive, ENDED)
+        tokens = sampler(logits, texts.uniform(), seen)
+        broken |= texts.alive & (tokens == NO_TOKEN)
+        texts.not_finite |= broken
+        texts.alive &= ~broken
+        if broken.any() and not texts.alive.any():
+            break
+        tokens = tokens.where(texts.alive, ENDED)
         texts.add(tokens)
         texts.alive &= tokens != (ENDED if end_token is None else end_token)
         yield tokens
+    if broken.any():
+        row = int(broken.nonzero()[0])
+        which = f" of text {row + 1}" if len(broken) > 1 else ""
+        raise NotFinite(f"the model's output is not finite after {int(texts.lengths[row])} tokens{which}")
 
 
 def next_logits(model: TransformerLM, texts: Texts) -> Tensor:

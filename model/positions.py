@@ -1,6 +1,7 @@
 """How the model knows where a token stands: the settings of an attention about it, and the ways other than rotation
 (model/rope.py): a bias that grows with the distance, and vectors added to the token's embedding."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Self
@@ -15,6 +16,7 @@ from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
 
 Position = Literal["rope", "alibi", "none"]
+Slopes = Literal["published", "geometric"]
 COLUMNS = 8  # added by ALiBi; two hold numbers, but fused kernels want widths that are multiples of 8
 SHORTEST = 7  # tokens of an original context in which the fastest pair turns once
 DIGIT = 256  # bfloat16 holds whole numbers up to here
@@ -24,6 +26,7 @@ class PositionConfig(Config):
     """What every attention may be told about positions."""
 
     position: Position = "rope"
+    alibi_slopes: Slopes = "published"
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
     rope_scaling: Scaling = "none"
@@ -31,8 +34,13 @@ class PositionConfig(Config):
     rope_original_context: int | None = Field(None, ge=SHORTEST, le=LARGEST)  # of yarn: context_length / rope_factor
 
     @model_validator(mode="after")
-    def _scaling_makes_sense(self) -> Self:
+    def _positions_make_sense(self) -> Self:
         scaling, factor = self.rope_scaling, self.rope_factor
+        if self.alibi_slopes == "geometric" and self.position != "alibi":
+            raise ValueError(
+                f"alibi_slopes=geometric is of position=alibi, and position={self.position} has no slopes: "
+                "choose position=alibi, or leave it out"
+            )
         if scaling != "none" and self.position != "rope":
             raise ValueError(
                 f"rope_scaling={scaling} scales a rotation, and position={self.position} has none: choose position=rope"
@@ -83,7 +91,7 @@ class PositionConfig(Config):
             return unbiased
         if not causal:
             raise ValueError("position=alibi is for causal models: its bias is no distance where later tokens are seen")
-        return alibi
+        return functools.partial(alibi, rule=self.alibi_slopes)
 
 
 class Biased(NamedTuple):
@@ -92,9 +100,23 @@ class Biased(NamedTuple):
     left_out: Tensor | float  # (B or 1, T, H) what the scores lack that is the same for all keys of a query
 
 
-def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Biased:
-    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409): scores + -m (q_pos - k_pos), where the slope
-    m of head i, of 1..H, is 2^(-8i/H): the paper's geometric sequence, whether or not H is a power of two.
+def slopes(heads: int, rule: Slopes = "published", device: torch.device | None = None) -> Tensor:
+    """(H,) float32, the slopes of ALiBi's heads: of head i, of 1..H, 2^(-8i/H) where H is a power of two.
+
+    published: for another H those of the next lower power of two n, and then every other one of those of 2n,
+    2^(-8(2j - 1)/2n) for j = 1..H - n, as in the code of the paper (github.com/ofirpress/attention_with_linear_biases),
+    of BLOOM and of MPT. geometric: 2^(-8i/H) for every H.
+    """
+    i = torch.arange(1, heads + 1, device=device, dtype=torch.float32)
+    if rule == "geometric":
+        return torch.exp2(-8 / heads * i)
+    n = 1 << (heads.bit_length() - 1)
+    return torch.exp2(-8 / n * torch.where(i <= n, i, i - n - 0.5))
+
+
+def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float, rule: Slopes = "published") -> Biased:
+    """Attention with linear biases (Press et al. 2022, arXiv:2108.12409): scores + -m (q_pos - k_pos), where the slopes
+    m of the heads are `slopes`.
 
     q (B, T, H, D), k (B, S, G, D) -> both 8 wider, so that any kernel computes the bias as a part of q · k. Softmax
     ignores what is the same for all keys of a query, so q_pos may be replaced by any number that no key changes; here
@@ -106,12 +128,11 @@ def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Biased:
     Positions of the keys come with the mask, so a cache holds nothing more. Padding among them gets a bias too, which
     the mask hides.
     """
-    heads = torch.arange(1, q.shape[2] + 1, device=q.device, dtype=torch.float32)
-    m = torch.exp2(-8 / q.shape[2] * heads)  # (H,)
-    slopes, last = m / scale, mask.q_pos.amax(1, keepdim=True)
+    m = slopes(q.shape[2], rule, q.device)  # (H,)
+    factor, last = m / scale, mask.q_pos.amax(1, keepdim=True)
     distance = last - mask.k_pos  # (B or 1, S)
     high = distance.div(DIGIT, rounding_mode="floor")
-    factors = torch.stack((DIGIT * slopes, slopes), -1).to(q.dtype)  # (H, 2)
+    factors = torch.stack((DIGIT * factor, factor), -1).to(q.dtype)  # (H, 2)
     digits = -torch.stack((high, distance - DIGIT * high), -1).to(k.dtype)  # (B or 1, S, 2)
     return Biased(_widen(q, factors), _widen(k, digits[:, :, None]), m * (last - mask.q_pos)[..., None])
 

@@ -6,6 +6,22 @@ from torch import Tensor
 
 from model.config import Config
 
+NO_TOKEN = -1  # what a row gives that is no distribution
+
+
+def no_distribution(logits: Tensor) -> Tensor:
+    """(B, V) -> (B,) bool: rows with a NaN, and those that rule out every token, all of their logits being -inf. A
+    softmax of either is NaN throughout."""
+    return logits.isnan().any(-1) | logits.isneginf().all(-1)
+
+
+def share_infinity(logits: Tensor) -> Tensor:
+    """(B, V) -> the same, but where logits of a row are +inf, these at 0 and the others at -inf: the limit of a softmax
+    as they grow alike. Of inf - inf it would make NaN."""
+    infinite = logits.isposinf()
+    shared = torch.where(infinite, 0.0, float("-inf")).to(logits)
+    return torch.where(infinite.any(-1, keepdim=True), shared, logits)
+
 
 def penalise_seen(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """logits (B, V), seen (B, V) bool -> the same with the logits of seen tokens divided by the penalty where they are
@@ -46,17 +62,18 @@ class Sampler(Config):
     min_p: float | None = Field(None, ge=0, le=1)
 
     def __call__(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
-        """logits (B, V), uniform (B,) numbers in [0, 1) -> tokens (B,), by inverting the distribution function.
+        """logits (B, V), uniform (B,) numbers in [0, 1) -> tokens (B,), by inverting the distribution function;
+        NO_TOKEN for a row of logits that is none. +inf is certain, -inf impossible.
 
         seen (B, V) bool: the tokens that a row's text holds; only a repetition penalty asks for them.
         """
-        logits = logits.double()
+        undefined, logits = no_distribution(logits), share_infinity(logits.double())
         if self.repetition_penalty != 1:
             if seen is None:
                 raise ValueError(f"repetition_penalty={self.repetition_penalty} needs to know which tokens were seen")
             logits = penalise_seen(logits, seen, self.repetition_penalty)
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return logits.argmax(-1).masked_fill(undefined, NO_TOKEN)
         logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
@@ -66,4 +83,5 @@ class Sampler(Config):
             logits = keep_min_p(logits, self.min_p)
         cumulative = logits.softmax(-1).cumsum(-1)
         threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+        return tokens.masked_fill(undefined, NO_TOKEN)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -10,10 +11,13 @@ import sys
 import time
 
 import pytest
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from model import generate
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
+from training import trained
 from training.invocation import command
 from training.log import read_metrics
 from training.overrides import readable
@@ -223,6 +227,23 @@ def test_a_conversation(place, monkeypatch, capsys):
     assert out.startswith(one["text"]) and out.rstrip("\n").endswith(one["text"].rstrip("\n"))
 
 
+def test_a_conversation_takes_another_seed_and_temperature_and_quits(place, monkeypatch, capsys):
+    def talk(lines: str, *arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
+
+    out, err = talk("/seed 7\nThe key\n/temperature 0\n/reset\nThe key\n/quit\nnever read\n")
+    turns = [samples(place, monkeypatch, capsys, "The key", "--max-new-tokens", "6", *how)[0]["text"].rstrip("\n")
+             for how in (["--seed", "7"], ["--temperature", "0"])]  # fmt: skip
+    assert out.splitlines() == "\n".join(turns).splitlines()
+    assert "[seed 7]\n[temperature 0]\n" in err
+    _, err = talk("/seed\n/seed x\n/seed -1\n/temperature nan\n/temperature -2\n/temperature 1 2\n/quit now\n")
+    said = ["/seed takes one number", "/seed x: 'x' is not a whole number of at least 0", "/seed -1: '-1' is not a",
+            "/temperature nan: 'nan' is not a number", "/temperature -2: '-2'", "/temperature takes one number",
+            "/quit now: no such command"]  # fmt: skip
+    assert all(found.startswith(line) for found, line in zip(err.splitlines()[2:], said, strict=True))
+
+
 def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"The query sees the key.\r\n" * 8)
     out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
@@ -233,6 +254,96 @@ def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
     assert (f"{one['nats_per_token']:.4f}", f"{one['bpb']:.4f}") == found.groups()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.txt").read_bytes())))
     assert sample(place, monkeypatch, capsys, "--score", "-")[0] == out
+
+
+@pytest.fixture
+def nan_after(monkeypatch):
+    """Call it with n: of the first text, the logits after n more tokens are NaN."""
+
+    next_logits = generate.next_logits
+
+    def arrange(n: int) -> None:
+        calls = []
+
+        def spoilt(model, texts):
+            logits = next_logits(model, texts)
+            calls.append(1)
+            if len(calls) > n:
+                logits[0] = math.nan
+            return logits
+
+        monkeypatch.setattr(generate, "next_logits", spoilt)
+
+    return arrange
+
+
+def no_json(constant: str) -> None:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_an_output_that_is_not_finite_is_one_line_after_what_was_written(place, monkeypatch, capsys, nan_after):
+    common = ["The key", "--max-new-tokens", "9"]
+    whole = samples(place, monkeypatch, capsys, *common, "--num-samples", "2")
+    nan_after(4)
+    assert call("sample", common, monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == f"The key{whole[0]['text'][:4]}\n" and "end of document" not in err
+    line = "error: the model's output is not finite after 11 tokens (seed 0): try --checkpoint best, or --precision"
+    assert err.splitlines()[-1] == f"{line} fp32"
+    nan_after(4)
+    assert call("sample", [*common, "--num-samples", "2", "--json", "--temperature", "0.8"], monkeypatch) == 2
+    first, second = (json.loads(line, parse_constant=no_json) for line in capsys.readouterr().out.splitlines())
+    assert (first["text"], first["tokens"], first["finish"]) == (whole[0]["text"][:4], 4, "not_finite")
+    assert (second["text"], second["finish"]) == (whole[1]["text"], "length")
+
+
+def test_nor_does_it_break_what_has_no_token_at_all_or_a_conversation(place, monkeypatch, capsys, nan_after):
+    nan_after(0)
+    monkeypatch.chdir(place)
+    assert call("sample", ["The", "--json", "--temperature", "0"], monkeypatch) == 2
+    one = json.loads(capsys.readouterr().out, parse_constant=no_json)
+    assert (one["text"], one["tokens"], one["prefill_tokens_per_second"]) == ("", 0, None)
+    assert call("sample", ["The", "--stats"], monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out == "The\n" and "prefill_tokens_per_second=n/a\n" in err
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The\n/reset\nThe key\n"))
+    out, err = sample(place, monkeypatch, capsys, "--interactive")
+    assert out == "\n\n\n" and "[the model's output is not finite after 7 tokens: /reset begins anew]" in err
+
+
+def test_scores_and_attention_that_are_not_finite_are_one_line(place, monkeypatch, capsys, tmp_path):
+    def spoilt(*arguments, load_run=trained.load_run, **options):
+        model, tokenizer = load_run(*arguments, **options)
+        with torch.no_grad():
+            model.embedding.weight[ord("y")] = math.nan
+        return model, tokenizer
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(trained, "load_run", spoilt)
+    text, picture = tmp_path / "a.txt", tmp_path / "map.png"
+    text.write_text("x" * 70 + "yx")
+    for json_too in ([], ["--json"]):
+        assert call("sample", ["--score", str(text), *json_too], monkeypatch) == 2
+        out, err = capsys.readouterr()
+        assert "error: the loss of token 2 of the text's 72 is not finite: try" in err  # the head is the embedding
+        if json_too:
+            found = json.loads(out, parse_constant=no_json)
+            assert (found["nats_per_token"], found["bpb"], found["tokens"], found["bytes"]) == (None, None, 71, 71)
+        else:
+            assert out == ""
+    assert call("sample", ["xxy", "--attention-map", str(picture)], monkeypatch) == 2
+    assert "the attention of layer 0, head 0 is not finite from token 3 on" in capsys.readouterr().err
+    assert not picture.exists()
+
+
+def test_a_preview_that_is_not_finite_does_not_end_training(workplace, monkeypatch, capsys, nan_after):
+    nan_after(3)
+    assert (
+        call("train", [*SMOKE, "steps=4", "sample_every=2", "sample_prompt=The key", "run_dir=run"], monkeypatch) == 0
+    )
+    out, err = capsys.readouterr()
+    said = "[the model's output is not finite after"
+    assert f"{said} 10 tokens]" in err and f"{said} 7 tokens]\n\nvalidation" in out
 
 
 def test_help_states_the_limits_of_every_number(monkeypatch, capsys):

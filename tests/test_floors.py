@@ -41,7 +41,7 @@ FLOORS = [
     "training.step training.preview training.muon",
     "training.scoring training.repl training.writing training.attention_seen training.attention_map",
     "training.config training.migrate",
-    "training.origin",
+    "training.origin training.epochs",
     "training.run_folder",
     "training.checkpoint training.dry_run",
     "training.report",

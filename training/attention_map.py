@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.errors import UserError, escaped
 from data.tokenizer import Tokenizer
+from model.errors import NotFinite
 from model.kernels.scores import ATTENTION_MAP
 from model.transformer import TransformerLM
 from training.picture import save
@@ -23,7 +24,7 @@ LONGEST_LABEL = 10  # characters of a token
 def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: Path, name: str) -> None:
     """Draws the attention of every layer (a row of the picture) and head (a column) within the text, which is read
     verbatim, nothing before or after it. name: of the run, for the title. Raises UserError for a text that is too
-    short or too long."""
+    short or too long, and NotFinite for attention that is no number."""
     tokens, most = tokenizer.encode(text).tolist(), min(MOST_TOKENS, model.config.context_length)
     if not 2 <= len(tokens) <= most:
         raise UserError(
@@ -31,6 +32,9 @@ def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: 
             f"give a {'longer' if len(tokens) < 2 else 'shorter'} one"
         )
     maps = attention_maps(model, tokens)
+    if not maps.isfinite().all():
+        layer, head, token, _ = (~maps.isfinite()).nonzero()[0].tolist()
+        raise NotFinite(f"the attention of layer {layer}, head {head} is not finite from token {token + 1} on")
     labels = [_label(tokenizer.decode([token])) for token in tokens] if len(tokens) <= MOST_LABELS else None
     _draw(maps, labels, name, path)
 

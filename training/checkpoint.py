@@ -212,7 +212,7 @@ def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
         try:
             found = read(path, names)
         except Damaged as fault:
-            faults.append(fault)
+            faults.append(str(fault))  # the exception itself would keep its frames alive, and the lock they hold
             continue
         for fault in faults:
             log.warning(f"{fault}; taking {path.name}, the newest whole checkpoint")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from data.errors import UserError
-from model.errors import Unsupported
+from model.errors import NotFinite, Unsupported
 from training import process
 from training.invocation import ROOT, command, how_to_install
 from training.streams import StdoutLost, all_written, reason, tell
@@ -27,10 +27,10 @@ _failed: list[str] = []  # what runs of this process's sweep could not do
 
 @contextmanager
 def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, too little memory, a package that is not installed, a file or
-    a stdout that cannot be read or written, or a complaint of Hydra's about what was typed, into one line on stderr and
-    exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program
-    quietly. Anything else is a fault of the program and keeps its traceback.
+    """Turns a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
+    that is not installed, a file or a stdout that cannot be read or written, or a complaint of Hydra's about what was
+    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
+    leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
 
     of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
     """
@@ -40,7 +40,7 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     try:
         with all_written():
             yield
-    except (UserError, Unsupported) as error:
+    except (UserError, Unsupported, NotFinite) as error:
         line = str(error)
     except KeyboardInterrupt:
         process.end_at_once()

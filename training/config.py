@@ -68,6 +68,7 @@ class Run(Config):
     most_skipped: int = Field(ge=1)
     eval_every: int = Field(ge=1)
     eval_tokens: int = Field(ge=1)
+    eval_before: bool | None = None
     save_every: int = Field(ge=1)
     keep_last: int = Field(ge=1)
     sample_every: int = Field(ge=0)
@@ -145,6 +146,11 @@ class Run(Config):
     def sequences(self) -> int:
         """Training windows per optimizer step."""
         return self.batch_tokens // self.model.context_length
+
+    @property
+    def evaluates_before(self) -> bool:
+        """Whether the validation set is scored before the first step."""
+        return self.init_from is not None if self.eval_before is None else self.eval_before
 
     @property
     def compilation(self) -> tuple[bool, bool]:

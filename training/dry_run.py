@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batches import refuse_short, windows
+from data.batches import refuse_short
 from data.errors import UserError
 from data.prepare import Prepared, missing, prepare
 from model import cost
@@ -21,6 +21,7 @@ from training.command import out_of_memory
 from training.compilation import maybe_compiled
 from training.config import Run
 from training.device import free_memory
+from training.epochs import epochs, repetitions, tokens_of_epoch
 from training.log import clock
 from training.mfu import flops_of, peak_flops
 from training.precision import Working
@@ -137,8 +138,8 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> str:
     line = f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens"
     if corpus is None:
         return line
-    epoch = windows(corpus.train, run.model.context_length) * run.model.context_length
-    return f"{line}, {tokens / epoch:.3g} epochs of {epoch:,}"
+    line += f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}"
+    return "\n".join((line, *(f"warning      {warning}" for warning in repetitions(run, corpus, done))))
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:

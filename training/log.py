@@ -5,17 +5,21 @@ import importlib.util
 import json
 import logging
 import math
+import netrc
 import os
 import secrets
 import shlex
 import sys
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
@@ -30,6 +34,9 @@ LONGEST = 200  # characters of an error that is no line of ours
 MOST_STEPS = 2**40  # of a run
 LONGEST_ROW = 2**20  # bytes; what is longer is no row of metrics
 LARGEST_METRICS = 2**34  # bytes
+WANDB_SECONDS = 30.0  # to wait for a server that does not answer
+UNSCORED = "unscored"  # in a row: true where its validation score is still to come
+LONG = 1.0, 30.0  # seconds that a part of a step takes before the live line, or a plain one, tells how far it is
 
 
 class Sink:
@@ -61,10 +68,18 @@ class NoLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. Offline unless asked, so it never prompts. Its failures never stop training."""
+    """Weights & Biases. Offline unless asked; the mode is always stated and a login looked for before, so that it never
+    prompts. Its failures never stop training."""
 
     project: str = "headroom"
     mode: Literal["online", "offline", "disabled"] = "offline"
+
+    def refuse_missing(self) -> None:
+        if self.mode == "online" and not _wandb_login():
+            raise UserError(
+                "logger.mode=online needs a login, and there is no WANDB_API_KEY and no netrc entry: wandb login makes "
+                "one, logger.mode=offline needs none"
+            )
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
         return Patient("wandb", lambda: self._start(folder, config))
@@ -85,13 +100,30 @@ class WandbLogger(Logger):
             resume="allow",
             config=dict(config),
             reinit="create_new",  # one process may train several runs, which must not merge
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS),
         )
         if self.mode == "offline":
-            log.info(
-                f"logger=wandb is offline; to upload the run: wandb sync {shlex.quote(str(Path(remote.dir).parent))}"
-            )
+            kept = Path(remote.dir).parent.parent  # a folder for each process that trained the run, of one id
+            parts = len(list(kept.glob("offline-run-*")))
+            several = f"; its {parts} parts become one run there, in the order of their times" if parts > 1 else ""
+            log.info(f"logger=wandb is offline; to upload the run: wandb sync {shlex.quote(str(kept))}{several}")
         return WandbSink(remote)
+
+
+def _wandb_login() -> bool:
+    """Whether there are credentials where wandb looks for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    servers = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url, "https://api.wandb.ai"
+    given = os.environ.get("NETRC")
+    for path in [Path(given)] if given else [Path("~/.netrc"), Path("~/_netrc")]:
+        with suppress(OSError, RuntimeError, netrc.NetrcParseError):
+            found = netrc.netrc(path.expanduser())
+            if any(found.authenticators(urlsplit(server).netloc) for server in servers):
+                return True
+    return False
 
 
 class WandbSink(Sink):
@@ -113,22 +145,39 @@ class TensorboardLogger(Logger):
             raise UserError("logger=tensorboard needs a package that is not here: python -m pip install tensorboard")
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
-        return Patient("tensorboard", lambda: TensorboardSink(folder / "tensorboard"))
+        return Patient("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))
 
 
 class TensorboardSink(Sink):
-    def __init__(self, folder: Path):
+    """Scalars in groups, named in words, and the run's settings as a text."""
+
+    TAGS: ClassVar = {
+        "tokens": "train/tokens",
+        "train_loss": "train/loss",
+        "train_bpb": "train/bits_per_byte",
+        "val_loss": "validation/loss",
+        "val_bpb": "validation/bits_per_byte",
+        "val_tokens": "validation/tokens",
+        **{key: f"optim/{key}" for key in ("lr", "muon_lr", "grad_norm", "skipped", "max_logit", "clipped_heads")},
+        **{key: f"speed/{key}" for key in ("tokens_per_second", "flops_per_second", "mfu", "data_seconds")},
+        "memory_bytes": "memory/bytes",
+    }  # others, such as attention/layer_0/entropy, are in a group already
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
         from torch.utils.tensorboard import SummaryWriter
 
         folder.mkdir(exist_ok=True)
+        self.config = config
         self.start, self.writer = functools.partial(SummaryWriter, str(folder)), None
 
     def write(self, row: Mapping[str, Any]) -> None:
         if self.writer is None:  # what an earlier process wrote from this step on, it wrote for nothing
             self.writer = self.start(purge_step=row["step"])
+            lines = yaml.safe_dump(dict(self.config), sort_keys=False).splitlines()
+            self.writer.add_text("config", "\n".join(f"    {line}" for line in lines), row["step"])  # Markdown's code
         for key, value in _known(row).items():
-            if key != "step":
-                self.writer.add_scalar(key, float(value), row["step"])
+            if key not in ("step", UNSCORED):
+                self.writer.add_scalar(self.TAGS.get(key, key), float(value), row["step"])
 
     def sync(self) -> None:
         if self.writer is not None:
@@ -171,18 +220,20 @@ def _known(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """metrics.jsonl: one object per step, in order, each step once. A number that is not finite, or not known, is
-    null."""
+    """metrics.jsonl: one object per step, in order, each step once; before them, where validation came before training,
+    one of step 0. A number that is not finite, or not known, is null."""
 
     def __init__(self, path: Path, resume_after: int):
         """Rows after the step a run resumes from belong to a future that is computed anew: they are dropped."""
         self.path = path
-        self.past = read_metrics(path, resume_after)
+        kept = read_metrics(path, resume_after) if resume_after else []
+        self.past = [row for row in kept if row["step"]]  # of training; step 0 is what was there before
         try:
-            write_whole(path, "".join(json.dumps(row) + "\n" for row in self.past).encode())
+            write_whole(path, "".join(map(_line, kept)).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        self.before = next((row for row in kept if not row["step"]), None)
         if len(self.past) < resume_after:
             log.warning(f"{path} has lost rows: it holds {len(self.past)} of the {resume_after} steps done")
 
@@ -191,10 +242,24 @@ class MetricsFile:
             self.file.close()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
         with self._complaint():
-            self.file.write(json.dumps(finite) + "\n")
+            self.file.write(_line(row))
             self.file.flush()
+
+    def begin(self, row: Mapping[str, Any]) -> None:
+        """What was measured before the first step."""
+        self.before = dict(row)
+        self.write(row)
+
+    def complete(self, scored: Mapping[str, Any]) -> dict[str, Any]:
+        """Gives the last of the past rows the validation score that it lacks, before others follow -> the row."""
+        self.past[-1] = {key: value for key, value in self.past[-1].items() if key != UNSCORED} | dict(scored)
+        with self._complaint():
+            self.file.close()
+            before = [] if self.before is None else [self.before]
+            write_whole(self.path, "".join(map(_line, before + self.past)).encode())
+            self.file = open(self.path, "a")  # noqa: SIM115
+        return self.past[-1]
 
     def sync(self) -> None:
         """All rows are on the disk when it returns."""
@@ -211,6 +276,11 @@ class MetricsFile:
             ) from None
 
 
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {key: value if value is not None and math.isfinite(value) else None for key, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
 def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
     """The rows written so far, in order, up to that of step `last`, each step once; what is not a row is left out, such
     as a line that a kill cut short. Raises UserError where the file cannot be read."""
@@ -223,7 +293,7 @@ def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
                 raise UserError(f"{path} is larger than {LARGEST_METRICS:,} bytes, which the metrics of no run are")
             while line := file.readline(LONGEST_ROW):  # a longer one comes in pieces, none of which is a row
                 row = _row(line)
-                if row is not None and (rows[-1]["step"] if rows else 0) < row["step"] <= last:
+                if row is not None and (rows[-1]["step"] if rows else -1) < row["step"] <= last:
                     rows.append(row)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}: make it readable, or move it away") from None
@@ -250,6 +320,11 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) < sys.float_info.max)
 
 
+def unscored(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
+    """Whether a signal cut the evaluation after that step short, which is to be made when the run goes on."""
+    return any(row["step"] == step and UNSCORED in row for row in rows)
+
+
 class Watch:
     """The live line on a terminal that can move its cursor; elsewhere, a plain line every tenth of the way. All on
     stderr."""
@@ -261,6 +336,7 @@ class Watch:
         self.progress = Progress(*columns, console=self.console, disable=not self.live)
         self.task = self.progress.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step)
         self.steps, self.said = steps, first_step
+        self.description, self.told = f"step {first_step}/{steps}", time.monotonic()
         self.progress.start()
 
     def step(self, row: Mapping[str, Any], seconds_left: float) -> None:
@@ -270,10 +346,24 @@ class Watch:
             f"step {step}/{self.steps}  loss {row['train_loss']:.3f}  bpb {row['train_bpb']:.3f}  "
             f"{row['tokens_per_second']:,.0f} tokens/s  MFU {percent(row['mfu'])}  ETA {clock(seconds_left)}"
         )
+        self.description = line
         self.progress.update(self.task, completed=step, description=line)
         if not self.live and (step - self.said >= self.steps / 10 or step == self.steps):
             self.say(line)
             self.said = step
+
+    def within(self, step: int, what: str, index: int, count: int) -> None:
+        """Call before part `index`, of 0 to count - 1, of a step: how far it is, unless it is quick."""
+        now = time.monotonic()
+        if index == 0:
+            self.told = now
+            self.progress.update(self.task, description=self.description)
+        elif now - self.told >= LONG[not self.live]:
+            self.told = now if not self.live else self.told
+            done = f"{what} {index + 1}/{count}"
+            self.progress.update(self.task, description=f"{self.description}  {done}")
+            if not self.live:
+                self.say(f"step {step}/{self.steps}: {done}")
 
     def say(self, line: str) -> None:
         """Above the live line."""

@@ -18,6 +18,7 @@ RUN_2 = {
     "log_attention": False,
     "checkpoint_activations": False,
     "dry_run": False,
+    "eval_before": False,
 }
 MODEL_2 = {
     "position_embedding": "none",
@@ -60,6 +61,7 @@ PARTS_2 = {  # by class
     "data.hub.HubCorpus": {"document_mask": False, "held_out_by": "index"},
     "data.mix.MixCorpus": {"document_mask": False},
 }
+ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
 
 
 def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
@@ -89,7 +91,12 @@ def _within(node: Any) -> Iterable[Any]:
 
 def _to_3(part: dict[str, Any]) -> dict[str, Any]:
     target = part.get("_target_")
-    return PARTS_2.get(target, {}) | part if isinstance(target, str) else part
+    if not isinstance(target, str):
+        return part
+    old = PARTS_2.get(target, {}) | part
+    if old.get("position") == "alibi" and target in ATTENTIONS_2:
+        old = {"alibi_slopes": "geometric"} | old
+    return old
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

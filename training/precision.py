@@ -41,9 +41,14 @@ def choose_precision(precision: str, device: torch.device) -> str:
 class LossScale:
     """Keeps float16 gradients from underflowing: the loss is multiplied by a scale that doubles after GROWTH_STEPS
     good steps and halves after a bad one (Micikevicius et al. 2018, arXiv:1710.03740). It lives on the device and is
-    never read there, so that no step has to wait."""
+    never read there, so that no step has to wait.
 
-    INITIAL, GROWTH_STEPS = 2.0**16, 2000
+    It grows up to LARGEST, as in NVIDIA's Apex: float16 then holds gradients down to 2^-48, and a model whose gradients
+    are all smaller has nothing to learn from them. Without an end it would double to infinity, from which no halving
+    leads back.
+    """
+
+    INITIAL, GROWTH_STEPS, LARGEST = 2.0**16, 2000, 2.0**24
 
     class State(Config):
         scale: float = Field(gt=0, le=2.0**127)
@@ -58,13 +63,15 @@ class LossScale:
         good = self.good_steps + 1
         grown = good == self.GROWTH_STEPS
         self.good_steps = torch.where(skipped | grown, 0, good)
-        self.scale = torch.where(skipped, self.scale / 2, torch.where(grown, self.scale * 2, self.scale))
+        larger = torch.where(grown, (self.scale * 2).clamp(max=self.LARGEST), self.scale)
+        self.scale = torch.where(skipped, self.scale / 2, larger)
 
     def state(self) -> State:
         return self.State(scale=self.scale.item(), good_steps=self.good_steps.item())
 
     def load(self, state: State) -> None:
-        self.scale.fill_(state.scale)
+        """A scale beyond LARGEST, of a run from before there was one, is brought down to it."""
+        self.scale.fill_(min(state.scale, self.LARGEST))
         self.good_steps.fill_(state.good_steps)
 
 

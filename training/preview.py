@@ -3,6 +3,7 @@
 from data.errors import UserError
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
+from model.errors import NotFinite
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
@@ -29,8 +30,14 @@ def preview_prompt(corpus: Prepared, prompt: str | None, context_length: int) ->
 
 
 def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], seed: int) -> str:
-    """The start and what follows it. Draws from a generator of its own, so previews do not change training."""
+    """The start and what follows it. Draws from a generator of its own, so previews do not change training. An output
+    that is not finite ends it in a line that says so."""
     sampler = Sampler(temperature=0.8, top_k=50)
     texts = Texts(model, [start], [seed])
-    steps = generate(model, texts, sampler, max_new_tokens=MOST_TOKENS, end_token=tokenizer.end_of_text)
-    return tokenizer.decode([*start, *(int(step[0]) for step in steps)])
+    written, end = [*start], ""
+    try:
+        for step in generate(model, texts, sampler, max_new_tokens=MOST_TOKENS, end_token=tokenizer.end_of_text):
+            written.append(int(step[0]))
+    except NotFinite as error:
+        end = f"\n[{error}]"
+    return tokenizer.decode(written) + end

@@ -1,5 +1,6 @@
 """Sampling turn by turn: what is typed is appended to the text, and the model continues it."""
 
+import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
@@ -7,10 +8,13 @@ from contextlib import suppress
 
 from data.errors import UserError
 from data.tokenizer import Tokenizer
+from model.errors import NotFinite
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
+from training.command import number
 from training.log import held_back
+from training.sampling_options import LAST_SEED
 from training.signals import Interruptible
 from training.streaming import TextStream
 from training.streams import StdoutLost, reason, show, tell
@@ -19,11 +23,15 @@ HELP = """\
 What you type is appended to the text as it stands, and the model continues it.
 An empty line appends nothing: the model just goes on.
 A line that begins with // stands for one that begins with /.
-  /help    this
-  /reset   forget the text, begin anew
-  Ctrl-C   stops the model; what it wrote stays in the text
-  Ctrl-D   leaves
+  /help           this
+  /reset          forget the text, begin anew
+  /seed N         the next turn draws as from --seed N
+  /temperature T  of the turns from now on; 0 takes the likeliest token
+  /quit           leaves, as Ctrl-D does
+  Ctrl-C          stops the model; what it wrote stays in the text
 A stop string ends a turn and is not shown, but stays in the text."""
+QUIT = "/quit"
+SEED, TEMPERATURE = number(int, 0, LAST_SEED), number(float, 0)  # as the command line takes them
 
 
 class Conversation:
@@ -42,11 +50,21 @@ class Conversation:
     ):
         self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
         self.begin, self.max_new_tokens, self.stops = begin, max_new_tokens, stops
+        self.seed: int | None = None  # where it is not that of `begin`
         self.reset()
 
     def reset(self) -> None:
         self.texts: Texts | None = None
         self.half = b""  # of a character that the last turn left incomplete, for the next one to go on with
+
+    def draw_from(self, seed: int) -> None:
+        """What is drawn from now on is drawn as in a text that begins here with this seed, and in those to come."""
+        self.seed = seed
+        if self.texts is not None:
+            self.texts.draw_from(0, seed)
+
+    def set_temperature(self, temperature: float) -> None:
+        self.sampler = self.sampler.model_copy(update={"temperature": temperature})
 
     def append(self, line: str) -> None:
         """Raises UserError, and changes nothing, where the line leaves no room in the context."""
@@ -54,6 +72,8 @@ class Conversation:
         try:
             if self.texts is None:
                 self.texts = self.begin(tokens or [self.tokenizer.end_of_text])
+                if self.seed is not None:
+                    self.texts.draw_from(0, self.seed)
             else:
                 self.texts.append(0, tokens)
         except ValueError:
@@ -69,17 +89,24 @@ class Conversation:
     def turn(self, write: Callable[[str], None]) -> str:
         """Continues the text, handing out what is certain of it -> a word for the user on why it ended, or none."""
         texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops, self.half), None
-        end = self.tokenizer.end_of_text
+        end, broken = self.tokenizer.end_of_text, ""
         with Interruptible() as interruption:
-            for step in generate(self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end):
-                token = int(step[0])
-                write(stream.feed(token))
-                if stream.stopped or interruption.asked:
-                    break
+            try:
+                for step in generate(
+                    self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end
+                ):
+                    token = int(step[0])
+                    write(stream.feed(token))
+                    if stream.stopped or interruption.asked:
+                        break
+            except NotFinite as error:
+                broken = f"[{error}: /reset begins anew]"
             write(stream.close())
         self.half = b"" if token == end else stream.half
         if not stream.text.endswith("\n"):
             write("\n")
+        if broken:
+            return broken
         if interruption.asked:
             return "[stopped]"
         if token == end:
@@ -112,16 +139,34 @@ def converse(conversation: Conversation, first: str) -> None:
         except KeyboardInterrupt:
             say("\nCtrl-D leaves")
             continue
-        command = line.rstrip()
-        if command == "/help":
-            say(HELP)
-        elif command == "/reset":
-            conversation.reset()
-            say("[a new text]")
-        elif line.startswith("/") and not line.startswith("//"):
-            say(f"{command}: no such command; /help lists them, and // stands for text that begins with /")
+        if line.rstrip() == QUIT:
+            return
+        if line.startswith("/") and not line.startswith("//"):
+            say(obey(conversation, line.rstrip()))
         else:
             take_turn(conversation, line.removeprefix("/") if line.startswith("//") else line)
+
+
+def obey(conversation: Conversation, command: str) -> str:
+    """Does what a line that begins with / asks for -> what to tell the user."""
+    try:
+        match command.split():
+            case ["/help"]:
+                return HELP
+            case ["/reset"]:
+                conversation.reset()
+                return "[a new text]"
+            case ["/seed", value]:
+                conversation.draw_from(SEED(value))
+                return f"[seed {SEED(value)}]"
+            case ["/temperature", value]:
+                conversation.set_temperature(TEMPERATURE(value))
+                return f"[temperature {TEMPERATURE(value):g}]"
+            case ["/seed" | "/temperature" as name, *_]:
+                return f"{name} takes one number, as in {name} 1"
+    except argparse.ArgumentTypeError as error:
+        return f"{command}: {error}"
+    return f"{command}: no such command; /help lists them, and // stands for text that begins with /"
 
 
 def take_turn(conversation: Conversation, text: str) -> None:

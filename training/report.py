@@ -17,12 +17,13 @@ from data.errors import escaped
 from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.attention_seen import attention_seen
-from training.checkpoint import saved, step_of
+from training.checkpoint import best, saved, step_of
 from training.config import Run, dump
 from training.device import peak_memory
+from training.epochs import epochs, repetitions
 from training.guard import Guard
 from training.invocation import command
-from training.log import MetricsFile, Watch, percent
+from training.log import UNSCORED, MetricsFile, Watch, percent, unscored
 from training.mfu import flops_of, peak_flops
 from training.origin import leaves
 from training.plot import plot_loss
@@ -44,6 +45,8 @@ class Report:
         self.run, self.folder, self.byte_lengths, self.device = run, folder, byte_lengths, byte_lengths.device
         self.corpus, self.model, self.done = corpus, model, done
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
+        self.unscored = unscored(self.metrics.past, done)  # a signal cut the evaluation after the last step short
+        self.now = done - self.unscored  # the last step that is told
         self.guard = Guard(self.metrics.past)
         # It ended so before, with all saved. (Of float16 a skipped step halves the scale, which is worth saving.)
         self.failing_still = self.guard.in_a_row >= run.most_skipped and run.precision != "fp16"
@@ -54,7 +57,8 @@ class Report:
         self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
         self.peak_flops = peak_flops(self.device, run.precision, run.peak_flops)  # per second
         self.total_tokens, self.total_seconds, self.total_waited, self.waited = 0, 0.0, 0.0, 0.0
-        for line in _opening(run, folder, corpus, model, self.device):
+        warnings = (f"warning      {line}" for line in repetitions(run, corpus, done))
+        for line in (*_opening(run, folder, corpus, model, self.device), *warnings):
             self.watch.say(line)
         self._restart_clock()
 
@@ -76,16 +80,43 @@ class Report:
             tell(f"stopped at once; continue with: {resume_command(self.folder)}")
             sys.exit(130)
 
-    def step(self, step: int, result: StepResult, batches: list[tuple[Tensor, Tensor]], score: Score | None) -> None:
-        """Call after every step, with the validation score if there is one."""
-        self.done, targets = step, torch.cat([targets for _, targets in batches])
+    def before(self, score: Score) -> None:
+        """Call before the first step, with the validation score of the weights that training begins with."""
+        row = {"step": 0, "tokens": 0, "train_loss": None, **_numbers(score)}
+        row |= self._attention_seen() if self.run.log_attention else {}
+        self.metrics.begin(row)
+        self.sink.write(row)
+        self._say_score("before step 1", score)
+        self._restart_clock()
+
+    def complete(self, score: Score) -> None:
+        """Call before other steps, with the validation score that the last one has not got yet."""
+        more = _numbers(score) | (self._attention_seen() if self.run.log_attention else {})
+        row = self.metrics.complete(more)
+        self.sink.write(row)
+        self.unscored, self.now = False, row["step"]
+        self._say_score(f"step {self.now}", score)
+        self._restart_clock()
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        batches: list[tuple[Tensor, Tensor]],
+        score: Score | None,
+        unscored: bool = False,
+    ) -> None:
+        """Call after every step, with the validation score if there is one; unscored: if there should be one, but a
+        signal came."""
+        self.done = self.now = step
+        self.unscored, targets = unscored, torch.cat([targets for _, targets in batches])
         row = {"step": step, "tokens": step * targets.numel(), **self.run.learning_rates(step - 1)}
         row["data_seconds"] = self.waited
         self.total_waited += self.waited
         self.waited = 0.0
         if score is not None:
-            row |= {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
-            row |= self._attention_seen() if self.run.log_attention else {}
+            row |= _numbers(score) | (self._attention_seen() if self.run.log_attention else {})
+        row |= {UNSCORED: True} if unscored else {}
         text_bytes = self.byte_lengths[targets].sum()
         values = (result.loss, result.grad_norm, text_bytes, result.skipped, *(result.clipped or ()))
         self.pending.append((row, torch.stack([value.to(result.loss) for value in values])))
@@ -95,7 +126,11 @@ class Report:
         if due or (free_to_read and result.skipped):
             self.flush()
         if score is not None:
-            self.say(f"step {step}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte")
+            self._say_score(f"step {step}", score)
+
+    def within(self, what: str, index: int, count: int) -> None:
+        """Call before each part of a step, or of an evaluation, as training.step has it."""
+        self.watch.within(self.now + 1, what, index, count)
 
     def say(self, line: str) -> None:
         """Above the live line."""
@@ -127,19 +162,22 @@ class Report:
         finally:
             self.interval_start += time.perf_counter() - start
 
-    def end(self, score: Score, sample: str) -> None:
+    def end(self, score: Score, part: Score, sample: str) -> None:
         """The last words of a run, on stdout, whether or not anybody reads them; then its picture, the last thing it
-        does: where that is missing, a run that is resumed says its last words again."""
+        does: where that is missing, a run that is resumed says its last words again.
+
+        part: the score on the prefix of the validation set that is scored on the way.
+        """
         lines = [
             f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
             f"(the whole validation set, {score.tokens:,} tokens)",
+            *self._compared(part),
+            *([self._speed()] if self.total_tokens else []),
             f"run          {self.folder}  (loss.png is its curve)",
             f"next         {command('sample.py', 'a beginning of yours', '--run', str(self.folder))}",
             f"             {self._longer()}",
             f"             {command('train.py', '--help')}",
         ]
-        if self.total_tokens:
-            lines.insert(1, self._speed())
         lost = write_if_possible("\n".join(["", on_stdout(sample), "", *map(escaped, lines)]))
         if lost is not None:
             log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
@@ -151,12 +189,35 @@ class Report:
             f"MFU {percent(self._mfu(self.tokens_per_second))}, {self._share_waited:.1%} of the time waiting for data"
         )
 
-    def stopped(self, step: int, name: str) -> None:
-        """The last words of a run that was asked to end."""
+    def stopped(self, step: int, name: str, within: bool = False) -> None:
+        """The last words of a run that was asked to end. step: the last whole one, which is saved; within: in the midst
+        of the next one."""
         self.watch.stop()
-        last = step == self.run.steps
-        what_next = "it was the last one; for its last words: " if last else "continue with: "
-        tell(f"{name}: stopped after step {step}, saved; {what_next}{resume_command(self.folder)}")
+        where = f"within step {step + 1}, which does not count" if within else f"after step {step}"
+        where = "before step 1" if not step and not within else where
+        saved = f"step {step} is saved" if within else "saved"
+        saved = saved if step else "nothing is to be saved yet"
+        if self.unscored:
+            saved += ", its evaluation is still to come"
+        finished = step == self.run.steps and not self.unscored
+        what_next = "it was the last one; for its last words: " if finished else "continue with: "
+        tell(f"{name}: stopped {where}; {saved}; {what_next}{resume_command(self.folder)}")
+
+    def _say_score(self, when: str, score: Score) -> None:
+        self.say(f"{when}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte")
+
+    def _compared(self, part: Score) -> Iterator[str]:
+        """Lines on what there was before training, and on a checkpoint that is better than the last one."""
+        prefix, before = f"the first {part.tokens:,} of them", self.metrics.before
+        if before is not None and before.get("val_loss") is not None:
+            loss, bpb = before["val_loss"], before["val_bpb"]
+            now = f"now {part.loss:.4f} and {part.bpb:.4f}: {'better' if part.loss < loss else 'no better'}"
+            yield f"before       {loss:.4f} nats per token, {bpb:.4f} bits per byte ({prefix}; {now})"
+        found = best(self.folder)
+        if found is not None and found.manifest.step != self.run.steps:
+            how = command("sample.py", "--checkpoint", "best", "--run", str(self.folder))
+            loss = found.manifest.val_loss
+            yield f"best         step {found.manifest.step}, {loss:.4f} nats per token ({prefix}): {how}"
 
     @property
     def failing(self) -> bool:
@@ -258,6 +319,11 @@ class Report:
             torch.cuda.synchronize()
 
 
+def _numbers(score: Score) -> dict[str, float]:
+    """As a row of metrics holds a score."""
+    return {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
+
+
 def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, device: torch.device) -> Iterator[str]:
     dims, attention = run.model, run.model.attention
     parameters = sum(p.numel() for p in model.parameters())
@@ -277,7 +343,8 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"token, fingerprint {corpus.fingerprint[:12]}"
     )
     yield (
-        f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {run.sequences // run.micro_batch_size} "
+        f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {epochs(run, corpus)} epochs of the training "
+        f"text, {run.sequences // run.micro_batch_size} "
         f"micro-batches of {run.micro_batch_size} x {dims.context_length}, "
         f"{' and '.join(f'{name} up to {peak:.3g}' for name, peak in run.optim.peaks.items())}"
     )

@@ -157,7 +157,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--json",
         action="store_true",
         help="an object per sample: prompt, text (what follows it), seed, tokens (how many were written), "
-        "prompt_tokens (read), finish (stop, length, end, context or interrupted), "
+        "prompt_tokens (read), finish (stop, length, end, context, interrupted or not_finite), "
         "prefill_tokens_per_second, decode_tokens_per_second; "
         "with --score: file, nats_per_token, bpb, tokens, bytes",
     )

@@ -1,5 +1,6 @@
 """How well a model predicts any text."""
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from data.batches import windows
 from data.errors import UserError
 from data.shards import TokenStream
 from data.tokenizer import Tokenizer
-from training.step import Score, evaluate
+from model.errors import NotFinite
+from training.step import Score, each_loss, evaluate
 
 BATCH = 8  # windows at once
 
@@ -30,6 +32,21 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length
     return score
 
 
+@torch.no_grad()
+def refuse_not_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int) -> None:
+    """Raises NotFinite, naming the first token, where the score of the text is NaN or infinite."""
+    if math.isfinite(score.nats):
+        return
+    tokens, device = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None], next(model.parameters()).device
+    for start in range(0, tokens.shape[1] - 1, context_length):
+        window = tokens[:, start : start + context_length + 1].to(device)
+        broken = (~each_loss(model, window[:, :-1], window[:, 1:]).isfinite()).nonzero()
+        if len(broken):
+            index = start + 2 + int(broken[0, 1])
+            raise NotFinite(f"the loss of token {index:,} of the text's {tokens.shape[1]:,} is not finite")
+    raise NotFinite("the loss of the text is not finite")
+
+
 def as_line(score: Score) -> str:
     return (
         f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte, "
@@ -38,5 +55,7 @@ def as_line(score: Score) -> str:
 
 
 def as_json(score: Score) -> dict[str, Any]:
-    """As plain JSON values, not rounded."""
-    return {"nats_per_token": score.loss, "bpb": score.bpb, "tokens": score.tokens, "bytes": score.text_bytes}
+    """As plain JSON values, not rounded; null for a number that is not finite."""
+    numbers = {"nats_per_token": score.loss, "bpb": score.bpb}
+    finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+    return finite | {"tokens": score.tokens, "bytes": score.text_bytes}

@@ -10,9 +10,13 @@ from typing import Self
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Stopped(Exception):
+    """What was computing when a StopRequest came gave up; nothing of it counts."""
+
+
 class StopRequest:
-    """Within its `with` block, the first signal is written down, for the training loop to act on after the step; the
-    second one is a KeyboardInterrupt."""
+    """Within its `with` block, the first signal is written down, for the training loop to act on where nothing is lost;
+    the second one is a KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -29,6 +33,11 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    def obey(self) -> None:
+        """Call between two parts of a long computation that can be given up. Raises Stopped where a signal came."""
+        if self.signal is not None:
+            raise Stopped
+
     @property
     def exit_code(self) -> int:
         """As shells count them: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
@@ -39,7 +48,7 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         with suppress(OSError):  # nobody may be listening any more; and not print, which may be what was interrupted
-            os.write(2, f"\n{self.signal.name}: finishing the step and saving; once more ends at once\n".encode())
+            os.write(2, f"\n{self.signal.name}: stopping and saving; once more ends at once\n".encode())
 
 
 class Interruptible:

@@ -20,6 +20,13 @@ from training.qk_clip import Clipped, QKClip
 MAX_LOGIT = frozenset({"max_logit"})
 
 
+Between = Callable[[str, int, int], None]  # called before each part of a long computation: what, which, of how many
+
+
+def go_on(what: str, index: int, count: int) -> None:
+    """Between two parts, for who has nothing to do there."""
+
+
 class StepResult(NamedTuple):
     """Scalars on the device: reading one waits for the device."""
 
@@ -56,10 +63,16 @@ def train_step(
     seeds: tuple[int, int] = (0, 0),
     loss: Callable = mean_loss,
     clip: QKClip | None = None,
+    between: Between = go_on,
 ) -> StepResult:
     """One update from equally large micro-batches. seeds: the run's, and the step. clip_norm 0 does not clip. loss:
-    mean_loss; with `clip`, which acts on the updated weights, mean_loss_and_scores."""
-    mean, max_logits = accumulate(working, batches, seeds, loss)
+    mean_loss; with `clip`, which acts on the updated weights, mean_loss_and_scores. between: may give the step up by an
+    exception, which leaves weights and optimizer as they were."""
+    try:
+        mean, max_logits = accumulate(working, batches, seeds, loss, between)
+    except Exception:
+        optimizer.zero_grad(set_to_none=True)
+        raise
     grad_norm = nn.utils.clip_grad_norm_(working.parameters, clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     for group in optimizer.param_groups:
@@ -73,7 +86,11 @@ def train_step(
 
 
 def accumulate(
-    working: Working, batches: Iterable[tuple[Tensor, Tensor]], seeds: tuple[int, int], loss: Callable = mean_loss
+    working: Working,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    seeds: tuple[int, int],
+    loss: Callable = mean_loss,
+    between: Between = go_on,
 ) -> tuple[Tensor, Tensor | None]:
     """Adds the gradients of the mean loss to the float32 parameters -> the mean loss, a scalar, and the largest score
     of each head where the loss says them.
@@ -84,6 +101,7 @@ def accumulate(
     batches = list(batches)
     total, largest = torch.zeros((), device=working.parameters[0].device), None
     for micro_step, (inputs, targets) in enumerate(batches):
+        between("micro-batch", micro_step, len(batches))
         digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         said = loss(working.model, inputs, targets)
@@ -170,14 +188,16 @@ def evaluate(
     byte_lengths: Tensor,
     tokens: slice = slice(None),
     losses: Callable = each_loss,
+    between: Between = go_on,
 ) -> Score:
     """Scores the stream, or the windows that lie between two of its tokens, in windows that do not overlap. Every token
-    weighs the same, whatever the batch size."""
+    weighs the same, whatever the batch size. between: may give it up by an exception."""
     device = next(model.parameters()).device
     start, stop, _ = tokens.indices(windows(stream, length) * length)
     chosen = range(start // length, stop // length)
     nats, text_bytes = 0.0, 0
     for first in range(0, len(chosen), batch_size):
+        between("validation batch", first // batch_size, -(-len(chosen) // batch_size))
         inputs, targets = stack(stream, length, list(chosen[first : first + batch_size]))
         text_bytes += int(byte_lengths[targets].sum())
         nats += losses(model, inputs.to(device), targets.to(device)).cpu().double().sum().item()

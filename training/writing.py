@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from data.tokenizer import Tokenizer
+from model.errors import NotFinite
 from model.generate import ENDED, Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
@@ -18,7 +20,8 @@ class Sample:
 
     def __init__(self, seed: int, prompt_tokens: int, tokenizer: Tokenizer, stops: Sequence[str]):
         self.seed, self.prompt_tokens, self.stream = seed, prompt_tokens, TextStream(tokenizer, stops)
-        self.finish = "length"  # or stop: a stop string; end: of the document; context: it is full; interrupted
+        # or stop: a stop string; end: of the document; context: it is full; interrupted; not_finite: the model's output
+        self.finish = "length"
         self.times = [time.perf_counter()]  # of the beginning, and of each token
 
     @property
@@ -51,29 +54,34 @@ def write(
     max_new_tokens: int,
 ) -> Generator[str, None, None]:
     """Continues each text into its sample, and yields the first one's piece by piece, as it becomes certain.
-    Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once."""
+    Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once. An output that is not finite ends the
+    texts that it is of."""
     end = tokenizer.end_of_text
     with Interruptible() as interruption:
-        for step in generate(model, texts, sampler, max_new_tokens=max_new_tokens, end_token=end):
-            now = time.perf_counter()
-            for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
-                if token == ENDED:
-                    continue
-                sample.times.append(now)
-                piece = sample.stream.feed(token)
-                if sample.stream.stopped:
-                    sample.finish, texts.alive[row] = "stop", False
-                elif token == end:
-                    sample.finish = "end"
-                elif not texts.alive[row]:
-                    sample.finish = "context"
-                if row == 0:
-                    yield piece
-            if interruption.asked:
-                for alive, sample in zip(texts.alive, samples, strict=True):
-                    if alive and sample.tokens < max_new_tokens:
-                        sample.finish = "interrupted"
-                break
+        with suppress(NotFinite):
+            for step in generate(model, texts, sampler, max_new_tokens=max_new_tokens, end_token=end):
+                now = time.perf_counter()
+                for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
+                    if token == ENDED:
+                        continue
+                    sample.times.append(now)
+                    piece = sample.stream.feed(token)
+                    if sample.stream.stopped:
+                        sample.finish, texts.alive[row] = "stop", False
+                    elif token == end:
+                        sample.finish = "end"
+                    elif not texts.alive[row]:
+                        sample.finish = "context"
+                    if row == 0:
+                        yield piece
+                if interruption.asked:
+                    for alive, sample in zip(texts.alive, samples, strict=True):
+                        if alive and sample.tokens < max_new_tokens:
+                            sample.finish = "interrupted"
+                    break
+        for broken, sample in zip(texts.not_finite, samples, strict=True):
+            if broken:
+                sample.finish = "not_finite"
         rest = [sample.stream.close() for sample in samples]
         yield rest[0]
 
@@ -95,10 +103,14 @@ def show_samples(prompt: str, pieces: Generator[str, None, None], samples: Seque
 
 
 def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Of all samples together. The first token of each comes with its prompt; None where there is no second one."""
+    """Of all samples together. The first token of each comes with its prompt; None where there is none, or no second
+    one."""
+    written = [sample for sample in samples if sample.tokens]
+    if not written:
+        return {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
     begin = samples[0].times[0]
-    first, last = samples[0].times[1], max(sample.times[-1] for sample in samples)
-    decoded = sum(sample.tokens - 1 for sample in samples)
+    first, last = min(sample.times[1] for sample in written), max(sample.times[-1] for sample in written)
+    decoded = sum(sample.tokens - 1 for sample in written)
     return {
         "prefill_tokens_per_second": round(sum(sample.prompt_tokens for sample in samples) / (first - begin), 1),
         "decode_tokens_per_second": round(decoded / (last - first), 1) if decoded else None,

@@ -1,5 +1,6 @@
 """Rotations in part and stretched, linear biases, and vectors added to the embedding, each against its definition."""
 
+import importlib
 import math
 
 import pytest
@@ -10,10 +11,12 @@ from model.attention.base import Context
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
-from model.positions import alibi
+from model.positions import alibi, slopes
 from model.rope import Rope
 from model.transformer import TransformerLM
 from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
+from training.config import dump, load
+from training.migrate import UNSTATED, migrate
 
 
 def angles(rope: Rope, position: int) -> list[float]:
@@ -64,22 +67,43 @@ def test_yarn_sharpens_the_scores_of_every_execution():
     assert small_config("attention=gqa", *yarn).attention.rope_original_context == 64 / 4
 
 
+SLOPES = {  # powers of 2 of some heads' slopes
+    ("published", 1): [-8],
+    ("published", 3): [-4, -8, -2],
+    ("published", 6): [-2, -4, -6, -8, -1, -3],
+    ("published", 8): [-1, -2, -3, -4, -5, -6, -7, -8],
+    ("published", 12): [-1, -2, -3, -4, -5, -6, -7, -8, -0.5, -1.5, -2.5, -3.5],
+    ("geometric", 8): [-1, -2, -3, -4, -5, -6, -7, -8],
+    ("geometric", 6): [-8 / 6, -16 / 6, -4, -32 / 6, -40 / 6, -8],
+}
+
+
+def test_alibis_slopes_are_those_of_bloom_and_mpt():
+    bloom, mpt = (importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in ("bloom", "mpt"))
+    for heads in range(1, 25):
+        found = slopes(heads)
+        theirs = bloom.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]  # of two tokens, the second
+        assert torch.allclose(found, theirs, rtol=1e-5)
+        assert torch.allclose(found, -mpt.build_mpt_alibi_tensor(heads, 2)[:, 0, 0], rtol=1e-6)
+        assert torch.equal(found, slopes(heads, "geometric")) == (heads in (1, 2, 4, 8, 16))
+
+
 @pytest.mark.parametrize("kernel", [Naive(), SDPA()], ids=lambda kernel: type(kernel).__name__)
-@pytest.mark.parametrize("heads", [1, 3, 6, 8, 12])
+@pytest.mark.parametrize(("rule", "heads"), SLOPES)
 @pytest.mark.parametrize("start", [0, 5000])
-def test_alibi_is_a_bias_that_falls_with_the_distance(heads, start, kernel):
-    """scores - 2^(-8i/h) (q_pos - k_pos), written down in float64; three of the keys are unfilled rows of a cache."""
+def test_alibi_is_a_bias_that_falls_with_the_distance(rule, heads, start, kernel):
+    """scores - slope (q_pos - k_pos), written down in float64; three of the keys are unfilled rows of a cache."""
     draw, scale = torch.Generator().manual_seed(0), 0.3
     q, k, v = (torch.randn(2, length, n, 8, generator=draw) for length, n in ((4, heads), (300, 1), (300, 1)))
     k_pos = torch.arange(start, start + 300)[None].expand(2, -1).clone()
     k_pos[0, :3] = -1
     q_pos = torch.tensor([[start + 299, start + 260, start + 7, -1], [start + 3, start + 280, start + 9, start + 50]])
     mask = Mask(q_pos, k_pos, plain=False)
-    biased = alibi(q, k, mask, scale)
+    biased = alibi(q, k, mask, scale, rule)
     found = kernel(biased.q, biased.k, v, mask, scale)
-    slopes = torch.tensor([2 ** (-8 * i / heads) for i in range(1, heads + 1)], dtype=torch.float64)
+    m = torch.tensor([2**power for power in SLOPES[rule, heads]], dtype=torch.float64)
     scores = scale * torch.einsum("bthd,bsgd->bhts", q.double(), k.double())
-    scores -= slopes[:, None, None] * (q_pos[:, None, :, None] - k_pos[:, None, None, :])
+    scores -= m[:, None, None] * (q_pos[:, None, :, None] - k_pos[:, None, None, :])
     scores = scores.masked_fill(~mask.visible()[:, None], -math.inf)
     expected = torch.einsum("bhts,bsgd->bthd", scores.softmax(-1), v.double())
     real = q_pos >= 0
@@ -94,8 +118,23 @@ def test_alibis_distances_are_exact_in_bfloat16():
     q, k = (torch.zeros(1, n, 8, 64, dtype=torch.bfloat16) for n in (1, 40000))
     q, k, _ = alibi(q, k, mask, 0.125)
     scores = 0.125 * torch.einsum("thd,shd->hs", q[0].double(), k[0].double())
-    slopes = 2.0 ** -torch.arange(1, 9, dtype=torch.float64)
-    assert torch.equal(scores, -slopes[:, None] * distance)
+    expected = 2.0 ** -torch.arange(1, 9, dtype=torch.float64)
+    assert torch.equal(scores, -expected[:, None] * distance)
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla", "stack"])
+def test_an_older_run_keeps_the_slopes_it_was_trained_with(attention):
+    """Its settings say no rule. Where nothing is ALiBi's, nothing is said of slopes either."""
+
+    def older(tree):
+        return {k: older(v) for k, v in tree.items() if k != "alibi_slopes"} if isinstance(tree, dict) else tree
+
+    for position, rule in (("alibi", "geometric"), ("rope", "published")):
+        stored = older(dump(load_composed(f"attention={attention}", f"position={position}")))
+        found = load(migrate(stored, UNSTATED)).model.attention
+        assert {found.of_layer(i).alibi_slopes for i in range(2)} == {rule}
+    model = small_model("attention=mha", "position=alibi", "attention.alibi_slopes=geometric", "model.n_heads=2")
+    assert model.layers[0].attention.biased.keywords == {"rule": "geometric"}
 
 
 def test_alibi_and_no_positions_leave_mla_without_a_rope_key():

@@ -1,9 +1,11 @@
 """Samplers as functions, each filter held against its definition."""
 
+import math
+
 import pytest
 import torch
 
-from model.sampler import Sampler, keep_min_p, keep_top_k, keep_top_p, penalise_seen
+from model.sampler import NO_TOKEN, Sampler, keep_min_p, keep_top_k, keep_top_p, penalise_seen
 
 
 def test_samplers_draw_from_the_distribution_they_name():
@@ -74,3 +76,64 @@ def test_seen_tokens_are_penalised_whatever_their_sign():
             expected = logit if not seen[row, token] else logit / 1.7 if logit > 0 else logit * 1.7
             assert float(found[row, token]) == pytest.approx(expected)
     assert torch.equal(penalise_seen(logits, seen, 1), logits)
+
+
+def naive_distribution(logits: list[float], sampler: Sampler) -> list[float] | None:
+    """Probabilities by the definitions, in loops; None where there are none."""
+    inf = math.inf
+    if any(math.isnan(x) for x in logits) or max(logits) == -inf:
+        return None
+    if max(logits) == inf:
+        logits = [0.0 if x == inf else -inf for x in logits]
+    if sampler.temperature == 0:
+        return [float(i == logits.index(max(logits))) for i in range(len(logits))]
+    weights = [math.exp((x - max(logits)) / sampler.temperature) for x in logits]
+    if sampler.top_k is not None:
+        least = sorted(weights, reverse=True)[min(sampler.top_k, len(weights)) - 1]
+        weights = [w if w >= least else 0.0 for w in weights]
+    if sampler.top_p is not None:
+        kept, mass = set(), 0.0
+        for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
+            if kept and mass >= sampler.top_p * sum(weights):
+                break
+            kept.add(i)
+            mass += weights[i]
+        weights = [w if i in kept else 0.0 for i, w in enumerate(weights)]
+    if sampler.min_p is not None:
+        weights = [w if w >= sampler.min_p * max(weights) else 0.0 for w in weights]
+    return [w / sum(weights) for w in weights]
+
+
+INF, NAN = math.inf, math.nan
+NOT_FINITE = [
+    [1.0, INF, 0.0, -1.0],
+    [INF, 2.0, -INF, INF],
+    [INF, INF, INF, INF],
+    [-INF, 0.5, -INF, 1.0],
+    [-INF, -INF, -INF, 3e38],
+    [-INF, -INF, -INF, -INF],
+    [0.0, NAN, 1.0, 2.0],
+    [INF, NAN, -INF, 2.0],
+    [NAN, NAN, NAN, NAN],
+    [3e38, -3e38, 3e38, 0.0],
+]
+SETTINGS = [{}, {"temperature": 0}, {"temperature": 1e-300}, {"temperature": 1e300}, {"top_k": 2}, {"top_p": 0.6},
+            {"top_p": 0.0}, {"min_p": 0.7}, {"top_k": 3, "top_p": 0.9, "min_p": 0.1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_logits_that_are_not_finite_give_what_a_naive_sampler_gives(settings):
+    """+inf is certain, several share it; -inf is impossible; NaN, or nothing possible, is no token."""
+    sampler, draws = Sampler(**settings), torch.linspace(0, 1, 2001)[:-1].double()
+    for row in NOT_FINITE:
+        found = sampler(torch.tensor(row).expand(len(draws), -1), draws)
+        expected = naive_distribution(row, sampler)
+        if expected is None:
+            assert (found == NO_TOKEN).all(), row
+        else:
+            frequencies = torch.bincount(found, minlength=4) / len(draws)
+            assert frequencies.tolist() == pytest.approx(expected, abs=2e-3), row
+    logits = torch.tensor(NOT_FINITE)  # a row's neighbours do not matter
+    uniform = torch.full((len(logits),), 0.3)
+    alone = [int(sampler(row[None], uniform[:1])) for row in logits]
+    assert sampler(logits, uniform).tolist() == alone

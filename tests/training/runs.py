@@ -13,7 +13,8 @@ def losses(run: Path) -> list[tuple]:
     """What each step did, in the order of the steps, each of which is there once."""
     rows = read_metrics(run / "metrics.jsonl")
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    assert [row["step"] for row in rows] == list(range(1, len(lines) + 1))
+    first = rows[0]["step"]  # 0 where validation came before training
+    assert first in (0, 1) and [row["step"] for row in rows] == list(range(first, first + len(lines)))
     kept = ("step", "train_loss", "grad_norm", "lr", "val_loss", "muon_lr", "skipped")
     return [tuple(row.get(key) for key in kept) for row in rows]
 

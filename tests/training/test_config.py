@@ -179,6 +179,8 @@ BAD = [
         ("attention.rope_scaling=linear", "attention.rope_factor=2", "position=alibi"),
         "rope_scaling=linear scales a rotation, and position=alibi has none",
     ),
+    (("attention.alibi_slopes=geometric",), "alibi_slopes=geometric is of position=alibi, and position=rope has no"),
+    (("attention.alibi_slopes=steep", "position=alibi"), "alibi_slopes=steep: choose published or geometric"),
     (
         ("attention=mla", "attention.qk_rope_head_dim=8", "position=alibi"),
         "position=alibi needs qk_rope_head_dim=0, not 8",

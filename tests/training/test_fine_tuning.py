@@ -1,13 +1,18 @@
 """init_from: another run's weights, model and tokenizer; new data, a fresh optimizer."""
 
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.support import SMOKE, call, changed
+from tests.support import SMOKE, call, changed, load_composed
 from tests.training.runs import assert_same_run, losses, rewind
+from training import checkpoint
+from training.epochs import repetitions
+from training.step import Score
 from training.trained import load_run
 
 TEXT = "".join(f"The {i}th line of quite another text, with words such as zeppelin.\n" for i in range(900))
@@ -34,17 +39,54 @@ def base(trained, workplace):
 
 def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsys):
     assert call("train", [*TUNED, "optim.lr=1e-30", "optim.muon_lr=1e-30", "run_dir=still"], monkeypatch) == 0
-    assert "beginning with the weights of base/checkpoints/step_00000030" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "beginning with the weights of base/checkpoints/step_00000030" in err
+    first, *_, last = losses(workplace / "still")
+    assert first[0] == 0 and first[4] == pytest.approx(last[4], rel=1e-3)  # it was scored before the first step
+    assert f"\nbefore step 1: validation {first[4]:.4f} nats per token" in err
+    assert re.search(
+        rf"\nbefore +{first[4]:.4f} nats per token, .*\(the first 4,096 of them; now {first[4]:.4f} and .*: no better",
+        out,
+    )
     (before, tokenizer), (after, its) = load_run("base"), load_run("still")
     assert tokenizer.hash == its.hash
     for name, tensor in after.state_dict().items():
         assert torch.allclose(tensor, before.state_dict()[name], atol=1e-6), name
 
 
+def test_the_best_checkpoint_is_kept_and_named_where_it_is_not_the_last(workplace, monkeypatch, capsys):
+    scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
+    monkeypatch.setattr("training.step.evaluate", lambda *_: next(scores))
+    assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert (
+        "before       5.0000 nats per token, 7.2135 bits per byte (the first 1 of them; now 2.0000 and 2.8854: bet"
+        in out
+    )
+    assert "best         step 20, 1.0000 nats per token (the first 1 of them): " in out
+    assert "python sample.py --checkpoint best --run 'a run'\n" in out
+    assert [path.name for path in checkpoint.saved(workplace / "a run")] == ["step_00000020", "step_00000030"]
+    assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
+
+
+def test_a_text_that_is_read_too_often_is_said_with_the_steps_that_are_enough():
+    def said(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
+        return list(repetitions(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
+
+    assert said("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
+    (line,) = said("steps=25_000")
+    assert "is read 256 times" in line and "give steps=390, which makes 4 epochs, or more text" in line
+    (line,) = said("steps=25_000", done=390)
+    assert line.endswith("gets worse: give more text")
+    batch, often = said("steps=4", "batch_tokens=131072")
+    assert "batch_tokens=131072 is more than the 99840 tokens of the training text" in batch
+    assert "is read 5.25 times" in often and "steps=3," in often
+
+
 def test_what_was_learned_helps(base, workplace, monkeypatch):
     tuned = [*SMOKE, "init_from=base", "data.seed=7", "steps=3", "run_dir=tuned"]
     assert call("train", tuned, monkeypatch) == 0
-    first = losses(workplace / "tuned")[0][1]
+    first = losses(workplace / "tuned")[1][1]
     assert first < losses(base)[0][1] / 2
 
 

@@ -72,6 +72,19 @@ def test_the_loss_scale_follows_pytorchs_own():
     assert ours.scale != LossScale.INITIAL
 
 
+def test_the_loss_scale_has_an_end_and_comes_back_from_it(monkeypatch):
+    monkeypatch.setattr(LossScale, "GROWTH_STEPS", 2)
+    scale = LossScale(torch.device("cpu"))
+    for _ in range(2 * 12):  # 2^16 would have become 2^28
+        scale.update(torch.tensor(False))
+    assert scale.scale == 2**24
+    scale.update(torch.tensor(True))
+    assert scale.scale == 2**23
+    for stored, expected in ((2.0**100, 2**24), (math.inf, 2**24), (2.0**10, 2**10)):
+        scale.load(LossScale.State.model_construct(scale=stored, good_steps=7))
+        assert (scale.scale, scale.good_steps) == (expected, 7)
+
+
 def test_float16_gradients_are_those_of_float32():
     """The smallest would be lost without the scale."""
     model = small_model("attention=gqa", kernel=SDPA())

@@ -113,6 +113,25 @@ def test_a_full_context_is_said_and_a_reset_begins_anew():
     assert written(talk)[0] == ord("x")
 
 
+def test_a_seed_draws_anew_from_the_next_turn_on_and_in_texts_to_come():
+    model = small_model("attention=mla", vocab_size=257)
+    talk = conversation(model)
+    talk.set_temperature(1.0)
+    for seed, whole in ((0, [*b"The "]), (3, None), (3, None)):
+        if whole is None:
+            talk.draw_from(seed)
+            whole = written(talk)
+        talk.append("" if talk.texts else "The ")
+        talk.turn(ignore)
+        alone = generate(model, Texts(model, [whole], [seed]), Sampler(), max_new_tokens=10, end_token=256)
+        assert written(talk) == whole + [int(step[0]) for step in alone]
+    talk.reset()
+    talk.append("The ")
+    talk.turn(ignore)
+    alone = generate(model, Texts(model, [[*b"The "]], [3]), Sampler(), max_new_tokens=10, end_token=256)
+    assert written(talk) == [*b"The "] + [int(step[0]) for step in alone]
+
+
 @pytest.mark.parametrize(("line", "shown"), [("", "🙂b\n"), ("x", "\ufffdb\n")])
 def test_a_character_that_a_turn_left_incomplete_is_shown_whole_by_the_next_unless_text_comes_between(
     monkeypatch, line, shown

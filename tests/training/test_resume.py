@@ -11,9 +11,11 @@ import time
 import pytest
 import torch
 
+import training.step
 from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
+from training import checkpoint
 from training.checkpoint import MODEL, OPTIMIZER, newest
 from training.invocation import command
 from training.log import read_metrics
@@ -156,7 +158,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypat
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "finishing the step and saving" in err and "Traceback" not in err
+    assert "stopping and saving" in err and "Traceback" not in err
     assert f"continue with: {command('train.py', 'resume=run')}\n" in err
     (checkpoint,) = (workplace / "run/checkpoints").iterdir()
     done = len(read_metrics(workplace / "run/metrics.jsonl"))
@@ -186,23 +188,67 @@ def test_a_run_nobody_listens_to_goes_on(workplace):
     assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 60
 
 
+@pytest.fixture
+def signals_at(monkeypatch):
+    """Call it with a function of training.step that computes a loss, and n: a signal comes, once or more often, while
+    it runs for the n-th time."""
+
+    def arrange(name: str, n: int, times: int = 1, sent: signal.Signals = signal.SIGINT) -> None:
+        calls, real = [], getattr(training.step, name)
+
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) == n:
+                for _ in range(times):
+                    signal.raise_signal(sent)
+            return real(*arguments)
+
+        monkeypatch.setattr(training.step, name, interrupted)
+        return lambda: monkeypatch.setattr(training.step, name, real)
+
+    return arrange
+
+
+# Each step has 4 micro-batches, each evaluation 16 batches, and the one at the end 38: where the signal comes, the
+# checkpoints then, and the last words.
+STOPS = {
+    "in the first step": (
+        "mean_loss",
+        2,
+        [],
+        "within step 1, which does not count; nothing is to be saved yet; contin",
+    ),
+    "in a step": ("mean_loss", 4 * 7 + 2, [5, 7], "within step 8, which does not count; step 7 is saved; continue"),
+    "in an evaluation": ("each_loss", 16 + 3, [5, 8], "after step 8; saved, its evaluation is still to come; continue"),
+    "in the last one": ("each_loss", 32 + 20, [5, 10, 12], "after step 12; saved, its evaluation is still to come; co"),
+}
+
+
+def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, monkeypatch, capsys, signals_at):
+    options = changed(BUSY, "data.size=200")
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    for i, (function, n, saved, said) in enumerate(STOPS.values()):
+        undo, run = signals_at(function, n), workplace / f"run{i}"
+        assert call("train", [*options, f"run_dir=run{i}"], monkeypatch) == 130
+        undo()
+        assert f"SIGINT: stopped {said}" in capsys.readouterr().err.splitlines()[-1]
+        assert [checkpoint.step_of(path) for path in checkpoint.saved(run)] == saved
+        assert len(read_metrics(run / "metrics.jsonl")) == max(saved, default=0)
+        assert call("train", [f"resume=run{i}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", run, step=12)
+        whole = checkpoint.read(workplace / "whole/checkpoints/step_00000012", ()).manifest
+        assert checkpoint.read(run / "checkpoints/step_00000012", ()).manifest.val_loss == whole.val_loss
+    kept = checkpoint.read(workplace / "run2/checkpoints/step_00000008", ()).manifest
+    assert kept.val_loss == losses(workplace / "whole")[7][4]  # scored when the run went on
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, sent):
-    """The first one meets a long step."""
-    options = [*SMOKE, "steps=2000", "batch_tokens=131072", "micro_batch_size=16", "save_every=1", "eval_every=1000"]
-    process = start([*options, "run_dir=run"], workplace)
-    while process.poll() is None and not list((workplace / "run").glob("checkpoints/step_*")):
-        time.sleep(0.01)
-    time.sleep(0.5)  # into the second step
-    process.send_signal(sent)
-    time.sleep(0.2)
-    process.send_signal(sent)
-    begun = time.perf_counter()
-    _, err = process.communicate(timeout=60)
-    assert time.perf_counter() - begun < 5
-    assert process.returncode == 130
+def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, monkeypatch, capsys, signals_at, sent):
+    signals_at("mean_loss", 4 * 7 + 2, times=2, sent=sent)
+    assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 130
+    err = capsys.readouterr().err
     assert f"stopped at once; continue with: {command('train.py', 'resume=run')}" in err and "Traceback" not in err
-    assert newest(workplace / "run", (MODEL, OPTIMIZER)) is not None
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 5
 
 
 def await_steps(process, run, count: int) -> int:
