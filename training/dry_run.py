@@ -59,7 +59,8 @@ def dry_run(run: Run, device: torch.device, done: int) -> None:
     parts = memory(run, vocab_size, device)
     for line in _shapes(run, vocab_size, flops, keys, parts, device):
         print_line(line)
-    print_line(_plan(run, corpus, done))  # before what takes a while
+    for line in _plan(run, corpus, done):  # before what takes a while
+        print_line(line)
     print_line(_duration(run, vocab_size, flops, sum(parts.values()), device, done))
     if corpus is None:
         print_line(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens")
@@ -132,14 +133,13 @@ def _otherwise(run: Run, vocab_size: int, device: torch.device) -> str:
     return f"checkpoint_activations={str(not run.checkpoint_activations).lower()}: activations {size(activations)}"
 
 
-def _plan(run: Run, corpus: Prepared | None, done: int) -> str:
+def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
     tokens = run.steps * run.batch_tokens
     behind = f" ({done:,} are done)" if done else ""
-    line = f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens"
-    if corpus is None:
-        return line
-    line += f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}"
-    return "\n".join((line, *(f"warning      {warning}" for warning in repetitions(run, corpus, done))))
+    read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
+    yield f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
+    for warning in repetitions(run, corpus, done) if corpus else ():
+        yield f"warning      {warning}"
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:

@@ -1,12 +1,13 @@
 """Commands as they are printed: typed into a shell, from the working directory, they run. Imports nothing heavy."""
 
+import importlib.util
 import os
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from data.errors import CONTROLS
+from data.errors import CONTROLS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,8 +18,13 @@ def command(program: str, *words: str) -> str:
     module = program.removeprefix("-m ")
     if module == program:
         return " ".join(map(quoted, (interpreter(), shortest(str(ROOT / program)), *words)))
-    place = [] if Path.cwd() == ROOT else [f"PYTHONPATH={quoted(str(ROOT))}"]
-    return " ".join([*place, *map(quoted, (interpreter(), "-m", module, *words))])
+    place = "" if shortest(str(ROOT)) == os.curdir else f"PYTHONPATH={quoted(str(ROOT))} "
+    return place + installed(module, *words)
+
+
+def installed(module: str, *words: str) -> str:
+    """The same for a module of an installed package."""
+    return " ".join(map(quoted, (interpreter(), "-m", module, *words)))
 
 
 def interpreter() -> str:
@@ -26,7 +32,8 @@ def interpreter() -> str:
     if not sys.executable:
         return "python"
     for name in ("python", "python3"):
-        if _place(shutil.which(name) or "") == _place(sys.executable):
+        found = shutil.which(name)
+        if found and _place(found) == _place(sys.executable):
             return name
     return shortest(sys.executable)
 
@@ -35,8 +42,15 @@ def how_to_install(package: str) -> str:
     """What to say where a package that Headroom needs is missing."""
     ready = ROOT / ".venv" / "bin" / "python"
     instead = f"run {quoted(shortest(str(ready)))} instead, or " if ready.exists() else ""
-    install = f"{quoted(interpreter())} -m pip install -e {quoted(str(ROOT))}"
+    install = installed("pip", "install", "-e", str(ROOT))
     return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
+
+
+def refuse_no_package(package: str, setting: str, extra: str = "") -> None:
+    """Raises UserError where a package that a setting needs is not installed. extra: of pyproject.toml, with it."""
+    if importlib.util.find_spec(package) is None:
+        how = installed("pip", "install", "-e", f"{ROOT}[{extra}]" if extra else str(ROOT))
+        raise UserError(f"{setting} needs the package {package}, which is not here: {how}")
 
 
 def quoted(word: str) -> str:
@@ -60,7 +74,10 @@ def _place(path: str) -> tuple[str, str]:
 
 def shortest(path: str) -> str:
     """A path, from the working directory or from the root."""
-    relative = os.path.relpath(path)
+    try:
+        relative = os.path.relpath(path)
+    except OSError:  # there is no working directory any more
+        return path
     if os.sep not in relative and path == sys.executable:  # a shell would search for it
         relative = os.path.join(os.curdir, relative)
     return min(relative, path, key=len)

@@ -1,14 +1,12 @@
 """What a run writes down while it trains: metrics.jsonl always, a logger by choice, and a line for whoever watches."""
 
 import functools
-import importlib.util
 import json
 import logging
 import math
 import netrc
 import os
 import secrets
-import shlex
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +25,7 @@ from rich.text import Text
 from data.durable import exists, open_regular, read_regular, write_whole
 from data.errors import UserError, escaped
 from model.config import Config
+from training.invocation import installed, refuse_no_package
 from training.streams import tell
 
 log = logging.getLogger("headroom")
@@ -36,7 +35,8 @@ LONGEST_ROW = 2**20  # bytes; what is longer is no row of metrics
 LARGEST_METRICS = 2**34  # bytes
 WANDB_SECONDS = 30.0  # to wait for a server that does not answer
 UNSCORED = "unscored"  # in a row: true where its validation score is still to come
-LONG = 1.0, 30.0  # seconds that a part of a step takes before the live line, or a plain one, tells how far it is
+LIVE_AFTER = 1.0  # seconds into a step, after which the live line tells how far it is
+PLAIN_EVERY = 30.0  # seconds, after each of which a plain line does
 
 
 class Sink:
@@ -75,10 +75,12 @@ class WandbLogger(Logger):
     mode: Literal["online", "offline", "disabled"] = "offline"
 
     def refuse_missing(self) -> None:
+        if self.mode != "disabled":
+            refuse_no_package("wandb", "logger=wandb")
         if self.mode == "online" and not _wandb_login():
             raise UserError(
-                "logger.mode=online needs a login, and there is no WANDB_API_KEY and no netrc entry: wandb login makes "
-                "one, logger.mode=offline needs none"
+                "logger.mode=online needs a login, and there is no WANDB_API_KEY and no netrc entry: "
+                f"{installed('wandb', 'login')} makes one, logger.mode=offline needs none"
             )
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
@@ -106,7 +108,7 @@ class WandbLogger(Logger):
             kept = Path(remote.dir).parent.parent  # a folder for each process that trained the run, of one id
             parts = len(list(kept.glob("offline-run-*")))
             several = f"; its {parts} parts become one run there, in the order of their times" if parts > 1 else ""
-            log.info(f"logger=wandb is offline; to upload the run: wandb sync {shlex.quote(str(kept))}{several}")
+            log.info(f"logger=wandb is offline; to upload the run: {installed('wandb', 'sync', str(kept))}{several}")
         return WandbSink(remote)
 
 
@@ -141,8 +143,7 @@ class TensorboardLogger(Logger):
     """Event files in the run's folder. Their failures never stop training."""
 
     def refuse_missing(self) -> None:
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UserError("logger=tensorboard needs a package that is not here: python -m pip install tensorboard")
+        refuse_no_package("tensorboard", "logger=tensorboard", "tensorboard")
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
         return Patient("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))
@@ -358,12 +359,13 @@ class Watch:
         if index == 0:
             self.told = now
             self.progress.update(self.task, description=self.description)
-        elif now - self.told >= LONG[not self.live]:
-            self.told = now if not self.live else self.told
-            done = f"{what} {index + 1}/{count}"
+            return
+        done = f"{what} {index + 1}/{count}"
+        if self.live and now - self.told >= LIVE_AFTER:
             self.progress.update(self.task, description=f"{self.description}  {done}")
-            if not self.live:
-                self.say(f"step {step}/{self.steps}: {done}")
+        elif not self.live and now - self.told >= PLAIN_EVERY:
+            self.told = now
+            self.say(f"step {step}/{self.steps}: {done}")
 
     def say(self, line: str) -> None:
         """Above the live line."""

@@ -77,7 +77,7 @@ class Report:
             self.metrics.close()
             self.sink.close()
         if kind is KeyboardInterrupt:
-            tell(f"stopped at once; continue with: {resume_command(self.folder)}")
+            tell(f"stopped at once; {self._go_on()}")
             sys.exit(130)
 
     def before(self, score: Score) -> None:
@@ -195,13 +195,17 @@ class Report:
         self.watch.stop()
         where = f"within step {step + 1}, which does not count" if within else f"after step {step}"
         where = "before step 1" if not step and not within else where
-        saved = f"step {step} is saved" if within else "saved"
-        saved = saved if step else "nothing is to be saved yet"
+        what = f"step {step} is saved" if within else "saved"
+        what = what if step else "nothing is to be saved yet"
         if self.unscored:
-            saved += ", its evaluation is still to come"
+            what += ", its evaluation is still to come"
         finished = step == self.run.steps and not self.unscored
-        what_next = "it was the last one; for its last words: " if finished else "continue with: "
-        tell(f"{name}: stopped {where}; {saved}; {what_next}{resume_command(self.folder)}")
+        last = "it was the last one, its last words are still to come; " if finished else ""
+        tell(f"{name}: stopped {where}; {what}; {last}{self._go_on()}")
+
+    def _go_on(self) -> str:
+        verb = "continue" if saved(self.folder) else "begin again"
+        return f"{verb} with: {resume_command(self.folder)}"
 
     def _say_score(self, when: str, score: Score) -> None:
         self.say(f"{when}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte")

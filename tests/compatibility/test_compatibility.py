@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from model.sampler import Sampler
-from tests.compatibility.make import CASES, HERE, STOPPED, machine, sampled, texts
+from tests.compatibility.make import CASES, HERE, STOPPED, TOKENS, machine, sampled, texts
 from tests.support import call
 from training.log import read_metrics
+from training.migrate import FORMAT, UNSTATED
 
 RUNS = sorted(path.parent for path in HERE.glob("*/*/expected.json"))
 FP32, REST = 1e-5, 0.1  # nats, on another machine; Muon multiplies in bfloat16 where the processor can, else in float32
@@ -28,9 +29,13 @@ def test_stored_run_samples_and_resumes_as_recorded(run, request, monkeypatch):
     case = request.node.callspec.params["run"].name
     expected = json.loads((run / "expected.json").read_text())
     same_machine = expected["machine"] == machine() and torch.get_num_threads() == 1
+    written = {
+        "greedy": sampled(run, Sampler(temperature=0.0)),
+        "drawn": sampled(run, Sampler(temperature=0.8, top_k=50)),
+    }
     if same_machine:
-        assert sampled(run, Sampler(temperature=0.0)) == expected["greedy"]
-        assert sampled(run, Sampler(temperature=0.8, top_k=50)) == expected["drawn"]
+        assert written == {name: expected[name] for name in written}
+    assert [len(tokens) for tokens in written.values()] == [TOKENS, TOKENS]
     repeated = [override for override in CASES[case] if override.startswith("data.path=")]  # of a folder from elsewhere
     assert call("train", ["resume=run", *repeated], monkeypatch) == 0
     losses = [row["train_loss"] for row in read_metrics(run / "metrics.jsonl")][STOPPED:]
@@ -43,4 +48,6 @@ def test_stored_run_samples_and_resumes_as_recorded(run, request, monkeypatch):
 
 
 def test_stored_runs_cover_every_format():
-    assert {path.parent.name for path in RUNS} >= {"format_2"} and len(RUNS) >= 30
+    names = {f"format_{number}" for number in range(UNSTATED, FORMAT + 1)}
+    assert {path.parent.name for path in RUNS} == names
+    assert all({path.name for path in RUNS if path.parent.name == name} >= CASES.keys() for name in names)

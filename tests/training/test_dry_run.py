@@ -97,7 +97,8 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     both = re.search(r"activations ([\d.]+) MB .*; checkpoint_activations=true: activations ([\d.]+) MB\n", out)
     kept, anew = both.groups()
     assert 0 < float(anew) < 0.8 * float(kept)
-    assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944" in out
+    assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944\n" in out
+    assert "\nwarning      the training text is read 33.8 times: beyond 4 epochs" in out
     assert "for 3,000 steps, reading, evaluating and saving not counted: " in out
     assert "tokens per second on this cpu, from 10 micro-batches and one update; the update takes " in out
     assert 0 < int(re.search(r"(\d+)% of a step\n", out)[1]) < 100 and "not known" not in out

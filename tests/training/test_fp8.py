@@ -24,7 +24,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("installed", "device", "capability", "complaint"),
     [
-        (False, CUDA, (9, 0), "needs a package that is not here: python -m pip install -e '.[fp8]'"),
+        (False, CUDA, (9, 0), "precision=fp8 needs the package torchao, which is not here: "),
         (True, CPU, None, "this cpu has no float8 products: choose precision=auto"),
         (True, CUDA, (8, 0), "this GPU's compute capability is 8.0, float8 products need 8.9: choose precision=auto"),
     ],
@@ -34,7 +34,7 @@ def test_where_nothing_multiplies_float8_it_is_refused(monkeypatch, installed, d
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with pytest.raises(UserError, match="precision=fp8") as refusal:
         choose_precision("fp8", device)
-    assert str(refusal.value).endswith(complaint)
+    assert complaint in str(refusal.value)
     assert_one_line(refusal.value)
 
 

@@ -1,5 +1,6 @@
 """What is written while training, and what must never stop it."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ from data.errors import UserError
 from tests.support import SMOKE, call
 from tests.training.runs import rewind
 from training.guard import Guard
+from training.invocation import installed
 from training.log import MetricsFile, TensorboardLogger, TensorboardSink, WandbLogger, Watch, read_metrics, unscored
 
 
@@ -133,7 +135,7 @@ def test_a_failing_wandb_is_a_warning(tmp_path, monkeypatch, caplog, fault):
     sink.close()
     assert "training goes on" in caplog.text and "no key" in caplog.text
     assert caplog.text.count("training goes on") == 1
-    assert ("to upload the run: wandb sync w\n" in caplog.text) == (fault != "init")
+    assert (f"to upload the run: {installed('wandb', 'sync', 'w')}\n" in caplog.text) == (fault != "init")
     if fault == "finish":
         assert calls == [({"step": 1, "train_loss": 2.0}, 1)]
         assert asked["mode"] == "offline" and asked["dir"] == tmp_path and asked["reinit"] == "create_new"
@@ -164,7 +166,7 @@ def test_wandb_online_without_a_login_is_refused_before_a_run(tmp_path, monkeypa
     if fine:
         logger.refuse_missing()
     else:
-        with pytest.raises(UserError, match=r"mode=online needs a login, .*: wandb login makes one, logger.mode=off"):
+        with pytest.raises(UserError, match=r"mode=online needs a login, .* wandb login makes one, logger.mode=off"):
             logger.refuse_missing()
 
 
@@ -181,7 +183,7 @@ def test_wandb_runs_go_on_when_resumed_and_never_merge(tmp_path, monkeypatch, ca
         (tmp_path / name).mkdir(exist_ok=True)
         WandbLogger().open(tmp_path / name, {}).close()
     ids = [options["id"] for options in asked]
-    assert "wandb sync one/wandb; its 2 parts become one run there, in the order of their times\n" in caplog.text
+    assert " wandb sync one/wandb; its 2 parts become one run there, in the order of their times\n" in caplog.text
     assert ids[0] == ids[2] != ids[1] and all(options["resume"] == "allow" for options in asked)
 
 
@@ -236,12 +238,14 @@ def test_tensorboard_gets_the_numbers_of_every_step(tmp_path, monkeypatch, caplo
         assert flushed == [3, "closed"]
 
 
-def test_tensorboard_that_is_not_installed_is_refused_before_a_run_begins(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"logger=tensorboard needs .* python -m pip install tensorboard"):
-        TensorboardLogger().refuse_missing()
-    assert call("train", [*SMOKE, "logger=tensorboard"], monkeypatch) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err and not list(workplace.iterdir())
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_logger_that_is_not_installed_is_refused_before_a_run_begins(workplace, monkeypatch, capsys, logger):
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == logger else real(name, *rest))
+    assert call("train", [*SMOKE, f"logger={logger}"], monkeypatch) == 2
+    needs = f"error: logger={logger} needs the package {logger}, which is not here: "
+    err = capsys.readouterr().err
+    assert needs in err and " -m pip install -e " in err and not list(workplace.iterdir())
 
 
 def test_tensorboard_shows_every_number_of_every_step_once_also_of_a_resumed_run(workplace, monkeypatch):

@@ -144,6 +144,10 @@ def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(base)
     assert command("train.py") == "./python3.11 ../train.py"
     assert command("-m training.plot") == f"PYTHONPATH={tmp_path} ./python3.11 -m training.plot"
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert command("train.py") == f"{base}/python3.11 {tmp_path}/train.py"
 
 
 def test_words_of_any_characters_come_through_a_shell():

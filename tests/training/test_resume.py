@@ -216,7 +216,7 @@ STOPS = {
         "mean_loss",
         2,
         [],
-        "within step 1, which does not count; nothing is to be saved yet; contin",
+        "within step 1, which does not count; nothing is to be saved yet; begin",
     ),
     "in a step": ("mean_loss", 4 * 7 + 2, [5, 7], "within step 8, which does not count; step 7 is saved; continue"),
     "in an evaluation": ("each_loss", 16 + 3, [5, 8], "after step 8; saved, its evaluation is still to come; continue"),
