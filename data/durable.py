@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 UNFINISHED = ".writing-"  # how the names of temporary files and folders begin
+REPLACED = ".replaced-"  # and that of a folder whose name another one is about to take
 MISSING = (FileNotFoundError, NotADirectoryError)  # all other errors leave open whether something is there
 
 
@@ -91,19 +92,34 @@ def make_folder(path: Path, exist_ok: bool = True) -> None:
 
 @contextmanager
 def whole_folder(final: Path) -> Iterator[Path]:
-    """Gives a temporary folder that takes the place of `final` when the block ends without an error."""
+    """Gives a temporary folder that takes the place of `final` when the block ends without an error.
+
+    What stood there is removed only when its successor is on the disk. No call exchanges two folders at once, so a kill
+    can leave none under that name: `sweep` brings the old one back then.
+    """
     temporary = _temporary(final)
+    before = final.with_name(f"{REPLACED}{secrets.token_hex(4)}-{final.name}")
     temporary.mkdir()
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         if exists(final):
-            discard(final)
+            os.rename(final, before)
         os.rename(temporary, final)
         _sync(final.parent)
     finally:
+        _settle(before, final)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _settle(before: Path, final: Path) -> None:
+    """Of a replacement that has ended in whatever way: removes what stood at `final`, or brings it back where nothing
+    has taken its place."""
+    if os.path.lexists(final):
+        remove(before)
+    elif os.path.lexists(before):
+        os.rename(before, final)
 
 
 def discard(folder: Path) -> None:
@@ -114,11 +130,14 @@ def discard(folder: Path) -> None:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Removes what killed processes left unfinished of `name`; what cannot be removed is left. Call it only where no
-    other process can be writing."""
+    """Removes what killed processes left unfinished of `name`, and brings back what they were about to replace; what
+    cannot be removed is left. Call it only where no other process can be writing."""
     with suppress(OSError):
         for found in names_in(folder):
-            if found.startswith(f"{UNFINISHED}{name}"):
+            replaced = found.removeprefix(REPLACED).partition("-")[2] if found.startswith(REPLACED) else ""
+            if replaced and replaced.startswith(name):
+                _settle(folder / found, folder / replaced)
+            elif found.startswith(f"{UNFINISHED}{name}"):
                 remove(folder / found)
 
 

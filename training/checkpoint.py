@@ -20,7 +20,16 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.durable import MISSING, Irregular, discard, make_folder, open_regular, read_regular, whole_folder
+from data.durable import (
+    MISSING,
+    Irregular,
+    discard,
+    make_folder,
+    open_regular,
+    read_regular,
+    whole_folder,
+    write_whole,
+)
 from data.errors import UserError
 from data.prepare import Prepared
 from data.sealed import sealed, unsealed
@@ -103,10 +112,7 @@ def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int
     try:
         write(path, run, corpus, training, step, files, val_loss)
     except OSError as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be written: {error.strerror or error}; what was saved before stands: "
-            f"make room, then {resume_command(folder)}"
-        ) from None
+        raise _unwritable(folder, path, error) from None
     try:
         others = superfluous(folder, step, run.keep_last)
     except UserError as fault:
@@ -117,6 +123,28 @@ def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int
             discard(other)
         except OSError as error:
             log.warning(f"{other} cannot be removed: {error.strerror}")
+
+
+def score(folder: Path, step: int, val_loss: float) -> None:
+    """Gives the checkpoint of a step the validation loss (nats per token) that it was saved without. Its tensors stay
+    as they are, so that nothing can be lost of them. Raises UserError where its manifest cannot be read or written."""
+    path = next(path for path in saved(folder) if step_of(path) == step)
+    manifest = _read_manifest(path).model_copy(update={"format": FORMAT, "val_loss": _finite(val_loss)})
+    try:
+        write_whole(path / MANIFEST, sealed(manifest.model_dump()).encode())
+    except OSError as error:
+        raise _unwritable(folder, path, error) from None
+
+
+def _unwritable(folder: Path, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the checkpoint {path} cannot be written: {error.strerror or error}; what was saved before stands: "
+        f"make room, then {resume_command(folder)}"
+    )
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def write(
@@ -139,7 +167,7 @@ def write(
         manifest = Manifest(
             format=FORMAT,
             step=step,
-            val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            val_loss=_finite(val_loss),
             loss_scale=training.loss_scale and training.loss_scale.state(),
             tokenizer=corpus.tokenizer.hash,
             corpus=corpus.fingerprint,
