@@ -14,45 +14,62 @@ from typing import BinaryIO
 
 UNFINISHED = ".writing-"  # how the names of temporary files and folders begin
 REPLACED = ".replaced-"  # and that of a folder whose name another one is about to take
-MISSING = (FileNotFoundError, NotADirectoryError)  # all other errors leave open whether something is there
+# Of errors: nothing is there, or a link that leads nowhere or to itself. All others leave open whether something is.
+NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+NOWHERE = "it is a link that leads nowhere: is a disk not mounted?"
 
 
 class Irregular(OSError):
-    """Where a file should be stands a folder, a pipe, a device or a socket, or one that is larger than it may be."""
+    """Where a file should be stands a folder, a pipe, a device or a socket, a link that leads nowhere, or one that is
+    larger than it may be."""
 
     def __init__(self, reason: str):
         super().__init__(errno.EINVAL, reason)
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there, behind a link too. Raises OSError where that cannot be told: Path.exists answers
-    False to that in some releases of Python."""
+    """Whether something is there, behind a link too. Raises OSError where that cannot be told (Path.exists answers
+    False to that in some releases of Python), as of a link that leads nowhere: its disk may be away."""
     try:
         os.stat(path)
-    except MISSING:
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+        _refuse_dangling(path)
         return False
     return True
 
 
+def _refuse_dangling(path: Path) -> None:
+    if os.path.islink(path):
+        raise Irregular(NOWHERE)
+
+
 def names_in(folder: Path) -> list[str]:
     """Sorted; [] where there is no such folder. Raises OSError where it cannot be read, to which Path.glob finds
-    nothing."""
+    nothing, and where it is a link that leads nowhere."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
+        _refuse_dangling(folder)
         return []
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """For reading. Raises OSError, and Irregular for what is not a regular file, which could block for ever."""
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """For reading, `buffering` bytes at one time. Raises OSError, and Irregular for what is not a regular file, which
+    could block for ever."""
     _refuse_irregular(os.stat(path))  # not opened even: that alone can rewind a tape, or wait for a writer
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    file = open(path, "rb", buffering, opener=_without_waiting)  # noqa: SIM115
     try:
         _refuse_irregular(os.fstat(file.fileno()))
     except BaseException:
         file.close()
         raise
     return file
+
+
+def _without_waiting(name: str, flags: int) -> int:
+    return os.open(name, flags | os.O_NONBLOCK)
 
 
 def read_regular(path: Path, limit: int) -> bytes:
@@ -71,7 +88,9 @@ def _refuse_irregular(status: os.stat_result) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file as a whole. Raises OSError, and leaves what stood there."""
+    """Replaces the file as a whole. Raises OSError, and leaves what stood there; also for a link that leads nowhere,
+    behind which the file may be."""
+    exists(path)
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:

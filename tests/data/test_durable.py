@@ -152,6 +152,11 @@ def test_what_cannot_be_told_is_not_missing(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     assert exists(tmp_path / "a") and not exists(tmp_path / "b") and not exists(tmp_path / "a/c")
     assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "b") == []
+    (tmp_path / "link").symlink_to(tmp_path / "disk that is away")
+    for look in (exists, names_in, lambda path: write_whole(path, b"anew")):
+        with pytest.raises(OSError, match="it is a link that leads nowhere"):
+            look(tmp_path / "link")
+    assert names_in(tmp_path) == ["a", "link"]
     for function in ("os.stat", "os.listdir"):
         monkeypatch.setattr(function, denied)
     with pytest.raises(PermissionError):
