@@ -515,7 +515,7 @@ def test_checkpoints_on_a_disk_that_is_away_begin_no_run_anew(run, monkeypatch, 
     for path in (last(run) / MODEL, last(run)):
         path.rename("away")
         path.symlink_to("nowhere")
-        with pytest.raises(UserError, match="cannot be read: .*: make it readable, or move .* away"):
+        with pytest.raises(UserError, match=r"cannot be read: .*: make it readable, or move .* away"):
             newest(run, (MODEL,))
         path.unlink()
         Path("away").rename(path)

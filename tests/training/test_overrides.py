@@ -126,6 +126,9 @@ def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeyp
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")
     assert call("train", words[2:-1], monkeypatch) == 0  # steps=2
     assert len((workplace / name / "metrics.jsonl").read_text().splitlines()) == 2
+    assert call("train", [*SMOKE, f"run_dir={name}"], monkeypatch) == 2
+    again = f"choose another, or continue it with {resume_command(Path(name))}\n"
+    assert again in capsys.readouterr().err
 
 
 def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
