@@ -130,15 +130,17 @@ def train(tree: dict, typed: list[str]) -> None:
     def preview() -> str:
         return continuation(model, tokenizer, beginning, run.seed)
 
-    report, saved = Report(run, folder, corpus, model, done, byte_lengths.to(device)), done
+    report, saved, part = Report(run, folder, corpus, model, done, byte_lengths.to(device)), done, None
     with claim, smaller_batches_advised(*sizes), StopRequest() as stop, report:
         if report.unscored or done == run.steps or (run.evaluates_before and not done):
             part, score = scores(done)
             if score is None:
                 leave(done)
             if report.unscored:
+                checkpoint.score(
+                    folder, done, part.loss
+                )  # first: the row's mark is what a kill leaves to say it is due
                 report.complete(score)
-                save(done, part.loss)
             elif not done:
                 report.before(score)
         for step in range(done, run.steps):
@@ -149,7 +151,7 @@ def train(tree: dict, typed: list[str]) -> None:
                 result = train_step(working, training.optimizer, batches, lr, run.clip_norm, seeds, loss, clip, between)
             except Stopped:
                 if step > saved:
-                    save(step)
+                    save(step, part and part.loss)  # of `step`: what this one would have made of it was not reached
                 leave(step, within=True)
             now, last, part, score = step + 1, step + 1 == run.steps, None, None
             due = last or now % run.eval_every == 0

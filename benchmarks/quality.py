@@ -30,7 +30,7 @@ from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
 from benchmarks.train import SIZES, Size, refuse_shared, run_of
 from data.batches import micro_batches, refuse_short, stack, windows
-from data.errors import UserError
+from data.errors import UserError, reason
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
 from training.command import number, one_line_errors
@@ -164,7 +164,7 @@ def read(path: Path) -> Text:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--text {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"--text {path} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--text {path} is not UTF-8 text: byte {error.start} cannot be decoded") from None
     characters = sorted(set(text))

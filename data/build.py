@@ -30,7 +30,7 @@ from data.errors import UserError
 from data.lock import lock
 from data.names import line, names_file
 from data.patterns import last_cut
-from data.shards import Shard, ShardWriter
+from data.shards import Shard, ShardWriter, shard_paths
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 SPLITS: tuple[Split, Split] = ("train", "val")
@@ -263,20 +263,19 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _last_shard(folder: Path, split: Split) -> Shard:
-    names = (name for name in names_in(folder) if name.startswith(f"{split}_") and name.endswith(".tokens"))
-    return Shard(folder / max(names))
+    return Shard(shard_paths(folder, split)[-1])
 
 
 def _assemble(parts: Path, building: Path) -> None:
     """The shards of all parts, as links: they stay where they are on the disk."""
     shutil.copyfile(parts / "tokenizer.json", building / "tokenizer.json")
     for folder in _finished(parts):
-        for path in (folder / name for name in names_in(folder) if name.endswith(".tokens")):
-            try:
-                os.link(path, building / path.name)
-            except OSError:  # a file system without links, or without space, which copying says
-                shutil.copyfile(path, building / path.name)
         for split in SPLITS:
+            for path in shard_paths(folder, split):
+                try:
+                    os.link(path, building / path.name)
+                except OSError:  # a file system without links, or without space, which copying says
+                    shutil.copyfile(path, building / path.name)
             with names_file(building, split).open("ab") as names, names_file(folder, split).open("rb") as part:
                 shutil.copyfileobj(part, names)
 

@@ -1,5 +1,6 @@
 """What is shown to the user as one line, without a traceback, and what may not reach a terminal as it is."""
 
+import errno
 import re
 
 # What steers a terminal (C0, DEL, C1), ends a line, reorders what is read (bidirectional overrides and isolates), or
@@ -18,6 +19,11 @@ class UserError(Exception):
         if len(line) > LONGEST:  # how it begins, and the way out
             line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
         super().__init__(line)
+
+
+def reason(error: OSError) -> str:
+    """Why a file, a folder or a stream cannot be read or written."""
+    return "it is closed" if error.errno == errno.EBADF else error.strerror or str(error) or type(error).__name__
 
 
 def escaped(text: str, keep: str = "") -> str:

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from pydantic import Field
 
 from data.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
-from data.errors import UserError
+from data.errors import UserError, reason
 from data.paths import files_below, is_folder, refuse_unreadable
 from data.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
 
@@ -184,8 +184,8 @@ def _refuse_unreachable(path: str) -> None:
     except urllib.error.HTTPError:
         pass  # an answer
     except (OSError, ValueError) as error:
-        reason = f"{endpoint} does not answer: {_reason(error)}"
-        raise UserError(f"{_no_folder(path)}, and {reason}: {way_out}") from None
+        fault = f"{endpoint} does not answer: {_reason(error)}"
+        raise UserError(f"{_no_folder(path)}, and {fault}: {way_out}") from None
 
 
 def _refuse_several_formats(folder: Path) -> None:
@@ -214,7 +214,7 @@ def _reason(error: object) -> str:
     if isinstance(error, urllib.error.URLError):
         error = error.reason
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return reason(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0][:200]
 

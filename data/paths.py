@@ -1,16 +1,16 @@
 """Which files a pattern or a folder names: each once, in an order of their own, whatever links there are."""
 
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
-from data.errors import UserError
+from data.durable import NOT_THERE
+from data.errors import UserError, reason
 
-NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)  # also a link that leads nowhere, or to itself
 FileId = tuple[int, int]  # device and inode
 
 
@@ -66,9 +66,18 @@ def working_folder() -> str:
         return "a working directory that does not exist any more"
 
 
-def refuse_unreadable(path: str | Path, error: OSError) -> NoReturn:
-    """Raises the error as a UserError that names the file or folder."""
-    raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+def refuse_unreadable(path: str | Path, error: OSError, advice: str | None = None) -> NoReturn:
+    """Raises the error as a UserError that names the file or folder, and the way out."""
+    raise UserError(f"{path} cannot be read: {reason(error)}" + (f": {advice}" if advice else "")) from None
+
+
+@contextmanager
+def entering(folder: str | Path) -> Iterator[None]:
+    """Around looking into a folder. Raises UserError where this user may not."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be entered: {reason(error)}: let this user read it") from None
 
 
 def _expanded(folder: str, name: str) -> Iterator[str]:
@@ -102,9 +111,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
     except OSError as error:
         if error.errno in NOT_THERE:
             return []
-        raise UserError(
-            f"{folder or os.curdir} cannot be read: {error.strerror}: allow it, or give a path that leads elsewhere"
-        ) from None
+        refuse_unreadable(folder or os.curdir, error, "allow it, or give a path that leads elsewhere")
 
 
 def _regular(path: str) -> FileId | None:

@@ -7,14 +7,16 @@ from pathlib import Path
 
 from data.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
 from data.corpus import Corpus
-from data.durable import exists, make_folder, names_in, open_regular, sweep
-from data.errors import UserError
+from data.durable import exists, make_folder, names_in, open_regular, read_regular, sweep
+from data.errors import UserError, reason
 from data.lock import lock
 from data.names import BLOCK, names_file, names_of
+from data.paths import refuse_unreadable
 from data.sealed import digest
 from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
+LARGEST_CONTENTS = 2**16  # bytes of a line
 log = logging.getLogger("headroom")
 
 
@@ -33,7 +35,7 @@ class Prepared:
         """A line: how many files and documents there are, and how many of these are identical to an earlier one. None
         where that cannot be read, as of what was prepared before it was counted."""
         try:
-            return contents_file(self.folder).read_text()
+            return read_regular(contents_file(self.folder), LARGEST_CONTENTS).decode()
         except (OSError, ValueError):
             return None
 
@@ -42,7 +44,7 @@ class Prepared:
         the list of names cannot be read, which is there for messages only."""
         path = names_file(self.folder, "train")
         try:
-            with path.open("rb", buffering=BLOCK) as file:
+            with open_regular(path, buffering=BLOCK) as file:
                 return names_of(file, path.stat().st_size, spans)
         except (OSError, ValueError, TypeError):
             return []
@@ -106,7 +108,7 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         guard = lock(lock_file(folder), busy, wait=True)
     except OSError as error:
         raise UserError(
-            f"cache_dir={folder.parent} cannot be written: {error.strerror}: give a folder to write to as cache_dir="
+            f"cache_dir={folder.parent} cannot be written: {reason(error)}: give a folder to write to as cache_dir="
         ) from None
     discard_abandoned(folder.parent)  # before more room is needed
     with guard:
@@ -116,7 +118,7 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
                 build(corpus, fingerprint, config, folder, size)
             except OSError as error:
                 raise UserError(
-                    f"the shards cannot be written to {folder.parent}: {error.strerror}: make room and run again; "
+                    f"the shards cannot be written to {folder.parent}: {reason(error)}: make room and run again; "
                     "finished parts are kept"
                 ) from None
 
@@ -132,10 +134,8 @@ def _exists(folder: Path) -> bool:
     try:
         return exists(folder)
     except OSError as error:
-        raise UserError(
-            f"cache_dir={folder.parent} cannot be read: {error.strerror}: make it readable, or give another folder as "
-            "cache_dir="
-        ) from None
+        advice = "make it readable, or give another folder as cache_dir="
+        refuse_unreadable(f"cache_dir={folder.parent}", error, advice)
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -145,4 +145,4 @@ def _refuse_unreadable(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}: make it readable, then run again") from None
+        refuse_unreadable(path, error, "make it readable, then run again")

@@ -10,11 +10,13 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from data.errors import UserError
+from data.durable import read_regular
+from data.errors import UserError, reason
 from data.patterns import CL100K, GPT2, O200K
 from data.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
 from data.vocabulary import fault_of
 
+LARGEST = 2**26  # bytes of a vocabulary
 SOURCE = "https://openaipublic.blob.core.windows.net/encodings"
 
 
@@ -62,14 +64,14 @@ class PublishedConfig(TokenizerConfig):
 
     def _content(self) -> bytes:
         try:
-            content = self._path.read_bytes()
+            content = read_regular(self._path, LARGEST)
         except FileNotFoundError:
             raise UserError(
                 f"tokenizer={self.name}: there is no {self._path}: fetch {self.published.url} and put it into "
                 f"{self.folder} as {self._path.name}, or say with tokenizer.folder= where it is"
             ) from None
         except OSError as error:
-            raise UserError(f"the vocabulary {self._path} cannot be read: {error.strerror}") from None
+            raise UserError(f"the vocabulary {self._path} cannot be read: {reason(error)}") from None
         found = hashlib.sha256(content).hexdigest()
         if self.published.sha256 not in (None, found):
             raise UserError(

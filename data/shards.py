@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.durable import names_in, open_regular
-from data.errors import UserError
+from data.errors import UserError, reason
 from data.sealed import sealed, unsealed
 
 MAGIC = b"HEADROOM"
@@ -94,7 +94,7 @@ class Shard:
             self.opened = self._signature()
             head = self.file.read(HEADER_BYTES)
         except OSError as error:
-            raise UserError(f"the shard {path} cannot be read: {error.strerror}") from None
+            raise UserError(f"the shard {path} cannot be read: {reason(error)}") from None
         self.header = _read_header(path, head, self.opened[0])
         self.dtype = np.dtype(DTYPES[self.header["dtype"]])
 
@@ -110,7 +110,7 @@ class Shard:
             content, unchanged = self.file.read(count), self._signature() == self.opened
         except OSError as error:
             raise UserError(
-                f"the shard {self.path} cannot be read: {error.strerror}; what was saved stands: make it readable, "
+                f"the shard {self.path} cannot be read: {reason(error)}; what was saved stands: make it readable, "
                 "then go on"
             ) from None
         if len(content) != count or not unchanged:
@@ -193,13 +193,18 @@ class TokenStream:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """The shards of a split, in their order. Raises OSError where the folder cannot be read."""
+    names = names_in(folder)
+    return [folder / name for name in names if name.startswith(f"{split}_") and name.endswith(".tokens")]
+
+
 def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
     """All shards of a split. Raises UserError where there is none, or one is damaged."""
     try:
-        names = [name for name in names_in(folder) if name.startswith(f"{split}_") and name.endswith(".tokens")]
+        paths = shard_paths(folder, split)
     except OSError as error:
-        raise UserError(f"the shards in {folder} cannot be read: {error.strerror}") from None
-    paths = [folder / name for name in names]
+        raise UserError(f"the shards in {folder} cannot be read: {reason(error)}") from None
     if not paths:
         raise UserError(f"{folder} holds no {split} shard: {_rebuild(folder / split)}")
     shards, total, last = [], 0, False

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.durable import read_regular, write_whole
-from data.errors import UserError
+from data.errors import UserError, reason
 from data.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
 from data.sealed import digest, parsed, unsealed
 from data.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
@@ -267,7 +267,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return _tokenizer_of(read_regular(path, MOST_BYTES).decode())
     except OSError as error:
-        raise UserError(f"the tokenizer {path} cannot be read: {error.strerror}") from None
+        raise UserError(f"the tokenizer {path} cannot be read: {reason(error)}") from None
     except ValueError as error:
         raise UserError(f"the tokenizer {path} is damaged: {str(error)[:200]}") from None
     except KeyError as error:

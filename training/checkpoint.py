@@ -20,8 +20,17 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.durable import MISSING, Irregular, discard, make_folder, open_regular, read_regular, whole_folder
-from data.errors import UserError
+from data.durable import (
+    NOT_THERE,
+    Irregular,
+    discard,
+    make_folder,
+    open_regular,
+    read_regular,
+    whole_folder,
+    write_whole,
+)
+from data.errors import UserError, reason
 from data.prepare import Prepared
 from data.sealed import sealed, unsealed
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +39,7 @@ from model.transformer import ModelConfig, TransformerLM
 from training.config import Run, dump, load
 from training.device import free_memory
 from training.log import MOST_STEPS
-from training.migrate import FORMAT, migrate
+from training.migrate import FORMAT, migrate, stated_format
 from training.optim import Kept
 from training.plot import PICTURE
 from training.precision import LossScale
@@ -103,10 +112,7 @@ def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int
     try:
         write(path, run, corpus, training, step, files, val_loss)
     except OSError as error:
-        raise UserError(
-            f"the checkpoint {path} cannot be written: {error.strerror or error}; what was saved before stands: "
-            f"make room, then {resume_command(folder)}"
-        ) from None
+        raise _unwritable(folder, path, error) from None
     try:
         others = superfluous(folder, step, run.keep_last)
     except UserError as fault:
@@ -116,7 +122,29 @@ def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int
         try:
             discard(other)
         except OSError as error:
-            log.warning(f"{other} cannot be removed: {error.strerror}")
+            log.warning(f"{other} cannot be removed: {reason(error)}")
+
+
+def score(folder: Path, step: int, val_loss: float) -> None:
+    """Gives the checkpoint of a step the validation loss (nats per token) that it was saved without. Its tensors stay
+    as they are, so that nothing can be lost of them. Raises UserError where its manifest cannot be read or written."""
+    path = next(path for path in saved(folder) if step_of(path) == step)
+    manifest = _read_manifest(path).model_copy(update={"format": FORMAT, "val_loss": _finite(val_loss)})
+    try:
+        write_whole(path / MANIFEST, sealed(manifest.model_dump()).encode())
+    except OSError as error:
+        raise _unwritable(folder, path, error) from None
+
+
+def _unwritable(folder: Path, path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"the checkpoint {path} cannot be written: {reason(error)}; what was saved before stands: "
+        f"make room, then {resume_command(folder)}"
+    )
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def write(
@@ -139,7 +167,7 @@ def write(
         manifest = Manifest(
             format=FORMAT,
             step=step,
-            val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,
+            val_loss=_finite(val_loss),
             loss_scale=training.loss_scale and training.loss_scale.state(),
             tokenizer=corpus.tokenizer.hash,
             corpus=corpus.fingerprint,
@@ -151,7 +179,8 @@ def write(
 
 
 def steps_done(folder: Path) -> int:
-    """Of a run, as its newest checkpoint's name says."""
+    """Of a run, as its newest checkpoint's name says; 0 where it has none. Raises UserError where they cannot be
+    listed."""
     return max(map(step_of, saved(folder)), default=0)
 
 
@@ -189,12 +218,12 @@ def _fault(file: Path, error: OSError) -> UserError:
     """Damaged where there is no such file, Removed where its folder has gone too, and another UserError where it cannot
     be read: what it holds may be whole."""
     if isinstance(error, Irregular):
-        return Damaged(f"{file} is damaged: {error.strerror}")
-    if isinstance(error, MISSING):
+        return Damaged(f"{file} is damaged: {reason(error)}")
+    if error.errno in NOT_THERE and not any(map(os.path.islink, (file, file.parent))):  # whose disk may be away
         kind = Damaged if os.path.lexists(file.parent) else Removed
-        return kind(f"{file} cannot be read: {error.strerror}")
+        return kind(f"{file} cannot be read: {reason(error)}")
     return UserError(
-        f"{file} cannot be read: {error.strerror}: make it readable, or move {file.parent} away to take the checkpoint "
+        f"{file} cannot be read: {reason(error)}: make it readable, or move {file.parent} away to take the checkpoint "
         "before it"
     )
 
@@ -254,7 +283,7 @@ def _undisturbed(look: Callable[[], T]) -> T:
 
 def superfluous(folder: Path, step: int, keep_last: int) -> list[Path]:
     """The checkpoints, up to that of `step`, that are neither of the last keep_last nor the best. One whose loss cannot
-    be told may be the best, so it is none of them."""
+    be told may be the best, so it is none of them. Raises UserError where they cannot be listed."""
     old, losses = [path for path in saved(folder) if step_of(path) <= step][:-keep_last], {}
     for path in saved(folder) if old else ():
         try:
@@ -365,16 +394,16 @@ def _refuse_other_tensors(file: Path, weights: Mapping[str, Tensor], model: Tran
     expected = model.state_dict()
     for name in {**expected, **weights}:
         if name not in weights:
-            reason = f"it lacks {name}"
+            fault = f"it lacks {name}"
         elif name not in expected:
-            reason = f"it holds {name}, which this model does not have"
+            fault = f"it holds {name}, which this model does not have"
         elif weights[name].shape != expected[name].shape:
-            reason = f"{name} has shape {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
+            fault = f"{name} has shape {tuple(weights[name].shape)}, not {tuple(expected[name].shape)}"
         elif weights[name].dtype != expected[name].dtype:
-            reason = f"{name} is {weights[name].dtype}, not {expected[name].dtype}"
+            fault = f"{name} is {weights[name].dtype}, not {expected[name].dtype}"
         else:
             continue
-        raise UserError(f"{file} does not fit the run's settings: {reason}: bring the run's own file back")
+        raise UserError(f"{file} does not fit the run's settings: {fault}: bring the run's own file back")
 
 
 def settings_of(path: Path, manifest: Manifest) -> Run:
@@ -399,7 +428,7 @@ def _read_manifest(path: Path) -> Manifest:
     content = _content(file, LARGEST_MANIFEST)
     try:
         content = unsealed(content.decode())
-        format = content["format"] if "format" in content else content.pop("version")
+        format = stated_format(content)
         refuse_other_format(path, format)
         if not isinstance(content["config"], dict):
             raise ValueError("its config holds no settings")
@@ -459,9 +488,9 @@ def _load_optimizer(found: Checkpoint, training: Training) -> None:
         f"{name}/{part}": kept for name in names for part, kept in training.optimizer.kept(parameters[name]).items()
     }
     for key in {**expected, **tensors}:
-        reason = _unfit(key, tensors.get(key), expected.get(key), found.manifest.step)
-        if reason:
-            raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {reason}")
+        fault = _unfit(key, tensors.get(key), expected.get(key), found.manifest.step)
+        if fault:
+            raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {fault}")
     state = {i: {} for i in range(len(names))}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from model.errors import NotFinite, Unsupported
 from training import process
 from training.invocation import ROOT, command, how_to_install
-from training.streams import StdoutLost, all_written, reason, tell
+from training.streams import StdoutLost, all_written, tell
 from training.unknown import CONF, no_such_setting
 
 # What is no fault of the program, whichever file it meets.
@@ -169,7 +169,7 @@ def _raised_in(package: str, error: Exception) -> bool:
 def _file_fault(error: Exception) -> str | None:
     if not isinstance(error, OSError) or error.errno not in FILE_FAULTS:
         return None
-    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{error.filename}: {reason(error)}" if error.filename else reason(error)
 
 
 def _not_installed(error: Exception) -> str | None:
@@ -193,14 +193,14 @@ def smaller_batches_advised(sequences: int, micro_batch_size: int) -> Iterator[N
     try:
         yield
     except Exception as error:
-        reason = out_of_memory(error)
-        if reason is None:
+        shortage = out_of_memory(error)
+        if shortage is None:
             raise
         smaller = max((n for n in range(1, micro_batch_size // 2 + 1) if sequences % n == 0), default=None)
         advice = "take a smaller model or a shorter model.context_length"
         if smaller is not None:
             advice = f"try micro_batch_size={smaller}, which trains on the same batch_tokens in smaller pieces"
-        raise UserError(f"not enough memory for micro_batch_size={micro_batch_size}: {advice} ({reason})") from None
+        raise UserError(f"not enough memory for micro_batch_size={micro_batch_size}: {advice} ({shortage})") from None
 
 
 def out_of_memory(error: Exception) -> str | None:
@@ -215,5 +215,5 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 def _too_large(error: Exception) -> str | None:
-    reason = out_of_memory(error)
-    return reason and f"not enough memory: take a smaller model, or a smaller micro_batch_size ({reason})"
+    shortage = out_of_memory(error)
+    return shortage and f"not enough memory: take a smaller model, or a smaller micro_batch_size ({shortage})"

@@ -23,7 +23,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
 from data.durable import exists, open_regular, read_regular, write_whole
-from data.errors import UserError, escaped
+from data.errors import UserError, escaped, reason
+from data.paths import refuse_unreadable
 from model.config import Config
 from training.invocation import installed, refuse_no_package
 from training.streams import tell
@@ -209,8 +210,8 @@ class Patient(Sink):
         try:
             return action()
         except Exception as error:
-            reason = " ".join(str(error).split())[:LONGEST] or type(error).__name__
-            log.warning(f"logger={self.name} failed, training goes on without it: {reason}")
+            why = " ".join(str(error).split())[:LONGEST] or type(error).__name__
+            log.warning(f"logger={self.name} failed, training goes on without it: {why}")
             failed, self.sink = self.sink, Sink()
             with suppress(Exception):
                 failed.close()
@@ -233,7 +234,7 @@ class MetricsFile:
             write_whole(path, "".join(map(_line, kept)).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+            raise UserError(f"{path} cannot be written: {reason(error)}") from None
         self.before = next((row for row in kept if not row["step"]), None)
         if len(self.past) < resume_after:
             log.warning(f"{path} has lost rows: it holds {len(self.past)} of the {resume_after} steps done")
@@ -273,7 +274,7 @@ class MetricsFile:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.path} cannot be written: {error.strerror}; what was saved stands: make room, then resume"
+                f"{self.path} cannot be written: {reason(error)}; what was saved stands: make room, then resume"
             ) from None
 
 
@@ -297,7 +298,7 @@ def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
                 if row is not None and (rows[-1]["step"] if rows else -1) < row["step"] <= last:
                     rows.append(row)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}: make it readable, or move it away") from None
+        refuse_unreadable(path, error, "make it readable, or move it away")
     return rows
 
 

@@ -77,6 +77,11 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     return tree
 
 
+def stated_format(content: dict[str, Any]) -> Any:
+    """Takes out of what a config.yaml or a manifest holds the format that it says, which may be none that there is."""
+    return content.pop("format" if "format" in content else "version", UNSTATED)
+
+
 def _refuse_deep(tree: Any) -> None:
     level = [tree]
     for _ in range(DEEPEST):

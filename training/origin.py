@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import secrets
-import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,9 +20,10 @@ from typing import Any
 from data.durable import make_folder, read_regular
 from data.errors import UserError
 from training.config import Run, dump
+from training.invocation import quoted
+from training.overrides import override
 
 KEY_BYTES = 32
-WORDS = ("null", "true", "false", "nan", "inf")  # which Hydra reads as something else than text
 log = logging.getLogger("headroom")
 
 
@@ -72,7 +72,7 @@ def refuse_foreign(
     if not foreign:
         return
     mine = signature(stored)
-    if mine is not None and isinstance(signed, str) and hmac.compare_digest(mine.encode(), signed.encode()):
+    if mine is not None and _is_signature(signed) and hmac.compare_digest(mine, signed):
         return
     if "init_from" in foreign:
         raise UserError(
@@ -86,6 +86,10 @@ def refuse_foreign(
     )
 
 
+def _is_signature(signed: Any) -> bool:
+    return isinstance(signed, str) and re.fullmatch("[0-9a-f]{64}", signed) is not None
+
+
 def _covers(given: str, key: str) -> bool:
     """Whether what is typed for `given` decides `key`. Of the logger, one setting that is typed decides all."""
     return key == given or key.startswith(f"{given}.") or given.split(".")[0] == key.split(".")[0] == "logger"
@@ -93,11 +97,8 @@ def _covers(given: str, key: str) -> bool:
 
 def _override(key: str, value: Any) -> str:
     """As it is typed in a shell."""
-    text = str(value)
-    if not re.fullmatch(r"[a-z/][\w/+.%*@?-]*", text, re.ASCII | re.IGNORECASE) or text.lower() in WORDS:
-        text = '"' + text.replace('"', '\\"') + '"'
     group = "logger=wandb " if key == "logger.mode" else ""
-    return group + shlex.quote(f"{key}={text}")
+    return group + quoted(override(key, str(value)))
 
 
 def _key() -> bytes | None:

@@ -19,6 +19,9 @@ TEXTS = (
     "tokenizer.path",
     "sample_prompt",
 )  # never numbers, lists or dicts
+PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
+WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
+NO_TEXTS = ("null", "true", "false", "nan", "inf")
 # The flags of Hydra's that a word follows.
 VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
 VALUED += ("-i", "--info", "--experimental-rerun")
@@ -42,15 +45,19 @@ def readable(typed: Sequence[str]) -> list[str]:
 
 
 def override(key: str, value: str) -> str:
-    """What is typed for a setting of PATHS to be that path, before it is quoted for a shell."""
-    value = f"./{value}" if value.startswith("~") else value
-    plain = re.fullmatch(r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?", value) and value.lower() != "null"
-    return f"{key}={value if plain else as_text(value)}"
+    """What is typed for a setting to be exactly this text, before it is quoted for a shell."""
+    value = f"./{value}" if key in PATHS and value.startswith("~") else value
+    plain = re.fullmatch(PLAIN_TEXT if key in TEXTS else WORD, value) and value.lower() not in NO_TEXTS
+    return f"{key}={value if plain else as_text(value, literal=True)}"
 
 
-def as_text(value: str) -> str:
-    """A value in quotes that Hydra reads as exactly this text, in which an open ${ begins no interpolation."""
-    value = re.sub(r"\$\{(?![^{]*\})", r"\\${", value)
+def as_text(value: str, literal: bool = False) -> str:
+    """A value in quotes that Hydra reads as this text, in which an open ${ begins no interpolation; literal: nor does a
+    closed one."""
+    if literal:  # the backslashes before it would be read in pairs
+        value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    else:
+        value = re.sub(r"\$\{(?![^{]*\})", r"\\${", value)
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value) + '"'
 
 

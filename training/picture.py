@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.durable import write_whole
-from data.errors import UserError
+from data.errors import UserError, reason
 
 FORMATS = ("pdf", "png", "svg")
 
@@ -16,15 +16,15 @@ def refuse_unwritable(path: Path, flag: str) -> None:
     """Raises UserError where `path`, given with `flag`, cannot become a picture."""
     if path.suffix.removeprefix(".") not in FORMATS:
         raise UserError(f"{flag} {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
-    folder, reason = path.parent, None
+    folder, fault = path.parent, None
     if not folder.is_dir():
-        reason = f"there is no folder {folder}"
+        fault = f"there is no folder {folder}"
     elif path.is_dir():
-        reason = "it is a folder"
+        fault = "it is a folder"
     elif not os.access(folder, os.W_OK):
-        reason = f"nothing may be written to {folder}"
-    if reason:
-        raise UserError(f"{flag} {path} cannot be written: {reason}")
+        fault = f"nothing may be written to {folder}"
+    if fault:
+        raise UserError(f"{flag} {path} cannot be written: {fault}")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -36,4 +36,4 @@ def save(figure: Any, path: Path) -> None:
     try:
         write_whole(path, picture.getvalue())
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{path} cannot be written: {reason(error)}") from None

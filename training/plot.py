@@ -18,6 +18,7 @@ from typing import Any
 
 from data.durable import exists
 from data.errors import UserError, escaped
+from data.paths import refuse_unreadable
 from training import process
 from training.command import Parser, one_line_errors
 from training.invocation import command
@@ -78,7 +79,7 @@ def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
     try:
         there = exists(metrics)
     except OSError as error:
-        raise UserError(f"{metrics} cannot be read: {error.strerror}") from None
+        refuse_unreadable(metrics, error)
     if not there:
         raise UserError(f"{folder} is not a run: it has no metrics.jsonl")
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get(x) is not None]

@@ -45,10 +45,11 @@ class LossScale:
 
     It grows up to LARGEST, as in NVIDIA's Apex: float16 then holds gradients down to 2^-48, and a model whose gradients
     are all smaller has nothing to learn from them. Without an end it would double to infinity, from which no halving
-    leads back.
+    leads back. It shrinks down to SMALLEST, where gradients of 2^40 still fit into float16: what is not finite then is
+    not for want of a smaller scale, and without an end it would halve to 0.
     """
 
-    INITIAL, GROWTH_STEPS, LARGEST = 2.0**16, 2000, 2.0**24
+    INITIAL, GROWTH_STEPS, SMALLEST, LARGEST = 2.0**16, 2000, 2.0**-24, 2.0**24
 
     class State(Config):
         scale: float = Field(gt=0, le=2.0**127)
@@ -64,14 +65,14 @@ class LossScale:
         grown = good == self.GROWTH_STEPS
         self.good_steps = torch.where(skipped | grown, 0, good)
         larger = torch.where(grown, (self.scale * 2).clamp(max=self.LARGEST), self.scale)
-        self.scale = torch.where(skipped, self.scale / 2, larger)
+        self.scale = torch.where(skipped, (self.scale / 2).clamp(min=self.SMALLEST), larger)
 
     def state(self) -> State:
         return self.State(scale=self.scale.item(), good_steps=self.good_steps.item())
 
     def load(self, state: State) -> None:
-        """A scale beyond LARGEST, of a run from before there was one, is brought down to it."""
-        self.scale.fill_(min(state.scale, self.LARGEST))
+        """A scale beyond SMALLEST or LARGEST, of a run from before there were these, is brought to them."""
+        self.scale.fill_(min(max(state.scale, self.SMALLEST), self.LARGEST))
         self.good_steps.fill_(state.good_steps)
 
 

@@ -27,6 +27,7 @@ def start(*packages: str) -> None:
         sys.exit(2)
     import importlib.util
 
+    from data.errors import reason
     from training import streams
     from training.invocation import how_to_install
 
@@ -34,7 +35,7 @@ def start(*packages: str) -> None:
     try:
         os.getcwd()
     except OSError as error:
-        streams.tell(f"error: the working directory is gone ({error.strerror}): cd to one that exists")
+        streams.tell(f"error: the working directory is gone ({reason(error)}): cd to one that exists")
         sys.exit(2)
     for package in packages:
         if importlib.util.find_spec(package) is None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from data.errors import UserError
+from data.errors import UserError, reason
 from data.tokenizer import Tokenizer
 from model.errors import NotFinite
 from model.generate import Texts, generate
@@ -17,7 +17,7 @@ from training.log import held_back
 from training.sampling_options import LAST_SEED
 from training.signals import Interruptible
 from training.streaming import TextStream
-from training.streams import StdoutLost, reason, show, tell
+from training.streams import StdoutLost, show, tell
 
 HELP = """\
 What you type is appended to the text as it stands, and the model continues it.

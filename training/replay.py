@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from data.durable import exists
-from data.errors import UserError
+from data.errors import UserError, reason
+from data.paths import entering
 from data.prepare import Prepared
 from data.tokenizer import load_tokenizer
 from model.transformer import Output
@@ -57,17 +58,15 @@ def keep(
     try:
         checkpoint.write(path, run, corpus, training, step, files)
     except OSError as error:
-        return UserError(f"{diverged} (the step cannot be kept in {path}: {error.strerror or error})")
+        return UserError(f"{diverged} (the step cannot be kept in {path}: {reason(error)})")
     return UserError(f"{diverged}, or see where it begins: {command('-m training.replay', str(path))}")
 
 
 def replay(path: Path) -> None:
     """Prints what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
     folder = path.resolve().parent.parent
-    try:
+    with entering(path):
         kept = exists(path / BATCH)
-    except OSError as error:
-        raise UserError(f"{path} cannot be entered: {error.strerror}: let this user read it") from None
     if not kept:
         raise UserError(f"{path} is not a step that was kept: give a folder of a run's failures/")
     refuse_no_run(folder)

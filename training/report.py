@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batches import documents_of_step
-from data.errors import escaped
+from data.errors import UserError, escaped, reason
 from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.attention_seen import attention_seen
@@ -30,7 +30,7 @@ from training.plot import plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
 from training.step import Score, StepResult
-from training.streams import on_stdout, reason, tell, write_if_possible
+from training.streams import on_stdout, tell, write_if_possible
 
 log = logging.getLogger("headroom")
 DOCUMENTS_NAMED = 4
@@ -217,7 +217,11 @@ class Report:
             loss, bpb = before["val_loss"], before["val_bpb"]
             now = f"now {part.loss:.4f} and {part.bpb:.4f}: {'better' if part.loss < loss else 'no better'}"
             yield f"before       {loss:.4f} nats per token, {bpb:.4f} bits per byte ({prefix}; {now})"
-        found = best(self.folder)
+        try:
+            found = best(self.folder)
+        except UserError as fault:
+            log.warning(f"{fault}; so which checkpoint is the best is not known")
+            return
         if found is not None and found.manifest.step != self.run.steps:
             how = command("sample.py", "--checkpoint", "best", "--run", str(self.folder))
             loss = found.manifest.val_loss
@@ -296,15 +300,18 @@ class Report:
 
     def _longer(self) -> str:
         """How this run, which is complete, becomes a longer one."""
-        command = f"{resume_command(self.folder)} steps={2 * self.run.steps}"
+        longer = f"{resume_command(self.folder)} steps={2 * self.run.steps}"
         cooldown = self.run.schedule.first_open_step(self.run.steps)
         if cooldown in (None, self.run.steps):
-            return command
+            return longer
         since = f"the cooldown began at step {cooldown}"
-        before = [path.name for path in saved(self.folder) if step_of(path) <= cooldown]
+        try:
+            before = [path.name for path in saved(self.folder) if step_of(path) <= cooldown]
+        except UserError as fault:
+            return f"(whether a longer run can go on from here is not known: {fault})"
         if not before:
             return f"(a longer run is a new one: {since}, and no checkpoint from before is left)"
-        return f"{command}  (after moving away the checkpoints after {before[-1]}: {since})"
+        return f"{longer}  (after moving away the checkpoints after {before[-1]}: {since})"
 
     def _plot(self) -> None:
         try:

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from data.durable import (
-    MISSING,
+    NOT_THERE,
     UNFINISHED,
     Irregular,
     exists,
@@ -29,13 +29,14 @@ from data.durable import (
     sweep,
     write_whole,
 )
-from data.errors import UserError
+from data.errors import UserError, reason
 from data.lock import lock
+from data.paths import entering, is_folder, refuse_unreadable
 from data.tables import format_of
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
 from training.invocation import command
-from training.migrate import FORMAT, UNSTATED, migrate
+from training.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.origin import is_place, leaves, refuse_foreign, signature
 from training.overrides import override
 
@@ -74,7 +75,7 @@ def refuse_unmakeable(run_dir: str | None) -> None:
         names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
         taken = not all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
         if run_dir and (taken or folder.is_file()):
-            others = f", or continue it with {override('resume', str(folder))}" if "config.yaml" in names else ""
+            others = f", or continue it with {resume_command(folder)}" if "config.yaml" in names else ""
             raise UserError(f"run_dir={folder} exists already: choose another{others}")
         there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=there):
@@ -85,7 +86,7 @@ def refuse_unmakeable(run_dir: str | None) -> None:
 
 def _unmakeable(run_dir: str | None, folder: Path, error: OSError) -> UserError:
     named = f"run_dir={folder}" if run_dir else f"the run's folder {folder}"
-    return UserError(f"{named} cannot be made: {error.strerror}: give a folder to write to as run_dir=")
+    return UserError(f"{named} cannot be made: {reason(error)}: give a folder to write to as run_dir=")
 
 
 def claim(folder: Path) -> AbstractContextManager:
@@ -93,10 +94,11 @@ def claim(folder: Path) -> AbstractContextManager:
     try:
         held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
     except Irregular as error:
-        raise UserError(f"{folder}/.lock cannot be held: {error.strerror}: remove it") from None
+        raise UserError(f"{folder}/.lock cannot be held: {reason(error)}: remove it") from None
     except OSError as error:
-        reason = f"the run's folder {folder} cannot be written: {error.strerror}"
-        raise UserError(f"{reason}: let this user write to it") from None
+        raise UserError(
+            f"the run's folder {folder} cannot be written: {reason(error)}: let this user write to it"
+        ) from None
     for place in (folder, folder / "checkpoints", folder / "failures"):
         sweep(place)
     return held
@@ -125,7 +127,7 @@ def write_config(folder: Path, run: Run) -> None:
     try:
         write_whole(folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
     except OSError as error:
-        raise UserError(f"{folder}/config.yaml cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}/config.yaml cannot be written: {reason(error)}") from None
 
 
 class PlainLoader(yaml.SafeLoader):
@@ -150,16 +152,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
         tree = yaml.load(read_regular(folder / "config.yaml", LARGEST_CONFIG).decode(), PlainLoader)
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
-        signed, format = tree.pop("signature", None), tree.pop("format", UNSTATED)
+        signed, format = tree.pop("signature", None), stated_format(tree)
         refuse_other_format(folder / "config.yaml", format)
         return migrate(tree, format), signed
     except RecursionError:
-        reason = "it is nested too deeply"
+        fault = "it is nested too deeply"
     except OSError as error:
-        reason = error.strerror or str(error)
+        fault = reason(error)
     except (ValueError, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-    raise UserError(f"{folder}/config.yaml cannot be read: {reason}: bring the run's own back, as a file to be read")
+        fault = str(error).splitlines()[0]
+    raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own back, as a file to be read")
 
 
 def refuse_other_format(path: Path, format: Any) -> None:
@@ -177,12 +179,10 @@ def resume_command(folder: Path) -> str:
 
 def refuse_no_run(folder: Path) -> None:
     """Raises UserError where the folder is not a run's, or may not be entered."""
-    try:
+    with entering(folder):
         if exists(folder / "config.yaml"):
             return
         above = next((above for above in folder.parents[:2] if exists(above / "config.yaml")), None)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be entered: {error.strerror}: let this user read it") from None
     if above is not None:  # of a checkpoint, say
         raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
     raise UserError(f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says")
@@ -236,7 +236,7 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     """
     if resume == "":
         raise UserError("resume= names no run: give a run's folder, or latest")
-    keys = [override.lstrip("+").partition("=")[0] for override in typed]
+    keys = [word.lstrip("+").partition("=")[0] for word in typed]
     if "init_from" in keys:
         raise UserError(
             f"resume={resume} with init_from: a run that goes on has weights already, its own; leave one of them out"
@@ -252,9 +252,11 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
         if key.split(".")[0] in (*RESUMABLE, "resume"):
             continue
         if not _is_so(key, tree, stored):
+            places = [place for place in leaves(stored) if is_place(place) and place != "tokenizer.path"]
+            moved = f", and where the same data has moved to ({', '.join(places)})" if places else ""
             raise UserError(
-                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may, and where the same data has moved to "
-                "(data.path, tokenizer.folder); the rest is the run's own, so leave it out"
+                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may{moved}; the rest is the run's own, so "
+                "leave it out"
             )
         if key.split(".")[0] in ("data", "tokenizer"):
             stored = _with(stored, tree, key.split("."))
@@ -288,19 +290,23 @@ def _with(stored: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -
 
 
 def newest(with_checkpoint: bool = False) -> Path:
-    """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last."""
+    """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last. One that cannot be read
+    is named in a warning and passed over. Raises UserError where there is none, or runs/ cannot be read."""
     try:
         folders = [RUNS / name for name in names_in(RUNS)]
     except OSError as error:
-        raise UserError(f"{RUNS.resolve()} cannot be read: {error.strerror}") from None
+        refuse_unreadable(RUNS.resolve(), error)
     touched = {}
     for folder in folders:
         try:
-            touched[folder] = max(
-                map(_touched, saved(folder) if with_checkpoint else [folder / "config.yaml"]), default=0
-            )
-        except (OSError, UserError) as error:
-            log.warning(f"{folder} is passed over: {getattr(error, 'strerror', None) or error}")
+            if not is_folder(str(folder)):  # as a sweep's multirun.yaml is not
+                continue
+            files = saved(folder) if with_checkpoint else [folder / "config.yaml"]
+            touched[folder] = max(map(_touched, files), default=0)
+        except OSError as error:
+            log.warning(f"{folder} is passed over: {reason(error)}")
+        except UserError as fault:
+            log.warning(f"{folder} is passed over: {fault}")
     touched = {folder: when for folder, when in touched.items() if when}
     if not touched:
         what = "run with a checkpoint" if with_checkpoint else "run"
@@ -312,7 +318,9 @@ def _touched(path: Path) -> float:
     """0 where there is no such file: it may be no run, or one in training, which removes its old checkpoints."""
     try:
         return os.stat(path).st_mtime
-    except MISSING:
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
         return 0.0
 
 
@@ -327,9 +335,7 @@ def saved(folder: Path) -> list[Path]:
     try:
         paths = [folder / "checkpoints" / name for name in names_in(folder / "checkpoints")]
     except OSError as error:
-        raise UserError(
-            f"{folder}/checkpoints cannot be read: {error.strerror}: make it a folder that this user may read"
-        ) from None
+        refuse_unreadable(f"{folder}/checkpoints", error, "make it a folder that this user may read")
     return sorted((path for path in paths if step_of(path) >= 0), key=step_of)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from data.durable import exists
-from data.errors import UserError
+from data.errors import UserError, reason
+from data.paths import entering
 from training.command import CONF, Parser, number
 from training.completion import PrintCompletion
 from training.picture import refuse_unwritable
-from training.streams import reason
 
 MOST_SAMPLES = 1024
 LAST_SEED = 2**63 - 1
@@ -91,10 +91,8 @@ def arguments(description: str) -> argparse.Namespace:
 
 def refuse_no_folder(path: Path) -> None:
     """Raises UserError where it is not there, or is something else, or a folder around it may not be entered."""
-    try:
+    with entering(path):
         there = exists(path) and path.is_dir()
-    except OSError as error:
-        raise UserError(f"{path} cannot be entered: {error.strerror}: let this user read it") from None
     if not there:
         raise UserError(f"{path} is not a run: there is no such folder")
 

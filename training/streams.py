@@ -27,11 +27,6 @@ class StdoutLost(OSError):
         return self.errno in LEFT
 
 
-def reason(error: OSError) -> str:
-    """Why a stream, or a file, cannot be read or written."""
-    return "it is closed" if error.errno == errno.EBADF else error.strerror or str(error)
-
-
 def mend() -> None:
     """Replaces sys.stdin, stdout and stderr. Call it once, before any file is opened: one that is opened while a stream
     is closed takes its number, and what was meant for the stream would be written into the file."""

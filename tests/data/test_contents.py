@@ -1,5 +1,7 @@
 """What is said of documents when they are prepared, and afterwards."""
 
+import os
+
 import pytest
 
 from data import build, contents
@@ -39,6 +41,10 @@ def test_files_documents_and_identical_ones_are_counted(stories, caplog):
     assert prepare(corpus, ByteConfig(), stories / "cache").contents == made.contents == line
     (made.folder / "contents.txt").unlink()  # as of shards that are older than it
     assert prepare(corpus, ByteConfig(), stories / "cache").contents is None
+    (made.folder / "train_documents.jsonl").unlink()
+    for name in ("contents.txt", "train_documents.jsonl"):
+        os.mkfifo(made.folder / name)
+    assert made.contents is None and made.training_documents([(0, 9)]) == []  # no pipe is waited for
 
 
 def test_a_document_in_parts_is_one(stories, monkeypatch):

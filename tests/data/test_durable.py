@@ -41,7 +41,12 @@ def fail(*_):
     raise OSError("the disk is full")
 
 
-@pytest.mark.parametrize("fault", [None, "block", "os.fsync", "os.rename"])
+def fail_with(rename, source, target):
+    """Where a new folder would take its name."""
+    fail() if source.name.startswith(".writing-") else rename(source, target)
+
+
+@pytest.mark.parametrize("fault", [None, "block", "os.fsync", "os.rename", "second rename"])
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fault):
     final = tmp_path / "f"
     with whole_folder(final) as writing:
@@ -49,7 +54,9 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
         assert not final.exists()
     if fault is not None:
         with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
-            if fault != "block":
+            if fault == "second rename":
+                patch.setattr("os.rename", lambda *paths, rename=os.rename: fail_with(rename, *paths))
+            elif fault != "block":
                 patch.setattr(fault, fail)
             with whole_folder(final) as writing:
                 (writing / "a").write_text("two")
@@ -61,6 +68,31 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
             (writing / "b").write_text("two")
         assert [p.name for p in final.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("name", ["", "f"])
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, killed_after, name):
+    final, renamed, rename = tmp_path / "f", [], os.rename
+    with whole_folder(final) as writing:
+        (writing / "a").write_text("old")
+
+    def killed(*paths):
+        if len(renamed) == killed_after:
+            fail()
+        rename(*paths)
+        renamed.append(paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rename", killed)
+        patch.setattr("data.durable._settle", fail if killed_after == 2 else lambda *_: None)  # a kill unwinds nothing
+        with pytest.raises(OSError, match="full"), whole_folder(final) as writing:
+            (writing / "a").write_text("new")
+    sweep(tmp_path, "other")
+    assert len([*tmp_path.iterdir()]) == (2 if killed_after == 2 else 1)
+    sweep(tmp_path, name)
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+    assert (final / "a").read_text() == ("new" if killed_after == 2 else "old")
 
 
 def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
@@ -120,6 +152,11 @@ def test_what_cannot_be_told_is_not_missing(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     assert exists(tmp_path / "a") and not exists(tmp_path / "b") and not exists(tmp_path / "a/c")
     assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "b") == []
+    (tmp_path / "link").symlink_to(tmp_path / "disk that is away")
+    for look in (exists, names_in, lambda path: write_whole(path, b"anew")):
+        with pytest.raises(OSError, match="it is a link that leads nowhere"):
+            look(tmp_path / "link")
+    assert names_in(tmp_path) == ["a", "link"]
     for function in ("os.stat", "os.listdir"):
         monkeypatch.setattr(function, denied)
     with pytest.raises(PermissionError):

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,17 +112,22 @@ def test_what_is_missing_is_named_with_its_address_before_anything_is_read(tmp_p
     [
         (FILE[:-20], "is not the vocabulary of tokenizer=small"),
         (b"", "is not the vocabulary"),
+        (None, "cannot be read: it is no regular file"),
         (FILE + b"nonsense\n", "line [0-9]+, is not a token and its rank"),
         (FILE.replace(b" 7\n", b" 8\n"), "is not a whole vocabulary"),
         (FILE.split(b"\n", 1)[1], "is not a whole vocabulary"),
         (FILE + b"QQ== %d\n" % len(VOCABULARY), "is not a whole vocabulary: it names a token twice"),
         (FILE + b"QQQ= -1\n", "is not a whole vocabulary"),
     ],
-    ids=["cut", "empty", "nonsense", "rank twice", "rank lacking", "token twice", "negative"],
+    ids=["cut", "empty", "pipe", "nonsense", "rank twice", "rank lacking", "token twice", "negative"],
 )
 def test_a_wrong_file_is_refused_by_name(folder, content, complaint):
-    with open(f"{folder}/small.tiktoken", "wb") as file:
-        file.write(content)
+    path = Path(folder) / "small.tiktoken"
+    if content is None:
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
 
     class Unchecked(Small):
         @property

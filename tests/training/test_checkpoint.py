@@ -295,6 +295,8 @@ def test_a_folder_that_may_not_be_entered_is_one_line(run, monkeypatch):
 def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(run, monkeypatch, caplog):
     for name in ("older", "newer"):
         shutil.copytree(run, f"runs/{name}")
+    Path("runs/multirun.yaml").touch()  # as a sweep leaves it
+    assert str(run_folder.newest(with_checkpoint=True)).startswith("runs/") and not caplog.text
     stat = os.stat
 
     def denied(path, **how):
@@ -310,10 +312,12 @@ def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(ru
 def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, monkeypatch, capsys):
     (run / "loss.png").unlink()
     before = (last(run) / MODEL).read_bytes()
+    reseal(run / "checkpoints/step_00000003", format=9)  # which costs it nothing but its place among the best
     assert call("train", ["resume=run"], monkeypatch, drawn=True) == 0
     out, err = capsys.readouterr()
     score = read_metrics(run / "metrics.jsonl")[-1]["val_loss"]
     assert f"validation   {score:.4f} nats" in out and "sample.py " in out and "speed" not in out
+    assert "so which checkpoint is the best is not known" in err
     assert "run is complete at step 6" in err and (run / "loss.png").exists()
     assert (last(run) / MODEL).read_bytes() == before
     assert call("train", ["resume=run"], monkeypatch) == 2
@@ -497,6 +501,24 @@ def test_resuming_a_run_without_a_checkpoint_starts_at_step_0_and_says_so(run, m
     assert call("train", ["resume=run"], monkeypatch) == 0
     assert "starting at step 0" in capsys.readouterr().err
     assert [row[0] for row in losses(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_on_a_disk_that_is_away_begin_no_run_anew(run, monkeypatch, capsys):
+    (run / "checkpoints").rename("disk")
+    (run / "checkpoints").symlink_to("nowhere")
+    before = (run / "metrics.jsonl").read_bytes()
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+    assert "run/checkpoints cannot be read: it is a link that leads nowhere" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    (run / "checkpoints").unlink()
+    Path("disk").rename(run / "checkpoints")
+    for path in (last(run) / MODEL, last(run)):
+        path.rename("away")
+        path.symlink_to("nowhere")
+        with pytest.raises(UserError, match=r"cannot be read: .*: make it readable, or move .* away"):
+            newest(run, (MODEL,))
+        path.unlink()
+        Path("away").rename(path)
 
 
 def spoil(run, how, name="model.safetensors"):

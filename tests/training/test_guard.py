@@ -80,7 +80,10 @@ def test_the_loss_scale_has_an_end_and_comes_back_from_it(monkeypatch):
     assert scale.scale == 2**24
     scale.update(torch.tensor(True))
     assert scale.scale == 2**23
-    for stored, expected in ((2.0**100, 2**24), (math.inf, 2**24), (2.0**10, 2**10)):
+    for _ in range(200):
+        scale.update(torch.tensor(True))
+    assert scale.state().scale == 2**-24
+    for stored, expected in ((2.0**100, 2**24), (math.inf, 2**24), (2.0**10, 2**10), (2.0**-140, 2**-24)):
         scale.load(LossScale.State.model_construct(scale=stored, good_steps=7))
         assert (scale.scale, scale.good_steps) == (expected, 7)
 

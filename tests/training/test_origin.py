@@ -39,6 +39,11 @@ FOREIGN = {
         "'data.parts.a.corpus.path=\"my text.txt\"'",
         ["data=mix", "data.parts={a: {quota: 1, data: files, path: 'my text.txt'}, sympy: 1}"],
     ),
+    "strange": (
+        ("data=files", 'data.path="C:\\\\\\${x}\x1b"'),
+        "$'data.path=\"C:\\\\\\\\\\\\${x}\\x1b\"'",
+        ["data=files", 'data.path="C:\\\\\\${x}\x1b"'],
+    ),
     "cache": (("cache_dir=/elsewhere",), "cache_dir=/elsewhere", ["cache_dir=here"]),
     "vocabulary": (("tokenizer=gpt2", "tokenizer.folder=/v"), "tokenizer.folder=/v", ["tokenizer.folder=/v"]),
     "online": (
@@ -78,6 +83,8 @@ def test_an_edited_setting_is_not_what_was_signed_nor_is_an_unsigned_run(made, t
         tree | {"cache_dir": "/etc"},
         tree | {"signature": None},
         tree | {"signature": "é"},
+        tree | {"signature": "\ud800"},
+        tree | {"signature": tree["signature"].upper()},
         {key: value for key, value in tree.items() if key not in ("signature", "format")},  # of a run from before
     ):
         (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(edited))
@@ -103,6 +110,18 @@ def test_a_strangers_run_without_a_checkpoint_begins_with_no_weights_of_this_use
         resume()
     (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
     resume()
+
+
+def test_the_keys_that_say_where_a_runs_data_are_named_where_another_is_refused(made):
+    for made_with, named in (
+        (FOREIGN["mix"][0], "has moved to (data.parts.a.corpus.path)"),
+        (("tokenizer=gpt2", *FILES), "has moved to (data.path, tokenizer.folder)"),
+        ((), " may; the rest"),
+    ):
+        made(*made_with)
+        with pytest.raises(UserError, match="cannot change on resume") as refused:
+            resume("data.val_fraction=0.3")
+        assert named in str(refused.value)
 
 
 def test_data_that_moved_may_be_named_anew_and_nothing_else_of_it(made):

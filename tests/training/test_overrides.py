@@ -29,7 +29,7 @@ VERBATIM += ["a;b", "a|b", "a&b", "<b>", "`a`", "^", '"a', "'a", 'a"b"', "a\nb",
 VERBATIM += ["a\\b", "~\\", '~\\"', "a${b", "*.txt", "a:b", "a@b", "a\u00a0b", "a\x1bb"]
 SUGGESTED = ["data.path=a,b", "data.path=choice(a,b)", "data.parts={ä}", "attention.pattern=[~,~]"]
 NAMES = ["a run", "a,b", "nuLL", "~", "it's", '"q"', "a\\", "$x", "[v1]", "a(b)", "Ä", " a ", "7", "a\x1b\n'b"]
-NAMES += ["b\udcff"]
+NAMES += ["b\udcff", "${x}", "a\\${x}", "$${oc.env:HOME}", '"${a${b}\\', "C:\\", 'a\\"b', "null", "1e3"]
 
 
 @pytest.mark.parametrize("value", VERBATIM)
@@ -111,6 +111,12 @@ def test_the_printed_command_resumes_a_run_of_any_name(name):
         assert Path(value_of(word)) == Path(name)
 
 
+@pytest.mark.parametrize("key", ["data.path", "data.parts.a.corpus.path", "logger.project"])
+def test_a_setting_is_printed_as_it_is_read_again(key):
+    for value in (name for name in NAMES if "\udcff" not in name):
+        assert value_of(override(key, value)) == value
+
+
 def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeypatch, capsys):
     name = "my [v1] ~ü's\x1b run"
     assert call("train", [*SMOKE, "steps=1", f"run_dir={name}"], monkeypatch) == 0
@@ -120,6 +126,9 @@ def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeyp
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")
     assert call("train", words[2:-1], monkeypatch) == 0  # steps=2
     assert len((workplace / name / "metrics.jsonl").read_text().splitlines()) == 2
+    assert call("train", [*SMOKE, f"run_dir={name}"], monkeypatch) == 2
+    again = f"choose another, or continue it with {resume_command(Path(name))}\n"
+    assert again in capsys.readouterr().err
 
 
 def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):

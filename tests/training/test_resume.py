@@ -219,6 +219,12 @@ STOPS = {
         "within step 1, which does not count; nothing is to be saved yet; begin",
     ),
     "in a step": ("mean_loss", 4 * 7 + 2, [5, 7], "within step 8, which does not count; step 7 is saved; continue"),
+    "in the step after one": (
+        "mean_loss",
+        4 * 8 + 2,
+        [5, 8],
+        "within step 9, which does not count; step 8 is saved; co",
+    ),
     "in an evaluation": ("each_loss", 16 + 3, [5, 8], "after step 8; saved, its evaluation is still to come; continue"),
     "in the last one": ("each_loss", 32 + 20, [5, 10, 12], "after step 12; saved, its evaluation is still to come; co"),
 }
@@ -238,8 +244,30 @@ def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, m
         assert_same_run(workplace / "whole", run, step=12)
         whole = checkpoint.read(workplace / "whole/checkpoints/step_00000012", ()).manifest
         assert checkpoint.read(run / "checkpoints/step_00000012", ()).manifest.val_loss == whole.val_loss
-    kept = checkpoint.read(workplace / "run2/checkpoints/step_00000008", ()).manifest
-    assert kept.val_loss == losses(workplace / "whole")[7][4]  # scored when the run went on
+    for run in ("run2", "run3"):  # scored before the signal, or when the run went on
+        kept = checkpoint.read(workplace / run / "checkpoints/step_00000008", ()).manifest
+        assert kept.val_loss == losses(workplace / "whole")[7][4]
+
+
+@pytest.mark.parametrize("killed_in", ["training.report.Report.complete", "training.checkpoint.score"])
+def test_a_kill_while_a_run_makes_up_for_an_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
+    options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
+    undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"
+    assert call("train", [*options, "run_dir=run"], monkeypatch) == 130
+    undo()
+    before = (saved / MODEL).stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(killed_in, interrupted)
+        assert call("train", ["resume=run"], monkeypatch) == 130
+    after = (saved / MODEL).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert call("train", ["resume=run"], monkeypatch) == 0
+    loss = losses(workplace / "run")[1][4]
+    assert loss and checkpoint.read(saved, (MODEL, OPTIMIZER)).manifest.val_loss == loss
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
