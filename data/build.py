@@ -196,13 +196,14 @@ def _encode(
 
 
 def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
-    """The parts of long documents, cut where no token changes. A part of one unbroken word stays as it is."""
+    """The parts of long documents, cut where no token changes. A part without such a place is one with the next."""
     before = None
     for document in documents:
         if before and document.goes_on:
-            cut = last_cut(before.text) or len(before.text)
-            document = document._replace(text=before.text[cut:] + document.text)
-            before = before._replace(text=before.text[:cut])
+            cut = last_cut(before.text)
+            rest = before.text[cut:] + document.text
+            document = document._replace(text=rest) if cut else before._replace(text=rest)
+            before = before._replace(text=before.text[:cut]) if cut else None
         if before:
             yield before
         before = document

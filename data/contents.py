@@ -37,7 +37,7 @@ class Contents:
         if len(self.names) < COMPARED:
             before = self.running if document.goes_on else b""
             self.running = _hash(before + text) if text else before
-            self.names.append(_number(_hash(document.name.encode())))
+            self.names.append(_number(_hash(document.name.encode(errors="surrogatepass"))))
             self.texts.append(_number(self.running) if text else 0)
 
     def counting(self, documents: Iterable[Document]) -> Iterator[Document]:

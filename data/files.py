@@ -42,7 +42,7 @@ class FilesCorpus(Corpus):
     @classmethod
     def _no_slip(cls, document: str | None) -> str | None:
         meant = difflib.get_close_matches((document or "").lower(), UNITS, n=1, cutoff=0.75)
-        if meant and document not in UNITS:
+        if meant and document not in UNITS and document.isalpha():
             raise ValueError(
                 f"data.document={document}: did you mean {meant[0]}? Give file, line, row, or a string that separates "
                 "documents"

@@ -96,10 +96,14 @@ def _one_line(path: str) -> Iterator[None]:
 def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         raise UserError(no_column(place, column, columns))
+    if columns.count(column) > 1:
+        log.warning(f"{place} has {columns.count(column)} columns named {column}: the first is read")
 
 
 def no_column(place: str, column: str, columns: list[str]) -> str:
     """What is to be said, also where nobody has set data.column."""
+    if len(columns) == 1 and ";" in columns[0] and place.lower().endswith(".csv"):
+        return f"{place} has one column, {columns[0]}: separate its cells by commas instead of semicolons"
     return f"{place} has no column {column}, it has {listed(columns)}: give one as data.column="
 
 
@@ -163,11 +167,19 @@ def _csv_cells(path: str, column: str) -> Iterator[tuple[int, str]]:
         rows = _csv_rows(path, file)
         head = next(rows, [])
         _refuse_unknown(path, column, head)
-        place = head.index(column)
+        place, tabs, warned = head.index(column), path.lower().endswith(".tsv"), False
         for number, row in enumerate(rows, 1):
             if row and len(row) != len(head):
-                raise UserError(f"{path}:{number} has {len(row)} cells, the head has {len(head)}: mend the row")
+                raise UserError(
+                    f"{path}, row {number} after the head, has {len(row)} cells, the head has {len(head)}: mend the row"
+                )
             if row:
+                if tabs and not warned and set(row[place]) & set("\t\r\n"):
+                    warned = True
+                    log.warning(
+                        f"{path}:{number} has tabs or line ends within quotes in column {column}, read as one cell: "
+                        "where a quote is text, double and enclose it, or give the table as .jsonl"
+                    )
                 yield number, row[place]
 
 

@@ -11,6 +11,9 @@ END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is tex
 OURS = "headroom"  # holds what only this program reads, in `model`: `tokenizers` refuses unknown keys at the top level
 
 
+MOST_WORK = 2**29  # sum of the squares of the tokens' lengths, as which the time to find merges grows
+
+
 def fault_of(tokens: Sequence[bytes]) -> str | None:
     """Why these tokens cannot spell every text, each in one way; None where they can."""
     lacking = {bytes([byte]) for byte in range(256)}.difference(tokens)
@@ -20,6 +23,8 @@ def fault_of(tokens: Sequence[bytes]) -> str | None:
         return "it names a token twice"
     if b"" in tokens:
         return "it has a token without bytes"
+    if sum(len(token) ** 2 for token in tokens) > MOST_WORK:
+        return f"its tokens are too long, such as one of {max(map(len, tokens)):,} bytes"
     if END_OF_TEXT.encode() in tokens:
         return f"its text can spell the token {END_OF_TEXT}"
     return None

@@ -483,6 +483,7 @@ BAD_RUNS = {
     "of no experiment": (["experiment.foo=1"], "experiment.foo: no such setting"),
     "nearly a group": (["atention=mla"], "did you mean attention?"),
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already: choose another"),
+    "folder of a project": (["run_dir=project"], "run_dir=project exists already: choose another"),
     "folder that is a file": (["run_dir=empty.txt"], "run_dir=empty.txt exists already: choose another"),
     "folder in a file": (["run_dir=empty.txt/run"], "run_dir=empty.txt/run cannot be made: Not a directory: give"),
     "no run": (["resume=latest"], "there is no run in"),
@@ -508,6 +509,8 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     (workplace / "bad.parquet").write_bytes(b"PAR1 and no more")
     (workplace / "taken").mkdir()
     (workplace / "taken" / "something").touch()
+    (workplace / "project").mkdir()
+    (workplace / "project" / "environment.yaml").touch()  # as a run has one, too
     before = set(workplace.rglob("*"))
     assert call("train", overrides, monkeypatch) == 2
     err = capsys.readouterr().err.strip().splitlines()

@@ -11,7 +11,7 @@ from data.tokenizer import load_tokenizer
 from model.transformer import TransformerLM
 from training import checkpoint
 from training.config import Run, dump, load
-from training.run_folder import refuse_no_run, refuse_unmakeable, resume_command, resumed
+from training.run_folder import newest, refuse_no_run, refuse_unmakeable, resume_command, resumed
 
 log = logging.getLogger("headroom")
 OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
@@ -32,7 +32,8 @@ def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None,
     if tree["init_from"] is not None:
         base = str(tree["init_from"])
         if not base:
-            raise UserError("init_from= names no run: give a run's folder")
+            raise UserError("init_from= names no run: give a run's folder, or latest")
+        base = str(newest(with_checkpoint=True)) if base == "latest" else base
         tree = {**begun_from(Path(base), tree, typed), "init_from": base}
     run = load(tree)
     if not run.dry_run:
@@ -89,5 +90,6 @@ def begin_with_weights_of(base: Path, model: TransformerLM) -> None:
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
+    checkpoint.refuse_not_finite(found)
     checkpoint.load_weights(found, model)
     log.info(f"beginning with the weights of {found.path}")

@@ -38,7 +38,7 @@ from model.config import Config
 from model.transformer import ModelConfig, TransformerLM
 from training.config import Run, dump, load
 from training.device import free_memory
-from training.log import MOST_STEPS
+from training.log import MOST_STEPS, read_metrics
 from training.migrate import FORMAT, migrate, stated_format
 from training.optim import Kept
 from training.plot import PICTURE
@@ -138,7 +138,7 @@ def score(folder: Path, step: int, val_loss: float) -> None:
 
 def _unwritable(folder: Path, path: Path, error: OSError) -> UserError:
     return UserError(
-        f"the checkpoint {path} cannot be written: {reason(error)}; what was saved before stands: "
+        f"the checkpoint {path} cannot be written: {reason(error)}; what was saved before stands, if anything was: "
         f"make room, then {resume_command(folder)}"
     )
 
@@ -338,9 +338,11 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
     refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
     if found is None:
+        refuse_lost_checkpoints(folder, run)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
         _refuse_other_run(folder, run, corpus, training, found)
+        refuse_not_finite(found)
         load_weights(found, training.model)
         _load_optimizer(found, training)
         if training.loss_scale is not None:
@@ -384,10 +386,31 @@ def refuse_other_weights(found: Checkpoint, config: ModelConfig, vocab_size: int
     shaped(found.path / MODEL, found.tensors[MODEL], config, vocab_size)
 
 
+def refuse_lost_checkpoints(folder: Path, run: Run) -> None:
+    """Raises UserError where a run without a checkpoint has written metrics beyond the step that the first is saved
+    at: starting anew would leave nothing of them."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    if rows and rows[-1]["step"] > run.save_every:
+        raise UserError(
+            f"{folder} has no checkpoint, but {rows[-1]['step']} steps in its metrics.jsonl, of which each "
+            f"{run.save_every}th was saved: bring {folder}/checkpoints back, or start a new run"
+        )
+
+
 def load_weights(found: Checkpoint, model: TransformerLM) -> None:
     """Raises UserError where they are not those of this model."""
     _refuse_other_tensors(found.path / MODEL, found.tensors[MODEL], model)
     model.load_state_dict(found.tensors[MODEL])
+
+
+def refuse_not_finite(found: Checkpoint) -> None:
+    """Raises UserError where weights are not finite: whatever is trained from them stays so."""
+    for name, tensor in found.tensors[MODEL].items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{found.path}/{MODEL} holds numbers in {name} that are not finite: move the checkpoint away, to go on "
+                "from an older one"
+            )
 
 
 def _refuse_other_tensors(file: Path, weights: Mapping[str, Tensor], model: TransformerLM) -> None:
@@ -456,7 +479,7 @@ def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: Traini
     refuse_other_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
     refuse_other_settings(folder, run, trained)
-    refuse_other_steps(folder, run, trained.steps, manifest.step, ended(folder, found.path))
+    refuse_other_steps(folder, run, trained.steps, manifest.step, ended(folder))
     if (manifest.loss_scale is None) != (training.loss_scale is None):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
     for name, now in _machine(training.model).items():
@@ -473,12 +496,10 @@ def _machine(model: TransformerLM) -> dict[str, str | int]:
     return {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def ended(folder: Path, last: Path) -> bool:
-    """Whether a run whose last checkpoint this is has drawn its picture after it, which is the last thing it does."""
-    try:
-        return os.stat(folder / PICTURE).st_mtime_ns >= os.stat(last / MANIFEST).st_mtime_ns
-    except OSError:
-        return False
+def ended(folder: Path) -> bool:
+    """Whether a run whose steps are all done has drawn its picture, which is the last thing it does: a process that
+    goes on with it removes the picture first."""
+    return os.path.lexists(folder / PICTURE)
 
 
 def _load_optimizer(found: Checkpoint, training: Training) -> None:

@@ -34,6 +34,7 @@ LONGEST = 200  # characters of an error that is no line of ours
 MOST_STEPS = 2**40  # of a run
 LONGEST_ROW = 2**20  # bytes; what is longer is no row of metrics
 LARGEST_METRICS = 2**34  # bytes
+LARGEST_NUMBER = 1e100  # in a row
 WANDB_SECONDS = 30.0  # to wait for a server that does not answer
 UNSCORED = "unscored"  # in a row: true where its validation score is still to come
 LIVE_AFTER = 1.0  # seconds into a step, after which the live line tells how far it is
@@ -318,8 +319,8 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Or null. Not what arithmetic or a picture would fail at: Python has whole numbers of any size."""
-    return value is None or (isinstance(value, int | float) and abs(value) < sys.float_info.max)
+    """Or null. Not what arithmetic or a picture would fail at: no float32 is as large."""
+    return value is None or (isinstance(value, int | float) and abs(value) < LARGEST_NUMBER)
 
 
 def unscored(rows: Sequence[Mapping[str, Any]], step: int) -> bool:

@@ -24,6 +24,7 @@ from training.invocation import quoted
 from training.overrides import override
 
 KEY_BYTES = 32
+WRITTEN_TO = ("checkpoints", "failures", "tensorboard", "wandb")  # folders within a run's
 log = logging.getLogger("headroom")
 
 
@@ -57,7 +58,8 @@ def refuse_foreign(
     `signed`, nor typed, nor what a new run would have too.
 
     stored: as its config.yaml says. run: with what was typed. typed: keys of the command line. usual: the composed
-    settings. begun: it has a checkpoint, and needs nothing of the run it began from.
+    settings. begun: it has a checkpoint, and needs nothing of the run it began from. Links in place of the folders that
+    it writes to reach out, too.
     """
     settings = reaching_out(run)
     usual_places = {"cache_dir": usual["cache_dir"], "tokenizer.folder": f"{usual['cache_dir']}/tokenizers"}
@@ -69,11 +71,17 @@ def refuse_foreign(
         and not (key == "init_from" and begun)
         and not any(_covers(given, key) for given in typed)
     }
-    if not foreign:
+    links = [name for name in WRITTEN_TO if os.path.islink(folder / name)]
+    if not foreign and not links:
         return
     mine = signature(stored)
     if mine is not None and _is_signature(signed) and hmac.compare_digest(mine, signed):
         return
+    if links:
+        raise UserError(
+            f"{folder}/config.yaml is not signed by this user, and {folder}/{links[0]} is a link, where the run would "
+            "write and remove: put a folder in its place"
+        )
     if "init_from" in foreign:
         raise UserError(
             f"{folder}/config.yaml is not signed by this user, has no checkpoint, and begins with the weights of "

@@ -73,7 +73,8 @@ def _override(word: str, sweep: bool) -> str:
         )
     if re.search("[\ud800-\udfff]", word):
         encoding = sys.getfilesystemencoding()
-        raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: try LC_ALL=C.UTF-8")
+        way_out = "rename the file, or give a pattern that it fits" if encoding == "utf-8" else "try LC_ALL=C.UTF-8"
+        raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: {way_out}")
     if key.startswith("~"):
         if is_group and name != "experiment":
             raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")
@@ -97,6 +98,8 @@ def _override(word: str, sweep: bool) -> str:
         raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
     elif name in TEXTS and isinstance(found.value(), bool | int | float | list | dict):
         value = as_text(value.strip())
+    elif name in TEXTS and value != value.strip():  # which the grammar would leave out
+        value = as_text(value)
     return f"{key}={value}"
 
 

@@ -32,6 +32,7 @@ def save(figure: Any, path: Path) -> None:
     picture = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # it draws a box, which is all there is to say
+        warnings.filterwarnings("ignore", "constrained_layout not applied")  # a legend of more runs than fit
         figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     try:
         write_whole(path, picture.getvalue())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batches import documents_of_step
+from data.durable import remove
 from data.errors import UserError, escaped, reason
 from data.prepare import Prepared
 from model.transformer import TransformerLM
@@ -26,7 +27,7 @@ from training.invocation import command
 from training.log import UNSCORED, MetricsFile, Watch, percent, unscored
 from training.mfu import flops_of, peak_flops
 from training.origin import leaves
-from training.plot import plot_loss
+from training.plot import PICTURE, plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
 from training.step import Score, StepResult
@@ -45,6 +46,8 @@ class Report:
         self.run, self.folder, self.byte_lengths, self.device = run, folder, byte_lengths, byte_lengths.device
         self.corpus, self.model, self.done = corpus, model, done
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
+        if done < run.steps:
+            remove(folder / PICTURE)  # as whoever finds one at the end takes the run for complete
         self.unscored = unscored(self.metrics.past, done)  # a signal cut the evaluation after the last step short
         self.now = done - self.unscored  # the last step that is told
         self.guard = Guard(self.metrics.past)
@@ -213,8 +216,8 @@ class Report:
     def _compared(self, part: Score) -> Iterator[str]:
         """Lines on what there was before training, and on a checkpoint that is better than the last one."""
         prefix, before = f"the first {part.tokens:,} of them", self.metrics.before
-        if before is not None and before.get("val_loss") is not None:
-            loss, bpb = before["val_loss"], before["val_bpb"]
+        loss, bpb = (before.get("val_loss"), before.get("val_bpb")) if before else (None, None)
+        if loss is not None and bpb is not None:
             now = f"now {part.loss:.4f} and {part.bpb:.4f}: {'better' if part.loss < loss else 'no better'}"
             yield f"before       {loss:.4f} nats per token, {bpb:.4f} bits per byte ({prefix}; {now})"
         try:

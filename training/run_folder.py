@@ -59,7 +59,7 @@ RESUMABLE = [
     "dry_run",
 ]
 log = logging.getLogger("headroom")
-LARGEST_CONFIG = 2**18  # bytes of config.yaml
+LARGEST_CONFIG = 2**18  # bytes of config.yaml; a usual one has 2,000
 LONGEST_NUMBER = 100  # characters
 BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml
 ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
@@ -73,7 +73,8 @@ def refuse_unmakeable(run_dir: str | None) -> None:
     folder = Path(run_dir or RUNS)
     try:
         names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
-        taken = not all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
+        ours = ".lock" in names and all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
+        taken = bool(names) and not ours
         if run_dir and (taken or folder.is_file()):
             others = f", or continue it with {resume_command(folder)}" if "config.yaml" in names else ""
             raise UserError(f"run_dir={folder} exists already: choose another{others}")
@@ -124,8 +125,13 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
 def write_config(folder: Path, run: Run) -> None:
     """config.yaml, with every derived value filled in, signed. Replaced as a whole or not at all."""
     tree = {"format": FORMAT, "signature": signature(run)} | dump(run)
+    content = yaml.safe_dump(tree, sort_keys=False).encode()
+    if len(content) > LARGEST_CONFIG:
+        raise UserError(
+            f"the settings are {len(content):,} bytes of config.yaml, {LARGEST_CONFIG:,} are read: give fewer parts"
+        )
     try:
-        write_whole(folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False).encode())
+        write_whole(folder / "config.yaml", content)
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {reason(error)}") from None
 

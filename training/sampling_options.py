@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from training.completion import PrintCompletion
 from training.picture import refuse_unwritable
 
 MOST_SAMPLES = 1024
+MOST_TEXT = 2**28  # bytes of a prompt, or of a text to score
 LAST_SEED = 2**63 - 1
 DEFAULTS = {
     "prompt": None,
@@ -101,7 +103,13 @@ def read_text(path: Path, what: str) -> str:
     """The characters of a file, none changed; `-` is stdin. Raises UserError where it is not UTF-8 or not there."""
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        return (sys.stdin.buffer.read() if name == "stdin" else path.read_bytes()).decode()
+        with nullcontext(sys.stdin.buffer) if name == "stdin" else path.open("rb") as file:
+            content = file.read(MOST_TEXT + 1)
+        if len(content) > MOST_TEXT:
+            raise UserError(
+                f"{what}: {name} is longer than {MOST_TEXT:,} bytes, the most that is read: give a part of it"
+            )
+        return content.decode()
     except OSError as error:
         raise UserError(f"{what}: {name} cannot be read: {reason(error)}") from None
     except UnicodeDecodeError as error:

@@ -40,6 +40,8 @@ def mend() -> None:
             os.set_inheritable(number, True)
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    if not os.get_blocking(0):  # where nothing is there yet, a text would seem to have ended
+        os.set_blocking(0, True)
     _stdout = _Stdout(1, "w", closefd=False)
     sys.stdout, sys.stderr = _text(_stdout, sys.stdout), _text(_Stderr(2, "w", closefd=False), sys.stderr)
 

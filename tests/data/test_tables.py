@@ -12,6 +12,7 @@ from data import files
 from data.corpus import drawn
 from data.errors import UserError
 from data.files import FilesCorpus
+from data.tables import cells
 
 TEXTS = [f'row {i}, with "quotes",\nline ends and ünï🙂' for i in range(300)]
 
@@ -86,7 +87,7 @@ BAD_TABLES = {
     "lacking": ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', "{folder}/a.jsonl:2 has no column text, it has body"),
     "number": ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', "a.jsonl:2 holds int in column text, not text"),
     "surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1 is not valid Unicode"),
-    "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv:2 has 1 cells, the head has 2"),
+    "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv, row 2 after the head, has 1 cells, the head has 2"),
     "open quote": ("a.csv", 'n,text\n1,"x\n', "a.csv, line 2, is not CSV"),
     "no Parquet": ("a.parquet", "text", "a.parquet is not a Parquet file"),
     "empty": ("a.jsonl", "", "a.jsonl is empty"),
@@ -218,3 +219,15 @@ def test_bytes_that_are_not_text_are_found_wherever_a_part_ends(tmp_path, monkey
     (tmp_path / "a.txt").write_bytes(content)
     good = content.decode(errors="ignore").encode()
     assert f"is not UTF-8 text (at byte {len(good)})" in refusal(path=f"{tmp_path}/a.txt")
+
+
+def test_what_is_read_otherwise_than_it_looks_is_said(workplace, caplog):
+    (workplace / "a.tsv").write_text('id\ttext\n1\t"Hello he said\n2\tfine\n3\tsaid he"\n4\tz\n')
+    assert [text for _, text in cells("a.tsv", "text")] == ["Hello he said\n2\tfine\n3\tsaid he", "z"]
+    assert "a.tsv:1 has tabs or line ends within quotes in column text, read as one cell" in caplog.text
+    (workplace / "two.csv").write_text("text,text\nfirst,second\n")
+    assert [text for _, text in cells("two.csv", "text")] == ["first"]
+    assert "two.csv has 2 columns named text: the first is read" in caplog.text
+    (workplace / "semicolons.csv").write_text("id;text\n1;some\n")
+    with pytest.raises(UserError, match="has one column, id;text: separate its cells by commas instead of semicolons"):
+        list(cells("semicolons.csv", "text"))

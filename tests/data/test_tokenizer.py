@@ -1,5 +1,6 @@
 """Any text comes back exactly; the same text makes the same tokenizer."""
 
+import base64
 import json
 import os
 import time
@@ -139,6 +140,7 @@ def newer(change) -> str:
 
 OLDER_TOKENS = OLDER_FILES[1]["tokens"]
 FOREIGN = {
+    "endless token": sealed(OLDER_FILES[1] | {"tokens": [*OLDER_TOKENS, base64.b64encode(b"ab" * 100_000).decode()]}),
     "empty": "",
     "cut": newer(lambda model: None)[:-40],
     "list": "[]",

@@ -35,6 +35,9 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 def rewind(run: Path, copy: Path, step: int) -> None:
     """A copy of the run as a kill some steps after its checkpoint of `step` would leave it."""
     shutil.copytree(run, copy)
-    for checkpoint in (copy / "checkpoints").iterdir():
-        if checkpoint.name > f"step_{step:08d}":
-            shutil.rmtree(checkpoint)
+    later = [path for path in (copy / "checkpoints").iterdir() if path.name > f"step_{step:08d}"]
+    first = min((int(path.name.removeprefix("step_")) for path in later), default=None)
+    for checkpoint in later:
+        shutil.rmtree(checkpoint)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:first]))

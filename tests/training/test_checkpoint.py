@@ -19,7 +19,7 @@ from data.errors import UserError
 from data.sealed import digest, unsealed
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, call, relative_error, some_tokens
-from tests.training.runs import assert_same_run, losses
+from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint, run_folder
 from training.checkpoint import MODEL, OPTIMIZER, Training, newest
 from training.config import load
@@ -497,10 +497,10 @@ def test_resuming_goes_on_to_more_steps_and_drops_rows_of_a_lost_future(run, mon
 
 
 def test_resuming_a_run_without_a_checkpoint_starts_at_step_0_and_says_so(run, monkeypatch, capsys):
-    shutil.rmtree(run / "checkpoints")
-    assert call("train", ["resume=run"], monkeypatch) == 0
+    rewind(run, run.with_name("killed"), step=2)  # before the first checkpoint
+    assert call("train", ["resume=killed"], monkeypatch) == 0
     assert "starting at step 0" in capsys.readouterr().err
-    assert [row[0] for row in losses(run)] == [1, 2, 3, 4, 5, 6]
+    assert [row[0] for row in losses(run.with_name("killed"))] == [1, 2, 3, 4, 5, 6]
 
 
 def test_checkpoints_on_a_disk_that_is_away_begin_no_run_anew(run, monkeypatch, capsys):
@@ -627,3 +627,30 @@ def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):
         assert "complete at step 6 of steps=6: give a larger steps=" in capsys.readouterr().err
     assert call("train", ["resume=elsewhere"], monkeypatch) == 2
     assert "elsewhere is not a run" in capsys.readouterr().err
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(run, monkeypatch, capsys):
+    rows = (run / "metrics.jsonl").read_text()
+    assert len(read_metrics(run / "metrics.jsonl")) > 3
+    shutil.rmtree(run / "checkpoints")
+    assert call("train", ["resume=run"], monkeypatch) == 2
+    assert "bring run/checkpoints back, or start a new run" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == rows
+
+
+@pytest.mark.parametrize("how", [["resume=run", "steps=9"], ["init_from=run", "data=synthetic"]])
+def test_weights_that_are_not_finite_train_nothing(run, monkeypatch, capsys, how):
+    weights = load_file(last(run) / MODEL)
+    weights["embedding.weight"][0, 0] = torch.nan
+    save_file(weights, last(run) / MODEL)
+    reseal(last(run), MODEL)
+    assert call("train", how, monkeypatch) == 2
+    assert "holds numbers in embedding.weight that are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", [{"val_loss": 2.0}, {"val_loss": 2.0, "val_bpb": None}, {"val_loss": 1e300}])
+def test_a_strange_row_before_the_first_step_does_not_cost_the_last_words(run, monkeypatch, capsys, row):
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 0, "train_loss": None, **row}) + "\n" + metrics.read_text())
+    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
+    assert "validation   " in capsys.readouterr().out

@@ -12,6 +12,7 @@ from tests.support import SMOKE, call, changed, load_composed
 from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint
 from training.epochs import repetitions
+from training.invocation import command
 from training.step import Score
 from training.trained import load_run
 
@@ -64,7 +65,7 @@ def test_the_best_checkpoint_is_kept_and_named_where_it_is_not_the_last(workplac
         in out
     )
     assert "best         step 20, 1.0000 nats per token (the first 1 of them): " in out
-    assert "sample.py --checkpoint best --run 'a run'\n" in out
+    assert f"{command('sample.py', '--checkpoint', 'best', '--run', 'a run')}\n" in out
     assert [path.name for path in checkpoint.saved(workplace / "a run")] == ["step_00000020", "step_00000030"]
     assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
 

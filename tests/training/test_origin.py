@@ -54,6 +54,17 @@ FOREIGN = {
 }
 
 
+def test_a_link_in_a_strangers_run_is_not_written_through(made, workplace):
+    made()
+    (workplace / "mine").mkdir()
+    (workplace / "run/checkpoints").symlink_to(workplace / "mine")
+    assert resume().seed == 0  # signed: this user's own
+    config = yaml.safe_load((workplace / "run/config.yaml").read_text())
+    (workplace / "run/config.yaml").write_text(yaml.safe_dump(config | {"signature": None}))
+    with pytest.raises(UserError, match=r"run/checkpoints is a link, where the run would write and remove"):
+        resume()
+
+
 @pytest.mark.parametrize(("made_with", "repeat", "instead"), FOREIGN.values(), ids=FOREIGN)
 def test_a_stranger_repeats_once_what_reaches_out(made, monkeypatch, tmp_path, made_with, repeat, instead):
     made(*made_with)

@@ -78,7 +78,7 @@ REFUSED = {
     "~stéps": "stéps: no such setting; did you mean steps?",
     "~attention": "~attention: a run needs its attention: choose another as attention=",
     "attention=mha,mla": "attention=mha,mla is several values: add -m, for a run of each",
-    "data.path=\udcff": "data.path=\\udcff is no text in the encoding of this shell, utf-8: try LC_ALL=C.UTF-8",
+    "data.path=\udcff": "data.path=\\udcff is no text in the encoding of this shell, utf-8: rename the file, or",
 }
 
 
