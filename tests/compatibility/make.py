@@ -1,6 +1,7 @@
 """Makes the runs of this folder: tiny ones, stopped midway, with what they go on to compute.
 
-python -m tests.compatibility.make format_3      # those of the format that is written now, which are not there yet
+python -m tests.compatibility.make format_4              # in the format that is written now, those not there yet
+python -m tests.compatibility.make format_4 alibi bpe    # these alone, where only they differ from the format before
 
 A run of each format that was ever written stays here unchanged: later versions must resume and sample it. So this
 script adds runs and never writes one again.
@@ -122,15 +123,17 @@ def make(run: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="of this folder, as format_3")
-    final = HERE / parser.parse_args().folder
+    parser.add_argument("folder", help="of this folder, as format_4")
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; unset: all")
+    args = parser.parse_args()
+    final = HERE / args.folder
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
         patch.chdir(name)
         texts(Path("texts"))
         assert call("train", changed([*CASES["mha_muon_fp32"], "steps=10", "run_dir=base"]), patch) == 0
         for case, overrides in CASES.items():
-            if not (final / case).exists():
+            if case in (args.cases or CASES) and not (final / case).exists():
                 assert call("train", changed([*overrides, f"run_dir={case}"]), patch) == 0
                 make(Path(case))
                 shutil.copytree(case, final / case)
