@@ -103,18 +103,24 @@ def sampled(run: Path, sampler: Sampler) -> list[int]:
     return [int(step[0]) for step in generate(model, state, sampler, max_new_tokens=TOKENS)]
 
 
+def losses_after(run: Path) -> list[float | None]:
+    """Of the steps after STOPPED; None where one was skipped."""
+    return [row["train_loss"] for row in read_metrics(run / "metrics.jsonl") if row["step"] > STOPPED]
+
+
 def make(run: Path) -> None:
     """Leaves the run as a kill after STOPPED steps would, with what follows in expected.json."""
-    rows = read_metrics(run / "metrics.jsonl")
+    kept = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] <= STOPPED]
+    losses = losses_after(run)
     for checkpoint in (run / "checkpoints").iterdir():
         if checkpoint.name != f"step_{STOPPED:08d}":
             shutil.rmtree(checkpoint)
     for name in ("environment.yaml", "loss.png", ".lock"):
         (run / name).unlink(missing_ok=True)
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:STOPPED]))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
     expected = {
         "machine": machine(),
-        "losses": [row["train_loss"] for row in rows[STOPPED:]],  # null: the step was skipped
+        "losses": losses,
         "greedy": sampled(run, Sampler(temperature=0.0)),
         "drawn": sampled(run, Sampler(temperature=0.8, top_k=50)),
     }

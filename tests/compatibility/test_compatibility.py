@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from model.sampler import Sampler
-from tests.compatibility.make import CASES, HERE, STOPPED, TOKENS, machine, sampled, texts
+from tests.compatibility.make import CASES, HERE, TOKENS, losses_after, machine, sampled, texts
 from tests.support import call
-from training.log import read_metrics
 from training.migrate import FORMAT, UNSTATED
 
 RUNS = sorted(path.parent for path in HERE.glob("*/*/expected.json"))
@@ -38,7 +37,7 @@ def test_stored_run_samples_and_resumes_as_recorded(run, request, monkeypatch):
     assert [len(tokens) for tokens in written.values()] == [TOKENS, TOKENS]
     repeated = [override for override in CASES[case] if override.startswith("data.path=")]  # of a folder from elsewhere
     assert call("train", ["resume=run", *repeated], monkeypatch) == 0
-    losses = [row["train_loss"] for row in read_metrics(run / "metrics.jsonl")][STOPPED:]
+    losses = losses_after(run)
     if same_machine:
         assert losses == expected["losses"]
     else:
