@@ -44,6 +44,7 @@ from training.optim import Kept
 from training.plot import PICTURE
 from training.precision import LossScale
 from training.run_folder import (
+    read_config,
     refuse_other_format,
     refuse_other_settings,
     refuse_other_steps,
@@ -389,11 +390,11 @@ def refuse_other_weights(found: Checkpoint, config: ModelConfig, vocab_size: int
 def refuse_lost_checkpoints(folder: Path, run: Run) -> None:
     """Raises UserError where a run without a checkpoint has written metrics beyond the step that the first is saved
     at: starting anew would leave nothing of them."""
-    rows = read_metrics(folder / "metrics.jsonl")
-    if rows and rows[-1]["step"] > run.save_every:
+    rows, every = read_metrics(folder / "metrics.jsonl"), max(run.save_every, read_config(folder)[0]["save_every"])
+    if rows and rows[-1]["step"] > every:
         raise UserError(
-            f"{folder} has no checkpoint, but {rows[-1]['step']} steps in its metrics.jsonl, of which each "
-            f"{run.save_every}th was saved: bring {folder}/checkpoints back, or start a new run"
+            f"{folder} has no checkpoint, but its metrics.jsonl has {rows[-1]['step']} steps, and save_every={every}: "
+            f"bring {folder}/checkpoints back, or start a new run"
         )
 
 
