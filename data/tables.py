@@ -97,7 +97,7 @@ def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
         raise UserError(no_column(place, column, columns))
     if columns.count(column) > 1:
-        log.warning(f"{place} has {columns.count(column)} columns named {column}: the first is read")
+        _warn_once(f"{place} has {columns.count(column)} columns named {column}: the first is read")
 
 
 def no_column(place: str, column: str, columns: list[str]) -> str:
@@ -176,7 +176,7 @@ def _csv_cells(path: str, column: str) -> Iterator[tuple[int, str]]:
             if row:
                 if tabs and not warned and set(row[place]) & set("\t\r\n"):
                     warned = True
-                    log.warning(
+                    _warn_once(
                         f"{path}:{number} has tabs or line ends within quotes in column {column}, read as one cell: "
                         "where a quote is text, double and enclose it, or give the table as .jsonl"
                     )
