@@ -50,6 +50,7 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
     if found is None:
         refuse_no_run(base)
         raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
+    checkpoint.refuse_not_finite(found)
     tokenizer = load_tokenizer(base / "tokenizer.json")
     checkpoint.refuse_other_tokenizer(base, tokenizer, found.manifest.tokenizer)
     their_run = checkpoint.settings_of(found.path, found.manifest)
@@ -90,6 +91,5 @@ def begin_with_weights_of(base: Path, model: TransformerLM) -> None:
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
-    checkpoint.refuse_not_finite(found)
     checkpoint.load_weights(found, model)
     log.info(f"beginning with the weights of {found.path}")

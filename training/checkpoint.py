@@ -339,7 +339,7 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
     refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
     if found is None:
-        refuse_lost_checkpoints(folder, run)
+        refuse_lost_checkpoints(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
         _refuse_other_run(folder, run, corpus, training, found)
@@ -387,11 +387,12 @@ def refuse_other_weights(found: Checkpoint, config: ModelConfig, vocab_size: int
     shaped(found.path / MODEL, found.tensors[MODEL], config, vocab_size)
 
 
-def refuse_lost_checkpoints(folder: Path, run: Run) -> None:
+def refuse_lost_checkpoints(folder: Path) -> None:
     """Raises UserError where a run without a checkpoint has written metrics beyond the step that the first is saved
     at: starting anew would leave nothing of them."""
-    rows, every = read_metrics(folder / "metrics.jsonl"), max(run.save_every, read_config(folder)[0]["save_every"])
-    if rows and rows[-1]["step"] > every:
+    rows, stored = read_metrics(folder / "metrics.jsonl"), read_config(folder)[0]
+    every = stored["save_every"]
+    if rows and (rows[-1]["step"] > every or rows[-1]["step"] == stored["steps"]):
         raise UserError(
             f"{folder} has no checkpoint, but its metrics.jsonl has {rows[-1]['step']} steps, and save_every={every}: "
             f"bring {folder}/checkpoints back, or start a new run"
@@ -500,7 +501,7 @@ def _machine(model: TransformerLM) -> dict[str, str | int]:
 def ended(folder: Path) -> bool:
     """Whether a run whose steps are all done has drawn its picture, which is the last thing it does: a process that
     goes on with it removes the picture first."""
-    return os.path.lexists(folder / PICTURE)
+    return os.path.isfile(folder / PICTURE)
 
 
 def _load_optimizer(found: Checkpoint, training: Training) -> None:

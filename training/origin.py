@@ -71,7 +71,8 @@ def refuse_foreign(
         and not (key == "init_from" and begun)
         and not any(_covers(given, key) for given in typed)
     }
-    links = [name for name in WRITTEN_TO if os.path.islink(folder / name)]
+    places = [folder / name for name in WRITTEN_TO]
+    links = [path for place in places for path in (place, *place.glob("*")) if os.path.islink(path)]
     if not foreign and not links:
         return
     mine = signature(stored)
@@ -79,7 +80,7 @@ def refuse_foreign(
         return
     if links:
         raise UserError(
-            f"{folder}/config.yaml is not signed by this user, and {folder}/{links[0]} is a link, where the run would "
+            f"{folder}/config.yaml is not signed by this user, and {links[0]} is a link, where the run would "
             "write and remove: put a folder in its place"
         )
     if "init_from" in foreign:

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from data.batches import documents_of_step
-from data.durable import remove
 from data.errors import UserError, escaped, reason
 from data.prepare import Prepared
 from model.transformer import TransformerLM
@@ -47,7 +46,8 @@ class Report:
         self.corpus, self.model, self.done = corpus, model, done
         self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
         if done < run.steps:
-            remove(folder / PICTURE)  # as whoever finds one at the end takes the run for complete
+            with suppress(OSError):  # such as a folder, which is no picture
+                (folder / PICTURE).unlink()  # as whoever finds one at the end takes the run for complete
         self.unscored = unscored(self.metrics.past, done)  # a signal cut the evaluation after the last step short
         self.now = done - self.unscored  # the last step that is told
         self.guard = Guard(self.metrics.past)

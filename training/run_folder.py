@@ -217,7 +217,7 @@ def refuse_other_steps(folder: Path, run: Run, before: int, done: int, ended: bo
     nothing is left to do. ended: the last thing that a run does was done after its last step."""
     if done > run.steps:
         raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
-    if done == run.steps and ended:
+    if done == run.steps == before and ended:
         raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
     if run.steps != before:
         open_steps = [run.schedule.first_open_step(steps) for steps in (before, run.steps)]

@@ -636,7 +636,8 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(run, monkeypatch, ca
     assert call("train", ["resume=run"], monkeypatch) == 2
     assert "bring run/checkpoints back, or start a new run" in capsys.readouterr().err
     assert (run / "metrics.jsonl").read_text() == rows
-    edit(run / "config.yaml", "save_every: 3", "save_every: 30")  # killed before its first checkpoint
+    edit(run / "config.yaml", "save_every: 3", "save_every: 30")
+    edit(run / "config.yaml", "steps: 6\n", "steps: 8\n")  # killed before its first checkpoint
     assert call("train", ["resume=run", "save_every=2"], monkeypatch) == 0
 
 
