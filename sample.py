@@ -11,15 +11,14 @@ python sample.py "def f(x):" --attention-map a.png
 import sys
 
 if __name__ == "__main__":
-    from training import process
+    from common import process
 
     process.start()
 
 import argparse
 
-from data.errors import UserError
-from model.errors import NotFinite
-from training.command import one_line_errors
+from common.cli import one_line_errors
+from common.errors import NotFinite, UserError
 from training.sampling_options import arguments
 
 # torch, and all that needs it, is imported inside `sample`: --help answers before it would have loaded.
@@ -28,9 +27,10 @@ from training.sampling_options import arguments
 def sample(args: argparse.Namespace) -> None:
     import logging
 
+    from common import process
+    from common.streams import json_line, tell
     from model.generate import Texts
     from model.sampler import Sampler
-    from training import process
     from training.attention_map import draw_attention
     from training.config import load_choice
     from training.device import choose_device
@@ -40,7 +40,6 @@ def sample(args: argparse.Namespace) -> None:
     from training.repl import Conversation, converse
     from training.run_folder import newest
     from training.scoring import as_json, as_line, refuse_not_finite, score_text
-    from training.streams import json_line, tell
     from training.trained import load_run
     from training.writing import Sample, show_samples, speeds, write
 

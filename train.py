@@ -8,22 +8,22 @@ python train.py --help
 import sys
 
 if __name__ == "__main__":
-    from training import process
+    from common import process
 
     process.start()
 
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training.command import (
+from common.cli import (
     one_line_errors,
     plain_tree,
     refuse_twice,
     smaller_batches_advised,
     with_stored_choices,
 )
-from training.overrides import readable
-from training.unknown import CONF
+from common.overrides import readable
+from common.suggestions import CONF
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
 # --help answers before it would have loaded.
@@ -52,10 +52,12 @@ def train(tree: dict, typed: list[str]) -> None:
     """tree: the composed configuration; typed: the overrides on the command line."""
     import torch
 
+    from common import process
+    from common.signals import Stopped, StopRequest
     from data.batches import micro_batches, refuse_short
     from data.prepare import prepare
     from model.transformer import TransformerLM
-    from training import checkpoint, process, replay, run_folder
+    from training import checkpoint, replay, run_folder
     from training.allocator import keep_buffers
     from training.beginning import begin_with_weights_of, which_run
     from training.device import choose_device, set_determinism
@@ -64,7 +66,6 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
     from training.report import Report
-    from training.signals import Stopped, StopRequest
     from training.step import Score, evaluate, losses_of, train_step
 
     process.end_by_unwinding()

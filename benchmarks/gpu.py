@@ -32,9 +32,9 @@ import yaml
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
-from data.errors import UserError
+from common.cli import one_line_errors
+from common.errors import Unsupported, UserError
 from model import cost
-from model.errors import Unsupported
 from model.generate import Texts, generate
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
@@ -46,7 +46,6 @@ from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.sampler import Sampler
 from model.transformer import ModelConfig, TransformerLM
-from training.command import one_line_errors
 from training.compilation import maybe_compiled
 from training.config import ROOT, load_choice
 from training.mfu import peak_flops

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import count, in_turns, marked, output, report
-from model.errors import Unsupported
+from common.cli import one_line_errors
+from common.errors import Unsupported
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern
-from training.command import one_line_errors
 
 KERNELS = {"sdpa": SDPA(), "matmul": Matmul(), "flex": Flex(), "naive": Naive()}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import count, output, report
+from common.cli import one_line_errors
 from model.transformer import ModelConfig, TransformerLM
 from tests.support import allocated_peak
-from training.command import one_line_errors
 from training.config import load_choice
 from training.loss import token_losses
 from training.precision import Working

@@ -29,14 +29,14 @@ import torch
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
 from benchmarks.train import SIZES, Size, refuse_shared, run_of
+from common.cli import number, one_line_errors
+from common.errors import UserError, reason
+from common.figures import refuse_unwritable
 from data.batches import micro_batches, refuse_short, stack, windows
-from data.errors import UserError, reason
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
-from training.command import number, one_line_errors
 from training.device import choose_device
 from training.log import to_stderr
-from training.picture import refuse_unwritable
 from training.plot import empty_axes, save_axes
 from training.precision import Working
 from training.step import evaluate, losses_of, train_step

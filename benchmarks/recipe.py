@@ -19,12 +19,12 @@ import torch
 
 from benchmarks.side_by_side import count, output, refuse_repeated, report
 from benchmarks.train import refuse_shared
+from common.cli import number, one_line_errors
 from data.batches import micro_batches
 from data.prepare import Prepared, prepare
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
-from training.command import number, one_line_errors
 from training.config import Run
 from training.precision import Working
 from training.step import evaluate, losses_of, train_step

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
 from model.kernels.base import _log_once
 
 NOISY = 0.02  # share of the machine that others may take before a row is marked

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.side_by_side import count, in_turns, marked, output, report
-from data.errors import UserError
-from training.command import one_line_errors
+from common.cli import one_line_errors
+from common.errors import UserError
 from training.config import ROOT
 
 BARS = {"train.py --help": 1.0, "sample.py --help": 1.0, "first step": 4.0, "first token": 4.0}

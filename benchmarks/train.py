@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from benchmarks.nanogpt import BETAS, CLIP, DECAY, Step, autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked, output, report
-from data.errors import UserError
+from common.cli import one_line_errors
+from common.errors import UserError
 from model.transformer import TransformerLM
 from tests.support import load_composed
 from training.allocator import keep_buffers
-from training.command import one_line_errors
 from training.compilation import maybe_compiled
 from training.config import Run
 from training.precision import Working

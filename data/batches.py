@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import UserError
+from common.errors import UserError
 from data.prepare import Prepared
 from data.shards import TokenStream
 

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from common.atomic_io import exists, make_folder, names_in, remove, sweep, whole_folder
+from common.errors import UserError
+from common.lock import lock
 from data.contents import Contents
 from data.corpus import Corpus, Document, Split, drawn
-from data.durable import exists, make_folder, names_in, remove, sweep, whole_folder
-from data.errors import UserError
-from data.lock import lock
 from data.names import line, names_file
 from data.patterns import last_cut
 from data.shards import Shard, ShardWriter, shard_paths

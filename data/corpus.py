@@ -5,16 +5,16 @@ import importlib.util
 import logging
 import random
 import sysconfig
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field
 
-from data.config import DataConfig
-from data.errors import UserError
-from data.paths import refuse_unreadable
+from common.errors import UserError
+from common.paths import refuse_unreadable
+from common.settings import FrozenSettings
 
 Split = Literal["train", "val"]
 HeldOutBy = Literal["content", "index"]
@@ -39,10 +39,15 @@ class SplitRule(NamedTuple):
     of_texts: float | None  # the share of documents that a hash of their text holds out; None where no hash does
 
 
-class Corpus(DataConfig):
+class Corpus(FrozenSettings, ABC):
     """Reads the same documents in the same order for as long as its fingerprint and its settings stay the same."""
 
     document_mask: bool = False  # tokens see their own document only; says nothing of the documents themselves
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short word for folders."""
 
     @property
     def remote(self) -> bool:

@@ -4,7 +4,7 @@ of a format are refused, with the way out."""
 import codecs
 from pathlib import Path
 
-from data.errors import UserError
+from common.errors import UserError
 from data.tables import FORMATS
 
 HEAD = 2**12  # bytes looked at

@@ -8,15 +8,15 @@ from typing import Any, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from data.config import DataConfig
+from common.errors import UserError
+from common.paths import FileId, file_ids
+from common.settings import FrozenSettings
 from data.corpus import Corpus, Document
-from data.errors import UserError
-from data.paths import FileId, file_ids
 
 log = logging.getLogger("headroom")
 
 
-class Part(DataConfig):
+class Part(FrozenSettings):
     quota: float = Field(gt=0)
     corpus: SerializeAsAny[Corpus]
 

@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.atomic_io import exists, make_folder, names_in, open_regular, read_regular, sweep
+from common.checksummed_json import digest
+from common.errors import UserError, reason
+from common.lock import lock
+from common.paths import refuse_unreadable
 from data.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
 from data.corpus import Corpus
-from data.durable import exists, make_folder, names_in, open_regular, read_regular, sweep
-from data.errors import UserError, reason
-from data.lock import lock
 from data.names import BLOCK, names_file, names_of
-from data.paths import refuse_unreadable
-from data.sealed import digest
 from data.shards import VERSION, TokenStream, open_stream
 from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 

@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from data.durable import read_regular
-from data.errors import UserError, reason
+from common.atomic_io import read_regular
+from common.errors import UserError, reason
 from data.patterns import CL100K, GPT2, O200K
 from data.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
 from data.vocabulary import fault_of

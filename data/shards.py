@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from data.durable import names_in, open_regular
-from data.errors import UserError, reason
-from data.sealed import sealed, unsealed
+from common.atomic_io import names_in, open_regular
+from common.checksummed_json import sealed, unsealed
+from common.errors import UserError, reason
 
 MAGIC = b"HEADROOM"
 VERSION = 3

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from common.errors import UserError
+from common.paths import refuse_unreadable
 from data.json_values import values
-from data.paths import refuse_unreadable
 
 FORMATS = {
     ".jsonl": "json lines",

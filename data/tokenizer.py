@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from data.config import DataConfig
-from data.durable import read_regular, write_whole
-from data.errors import UserError, reason
+from common.atomic_io import read_regular, write_whole
+from common.checksummed_json import digest, parsed, unsealed
+from common.errors import UserError, reason
+from common.settings import FrozenSettings
 from data.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
-from data.sealed import digest, parsed, unsealed
 from data.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
 
 LONGEST_WORD = 256  # characters of a word that training takes as one: its time grows by their square
@@ -145,7 +145,12 @@ class BPETokenizer(Tokenizer):
         return KINDS[self.cut] | {"pattern": self.pattern}
 
 
-class TokenizerConfig(DataConfig):
+class TokenizerConfig(FrozenSettings, ABC):
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short word for folders."""
+
     @abstractmethod
     def train(self, texts: Iterable[str]) -> Tokenizer:
         """The same texts in the same order give the same tokenizer. Reads of them what it needs."""

@@ -1,21 +1,16 @@
-"""The base of the typed configuration objects of the model and of training (data/ has its own: it knows neither), and
-the dimensions that the parts of a model share."""
+"""The dimensions that the parts of a model share."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from common.settings import FrozenSettings
 
 LARGEST = 2**20  # no memory holds a model so wide; far beyond, arithmetic overflows and lists of divisors never end
 Size = Annotated[int, Field(ge=1, le=LARGEST)]  # a dimension
 
 
-class Config(BaseModel):
-    """Frozen and strict: unknown keys, wrong types, infinities and NaN are refused where the object is made."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Dimensions(Config):
+class Dimensions(FrozenSettings):
     """What everything else derives from. The vocabulary belongs to the tokenizer."""
 
     n_layers: Size

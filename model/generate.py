@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from common.errors import NotFinite
 from model.cache import Cache
-from model.errors import NotFinite
 from model.sampler import NO_TOKEN, Sampler
 from model.transformer import TransformerLM
 

@@ -11,11 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.config import LARGEST, Config, Dimensions
+from common.settings import FrozenSettings
+from model.config import LARGEST, Dimensions
 from model.linear import Linear
 
 
-class MLPConfig(Config, ABC):
+class MLPConfig(FrozenSettings, ABC):
     d_ff: int | None = Field(None, ge=1, le=4 * LARGEST)  # hidden width; unset, it derives from d_model
 
     @abstractmethod

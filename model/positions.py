@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from model.config import LARGEST, Config, Dimensions
+from common.settings import FrozenSettings
+from model.config import LARGEST, Dimensions
 from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
 
@@ -22,7 +23,7 @@ SHORTEST = 7  # tokens of an original context in which the fastest pair turns on
 DIGIT = 256  # bfloat16 holds whole numbers up to here
 
 
-class PositionConfig(Config):
+class PositionConfig(FrozenSettings):
     """What every attention may be told about positions."""
 
     position: Position = "rope"

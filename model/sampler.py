@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.config import Config
+from common.settings import FrozenSettings
 
 NO_TOKEN = -1  # what a row gives that is no distribution
 
@@ -51,7 +51,7 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
     return logits.masked_fill(probs < p * probs.max(-1, keepdim=True).values, float("-inf"))
 
 
-class Sampler(Config):
+class Sampler(FrozenSettings):
     """Chooses the next token. What it is told applies in this order: repetition penalty, temperature, top-k, top-p,
     min-p; each filter sees the distribution that the ones before it left."""
 

@@ -17,11 +17,10 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch.profiler import ProfilerActivity, profile
 
-from data.errors import UserError
-from model.errors import Unsupported
+from common.cli import plain_tree
+from common.errors import Unsupported, UserError
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
-from training.command import plain_tree
 from training.config import Run, load
 
 ROOT = Path(__file__).resolve().parent.parent

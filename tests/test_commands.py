@@ -14,13 +14,13 @@ import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from common.invocation import command
+from common.overrides import readable
 from model import generate
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training import trained
-from training.invocation import command
 from training.log import read_metrics
-from training.overrides import readable
 from training.streaming import TextStream
 
 

@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.errors import UserError, escaped
+from common.errors import NotFinite, UserError, escaped
+from common.figures import save
 from data.tokenizer import Tokenizer
-from model.errors import NotFinite
 from model.kernels.scores import ATTENTION_MAP
 from model.transformer import TransformerLM
-from training.picture import save
 
 MOST_TOKENS = 256  # beyond, a cell is less than a dot
 MOST_LABELS = 32  # tokens that are written beside the cells

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from data.errors import UserError
+from common.errors import UserError
 from data.tokenizer import load_tokenizer
 from model.transformer import TransformerLM
 from training import checkpoint

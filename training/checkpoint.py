@@ -20,7 +20,7 @@ from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from data.durable import (
+from common.atomic_io import (
     NOT_THERE,
     Irregular,
     discard,
@@ -30,11 +30,11 @@ from data.durable import (
     whole_folder,
     write_whole,
 )
-from data.errors import UserError, reason
+from common.checksummed_json import sealed, unsealed
+from common.errors import UserError, reason
+from common.settings import FrozenSettings
 from data.prepare import Prepared
-from data.sealed import sealed, unsealed
 from data.tokenizer import Tokenizer, load_tokenizer
-from model.config import Config
 from model.transformer import ModelConfig, TransformerLM
 from training.config import Run, dump, load
 from training.device import free_memory
@@ -71,12 +71,12 @@ class Training(NamedTuple):
     loss_scale: LossScale | None
 
 
-class FileMark(Config):
+class FileMark(FrozenSettings):
     size: int = Field(ge=0)  # bytes
     sha256: str
 
 
-class Manifest(Config):
+class Manifest(FrozenSettings):
     """What a checkpoint holds besides tensors."""
 
     format: int

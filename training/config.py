@@ -18,13 +18,13 @@ import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from common.errors import UserError
+from common.settings import FrozenSettings
 from data.corpus import Corpus
-from data.errors import UserError
 from data.mix import MixCorpus, Part
 from data.tokenizer import TokenizerConfig
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
 from model.attention.stack import StackConfig
-from model.config import Config
 from model.kernels.base import Kernel
 from model.mlp import MLPConfig
 from model.transformer import Dimensions, ModelConfig
@@ -52,7 +52,7 @@ KINDS = {  # what a value is asked to be, by how pydantic's name for the error b
 MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
 
 
-class Run(Config):
+class Run(FrozenSettings):
     """Everything one training run depends on. The comments in conf/train.yaml describe each setting."""
 
     steps: int = Field(ge=1, le=2**40)  # before the parts that derive from it

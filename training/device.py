@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
 from training.cgroup import memory_left
 
 

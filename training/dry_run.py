@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.cli import out_of_memory
+from common.errors import UserError
+from common.streams import print_line
 from data.batches import refuse_short
-from data.errors import UserError
 from data.prepare import Prepared, missing, prepare
 from model import cost
 from model.transformer import TransformerLM
 from training.allocator import keep_buffers
-from training.command import out_of_memory
 from training.compilation import maybe_compiled
 from training.config import Run
 from training.device import free_memory
@@ -27,7 +28,6 @@ from training.mfu import flops_of, peak_flops
 from training.precision import Working
 from training.preview import preview_prompt
 from training.step import accumulate, losses_of, train_step
-from training.streams import print_line
 
 TIMED = 10  # micro-batches, or as many as fit into
 DEADLINE = 5.0  # seconds for them; a micro-batch that alone takes longer is never run,

@@ -10,8 +10,8 @@ import logging
 import torch
 from torch import nn
 
-from data.errors import UserError
-from training.invocation import refuse_no_package
+from common.errors import UserError
+from common.invocation import refuse_no_package
 
 log = logging.getLogger("headroom")
 LEAST = (8, 9)  # compute capability: Ada, and Hopper after it

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from data.durable import exists, open_regular, read_regular, write_whole
-from data.errors import UserError, escaped, reason
-from data.paths import refuse_unreadable
-from model.config import Config
-from training.invocation import installed, refuse_no_package
-from training.streams import tell
+from common.atomic_io import exists, open_regular, read_regular, write_whole
+from common.errors import UserError, escaped, reason
+from common.invocation import installed, refuse_no_package
+from common.paths import refuse_unreadable
+from common.settings import FrozenSettings
+from common.streams import tell
 
 log = logging.getLogger("headroom")
 LONGEST = 200  # characters of an error that is no line of ours
@@ -52,7 +52,7 @@ class Sink:
     def close(self) -> None: ...
 
 
-class Logger(Config, ABC):
+class Logger(FrozenSettings, ABC):
     """Where metrics go besides metrics.jsonl."""
 
     def refuse_missing(self) -> None:

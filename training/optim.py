@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from model.config import Config
+from common.settings import FrozenSettings
 from model.transformer import TransformerLM
 from training.qk_clip import QKClip
 
@@ -44,7 +44,7 @@ class AdamW(Uncompiled, torch.optim.AdamW):
         return {"step": Kept.count(), "exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
 
 
-class OptimConfig(Config, ABC):
+class OptimConfig(FrozenSettings, ABC):
     lr: float | None = Field(None, gt=0)  # peak; unset, it derives from d_model
     qk_clip: float | None = Field(None, gt=0)  # the largest score a head may have and keep its scale
 

@@ -17,11 +17,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data.durable import make_folder, read_regular
-from data.errors import UserError
+from common.atomic_io import make_folder, read_regular
+from common.errors import UserError
+from common.invocation import quoted
+from common.overrides import override
 from training.config import Run, dump
-from training.invocation import quoted
-from training.overrides import override
 
 KEY_BYTES = 32
 WRITTEN_TO = ("checkpoints", "failures", "tensorboard", "wandb")  # folders within a run's

@@ -5,7 +5,7 @@ python -m training.plot runs/* --x tokens -o all.svg
 """
 
 if __name__ == "__main__":
-    from training import process
+    from common import process
 
     process.start("matplotlib", "pydantic", "rich")
 
@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.durable import exists
-from data.errors import UserError, escaped
-from data.paths import refuse_unreadable
-from training import process
-from training.command import Parser, one_line_errors
-from training.invocation import command
+from common import process
+from common.atomic_io import exists
+from common.cli import Parser, one_line_errors
+from common.errors import UserError, escaped
+from common.figures import refuse_unwritable, save
+from common.invocation import command
+from common.paths import refuse_unreadable
+from common.streams import show
 from training.log import read_metrics
-from training.picture import refuse_unwritable, save
-from training.streams import show
 
 PICTURE = "loss.png"  # in a run's folder
 WINDOW = 10  # steps that a running mean is over at most, about

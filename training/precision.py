@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from model.config import Config
+from common.settings import FrozenSettings
 from training.fp8 import multiply_in_fp8, refuse_unfit
 
 log = logging.getLogger("headroom")
@@ -51,7 +51,7 @@ class LossScale:
 
     INITIAL, GROWTH_STEPS, SMALLEST, LARGEST = 2.0**16, 2000, 2.0**-24, 2.0**24
 
-    class State(Config):
+    class State(FrozenSettings):
         scale: float = Field(gt=0, le=2.0**127)
         good_steps: int = Field(ge=0, lt=2000)  # since the scale last changed: fewer than GROWTH_STEPS
 

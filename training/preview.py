@@ -1,9 +1,8 @@
 """What the model writes, for whoever watches it learn."""
 
-from data.errors import UserError
+from common.errors import NotFinite, UserError
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer
-from model.errors import NotFinite
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM

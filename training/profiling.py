@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data.durable import UNFINISHED
+from common.atomic_io import UNFINISHED
 
 WARMUP = 3  # steps that are not shown: the first ones compile, fill allocators and wake threads
 log = logging.getLogger("headroom")

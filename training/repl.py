@@ -6,18 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from data.errors import UserError, reason
+from common.cli import number
+from common.errors import NotFinite, UserError, reason
+from common.signals import Interruptible
+from common.streams import StdoutLost, show, tell
 from data.tokenizer import Tokenizer
-from model.errors import NotFinite
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
-from training.command import number
 from training.log import held_back
 from training.sampling_options import LAST_SEED
-from training.signals import Interruptible
 from training.streaming import TextStream
-from training.streams import StdoutLost, show, tell
 
 HELP = """\
 What you type is appended to the text as it stands, and the model continues it.

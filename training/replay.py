@@ -4,7 +4,7 @@ python -m training.replay runs/NAME/failures/step_00000012      # in the checkou
 """
 
 if __name__ == "__main__":
-    from training import process
+    from common import process
 
     process.start("torch", "hydra", "pydantic", "rich", "safetensors", "tokenizers")
 
@@ -14,22 +14,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from data.durable import exists
-from data.errors import UserError, reason
-from data.paths import entering
+from common import process
+from common.atomic_io import exists
+from common.cli import Parser, one_line_errors
+from common.errors import UserError, reason
+from common.invocation import command
+from common.paths import entering
+from common.streams import print_line
 from data.prepare import Prepared
 from data.tokenizer import load_tokenizer
 from model.transformer import Output
-from training import checkpoint, process
-from training.command import Parser, one_line_errors
+from training import checkpoint
 from training.config import Run
 from training.device import choose_device
-from training.invocation import command
 from training.log import to_stderr
 from training.precision import Working, choose_precision
 from training.run_folder import refuse_no_run
 from training.step import accumulate, losses_of
-from training.streams import print_line
 
 BATCH = "batch.safetensors"
 SHOWN = 120  # characters of each text

@@ -12,8 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from common.errors import UserError, escaped, reason
+from common.invocation import command
+from common.streams import on_stdout, tell, write_if_possible
 from data.batches import documents_of_step
-from data.errors import UserError, escaped, reason
 from data.prepare import Prepared
 from model.transformer import TransformerLM
 from training.attention_seen import attention_seen
@@ -22,7 +24,6 @@ from training.config import Run, dump
 from training.device import peak_memory
 from training.epochs import epochs, repetitions
 from training.guard import Guard
-from training.invocation import command
 from training.log import UNSCORED, MetricsFile, Watch, percent, unscored
 from training.mfu import flops_of, peak_flops
 from training.origin import leaves
@@ -30,7 +31,6 @@ from training.plot import PICTURE, plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
 from training.step import Score, StepResult
-from training.streams import on_stdout, tell, write_if_possible
 
 log = logging.getLogger("headroom")
 DOCUMENTS_NAMED = 4

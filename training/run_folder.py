@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from data.durable import (
+from common.atomic_io import (
     NOT_THERE,
     UNFINISHED,
     Irregular,
@@ -29,16 +29,16 @@ from data.durable import (
     sweep,
     write_whole,
 )
-from data.errors import UserError, reason
-from data.lock import lock
-from data.paths import entering, is_folder, refuse_unreadable
+from common.errors import UserError, reason
+from common.invocation import command
+from common.lock import lock
+from common.overrides import override
+from common.paths import entering, is_folder, refuse_unreadable
 from data.tables import format_of
 from data.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
-from training.invocation import command
 from training.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.origin import is_place, leaves, refuse_foreign, signature
-from training.overrides import override
 
 RUNS = Path("runs")
 # What may change when a run is resumed.

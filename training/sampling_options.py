@@ -7,12 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from data.durable import exists
-from data.errors import UserError, reason
-from data.paths import entering
-from training.command import CONF, Parser, number
+from common.atomic_io import exists
+from common.cli import CONF, Parser, number
+from common.errors import UserError, reason
+from common.figures import refuse_unwritable
+from common.paths import entering
 from training.completion import PrintCompletion
-from training.picture import refuse_unwritable
 
 MOST_SAMPLES = 1024
 MOST_TEXT = 2**28  # bytes of a prompt, or of a text to score

@@ -6,10 +6,10 @@ from typing import Self
 
 from pydantic import Field
 
-from model.config import Config
+from common.settings import FrozenSettings
 
 
-class Schedule(Config, ABC):
+class Schedule(FrozenSettings, ABC):
     @abstractmethod
     def __call__(self, step: int, steps: int) -> float:
         """Fraction of the peak learning rate for the update that `step` of `steps` makes, counted from 0."""

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from common.errors import NotFinite, UserError
 from data.batches import windows
-from data.errors import UserError
 from data.shards import TokenStream
 from data.tokenizer import Tokenizer
-from model.errors import NotFinite
 from training.step import Score, each_loss, evaluate
 
 BATCH = 8  # windows at once

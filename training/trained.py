@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training import checkpoint

@@ -5,14 +5,14 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from common.errors import NotFinite
+from common.signals import Interruptible
+from common.streams import show, tell
 from data.tokenizer import Tokenizer
-from model.errors import NotFinite
 from model.generate import ENDED, Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM
-from training.signals import Interruptible
 from training.streaming import TextStream
-from training.streams import show, tell
 
 
 class Sample:

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from common.settings import FrozenSettings
 from model.blocks import Split
 from model.cache import Cache
-from model.config import LARGEST, Config, Dimensions, Size
+from model.config import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
 from model.mask import Mask, Pattern
 from model.positions import PositionConfig
@@ -44,7 +45,7 @@ class Context:
         return x if rope is None else rope.rotate(x, self.rotary[rope])
 
 
-class AttentionChoice(Config, ABC):
+class AttentionChoice(FrozenSettings, ABC):
     """Dimensions left at None derive from the model's, by the rule each field's comment states."""
 
     @property

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from model.errors import Unsupported
+from common.errors import Unsupported
 from model.kernels.base import Kernel, say_once
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive

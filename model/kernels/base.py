@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from model.config import Config
+from common.settings import FrozenSettings
 from model.mask import Mask
 
 
-class Kernel(Config, ABC):
+class Kernel(FrozenSettings, ABC):
     """A frozen callable, handed to an attention at construction."""
 
     compiles_itself: ClassVar[bool] = False  # and so is none for torch.compile

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.errors import Unsupported
+from common.errors import Unsupported
 from model.kernels.base import Kernel, announce
 from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern

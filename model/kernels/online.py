@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from common.errors import Unsupported
 from model.config import Size
-from model.errors import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from model.errors import Unsupported
+from common.errors import Unsupported
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 

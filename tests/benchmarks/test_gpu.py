@@ -7,8 +7,7 @@ import pytest
 
 from benchmarks import gpu
 from benchmarks.smoke import verdict
-from data.errors import UserError
-from model.errors import Unsupported
+from common.errors import Unsupported, UserError
 from tests.benchmarks.stand_in import STAND_IN
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from benchmarks import quality, recipe, startup, train
-from data.errors import UserError
+from common.errors import UserError
 from tests.benchmarks.stand_in import STAND_IN
 
 

@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
+from common.errors import UserError
+from common.lock import lock
 from data import build
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.files import FilesCorpus
-from data.lock import lock
 from data.names import names_file
 from data.prepare import prepare
 from data.tokenizer import BPEConfig, ByteConfig

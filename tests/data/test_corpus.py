@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from data.corpus import SYMPY_FINGERPRINT, StdlibCorpus, SympyCorpus, SyntheticCorpus
-from data.errors import UserError
 from data.files import FilesCorpus
 
 

@@ -5,8 +5,8 @@ import urllib.request
 
 import pytest
 
+from common.errors import UserError
 from data import hub
-from data.errors import UserError
 from data.files import FilesCorpus
 from data.hub import HubCorpus
 from data.mix import MixCorpus, Part

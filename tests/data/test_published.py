@@ -10,8 +10,8 @@ import pytest
 import tiktoken
 import tiktoken_ext.openai_public as theirs
 
+from common.errors import UserError
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.prepare import prepare
 from data.published import CL100KConfig, GPT2Config, O200KConfig, Published
 from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from data.batches import document_places, documents_of_step, micro_batches, refuse_short, training_batch, windows
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.files import FilesCorpus
 from data.prepare import prepare
 from data.shards import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream

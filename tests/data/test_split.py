@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from data.corpus import StdlibCorpus, SympyCorpus, drawn
-from data.errors import UserError
 from data.files import FilesCorpus
 from data.hub import HubCorpus
 from data.mix import MixCorpus, Part

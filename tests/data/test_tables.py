@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from common.errors import UserError
 from data import files
 from data.corpus import drawn
-from data.errors import UserError
 from data.files import FilesCorpus
 from data.tables import cells
 

@@ -10,10 +10,10 @@ from random import Random
 import numpy as np
 import pytest
 
+from common.checksummed_json import digest, sealed
+from common.errors import UserError
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.patterns import GPT2, PATTERN
-from data.sealed import digest, sealed
 from data.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
 from tests.data.opening import assert_opened
 from tests.support import assert_one_line

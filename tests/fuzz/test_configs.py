@@ -9,10 +9,9 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from data.errors import UserError
+from common.errors import Unsupported, UserError
 from model.attention.base import divisors
 from model.attention.mla import Execution
-from model.errors import Unsupported
 from model.kernels.naive import Naive
 from model.positions import Position
 from model.rope import Layout, Scaling

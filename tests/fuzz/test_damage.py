@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from common.errors import UserError
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.prepare import prepare
 from data.tokenizer import BPEConfig
 from tests.support import assert_one_line, call

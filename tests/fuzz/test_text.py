@@ -9,8 +9,8 @@ import pytest
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
+from common.errors import UserError
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.files import FilesCorpus
 from data.patterns import KNOWN, pieces, portable
 from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig

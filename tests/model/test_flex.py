@@ -4,7 +4,7 @@ told to skip are compared with the mask by themselves."""
 import pytest
 import torch
 
-from model.errors import Unsupported
+from common.errors import Unsupported
 from model.kernels import flex
 from model.kernels.flex import BLOCK, Flex
 from model.kernels.naive import Naive

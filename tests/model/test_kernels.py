@@ -7,8 +7,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from common.errors import Unsupported
 from model import cost
-from model.errors import Unsupported
 from model.kernels import base, online, sdpa
 from model.kernels.auto import SHORT, Auto
 from model.kernels.matmul import Matmul

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
 from data.tokenizer import ByteTokenizer
 from tests.support import SMOKE, call, small_model
 from training import attention_map
@@ -91,7 +91,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.picture.write_whole", full)
+    monkeypatch.setattr("common.figures.write_whole", full)
     with pytest.raises(UserError, match=r"map.png cannot be written: No space left on device"):
         draw_attention(model_of_bytes("attention=mha"), ByteTokenizer(), "xy", tmp_path / "map.png", "run")
 

@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data.errors import UserError
-from data.sealed import digest, unsealed
+from common.checksummed_json import digest, unsealed
+from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, call, relative_error, some_tokens
 from tests.training.runs import assert_same_run, losses, rewind

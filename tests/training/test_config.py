@@ -7,7 +7,7 @@ import pytest
 import yaml
 from hydra.errors import HydraException
 
-from data.errors import UserError
+from common.errors import UserError
 from model.attention.base import AttentionChoice
 from tests.support import ATTENTIONS, NEEDS, ROOT, compose, load_composed
 from training.config import Run, choices, dump, load, load_choice, resolve_target

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.invocation import command
 from tests.support import SMOKE, call, changed, load_composed
 from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint
 from training.epochs import repetitions
-from training.invocation import command
 from training.step import Score
 from training.trained import load_run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.errors import UserError
+from common.errors import UserError
 from model.transformer import TransformerLM
 from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind

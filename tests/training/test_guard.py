@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from data.errors import UserError
+from common.errors import UserError
+from common.invocation import installed
 from tests.support import SMOKE, call
 from tests.training.runs import rewind
 from training.guard import Guard
-from training.invocation import installed
 from training.log import MetricsFile, TensorboardLogger, TensorboardSink, WandbLogger, Watch, read_metrics, unscored
 
 

@@ -5,9 +5,9 @@ import shutil
 import pytest
 import yaml
 
-from data.errors import UserError
+from common.cli import with_stored_choices
+from common.errors import UserError
 from tests.support import SMOKE, compose, load_composed
-from training.command import with_stored_choices
 from training.run_folder import resumed, write_config
 
 

@@ -5,14 +5,14 @@ import signal
 import pytest
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
+from common.signals import Interruptible
 from data.tokenizer import ByteTokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from tests.support import ATTENTIONS, CASES, small_model
 from training import repl
 from training.repl import Conversation
-from training.signals import Interruptible
 
 GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 import training.step
+from common.invocation import command
 from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint
 from training.checkpoint import MODEL, OPTIMIZER, newest
-from training.invocation import command
 from training.log import read_metrics
 
 # Dropout, accumulation, and an epoch's end on the way.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from data.errors import UserError
+from common.errors import UserError
 from data.tokenizer import BPEConfig, ByteTokenizer
 from tests.support import small_model
 from training.scoring import score_text

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.errors import UserError
 from data.corpus import SyntheticCorpus
-from data.errors import UserError
 from data.shards import TokenStream
 from data.tokenizer import ByteTokenizer
 from model.kernels.sdpa import SDPA

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from data.errors import CONTROLS, UserError
+from common.errors import CONTROLS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 

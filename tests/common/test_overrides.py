@@ -9,11 +9,11 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from data.errors import UserError
+from common import invocation
+from common.errors import UserError
+from common.invocation import command, interpreter, quoted
+from common.overrides import override, readable
 from tests.support import ROOT, SMOKE, call
-from training import invocation
-from training.invocation import command, interpreter, quoted
-from training.overrides import override, readable
 from training.run_folder import resume_command
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from data.durable import Irregular
-from data.errors import UserError
+from common.atomic_io import Irregular
+from common.errors import UserError
 
 log = logging.getLogger("headroom")
 

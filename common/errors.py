@@ -29,3 +29,11 @@ def reason(error: OSError) -> str:
 def escaped(text: str, keep: str = "") -> str:
     """The text with each control character as Python writes it, such as \\x1b or \\n, but for those in `keep`."""
     return CONTROLS.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+class Unsupported(ValueError):
+    """A choice that this device, dtype or shape does not have; the message says what to choose instead."""
+
+
+class NotFinite(ArithmeticError):
+    """A model's output holds NaN, or rules out every token, so nothing follows from it; the message says where."""

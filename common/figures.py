@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from data.durable import write_whole
-from data.errors import UserError, reason
+from common.atomic_io import write_whole
+from common.errors import UserError, reason
 
 FORMATS = ("pdf", "png", "svg")
 

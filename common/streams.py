@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from data.errors import CONTROLS, escaped
+from common.errors import CONTROLS, escaped
 
 LONG_WORD = re.compile(r"\S{2000,}")
 LEFT = (errno.EPIPE, errno.ECONNRESET)  # the reader of a pipe or a socket is gone: it has what it wanted

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 
-from data.errors import UserError, escaped
+from common import streams
+from common.errors import UserError, escaped
 from tests.support import ROOT
-from training import streams
 from training.log import Watch
 
 PYTHON = f"exec {sys.executable}"
-STARTED = "from training import process, streams; process.start(); from training.command import one_line_errors\n"
+STARTED = "from common import process, streams; process.start(); from common.cli import one_line_errors\n"
 
 
 def shell(line: str, cwd, **environment: str) -> tuple[int, str, str]:
@@ -123,9 +123,9 @@ sys.argv = {words!r}
 @pytest.mark.parametrize(
     ("program", "package"),
     [
-        ("train.py", "training.streams"),
+        ("train.py", "common.streams"),
         ("train.py", "hydra"),
-        ("sample.py", "training.command"),
+        ("sample.py", "common.cli"),
         ("training.plot", "rich.console"),
         ("training.replay", "torch"),
     ],

@@ -1,7 +1,7 @@
 """The first thing that a program does, before it imports what takes seconds, and how signals end it until it trains.
 
 if __name__ == "__main__":
-    from training import process
+    from common import process
 
     process.start()
 """
@@ -27,9 +27,9 @@ def start(*packages: str) -> None:
         sys.exit(2)
     import importlib.util
 
-    from data.errors import reason
-    from training import streams
-    from training.invocation import how_to_install
+    from common import streams
+    from common.errors import reason
+    from common.invocation import how_to_install
 
     streams.mend()
     try:

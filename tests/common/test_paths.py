@@ -6,11 +6,11 @@ import os
 
 import pytest
 
+from common.errors import UserError
+from common.paths import files_below, matching
 from data.corpus import SympyCorpus
-from data.errors import UserError
 from data.files import FilesCorpus
 from data.hub import HubCorpus
-from data.paths import files_below, matching
 
 
 @pytest.fixture

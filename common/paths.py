@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NoReturn
 
-from data.durable import NOT_THERE
-from data.errors import UserError, reason
+from common.atomic_io import NOT_THERE
+from common.errors import UserError, reason
 
 FileId = tuple[int, int]  # device and inode
 

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from data.errors import UserError
-from training.invocation import command, quoted
-from training.unknown import CONF, no_such_setting
+from common.errors import UserError
+from common.invocation import command, quoted
+from common.suggestions import CONF, no_such_setting
 
 PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
 TEXTS = (

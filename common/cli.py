@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from data.errors import UserError, reason
-from model.errors import NotFinite, Unsupported
-from training import process
-from training.invocation import ROOT, command, how_to_install
-from training.streams import StdoutLost, all_written, tell
-from training.unknown import CONF, no_such_setting
+from common import process
+from common.errors import NotFinite, Unsupported, UserError, reason
+from common.invocation import ROOT, command, how_to_install
+from common.streams import StdoutLost, all_written, tell
+from common.suggestions import CONF, no_such_setting
 
 # What is no fault of the program, whichever file it meets.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from data.durable import (
+from common.atomic_io import (
     Irregular,
     discard,
     exists,
@@ -19,9 +19,9 @@ from data.durable import (
     whole_folder,
     write_whole,
 )
-from data.errors import UserError
-from data.lock import lock
-from data.sealed import sealed, unsealed
+from common.checksummed_json import sealed, unsealed
+from common.errors import UserError
+from common.lock import lock
 from tests.support import ROOT
 
 
@@ -85,7 +85,8 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("os.rename", killed)
-        patch.setattr("data.durable._settle", fail if killed_after == 2 else lambda *_: None)  # a kill unwinds nothing
+        # A kill unwinds nothing.
+        patch.setattr("common.atomic_io._settle", fail if killed_after == 2 else lambda *_: None)
         with pytest.raises(OSError, match="full"), whole_folder(final) as writing:
             (writing / "a").write_text("new")
     sweep(tmp_path, "other")
@@ -98,7 +99,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
 def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
     """In this order, or a power cut leaves an empty file under the final name."""
     calls = []
-    monkeypatch.setattr("data.durable._sync", lambda path: calls.append(path.name.split("-")[0]))
+    monkeypatch.setattr("common.atomic_io._sync", lambda path: calls.append(path.name.split("-")[0]))
     monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))
     with whole_folder(tmp_path / "f") as writing:
         (writing / "a").touch()
@@ -181,7 +182,7 @@ def test_a_lock_empties_nothing_that_a_link_leads_to(tmp_path, stand):
 
 
 def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
-    code = "import sys, time; from pathlib import Path; from data.lock import lock\n"
+    code = "import sys, time; from pathlib import Path; from common.lock import lock\n"
     code += "held = lock(Path('.lock'), 'busy'); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE

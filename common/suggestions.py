@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from training.invocation import command
+from common.invocation import command
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

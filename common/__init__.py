@@ -1,0 +1,1 @@
+"""What every room may use: errors, files, the command line. Knows no torch."""
