@@ -31,11 +31,11 @@ def sample(args: argparse.Namespace) -> None:
     from common.streams import json_line, tell
     from model.generate import Texts
     from model.sampler import Sampler
+    from runtime.device import choose_device
+    from runtime.precision import Working, choose_precision
     from training.attention_map import draw_attention
     from training.config import load_choice
-    from training.device import choose_device
     from training.log import held_back, to_stderr
-    from training.precision import Working, choose_precision
     from training.preview import prompt_tokens
     from training.repl import Conversation, converse
     from training.run_folder import newest

@@ -57,13 +57,13 @@ def train(tree: dict, typed: list[str]) -> None:
     from data.batches import micro_batches, refuse_short
     from data.prepare import prepare
     from model.transformer import TransformerLM
+    from runtime.allocator import keep_buffers
+    from runtime.device import choose_device, set_determinism
+    from runtime.precision import Working, choose_precision
     from training import checkpoint, replay, run_folder
-    from training.allocator import keep_buffers
     from training.beginning import begin_with_weights_of, which_run
-    from training.device import choose_device, set_determinism
     from training.dry_run import dry_run
     from training.log import to_stderr
-    from training.precision import Working, choose_precision
     from training.preview import continuation, preview_prompt
     from training.report import Report
     from training.step import Score, evaluate, losses_of, train_step

@@ -34,11 +34,11 @@ from common.errors import UserError, reason
 from common.figures import refuse_unwritable
 from data.batches import micro_batches, refuse_short, stack, windows
 from model.transformer import TransformerLM
-from training.allocator import keep_buffers
-from training.device import choose_device
+from runtime.allocator import keep_buffers
+from runtime.device import choose_device
+from runtime.precision import Working
 from training.log import to_stderr
 from training.plot import empty_axes, save_axes
-from training.precision import Working
 from training.step import evaluate, losses_of, train_step
 
 NANOGPT = "nanoGPT"

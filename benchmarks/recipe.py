@@ -23,10 +23,10 @@ from common.cli import number, one_line_errors
 from data.batches import micro_batches
 from data.prepare import Prepared, prepare
 from model.transformer import TransformerLM
+from runtime.allocator import keep_buffers
+from runtime.precision import Working
 from tests.support import load_composed
-from training.allocator import keep_buffers
 from training.config import Run
-from training.precision import Working
 from training.step import evaluate, losses_of, train_step
 
 SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.context_length=64", "batch_tokens=768")

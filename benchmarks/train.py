@@ -23,11 +23,11 @@ from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked
 from common.cli import one_line_errors
 from common.errors import UserError
 from model.transformer import TransformerLM
+from runtime.allocator import keep_buffers
+from runtime.precision import Working
 from tests.support import load_composed
-from training.allocator import keep_buffers
 from training.compilation import maybe_compiled
 from training.config import Run
-from training.precision import Working
 from training.step import mean_loss, train_step
 
 LR = 1e-4

@@ -36,13 +36,13 @@ from common.settings import FrozenSettings
 from data.prepare import Prepared
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
+from runtime.memory import free_memory
+from runtime.precision import LossScale
 from training.config import Run, dump, load
-from training.device import free_memory
 from training.log import MOST_STEPS, read_metrics
 from training.migrate import FORMAT, migrate, stated_format
 from training.optim import Kept
 from training.plot import PICTURE
-from training.precision import LossScale
 from training.run_folder import (
     read_config,
     refuse_other_format,

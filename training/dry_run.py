@@ -18,14 +18,14 @@ from data.batches import refuse_short
 from data.prepare import Prepared, missing, prepare
 from model import cost
 from model.transformer import TransformerLM
-from training.allocator import keep_buffers
+from runtime.allocator import keep_buffers
+from runtime.memory import free_memory
+from runtime.precision import Working
 from training.compilation import maybe_compiled
 from training.config import Run
-from training.device import free_memory
 from training.epochs import epochs, repetitions, tokens_of_epoch
 from training.log import clock
 from training.mfu import flops_of, peak_flops
-from training.precision import Working
 from training.preview import preview_prompt
 from training.step import accumulate, losses_of, train_step
 

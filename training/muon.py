@@ -11,9 +11,9 @@ from torch.optim.adamw import adamw
 
 from model.blocks import Split, whole
 from model.transformer import TransformerLM
+from runtime.precision import multiplies_bf16
 from training.optim import AdamWConfig, Kept, Uncompiled
 from training.orthogonal import newton_schulz
-from training.precision import multiplies_bf16
 
 FIRST_MOMENTUM = 0.85
 

@@ -24,11 +24,11 @@ from common.streams import print_line
 from data.prepare import Prepared
 from data.tokenizer import load_tokenizer
 from model.transformer import Output
+from runtime.device import choose_device
+from runtime.precision import Working, choose_precision
 from training import checkpoint
 from training.config import Run
-from training.device import choose_device
 from training.log import to_stderr
-from training.precision import Working, choose_precision
 from training.run_folder import refuse_no_run
 from training.step import accumulate, losses_of
 

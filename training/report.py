@@ -18,10 +18,10 @@ from common.streams import on_stdout, tell, write_if_possible
 from data.batches import documents_of_step
 from data.prepare import Prepared
 from model.transformer import TransformerLM
+from runtime.memory import peak_memory
 from training.attention_seen import attention_seen
 from training.checkpoint import best, saved, step_of
 from training.config import Run, dump
-from training.device import peak_memory
 from training.epochs import epochs, repetitions
 from training.guard import Guard
 from training.log import UNSCORED, MetricsFile, Watch, percent, unscored

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from data.batches import document_places, stack, windows
 from data.corpus import Corpus
 from data.shards import TokenStream
+from runtime.precision import Working
 from training.compilation import maybe_compiled
 from training.loss import chunked_losses, chunked_mean
-from training.precision import Working
 from training.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})

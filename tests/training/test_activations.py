@@ -11,6 +11,7 @@ from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.mask import Mask
 from model.transformer import TransformerLM
+from runtime.precision import Working
 from tests.support import (
     ATTENTIONS,
     SMOKE,
@@ -24,7 +25,6 @@ from tests.support import (
 )
 from training import step
 from training.log import read_metrics
-from training.precision import Working
 from training.step import accumulate, losses_of, mean_loss, mean_loss_and_scores
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")

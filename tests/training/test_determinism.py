@@ -7,10 +7,10 @@ import torch
 
 from model.kernels.naive import Naive
 from model.transformer import TransformerLM
+from runtime.precision import choose_precision, multiplies_bf16
 from tests.support import ATTENTIONS, SMOKE, call, relative_error, small_config, small_model, some_tokens
 from tests.training import golden
 from tests.training.runs import assert_same_run, losses
-from training.precision import choose_precision, multiplies_bf16
 
 BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4"]
 

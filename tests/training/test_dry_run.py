@@ -11,11 +11,11 @@ from data.batches import windows
 from data.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
+from runtime.precision import Working
 from tests.support import ATTENTIONS, SMOKE, allocated_peak, call, load_composed, some_tokens
 from training import step
 from training.dry_run import memory
 from training.log import clock
-from training.precision import Working
 from training.step import accumulate, losses_of
 
 VOCAB, CPU = 100, torch.device("cpu")
@@ -187,7 +187,7 @@ def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace
 
 
 def test_nothing_is_timed_where_the_memory_would_not_suffice(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("training.device.memory_left", lambda: 3_000_000)
+    monkeypatch.setattr("runtime.memory.memory_left", lambda: 3_000_000)
     monkeypatch.setattr("training.dry_run.TransformerLM", None)
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out

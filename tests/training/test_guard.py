@@ -12,13 +12,13 @@ import torch
 
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
+from runtime.precision import LossScale, Working
 from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint, replay
 from training.guard import SPIKE_WINDOW, Guard
 from training.log import read_metrics
 from training.optim import AdamWConfig
-from training.precision import LossScale, Working
 from training.step import Score, mean_loss, train_step
 
 

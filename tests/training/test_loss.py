@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.transformer import Readout
+from runtime.precision import Working
 from tests.support import batches, relative_error, small_model, some_tokens
 from training import loss
-from training.precision import Working
 from training.step import each_loss, mean_loss
 
 VOCAB, TOLERANCE = 100, {torch.float32: 1e-6, torch.bfloat16: 0.015, torch.float16: 0.002}

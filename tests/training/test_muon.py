@@ -9,12 +9,12 @@ from torch import Tensor
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
+from runtime.precision import Working
 from tests.support import ATTENTIONS, SMOKE, batches, call, load_composed, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.checkpoint import Training, _optimizer_tensors
 from training.muon import Muon, MuonConfig, momentum_after
 from training.orthogonal import COEFFICIENTS, STEPS, by_svd, newton_schulz
-from training.precision import Working
 from training.step import mean_loss, train_step
 
 # lr, and then what is Muon's; decay and warmup are off where a test does not want them
@@ -201,8 +201,8 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, choice):
 
 
 def test_skipped_steps_of_float16_resume_too(workplace, monkeypatch):
-    monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**28)
-    monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
+    monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
+    monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
     options = [*SMOKE, "optim=muon", "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9"]
     options += ["batch_tokens=256"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0

@@ -5,11 +5,11 @@ import torch
 
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
+from runtime.precision import Working
 from tests.support import SMOKE, batches, call, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.log import read_metrics
 from training.optim import AdamWConfig
-from training.precision import Working
 from training.qk_clip import QKClip
 from training.step import accumulate, mean_loss, mean_loss_and_scores, train_step
 

@@ -116,8 +116,8 @@ def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_
 
 def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
-    monkeypatch.setattr("training.precision.LossScale.INITIAL", 2.0**28)
-    monkeypatch.setattr("training.precision.LossScale.GROWTH_STEPS", 3)
+    monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
+    monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
     options = ["precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "batch_tokens=256"]
     options = changed(BUSY, *options)
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0

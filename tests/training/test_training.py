@@ -13,12 +13,12 @@ from data.shards import TokenStream
 from data.tokenizer import ByteTokenizer
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
+from runtime.device import choose_device
+from runtime.precision import Working, choose_precision
 from tests.support import batches, load_composed, relative_error, small_config, small_model
 from training.compilation import maybe_compiled
-from training.device import choose_device
 from training.loss import token_losses
 from training.optim import AdamWConfig
-from training.precision import Working, choose_precision
 from training.schedule import WSD, Cosine, Linear
 from training.step import each_loss, evaluate, losses_of, mean_loss, train_step
 

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from common.settings import FrozenSettings
-from training.fp8 import multiply_in_fp8, refuse_unfit
+from runtime.fp8 import multiply_in_fp8, refuse_unfit
 
 log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of the copies

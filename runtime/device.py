@@ -2,13 +2,10 @@
 
 import os
 import re
-import sys
-from pathlib import Path
 
 import torch
 
 from common.errors import UserError
-from training.cgroup import memory_left
 
 
 def choose_device(device: str) -> torch.device:
@@ -35,35 +32,3 @@ def set_determinism(wanted: bool) -> None:
     if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler, for a second
         torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes, without waiting for the device: the most that tensors took on a GPU so far; elsewhere, the most that the
-    process took, PyTorch and all. None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that could be allocated now; on a CPU, of what the machine has and the process may take. None where the
-    system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    stated = [_available(), memory_left()]
-    return min((number for number in stated if number is not None), default=None)
-
-
-def _available() -> int | None:
-    try:
-        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    return int(found[1]) * 1024 if found else None

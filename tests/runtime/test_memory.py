@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from training import device
-from training.cgroup import memory_left
+from runtime import memory
+from runtime.memory import memory_left
 
 GIB = 2**30
 
@@ -50,9 +50,9 @@ def test_where_nothing_is_stated_there_is_no_limit(tmp_path, lines):
 
 
 def test_free_memory_is_never_more_than_the_group_leaves(monkeypatch):
-    monkeypatch.setattr(device, "memory_left", lambda: None)
-    free = device.free_memory(torch.device("cpu"))
+    monkeypatch.setattr(memory, "memory_left", lambda: None)
+    free = memory.free_memory(torch.device("cpu"))
     assert free is None or free > 10**6
-    monkeypatch.setattr(device, "memory_left", lambda: 10**6)
-    assert device.free_memory(torch.device("cpu")) == 10**6
-    assert device.free_memory(torch.device("meta")) is None
+    monkeypatch.setattr(memory, "memory_left", lambda: 10**6)
+    assert memory.free_memory(torch.device("cpu")) == 10**6
+    assert memory.free_memory(torch.device("meta")) is None

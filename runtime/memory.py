@@ -1,12 +1,50 @@
-"""What a control group of Linux leaves of the memory that it allows its processes. Containers and batch systems set
-such limits; beyond one the kernel kills the process, however much the machine has free.
+"""How much memory there is, and how much was used.
+
+Limits are those of a control group of Linux, too: containers and batch systems set them, and beyond one the kernel
+kills the process, however much the machine has free.
 """
 
+import re
+import sys
 from pathlib import Path, PurePosixPath
+
+import torch
 
 # Of version 2 and 1: limit, usage, and which line of memory.stat says how much of it are files kept for convenience.
 UNIFIED = ("memory.max", "memory.current", "inactive_file")
 LEGACY = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes, without waiting for the device: the most that tensors took on a GPU so far; elsewhere, the most that the
+    process took, PyTorch and all. None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be allocated now; on a CPU, of what the machine has and the process may take. None where the
+    system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return None
+    stated = [_available(), memory_left()]
+    return min((number for number in stated if number is not None), default=None)
+
+
+def _available() -> int | None:
+    try:
+        found = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 def memory_left(root: Path = Path("/")) -> int | None:

@@ -11,11 +11,11 @@ from torch import nn
 
 from common.errors import UserError
 from model.transformer import TransformerLM
+from runtime import fp8, precision
+from runtime.precision import Working, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
-from training import fp8, precision
 from training.optim import AdamWConfig
-from training.precision import Working, choose_precision
 from training.step import accumulate, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -1,0 +1,1 @@
+"""The machine: devices, low-precision copies, memory."""
