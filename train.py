@@ -56,6 +56,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from common.signals import Stopped, StopRequest
     from data.batches import micro_batches, refuse_short
     from data.prepare import prepare
+    from model.score import Score
     from model.transformer import TransformerLM
     from runtime.allocator import keep_buffers
     from runtime.device import choose_device, set_determinism
@@ -63,10 +64,11 @@ def train(tree: dict, typed: list[str]) -> None:
     from training import checkpoint, replay, run_folder
     from training.beginning import begin_with_weights_of, which_run
     from training.dry_run import dry_run
+    from training.evaluate import evaluate
     from training.log import to_stderr
     from training.preview import continuation, preview_prompt
     from training.report import Report
-    from training.step import Score, evaluate, losses_of, train_step
+    from training.step import losses_of, train_step
 
     process.end_by_unwinding()
     to_stderr()

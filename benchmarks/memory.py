@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from benchmarks.side_by_side import count, output, report
 from common.cli import one_line_errors
+from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import Working
 from tests.support import allocated_peak
 from training.config import load_choice
-from training.loss import token_losses
 from training.step import mean_loss
 
 VOCAB, GPT2_VOCAB = 256, 50_257

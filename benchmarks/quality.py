@@ -37,9 +37,10 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
 from runtime.precision import Working
+from training.evaluate import evaluate
 from training.log import to_stderr
 from training.plot import empty_axes, save_axes
-from training.step import evaluate, losses_of, train_step
+from training.step import losses_of, train_step
 
 NANOGPT = "nanoGPT"
 WARM, TIMED = 3, 9  # steps before the clock starts: to warm up, and to estimate a step by

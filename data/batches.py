@@ -5,6 +5,7 @@ dropped. Sequence g, counted over the whole training, is one window: epoch g // 
 """
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -41,6 +42,17 @@ def micro_batches(
         batch = tuple(part.pin_memory() for part in batch)  # or the copy would wait for all that the GPU has to do
     inputs, targets = (part.to(device, non_blocking=True) for part in batch)
     return list(zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True))
+
+
+def evaluation_batches(
+    stream: TokenStream, length: int, batch_size: int, tokens: slice = slice(None)
+) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    """The windows of the stream, or those that lie between two of its tokens, in order and without overlap: for each
+    batch, what reads its inputs and targets, each (at most batch_size, length) int64."""
+    start, stop, _ = tokens.indices(windows(stream, length) * length)
+    chosen = list(range(start // length, stop // length))
+    groups = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    return [functools.partial(stack, stream, length, group) for group in groups]
 
 
 def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from common.settings import FrozenSettings
-from model.config import LARGEST, Dimensions
+from model.dimensions import LARGEST, Dimensions
 from model.linear import Linear
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from model.config import Dimensions
+from model.dimensions import Dimensions
 
 EPS = 1e-6  # of RMSNorm
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.settings import FrozenSettings
-from model.config import LARGEST, Dimensions
+from model.dimensions import LARGEST, Dimensions
 from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
 

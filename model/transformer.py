@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention.base import AttentionChoice, Context
-from model.blocks import Split, whole
 from model.cache import Cache
-from model.config import Dimensions
+from model.dimensions import Dimensions
 from model.kernels.base import Kernel
+from model.layout import Split, whole
 from model.mlp import MLPConfig
 from model.norm import residual_norm
 from model.positions import position_embedding

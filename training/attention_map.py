@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import NotFinite, UserError, escaped
 from common.figures import save
 from data.tokenizer import Tokenizer
-from model.kernels.scores import ATTENTION_MAP
+from model.stats import ATTENTION_MAP
 from model.transformer import TransformerLM
 
 MOST_TOKENS = 256  # beyond, a cell is less than a dot

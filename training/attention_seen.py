@@ -4,9 +4,9 @@ import torch
 
 from data.batches import stack, windows
 from data.shards import TokenStream
-from model.kernels.scores import WATCHED
+from model.stats import WATCHED
 from model.transformer import TransformerLM
-from training.step import places
+from training.evaluate import places
 
 
 @torch.no_grad()

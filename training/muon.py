@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from model.blocks import Split, whole
+from model.layout import Split, whole
 from model.transformer import TransformerLM
 from runtime.precision import multiplies_bf16
 from training.optim import AdamWConfig, Kept, Uncompiled

@@ -17,6 +17,7 @@ from common.invocation import command
 from common.streams import on_stdout, tell, write_if_possible
 from data.batches import documents_of_step
 from data.prepare import Prepared
+from model.score import Score
 from model.transformer import TransformerLM
 from runtime.memory import peak_memory
 from training.attention_seen import attention_seen
@@ -30,7 +31,7 @@ from training.origin import leaves
 from training.plot import PICTURE, plot_loss
 from training.profiling import Profile
 from training.run_folder import resume_command
-from training.step import Score, StepResult
+from training.step import StepResult
 
 log = logging.getLogger("headroom")
 DOCUMENTS_NAMED = 4

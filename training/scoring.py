@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from common.errors import NotFinite, UserError
-from data.batches import windows
+from data.batches import evaluation_batches, windows
 from data.shards import TokenStream
 from data.tokenizer import Tokenizer
-from training.step import Score, each_loss, evaluate
+from model.score import Score, score_batches, token_losses
 
 BATCH = 8  # windows at once
 
@@ -25,10 +25,10 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     whole = TokenStream([tokens])
     rest = tokens[windows(whole, context_length) * context_length :]
-    score = evaluate(model, whole, context_length, BATCH, byte_lengths)
+    batches = evaluation_batches(whole, context_length, BATCH)
     if len(rest) > 1:
-        score = score.plus(evaluate(model, TokenStream([rest]), len(rest) - 1, 1, byte_lengths))
-    return score
+        batches += evaluation_batches(TokenStream([rest]), len(rest) - 1, 1)
+    return score_batches(model, (read() for read in batches), byte_lengths)
 
 
 @torch.no_grad()
@@ -39,7 +39,7 @@ def refuse_not_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text
     tokens, device = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None], next(model.parameters()).device
     for start in range(0, tokens.shape[1] - 1, context_length):
         window = tokens[:, start : start + context_length + 1].to(device)
-        broken = (~each_loss(model, window[:, :-1], window[:, 1:]).isfinite()).nonzero()
+        broken = (~token_losses(model, window[:, :-1], window[:, 1:]).isfinite()).nonzero()
         if len(broken):
             index = start + 2 + int(broken[0, 1])
             raise NotFinite(f"the loss of token {index:,} of the text's {tokens.shape[1]:,} is not finite")

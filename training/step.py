@@ -1,4 +1,4 @@
-"""One optimizer step, and one evaluation."""
+"""One optimizer step."""
 
 import functools
 import hashlib
@@ -9,22 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.batches import document_places, stack, windows
 from data.corpus import Corpus
-from data.shards import TokenStream
+from model.loss import chunked_mean
 from runtime.precision import Working
 from training.compilation import maybe_compiled
-from training.loss import chunked_losses, chunked_mean
+from training.evaluate import Between, each_loss, go_on, places
 from training.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})
-
-
-Between = Callable[[str, int, int], None]  # called before each part of a long computation: what, which, of how many
-
-
-def go_on(what: str, index: int, count: int) -> None:
-    """Between two parts, for who has nothing to do there."""
 
 
 class StepResult(NamedTuple):
@@ -126,33 +118,6 @@ def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
-class Score(NamedTuple):
-    """Of some text under a model."""
-
-    nats: float
-    tokens: int
-    text_bytes: int  # of the tokens predicted; a separator's loss counts, but it has no bytes
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte."""
-        return self.nats / (math.log(2) * self.text_bytes)
-
-    def plus(self, other: "Score") -> "Score":
-        """Of both texts."""
-        return Score(*(mine + its for mine, its in zip(self, other, strict=True)))
-
-
-def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
-    """Nats of each token, (B, T)."""
-    return chunked_losses(model(inputs, **places(inputs, end_of_text), logits=False).hidden, model.readout, targets)
-
-
 def losses_of(
     corpus: Corpus,
     end_of_text: int,
@@ -168,37 +133,3 @@ def losses_of(
     if corpus.document_mask:
         mean, each = (functools.partial(function, end_of_text=end_of_text) for function in (mean, each))
     return maybe_compiled(mean, *compilation), maybe_compiled(each, *compilation)
-
-
-def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
-    """Positions and documents of packed windows (B, T), as a model takes them; nothing, where documents see each
-    other."""
-    if end_of_text is None:
-        return {}
-    positions, docs = document_places(inputs, end_of_text)
-    return {"positions": positions, "docs": docs}
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    stream: TokenStream,
-    length: int,
-    batch_size: int,
-    byte_lengths: Tensor,
-    tokens: slice = slice(None),
-    losses: Callable = each_loss,
-    between: Between = go_on,
-) -> Score:
-    """Scores the stream, or the windows that lie between two of its tokens, in windows that do not overlap. Every token
-    weighs the same, whatever the batch size. between: may give it up by an exception."""
-    device = next(model.parameters()).device
-    start, stop, _ = tokens.indices(windows(stream, length) * length)
-    chosen = range(start // length, stop // length)
-    nats, text_bytes = 0.0, 0
-    for first in range(0, len(chosen), batch_size):
-        between("validation batch", first // batch_size, -(-len(chosen) // batch_size))
-        inputs, targets = stack(stream, length, list(chosen[first : first + batch_size]))
-        text_bytes += int(byte_lengths[targets].sum())
-        nats += losses(model, inputs.to(device), targets.to(device)).cpu().double().sum().item()
-    return Score(nats, len(chosen) * length, text_bytes)

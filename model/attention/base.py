@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.settings import FrozenSettings
-from model.blocks import Split
 from model.cache import Cache
-from model.config import LARGEST, Dimensions, Size
+from model.dimensions import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
+from model.layout import Split
 from model.mask import Mask, Pattern
 from model.positions import PositionConfig
 from model.rope import Rope

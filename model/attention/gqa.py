@@ -17,13 +17,13 @@ from model.attention.base import (
     head_dim_of,
     through_cache,
 )
-from model.blocks import Split, whole
 from model.cache import Cache, cache_for
-from model.config import Dimensions, Size
+from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
-from model.kernels.scores import said_of_scores
+from model.layout import Split, whole
 from model.linear import Linear
 from model.norm import RMSNorm
+from model.stats import said_of_scores
 
 
 class GQAConfig(AttentionConfig):

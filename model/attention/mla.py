@@ -52,14 +52,14 @@ from model.attention.base import (
     head_dim_of,
     through_cache,
 )
-from model.blocks import Split, whole
 from model.cache import Cache, cache_for
-from model.config import LARGEST, Dimensions, Size
+from model.dimensions import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
-from model.kernels.scores import said_of_scores
+from model.layout import Split, whole
 from model.linear import Linear
 from model.mask import Mask
 from model.norm import GroupedRMSNorm, RMSNorm
+from model.stats import said_of_scores
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides

@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
-from model.config import Dimensions
+from model.dimensions import Dimensions
 from model.positions import Position
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.config import Size
+from model.dimensions import Size
 from model.kernels.base import Kernel, announce, group_queries
 from model.kernels.online import tiles
 from model.mask import Mask

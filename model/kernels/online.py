@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from common.errors import Unsupported
-from model.config import Size
+from model.dimensions import Size
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from common.invocation import command
+from model.score import Score
 from tests.support import SMOKE, call, changed, load_composed
 from tests.training.runs import assert_same_run, losses, rewind
 from training import checkpoint
 from training.epochs import repetitions
-from training.step import Score
 from training.trained import load_run
 
 TEXT = "".join(f"The {i}th line of quite another text, with words such as zeppelin.\n" for i in range(900))
@@ -57,7 +57,7 @@ def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsy
 
 def test_the_best_checkpoint_is_kept_and_named_where_it_is_not_the_last(workplace, monkeypatch, capsys):
     scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
-    monkeypatch.setattr("training.step.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
     assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert (

@@ -12,6 +12,7 @@ import torch
 
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
+from model.score import Score
 from runtime.precision import LossScale, Working
 from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind
@@ -19,7 +20,7 @@ from training import checkpoint, replay
 from training.guard import SPIKE_WINDOW, Guard
 from training.log import read_metrics
 from training.optim import AdamWConfig
-from training.step import Score, mean_loss, train_step
+from training.step import mean_loss, train_step
 
 
 def sometimes_nan(model, inputs, targets):
@@ -162,7 +163,7 @@ def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypa
 
 def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypatch, capsys):
     scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
-    monkeypatch.setattr("training.step.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
     assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
     assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
     assert checkpoint.best(workplace / "run").path.name == "step_00000020"

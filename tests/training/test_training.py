@@ -12,15 +12,16 @@ from data.corpus import SyntheticCorpus
 from data.shards import TokenStream
 from data.tokenizer import ByteTokenizer
 from model.kernels.sdpa import SDPA
+from model.loss import token_losses
 from model.transformer import TransformerLM
 from runtime.device import choose_device
 from runtime.precision import Working, choose_precision
 from tests.support import batches, load_composed, relative_error, small_config, small_model
 from training.compilation import maybe_compiled
-from training.loss import token_losses
+from training.evaluate import each_loss, evaluate
 from training.optim import AdamWConfig
 from training.schedule import WSD, Cosine, Linear
-from training.step import each_loss, evaluate, losses_of, mean_loss, train_step
+from training.step import losses_of, mean_loss, train_step
 
 
 def test_the_loss_is_cross_entropy_of_the_next_token():

@@ -5,8 +5,8 @@ import torch
 
 from model import cost
 from model.kernels.naive import Naive
-from model.kernels.scores import Statistics, attention_map, head_summed, said_of_scores, statistics
 from model.mask import CAUSAL, Mask, Pattern
+from model.stats import Statistics, attention_map, head_summed, said_of_scores, statistics
 from model.transformer import TransformerLM
 from tests.model.attention import laws
 from tests.model.masks import LENGTH, SITUATIONS, mask_of

@@ -5,11 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model import loss
 from model.transformer import Readout
 from runtime.precision import Working
 from tests.support import batches, relative_error, small_model, some_tokens
-from training import loss
-from training.step import each_loss, mean_loss
+from training.evaluate import each_loss
+from training.step import mean_loss
 
 VOCAB, TOLERANCE = 100, {torch.float32: 1e-6, torch.bfloat16: 0.015, torch.float16: 0.002}
 
