@@ -55,7 +55,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from common import process
     from common.signals import Stopped, StopRequest
     from data.batches import micro_batches, refuse_short
-    from data.prepare import prepare
+    from data.shards.prepare import prepare
     from model.score import Score
     from model.transformer import TransformerLM
     from runtime.allocator import keep_buffers

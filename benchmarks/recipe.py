@@ -21,7 +21,7 @@ from benchmarks.side_by_side import count, output, refuse_repeated, report
 from benchmarks.train import refuse_shared
 from common.cli import number, one_line_errors
 from data.batches import micro_batches
-from data.prepare import Prepared, prepare
+from data.shards.prepare import Prepared, prepare
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import Working

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
-from data.prepare import Prepared
-from data.shards import TokenStream
+from data.shards.prepare import Prepared
+from data.shards.token_files import TokenStream
 
 SAMPLED_TOKENS = 2**18
 

@@ -3,7 +3,7 @@
 import torch
 
 from data.batches import stack, windows
-from data.shards import TokenStream
+from data.shards.token_files import TokenStream
 from model.stats import WATCHED
 from model.transformer import TransformerLM
 from training.evaluate import places

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.tokenizer import load_tokenizer
+from data.tokenizers.tokenizer import load_tokenizer
 from model.transformer import TransformerLM
 from training import checkpoint
 from training.config import Run, dump, load
@@ -79,7 +79,7 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
         attention["rope_original_context"] = trained_on  # which only the base knows
     theirs["tokenizer"] = {
-        "_target_": "data.tokenizer.StoredConfig",
+        "_target_": "data.tokenizers.tokenizer.StoredConfig",
         "path": str(base / "tokenizer.json"),
         "hash": tokenizer.hash,
     }

@@ -33,8 +33,8 @@ from common.atomic_io import (
 from common.checksummed_json import sealed, unsealed
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
-from data.prepare import Prepared
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.shards.prepare import Prepared
+from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import free_memory
 from runtime.precision import LossScale

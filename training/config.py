@@ -20,9 +20,9 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from common.errors import UserError
 from common.settings import FrozenSettings
-from data.corpus import Corpus
-from data.mix import MixCorpus, Part
-from data.tokenizer import TokenizerConfig
+from data.sources.corpus import Corpus
+from data.sources.mix import MixCorpus, Part
+from data.tokenizers.tokenizer import TokenizerConfig
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
 from model.attention.stack import StackConfig
 from model.kernels.base import Kernel

@@ -15,7 +15,7 @@ from common.cli import out_of_memory
 from common.errors import UserError
 from common.streams import print_line
 from data.batches import refuse_short
-from data.prepare import Prepared, missing, prepare
+from data.shards.prepare import Prepared, missing, prepare
 from model import cost
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers

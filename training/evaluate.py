@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from data.batches import document_places, evaluation_batches
-from data.shards import TokenStream
+from data.shards.token_files import TokenStream
 from model.score import Score, score_batches, token_losses
 
 Between = Callable[[str, int, int], None]  # called before each part of a long computation: what, which, of how many

@@ -6,7 +6,7 @@ import re
 import torch
 
 from data.batches import sampled_places
-from data.prepare import Prepared
+from data.shards.prepare import Prepared
 from model import cost
 from model.transformer import ModelConfig
 

@@ -64,6 +64,22 @@ PARTS_2 = {  # by class
 ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
 
 
+MOVED_4 = {  # classes, to where they are now
+    "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
+    "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
+    "data.corpus.SyntheticCorpus": "data.sources.synthetic.SyntheticCorpus",
+    "data.files.FilesCorpus": "data.sources.files.FilesCorpus",
+    "data.hub.HubCorpus": "data.sources.hub.HubCorpus",
+    "data.mix.MixCorpus": "data.sources.mix.MixCorpus",
+    "data.tokenizer.ByteConfig": "data.tokenizers.tokenizer.ByteConfig",
+    "data.tokenizer.BPEConfig": "data.tokenizers.tokenizer.BPEConfig",
+    "data.tokenizer.StoredConfig": "data.tokenizers.tokenizer.StoredConfig",
+    "data.published.GPT2Config": "data.tokenizers.tiktoken_files.GPT2Config",
+    "data.published.CL100KConfig": "data.tokenizers.tiktoken_files.CL100KConfig",
+    "data.published.O200KConfig": "data.tokenizers.tiktoken_files.O200KConfig",
+}
+
+
 def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     """A run's stored settings, as written in `format`, as this program writes them. What is not of the form that was
     written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to walk
@@ -74,6 +90,8 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _each_part(RUN_2 | tree, _to_3)
         if isinstance(tree.get("model"), Mapping):
             tree["model"] = MODEL_2 | tree["model"]
+    if format <= 3:
+        tree = _each_part(tree, _moved)
     return tree
 
 
@@ -102,6 +120,11 @@ def _to_3(part: dict[str, Any]) -> dict[str, Any]:
     if old.get("position") == "alibi" and target in ATTENTIONS_2:
         old = {"alibi_slopes": "geometric"} | old
     return old
+
+
+def _moved(part: dict[str, Any]) -> dict[str, Any]:
+    target = part.get("_target_")
+    return {**part, "_target_": MOVED_4[target]} if isinstance(target, str) and target in MOVED_4 else part
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

@@ -1,8 +1,8 @@
 """What the model writes, for whoever watches it learn."""
 
 from common.errors import NotFinite, UserError
-from data.prepare import Prepared
-from data.tokenizer import Tokenizer
+from data.shards.prepare import Prepared
+from data.tokenizers.tokenizer import Tokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM

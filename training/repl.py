@@ -10,7 +10,7 @@ from common.cli import number
 from common.errors import NotFinite, UserError, reason
 from common.signals import Interruptible
 from common.streams import StdoutLost, show, tell
-from data.tokenizer import Tokenizer
+from data.tokenizers.tokenizer import Tokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM

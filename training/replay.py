@@ -21,8 +21,8 @@ from common.errors import UserError, reason
 from common.invocation import command
 from common.paths import entering
 from common.streams import print_line
-from data.prepare import Prepared
-from data.tokenizer import load_tokenizer
+from data.shards.prepare import Prepared
+from data.tokenizers.tokenizer import load_tokenizer
 from model.transformer import Output
 from runtime.device import choose_device
 from runtime.precision import Working, choose_precision

@@ -16,7 +16,7 @@ from common.errors import UserError, escaped, reason
 from common.invocation import command
 from common.streams import on_stdout, tell, write_if_possible
 from data.batches import documents_of_step
-from data.prepare import Prepared
+from data.shards.prepare import Prepared
 from model.score import Score
 from model.transformer import TransformerLM
 from runtime.memory import peak_memory

@@ -34,8 +34,8 @@ from common.invocation import command
 from common.lock import lock
 from common.overrides import override
 from common.paths import entering, is_folder, refuse_unreadable
-from data.tables import format_of
-from data.tokenizer import Tokenizer
+from data.sources.tables import format_of
+from data.tokenizers.tokenizer import Tokenizer
 from training.config import ROOT, Run, dump, load
 from training.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.origin import is_place, leaves, refuse_foreign, signature

@@ -8,8 +8,8 @@ from torch import nn
 
 from common.errors import NotFinite, UserError
 from data.batches import evaluation_batches, windows
-from data.shards import TokenStream
-from data.tokenizer import Tokenizer
+from data.shards.token_files import TokenStream
+from data.tokenizers.tokenizer import Tokenizer
 from model.score import Score, score_batches, token_losses
 
 BATCH = 8  # windows at once

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.corpus import Corpus
+from data.sources.corpus import Corpus
 from model.loss import chunked_mean
 from runtime.precision import Working
 from training.compilation import maybe_compiled

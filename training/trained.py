@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training import checkpoint
 from training.run_folder import refuse_no_run, resume_command

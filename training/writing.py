@@ -8,7 +8,7 @@ from typing import Any
 from common.errors import NotFinite
 from common.signals import Interruptible
 from common.streams import show, tell
-from data.tokenizer import Tokenizer
+from data.tokenizers.tokenizer import Tokenizer
 from model.generate import ENDED, Texts, generate
 from model.sampler import Sampler
 from model.transformer import TransformerLM

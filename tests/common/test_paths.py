@@ -8,9 +8,9 @@ import pytest
 
 from common.errors import UserError
 from common.paths import files_below, matching
-from data.corpus import SympyCorpus
-from data.files import FilesCorpus
-from data.hub import HubCorpus
+from data.sources.files import FilesCorpus
+from data.sources.hub import HubCorpus
+from data.sources.python_source import SympyCorpus
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_what_may_not_be_looked_at_is_named(tree, monkeypatch, function, path, r
 def test_a_file_that_cannot_be_read_is_named(workplace, monkeypatch, name, code):
     (workplace / name).write_text("x\n")
     error = OSError(code, os.strerror(code))
-    for place in ("data.files.Path.open", "data.tables.open"):
+    for place in ("data.sources.files.Path.open", "data.sources.tables.open"):
         monkeypatch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
     with pytest.raises(UserError, match=rf"^{name} cannot be read: {os.strerror(code)}"):
         FilesCorpus(path=name).fingerprint()

@@ -6,7 +6,7 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
 
 
 def assert_opened(path: Path, ours: Tokenizer, texts: Iterable[str]) -> None:

@@ -12,11 +12,11 @@ import torch
 
 from common.errors import UserError
 from data.batches import document_places, documents_of_step, micro_batches, refuse_short, training_batch, windows
-from data.corpus import SyntheticCorpus
-from data.files import FilesCorpus
-from data.prepare import prepare
-from data.shards import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
-from data.tokenizer import BPEConfig, ByteConfig
+from data.shards.prepare import prepare
+from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
+from data.sources.files import FilesCorpus
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tokenizer import BPEConfig, ByteConfig
 from tests.support import ROOT
 
 T = 16
@@ -152,7 +152,9 @@ def test_nothing_half_built_is_left_or_used(workplace, monkeypatch, fault):
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("data.build._encode" if fault == "killed" else "data.tokenizer.ByteConfig.train", fail)
+    monkeypatch.setattr(
+        "data.shards.build._encode" if fault == "killed" else "data.tokenizers.tokenizer.ByteConfig.train", fail
+    )
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, ByteConfig(), workplace / "cache")
     assert all(path.name.endswith(".lock") for path in (workplace / "cache").iterdir())
@@ -265,8 +267,9 @@ def test_a_text_that_changes_while_it_is_read_is_not_taken_for_the_one_before(wo
 def test_two_processes_build_once(workplace):
     """The second waits for the first, and uses what it built."""
     code = (
-        "import sys, time; from pathlib import Path; import data.prepare as p; from data.corpus import SyntheticCorpus;"
-        "from data.tokenizer import ByteConfig; build = p.build;"
+        "import sys, time; from pathlib import Path; import data.shards.prepare as p;"
+        "from data.sources.synthetic import SyntheticCorpus;"
+        "from data.tokenizers.tokenizer import ByteConfig; build = p.build;"
         "p.build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
         "p.prepare(SyntheticCorpus(size=20), ByteConfig(), Path('cache'))"
     )

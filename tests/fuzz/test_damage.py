@@ -13,9 +13,9 @@ import torch
 from hypothesis import strategies as st
 
 from common.errors import UserError
-from data.corpus import SyntheticCorpus
-from data.prepare import prepare
-from data.tokenizer import BPEConfig
+from data.shards.prepare import prepare
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tokenizer import BPEConfig
 from tests.support import assert_one_line, call
 from training.log import read_metrics
 from training.trained import load_run

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from common.errors import UserError
-from data.corpus import SyntheticCorpus
-from data.files import FilesCorpus
-from data.patterns import KNOWN, pieces, portable
-from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
+from data.sources.files import FilesCorpus
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.patterns import KNOWN, pieces, portable
+from data.tokenizers.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
 from tests.support import assert_one_line
 
 FRAGMENTS = st.sampled_from([END_OF_TEXT, "<|", "\r\n", "\n", " ", "\t", "\0", "the query", "123", "é", "漢字", "🙂🏽"])
@@ -45,8 +45,8 @@ def test_any_text_round_trips(fuzz, tokenizers):
 
 def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
     """With a cut wherever there may be one: of any text the words are those of the whole, for every pattern."""
-    monkeypatch.setattr("data.patterns.PIECE", 1)
-    monkeypatch.setattr("data.patterns.LONG_RUN", 3)
+    monkeypatch.setattr("data.tokenizers.patterns.PIECE", 1)
+    monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 3)
     splits = {pattern: pre_tokenizers.Split(Regex(portable(pattern)), "isolated") for pattern in KNOWN}
 
     def words(pattern: str, text: str) -> list[str]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.tokenizer import ByteTokenizer
+from data.tokenizers.tokenizer import ByteTokenizer
 from tests.support import SMOKE, call, small_model
 from training import attention_map
 from training.attention_map import MOST_LABELS, attention_maps, draw_attention

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from data.shards import TokenStream
+from data.shards.token_files import TokenStream
 from tests.support import SMOKE, call, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.attention_seen import attention_seen

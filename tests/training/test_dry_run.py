@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.batches import windows
-from data.prepare import prepare
+from data.shards.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
 from runtime.precision import Working
@@ -212,8 +212,8 @@ def test_without_the_vocabulary_all_else_is_said(workplace, monkeypatch, capsys)
 
 
 def test_a_dry_run_downloads_nothing(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("data.hub._commit_of", lambda path, revision: "0" * 40)
-    monkeypatch.setattr("data.hub.HubCorpus.read", None)
+    monkeypatch.setattr("data.sources.hub._commit_of", lambda path, revision: "0" * 40)
+    monkeypatch.setattr("data.sources.hub.HubCorpus.read", None)
     assert call("train", [*SMOKE, "data=hub", "data.path=owner/name", "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "257 tokens\nmissing      the documents of data=hub are not in cache yet: a run downloads them\n" in out

@@ -7,7 +7,7 @@ import torch
 
 from common.errors import UserError
 from common.signals import Interruptible
-from data.tokenizer import ByteTokenizer
+from data.tokenizers.tokenizer import ByteTokenizer
 from model.generate import Texts, generate
 from model.sampler import Sampler
 from tests.support import ATTENTIONS, CASES, small_model

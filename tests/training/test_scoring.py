@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.tokenizer import BPEConfig, ByteTokenizer
+from data.tokenizers.tokenizer import BPEConfig, ByteTokenizer
 from tests.support import small_model
 from training.scoring import score_text
 

@@ -2,7 +2,7 @@
 
 import random
 
-from data.tokenizer import ByteTokenizer
+from data.tokenizers.tokenizer import ByteTokenizer
 from training.streaming import TextStream
 
 

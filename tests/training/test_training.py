@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.corpus import SyntheticCorpus
-from data.shards import TokenStream
-from data.tokenizer import ByteTokenizer
+from data.shards.token_files import TokenStream
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tokenizer import ByteTokenizer
 from model.kernels.sdpa import SDPA
 from model.loss import token_losses
 from model.transformer import TransformerLM

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from data.prepare import prepare
+from data.shards.prepare import prepare
 from model import cost
 from tests.support import SMOKE, call, load_composed
 from tests.training.runs import assert_same_run, rewind

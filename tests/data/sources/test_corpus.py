@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from data.corpus import SYMPY_FINGERPRINT, StdlibCorpus, SympyCorpus, SyntheticCorpus
-from data.files import FilesCorpus
+from data.sources.files import FilesCorpus
+from data.sources.python_source import SYMPY_FINGERPRINT, StdlibCorpus, SympyCorpus
+from data.sources.synthetic import SyntheticCorpus
 
 
 def test_sympy_is_the_pinned_source_split_by_file():

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from data import json_values
+from data.sources import json_values
 
 ROWS = [{"text": f'{"long " * (i % 40)}"\\ünï🙂\n', "n": [i, {"a": None}]} for i in range(60)]
 FORMS = {

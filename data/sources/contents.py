@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from data.corpus import Document, Split
+from data.sources.corpus import Document, Split
 
 MARKERS = ("<|endoftext|>", "<|end_of_text|>")  # what others write between documents
 COMPARED = 2**23  # documents, 16 bytes of memory each

@@ -12,9 +12,9 @@ from pydantic import Field
 
 from common.atomic_io import read_regular
 from common.errors import UserError, reason
-from data.patterns import CL100K, GPT2, O200K
-from data.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
-from data.vocabulary import fault_of
+from data.tokenizers.patterns import CL100K, GPT2, O200K
+from data.tokenizers.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
+from data.tokenizers.vocabulary import fault_of
 
 LARGEST = 2**26  # bytes of a vocabulary
 SOURCE = "https://openaipublic.blob.core.windows.net/encodings"

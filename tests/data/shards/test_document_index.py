@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from data import names
+from data.shards import document_index as names
 
 DOCUMENTS = 200_000
 SPANS = 50

@@ -4,13 +4,15 @@ import os
 
 import pytest
 
-from data import build, contents
-from data.contents import Contents
-from data.corpus import SympyCorpus, SyntheticCorpus
-from data.files import FilesCorpus
-from data.mix import MixCorpus, Part
-from data.prepare import prepare
-from data.tokenizer import ByteConfig
+from data.shards import build
+from data.shards.prepare import prepare
+from data.sources import contents
+from data.sources.contents import Contents
+from data.sources.files import FilesCorpus
+from data.sources.mix import MixCorpus, Part
+from data.sources.python_source import SympyCorpus
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tokenizer import ByteConfig
 
 STORY = "once upon a time\n"
 
@@ -48,7 +50,7 @@ def test_files_documents_and_identical_ones_are_counted(stories, caplog):
 
 
 def test_a_document_in_parts_is_one(stories, monkeypatch):
-    monkeypatch.setattr("data.files.PART", 50)
+    monkeypatch.setattr("data.sources.files.PART", 50)
     books, words = FilesCorpus(path="*.txt"), SyntheticCorpus(size=10)
     assert counted(books).described(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
     mix = MixCorpus(parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})

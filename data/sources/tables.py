@@ -12,7 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.paths import refuse_unreadable
-from data.json_values import values
+from data.sources.json_values import values
 
 FORMATS = {
     ".jsonl": "json lines",

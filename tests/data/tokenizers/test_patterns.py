@@ -10,9 +10,9 @@ import pytest
 import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
-from data.corpus import StdlibCorpus
-from data.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, pieces, portable
-from data.tokenizer import BPEConfig, BPETokenizer
+from data.sources.python_source import StdlibCorpus
+from data.tokenizers.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, pieces, portable
+from data.tokenizers.tokenizer import BPEConfig, BPETokenizer
 
 NAMES = {PATTERN: "ours", GPT2: "gpt2", CL100K: "cl100k", O200K: "o200k"}
 SOURCE = "".join(document.text for document in islice(StdlibCorpus().read(), 30))[:300_000]
@@ -76,7 +76,7 @@ def test_natural_text_is_cut_into_pieces_of_about_one_size(pattern):
 
 def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, monkeypatch):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
-    monkeypatch.setattr("data.patterns.LONG_RUN", 200)
+    monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 200)
     words = split(portable(pattern))
     runs = (" " * 300, "\n" * 300, " \n" * 150, "\t" * 250 + "\u3000" * 250, "\r" + " " * 300)
     for before, run, after in product(("", "x", "!\n", "x\n\n "), runs, ("", "x", "\n", "\nx", " x", "/")):

@@ -11,7 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from common.errors import UserError
 from common.paths import FileId, file_ids
 from common.settings import FrozenSettings
-from data.corpus import Corpus, Document
+from data.sources.corpus import Corpus, Document
 
 log = logging.getLogger("headroom")
 

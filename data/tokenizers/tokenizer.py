@@ -16,8 +16,8 @@ from common.atomic_io import read_regular, write_whole
 from common.checksummed_json import digest, parsed, unsealed
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
-from data.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
-from data.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
+from data.tokenizers.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
+from data.tokenizers.vocabulary import END_OF_TEXT, fault_of, merges_of, read, spelled_bytes, written
 
 LONGEST_WORD = 256  # characters of a word that training takes as one: its time grows by their square
 MOST_BYTES = 2**26  # of a tokenizer.json; o200k's takes a fifth of it

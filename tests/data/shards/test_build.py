@@ -12,12 +12,12 @@ import pytest
 
 from common.errors import UserError
 from common.lock import lock
-from data import build
-from data.corpus import SyntheticCorpus
-from data.files import FilesCorpus
-from data.names import names_file
-from data.prepare import prepare
-from data.tokenizer import BPEConfig, ByteConfig
+from data.shards import build
+from data.shards.document_index import names_file
+from data.shards.prepare import prepare
+from data.sources.files import FilesCorpus
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tokenizer import BPEConfig, ByteConfig
 from tests.support import ROOT
 
 CORPUS, CONFIG = SyntheticCorpus(size=60), BPEConfig(vocab_size=300)
@@ -46,7 +46,7 @@ def test_a_file_that_is_read_in_parts_has_the_tokens_of_the_whole(text, workplac
         (workplace / name).write_text(text * 60)
     config = BPEConfig(vocab_size=300)
     whole = prepare(FilesCorpus(path="*.txt"), config, workplace / "whole")
-    monkeypatch.setattr("data.files.PART", 100)
+    monkeypatch.setattr("data.sources.files.PART", 100)
     monkeypatch.setattr(build, "PART_BYTES", 350)
     parts = prepare(FilesCorpus(path="*.txt"), config, workplace / "parts")
     assert len([*parts.folder.glob("train_*.tokens")]) > 1 or text == "漢字"  # which is one unbroken word
@@ -100,11 +100,11 @@ def test_a_build_that_ends_midway_is_continued_after_its_last_part(workplace, mo
 
 def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monkeypatch, expected):
     code = (
-        "import os, signal, sys; from pathlib import Path; from data import build, durable;"
-        "from data.corpus import SyntheticCorpus; from data.prepare import prepare;"
-        "from data.tokenizer import BPEConfig;"
-        f"build.PART_BYTES = {PART}; fsync = durable._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
-        "durable._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
+        "import os, signal, sys; from pathlib import Path; from common import atomic_io; from data.shards import build;"
+        "from data.sources.synthetic import SyntheticCorpus; from data.shards.prepare import prepare;"
+        "from data.tokenizers.tokenizer import BPEConfig;"
+        f"build.PART_BYTES = {PART}; fsync = atomic_io._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
+        "atomic_io._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
         f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache'))"
     )
     environment, kept = os.environ | {"PYTHONPATH": str(ROOT)}, 0
@@ -234,9 +234,9 @@ class Endless(SyntheticCorpus):
 
 def test_a_corpus_need_not_fit_into_memory(workplace):
     code = (
-        "import resource; from pathlib import Path; from tests.data.test_build import Endless;"
-        "from data import build; build.PART_BYTES = 2**22; from data.prepare import prepare;"
-        "from data.tokenizer import ByteConfig;"
+        "import resource; from pathlib import Path; from tests.data.shards.test_build import Endless;"
+        "from data.shards import build; build.PART_BYTES = 2**22; from data.shards.prepare import prepare;"
+        "from data.tokenizers.tokenizer import ByteConfig;"
         "prepare(Endless(size=10), ByteConfig(), Path('first'));"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; made = prepare(Endless(size=100), ByteConfig(), "
         "Path('second')); print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
@@ -248,7 +248,7 @@ def test_a_corpus_need_not_fit_into_memory(workplace):
 
 
 def test_documents_of_several_parts_have_one_beginning(workplace, monkeypatch):
-    monkeypatch.setattr("data.files.PART", 256)
+    monkeypatch.setattr("data.sources.files.PART", 256)
     monkeypatch.setattr(build, "PART_BYTES", 1000)
     for name in "ab":
         (workplace / f"{name}.txt").write_text(f"a line of {name}\n" * 400)

@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import pytest
 
-from data.corpus import SyntheticCorpus
-from data.files import FilesCorpus
-from data.mix import MixCorpus, Part
-from data.prepare import prepare
-from data.tokenizer import ByteConfig
+from data.shards.prepare import prepare
+from data.sources.files import FilesCorpus
+from data.sources.mix import MixCorpus, Part
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tokenizer import ByteConfig
 
 
 def mix(**parts) -> MixCorpus:
@@ -53,7 +53,7 @@ def test_the_order_is_a_function_of_the_settings(books):
 
 
 def test_a_document_in_parts_stays_together(books, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.files.PART", 64)
+    monkeypatch.setattr("data.sources.files.PART", 64)
     found = list(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)).read())
     for before, document in pairwise(found):
         assert not document.goes_on or before.name == document.name

@@ -13,9 +13,9 @@ from pydantic import Field, field_validator
 
 from common.errors import UserError
 from common.paths import is_folder, matching, refuse_unreadable, working_folder
-from data.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
-from data.kinds import AS_IT_IS, HEAD, MARK, WAY_OUT, refuse_markup, refuse_nul, refuse_other_kind
-from data.tables import cells, format_of, refuse_no_column
+from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
+from data.sources.kinds import AS_IT_IS, HEAD, MARK, WAY_OUT, refuse_markup, refuse_nul, refuse_other_kind
+from data.sources.tables import cells, format_of, refuse_no_column
 
 PART = 2**24  # bytes of a long file in memory at one time
 DEFAULT_COLUMN = "text"

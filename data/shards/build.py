@@ -26,12 +26,12 @@ from rich.text import Text
 from common.atomic_io import exists, make_folder, names_in, remove, sweep, whole_folder
 from common.errors import UserError
 from common.lock import lock
-from data.contents import Contents
-from data.corpus import Corpus, Document, Split, drawn
-from data.names import line, names_file
-from data.patterns import last_cut
-from data.shards import Shard, ShardWriter, shard_paths
-from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from data.shards.document_index import line, names_file
+from data.shards.token_files import Shard, ShardWriter, shard_paths
+from data.sources.contents import Contents
+from data.sources.corpus import Corpus, Document, Split, drawn
+from data.tokenizers.patterns import last_cut
+from data.tokenizers.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 SPLITS: tuple[Split, Split] = ("train", "val")
 PART_BYTES = 2**28  # of text: what a kill costs at most, and a shard per split

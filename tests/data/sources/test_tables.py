@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
-from data import files
-from data.corpus import drawn
-from data.files import FilesCorpus
-from data.tables import cells
+from data.sources import files
+from data.sources.corpus import drawn
+from data.sources.files import FilesCorpus
+from data.sources.tables import cells
 
 TEXTS = [f'row {i}, with "quotes",\nline ends and ünï🙂' for i in range(300)]
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from data.corpus import StdlibCorpus, SympyCorpus, drawn
-from data.files import FilesCorpus
-from data.hub import HubCorpus
-from data.mix import MixCorpus, Part
-from data.prepare import prepare
-from data.tokenizer import ByteConfig
+from data.shards.prepare import prepare
+from data.sources.corpus import drawn
+from data.sources.files import FilesCorpus
+from data.sources.hub import HubCorpus
+from data.sources.mix import MixCorpus, Part
+from data.sources.python_source import StdlibCorpus, SympyCorpus
+from data.tokenizers.tokenizer import ByteConfig
 from training.migrate import migrate
 
 TEXTS = [f"text {i % 150}" for i in range(600)]
@@ -65,9 +66,12 @@ def test_the_source_of_the_default_corpora_is_on_one_side():
 
 def older(**settings) -> FilesCorpus | HubCorpus:
     """As a run of format 2 stored it."""
-    kind = "data.hub.HubCorpus" if settings.pop("hub", False) else "data.files.FilesCorpus"
+    hub = settings.pop("hub", False)
+    kind = "data.hub.HubCorpus" if hub else "data.files.FilesCorpus"
     stored = migrate({"data": {"_target_": kind, "document_mask": False} | settings}, 2)["data"]
-    return {"data.hub.HubCorpus": HubCorpus, "data.files.FilesCorpus": FilesCorpus}[stored.pop("_target_")](**stored)
+    cls = HubCorpus if hub else FilesCorpus
+    assert stored.pop("_target_") == f"{cls.__module__}.{cls.__name__}"
+    return cls(**stored)
 
 
 def test_older_runs_keep_their_documents_and_their_split(folder):

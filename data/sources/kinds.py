@@ -5,7 +5,7 @@ import codecs
 from pathlib import Path
 
 from common.errors import UserError
-from data.tables import FORMATS
+from data.sources.tables import FORMATS
 
 HEAD = 2**12  # bytes looked at
 MARK = codecs.BOM_UTF8  # a byte order mark, which is no part of the text

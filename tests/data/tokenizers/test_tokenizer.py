@@ -12,9 +12,9 @@ import pytest
 
 from common.checksummed_json import digest, sealed
 from common.errors import UserError
-from data.corpus import SyntheticCorpus
-from data.patterns import GPT2, PATTERN
-from data.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.patterns import GPT2, PATTERN
+from data.tokenizers.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
 from tests.data.opening import assert_opened
 from tests.support import assert_one_line
 from training.migrate import migrate
@@ -98,7 +98,8 @@ def test_older_settings_train_what_they_trained_and_find_their_shards():
 
 
 @pytest.mark.parametrize(
-    ("target", "cut"), [("data.tokenizer.BPEConfig", "line_ends"), ("data.published.GPT2Config", "words")]
+    ("target", "cut"),
+    [("data.tokenizer.BPEConfig", "line_ends"), ("data.published.GPT2Config", "words")],
 )
 def test_stored_settings_of_older_runs_have_the_older_cut(target, cut):
     assert migrate({"tokenizer": {"_target_": target}}, 2)["tokenizer"]["cut"] == cut

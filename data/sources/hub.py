@@ -14,8 +14,8 @@ from pydantic import Field
 
 from common.errors import UserError, reason
 from common.paths import files_below, is_folder, refuse_unreadable
-from data.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
-from data.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
+from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
+from data.sources.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
 
 PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
 T = TypeVar("T")

@@ -7,9 +7,9 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from data.patterns import PATTERN
-from data.tokenizer import BPETokenizer
-from data.vocabulary import fault_of, merges_of, spelled_bytes
+from data.tokenizers.patterns import PATTERN
+from data.tokenizers.tokenizer import BPETokenizer
+from data.tokenizers.vocabulary import fault_of, merges_of, spelled_bytes
 
 BYTES = [bytes([byte]) for byte in range(256)]
 

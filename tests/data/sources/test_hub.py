@@ -6,10 +6,10 @@ import urllib.request
 import pytest
 
 from common.errors import UserError
-from data import hub
-from data.files import FilesCorpus
-from data.hub import HubCorpus
-from data.mix import MixCorpus, Part
+from data.sources import hub
+from data.sources.files import FilesCorpus
+from data.sources.hub import HubCorpus
+from data.sources.mix import MixCorpus, Part
 
 TEXTS = [f"row {i}" for i in range(50)]
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from common.checksummed_json import digest
-from data.patterns import portable
+from data.tokenizers.patterns import portable
 
 END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
 OURS = "headroom"  # holds what only this program reads, in `model`: `tokenizers` refuses unknown keys at the top level

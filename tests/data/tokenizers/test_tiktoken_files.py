@@ -11,10 +11,10 @@ import tiktoken
 import tiktoken_ext.openai_public as theirs
 
 from common.errors import UserError
-from data.corpus import SyntheticCorpus
-from data.prepare import prepare
-from data.published import CL100KConfig, GPT2Config, O200KConfig, Published
-from data.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer
+from data.shards.prepare import prepare
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.tiktoken_files import CL100KConfig, GPT2Config, O200KConfig, Published
+from data.tokenizers.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer
 from tests.data.opening import assert_opened
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]

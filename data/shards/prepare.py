@@ -10,11 +10,11 @@ from common.checksummed_json import digest
 from common.errors import UserError, reason
 from common.lock import lock
 from common.paths import refuse_unreadable
-from data.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
-from data.corpus import Corpus
-from data.names import BLOCK, names_file, names_of
-from data.shards import VERSION, TokenStream, open_stream
-from data.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from data.shards.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
+from data.shards.document_index import BLOCK, names_file, names_of
+from data.shards.token_files import VERSION, TokenStream, open_stream
+from data.sources.corpus import Corpus
+from data.tokenizers.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 LARGEST_CONTENTS = 2**16  # bytes of a line
 log = logging.getLogger("headroom")

@@ -1,0 +1,1 @@
+"""Token files: built, read, looked up."""
