@@ -19,7 +19,7 @@ import argparse
 
 from common.cli import one_line_errors
 from common.errors import NotFinite, UserError
-from training.sampling_options import arguments
+from generation.options import arguments
 
 # torch, and all that needs it, is imported inside `sample`: --help answers before it would have loaded.
 
@@ -29,19 +29,19 @@ def sample(args: argparse.Namespace) -> None:
 
     from common import process
     from common.streams import json_line, tell
-    from model.generate import Texts
-    from model.sampler import Sampler
+    from generation.attention_map import draw_attention
+    from generation.batch_writer import Sample, show_samples, speeds, write
+    from generation.prompt import prompt_tokens
+    from generation.repl import Conversation, converse
+    from generation.sampler import Sampler
+    from generation.scoring import as_json, as_line, refuse_not_finite, score_text
+    from generation.state import Texts
     from runtime.device import choose_device
     from runtime.precision import Working, choose_precision
-    from training.attention_map import draw_attention
     from training.config import load_choice
     from training.log import held_back, to_stderr
-    from training.preview import prompt_tokens
-    from training.repl import Conversation, converse
     from training.run_folder import newest
-    from training.scoring import as_json, as_line, refuse_not_finite, score_text
     from training.trained import load_run
-    from training.writing import Sample, show_samples, speeds, write
 
     process.end_by_unwinding()
     to_stderr()

@@ -55,7 +55,8 @@ def train(tree: dict, typed: list[str]) -> None:
     from common import process
     from common.signals import Stopped, StopRequest
     from data.batches import micro_batches, refuse_short
-    from data.shards.prepare import prepare
+    from data.shards.prepare import Prepared, prepare
+    from generation.preview import continuation, preview_prompt
     from model.score import Score
     from model.transformer import TransformerLM
     from runtime.allocator import keep_buffers
@@ -66,7 +67,6 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.dry_run import dry_run
     from training.evaluate import evaluate
     from training.log import to_stderr
-    from training.preview import continuation, preview_prompt
     from training.report import Report
     from training.step import losses_of, train_step
 
@@ -78,12 +78,16 @@ def train(tree: dict, typed: list[str]) -> None:
     device = choose_device(run.device)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
+
+    def preview_tokens(corpus: Prepared) -> list[int]:
+        return preview_prompt(corpus, run.sample_prompt, run.model.context_length)
+
     if run.dry_run:
-        return dry_run(run, device, checkpoint.steps_done(folder) if folder else 0)
+        return dry_run(run, device, checkpoint.steps_done(folder) if folder else 0, check=preview_tokens)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
     refuse_short(corpus, window)
-    beginning = preview_prompt(corpus, run.sample_prompt, window)
+    beginning = preview_tokens(corpus)
     run = run.model_copy(update={"data": run.data.pinned()})
 
     if device.type == "cpu" and run.tune_malloc:

@@ -34,8 +34,10 @@ from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
 from common.cli import one_line_errors
 from common.errors import Unsupported, UserError
+from generation.decode import generate
+from generation.sampler import Sampler
+from generation.state import Texts
 from model import cost
-from model.generate import Texts, generate
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
@@ -44,7 +46,6 @@ from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
-from model.sampler import Sampler
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import Working, choose_precision
 from training.compilation import maybe_compiled

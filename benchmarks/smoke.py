@@ -24,8 +24,9 @@ from hydra.core.global_hydra import GlobalHydra
 from safetensors.torch import load_file
 
 import train as program
-from model.generate import Texts, generate
-from model.sampler import Sampler
+from generation.decode import generate
+from generation.sampler import Sampler
+from generation.state import Texts
 from training.config import choices, load
 from training.dry_run import memory
 from training.log import read_metrics

@@ -16,12 +16,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.invocation import command
 from common.overrides import readable
-from model import generate
+from generation import decode as generate
+from generation.text_stream import TextStream
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training import trained
 from training.log import read_metrics
-from training.streaming import TextStream
 
 
 @pytest.fixture(scope="module")
@@ -620,7 +620,7 @@ def test_the_first_step_of_a_cached_run_loads_only_what_it_needs(workplace, monk
 def test_the_first_sampled_token_loads_only_what_it_needs(place, monkeypatch):
     monkeypatch.chdir(place)
     for run in ("runs/gqa", "runs/mla"):
-        assert loaded_by("sample.py", "The ", "--run", run, until="training.streaming.TextStream.feed") == []
+        assert loaded_by("sample.py", "The ", "--run", run, until="generation.text_stream.TextStream.feed") == []
 
 
 def test_as_real_processes(tmp_path):

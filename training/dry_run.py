@@ -26,7 +26,6 @@ from training.config import Run
 from training.epochs import epochs, repetitions, tokens_of_epoch
 from training.log import clock
 from training.mfu import flops_of, peak_flops
-from training.preview import preview_prompt
 from training.step import accumulate, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into
@@ -37,16 +36,17 @@ USUAL_MFU = 0.4  # what is assumed where no step can be timed
 log = logging.getLogger("headroom")
 
 
-def dry_run(run: Run, device: torch.device, done: int) -> None:
+def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared], Any]) -> None:
     """Prints the costs, and what could not be known without the documents or the tokenizer. Prepares what needs no
     download.
 
-    run: with its precision chosen. done: steps that a run to be resumed has behind it. Raises UserError where nothing
-    is left to do, or where the documents there are do not fit the run.
+    run: with its precision chosen. done: steps that a run to be resumed has behind it. check: called with the corpus
+    where it is there, to refuse what training would. Raises UserError where nothing is left to do, or where the
+    documents there are do not fit the run.
     """
     if done >= run.steps:
         raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
-    corpus, lacking = _prepared(run)
+    corpus, lacking = _prepared(run, check)
     if corpus is None:
         vocab_size = run.tokenizer.most_tokens
         flops = cost.flops(run.model, vocab_size)
@@ -70,7 +70,7 @@ def dry_run(run: Run, device: torch.device, done: int) -> None:
     print_line(f"dry run      nothing was trained{kept}: leave dry_run=true out to train")
 
 
-def _prepared(run: Run) -> tuple[Prepared | None, list[str]]:
+def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | None, list[str]]:
     """The corpus, or all that is missing for it, a line each."""
     cache_dir = Path(run.cache_dir)
     try:
@@ -78,7 +78,7 @@ def _prepared(run: Run) -> tuple[Prepared | None, list[str]]:
     except UserError as error:
         return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
     refuse_short(corpus, run.model.context_length)
-    preview_prompt(corpus, run.sample_prompt, run.model.context_length)
+    check(corpus)
     return corpus, []
 
 

@@ -21,8 +21,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from model.generate import Texts, generate
-from model.sampler import Sampler
+from generation.decode import generate
+from generation.sampler import Sampler
+from generation.state import Texts
 from tests.support import call
 from training.log import read_metrics
 from training.trained import load_run

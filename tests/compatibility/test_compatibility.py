@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.sampler import Sampler
+from generation.sampler import Sampler
 from tests.compatibility.make import CASES, HERE, TOKENS, losses_after, machine, sampled, texts
 from tests.support import call
 from training.migrate import FORMAT, UNSTATED

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from generation.decode import decode_step
+from generation.state import bucket
 from model.attention.base import Context
 from model.attention.mla import MLA
-from model.generate import bucket, decode_step
 from model.kernels import online
 from model.kernels.base import Kernel
 from model.kernels.matmul import Matmul

@@ -7,8 +7,8 @@ import torch
 
 from common.errors import UserError
 from data.tokenizers.tokenizer import BPEConfig, ByteTokenizer
+from generation.scoring import score_text
 from tests.support import small_model
-from training.scoring import score_text
 
 TEXT = "The query sees the key, é漢🙂. " * 30
 

@@ -6,9 +6,9 @@ import torch
 
 from common.errors import UserError
 from data.tokenizers.tokenizer import ByteTokenizer
+from generation import attention_map
+from generation.attention_map import MOST_LABELS, attention_maps, draw_attention
 from tests.support import SMOKE, call, small_model
-from training import attention_map
-from training.attention_map import MOST_LABELS, attention_maps, draw_attention
 
 PNG = b"\x89PNG\r\n"
 

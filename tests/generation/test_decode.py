@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from model.generate import ENDED, Texts, bucket, generate
-from model.sampler import Sampler
+from generation.decode import ENDED, generate
+from generation.sampler import Sampler
+from generation.state import Texts, bucket
 from tests.support import CASES, small_model
 
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42]]

@@ -9,10 +9,11 @@ from common.errors import NotFinite
 from common.signals import Interruptible
 from common.streams import show, tell
 from data.tokenizers.tokenizer import Tokenizer
-from model.generate import ENDED, Texts, generate
-from model.sampler import Sampler
+from generation.decode import ENDED, generate
+from generation.sampler import Sampler
+from generation.state import Texts
+from generation.text_stream import TextStream
 from model.transformer import TransformerLM
-from training.streaming import TextStream
 
 
 class Sample:

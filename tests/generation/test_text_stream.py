@@ -3,7 +3,7 @@
 import random
 
 from data.tokenizers.tokenizer import ByteTokenizer
-from training.streaming import TextStream
+from generation.text_stream import TextStream
 
 
 class Pieces(ByteTokenizer):

@@ -11,12 +11,13 @@ from common.errors import NotFinite, UserError, reason
 from common.signals import Interruptible
 from common.streams import StdoutLost, show, tell
 from data.tokenizers.tokenizer import Tokenizer
-from model.generate import Texts, generate
-from model.sampler import Sampler
+from generation.decode import generate
+from generation.options import LAST_SEED
+from generation.sampler import Sampler
+from generation.state import Texts
+from generation.text_stream import TextStream
 from model.transformer import TransformerLM
 from training.log import held_back
-from training.sampling_options import LAST_SEED
-from training.streaming import TextStream
 
 HELP = """\
 What you type is appended to the text as it stands, and the model continues it.

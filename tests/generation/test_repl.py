@@ -8,11 +8,12 @@ import torch
 from common.errors import UserError
 from common.signals import Interruptible
 from data.tokenizers.tokenizer import ByteTokenizer
-from model.generate import Texts, generate
-from model.sampler import Sampler
+from generation import repl
+from generation.decode import generate
+from generation.repl import Conversation
+from generation.sampler import Sampler
+from generation.state import Texts
 from tests.support import ATTENTIONS, CASES, small_model
-from training import repl
-from training.repl import Conversation
 
 GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.sampler import NO_TOKEN, Sampler, keep_min_p, keep_top_k, keep_top_p, penalise_seen
+from generation.sampler import NO_TOKEN, Sampler, keep_min_p, keep_top_k, keep_top_p, penalise_seen
 
 
 def test_samplers_draw_from_the_distribution_they_name():

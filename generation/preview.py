@@ -1,24 +1,16 @@
 """What the model writes, for whoever watches it learn."""
 
-from common.errors import NotFinite, UserError
+from common.errors import NotFinite
 from data.shards.prepare import Prepared
 from data.tokenizers.tokenizer import Tokenizer
-from model.generate import Texts, generate
-from model.sampler import Sampler
+from generation.decode import generate
+from generation.prompt import prompt_tokens
+from generation.sampler import Sampler
+from generation.state import Texts
 from model.transformer import TransformerLM
 
 MOST_TOKENS = 200
 UNSET_TOKENS = 16
-
-
-def prompt_tokens(tokenizer: Tokenizer, prompt: str, context_length: int, slide: bool | None = None) -> list[int]:
-    """A prompt verbatim; without one, the token that precedes every document. Raises UserError where the prompt leaves
-    no room in a context that does not slide. slide: None where nobody can choose it."""
-    tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
-    if len(tokens) >= context_length and not slide:
-        way_out = "shorten it" if slide is None else "shorten it, or read its end with --context slide"
-        raise UserError(f"the prompt has {len(tokens)} tokens, the context holds {context_length}: {way_out}")
-    return tokens
 
 
 def preview_prompt(corpus: Prepared, prompt: str | None, context_length: int) -> list[int]:

@@ -12,7 +12,6 @@ from common.cli import CONF, Parser, number
 from common.errors import UserError, reason
 from common.figures import refuse_unwritable
 from common.paths import entering
-from training.completion import PrintCompletion
 
 MOST_SAMPLES = 1024
 MOST_TEXT = 2**28  # bytes of a prompt, or of a text to score
@@ -125,9 +124,6 @@ def _parser(description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument(
-        "--completion", action=PrintCompletion, help="print code for bash that completes all this at TAB"
     )
     text = parser.add_argument_group("what to continue").add_argument
     text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")

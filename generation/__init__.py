@@ -1,0 +1,1 @@
+"""A trained model writes text: decoding, sampling, streaming."""
