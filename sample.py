@@ -28,6 +28,7 @@ def sample(args: argparse.Namespace) -> None:
     import logging
 
     from common import process
+    from common.console import held_back, to_stderr
     from common.streams import json_line, tell
     from generation.attention_map import draw_attention
     from generation.batch_writer import Sample, show_samples, speeds, write
@@ -38,10 +39,9 @@ def sample(args: argparse.Namespace) -> None:
     from generation.state import Texts
     from runtime.device import choose_device
     from runtime.precision import Working, choose_precision
-    from training.config import load_choice
-    from training.log import held_back, to_stderr
-    from training.run_folder import newest
-    from training.trained import load_run
+    from training.run.config import load_choice
+    from training.run.folder import newest
+    from training.run.load import load_run
 
     process.end_by_unwinding()
     to_stderr()

@@ -53,6 +53,7 @@ def train(tree: dict, typed: list[str]) -> None:
     import torch
 
     from common import process
+    from common.console import to_stderr
     from common.signals import Stopped, StopRequest
     from data.batches import micro_batches, refuse_short
     from data.shards.prepare import Prepared, prepare
@@ -62,12 +63,12 @@ def train(tree: dict, typed: list[str]) -> None:
     from runtime.allocator import keep_buffers
     from runtime.device import choose_device, set_determinism
     from runtime.precision import Working, choose_precision
-    from training import checkpoint, replay, run_folder
-    from training.beginning import begin_with_weights_of, which_run
     from training.dry_run import dry_run
     from training.evaluate import evaluate
-    from training.log import to_stderr
-    from training.report import Report
+    from training.monitor.report import Report
+    from training.run import checkpoint, replay
+    from training.run import folder as run_folder
+    from training.run.start import begin_with_weights_of, which_run
     from training.step import losses_of, train_step
 
     process.end_by_unwinding()

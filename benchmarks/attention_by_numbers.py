@@ -20,7 +20,7 @@ from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.rope import Rope
 from model.transformer import ModelConfig, TransformerLM
-from training.config import load_choice
+from training.run.config import load_choice
 
 DRAW = torch.Generator()
 

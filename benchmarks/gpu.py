@@ -48,10 +48,10 @@ from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import Working, choose_precision
-from training.compilation import maybe_compiled
-from training.config import ROOT, load_choice
-from training.mfu import peak_flops
-from training.optim import AdamWConfig
+from training.compile import maybe_compiled
+from training.monitor.mfu import peak_flops
+from training.optim.adamw import AdamWConfig
+from training.run.config import ROOT, load_choice
 from training.step import mean_loss, train_step
 
 DEADLINE = 8.5 * 60  # seconds of a section: a row that may take longer than is left of them is not begun

@@ -20,7 +20,7 @@ from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import Working
 from tests.support import allocated_peak
-from training.config import load_choice
+from training.run.config import load_choice
 from training.step import mean_loss
 
 VOCAB, GPT2_VOCAB = 256, 50_257

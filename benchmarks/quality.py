@@ -30,6 +30,7 @@ from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
 from benchmarks.train import SIZES, Size, refuse_shared, run_of
 from common.cli import number, one_line_errors
+from common.console import to_stderr
 from common.errors import UserError, reason
 from common.figures import refuse_unwritable
 from data.batches import micro_batches, refuse_short, stack, windows
@@ -38,8 +39,7 @@ from runtime.allocator import keep_buffers
 from runtime.device import choose_device
 from runtime.precision import Working
 from training.evaluate import evaluate
-from training.log import to_stderr
-from training.plot import empty_axes, save_axes
+from training.monitor.plot import empty_axes, save_axes
 from training.step import losses_of, train_step
 
 NANOGPT = "nanoGPT"

@@ -26,8 +26,8 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import Working
 from tests.support import load_composed
-from training.config import Run
 from training.evaluate import evaluate
+from training.run.config import Run
 from training.step import losses_of, train_step
 
 SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.context_length=64", "batch_tokens=768")

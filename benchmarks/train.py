@@ -26,8 +26,8 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import Working
 from tests.support import load_composed
-from training.compilation import maybe_compiled
-from training.config import Run
+from training.compile import maybe_compiled
+from training.run.config import Run
 from training.step import mean_loss, train_step
 
 LR = 1e-4

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def command(program: str, *words: str) -> str:
     """What runs a program of this checkout with these arguments, for a shell. program: train.py, sample.py, or a module
-    as in `-m training.replay`."""
+    as in `-m training.run.replay`."""
     module = program.removeprefix("-m ")
     if module == program:
         return " ".join(map(quoted, (interpreter(), shortest(str(ROOT / program)), *words)))

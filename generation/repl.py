@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from common.cli import number
+from common.console import held_back
 from common.errors import NotFinite, UserError, reason
 from common.signals import Interruptible
 from common.streams import StdoutLost, show, tell
@@ -17,7 +18,6 @@ from generation.sampler import Sampler
 from generation.state import Texts
 from generation.text_stream import TextStream
 from model.transformer import TransformerLM
-from training.log import held_back
 
 HELP = """\
 What you type is appended to the text as it stands, and the model continues it.

@@ -16,7 +16,7 @@ UNDER_FIRE = ["experiment=smoke", "model.dropout=0.1", f"steps={STEPS}", "batch_
 UNDER_FIRE += ["save_every=20", "eval_every=50", "eval_tokens=512", "tune_malloc=false"]
 # Dies in the middle of writing its n-th checkpoint: when the n-th file of weights is whole and the manifest is not.
 DIES_WRITING = """
-import os, runpy, signal, sys, training.checkpoint as checkpoint
+import os, runpy, signal, sys, training.run.checkpoint as checkpoint
 n, sealed = int(sys.argv.pop(1)), checkpoint.sealed
 def counted(content):
     global n

@@ -21,7 +21,7 @@ from common.cli import plain_tree
 from common.errors import Unsupported, UserError
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
-from training.config import Run, load
+from training.run.config import Run, load
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
@@ -147,7 +147,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
         if not drawn:
-            patch.setattr("training.report.plot_loss", lambda folder: None)
+            patch.setattr("training.monitor.report.plot_loss", lambda folder: None)
         try:
             importlib.import_module(program).main()
         except SystemExit as stop:

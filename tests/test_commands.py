@@ -20,8 +20,8 @@ from generation import decode as generate
 from generation.text_stream import TextStream
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
-from training import trained
-from training.log import read_metrics
+from training.run import load as trained
+from training.run.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -614,7 +614,7 @@ def test_the_first_step_of_a_cached_run_loads_only_what_it_needs(workplace, monk
     """Each of these costs a part of a second or more, which a user would wait for at every beginning."""
     settings = ["experiment=smoke", "tokenizer=bpe", "tokenizer.vocab_size=300", f"optim={optim}", "save_every=1"]
     assert call("train", [*settings, "steps=1", "tune_malloc=false"], monkeypatch) == 0  # fills the cache
-    assert loaded_by("train.py", *settings, until="training.log.MetricsFile.sync") == []  # its first save
+    assert loaded_by("train.py", *settings, until="training.run.metrics_file.MetricsFile.sync") == []  # its first save
 
 
 def test_the_first_sampled_token_loads_only_what_it_needs(place, monkeypatch):

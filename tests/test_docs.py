@@ -10,8 +10,8 @@ import torch
 from benchmarks.attention_by_numbers import SECTIONS, show
 from model.transformer import ModelConfig
 from tests.support import ROOT, small_model
-from training.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
-from training.run_folder import BEGINNINGS
+from training.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
+from training.run.folder import BEGINNINGS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = {"crossover"}  # times, which no other run gives again

@@ -16,7 +16,10 @@ ROOMS = {  # each with the rooms that it may use, besides itself
 DOORS = ("train", "sample")
 # Within a room: a file uses only what stands before it in its room's list. Files and folders that are not named are
 # free, as long as no circle comes of it.
-ORDER: dict[str, str] = {}
+ORDER = {
+    "model": "dimensions layout linear mask norm rope cache positions kernels mlp attention transformer loss cost",
+    "data": "tokenizers sources shards batches",
+}
 FORBIDDEN = {
     "common": {"torch", "numpy", "datasets", "wandb"},
     "model": {"hydra", "omegaconf", "wandb", "datasets", "torch.distributed"},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.cli import out_of_memory
+from common.console import clock
 from common.errors import UserError
 from common.streams import print_line
 from data.batches import refuse_short
@@ -21,11 +22,10 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.memory import free_memory
 from runtime.precision import Working
-from training.compilation import maybe_compiled
-from training.config import Run
+from training.compile import maybe_compiled
 from training.epochs import epochs, repetitions, tokens_of_epoch
-from training.log import clock
-from training.mfu import flops_of, peak_flops
+from training.monitor.mfu import flops_of, peak_flops
+from training.run.config import Run
 from training.step import accumulate, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into

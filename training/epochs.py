@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from data.batches import windows
 from data.shards.prepare import Prepared
-from training.config import Run
+from training.run.config import Run
 
 MOST = 4  # epochs that are worth nearly as much as fresh text (Muennighoff et al. 2023, arXiv:2305.16264)
 

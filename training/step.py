@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from data.sources.corpus import Corpus
 from model.loss import chunked_mean
 from runtime.precision import Working
-from training.compilation import maybe_compiled
+from training.compile import maybe_compiled
 from training.evaluate import Between, each_loss, go_on, places
-from training.qk_clip import Clipped, QKClip
+from training.optim.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})
 

@@ -14,7 +14,7 @@ from common.errors import UserError
 from common.invocation import command, interpreter, quoted
 from common.overrides import override, readable
 from tests.support import ROOT, SMOKE, call
-from training.run_folder import resume_command
+from training.run.folder import resume_command
 
 
 def value_of(word: str):
@@ -143,7 +143,7 @@ def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(venv / "python"))
     monkeypatch.setenv("PATH", str(base))  # as without the environment: the same binary, and other packages
     assert command("train.py", "resume=a b") == ".venv/bin/python train.py 'resume=a b'"
-    assert command("-m training.replay", "x") == ".venv/bin/python -m training.replay x"
+    assert command("-m training.run.replay", "x") == ".venv/bin/python -m training.run.replay x"
     monkeypatch.setenv("PATH", f"{venv}:{base}")
     assert command("train.py") == "python train.py"
     monkeypatch.setattr(sys, "executable", str(base / "python3.11"))
@@ -152,7 +152,7 @@ def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(base)
     assert command("train.py") == "./python3.11 ../train.py"
-    assert command("-m training.plot") == f"PYTHONPATH={tmp_path} ./python3.11 -m training.plot"
+    assert command("-m training.monitor.plot") == f"PYTHONPATH={tmp_path} ./python3.11 -m training.monitor.plot"
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

@@ -12,7 +12,7 @@ import pytest
 from common import streams
 from common.errors import UserError, escaped
 from tests.support import ROOT
-from training.log import Watch
+from training.monitor.progress import Watch
 
 PYTHON = f"exec {sys.executable}"
 STARTED = "from common import process, streams; process.start(); from common.cli import one_line_errors\n"
@@ -63,7 +63,7 @@ def test_a_text_that_is_lost_is_said_and_a_message_that_is_lost_is_not(tmp_path,
         ("train.py --help", ">&-", 2, CLOSED),
         ("train.py foo", "2>&- <&-", 2, ""),
         ("sample.py -", "<&-", 2, "error: the prompt: stdin cannot be read: it is closed\n"),
-        ("-m training.plot --help", ">&-", 2, CLOSED),
+        ("-m training.monitor.plot --help", ">&-", 2, CLOSED),
     ],
 )
 def test_so_do_the_programs(tmp_path, program, how, code, complaint):
@@ -97,7 +97,10 @@ def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
     assert (returned, out) == (2, "") and err.startswith("error: the working directory is gone (")
 
 
-@pytest.mark.parametrize("program", ["train.py", "sample.py x", "-m training.plot x", "-m training.replay x"])
+PROGRAMS = ["train.py", "sample.py x", "-m training.monitor.plot x", "-m training.run.replay x"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_a_package_that_is_missing_is_one_line(program):
     returned, out, err = shell(f"{PYTHON} -S {program}", ROOT)
     assert (returned, out, err.count("\n")) == (2, "", 1)
@@ -126,8 +129,8 @@ sys.argv = {words!r}
         ("train.py", "common.streams"),
         ("train.py", "hydra"),
         ("sample.py", "common.cli"),
-        ("training.plot", "rich.console"),
-        ("training.replay", "torch"),
+        ("training.monitor.plot", "common.figures"),
+        ("training.run.replay", "torch"),
     ],
 )
 def test_a_signal_amid_imports_ends_a_program_in_a_word(program, package, number):

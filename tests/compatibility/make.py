@@ -25,8 +25,8 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import Texts
 from tests.support import call
-from training.log import read_metrics
-from training.trained import load_run
+from training.run.load import load_run
+from training.run.metrics_file import read_metrics
 
 HERE = Path(__file__).parent
 STOPPED, STEPS, TOKENS = 6, 26, 40

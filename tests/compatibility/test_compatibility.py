@@ -10,7 +10,7 @@ import torch
 from generation.sampler import Sampler
 from tests.compatibility.make import CASES, HERE, TOKENS, losses_after, machine, sampled, texts
 from tests.support import call
-from training.migrate import FORMAT, UNSTATED
+from training.run.migrate import FORMAT, UNSTATED
 
 RUNS = sorted(path.parent for path in HERE.glob("*/*/expected.json"))
 FP32, REST = 1e-5, 0.1  # nats, on another machine; Muon multiplies in bfloat16 where the processor can, else in float32

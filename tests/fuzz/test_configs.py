@@ -18,7 +18,7 @@ from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import Working
 from tests.support import NEEDS, assert_one_line, compose, relative_error, sharpened, some_tokens
-from training.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
+from training.run.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
 from training.step import train_step
 
 VOCAB = 50

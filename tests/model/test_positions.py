@@ -15,8 +15,8 @@ from model.positions import alibi, slopes
 from model.rope import Rope
 from model.transformer import TransformerLM
 from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
-from training.config import dump, load
-from training.migrate import UNSTATED, migrate
+from training.run.config import dump, load
+from training.run.migrate import UNSTATED, migrate
 
 
 def angles(rope: Rope, position: int) -> list[float]:

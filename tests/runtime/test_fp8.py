@@ -15,7 +15,7 @@ from runtime import fp8, precision
 from runtime.precision import Working, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
-from training.optim import AdamWConfig
+from training.optim.adamw import AdamWConfig
 from training.step import accumulate, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -12,7 +12,7 @@ import pytest
 
 from model.score import Score
 from tests.support import ATTENTIONS, call
-from training.log import read_metrics
+from training.run.metrics_file import read_metrics
 
 FILE = Path(__file__).with_name("golden.json")
 OPTIONS = ["steps=30", "batch_tokens=512", "eval_every=1000", "save_every=1000", "tune_malloc=false"]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from common.console import clock
 from data.batches import windows
 from data.shards.prepare import prepare
 from model import cost
@@ -15,7 +16,6 @@ from runtime.precision import Working
 from tests.support import ATTENTIONS, SMOKE, allocated_peak, call, load_composed, some_tokens
 from training import step
 from training.dry_run import memory
-from training.log import clock
 from training.step import accumulate, losses_of
 
 VOCAB, CPU = 100, torch.device("cpu")

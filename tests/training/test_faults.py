@@ -88,7 +88,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, cap
 
 
 def test_checkpoints_that_can_no_longer_be_written_end_the_run_in_one_line(workplace):
-    result = train(*OPTIONS, "run_dir=other", code="import training.checkpoint as c\n"
+    result = train(*OPTIONS, "run_dir=other", code="import training.run.checkpoint as c\n"
                    "was = c.save\n"
                    "def save(folder, *rest):\n"
                    "    if (folder / 'checkpoints').exists():\n"
@@ -122,7 +122,7 @@ def test_a_shard_that_changes_under_a_run(whole, workplace, monkeypatch, change)
     """Cut short or edited, one line and a run that resumes; deleted, it is still there for whoever has opened it."""
     how = {"cut": "os.truncate(shard, 5000)", "edit": "open(shard, 'r+b').write(b'x')", "delete": "os.unlink(shard)"}
     code = (
-        "import glob, os, training.checkpoint as c\n"
+        "import glob, os, training.run.checkpoint as c\n"
         "shard, was = glob.glob('cache/*/train_00000.tokens')[0], c.save\n"
         f"def save(*arguments):\n    was(*arguments)\n    if os.path.exists(shard): {how[change]}\n"
         "c.save = save"

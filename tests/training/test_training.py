@@ -17,10 +17,10 @@ from model.transformer import TransformerLM
 from runtime.device import choose_device
 from runtime.precision import Working, choose_precision
 from tests.support import batches, load_composed, relative_error, small_config, small_model
-from training.compilation import maybe_compiled
+from training.compile import maybe_compiled
 from training.evaluate import each_loss, evaluate
-from training.optim import AdamWConfig
-from training.schedule import WSD, Cosine, Linear
+from training.optim.adamw import AdamWConfig
+from training.optim.schedule import WSD, Cosine, Linear
 from training.step import losses_of, mean_loss, train_step
 
 

@@ -15,7 +15,7 @@ from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import StdlibCorpus, SympyCorpus
 from data.tokenizers.tokenizer import ByteConfig
-from training.migrate import migrate
+from training.run.migrate import migrate
 
 TEXTS = [f"text {i % 150}" for i in range(600)]
 

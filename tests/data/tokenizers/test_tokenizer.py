@@ -17,7 +17,7 @@ from data.tokenizers.patterns import GPT2, PATTERN
 from data.tokenizers.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
 from tests.data.opening import assert_opened
 from tests.support import assert_one_line
-from training.migrate import migrate
+from training.run.migrate import migrate
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
 BPE = BPEConfig(vocab_size=400).train([*TEXTS, "',\n\nx" * 200])

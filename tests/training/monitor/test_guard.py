@@ -1,0 +1,263 @@
+"""Numerical trouble costs the step it happens in, and is said; when it does not end, the run does."""
+
+import math
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from model.kernels.sdpa import SDPA
+from model.score import Score
+from runtime.precision import LossScale, Working
+from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
+from tests.training.runs import assert_same_run, losses, rewind
+from training.monitor.guard import SPIKE_WINDOW, Guard
+from training.optim.adamw import AdamWConfig
+from training.run import checkpoint, replay
+from training.run.metrics_file import read_metrics
+from training.step import mean_loss, train_step
+
+
+def sometimes_nan(model, inputs, targets):
+    """A loss that some batches make NaN."""
+    return mean_loss(model, inputs, targets) * (math.nan if inputs.sum() % 4 == 0 else 1.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_that_is_not_finite_changes_nothing(precision, fused):
+    model = small_model("attention=mla", kernel=SDPA())
+    optimizer, working = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), Working(model, precision)
+    good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
+    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
+    result = train_step(working, optimizer, good, 1e-3, 1.0, loss=bad)
+    assert result.skipped and not result.loss.isfinite()
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
+    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    assert not all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+    model = small_model("attention=gqa", kernel=SDPA())
+    optimizer = AdamWConfig(lr=1e-3).build(model)
+
+    def steep(*arguments):
+        loss = mean_loss(*arguments)
+        return loss + (loss - loss.detach()) * 1e38 * 1e38
+
+    before = [p.detach().clone() for p in model.parameters()]
+    result = train_step(Working(model, "fp32"), optimizer, batches(4, 4), 1e-3, 1.0, loss=steep)
+    assert result.loss.isfinite() and not result.grad_norm.isfinite() and result.skipped
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_the_loss_scale_follows_pytorchs_own():
+    ours, theirs = LossScale(torch.device("cpu")), torch.amp.GradScaler("cpu", growth_interval=LossScale.GROWTH_STEPS)
+    theirs._lazy_init_scale_growth_tracker(torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    for _ in range(3 * LossScale.GROWTH_STEPS):
+        skipped = torch.rand((), generator=draw) < 3e-4
+        ours.update(skipped)
+        torch._amp_update_scale_(
+            theirs._scale, theirs._growth_tracker, skipped.float(), 2.0, 0.5, LossScale.GROWTH_STEPS
+        )
+        assert ours.scale == theirs._scale and ours.good_steps == theirs._growth_tracker
+    assert ours.scale != LossScale.INITIAL
+
+
+def test_the_loss_scale_has_an_end_and_comes_back_from_it(monkeypatch):
+    monkeypatch.setattr(LossScale, "GROWTH_STEPS", 2)
+    scale = LossScale(torch.device("cpu"))
+    for _ in range(2 * 12):  # 2^16 would have become 2^28
+        scale.update(torch.tensor(False))
+    assert scale.scale == 2**24
+    scale.update(torch.tensor(True))
+    assert scale.scale == 2**23
+    for _ in range(200):
+        scale.update(torch.tensor(True))
+    assert scale.state().scale == 2**-24
+    for stored, expected in ((2.0**100, 2**24), (math.inf, 2**24), (2.0**10, 2**10), (2.0**-140, 2**-24)):
+        scale.load(LossScale.State.model_construct(scale=stored, good_steps=7))
+        assert (scale.scale, scale.good_steps) == (expected, 7)
+
+
+def test_float16_gradients_are_those_of_float32():
+    """The smallest would be lost without the scale."""
+    model = small_model("attention=gqa", kernel=SDPA())
+    ((inputs, targets),) = batches(8, 8)
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    working = Working(model, "fp16")
+    working.backward(mean_loss(working.model, inputs, targets))
+    working.unscale()
+    for (name, parameter), exact in zip(model.named_parameters(), expected, strict=True):
+        assert (parameter.grad - exact).norm() < 0.01 * exact.norm(), name
+
+
+def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed_alike(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("training.step.mean_loss", sometimes_nan)
+    options = [*SMOKE, "steps=30", "save_every=9", "micro_batch_size=8", "keep_last=9"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rows = read_metrics(workplace / "whole/metrics.jsonl")
+    skipped = [row for row in rows if row.get("skipped")]
+    assert 2 < len(skipped) < 28
+    assert all(row["train_loss"] is None and row["grad_norm"] is None for row in skipped)
+    said = re.findall(r"step (\d+): loss nan, gradient norm nan: update skipped, (\d+) so far; its documents: (\S+)",
+                      capsys.readouterr().err)  # fmt: skip
+    assert [(int(step), int(count)) for step, count, _ in said] == [(r["step"], i + 1) for i, r in enumerate(skipped)]
+    assert all(name.startswith("synthetic/") for *_, name in said)
+    rewind(workplace / "whole", workplace / "killed", step=9)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=30)
+
+
+def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "most_skipped=5"]
+    options += ["model.dropout=0.1", "run_dir='a run'", "save_every=2"]
+    assert call("train", options, monkeypatch) == 2
+    err = capsys.readouterr().err
+    last = err.splitlines()[-1]
+    assert "updates in a row were skipped" in last and "smaller optim.lr than 1e+30" in last
+    rows = losses(workplace / "a run")
+    assert len(rows) == 6 and rows[0][-1] is None and all(row[-1] for row in rows[1:])
+    assert err.count("update skipped") == 5  # not a line for each of them
+    (command,) = re.findall(r"python -m (training\.replay .*)$", last)
+    replayed, again = (
+        subprocess.run(
+            [sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
+        )
+        for _ in range(2)
+    )
+    assert replayed.returncode == 0, replayed.stderr
+    assert replayed.stdout == again.stdout
+    (loss,) = re.findall(r"micro-step +loss (\S+) nats", replayed.stdout)
+    assert float(loss) == pytest.approx(rows[-1][1], abs=1e-4)
+    assert re.search(r"gradients +norm nan; not finite in embedding\.weight", replayed.stdout)
+    assert re.search(r"the largest number is \d\.\d+e\+(28|29|30)", replayed.stdout)
+    # The run goes on where it stopped, though not for long, and leaves nothing but its words: they are the same again.
+    said = []
+    for _ in range(2):
+        assert call("train", ["resume='a run'", "save_every=1"], monkeypatch) == 2
+        said.append(capsys.readouterr().err.splitlines()[-1])
+        assert len(losses(workplace / "a run")) == 7 and checkpoint.steps_done(workplace / "a run") == 6
+    assert "updates in a row were skipped up to step 7" in said[0] and said[0] == said[1]
+
+
+def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
+        assert call("train", [*SMOKE, "most_skipped=3", "run_dir=run"], patch) == 2
+    capsys.readouterr()
+    stopped = len(losses(workplace / "run"))
+    assert call("train", ["resume=run"], monkeypatch) == 0
+    rows = losses(workplace / "run")
+    assert len(rows) == 30 and all(row[-1] for row in rows[:stopped]) and not any(row[-1] for row in rows[stopped:])
+
+
+def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypatch, capsys):
+    scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
+    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
+    assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
+    assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
+    assert checkpoint.best(workplace / "run").path.name == "step_00000020"
+
+
+BATCHES = {
+    "gone": (lambda tensors: {"inputs": tensors["inputs"]}, "targets is not of"),
+    "of another shape": (lambda tensors: tensors | {"inputs": tensors["inputs"][:, :, :9]}, "inputs is not of"),
+    "of half numbers": (lambda tensors: tensors | {"inputs": tensors["inputs"].float()}, "inputs is not of"),
+    "of no tokens": (lambda tensors: tensors | {"targets": tensors["targets"] + 257}, "targets that are no tokens"),
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), BATCHES.values(), ids=BATCHES)
+def test_a_batch_that_is_none_of_the_runs_is_not_replayed(tmp_path, change, complaint):
+    run, shape = load_composed(*SMOKE), (1, 16, 64)
+    tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inputs", "targets")}
+    kept = checkpoint.Checkpoint(tmp_path, None, {replay.BATCH: tensors})
+    assert replay._batches(kept, run, 257)[0].shape == shape
+    with pytest.raises(UserError, match=complaint):
+        replay._batches(kept._replace(tensors={replay.BATCH: change(tensors)}), run, 257)
+
+
+PLACES = {
+    "layers.1.mlp.up_proj.weight": "layers.1.mlp.up_proj (Linear), of finite numbers",
+    "layers.0.attention.v_proj.weight": "layers.0.attention.v_proj (Linear), of finite numbers",
+    "embedding.weight": "embedding (VocabMatrix), of finite numbers",
+    "head.weight": "the logits (TransformerLM), of finite numbers",
+}
+
+
+@pytest.mark.parametrize(("name", "place"), PLACES.items(), ids=PLACES)
+def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, name, place):
+    options = [*SMOKE, "steps=3", "most_skipped=1", "model.tie_embeddings=false", "run_dir=run"]
+    real = checkpoint.write
+
+    def spoilt(path, run, corpus, training, step, files, *rest):
+        files[checkpoint.MODEL][name][:] = math.inf
+        real(path, run, corpus, training, step, files, *rest)
+
+    monkeypatch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", spoilt)
+        assert call("train", options, patch) == 2
+    capsys.readouterr()
+    monkeypatch.chdir("run/failures")
+    (failure,) = (workplace / "run/failures").iterdir()
+    replay.replay(Path(failure.name))
+    assert f"first not finite in the output of {place}" in capsys.readouterr().out
+
+
+def test_a_replay_of_nothing_is_one_line(workplace):
+    result = subprocess.run(
+        [sys.executable, "-m", "training.run.replay", "nothing"],
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": ROOT},
+    )
+    assert (
+        result.returncode == 2
+        and result.stderr.count("\n") == 1
+        and "nothing is not a step that was kept" in result.stderr
+    )
+
+
+def rows_of(*train_losses):
+    return [{"step": i + 1, "train_loss": loss} for i, loss in enumerate(train_losses)]
+
+
+def test_a_spike_is_noticed_once_and_falling_or_noisy_losses_are_not():
+    draw = torch.Generator().manual_seed(0)
+    noisy = [6 * math.exp(-i / 80) + 3 + 0.3 * torch.randn((), generator=draw).item() for i in range(600)]
+    guard = Guard([])
+    assert not any(guard.see(row) for row in rows_of(*noisy))
+    assert [guard.see(row) for row in rows_of(9.0, 9.5, 3.0, 8.0)] == [True, False, False, True]
+    assert guard.usual_loss == pytest.approx(3, abs=0.3)
+
+
+def test_a_guard_made_from_the_past_is_the_guard_that_saw_it():
+    rows = rows_of(*[3.0] * SPIKE_WINDOW) + [{"step": 65, "train_loss": None, "skipped": True}] * 3
+    guard = Guard(rows)
+    assert (guard.skipped, guard.in_a_row) == (3, 3)
+    assert guard.see({"train_loss": 4.0})
+    assert guard.in_a_row == 0 and guard.skipped == 3
+
+
+def test_a_spike_in_a_run_is_said(workplace, monkeypatch, capsys):
+    calls = []
+
+    def spiking(*arguments):
+        calls.append(1)
+        return mean_loss(*arguments) + (5.0 if len(calls) == 90 else 0.0)
+
+    monkeypatch.setattr("training.step.mean_loss", spiking)
+    assert call("train", [*SMOKE, "steps=100", "batch_tokens=256", "run_dir=run"], monkeypatch) == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
+    assert re.match(r"step 90: loss \S+ is a spike, \S+ was usual; its documents: synthetic/", said)

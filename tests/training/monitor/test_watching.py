@@ -1,0 +1,141 @@
+"""What a run tells of its speed and memory, and that telling it changes nothing."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+import yaml
+
+from data.shards.prepare import prepare
+from model import cost
+from tests.support import SMOKE, call, load_composed
+from tests.training.runs import assert_same_run, rewind
+from training.monitor.mfu import flops_of, peak_flops, peak_of
+from training.run.metrics_file import read_metrics
+
+
+def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "peak_flops=1e12", "run_dir=run"], monkeypatch) == 0
+    out, err = capsys.readouterr()
+    run = load_composed(*SMOKE)
+    for row in read_metrics(workplace / "run/metrics.jsonl"):
+        # a token of the byte tokenizer is a byte, but for the end of a document
+        assert row["train_bpb"] == pytest.approx(row["train_loss"] / math.log(2), rel=0.02)
+        assert row["flops_per_second"] == pytest.approx(
+            row["tokens_per_second"] * cost.flops(run.model, 257).training()
+        )
+        assert row["mfu"] == pytest.approx(row["flops_per_second"] / 1e12)
+        assert 0 < row["data_seconds"] < 5
+        assert 50e6 < row["memory_bytes"] < 50e9
+    assert re.search(r"bpb \d\.\d+  [\d,]+ tokens/s  MFU \d+\.\d%  ETA", err)
+    assert re.search(r"speed  .* MFU \d+\.\d%, \d+\.\d% of the time waiting for data", out)
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (["attention=mha"], "MHA, 4 heads with a key and a value each: qk_bias=True n_kv_heads=4"),
+        (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
+        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
+        (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
+        (["attention=mqa", "attention.window=7"], "MQA, 4 heads on one key and value head: window=7 qk_bias=True n_kv"),
+        (
+            ["attention=stack"],
+            "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
+        ),
+        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4: "),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_run_begins_by_saying_what_its_heads_share(workplace, monkeypatch, capsys, choice, said):
+    assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
+    err = capsys.readouterr().err
+    assert f"attention    {said}" in err and "in a vocabulary of 257," in err
+
+
+def test_flops_of_masked_documents_are_those_within_them(workplace, monkeypatch):
+    assert call("train", [*SMOKE, "data.document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
+    run = load_composed(*SMOKE)
+    counted = flops_of(run.model, prepare(run.data, run.tokenizer, workplace / "cache"), document_mask=True)
+    whole = cost.flops(run.model, 257)
+    assert counted.per_token == whole.per_token and counted.keys < whole.keys
+    for row in read_metrics(workplace / "run/metrics.jsonl"):
+        assert row["flops_per_second"] == pytest.approx(row["tokens_per_second"] * counted.training())
+
+
+def test_without_a_known_peak_there_is_no_mfu(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "steps=3", "run_dir=run"], monkeypatch) == 0
+    assert {row["mfu"] for row in read_metrics(workplace / "run/metrics.jsonl")} == {None}
+    assert "tokens/s  MFU n/a  ETA" in capsys.readouterr().err
+
+
+def test_peaks_are_of_one_gpu_in_one_precision_or_none(monkeypatch):
+    assert peak_of("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
+    assert peak_of("NVIDIA H100 PCIe", "fp32") == 51.2e12
+    assert peak_of("NVIDIA A100-SXM4-80GB", "fp16") == 312e12
+    assert peak_of("Tesla T4", "bf16") is None
+    for another in ("NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA H20", ""):
+        assert peak_of(another, "bf16") is None
+    assert peak_flops(torch.device("cpu"), "fp32", None) is None
+    assert peak_flops(torch.device("cpu"), "fp32", 7.0) == 7.0
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    assert peak_flops(torch.device("cuda"), "bf16", None) == 121e12
+    assert peak_flops(torch.device("cuda"), "bf16", 1.0) == 1.0
+
+
+def test_a_trace_shows_the_steps_it_says_and_changes_no_bit(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4"]
+    assert call("train", [*options, "profile_steps=2", "run_dir=whole"], monkeypatch) == 0
+    assert "profile of steps 4 to 5 in whole/trace_steps_4-5.json: open it at" in capsys.readouterr().err
+    trace = json.loads((workplace / "whole/trace_steps_4-5.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in trace]
+    assert names.count("aten::_fused_adamw_") % 2 == 0 and "aten::_fused_adamw_" in names and "aten::mm" in names
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed", "profile_steps=30", "peak_flops=1e12"], monkeypatch) == 0
+    assert (workplace / "killed/trace_steps_9-12.json").is_file()
+    said = "profile_steps=30: this process has 7 steps, the first 3 of which are not recorded, so the trace will show 4"
+    assert said in capsys.readouterr().err
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
+def test_a_run_made_before_these_settings_resumes(workplace, monkeypatch):
+    assert call("train", [*SMOKE, "steps=5", "run_dir=run"], monkeypatch) == 0
+    tree = yaml.safe_load((workplace / "run/config.yaml").read_text())
+    older = {key: value for key, value in tree.items() if key not in ("peak_flops", "profile_steps", "dry_run")}
+    (workplace / "run/config.yaml").write_text(yaml.safe_dump(older))
+    assert call("train", ["resume=run", "steps=7"], monkeypatch) == 0
+
+
+def test_a_profiler_that_fails_stops_nothing(workplace, monkeypatch, capsys):
+    def broken(**_):
+        raise RuntimeError("no profiler\nhere")
+
+    monkeypatch.setattr(torch.profiler, "profile", broken)
+    assert call("train", [*SMOKE, "steps=5", "profile_steps=1"], monkeypatch) == 0
+    assert "profile_steps=1 failed, training goes on: no profiler\n" in capsys.readouterr().err
+    assert call("train", [*SMOKE, "steps=2", "profile_steps=1"], monkeypatch) == 0
+    assert "the first 3 of which are not recorded, so the trace will show none\n" in capsys.readouterr().err
+
+
+OF_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore advice.")
+OF_THE_SYSTEM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [OF_A_GPU, OF_THE_SYSTEM, MemoryError()], ids=["GPU", "CPU", "Python"])
+@pytest.mark.parametrize(
+    ("sequences", "micro_batch", "advice"),
+    [(16, 16, "try micro_batch_size=8,"), (15, 15, "try micro_batch_size=5,"), (15, 1, "take a smaller model or a sh")],
+)
+def test_too_little_memory_names_the_micro_batch_to_try(
+    workplace, monkeypatch, capsys, error, sequences, micro_batch, advice
+):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr("training.step.train_step", full)
+    sizes = [f"batch_tokens={64 * sequences}", f"micro_batch_size={micro_batch}"]
+    assert call("train", [*SMOKE, *sizes], monkeypatch) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert f"not enough memory for micro_batch_size={micro_batch}: {advice}" in line and "More advice" not in line

@@ -1,0 +1,220 @@
+"""Muon: its update by its formula, what it sees as matrices, and what it promises a run."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model import cost
+from model.kernels.sdpa import SDPA
+from model.transformer import TransformerLM
+from runtime.precision import Working
+from tests.support import ATTENTIONS, SMOKE, batches, call, load_composed, relative_error, small_model, some_tokens
+from tests.training.runs import assert_same_run, rewind
+from training.optim.muon import Muon, MuonConfig, momentum_after
+from training.optim.newton_schulz import COEFFICIENTS, STEPS, by_svd, newton_schulz
+from training.run.checkpoint import Training, _optimizer_tensors
+from training.step import mean_loss, train_step
+
+# lr, and then what is Muon's; decay and warmup are off where a test does not want them
+PLAIN = {"lr": 1e-3, "muon_lr": 0.02, "weight_decay": 0.0, "momentum_warmup": 0}
+SHAPES = [(8, 8), (8, 32), (32, 8), (1, 16), (24, 16)]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def polynomial(matrix: Tensor) -> Tensor:
+    """What the iteration computes, without iterating over matrices: U p(p(...(S / |S|))) Vᵀ, in float64."""
+    a, b, c = COEFFICIENTS
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(STEPS):
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vt
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_newton_schulz_is_its_polynomial_and_near_the_orthogonal_factor(shape):
+    matrices = drawn(5, *shape)
+    found = newton_schulz(matrices)
+    assert found.shape == matrices.shape and found.dtype == torch.float32
+    for matrix, each, low in zip(matrices, found, newton_schulz(matrices, torch.bfloat16), strict=True):
+        assert relative_error(each, polynomial(matrix)) <= 1e-3
+        difference = torch.linalg.svdvals(each.double() - by_svd(matrix))
+        # p⁵ is within 0.33 of 1 from 0.004 of the norm on, which the smallest of a square matrix may miss
+        small = torch.linalg.svdvals(matrix.double()) / matrix.norm() < 0.004
+        assert difference[int(small.sum()) :].max() <= 0.33
+        assert relative_error(low, polynomial(matrix)) <= 0.15
+
+
+def test_matrices_at_once_are_as_one_by_one():
+    for shape in SHAPES:
+        matrices = drawn(6, *shape)
+        for dtype in (torch.float32, torch.bfloat16):
+            alone = torch.cat([newton_schulz(matrix[None], dtype) for matrix in matrices])
+            assert torch.equal(newton_schulz(matrices, dtype), alone)
+
+
+def test_a_matrix_of_zeros_has_no_direction():
+    assert not newton_schulz(torch.zeros(2, 4, 8)).any()
+
+
+def naive_update(model: TransformerLM, name: str, direction: Tensor) -> Tensor:
+    """Of one stored matrix, its logical ones taken out by their row numbers, one at a time."""
+    split, update, row = model.blocks()[name], torch.zeros_like(direction, dtype=torch.float64), 0
+    for _ in range(split.heads):
+        for rows in split.parts.values():
+            matrix = direction[row : row + rows]
+            update[row : row + rows] = math.sqrt(max(1, rows / matrix.shape[1])) * polynomial(matrix)
+            row += rows
+    assert row == len(direction)
+    return update
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_update_is_what_the_formula_says(attention, monkeypatch):
+    monkeypatch.setattr("training.optim.muon.multiplies_bf16", lambda device: False)
+    model = small_model(f"attention={attention}", "model.n_layers=2")
+    optimizer = MuonConfig(**PLAIN | {"weight_decay": 0.5}, momentum=0.9).build(model)
+    named, buffers = dict(model.named_parameters()), {}
+    for step in range(3):
+        before = {name: p.detach().double() for name, p in named.items()}
+        for i, p in enumerate(named.values()):
+            p.grad = drawn(*p.shape, seed=100 * step + i)
+        optimizer.param_groups[0]["lr"] = 5e-4  # as the schedule says it: half of both rates
+        optimizer.step()
+        for name in model.blocks():
+            grad = named[name].grad.double()
+            buffers[name] = 0.9 * buffers.get(name, torch.zeros_like(grad)) + 0.1 * grad
+            update = naive_update(model, name, 0.9 * buffers[name] + 0.1 * grad)
+            expected = before[name] * (1 - 0.01 * 0.5) - 0.01 * update
+            assert relative_error(named[name] - before[name], expected - before[name]) <= 2e-3, name
+
+
+def test_every_logical_matrix_moves_by_an_orthogonal_one():
+    """With logical_blocks=false those that are parts of a tall matrix do not."""
+    near = {}
+    for logical in (True, False):
+        model = small_model("attention=mla", "attention.q_lora_rank=24")
+        optimizer, before = MuonConfig(**PLAIN, logical_blocks=logical).build(model), {}
+        for i, (name, p) in enumerate(model.named_parameters()):
+            before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)
+        optimizer.step()
+        for name, split in model.blocks().items():
+            moved = (dict(model.named_parameters())[name] - before[name]).detach() / 0.02
+            for part, rows in split.views(moved).items():
+                spectra = torch.linalg.svdvals(rows / math.sqrt(max(1, rows.shape[1] / rows.shape[2])))
+                near[logical, name, part] = ((spectra > 0.6) & (spectra < 1.25)).float().mean().item()
+    assert all(share > 0.9 for (logical, *_), share in near.items() if logical)
+    assert all(
+        near[False, f"layers.{i}.attention.kv_up.weight", part] < 0.6 for i in (0, 1) for part in ("k_nope", "v")
+    )
+
+
+def test_embeddings_head_and_vectors_learn_by_adamw():
+    model = small_model("attention=gqa", "model.tie_embeddings=false", "model.bias=true", "position=learned")
+    twin = small_model("attention=gqa", "model.tie_embeddings=false", "model.bias=true", "position=learned")
+    hidden = model.blocks().keys()
+    assert not [name for name in hidden if "embedding" in name or "head" in name or "norm" in name]
+    others = {name: p for name, p in twin.named_parameters() if name not in hidden}
+    optimizer = MuonConfig(lr=1e-3).build(model)
+    decayed = [p for p in others.values() if p.ndim >= 2]
+    vectors = [p for p in others.values() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
+    for step in range(3):
+        for i, (mine, its) in enumerate(zip(model.parameters(), twin.parameters(), strict=True)):
+            mine.grad = its.grad = drawn(*mine.shape, seed=100 * step + i)
+        optimizer.step()
+        reference.step()
+    for name, p in model.named_parameters():
+        if name in others:
+            assert torch.allclose(p, others[name], rtol=1e-5, atol=1e-7), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_learns(precision):
+    model = small_model("attention=mla", kernel=SDPA())
+    optimizer, working, data = MuonConfig(lr=3e-3).build(model), Working(model, precision), batches(8, 8)
+    losses = [train_step(working, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
+    assert losses[-1] < losses[0] / 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing_and_waits_for_nothing(precision, first):
+    model = small_model("attention=mla", kernel=SDPA())
+    optimizer, working = MuonConfig(lr=1e-3).build(model), Working(model, precision)
+    good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
+    if not first:
+        assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
+    assert train_step(working, optimizer, good, 1e-3, 1.0, loss=bad).skipped
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
+    assert all(part.isfinite().all() for parts in optimizer.state.values() for part in parts.values())
+    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert optimizer._step_supports_amp_scaling and optimizer.found_inf is None
+
+
+def test_the_momentum_grows_to_its_value():
+    values = [momentum_after(torch.tensor(float(n)), 0.95, 4).item() for n in range(6)]
+    assert values == pytest.approx([0.87, 0.89, 0.91, 0.93, 0.95, 0.95])
+    assert momentum_after(torch.tensor(0.0), 0.5, 300) == 0.5
+    assert momentum_after(torch.tensor(0.0), 0.95, 0) == pytest.approx(0.95)
+
+
+def test_its_state_is_what_it_keeps_and_has_a_name_for_each_tensor():
+    run = load_composed(*SMOKE, "optim=muon")
+    assert run.optim.lr == 2 / 64 and load_composed(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
+    model = TransformerLM(run.model, 257)
+    optimizer = run.optim.build(model)
+    model(some_tokens(1, 8)).logits.sum().backward()
+    optimizer.step()
+    kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
+    assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
+    names = set(_optimizer_tensors(Training(model, optimizer, None)))
+    assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["attention=mla", "precision=bf16"],
+        ["attention=gqa", "precision=fp32"],
+        pytest.param(["attention=mha", "compile=true"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, choice):
+    options = [*SMOKE, "optim=muon", "optim.momentum_warmup=8", "model.dropout=0.1", "micro_batch_size=4"]
+    options += ["data.size=12", "steps=12", "save_every=5", "eval_every=4", "model.n_layers=1", *choice]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
+def test_skipped_steps_of_float16_resume_too(workplace, monkeypatch):
+    monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
+    monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
+    options = [*SMOKE, "optim=muon", "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9"]
+    options += ["batch_tokens=256"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    for step in (5, 15):
+        rewind(workplace / "whole", workplace / f"killed{step}", step)
+        assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", workplace / f"killed{step}", step=20)
+
+
+def test_without_a_word_of_skipping_it_steps():
+    model = small_model("attention=gqa")
+    optimizer = MuonConfig(lr=1e-3).build(model)
+    assert isinstance(optimizer, Muon)
+    optimizer.step()  # without gradients there is nothing to do
+    assert not optimizer.state

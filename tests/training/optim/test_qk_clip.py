@@ -1,0 +1,128 @@
+"""QK-clip: what it does to scores, to whom, and when."""
+
+import pytest
+import torch
+
+from model.kernels.naive import Naive
+from model.kernels.sdpa import SDPA
+from runtime.precision import Working
+from tests.support import SMOKE, batches, call, relative_error, small_model, some_tokens
+from tests.training.runs import assert_same_run, rewind
+from training.optim.adamw import AdamWConfig
+from training.optim.qk_clip import QKClip
+from training.run.metrics_file import read_metrics
+from training.step import accumulate, mean_loss, mean_loss_and_scores, train_step
+
+CASES = [
+    ("attention=mha", "attention.qk_norm=false"),
+    ("attention=mha", "attention.qk_norm=false", "model.bias=true", "position=none"),
+    ("attention=gqa", "attention.qk_norm=false", "attention.rope_dim=6", "model.bias=true"),
+    ("attention=mqa", "attention.qk_norm=false"),
+    ("attention=mla",),
+    ("attention=mla", "attention.q_lora_rank=24", "model.bias=true", "attention.execution=absorbed"),
+    ("attention=mla", "attention.k_rope_from=latent"),
+    ("attention=mla", "position=none"),
+]
+GOOD = torch.tensor(False)
+
+
+def max_logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        extras = model(some_tokens(2, 24), want=frozenset({"max_logit"})).extras
+    return torch.stack(list(extras.values()))  # (layers, heads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_scores_of_the_heads_beyond_the_threshold_become_gamma_times_themselves(case):
+    """In the first layer, whose input does not change; heads that share a key shrink together."""
+    model = small_model(*case)
+    before = max_logits(model)[0]
+    threshold = before.sort().values[1:3].mean().item()  # two heads are beyond it
+    beyond = before > threshold
+    assert beyond.sum() == 2
+    found = QKClip(model, threshold)(max_logits(model), GOOD)
+    assert found.max_logit == max_logits(small_model(*case)).amax()
+    assert found.heads == (max_logits(small_model(*case)) > threshold).sum()
+    gamma = torch.where(beyond, threshold / before, 1.0)
+    keys = {"gqa": 2, "mqa": 1}.get(case[0].split("=")[1], 4)
+    gamma = gamma.view(keys, -1).amin(1, keepdim=True).expand(keys, 4 // keys).flatten()
+    assert relative_error(max_logits(model)[0], before * gamma) <= 1e-5
+    assert max_logits(model)[0].amax() <= threshold * (1 + 1e-5)
+
+
+def test_heads_below_the_threshold_and_values_keep_their_bits():
+    model, twin = (small_model("attention=mla") for _ in range(2))
+    assert QKClip(model, 1e4)(max_logits(model), GOOD).heads == 0
+    QKClip(model, 1e-3)(max_logits(model), torch.tensor(True))  # a step that was skipped
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    QKClip(model, 1e-3)(max_logits(model), GOOD)
+    changed = {name for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True)
+               if not torch.equal(a, b)}  # fmt: skip
+    parts = ("q_proj.weight", "q_proj.bias", "kv_up.weight")
+    assert changed == {f"layers.{i}.attention.{part}" for i in (0, 1) for part in parts}
+    for (name, split), mine, its in (
+        (item, dict(model.named_parameters()), dict(twin.named_parameters())) for item in model.blocks().items()
+    ):
+        if "v" in split.parts:
+            assert torch.equal(split.views(mine[name])["v"], split.views(its[name])["v"])
+
+
+def test_a_step_clips_by_the_largest_scores_of_its_micro_batches():
+    model = small_model("attention=mla", kernel=Naive())
+    working = Working(model, "fp32")
+    each = [accumulate(working, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
+    together = accumulate(working, batches(4, 1), (0, 0), mean_loss_and_scores)[1]
+    assert torch.equal(torch.stack(each).amax(0), together) and together.shape == (2, 4)
+    assert not together.requires_grad
+    model.zero_grad()
+    threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
+    result = train_step(
+        working, AdamWConfig(lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, (0, 0), mean_loss_and_scores,
+        QKClip(model, threshold),
+    )  # fmt: skip
+    assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0
+    assert relative_error(model.layers[0].attention.kv_up.weight, before) > 1e-3
+
+
+def test_the_loss_is_the_same_with_scores_beside_it():
+    model, ((inputs, targets),) = small_model("attention=gqa"), batches(4, 4)
+    assert torch.equal(mean_loss_and_scores(model, inputs, targets)[0], mean_loss(model, inputs, targets))
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_loss_with_scores_beside_it_compiles_whole(attention):
+    model, ((inputs, targets),) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
+    expected, scores = mean_loss_and_scores(model, inputs, targets)
+    compiled = torch.compile(mean_loss_and_scores, backend="aot_eager", dynamic=False, fullgraph=True)
+    loss, found = compiled(model, inputs, targets)
+    assert relative_error(loss, expected) <= 1e-5 and relative_error(found, scores) <= 1e-5
+    parameters = list(model.parameters())
+    gradients = [torch.autograd.grad(one, parameters) for one in (loss, expected)]
+    for gradient, exact in zip(*gradients, strict=True):
+        assert relative_error(gradient, exact) <= 1e-4
+
+
+MUON, ADAMW = ["attention=mla", "optim=muon"], ["attention=gqa", "attention.qk_norm=false", "optim=adamw"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "compiled"),
+    [(MUON, False), (ADAMW, False), *(pytest.param(choice, True, marks=pytest.mark.slow) for choice in (MUON, ADAMW))],
+)
+def test_a_clipped_run_says_so_and_resumes_bit_for_bit(workplace, monkeypatch, capsys, choice, compiled):
+    options = [*SMOKE, *choice, "optim.qk_clip=0.02", "model.n_layers=1", f"compile={compiled}", "steps=12"]
+    options += ["data.size=12", "save_every=5", "eval_every=4", "micro_batch_size=4"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rows = read_metrics(workplace / "whole/metrics.jsonl")
+    assert all(row["max_logit"] > 0 for row in rows) and any(row["clipped_heads"] for row in rows)
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    assert "running eagerly" not in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_clip_says_nothing_of_it(workplace, monkeypatch):
+    assert call("train", [*SMOKE, "steps=2", "run_dir=run"], monkeypatch) == 0
+    assert not any(
+        "max_logit" in row or "clipped_heads" in row for row in read_metrics(workplace / "run/metrics.jsonl")
+    )

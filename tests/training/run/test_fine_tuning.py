@@ -1,0 +1,150 @@
+"""init_from: another run's weights, model and tokenizer; new data, a fresh optimizer."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.invocation import command
+from model.score import Score
+from tests.support import SMOKE, call, changed, load_composed
+from tests.training.runs import assert_same_run, losses, rewind
+from training.epochs import repetitions
+from training.run import checkpoint
+from training.run.load import load_run
+
+TEXT = "".join(f"The {i}th line of quite another text, with words such as zeppelin.\n" for i in range(900))
+BASE = [*SMOKE, "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300", "run_dir=base"]
+TUNED = [*SMOKE, "init_from=base", "data=files", "data.path=a.txt", "steps=12", "save_every=5", "eval_every=6"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run to begin from, what it read, and other texts."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("a.txt").write_text(TEXT)
+        assert call("train", BASE, patch) == 0
+    return folder
+
+
+@pytest.fixture
+def base(trained, workplace):
+    shutil.copytree(trained, workplace, dirs_exist_ok=True)
+    return workplace / "base"
+
+
+def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsys):
+    assert call("train", [*TUNED, "optim.lr=1e-30", "optim.muon_lr=1e-30", "run_dir=still"], monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "beginning with the weights of base/checkpoints/step_00000030" in err
+    first, *_, last = losses(workplace / "still")
+    assert first[0] == 0 and first[4] == pytest.approx(last[4], rel=1e-3)  # it was scored before the first step
+    assert f"\nbefore step 1: validation {first[4]:.4f} nats per token" in err
+    assert re.search(
+        rf"\nbefore +{first[4]:.4f} nats per token, .*\(the first 4,096 of them; now {first[4]:.4f} and .*: no better",
+        out,
+    )
+    (before, tokenizer), (after, its) = load_run("base"), load_run("still")
+    assert tokenizer.hash == its.hash
+    for name, tensor in after.state_dict().items():
+        assert torch.allclose(tensor, before.state_dict()[name], atol=1e-6), name
+
+
+def test_the_best_checkpoint_is_kept_and_named_where_it_is_not_the_last(workplace, monkeypatch, capsys):
+    scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
+    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
+    assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert (
+        "before       5.0000 nats per token, 7.2135 bits per byte (the first 1 of them; now 2.0000 and 2.8854: bet"
+        in out
+    )
+    assert "best         step 20, 1.0000 nats per token (the first 1 of them): " in out
+    assert f"{command('sample.py', '--checkpoint', 'best', '--run', 'a run')}\n" in out
+    assert [path.name for path in checkpoint.saved(workplace / "a run")] == ["step_00000020", "step_00000030"]
+    assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
+
+
+def test_a_text_that_is_read_too_often_is_said_with_the_steps_that_are_enough():
+    def said(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
+        return list(repetitions(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
+
+    assert said("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
+    (line,) = said("steps=25_000")
+    assert "is read 256 times" in line and "give steps=390, which makes 4 epochs, or more text" in line
+    (line,) = said("steps=25_000", done=390)
+    assert line.endswith("gets worse: give more text")
+    batch, often = said("steps=4", "batch_tokens=131072")
+    assert "batch_tokens=131072 is more than the 99840 tokens of the training text" in batch
+    assert "is read 5.25 times" in often and "steps=3," in often
+
+
+def test_what_was_learned_helps(base, workplace, monkeypatch):
+    tuned = [*SMOKE, "init_from=base", "data.seed=7", "steps=3", "run_dir=tuned"]
+    assert call("train", tuned, monkeypatch) == 0
+    first = losses(workplace / "tuned")[1][1]
+    assert first < losses(base)[0][1] / 2
+
+
+def test_it_resumes_bit_for_bit_even_without_a_checkpoint(base, workplace, monkeypatch):
+    assert call("train", [*TUNED, "run_dir=whole", "model.dropout=0.1"], monkeypatch) == 0
+    for step in (5, 0):
+        rewind(workplace / "whole", workplace / f"killed{step}", step)
+        assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", workplace / f"killed{step}", step=12)
+
+
+def test_a_shorter_context_is_allowed(base, workplace, monkeypatch):
+    assert call("train", [*TUNED, "model.context_length=32", "run_dir=short"], monkeypatch) == 0
+    assert load_run("short")[0].config.context_length == 32
+
+
+def test_a_longer_context_is_allowed_with_the_rotation_stretched_over_it(base, workplace, monkeypatch):
+    longer = ["model.context_length=128", "attention.rope_scaling=yarn", "attention.rope_factor=2"]
+    assert call("train", [*TUNED, *longer, "run_dir=long"], monkeypatch) == 0
+    attention = load_run("long")[0].config.attention
+    assert (attention.rope_scaling, attention.rope_factor, attention.rope_original_context) == ("yarn", 2.0, 64)
+
+
+def test_another_context_is_refused_where_positions_are_learned(workplace, monkeypatch, capsys):
+    Path("a.txt").write_text(TEXT)
+    assert call("train", [*BASE, "position=learned", "steps=1"], monkeypatch) == 0
+    assert call("train", [*TUNED, "model.context_length=32", "run_dir=no"], monkeypatch) == 2
+    assert "its learned positions are the 64 of its context" in capsys.readouterr().err.splitlines()[-1]
+    assert call("train", changed(TUNED, "steps=1", "run_dir=yes"), monkeypatch) == 0
+
+
+def test_it_resumes_without_the_run_it_began_with(base, workplace, monkeypatch):
+    assert call("train", [*TUNED, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", 5)
+    shutil.rmtree("base")
+    shutil.rmtree("cache")
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
+REFUSED = {
+    "init_from=5": "5 is not a run",
+    "tokenizer=byte": "tokenizer cannot be chosen with init_from=base: its weights know the 300 tokens",
+    "tokenizer=bpe": "tokenizer cannot be chosen",
+    "attention=gqa": "attention cannot be chosen with init_from=base: the model is that run's",
+    "model.d_model=128": "model.d_model cannot be chosen",
+    "position=alibi": "position cannot be chosen",
+    "init_from=nowhere": "nowhere is not a run",
+    "init_from=base/checkpoints/step_00000030": "is no run, but lies within one: give the run's folder, base",
+    "init_from=base/checkpoints": "give the run's folder, base",
+    "init_from=''": "init_from= names no run",
+}
+
+
+@pytest.mark.parametrize(("change", "complaint"), REFUSED.items(), ids=REFUSED)
+def test_another_model_or_vocabulary_is_refused(base, workplace, monkeypatch, capsys, change, complaint):
+    assert call("train", changed(TUNED, change, "run_dir=no"), monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert complaint in err.splitlines()[-1] and err.count("error:") == 1
+    assert not (workplace / "no").exists()

@@ -1,0 +1,145 @@
+"""What a stored configuration reaches out of its folder for was chosen by this user, or is repeated."""
+
+import shutil
+
+import pytest
+import yaml
+
+from common.cli import with_stored_choices
+from common.errors import UserError
+from tests.support import SMOKE, compose, load_composed
+from training.run.folder import write_config
+from training.run.resume import resumed
+
+
+@pytest.fixture
+def made(workplace):
+    """made(*overrides) writes the config.yaml of such a run into the folder `run`."""
+
+    def make(*overrides):
+        (workplace / "run").mkdir(exist_ok=True)
+        write_config(workplace / "run", load_composed(*SMOKE, *overrides))
+
+    return make
+
+
+def resume(*typed: str, folder: str = "run"):
+    typed = with_stored_choices([f"resume={folder}", *typed])
+    run, _, claim = resumed(folder, compose(*typed[1:]), typed)
+    with claim:
+        return run
+
+
+FILES = ("data=files", "data.path=a.txt")
+# How a run was made, what a stranger who resumes it is told to repeat, and what may be typed instead.
+FOREIGN = {
+    "files": (FILES, "data.path=a.txt", ["data=files", "data.path=a.txt"]),
+    "hub": (("data=hub", "data.path=owner/name"), "data.path=owner/name", ["data.path=owner/name"]),
+    "mix": (
+        ("data=mix", "data.parts={a: {quota: 1, data: files, path: 'my text.txt'}, sympy: 1}"),
+        "'data.parts.a.corpus.path=\"my text.txt\"'",
+        ["data=mix", "data.parts={a: {quota: 1, data: files, path: 'my text.txt'}, sympy: 1}"],
+    ),
+    "strange": (
+        ("data=files", 'data.path="C:\\\\\\${x}\x1b"'),
+        "$'data.path=\"C:\\\\\\\\\\\\${x}\\x1b\"'",
+        ["data=files", 'data.path="C:\\\\\\${x}\x1b"'],
+    ),
+    "cache": (("cache_dir=/elsewhere",), "cache_dir=/elsewhere", ["cache_dir=here"]),
+    "vocabulary": (("tokenizer=gpt2", "tokenizer.folder=/v"), "tokenizer.folder=/v", ["tokenizer.folder=/v"]),
+    "online": (
+        ("logger=wandb", "logger.mode=online"),
+        "logger.project=headroom logger=wandb logger.mode=online",
+        ["logger=none"],
+    ),
+}
+
+
+def test_a_link_in_a_strangers_run_is_not_written_through(made, workplace):
+    made()
+    (workplace / "mine").mkdir()
+    (workplace / "run/checkpoints").symlink_to(workplace / "mine")
+    assert resume().seed == 0  # signed: this user's own
+    config = yaml.safe_load((workplace / "run/config.yaml").read_text())
+    (workplace / "run/config.yaml").write_text(yaml.safe_dump(config | {"signature": None}))
+    with pytest.raises(UserError, match=r"run/checkpoints is a link, where the run would write and remove"):
+        resume()
+
+
+@pytest.mark.parametrize(("made_with", "repeat", "instead"), FOREIGN.values(), ids=FOREIGN)
+def test_a_stranger_repeats_once_what_reaches_out(made, monkeypatch, tmp_path, made_with, repeat, instead):
+    made(*made_with)
+    shutil.copytree("run", "copied")
+    assert resume("steps=99", folder="copied").steps == 99  # the user's own, wherever it lies
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
+    with pytest.raises(UserError, match="not signed by this user") as refused:
+        resume("steps=99")
+    assert str(refused.value).endswith(f"repeat what you agree to: {repeat}")
+    run = resume("steps=99", *instead)
+    write_config(tmp_path / "run", run)  # as a run that goes on does
+    assert resume() == run
+
+
+@pytest.mark.parametrize("made_with", [(), ("logger=wandb",), ("tokenizer=gpt2",), ("attention=mla", "data=stdlib")])
+def test_what_stays_within_the_folder_and_the_defaults_needs_no_signature(made, monkeypatch, tmp_path, made_with):
+    made(*made_with)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
+    resume()
+
+
+def test_an_edited_setting_is_not_what_was_signed_nor_is_an_unsigned_run(made, tmp_path):
+    made(*FILES)
+    tree = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    for edited in (
+        tree | {"data": tree["data"] | {"path": "/etc/passwd"}},
+        tree | {"cache_dir": "/etc"},
+        tree | {"signature": None},
+        tree | {"signature": "é"},
+        tree | {"signature": "\ud800"},
+        tree | {"signature": tree["signature"].upper()},
+        {key: value for key, value in tree.items() if key not in ("signature", "format")},  # of a run from before
+    ):
+        (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(edited))
+        with pytest.raises(UserError, match="not signed by this user"):
+            resume()
+    assert resume("data.path=a.txt").data.path == "a.txt"
+
+
+@pytest.mark.parametrize("state", ["a file", "nowhere/\0"])
+def test_without_a_lasting_key_runs_are_made_and_resumed_but_repeat(made, monkeypatch, tmp_path, state):
+    (tmp_path / "a file").touch()
+    monkeypatch.setattr("training.run.origin._key_file", lambda: tmp_path / state / "key")
+    made(*FILES)
+    with pytest.raises(UserError, match=r"set XDG_STATE_HOME .*repeat what you agree to: data.path=a.txt"):
+        resume()
+    resume("data.path=a.txt")
+
+
+def test_a_strangers_run_without_a_checkpoint_begins_with_no_weights_of_this_users(made, monkeypatch, tmp_path):
+    made("init_from=base")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
+    with pytest.raises(UserError, match=r"begins with the weights of base: begin a run of your own with init_from="):
+        resume()
+    (tmp_path / "run/checkpoints/step_00000001").mkdir(parents=True)
+    resume()
+
+
+def test_the_keys_that_say_where_a_runs_data_are_named_where_another_is_refused(made):
+    for made_with, named in (
+        (FOREIGN["mix"][0], "has moved to (data.parts.a.corpus.path)"),
+        (("tokenizer=gpt2", *FILES), "has moved to (data.path, tokenizer.folder)"),
+        ((), " may; the rest"),
+    ):
+        made(*made_with)
+        with pytest.raises(UserError, match="cannot change on resume") as refused:
+            resume("data.val_fraction=0.3")
+        assert named in str(refused.value)
+
+
+def test_data_that_moved_may_be_named_anew_and_nothing_else_of_it(made):
+    made(*FILES, "data.val_fraction=0.2")
+    assert resume("data.path=new/b.txt").data.path == "new/b.txt"
+    assert resume("data=files", "data.path=b.txt", "data.val_fraction=0.2").data.path == "b.txt"
+    for change in (["data=files", "data.path=b.txt"], ["data.val_fraction=0.1"], ["data=stdlib"], ["data.pth=b.txt"]):
+        with pytest.raises(UserError, match="cannot change on resume"):
+            resume(*change)

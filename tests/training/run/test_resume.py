@@ -1,0 +1,339 @@
+"""A run that was stopped, by whatever, and resumed is the run that was not: bit for bit, each step once."""
+
+import functools
+import itertools
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+import training.step
+from common.invocation import command
+from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
+from tests.support import ATTENTIONS, SMOKE, call, changed
+from tests.training.runs import assert_same_run, losses, rewind
+from training.run import checkpoint
+from training.run.checkpoint import MODEL, OPTIMIZER, newest
+from training.run.metrics_file import read_metrics
+
+# Dropout, accumulation, and an epoch's end on the way.
+BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]
+CLASSIC = ["model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64"]
+
+
+def text_of(out: str) -> str:
+    return out.split("\nvalidation ")[0]
+
+
+def runs() -> list:
+    """Every attention in both precisions, eager and compiled. To generate code takes long, so most of that is slow: of
+    the default tests, one here does, and one of masked documents; for the others stand the graphs it begins from."""
+    cases = []
+    for attention, precision in itertools.product(ATTENTIONS, ["fp32", "bf16"]):
+        seldom = [pytest.mark.slow] * ((attention, precision) != ("mla", "bf16"))
+        cases += [(attention, precision, None), pytest.param(attention, precision, "inductor", marks=seldom)]
+    return cases + [(attention, "fp32", "aot_eager") for attention in ATTENTIONS]
+
+
+@pytest.fixture
+def compiled_by(monkeypatch):
+    """Call it with a backend of torch.compile, or None for eager runs -> what to say on the command line."""
+    torch_compile = torch.compile
+
+    def arrange(backend: str | None) -> str:
+        if backend:
+            monkeypatch.setattr(torch, "compile", functools.partial(torch_compile, backend=backend))
+        return f"compile={backend is not None}"
+
+    return arrange
+
+
+@pytest.mark.parametrize(("attention", "precision", "backend"), runs())
+def test_stopped_and_resumed_is_the_same_run(
+    workplace, monkeypatch, capsys, compiled_by, attention, precision, backend
+):
+    options = [*BUSY, f"attention={attention}", f"precision={precision}", compiled_by(backend)]
+    if backend and attention != "stack":  # which needs a layer of each kind
+        options.append("model.n_layers=1")
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    expected = text_of(capsys.readouterr().out)
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert text_of(out) == expected and "running eagerly" not in err
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
+@pytest.mark.parametrize(
+    ("choice", "backend"),
+    [
+        ([*CLASSIC], None),
+        (changed(CLASSIC, "model.n_layers=1"), "aot_eager"),
+        pytest.param(changed(CLASSIC, "model.n_layers=1"), "inductor", marks=pytest.mark.slow),
+        (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], None),
+        (["attention=stack", "+attention.parts.local.dropout=0.2"], None),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_so_is_one_that_drops_attention_weights(workplace, monkeypatch, capsys, compiled_by, choice, backend):
+    assert call("train", [*BUSY, *choice, compiled_by(backend), "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    assert "running eagerly" not in capsys.readouterr().err
+
+
+def test_a_mix_with_masked_documents_resumes_too(workplace, monkeypatch):
+    parts = "data.parts={a: {quota: 1, data: synthetic, size: 12}, b: {quota: 2, data: synthetic, size: 30, seed: 1}}"
+    options = [option for option in BUSY if not option.startswith("data.")] + ["data=mix", parts]
+    assert call("train", [*options, "data.document_mask=true", "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+
+
+@pytest.mark.parametrize("backend", [None, "inductor"])
+def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys, compiled_by, backend):
+    options = [*BUSY, "attention=gqa", "data.document_mask=true", compiled_by(backend), "model.n_layers=1"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    assert "running eagerly" not in capsys.readouterr().err
+
+
+def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_the_step(workplace, monkeypatch):
+    monkeypatch.setattr("torch.manual_seed", lambda seed: None)
+    assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert losses(workplace / "whole") != losses(workplace / "killed")
+
+
+def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
+    """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
+    monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
+    monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
+    options = ["precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "batch_tokens=256"]
+    options = changed(BUSY, *options)
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    skipped = [row["step"] for row in read_metrics(workplace / "whole/metrics.jsonl") if row.get("skipped")]
+    assert skipped[:6] == [1, 2, 3, 4, 5, 6] and 2 < skipped[-1] < 20
+    for step in (5, 15):
+        rewind(workplace / "whole", workplace / f"killed{step}", step)
+        assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", workplace / f"killed{step}", step=20)
+    manifest = json.loads((workplace / "whole/checkpoints/step_00000015/manifest.json").read_text())
+    assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(4, 200), pytest.param(20, STEPS, marks=pytest.mark.slow)])
+def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch, kills, steps):
+    options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}")
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    draw, met = random.Random(0), []
+    while len(met) < kills:
+        folder = workplace / f"killed after {len(met)}"
+        folder.mkdir()
+        found = train_under_fire(options, folder, kills - len(met), draw)
+        assert "while writing" in found
+        met += found
+        assert_same_run(workplace / "whole", folder / "run", step=steps)
+        assert not list(folder.rglob(".writing-*"))
+
+
+SIGNALS = {  # sent to a real process; the first two are raised within one, below
+    "Ctrl-C": pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    "SIGTERM": pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow),
+    "closed terminal": (signal.SIGHUP, 129),
+}
+
+
+@pytest.mark.parametrize(("sent", "code"), SIGNALS.values(), ids=SIGNALS)
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypatch, sent, code):
+    options = [*SMOKE, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
+    options += ["schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0"]
+    process = start([*options, "steps=2000", "run_dir=run"], workplace)
+    steps = await_steps(process, workplace / "run", 20)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "stopping and saving" in err and "Traceback" not in err
+    assert f"continue with: {command('train.py', 'resume=run')}\n" in err
+    (checkpoint,) = (workplace / "run/checkpoints").iterdir()
+    done = len(read_metrics(workplace / "run/metrics.jsonl"))
+    assert checkpoint.name == f"step_{done:08d}" and steps <= done < 1000
+    assert call("train", [*options, f"steps={done + 8}", "run_dir=whole"], monkeypatch) == 0
+    assert call("train", ["resume=run", f"steps={done + 8}"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "run", step=done + 8)
+
+
+def test_a_signal_is_heard_when_nobody_reads_any_more(workplace):
+    """As Ctrl-C ends `python train.py 2>&1 | tee log`: tee is gone before the run says that it saves."""
+    process = start([*SMOKE, "steps=2000", "save_every=1000", "eval_every=50", "run_dir=run"], workplace)
+    await_steps(process, workplace / "run", 20)
+    process.stderr.close()
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step >= 20
+
+
+def test_a_run_nobody_listens_to_goes_on(workplace):
+    process = start([*SMOKE, "steps=60", "eval_every=1", "eval_tokens=512", "run_dir=run"], workplace)
+    await_steps(process, workplace / "run", 1)
+    process.stderr.close()
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 60
+
+
+@pytest.fixture
+def signals_at(monkeypatch):
+    """Call it with a function of training.step that computes a loss, and n: a signal comes, once or more often, while
+    it runs for the n-th time."""
+
+    def arrange(name: str, n: int, times: int = 1, sent: signal.Signals = signal.SIGINT) -> None:
+        calls, real = [], getattr(training.step, name)
+
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) == n:
+                for _ in range(times):
+                    signal.raise_signal(sent)
+            return real(*arguments)
+
+        monkeypatch.setattr(training.step, name, interrupted)
+        return lambda: monkeypatch.setattr(training.step, name, real)
+
+    return arrange
+
+
+# Each step has 4 micro-batches, each evaluation 16 batches, and the one at the end 38: where the signal comes, the
+# checkpoints then, and the last words.
+STOPS = {
+    "in the first step": (
+        "mean_loss",
+        2,
+        [],
+        "within step 1, which does not count; nothing is to be saved yet; begin",
+    ),
+    "in a step": ("mean_loss", 4 * 7 + 2, [5, 7], "within step 8, which does not count; step 7 is saved; continue"),
+    "in the step after one": (
+        "mean_loss",
+        4 * 8 + 2,
+        [5, 8],
+        "within step 9, which does not count; step 8 is saved; co",
+    ),
+    "in an evaluation": ("each_loss", 16 + 3, [5, 8], "after step 8; saved, its evaluation is still to come; continue"),
+    "in the last one": ("each_loss", 32 + 20, [5, 10, 12], "after step 12; saved, its evaluation is still to come; co"),
+}
+
+
+def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, monkeypatch, capsys, signals_at):
+    options = changed(BUSY, "data.size=200")
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    for i, (function, n, saved, said) in enumerate(STOPS.values()):
+        sent, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[i % 2]
+        undo, run = signals_at(function, n, sent=sent), workplace / f"run{i}"
+        assert call("train", [*options, f"run_dir=run{i}"], monkeypatch) == code
+        undo()
+        assert f"{sent.name}: stopped {said}" in capsys.readouterr().err.splitlines()[-1]
+        assert [checkpoint.step_of(path) for path in checkpoint.saved(run)] == saved
+        assert len(read_metrics(run / "metrics.jsonl")) == max(saved, default=0)
+        assert call("train", [f"resume=run{i}"], monkeypatch) == 0
+        assert_same_run(workplace / "whole", run, step=12)
+        whole = checkpoint.read(workplace / "whole/checkpoints/step_00000012", ()).manifest
+        assert checkpoint.read(run / "checkpoints/step_00000012", ()).manifest.val_loss == whole.val_loss
+    for run in ("run2", "run3"):  # scored before the signal, or when the run went on
+        kept = checkpoint.read(workplace / run / "checkpoints/step_00000008", ()).manifest
+        assert kept.val_loss == losses(workplace / "whole")[7][4]
+
+
+@pytest.mark.parametrize("killed_in", ["training.monitor.report.Report.complete", "training.run.checkpoint.score"])
+def test_a_kill_while_a_run_makes_up_for_an_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
+    options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
+    undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"
+    assert call("train", [*options, "run_dir=run"], monkeypatch) == 130
+    undo()
+    before = (saved / MODEL).stat()
+    with monkeypatch.context() as patch:
+        patch.setattr(killed_in, interrupted)
+        assert call("train", ["resume=run"], monkeypatch) == 130
+    after = (saved / MODEL).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert call("train", ["resume=run"], monkeypatch) == 0
+    loss = losses(workplace / "run")[1][4]
+    assert loss and checkpoint.read(saved, (MODEL, OPTIMIZER)).manifest.val_loss == loss
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, monkeypatch, capsys, signals_at, sent):
+    signals_at("mean_loss", 4 * 7 + 2, times=2, sent=sent)
+    assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 130
+    err = capsys.readouterr().err
+    assert f"stopped at once; continue with: {command('train.py', 'resume=run')}" in err and "Traceback" not in err
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 5
+
+
+def await_steps(process, run, count: int) -> int:
+    while process.poll() is None:
+        found = len(read_metrics(run / "metrics.jsonl"))
+        if found >= count:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(process.communicate())
+
+
+def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, monkeypatch, capsys):
+    options = [*BUSY, "schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0.25"]
+    assert call("train", changed(options, "steps=20", "run_dir=long"), monkeypatch) == 0
+    capsys.readouterr()
+    assert call("train", [*options, "run_dir=short"], monkeypatch) == 0
+    how = "resume=short steps=24  (after moving away the checkpoints after step_00000005: the cooldown began at step 9)"
+    assert how in capsys.readouterr().out
+    rewind(workplace / "short", workplace / "early", step=5)  # the cooldown begins at step 9
+    assert call("train", ["resume=early", "steps=20"], monkeypatch) == 0
+    rows = [[row[:4] for row in losses(workplace / name)] for name in ("long", "early")]
+    assert rows[0] == rows[1]
+    capsys.readouterr()
+    assert call("train", ["resume=short", "steps=20"], monkeypatch) == 2
+    assert "only before the cooldown, which began at step 9, and 12 are done" in capsys.readouterr().err
+    assert call("train", ["resume=early", "steps=40"], monkeypatch) == 2
+
+
+def test_a_complete_wsd_run_says_whether_it_can_become_longer(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "schedule=wsd", "schedule.warmup_steps=1", "steps=8", "save_every=100"]
+    assert call("train", [*options, "run_dir=cooled"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert "a longer run is a new one: the cooldown began at step 6, and no checkpoint from before is left" in out
+    assert "resume=cooled" not in out
+    assert call("train", ["resume=cooled", "steps=16"], monkeypatch) == 2
+    assert call("train", [*options, "schedule.cooldown=0", "run_dir=warm"], monkeypatch) == 0
+    assert f"{command('train.py', 'resume=warm', 'steps=16')}\n" in capsys.readouterr().out
+    assert call("train", ["resume=warm", "steps=16"], monkeypatch) == 0
+
+
+def test_a_run_folder_may_move(workplace, monkeypatch):
+    assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    (workplace / "elsewhere").mkdir()
+    shutil.move("killed", "elsewhere/moved")
+    monkeypatch.chdir("elsewhere")
+    assert call("train", ["resume=moved"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "elsewhere/moved", step=12)
+
+
+def test_another_number_of_threads_is_said(workplace, monkeypatch, capsys):
+    assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 0
+    monkeypatch.setattr("torch.get_num_threads", lambda: 7)
+    assert call("train", ["resume=run", "steps=13"], monkeypatch) == 0
+    assert "ran with threads 1, this process has 7: it goes on, not bit for bit" in capsys.readouterr().err

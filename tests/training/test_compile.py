@@ -1,0 +1,28 @@
+"""What torch.compile is asked for, and what is said of it."""
+
+import logging
+
+import pytest
+import torch
+
+from model.kernels.base import _log_once
+from tests.support import small_model, some_tokens
+from training.compile import maybe_compiled
+from training.step import mean_loss
+
+
+@pytest.mark.parametrize(("autotune", "mode"), [(False, None), (True, "max-autotune-no-cudagraphs")])
+def test_autotune_is_asked_of_the_compiler_and_its_price_is_said(monkeypatch, caplog, autotune, mode):
+    _log_once.cache_clear()
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
+    model, tokens = small_model(), some_tokens(2, 17)
+    with caplog.at_level(logging.INFO, logger="headroom"):
+        loss = maybe_compiled(mean_loss, True, autotune)(model, tokens[:, :-1], tokens[:, 1:])
+    assert torch.equal(loss, mean_loss(model, tokens[:, :-1], tokens[:, 1:]))
+    assert [how["mode"] for how in asked] == [mode]
+    assert ("may differ in its bits" in caplog.text) == autotune
+
+
+def test_what_is_not_compiled_is_the_function_itself():
+    assert maybe_compiled(mean_loss, False) is mean_loss

@@ -1,0 +1,62 @@
+"""TensorBoard."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from common.invocation import refuse_no_package
+from training.loggers.base import Logger, Patient, Sink, known
+from training.run.metrics_file import UNSCORED
+
+
+class TensorboardLogger(Logger):
+    """Event files in the run's folder. Their failures never stop training."""
+
+    def refuse_missing(self) -> None:
+        refuse_no_package("tensorboard", "logger=tensorboard", "tensorboard")
+
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        return Patient("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))
+
+
+class TensorboardSink(Sink):
+    """Scalars in groups, named in words, and the run's settings as a text."""
+
+    TAGS: ClassVar = {
+        "tokens": "train/tokens",
+        "train_loss": "train/loss",
+        "train_bpb": "train/bits_per_byte",
+        "val_loss": "validation/loss",
+        "val_bpb": "validation/bits_per_byte",
+        "val_tokens": "validation/tokens",
+        **{key: f"optim/{key}" for key in ("lr", "muon_lr", "grad_norm", "skipped", "max_logit", "clipped_heads")},
+        **{key: f"speed/{key}" for key in ("tokens_per_second", "flops_per_second", "mfu", "data_seconds")},
+        "memory_bytes": "memory/bytes",
+    }  # others, such as attention/layer_0/entropy, are in a group already
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(exist_ok=True)
+        self.config = config
+        self.start, self.writer = functools.partial(SummaryWriter, str(folder)), None
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if self.writer is None:  # what an earlier process wrote from this step on, it wrote for nothing
+            self.writer = self.start(purge_step=row["step"])
+            lines = yaml.safe_dump(dict(self.config), sort_keys=False).splitlines()
+            self.writer.add_text("config", "\n".join(f"    {line}" for line in lines), row["step"])  # Markdown's code
+        for key, value in known(row).items():
+            if key not in ("step", UNSCORED):
+                self.writer.add_scalar(self.TAGS.get(key, key), float(value), row["step"])
+
+    def sync(self) -> None:
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

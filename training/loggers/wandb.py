@@ -1,0 +1,92 @@
+"""Weights & Biases."""
+
+import logging
+import netrc
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from common.atomic_io import exists, read_regular, write_whole
+from common.errors import UserError
+from common.invocation import installed, refuse_no_package
+from training.loggers.base import Logger, Patient, Sink, known
+
+log = logging.getLogger("headroom")
+WANDB_SECONDS = 30.0  # to wait for a server that does not answer
+LONGEST_ID = 200  # characters
+
+
+class WandbLogger(Logger):
+    """Weights & Biases. Offline unless asked; the mode is always stated and a login looked for before, so that it never
+    prompts. Its failures never stop training."""
+
+    project: str = "headroom"
+    mode: Literal["online", "offline", "disabled"] = "offline"
+
+    def refuse_missing(self) -> None:
+        if self.mode != "disabled":
+            refuse_no_package("wandb", "logger=wandb")
+        if self.mode == "online" and not _wandb_login():
+            raise UserError(
+                "logger.mode=online needs a login, and there is no WANDB_API_KEY and no netrc entry: "
+                f"{installed('wandb', 'login')} makes one, logger.mode=offline needs none"
+            )
+
+    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        return Patient("wandb", lambda: self._start(folder, config))
+
+    def _start(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+        import wandb
+
+        remembered = folder / "wandb-id.txt"
+        if not exists(remembered):
+            write_whole(remembered, secrets.token_hex(4).encode())
+        remote = wandb.init(
+            project=self.project,
+            mode=self.mode,
+            dir=folder,
+            name=folder.name,
+            # A run that is resumed goes on in the run it has there.
+            id=read_regular(remembered, LONGEST_ID).decode().strip(),
+            resume="allow",
+            config=dict(config),
+            reinit="create_new",  # one process may train several runs, which must not merge
+            settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS),
+        )
+        if self.mode == "offline":
+            kept = Path(remote.dir).parent.parent  # a folder for each process that trained the run, of one id
+            parts = len(list(kept.glob("offline-run-*")))
+            several = f"; its {parts} parts become one run there, in the order of their times" if parts > 1 else ""
+            log.info(f"logger=wandb is offline; to upload the run: {installed('wandb', 'sync', str(kept))}{several}")
+        return WandbSink(remote)
+
+
+def _wandb_login() -> bool:
+    """Whether there are credentials where wandb looks for them."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    servers = os.environ.get("WANDB_BASE_URL") or wandb.Settings().base_url, "https://api.wandb.ai"
+    given = os.environ.get("NETRC")
+    for path in [Path(given)] if given else [Path("~/.netrc"), Path("~/_netrc")]:
+        with suppress(OSError, RuntimeError, netrc.NetrcParseError):
+            found = netrc.netrc(path.expanduser())
+            if any(found.authenticators(urlsplit(server).netloc) for server in servers):
+                return True
+    return False
+
+
+class WandbSink(Sink):
+    def __init__(self, remote: Any):
+        self.remote = remote
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.remote.log(known(row), step=row["step"])
+
+    def close(self) -> None:
+        self.remote.finish()

@@ -1,0 +1,39 @@
+"""AdamW."""
+
+import inspect
+from typing import Self
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from training.optim.base import Kept, OptimConfig, Uncompiled
+
+
+class AdamW(Uncompiled, torch.optim.AdamW):
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
+        """What the state of a parameter is after a step."""
+        return {"step": Kept.count(), "exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
+
+
+class AdamWConfig(OptimConfig):
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Decay applies to matrices, embeddings included, and not to
+    vectors. Unset, lr is 0.5 / d_model: the best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466)."""
+
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1)
+    eps: float = Field(1e-8, ge=1e-30)  # smaller ones are zero in float32
+    weight_decay: float = Field(0.1, ge=0)
+
+    def derive(self, d_model: int) -> Self:
+        return self.model_copy(update={"lr": self.lr or 0.5 / d_model})
+
+    def build(self, model: nn.Module) -> AdamW:
+        parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)

@@ -1,0 +1,172 @@
+"""Muon for the matrices between the layers' vectors, AdamW for everything else."""
+
+import math
+from collections.abc import Mapping
+from typing import Self
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from model.layout import Split, whole
+from model.transformer import TransformerLM
+from runtime.precision import multiplies_bf16
+from training.optim.adamw import AdamWConfig
+from training.optim.base import Kept, Uncompiled
+from training.optim.newton_schulz import newton_schulz
+
+FIRST_MOMENTUM = 0.85
+
+
+class MuonConfig(AdamWConfig):
+    """Hidden matrices learn by Muon at muon_lr, which need not change with the width: an update's spectral norm is
+    muon_lr · sqrt(max(1, rows/cols)). lr, beta1, beta2 and eps are AdamW's, for embeddings, head and vectors;
+    weight_decay is of all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 / d_model:
+    embeddings bear a larger one than AdamW alone may give the matrices beside them."""
+
+    muon_lr: float = Field(0.02, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
+    momentum_warmup: int = Field(300, ge=0)  # updates until the momentum, from 0.85 on, is that
+    logical_blocks: bool = True  # orthogonalise what the attention publishes as matrices; false: what is stored as one
+
+    def derive(self, d_model: int) -> Self:
+        return self.model_copy(update={"lr": self.lr or 2 / d_model})
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        return {"muon_lr": self.muon_lr, "lr": self.lr}
+
+    def build(self, model: TransformerLM) -> "Muon":
+        splits, named = model.blocks(), dict(model.named_parameters())
+        if not self.logical_blocks:
+            splits = {name: whole(name, named[name].shape[0]) for name in splits}
+        others = [parameter for name, parameter in named.items() if name not in splits]
+        common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        hidden = {
+            "params": [named[name] for name in splits],
+            "lr": self.lr,
+            "peak_lr": self.lr,
+            "muon_lr": self.muon_lr,
+            "weight_decay": self.weight_decay,
+            "momentum": self.momentum,
+            "momentum_warmup": self.momentum_warmup,
+        }
+        matrices = {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, **common}
+        vectors = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, **common}
+        return Muon(hidden, [matrices, vectors], {named[name]: split for name, split in splits.items()})
+
+    def state_bytes(self, model: TransformerLM) -> int:
+        hidden = model.blocks().keys()
+        return sum((4 if name in hidden else 2 * 4) * p.numel() for name, p in model.named_parameters())
+
+
+class Muon(Uncompiled, torch.optim.Optimizer):
+    """For every logical matrix W of the first group (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
+    with momentum m, gradient g and rate η = muon_lr · lr / peak_lr, where lr is what the schedule gives
+    every group:
+
+        M <- m M + (1 - m) g
+        W <- (1 - η · weight_decay) W - η · sqrt(max(1, rows/cols)) · orthogonal(m M + (1 - m) g)
+
+    An orthogonal update has the same gain in every direction; the factor makes it one between root mean squares, so
+    that one rate suits every shape and width (Yang et al. 2023, arXiv:2310.17813). The update does not depend on the
+    gradient's size: clipping only changes how much of the momentum each step is.
+
+    Matrices of equal shape are orthogonalised together. The groups after the first learn by AdamW.
+
+    With found_inf set, as PyTorch's gradient scaler does, a step changes nothing where that is 1, and the device is not
+    waited for.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale = found_inf = None  # `step` is told by these, which are set for its time
+
+    def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, Split]):
+        super().__init__([hidden, *(group for group in others if group["params"])], {})
+        self.splits = splits
+
+    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
+        """What the state of a parameter is after a step."""
+        if parameter in self.splits:
+            moments = {"momentum_buffer": Kept(parameter.shape)}
+        else:
+            moments = {"exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
+        return moments | {"updates": Kept.count()}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        hidden, *others = self.param_groups
+        self._step_hidden(hidden)
+        for group in others:
+            self._step_adamw(group)
+
+    def _step_hidden(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        for p in parameters:
+            if not self.state[p]:
+                updates = torch.zeros((), device=p.device)
+                self.state[p] = {"momentum_buffer": torch.zeros_like(p), "updates": updates}
+        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
+        counts = [self.state[p]["updates"] for p in parameters]
+        skipped = torch.zeros_like(counts[0]) if self.found_inf is None else self.found_inf
+        # Of a skipped step nothing counts: its gradients are zeros, the momentum is kept whole, the rate is zero.
+        momentum = torch.where(skipped > 0, 1.0, momentum_after(counts[0], group["momentum"], group["momentum_warmup"]))
+        rate = group["muon_lr"] * (group["lr"] / group["peak_lr"]) * (1 - skipped)
+        fresh = [torch.where(skipped > 0, 0.0, p.grad) * (1 - momentum) for p in parameters]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, fresh)
+        ahead = torch._foreach_mul(buffers, momentum)
+        torch._foreach_add_(ahead, fresh)
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        for matrices, directions in self._by_shape(parameters, ahead):
+            _, rows, cols = matrices[0].shape
+            dtype = torch.bfloat16 if multiplies_bf16(matrices[0].device) else torch.float32
+            updates = newton_schulz(torch.cat(directions), dtype) * (rate * math.sqrt(max(1, rows / cols)))
+            torch._foreach_sub_(matrices, updates.split([len(stack) for stack in matrices]))
+        torch._foreach_add_(counts, 1 - skipped)
+
+    def _by_shape(
+        self, parameters: list[nn.Parameter], directions: list[Tensor]
+    ) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Views (heads, rows, cols) of logical matrices, and of their directions, those of a shape together."""
+        found = {}
+        for parameter, direction in zip(parameters, directions, strict=True):
+            split = self.splits[parameter]
+            for part, along in zip(split.views(parameter).values(), split.views(direction).values(), strict=True):
+                matrices, alongs = found.setdefault(part.shape[1:], ([], []))
+                matrices.append(part)
+                alongs.append(along)
+        return list(found.values())
+
+    def _step_adamw(self, group: dict) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        for p in parameters:
+            if not self.state[p]:
+                updates = torch.zeros((), device=p.device)
+                self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p), "updates": updates}
+        beta1, beta2 = group["betas"]
+        adamw(
+            parameters,
+            [p.grad for p in parameters],
+            *([self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq")),
+            [],
+            [self.state[p]["updates"] for p in parameters],
+            fused=True,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def momentum_after(updates: Tensor, momentum: float, warmup: int) -> Tensor:
+    """Of the update that comes after so many, a scalar: a straight line from 0.85, or what is less, to `momentum`."""
+    first = min(FIRST_MOMENTUM, momentum)
+    return first + (momentum - first) * ((updates + 1) / (warmup + 1)).clamp(max=1)

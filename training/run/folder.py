@@ -1,0 +1,269 @@
+"""The folder a run writes to: how it is named, found again, and what it records about its origin."""
+
+import logging
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common.atomic_io import (
+    NOT_THERE,
+    UNFINISHED,
+    Irregular,
+    exists,
+    make_folder,
+    names_in,
+    read_regular,
+    sweep,
+    write_whole,
+)
+from common.errors import UserError, reason
+from common.invocation import command
+from common.lock import lock
+from common.overrides import override
+from common.paths import entering, is_folder, refuse_unreadable
+from data.tokenizers.tokenizer import Tokenizer
+from training.run.config import ROOT, Run, dump
+from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
+from training.run.origin import signature
+
+RUNS = Path("runs")
+log = logging.getLogger("headroom")
+LARGEST_CONFIG = 2**18  # bytes of config.yaml; a usual one has 2,000
+LONGEST_NUMBER = 100  # characters
+BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml
+ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
+ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
+
+
+def refuse_unmakeable(run_dir: str | None) -> None:
+    """Raises UserError where no new run's folder can be made: nothing can be written there, which only trying shows
+    (root may write where its access bits say no), or run_dir is there, with more in it than what a process left that
+    was killed while it made one."""
+    folder = Path(run_dir or RUNS)
+    try:
+        names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
+        ours = ".lock" in names and all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
+        taken = bool(names) and not ours
+        if run_dir and (taken or folder.is_file()):
+            others = f", or continue it with {resume_command(folder)}" if "config.yaml" in names else ""
+            raise UserError(f"run_dir={folder} exists already: choose another{others}")
+        there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=there):
+            pass
+    except OSError as error:
+        raise _unmakeable(run_dir, folder, error) from None
+
+
+def _unmakeable(run_dir: str | None, folder: Path, error: OSError) -> UserError:
+    named = f"run_dir={folder}" if run_dir else f"the run's folder {folder}"
+    return UserError(f"{named} cannot be made: {reason(error)}: give a folder to write to as run_dir=")
+
+
+def claim(folder: Path) -> AbstractContextManager:
+    """Holds the run for this process. Raises UserError where another one trains in it."""
+    try:
+        held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
+    except Irregular as error:
+        raise UserError(f"{folder}/.lock cannot be held: {reason(error)}: remove it") from None
+    except OSError as error:
+        raise UserError(
+            f"the run's folder {folder} cannot be written: {reason(error)}: let this user write to it"
+        ) from None
+    for place in (folder, folder / "checkpoints", folder / "failures"):
+        sweep(place)
+    return held
+
+
+def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager]:
+    """A new folder, run_dir or runs/<time>-<words>, claimed, with all that is known before the first step."""
+    refuse_unmakeable(run.run_dir)
+    folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
+    try:
+        while not run.run_dir and exists(folder):
+            folder = folder.with_name(f"{folder.name}-{_words()}")
+        make_folder(folder, exist_ok=bool(run.run_dir))
+        claimed = claim(folder)
+        write_whole(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
+        tokenizer.save(folder / "tokenizer.json")
+        write_config(folder, run)
+    except OSError as error:
+        raise _unmakeable(run.run_dir, folder, error) from None
+    return folder, claimed
+
+
+def write_config(folder: Path, run: Run) -> None:
+    """config.yaml, with every derived value filled in, signed. Replaced as a whole or not at all."""
+    tree = {"format": FORMAT, "signature": signature(run)} | dump(run)
+    content = yaml.safe_dump(tree, sort_keys=False).encode()
+    if len(content) > LARGEST_CONFIG:
+        raise UserError(
+            f"the settings are {len(content):,} bytes of config.yaml, {LARGEST_CONFIG:,} are read: give fewer parts"
+        )
+    try:
+        write_whole(folder / "config.yaml", content)
+    except OSError as error:
+        raise UserError(f"{folder}/config.yaml cannot be written: {reason(error)}") from None
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML as config.yaml is written: without aliases, by which a short file can stand for an endless tree, and
+    without numbers that take minutes to read."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it holds an alias")
+        node = super().compose_node(parent, index)
+        text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
+        if not text and len(node.value) > LONGEST_NUMBER:
+            raise yaml.YAMLError(f"it holds {node.value[:20]}..., which is no number")
+        return node
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
+    """The tree in a run's config.yaml, migrated, for `load`, and its signature, if any. Raises UserError where there
+    is none."""
+    refuse_no_run(folder)
+    try:
+        tree = yaml.load(read_regular(folder / "config.yaml", LARGEST_CONFIG).decode(), PlainLoader)
+        if not isinstance(tree, dict):
+            raise ValueError("it holds no settings")
+        signed, format = tree.pop("signature", None), stated_format(tree)
+        refuse_other_format(folder / "config.yaml", format)
+        return migrate(tree, format), signed
+    except RecursionError:
+        fault = "it is nested too deeply"
+    except OSError as error:
+        fault = reason(error)
+    except (ValueError, yaml.YAMLError) as error:
+        fault = str(error).splitlines()[0]
+    raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own back, as a file to be read")
+
+
+def refuse_other_format(path: Path, format: Any) -> None:
+    """Raises UserError where a file was written in a format that this program does not know."""
+    if type(format) is not int or not UNSTATED <= format <= FORMAT:
+        raise UserError(
+            f"{path} has format {format}, this program reads {UNSTATED} to {FORMAT}: take the Headroom that wrote it"
+        )
+
+
+def resume_command(folder: Path) -> str:
+    """What continues a run, for a shell."""
+    return command("train.py", override("resume", str(folder)))
+
+
+def refuse_no_run(folder: Path) -> None:
+    """Raises UserError where the folder is not a run's, or may not be entered."""
+    with entering(folder):
+        if exists(folder / "config.yaml"):
+            return
+        above = next((above for above in folder.parents[:2] if exists(above / "config.yaml")), None)
+    if above is not None:  # of a checkpoint, say
+        raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
+    raise UserError(f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says")
+
+
+def newest(with_checkpoint: bool = False) -> Path:
+    """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last. One that cannot be read
+    is named in a warning and passed over. Raises UserError where there is none, or runs/ cannot be read."""
+    try:
+        folders = [RUNS / name for name in names_in(RUNS)]
+    except OSError as error:
+        refuse_unreadable(RUNS.resolve(), error)
+    touched = {}
+    for folder in folders:
+        try:
+            if not is_folder(str(folder)):  # as a sweep's multirun.yaml is not
+                continue
+            files = saved(folder) if with_checkpoint else [folder / "config.yaml"]
+            touched[folder] = max(map(_touched, files), default=0)
+        except OSError as error:
+            log.warning(f"{folder} is passed over: {reason(error)}")
+        except UserError as fault:
+            log.warning(f"{folder} is passed over: {fault}")
+    touched = {folder: when for folder, when in touched.items() if when}
+    if not touched:
+        what = "run with a checkpoint" if with_checkpoint else "run"
+        raise UserError(f"there is no {what} in {RUNS.resolve()}: {command('train.py')} makes one")
+    return max(touched, key=touched.get)
+
+
+def _touched(path: Path) -> float:
+    """0 where there is no such file: it may be no run, or one in training, which removes its old checkpoints."""
+    try:
+        return os.stat(path).st_mtime
+    except OSError as error:
+        if error.errno not in NOT_THERE:
+            raise
+        return 0.0
+
+
+def step_of(path: Path) -> int:
+    """A checkpoint's step, from its name; -1 for another name, such as a user's own copy may have."""
+    digits = path.name.removeprefix("step_")
+    return int(digits) if re.fullmatch("[0-9]{1,15}", digits) and digits != path.name else -1
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoints of a run, in the order of their steps. Raises UserError where they cannot be listed."""
+    try:
+        paths = [folder / "checkpoints" / name for name in names_in(folder / "checkpoints")]
+    except OSError as error:
+        refuse_unreadable(f"{folder}/checkpoints", error, "make it a folder that this user may read")
+    return sorted((path for path in paths if step_of(path) >= 0), key=step_of)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and git state: what another person would need to know to get the same numbers."""
+    packages = (
+        "torch",
+        "numpy",
+        "hydra-core",
+        "pydantic",
+        "datasets",
+        "tokenizers",
+        "tiktoken",
+        "safetensors",
+        "sympy",
+    )
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changes": _git("status", "--porcelain"),
+    }
+
+
+def _words() -> str:
+    return f"{random.choice(ADJECTIVES.split())}-{random.choice(ANIMALS.split())}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # such as datasets, which only some corpora need
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,152 @@
+"""A step whose loss or gradients were not finite, kept with its batch, and computed anew to see where it begins.
+
+python -m training.run.replay runs/NAME/failures/step_00000012      # in the checkout
+"""
+
+if __name__ == "__main__":
+    from common import process
+
+    process.start("torch", "hydra", "pydantic", "rich", "safetensors", "tokenizers")
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import process
+from common.atomic_io import exists
+from common.cli import Parser, one_line_errors
+from common.console import to_stderr
+from common.errors import UserError, reason
+from common.invocation import command
+from common.paths import entering
+from common.streams import print_line
+from data.shards.prepare import Prepared
+from data.tokenizers.tokenizer import load_tokenizer
+from model.transformer import Output
+from runtime.device import choose_device
+from runtime.precision import Working, choose_precision
+from training.run import checkpoint
+from training.run.config import Run
+from training.run.folder import refuse_no_run
+from training.step import accumulate, losses_of
+
+BATCH = "batch.safetensors"
+SHOWN = 120  # characters of each text
+NAMED = 6  # parameters
+
+
+def keep(
+    folder: Path,
+    run: Run,
+    corpus: Prepared,
+    training: checkpoint.Training,
+    step: int,
+    in_a_row: int,
+    batches: list[tuple[Tensor, Tensor]],
+) -> UserError:
+    """Writes the step to failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
+    weights are still those it met."""
+    path = folder / "failures" / f"step_{step:08d}"
+    rates = ", or ".join(f"optim.{name} than {rate:.3g}" for name, rate in run.optim.peaks.items())
+    diverged = (
+        f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a smaller "
+        f"{rates}"
+    )
+    inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
+    files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
+    try:
+        checkpoint.write(path, run, corpus, training, step, files)
+    except OSError as error:
+        return UserError(f"{diverged} (the step cannot be kept in {path}: {reason(error)})")
+    return UserError(f"{diverged}, or see where it begins: {command('-m training.run.replay', str(path))}")
+
+
+def replay(path: Path) -> None:
+    """Prints what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
+    folder = path.resolve().parent.parent
+    with entering(path):
+        kept = exists(path / BATCH)
+    if not kept:
+        raise UserError(f"{path} is not a step that was kept: give a folder of a run's failures/")
+    refuse_no_run(folder)
+    found = checkpoint.read(path, (checkpoint.MODEL, BATCH))
+    run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
+    tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
+    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    inputs, targets = _batches(found, run, tokenizer.vocab_size)
+    model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
+    precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
+    working = Working(model.to(device), precision)
+    if found.manifest.loss_scale is not None and working.loss_scale is not None:
+        before = found.manifest.loss_scale.scale * 2  # this step halved it
+        working.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
+    batches = list(zip(inputs.to(device), targets.to(device), strict=True))
+    first = FirstNotFinite(working.model)
+    mean_loss, _ = losses_of(run.data, tokenizer.end_of_text)
+
+    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = mean_loss(model, inputs, targets)
+        beginning = tokenizer.decode(inputs[0].tolist())[:SHOWN]
+        print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
+        return loss
+
+    accumulate(working, batches, (run.seed, step - 1), watched)
+    print_line(f"forward      {first.where or 'finite everywhere'}")
+    bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+    print_line(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:NAMED]) or 'none'}{more}")
+    largest = max(model.named_parameters(), key=lambda item: item[1].abs().max().nan_to_num(torch.inf))
+    print_line(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
+
+
+def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (micro-steps, B, T) int64. Raises UserError where they are not tokens of this run."""
+    shape = (run.sequences // run.micro_batch_size, run.micro_batch_size, run.model.context_length)
+    tensors = found.tensors[BATCH]
+    for name in ("inputs", "targets"):
+        tokens = tensors.get(name)
+        if tokens is None or tokens.shape != shape or tokens.dtype != torch.int64:
+            raise UserError(f"{found.path}/{BATCH} does not fit the run's settings: {name} is not of {shape} int64")
+        if not ((tokens >= 0) & (tokens < vocab_size)).all():
+            raise UserError(f"{found.path}/{BATCH} holds {name} that are no tokens of a vocabulary of {vocab_size:,}")
+    return tensors["inputs"], tensors["targets"]
+
+
+class FirstNotFinite:
+    """Watches the outputs of all modules, inner ones first, and remembers the first that is not finite."""
+
+    def __init__(self, model: nn.Module):
+        self.where: str | None = None
+        for name, module in model.named_modules():
+            module.register_forward_hook(self._watch(name or "the logits", module))
+
+    def _watch(self, name: str, module: nn.Module):
+        def hook(_module: nn.Module, inputs: tuple, output: Tensor | tuple | Output) -> None:
+            if isinstance(output, Output):  # the loss makes its logits a piece at a time
+                result = module.readout.logits(output.hidden)
+            else:
+                result = output[0] if isinstance(output, tuple) else output
+            if self.where is None and not result.isfinite().all():
+                fine = all(x.isfinite().all() for x in inputs if isinstance(x, Tensor))
+                source = "of finite numbers" if fine else "of numbers that were not finite already"
+                self.where = f"first not finite in the output of {name} ({type(module).__name__}), {source}"
+
+        return hook
+
+
+def main() -> None:
+    parser = Parser(
+        prog="-m training.run.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="a folder of a run's failures/")
+    with one_line_errors():
+        process.end_by_unwinding()
+        to_stderr()
+        replay(parser.parse_args().path)
+
+
+if __name__ == "__main__":
+    main()
