@@ -28,17 +28,17 @@ def sample(args: argparse.Namespace) -> None:
     import logging
 
     from common import process
-    from common.console import held_back, to_stderr
-    from common.streams import json_line, tell
+    from common.console import deferred_logging, to_stderr
+    from common.streams import json_line, print_stderr
     from generation.attention_map import draw_attention
     from generation.batch_writer import Sample, show_samples, speeds, write
     from generation.prompt import prompt_tokens
     from generation.repl import Conversation, converse
     from generation.sampler import Sampler
     from generation.scoring import as_json, as_line, refuse_not_finite, score_text
-    from generation.state import Texts
+    from generation.state import GenerationState
     from runtime.device import choose_device
-    from runtime.precision import Working, choose_precision
+    from runtime.precision import MixedPrecision, choose_precision
     from training.run.config import load_choice
     from training.run.folder import newest
     from training.run.load import load_run
@@ -50,7 +50,7 @@ def sample(args: argparse.Namespace) -> None:
     folder = args.run or newest(with_checkpoint=True)
     kernel = load_choice("kernel", args.kernel)
     model, tokenizer = load_run(folder, device, args.checkpoint, kernel=kernel, execution=args.execution)
-    model = Working(model, choose_precision(precision, device)).model
+    model = MixedPrecision(model, choose_precision(precision, device)).model
     limit, slide = model.config.context_length, args.context == "slide"
     sampler = Sampler(**{name: getattr(args, name) for name in Sampler.model_fields})
     seeds = range(args.seed, args.seed + args.num_samples)
@@ -58,12 +58,12 @@ def sample(args: argparse.Namespace) -> None:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
     sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
 
-    def begin(tokens: list[int]) -> Texts:
-        return Texts(model, [tokens] * len(seeds), seeds, cached=not args.no_cache, slide=slide)
+    def begin(tokens: list[int]) -> GenerationState:
+        return GenerationState(model, [tokens] * len(seeds), seeds, cached=not args.no_cache, slide=slide)
 
     if args.text is not None:
         score = score_text(model, tokenizer, args.text, limit)
-        tell(f"run {folder}")
+        print_stderr(f"run {folder}")
         if args.json:
             print(json_line({"file": str(args.score), **as_json(score)}), flush=True)
         refuse_not_finite(score, model, tokenizer, args.text, limit)
@@ -72,23 +72,23 @@ def sample(args: argparse.Namespace) -> None:
         return
     if args.attention_map is not None:
         draw_attention(model, tokenizer, args.prompt, args.attention_map, folder.resolve().name)
-        tell(f"run {folder}: {args.attention_map}")
+        print_stderr(f"run {folder}: {args.attention_map}")
         return
     if args.interactive:
-        tell(f"run {folder}")
+        print_stderr(f"run {folder}")
         turns = {"max_new_tokens": args.max_new_tokens, "stops": args.stop}
         converse(Conversation(model, tokenizer, sampler, begin=begin, **turns), args.prompt)
         return
 
     prompt = prompt_tokens(tokenizer, args.prompt, limit, slide)
-    tell(f"run {folder}")
+    print_stderr(f"run {folder}")
     texts = begin(prompt)
     read = int(texts.lengths[0])
     if read < len(prompt):
-        tell(f"[the context of {limit} tokens keeps the last {read} of the prompt's {len(prompt)}]")
+        print_stderr(f"[the context of {limit} tokens keeps the last {read} of the prompt's {len(prompt)}]")
     samples = [Sample(seed, read, tokenizer, args.stop) for seed in seeds]
     pieces = write(model, tokenizer, sampler, texts, samples, args.max_new_tokens)
-    with held_back():
+    with deferred_logging():
         if args.json:
             list(pieces)
             for one in samples:
@@ -97,8 +97,8 @@ def sample(args: argparse.Namespace) -> None:
             show_samples(args.prompt, pieces, samples, limit)
     if args.stats:
         for name, value in speeds(samples).items():
-            tell(f"{name}={'n/a' if value is None else value}")
-        tell(f"cache_bytes_per_token={sum(layer.bytes_per_token for layer in texts.caches or [])}")
+            print_stderr(f"{name}={'n/a' if value is None else value}")
+        print_stderr(f"cache_bytes_per_token={sum(layer.bytes_per_token for layer in texts.caches or [])}")
     if any(one.finish == "interrupted" for one in samples):
         raise KeyboardInterrupt
     broken = [one for one in samples if one.finish == "not_finite"]

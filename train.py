@@ -62,18 +62,18 @@ def train(tree: dict, typed: list[str]) -> None:
     from model.transformer import TransformerLM
     from runtime.allocator import keep_buffers
     from runtime.device import choose_device, set_determinism
-    from runtime.precision import Working, choose_precision
+    from runtime.precision import MixedPrecision, choose_precision
     from training.dry_run import dry_run
     from training.evaluate import evaluate
     from training.monitor.report import Report
     from training.run import checkpoint, replay
     from training.run import folder as run_folder
-    from training.run.start import begin_with_weights_of, which_run
+    from training.run.start import load_pretrained_weights, resolve_run
     from training.step import losses_of, train_step
 
     process.end_by_unwinding()
     to_stderr()
-    run, folder, claim = which_run(tree, typed)
+    run, folder, run_lock = resolve_run(tree, typed)
     run.logger.refuse_missing()
     set_determinism(run.deterministic)
     device = choose_device(run.device)
@@ -94,14 +94,14 @@ def train(tree: dict, typed: list[str]) -> None:
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
-    working, clip = Working(model, run.precision), run.optim.clip(model)
-    training = checkpoint.Training(model, run.optim.build(model), working.loss_scale)
+    mixed, clip = MixedPrecision(model, run.precision), run.optim.clip(model)
+    training = checkpoint.TrainState(model, run.optim.build(model), mixed.loss_scale)
     if folder is not None:
         done = checkpoint.resume(folder, run, corpus, training)
     else:
-        (folder, claim), done = run_folder.create(run, tokenizer), 0
+        (folder, run_lock), done = run_folder.create(run, tokenizer), 0
     if run.init_from and not done:
-        begin_with_weights_of(Path(run.init_from), model)
+        load_pretrained_weights(Path(run.init_from), model)
     loss, losses = losses_of(run.data, tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
@@ -111,9 +111,9 @@ def train(tree: dict, typed: list[str]) -> None:
         report.within(what, index, count)
 
     def validate(tokens: slice) -> Score:
-        working.refresh()
+        mixed.copy_master_weights()
         where = corpus.val, window, run.micro_batch_size, byte_lengths, tokens
-        return evaluate(working.model, *where, losses, between)
+        return evaluate(mixed.model, *where, losses, between)
 
     def scores(step: int) -> tuple[Score | None, Score | None]:
         """After a step: on the prefix of the validation set, and what is told, which is of all of it at the end. None
@@ -139,7 +139,7 @@ def train(tree: dict, typed: list[str]) -> None:
         return continuation(model, tokenizer, beginning, run.seed)
 
     report, saved, part = Report(run, folder, corpus, model, done, byte_lengths.to(device)), done, None
-    with claim, smaller_batches_advised(*sizes), StopRequest() as stop, report:
+    with run_lock, smaller_batches_advised(*sizes), StopRequest() as stop, report:
         if report.unscored or done == run.steps or (run.evaluates_before and not done):
             part, score = scores(done)
             if score is None:
@@ -156,7 +156,7 @@ def train(tree: dict, typed: list[str]) -> None:
                 batches = micro_batches(corpus.train, window, run.seed, step, *sizes, device)
             seeds, lr = (run.seed, step), run.lr(step)
             try:
-                result = train_step(working, training.optimizer, batches, lr, run.clip_norm, seeds, loss, clip, between)
+                result = train_step(mixed, training.optimizer, batches, lr, run.clip_norm, seeds, loss, clip, between)
             except Stopped:
                 if step > saved:
                     save(step, part and part.loss)  # of `step`: what this one would have made of it was not reached

@@ -51,7 +51,9 @@ def definition() -> None:
     print("weights:", _numbers(weights))
     print("weights @ v:", _numbers(weights @ v))
     positions = torch.arange(3)[None]
-    ours = Naive()(*(x[None, :, None] for x in (q, k, v)), Mask(positions, positions, plain=True), 1 / math.sqrt(2))
+    ours = Naive()(
+        *(x[None, :, None] for x in (q, k, v)), Mask(positions, positions, contiguous=True), 1 / math.sqrt(2)
+    )
     print("kernel=naive:", _numbers(ours[0, :, 0]))
     for tokens in (1024, 32768):
         print(f"scores of 12 heads over {tokens:,} tokens in float32: {12 * tokens**2 * 4 / 1e9:.2f} GB")
@@ -173,9 +175,9 @@ def _layer(config: ModelConfig) -> MLA:
     return layer
 
 
-def _context(layer: MLA, first: int, count: int, extent: int | None = None) -> Context:
+def _context(layer: MLA, first: int, count: int, kv_len: int | None = None) -> Context:
     positions = torch.arange(first, first + count)[None]
-    return Context(positions, plain=first == 0, extent=extent, rotary={layer.rope: layer.rope.table(positions)})
+    return Context(positions, contiguous=first == 0, kv_len=kv_len, rotary={layer.rope: layer.rope.table(positions)})
 
 
 def _against_a_cache(execution: str, queries: int, cached: int) -> Callable[[], object]:

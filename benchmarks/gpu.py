@@ -36,7 +36,7 @@ from common.cli import one_line_errors
 from common.errors import Unsupported, UserError
 from generation.decode import generate
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from model import cost
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
@@ -47,7 +47,7 @@ from model.kernels.online import Online
 from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.transformer import ModelConfig, TransformerLM
-from runtime.precision import Working, choose_precision
+from runtime.precision import MixedPrecision, choose_precision
 from training.compile import maybe_compiled
 from training.monitor.mfu import peak_flops
 from training.optim.adamw import AdamWConfig
@@ -142,9 +142,9 @@ def kernels(scale: Scale) -> Iterator[Row]:
     third = scale.tokens // 3
     documents = positions // third
     masks = {
-        "causal": Mask(positions, positions, plain=True),
-        "window": Mask(positions, positions, plain=True, pattern=Pattern(window=scale.tokens // 8)),
-        "documents": Mask(positions % third, positions % third, plain=False, q_doc=documents, k_doc=documents),
+        "causal": Mask(positions, positions, contiguous=True),
+        "window": Mask(positions, positions, contiguous=True, pattern=Pattern(window=scale.tokens // 8)),
+        "documents": Mask(positions % third, positions % third, contiguous=False, q_doc=documents, k_doc=documents),
     }
     shapes = {
         "MHA 64": (8, 8, 64, 64),
@@ -206,11 +206,11 @@ def memory(scale: Scale) -> Iterator[Row]:
             if scale.device.type != "cuda":
                 yield row | {"predicted_mb": predicted / 1e6}
                 continue
-            working, batch = Working(TransformerLM(config, VOCAB).to(scale.device), "bf16"), _batch(config, scale)
+            mixed, batch = MixedPrecision(TransformerLM(config, VOCAB).to(scale.device), "bf16"), _batch(config, scale)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            working.backward(mean_loss(working.model, *batch))
+            mixed.backward(mean_loss(mixed.model, *batch))
             measured = torch.cuda.max_memory_allocated() - before
             yield row | {"predicted_mb": predicted / 1e6, "measured_mb": measured / 1e6, "ratio": predicted / measured}
 
@@ -228,7 +228,7 @@ def decoding(scale: Scale) -> Iterator[Row]:
 
                 def write(rows: int = rows, count: int = count, model: TransformerLM = model) -> None:
                     prompt = list(range(1, 1 + min(64, model.config.context_length // 4)))
-                    texts = Texts(model, [prompt] * rows, seeds=list(range(rows)))
+                    texts = GenerationState(model, [prompt] * rows, seeds=list(range(rows)))
                     for _ in generate(model, texts, Sampler(temperature=0), max_new_tokens=count):
                         pass
 
@@ -306,11 +306,11 @@ def _trained(
     config = config if kernel is None else config.model_copy(update={"kernel": kernel})
     config.check_training(scale.device)
     model = TransformerLM(config, VOCAB).to(scale.device)
-    working, optimizer = Working(model, precision), AdamWConfig(lr=1e-4).build(model)
+    mixed, optimizer = MixedPrecision(model, precision), AdamWConfig(lr=1e-4).build(model)
     loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
     with Announced() as announced:
         row = _timed_steps(
-            scale, config, lambda *batch: train_step(working, optimizer, [batch], 1e-4, 1.0, (0, 0), loss).loss
+            scale, config, lambda *batch: train_step(mixed, optimizer, [batch], 1e-4, 1.0, (0, 0), loss).loss
         )
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": precision}
     row |= {"kernel": announced.kernel, "warnings": announced.warnings}
@@ -364,10 +364,10 @@ def _mfu(scale: Scale, precision: str, flops_per_second: float) -> float | None:
 
 
 def _predicted(config: ModelConfig, scale: Scale) -> int:
-    working = Working(cost.on_meta(config, VOCAB), "bf16")
+    mixed = MixedPrecision(cost.on_meta(config, VOCAB), "bf16")
     tokens = torch.zeros(scale.micro_batch, config.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
-        working.backward(mean_loss(working.model, tokens, tokens))
+        mixed.backward(mean_loss(mixed.model, tokens, tokens))
     return live.bytes
 
 

@@ -60,7 +60,7 @@ def _timed(
     args: argparse.Namespace, device: torch.device, tokens: int, name: str, pattern: Pattern, phase: str
 ) -> list[dict[str, Any]]:
     positions = torch.arange(tokens, device=device)[None]
-    mask = Mask(positions, positions, plain=True, pattern=pattern)
+    mask = Mask(positions, positions, contiguous=True, pattern=pattern)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(args.batch, tokens, heads, args.head_dim, generator=draw).to(device, DTYPES[args.precision])

@@ -18,7 +18,7 @@ from benchmarks.side_by_side import count, output, report
 from common.cli import one_line_errors
 from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import allocated_peak
 from training.run.config import load_choice
 from training.step import mean_loss
@@ -63,8 +63,8 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         config = _config(attention, settings, 1, args.d_model, args.heads, tokens)
-        working = Working(TransformerLM(config, VOCAB), precision)
-        peak, seconds = _measured(working, _text(tokens, VOCAB), VOCAB - 1 if documents else None, mean_loss)
+        mixed = MixedPrecision(TransformerLM(config, VOCAB), precision)
+        peak, seconds = _measured(mixed, _text(tokens, VOCAB), VOCAB - 1 if documents else None, mean_loss)
         last = rows[-1] if rows else None
         grown = math.log(peak / last["bytes"], tokens / last["tokens"]) if last else math.nan
         rows.append(
@@ -84,16 +84,16 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
 
 def _savings(precision: str) -> list[dict[str, Any]]:
     """12 layers of width 256 on 2048 tokens, where logits and activations are of a size."""
-    working = Working(TransformerLM(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
+    mixed = MixedPrecision(TransformerLM(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
     text, rows = _text(2048, GPT2_VOCAB).view(2, 1024), []
     for loss_name, loss in (("at once", _at_once), ("chunked", mean_loss)):
-        for recompute in (False, True):
-            peak, seconds = _measured(working, text, None, loss, recompute)
+        for activation_checkpointing in (False, True):
+            peak, seconds = _measured(mixed, text, None, loss, activation_checkpointing)
             rows.append(
                 {
                     "precision": precision,
                     "loss": loss_name,
-                    "checkpointed": recompute,
+                    "checkpointed": activation_checkpointing,
                     "MB": peak / 1e6,
                     "seconds": seconds,
                 }
@@ -102,21 +102,27 @@ def _savings(precision: str) -> list[dict[str, Any]]:
 
 
 def _at_once(
-    model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None, recompute: bool = False
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    end_of_text: int | None = None,
+    activation_checkpointing: bool = False,
 ) -> Tensor:
     """mean_loss from the logits of the whole batch."""
-    return token_losses(model(inputs, training=True, recompute=recompute).logits, targets).mean()
+    return token_losses(
+        model(inputs, training=True, activation_checkpointing=activation_checkpointing).logits, targets
+    ).mean()
 
 
 def _measured(
-    working: Working, text: Tensor, end_of_text: int | None, loss: Callable, recompute: bool = False
+    mixed: MixedPrecision, text: Tensor, end_of_text: int | None, loss: Callable, activation_checkpointing: bool = False
 ) -> tuple[int, float]:
     """Bytes at the peak, the weights not counted but their gradients; seconds of CPU time, the measuring included."""
 
     def step() -> None:
-        working.backward(loss(working.model, text, text, end_of_text, recompute))
+        mixed.backward(loss(mixed.model, text, text, end_of_text, activation_checkpointing))
 
-    for parameter in working.parameters:
+    for parameter in mixed.parameters:
         parameter.grad = None
     start = time.process_time()
     return allocated_peak(step), time.process_time() - start

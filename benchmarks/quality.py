@@ -37,7 +37,7 @@ from data.batches import micro_batches, refuse_short, stack, windows
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from training.evaluate import evaluate
 from training.monitor.plot import empty_axes, save_axes
 from training.step import losses_of, train_step
@@ -246,17 +246,17 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}")
         length, micro = run.model.context_length, run.micro_batch_size
         model = TransformerLM(run.model, size.vocab, seed).to(device)
-        working, optimizer, clip = Working(model, args.precision), run.optim.build(model), run.optim.clip(model)
+        mixed, optimizer, clip = MixedPrecision(model, args.precision), run.optim.build(model), run.optim.clip(model)
         loss, losses = losses_of(run.data, 0, clip, run.checkpoint_activations, run.compilation)
 
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)
-            train_step(working, optimizer, batches, run.lr(number), run.clip_norm, (seed, number), loss, clip)
+            train_step(mixed, optimizer, batches, run.lr(number), run.clip_norm, (seed, number), loss, clip)
 
         def score() -> float:
-            working.refresh()
+            mixed.copy_master_weights()
             some, ones = slice(args.val_tokens), torch.ones(size.vocab)
-            return evaluate(working.model, text.val, length, micro, ones, some, losses).loss
+            return evaluate(mixed.model, text.val, length, micro, ones, some, losses).loss
 
         return Candidate(step, score)
 

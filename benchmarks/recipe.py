@@ -24,7 +24,7 @@ from data.batches import micro_batches
 from data.shards.prepare import Prepared, prepare
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import load_composed
 from training.evaluate import evaluate
 from training.run.config import Run
@@ -104,17 +104,17 @@ def _said(row: dict[str, Any]) -> str:
 def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]:
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
     model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed)
-    working, optimizer, clip = Working(model, run.precision), run.optim.build(model), run.optim.clip(model)
+    mixed, optimizer, clip = MixedPrecision(model, run.precision), run.optim.build(model), run.optim.clip(model)
     loss, losses = losses_of(run.data, corpus.tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
     window, cpu, seconds = run.model.context_length, torch.device("cpu"), []
     for step in range(run.steps):
         batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)
         before = time.process_time()
-        train_step(working, optimizer, batches, run.lr(step), run.clip_norm, (run.seed, step), loss, clip)
+        train_step(mixed, optimizer, batches, run.lr(step), run.clip_norm, (run.seed, step), loss, clip)
         seconds.append(time.process_time() - before)
-    working.refresh()
+    mixed.copy_master_weights()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
-    score = evaluate(working.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens), losses)
+    score = evaluate(mixed.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens), losses)
     return score.loss, statistics.median(seconds)
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 import train as program
 from generation.decode import generate
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from training.dry_run import memory
 from training.run.config import choices, load
 from training.run.folder import read_config
@@ -99,7 +99,7 @@ def _whole_way(attention: str, device: torch.device) -> Row:
 
 
 def _text(model: Any, tokenizer: Any, cached: bool) -> str:
-    texts = Texts(model, [tokenizer.encode("The ").tolist()], [0], cached=cached)
+    texts = GenerationState(model, [tokenizer.encode("The ").tolist()], [0], cached=cached)
     steps = generate(model, texts, Sampler(temperature=0), max_new_tokens=WRITTEN)
     return tokenizer.decode([int(step[0]) for step in steps])
 

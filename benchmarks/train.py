@@ -24,7 +24,7 @@ from common.cli import one_line_errors
 from common.errors import UserError
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import load_composed
 from training.compile import maybe_compiled
 from training.run.config import Run
@@ -136,9 +136,9 @@ def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Calla
     def make(attention: str) -> tuple[nn.Module, Step]:
         run = run_of(size, f"attention={attention}", "optim=adamw")
         model = TransformerLM(run.model, size.vocab)
-        working, optimizer = Working(model, precision), run.optim.build(model)
+        mixed, optimizer = MixedPrecision(model, precision), run.optim.build(model)
         loss = maybe_compiled(mean_loss, compiled)
-        return model, lambda *batch: train_step(working, optimizer, [batch], LR, CLIP, loss=loss)
+        return model, lambda *batch: train_step(mixed, optimizer, [batch], LR, CLIP, loss=loss)
 
     suffix = ", compiled" if compiled else ""
     return {f"ours {attention}{suffix}": lambda attention=attention: make(attention) for attention in OURS}

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from common import process
 from common.errors import NotFinite, Unsupported, UserError, reason
 from common.invocation import ROOT, command, how_to_install
-from common.streams import StdoutLost, all_written, tell
+from common.streams import StdoutLost, all_written, print_stderr
 from common.suggestions import CONF, no_such_setting
 
 # What is no fault of the program, whichever file it meets.
@@ -43,7 +43,7 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
         line = str(error)
     except KeyboardInterrupt:
         process.end_at_once()
-        tell("interrupted")
+        print_stderr("interrupted")
         sys.exit(130)
     except StdoutLost as error:  # of a sweep, all that follows has lost it as well
         if not error.reader_left:
@@ -57,7 +57,7 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
     if not of_a_sweep:
         process.end_at_once()
     if line is not None and of_a_sweep:
-        tell(f"error: {line}")
+        print_stderr(f"error: {line}")
         _failed.append(line)
     elif line is not None:
         fail(line)
@@ -104,7 +104,7 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
 
 def fail(line: str) -> NoReturn:
     """One line on stderr, and exit code 2."""
-    tell(f"error: {line}")
+    print_stderr(f"error: {line}")
     sys.exit(2)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 
-from common.streams import tell
+from common.streams import print_stderr
 
 log = logging.getLogger("headroom")
 
@@ -25,11 +25,11 @@ class _Stderr(logging.Handler):
     """Looks sys.stderr up at every message: a live line replaces it while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tell(self.format(record))
+        print_stderr(self.format(record))
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def deferred_logging() -> Iterator[None]:
     """What is announced within comes after it, not amid a text that streams."""
     handlers = log.handlers[:]
     held = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)

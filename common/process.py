@@ -35,11 +35,11 @@ def start(*packages: str) -> None:
     try:
         os.getcwd()
     except OSError as error:
-        streams.tell(f"error: the working directory is gone ({reason(error)}): cd to one that exists")
+        streams.print_stderr(f"error: the working directory is gone ({reason(error)}): cd to one that exists")
         sys.exit(2)
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            streams.tell(f"error: {how_to_install(package)}")
+            streams.print_stderr(f"error: {how_to_install(package)}")
             sys.exit(2)
 
 

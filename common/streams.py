@@ -92,7 +92,7 @@ class _Stderr(_Waiting):
             return len(data)
 
 
-def tell(line: str) -> None:
+def print_stderr(line: str) -> None:
     """One line on stderr. Of a word that nobody would read to its end, the middle is left out."""
     line = LONG_WORD.sub(lambda found: f"{found[0][:100]}[...]{found[0][-100:]}", line)
     with suppress(OSError):

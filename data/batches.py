@@ -61,7 +61,7 @@ def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, seque
     return corpus.training_documents((i * length, (i + 1) * length + 1) for i in chosen)
 
 
-def document_places(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
+def document_positions(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
     """Windows (B, T) of packed documents, each of which begins with end_of_text -> for each token, its position from
     the start of its document, or of the window if that cuts it, and the number of its document in the window."""
     begins = tokens == end_of_text
@@ -70,11 +70,11 @@ def document_places(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
     return index - start, begins.cumsum(dim=1)
 
 
-def sampled_places(stream: TokenStream, length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
-    """`document_places` in windows spread evenly over the stream: all, or as many as hold SAMPLED_TOKENS."""
+def sampled_positions(stream: TokenStream, length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
+    """`document_positions` in windows spread evenly over the stream: all, or as many as hold SAMPLED_TOKENS."""
     every = -(-windows(stream, length) * length // SAMPLED_TOKENS)
     tokens, _ = stack(stream, length, list(range(every // 2, windows(stream, length), every)))
-    return document_places(tokens, end_of_text)
+    return document_positions(tokens, end_of_text)
 
 
 def refuse_short(corpus: Prepared, length: int) -> None:

@@ -42,8 +42,8 @@ def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: 
 def attention_maps(model: TransformerLM, tokens: list[int]) -> Tensor:
     """(layers, heads, T, T): row i of each is how token i spreads its attention over the tokens up to itself."""
     inputs = torch.tensor([tokens], device=next(model.parameters()).device)
-    extras = model(inputs, want=frozenset({ATTENTION_MAP})).extras
-    return torch.stack([extras[f"layers.{i}.{ATTENTION_MAP}"][0] for i in range(len(model.layers))]).cpu()
+    aux = model(inputs, collect=frozenset({ATTENTION_MAP})).aux
+    return torch.stack([aux[f"layers.{i}.{ATTENTION_MAP}"][0] for i in range(len(model.layers))]).cpu()
 
 
 def _label(text: str) -> str:

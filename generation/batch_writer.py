@@ -7,11 +7,11 @@ from typing import Any
 
 from common.errors import NotFinite
 from common.signals import Interruptible
-from common.streams import show, tell
+from common.streams import print_stderr, show
 from data.tokenizers.tokenizer import Tokenizer
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from generation.text_stream import TextStream
 from model.transformer import TransformerLM
 
@@ -50,7 +50,7 @@ def write(
     model: TransformerLM,
     tokenizer: Tokenizer,
     sampler: Sampler,
-    texts: Texts,
+    texts: GenerationState,
     samples: Sequence[Sample],
     max_new_tokens: int,
 ) -> Generator[str, None, None]:
@@ -92,7 +92,7 @@ def show_samples(prompt: str, pieces: Generator[str, None, None], samples: Seque
     notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full]"}
     for i, one in enumerate(samples):
         if len(samples) > 1:
-            tell(f"[sample {i + 1} of {len(samples)}, seed {one.seed}]")
+            print_stderr(f"[sample {i + 1} of {len(samples)}, seed {one.seed}]")
         show(prompt)
         try:
             for piece in pieces if i == 0 else [one.text]:
@@ -100,7 +100,7 @@ def show_samples(prompt: str, pieces: Generator[str, None, None], samples: Seque
         finally:
             show("\n")
         if one.finish in notes:
-            tell(notes[one.finish])
+            print_stderr(notes[one.finish])
 
 
 def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:

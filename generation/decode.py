@@ -7,7 +7,7 @@ from torch import Tensor
 
 from common.errors import NotFinite
 from generation.sampler import NO_TOKEN, Sampler
-from generation.state import Texts, bucket
+from generation.state import GenerationState, bucket
 from model.cache import Cache
 from model.transformer import TransformerLM
 
@@ -16,7 +16,7 @@ ENDED = -1  # what `generate` yields for a row that has ended
 
 @torch.no_grad()
 def generate(
-    model: TransformerLM, texts: Texts, sampler: Sampler, *, max_new_tokens: int, end_token: int | None = None
+    model: TransformerLM, texts: GenerationState, sampler: Sampler, *, max_new_tokens: int, end_token: int | None = None
 ) -> Iterator[Tensor]:
     """Yields the next token of every row, (B,) int64 on the CPU, up to max_new_tokens times; `texts` holds it by then.
 
@@ -48,7 +48,7 @@ def generate(
         raise NotFinite(f"the model's output is not finite after {int(texts.lengths[row])} tokens{which}")
 
 
-def next_logits(model: TransformerLM, texts: Texts) -> Tensor:
+def next_logits(model: TransformerLM, texts: GenerationState) -> Tensor:
     """Logits (B, V) after each live row's last token; the caches hold all tokens then."""
     caches, device, longest = texts.caches, next(model.parameters()).device, int(texts.lengths.max())
     for cache in caches or []:
@@ -78,7 +78,7 @@ def _whole_text(model: TransformerLM, text: Tensor, lengths: Tensor, caches: lis
     positions = torch.arange(text.shape[1], device=text.device)[None]
     if (lengths != lengths[0]).any():
         positions = positions.where(positions < lengths[:, None], -1)
-    return model(text, positions=positions, plain=True, caches=caches, only=lengths[:, None] - 1).logits[:, 0]
+    return model(text, positions=positions, contiguous=True, caches=caches, only=lengths[:, None] - 1).logits[:, 0]
 
 
 def decode_step(
@@ -86,9 +86,9 @@ def decode_step(
     tokens: Tensor,
     positions: Tensor,
     caches: list[Cache],
-    extent: int,
+    kv_len: int,
     last: Tensor | None = None,
 ) -> Tensor:
     """New tokens (B, T) at positions (B, T) -> logits (B, V) after the first of each row, or after that of index `last`
     (B, 1)."""
-    return model(tokens, positions=positions, caches=caches, extent=extent, only=last).logits[:, 0]
+    return model(tokens, positions=positions, caches=caches, kv_len=kv_len, only=last).logits[:, 0]

@@ -6,7 +6,7 @@ from data.tokenizers.tokenizer import Tokenizer
 from generation.decode import generate
 from generation.prompt import prompt_tokens
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from model.transformer import TransformerLM
 
 MOST_TOKENS = 200
@@ -24,7 +24,7 @@ def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], s
     """The start and what follows it. Draws from a generator of its own, so previews do not change training. An output
     that is not finite ends it in a line that says so."""
     sampler = Sampler(temperature=0.8, top_k=50)
-    texts = Texts(model, [start], [seed])
+    texts = GenerationState(model, [start], [seed])
     written, end = [*start], ""
     try:
         for step in generate(model, texts, sampler, max_new_tokens=MOST_TOKENS, end_token=tokenizer.end_of_text):

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from common.cli import number
-from common.console import held_back
+from common.console import deferred_logging
 from common.errors import NotFinite, UserError, reason
 from common.signals import Interruptible
-from common.streams import StdoutLost, show, tell
+from common.streams import StdoutLost, print_stderr, show
 from data.tokenizers.tokenizer import Tokenizer
 from generation.decode import generate
 from generation.options import LAST_SEED
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from generation.text_stream import TextStream
 from model.transformer import TransformerLM
 
@@ -44,7 +44,7 @@ class Conversation:
         tokenizer: Tokenizer,
         sampler: Sampler,
         *,
-        begin: Callable[[Sequence[int]], Texts],  # a text of these tokens, with nothing remembered yet
+        begin: Callable[[Sequence[int]], GenerationState],  # a text of these tokens, with nothing remembered yet
         max_new_tokens: int,
         stops: Sequence[str] = (),
     ):
@@ -54,7 +54,7 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        self.texts: Texts | None = None
+        self.texts: GenerationState | None = None
         self.half = b""  # of a character that the last turn left incomplete, for the next one to go on with
 
     def draw_from(self, seed: int) -> None:
@@ -175,11 +175,11 @@ def take_turn(conversation: Conversation, text: str) -> None:
     except UserError as error:
         say(f"[{error}]")
     else:
-        with held_back():
+        with deferred_logging():
             ending = conversation.turn(show)
         say(ending)
 
 
 def say(text: str) -> None:
     for line in text.splitlines():
-        tell(line)
+        print_stderr(line)

@@ -16,7 +16,7 @@ def bucket(n: int) -> int:
     return size
 
 
-class Texts:
+class GenerationState:
     """A batch of texts, and what the model remembers of them: all that `generate` reads and changes.
 
     The caller owns it. Between two steps, or two calls of `generate`, it may append to a row, which then goes on, or

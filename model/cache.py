@@ -11,7 +11,7 @@ from torch import Tensor
 from model.mask import Pattern
 
 
-class Keys(NamedTuple):
+class CacheView(NamedTuple):
     """What a query may be held against."""
 
     columns: tuple[Tensor, ...]  # (B, S, ...) each
@@ -48,8 +48,8 @@ class Cache(ABC):
         """positions (B, T) or (1, T) below the capacity, each fresh (B, T, *shape)."""
 
     @abstractmethod
-    def extend(self, positions: Tensor, extent: int | None, **fresh: Tensor) -> Keys:
-        """Writes, and gives all that these positions may see of what was ever written: of the first `extent` positions,
+    def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
+        """Writes, and gives all that these positions may see of what was ever written: of the first `kv_len` positions,
         if the caller knows that there are no others."""
 
     @abstractmethod
@@ -82,10 +82,10 @@ class FullCache(Cache):
     def write(self, positions: Tensor, **fresh: Tensor) -> None:
         self._put(positions.clamp(min=-1), fresh)
 
-    def extend(self, positions: Tensor, extent: int | None, **fresh: Tensor) -> Keys:
+    def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
         self.write(positions, **fresh)
-        rows = self.rows if extent is None else min(extent, self.rows)
-        return Keys(self._read(rows), torch.arange(rows, device=positions.device)[None])
+        rows = self.rows if kv_len is None else min(kv_len, self.rows)
+        return CacheView(self._read(rows), torch.arange(rows, device=positions.device)[None])
 
     def grow(self, capacity: int) -> None:
         self._resize(capacity)
@@ -123,16 +123,16 @@ class WindowCache(Cache):
         rows = ring.where((positions >= self.kept) & (positions > last - self.window), -1)
         self._put(positions.where((positions >= 0) & (positions < self.kept), rows), fresh)
 
-    def extend(self, positions: Tensor, extent: int | None, **fresh: Tensor) -> Keys:
-        rows = self.rows if extent is None else min(extent, self.rows)
+    def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
+        rows = self.rows if kv_len is None else min(kv_len, self.rows)
         if positions.shape[1] == 1:
             self.write(positions, **fresh)
-            return Keys(self._read(rows), self._positions(positions, rows))
+            return CacheView(self._read(rows), self._positions(positions, rows))
         first = positions.where(positions >= 0, sys.maxsize).amin(1, keepdim=True)
         before = self._positions(first - 1, rows).expand(len(self.sequences), -1)
         held = zip(self.columns, self._read(rows), strict=True)
         columns = tuple(torch.cat((column, fresh[name]), 1) for name, column in held)
-        keys = Keys(columns, torch.cat((before, positions.expand(len(self.sequences), -1)), 1))
+        keys = CacheView(columns, torch.cat((before, positions.expand(len(self.sequences), -1)), 1))
         self.write(positions, **fresh)
         return keys
 

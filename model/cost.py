@@ -89,7 +89,7 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
         matrices -= model.embedding.weight.numel()  # to look a row up is no product; a tied embedding is the head too
     if model.position_embedding is not None:
         matrices -= sum(p.numel() for p in model.position_embedding.parameters())
-    matrices += sum(block.attention.more_products for block in model.layers)
+    matrices += sum(block.attention.extra_macs_per_token for block in model.layers)
     per_pair = sum(cost for cost, _ in calls)
     keys = {mask: _visible(mask, *(documents or (torch.arange(length)[None], None))) for _, mask in set(calls)}
     return Flops(2 * matrices, per_pair, sum(cost * keys[mask] for cost, mask in calls) / per_pair)
@@ -104,7 +104,7 @@ def _kernel_calls(model: TransformerLM) -> list[tuple[int, Any]]:
     where = "cpu" if largest <= MOST_WEIGHTS else "meta"
     positions = torch.arange(2, device=where)[None]
     rotary = {rope: rope.table(positions) for rope in model.ropes}
-    ctx = Context(positions=positions, plain=True, extent=None, rotary=rotary)
+    ctx = Context(positions=positions, contiguous=True, kv_len=None, rotary=rotary)
     for i, block in enumerate(model.layers):
         kind = config.attention.of_layer(i)
         if kind not in known:
@@ -172,7 +172,7 @@ class Fused(Kernel):
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))
         width = max(q.shape[-1], value_dim)  # they want q, k and v equally wide
         q, k, v = (widened(x, width) for x in (q, k, v))
-        tiled = not mask.unrestricted
+        tiled = not mask.is_plain_causal
         out = by_positions(q, k, v, mask, scale, dropout, _masked) if tiled else _Kept.apply(q, k, v)
         return out[..., :value_dim]
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Split:
+class MatrixLayout:
     """How the rows of a stored matrix divide: into heads, one after another, and within each into named parts.
 
     heads · sum(parts) = rows. A matrix that is used as one has one head with one part.
@@ -23,5 +23,5 @@ class Split:
         return dict(zip(self.parts, pieces, strict=True))
 
 
-def whole(name: str, rows: int) -> Split:
-    return Split(1, {name: rows})
+def single_matrix(name: str, rows: int) -> MatrixLayout:
+    return MatrixLayout(1, {name: rows})

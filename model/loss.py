@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.transformer import Readout, softcapped
+from model.transformer import LMHead, softcapped
 
 CHUNK = {"cpu": 2**26, "meta": 2**26}  # bytes of logits that exist at one time;
 LARGE_CHUNK = 2**29  # fewer chunks where each costs a launch, or a compiler's time
@@ -35,17 +35,17 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view_as(targets)
 
 
-def chunked_losses(hidden: Tensor, readout: Readout, targets: Tensor) -> Tensor:
+def chunked_losses(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
     """hidden (B, T, d), targets (B, T) -> what token_losses says of their logits, without a gradient."""
     with torch.no_grad():
-        return _losses(hidden.flatten(0, 1), readout, targets.flatten()).view_as(targets)
+        return _losses(hidden.flatten(0, 1), lm_head, targets.flatten()).view_as(targets)
 
 
-def chunked_mean(hidden: Tensor, readout: Readout, targets: Tensor) -> Tensor:
+def chunked_mean(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
     """Its mean, a scalar, with its gradient."""
     if not torch.is_grad_enabled():
-        return chunked_losses(hidden, readout, targets).mean()
-    return _Mean.apply(hidden.flatten(0, 1), readout.weight, targets.flatten(), readout.vocab_size, readout.softcap)
+        return chunked_losses(hidden, lm_head, targets).mean()
+    return _Mean.apply(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), lm_head.vocab_size, lm_head.softcap)
 
 
 class _Mean(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
         """x (N, d), weight (V', d), targets (N) -> scalar."""
         d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
-        losses = _losses(x, Readout(weight, vocab_size, softcap), targets, (d_x, d_weight))
+        losses = _losses(x, LMHead(weight, vocab_size, softcap), targets, (d_x, d_weight))
         ctx.save_for_backward(d_x, d_weight)
         ctx.tokens, ctx.dtype = len(x), weight.dtype
         return losses.mean()
@@ -67,10 +67,10 @@ class _Mean(torch.autograd.Function):
         return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None
 
 
-def _losses(x: Tensor, readout: Readout, targets: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _losses(x: Tensor, lm_head: LMHead, targets: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """x (N, d), targets (N) -> nats of each token, (N) float32. gradients: of their sum, to be filled: those of x, and
     those of the weight (zeros, float32)."""
-    weight, vocab_size, softcap = readout
+    weight, vocab_size, softcap = lm_head
     losses = x.new_empty(len(x), dtype=torch.float32)
     compiling = torch.compiler.is_compiling()
     chunk_bytes = LARGE_CHUNK if compiling else CHUNK.get(x.device.type, LARGE_CHUNK)

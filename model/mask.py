@@ -28,7 +28,7 @@ class Pattern:
     see_self: bool = True  # position 0, which has nothing else to see, sees itself always
 
     @property
-    def everything(self) -> bool:
+    def is_full(self) -> bool:
         """Nothing hides a key but causality."""
         return self.window is None and self.dilation == 1 and self.see_self
 
@@ -41,7 +41,7 @@ class Pattern:
         """bool, of positions that broadcast; none is negative. Elementwise, so it serves one pair as well as many."""
         distance = q_pos - k_pos
         seen = distance >= 0 if self.causal else distance == distance
-        if not self.everything:
+        if not self.is_full:
             local = seen
             if self.window is not None:
                 local = distance.abs() < self.window
@@ -79,16 +79,16 @@ class Mask:
 
     q_pos: Tensor  # (B, T) or (1, T)
     k_pos: Tensor  # (B, S) or (1, S)
-    plain: bool
+    contiguous: bool
     pattern: Pattern = CAUSAL
     q_doc: Tensor | None = None  # (B, T) which document each token belongs to, in packed sequences
     k_doc: Tensor | None = None  # (B, S)
 
     @property
-    def unrestricted(self) -> bool:
+    def is_plain_causal(self) -> bool:
         """Indices say who sees whom: a query sees the keys up to its own. (Without `causal` they do not tell the
         padding that may stand behind.)"""
-        return self.plain and self.pattern.everything and self.pattern.causal
+        return self.contiguous and self.pattern.is_full and self.pattern.causal
 
     def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """(B, t, s) bool, for the queries in `rows` and the keys in `keys`."""
@@ -105,7 +105,7 @@ class Mask:
 
     def span(self, rows: slice) -> slice:
         """The keys that the queries in `rows` (a start and a stop) may see at most; all, where indices say nothing."""
-        if not self.plain:
+        if not self.contiguous:
             return slice(0, self.k_pos.shape[1])
         pattern = self.pattern
         near = pattern.window is not None and not pattern.random_blocks and not pattern.global_tokens

@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
 def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, **where: Tensor) -> Tensor:
     """Nats of each token, (B, T). where: positions and documents of packed windows, as the model takes them."""
-    return chunked_losses(model(inputs, **where, logits=False).hidden, model.readout, targets)
+    return chunked_losses(model(inputs, **where, logits=False).hidden, model.lm_head, targets)
 
 
 @torch.no_grad()

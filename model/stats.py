@@ -14,7 +14,7 @@ from model.kernels.online import LOWEST, rescale, scores_of_tile, tiles
 from model.mask import Mask
 
 TILE = 128  # queries, and keys, whose scores exist at one time
-WATCHED = frozenset({"max_logit", "entropy"})
+MONITORED_STATS = frozenset({"max_logit", "entropy"})
 ATTENTION_MAP = "attention_map"
 
 
@@ -69,8 +69,8 @@ def attention_map(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
     return x.softmax(-1).flatten(2, 3).transpose(1, 2)
 
 
-def said_of_scores(
-    want: frozenset[str], q: Tensor, k: Tensor, mask: Mask, scale: float, left_out: Tensor | float = 0.0
+def collect_stats(
+    collect: frozenset[str], q: Tensor, k: Tensor, mask: Mask, scale: float, left_out: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
     """What an attention that is asked for it says of its scores; costs nothing where none of these is wanted. Padding
     does not count.
@@ -79,14 +79,14 @@ def said_of_scores(
     (B, H, T, S): all probabilities. left_out: what a query's scores lack that is the same for all keys, (B, T, H).
     """
     said = {}
-    if ATTENTION_MAP in want:
+    if ATTENTION_MAP in collect:
         said[ATTENTION_MAP] = attention_map(q, k, mask, scale)
-    if want & WATCHED:
+    if collect & MONITORED_STATS:
         found, real = statistics(q, k, mask, scale), (mask.q_pos >= 0)[..., None]  # (B or 1, T, 1)
         real = real.expand(found.entropy.shape)  # (B, T, H)
         of_heads = {
             "max_logit": (found.max_logit + left_out).where(real, float("-inf")).amax((0, 1)),
             "entropy": found.entropy.where(real, 0).sum((0, 1)) / real.sum((0, 1)),
         }
-        said |= {name: value for name, value in of_heads.items() if name in want}
+        said |= {name: value for name, value in of_heads.items() if name in collect}
     return said

@@ -15,7 +15,7 @@ from model.attention.base import AttentionChoice, Context
 from model.cache import Cache
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
-from model.layout import Split, whole
+from model.layout import MatrixLayout, single_matrix
 from model.mlp import MLPConfig
 from model.norm import residual_norm
 from model.positions import position_embedding
@@ -51,7 +51,7 @@ class ModelConfig(Dimensions):
 
 class Output(NamedTuple):
     logits: Tensor | None  # (B, T, V), or (B, K, V) where K tokens were asked for; None where no logits were
-    extras: dict[str, Tensor]  # what layers had to say, as "layers.3.name"
+    aux: dict[str, Tensor]  # what layers had to say, as "layers.3.name"
     hidden: Tensor  # (B, T, d) or (B, K, d), normed: what logits are made of
 
 
@@ -65,12 +65,12 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        attended, extras = self.attention(self.attention_norm(x), ctx, cache)
+        attended, aux = self.attention(self.attention_norm(x), ctx, cache)
         x = x + ctx.drop(attended, self.dropout)
-        return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), extras
+        return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), aux
 
 
-class VocabMatrix(nn.Module):
+class PaddedEmbedding(nn.Module):
     """One row per token. Rows beyond the vocabulary pad it to a multiple of 64: they are zero and stay zero (nothing
     reads them, so their gradient is zero), and the state dict does not know them."""
 
@@ -86,11 +86,11 @@ class VocabMatrix(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
-def _without_padding(module: VocabMatrix, state: dict, prefix: str, _metadata) -> None:
+def _without_padding(module: PaddedEmbedding, state: dict, prefix: str, _metadata) -> None:
     state[prefix + "weight"] = state[prefix + "weight"][: module.vocab_size]
 
 
-def _with_padding(module: VocabMatrix, state: dict, prefix: str, *_) -> None:
+def _with_padding(module: PaddedEmbedding, state: dict, prefix: str, *_) -> None:
     name = prefix + "weight"
     if name in state and state[name].shape == (module.vocab_size, module.weight.shape[1]):
         state[name] = F.pad(state[name], (0, 0, 0, module.weight.shape[0] - module.vocab_size))
@@ -102,7 +102,7 @@ def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
 
 
-class Readout(NamedTuple):
+class LMHead(NamedTuple):
     """What makes logits of hidden states."""
 
     weight: Tensor  # (V', d): rows beyond the vocabulary are padding
@@ -121,11 +121,11 @@ class TransformerLM(nn.Module):
         """Without `causal` every token sees those after it too: an encoder, which has no caches."""
         super().__init__()
         self.config, self.vocab_size, self.causal = config, vocab_size, causal
-        self.embedding = VocabMatrix(vocab_size, config.d_model)
+        self.embedding = PaddedEmbedding(vocab_size, config.d_model)
         self.position_embedding = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = residual_norm(config)
-        self.head = None if config.tie_embeddings else VocabMatrix(vocab_size, config.d_model)
+        self.head = None if config.tie_embeddings else PaddedEmbedding(vocab_size, config.d_model)
         self.ropes = {block.attention.rope for block in self.layers} - {None}
         self._initialise(seed)
 
@@ -134,82 +134,90 @@ class TransformerLM(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        plain: bool = False,
+        contiguous: bool = False,
         docs: Tensor | None = None,
         caches: Sequence[Cache] | None = None,
-        extent: int | None = None,
+        kv_len: int | None = None,
         only: Tensor | None = None,
         logits: bool = True,
         training: bool = False,
-        recompute: bool = False,
-        want: frozenset[str] = frozenset(),
+        activation_checkpointing: bool = False,
+        collect: frozenset[str] = frozenset(),
     ) -> Output:
         """tokens (B, T) int64 -> logits (B, T, V).
 
-        positions: (B, T) or (1, T) of the tokens; negative is padding. Without them: 0..T-1, which is plain. With
+        positions: (B, T) or (1, T) of the tokens; negative is padding. Without them: 0..T-1, which is contiguous. With
             caches they are required: a decoder that forgot them would restart at 0 in silence.
-        plain: the caller's word that the positions given are 0..T-1, with nothing but padding behind, and that the
+        contiguous: the caller's word that the positions given are 0..T-1, with nothing but padding behind, and that the
             caches are empty (a prefill).
         docs: (B, T) the document each token belongs to; its positions begin at 0 in each. For training: caches hold one
             document, so they cannot go with it.
         caches: one per layer, from `make_caches`; written in place.
-        extent: how many cache rows may be visible, if fewer than the capacity.
+        kv_len: how many cache rows may be visible, if fewer than the capacity.
         only: (B, K) indices of the tokens whose logits are wanted.
         logits: false for whoever makes them of the hidden states, a piece at a time, as the loss does.
         training: dropout is on, and draws from PyTorch's global generator.
-        recompute: of what each block computes, nothing is kept for the backward pass but what went into it; the rest is
-            computed anew there, to the same bits (Chen et al. 2016, arXiv:1604.06174).
-        want: names of what layers shall say besides; it comes as extras.
+        activation_checkpointing: keep only the input of each block for the backward pass, which recomputes the rest to
+            the same bits (Chen et al. 2016, arXiv:1604.06174).
+        collect: names of what layers shall say besides; it comes as aux.
         """
-        if docs is not None and (positions is None or plain or caches is not None):
-            raise ValueError("packed documents need positions, which are not plain, and no caches")
+        if docs is not None and (positions is None or contiguous or caches is not None):
+            raise ValueError("packed documents need positions, which are not contiguous, and no caches")
         if caches is not None and not self.causal:
             raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
-        if caches is not None and recompute:
-            raise ValueError("recompute=True is for training: with caches nothing is kept for a backward pass")
+        if caches is not None and activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing is for training: with caches nothing is kept for a backward pass"
+            )
         if positions is None:
             if caches is not None:
                 raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
-            positions, plain = torch.arange(tokens.shape[1], device=tokens.device)[None], True
+            positions, contiguous = torch.arange(tokens.shape[1], device=tokens.device)[None], True
         rotary = {rope: rope.table(positions) for rope in self.ropes}
         ctx = Context(
-            positions=positions, plain=plain, extent=extent, rotary=rotary, docs=docs, training=training, want=want
+            positions=positions,
+            contiguous=contiguous,
+            kv_len=kv_len,
+            rotary=rotary,
+            docs=docs,
+            training=training,
+            collect=collect,
         )
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions).to(x.dtype)
         x = ctx.drop(x, self.config.dropout)
-        extras = {}
+        aux = {}
         for i, block in enumerate(self.layers):
-            if recompute:
+            if activation_checkpointing:
                 x, said = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=training)
             else:
                 x, said = block(x, ctx, None if caches is None else caches[i])
-            extras |= {f"layers.{i}.{name}": value for name, value in said.items()}
+            aux |= {f"layers.{i}.{name}": value for name, value in said.items()}
         if only is not None:
             x = x.take_along_dim(only[..., None], dim=1)
         hidden = self.norm(x)
-        return Output(self.readout.logits(hidden) if logits else None, extras, hidden)
+        return Output(self.lm_head.logits(hidden) if logits else None, aux, hidden)
 
     @property
-    def readout(self) -> Readout:
+    def lm_head(self) -> LMHead:
         """With the head's matrix, or the embedding's that it is tied to."""
-        return Readout((self.head or self.embedding).weight, self.vocab_size, self.config.logit_softcap)
+        return LMHead((self.head or self.embedding).weight, self.vocab_size, self.config.logit_softcap)
 
     def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
         """One empty cache per layer; the caller owns them."""
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
 
-    def blocks(self) -> dict[str, Split]:
+    def param_layout(self) -> dict[str, MatrixLayout]:
         """The logical matrices within each matrix of the layers, by parameter name. Embeddings and head are not among
         them: their rows are looked up or compared with, one by one."""
         found = {}
         for i, block in enumerate(self.layers):
-            for name, split in block.attention.blocks().items():
+            for name, split in block.attention.param_layout().items():
                 found[f"layers.{i}.attention.{name}"] = split
             for name, parameter in block.mlp.named_parameters():
                 if parameter.ndim >= 2:
-                    found[f"layers.{i}.mlp.{name}"] = whole(name, parameter.shape[0])
+                    found[f"layers.{i}.mlp.{name}"] = single_matrix(name, parameter.shape[0])
         return found
 
     @torch.no_grad()

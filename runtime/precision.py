@@ -76,7 +76,7 @@ class LossScale:
         self.good_steps.fill_(state.good_steps)
 
 
-class Working:
+class MixedPrecision:
     """The model that forward and backward run on.
 
     In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and holds copies of
@@ -86,13 +86,13 @@ class Working:
     def __init__(self, model: nn.Module, precision: str):
         dtype = DTYPES[precision]
         self.parameters = list(model.parameters())  # float32
-        self.masters, self.copies = [], []
+        self.master_weights, self.copies = [], []
         twins = {}  # what deepcopy shall put in place of a parameter: the vector itself, or a matrix's copy
         for parameter in self.parameters:
             twins[id(parameter)] = parameter
             if dtype != torch.float32 and parameter.ndim >= 2:
                 twins[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
-                self.masters.append(parameter)
+                self.master_weights.append(parameter)
                 self.copies.append(twins[id(parameter)])
         self.model = copy.deepcopy(model, twins) if self.copies else model
         if precision == "fp8":
@@ -100,15 +100,15 @@ class Working:
         self.loss_scale = LossScale(self.parameters[0].device) if precision == "fp16" else None
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def copy_master_weights(self) -> None:
         """Call before the first forward of a step."""
         if self.copies:
-            torch._foreach_copy_(self.copies, self.masters)
+            torch._foreach_copy_(self.copies, self.master_weights)
 
     def backward(self, loss: Tensor) -> None:
         """Adds the loss's gradients to those of the float32 parameters; in float16 they are scaled until `unscale`."""
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
-        for master, twin in zip(self.masters, self.copies, strict=True):
+        for master, twin in zip(self.master_weights, self.copies, strict=True):
             if master.grad is None:
                 master.grad = twin.grad.float()
             else:

@@ -21,7 +21,7 @@ from model import cost
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.memory import free_memory
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
 from training.epochs import epochs, repetitions, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
@@ -48,7 +48,7 @@ def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared
         raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
     corpus, lacking = _prepared(run, check)
     if corpus is None:
-        vocab_size = run.tokenizer.most_tokens
+        vocab_size = run.tokenizer.max_vocab_size
         flops = cost.flops(run.model, vocab_size)
     else:
         vocab_size = corpus.tokenizer.vocab_size
@@ -89,14 +89,14 @@ def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:
     micro_steps = min(2, run.sequences // run.micro_batch_size)  # the second meets the gradients of the first
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
-        working = Working(cost.on_meta(run.model, vocab_size, device=device), run.precision)
-        accumulate(working, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
-    weights = sum(p.nbytes for p in working.parameters)
+        mixed = MixedPrecision(cost.on_meta(run.model, vocab_size, device=device), run.precision)
+        accumulate(mixed, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
+    weights = sum(p.nbytes for p in mixed.parameters)
     known = {
         "weights": weights,
         "gradients": weights,
         "optimizer": run.optim.state_bytes(cost.on_meta(run.model, vocab_size)),
-        "copies": sum(copy.nbytes for copy in working.copies),
+        "copies": sum(copy.nbytes for copy in mixed.copies),
     }
     return known | {"activations": max(0, live.bytes - 2 * weights - known["copies"])}
 
@@ -176,16 +176,16 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     model = TransformerLM(run.model, vocab_size, run.seed).to(device)
-    working, optimizer = Working(model, run.precision), run.optim.build(model)
+    mixed, optimizer = MixedPrecision(model, run.precision), run.optim.build(model)
     shape, pieces = (run.micro_batch_size, run.model.context_length), run.sequences // run.micro_batch_size
     tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(run.seed)).to(device)
 
     def micro_batch(loss: Callable, tokens: Tensor) -> float:
-        return _seconds(device, lambda: working.backward(loss(working.model, tokens, tokens) / pieces))
+        return _seconds(device, lambda: mixed.backward(loss(mixed.model, tokens, tokens) / pieces))
 
     def update() -> float:
         """With the gradients there are: all that a step does besides its micro-batches."""
-        return _seconds(device, lambda: train_step(working, optimizer, [], run.lr(0), run.clip_norm))
+        return _seconds(device, lambda: train_step(mixed, optimizer, [], run.lr(0), run.clip_norm))
 
     def work(tokens: Tensor) -> float:
         return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
@@ -194,7 +194,7 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     few = part[:1, : PART // 8]  # whose time is nearly all overhead: what a micro-batch takes whatever its length
     log.info(f"timing {part.numel():,} tokens")
     eager = _loss(run, vocab_size)
-    working.refresh()
+    mixed.copy_master_weights()
     for each in (few, part):
         micro_batch(eager, each)  # the first one on a device waits for what is loaded once
     overhead, seconds = micro_batch(eager, few), micro_batch(eager, part)
@@ -219,7 +219,7 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
 
 def _loss(run: Run, vocab_size: int) -> Callable:
     end_of_text = vocab_size - 1  # the last token of every vocabulary
-    return losses_of(run.data, end_of_text, recompute=run.checkpoint_activations)[0]
+    return losses_of(run.data, end_of_text, activation_checkpointing=run.checkpoint_activations)[0]
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

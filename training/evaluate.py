@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from data.batches import document_places, evaluation_batches
+from data.batches import document_positions, evaluation_batches
 from data.shards.token_files import TokenStream
 from model.score import Score, score_batches, token_losses
 
@@ -25,7 +25,7 @@ def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
     other."""
     if end_of_text is None:
         return {}
-    positions, docs = document_places(inputs, end_of_text)
+    positions, docs = document_positions(inputs, end_of_text)
     return {"positions": positions, "docs": docs}
 
 

@@ -29,7 +29,7 @@ from common.lock import lock
 from data.shards.document_index import line, names_file
 from data.shards.token_files import Shard, ShardWriter, shard_paths
 from data.sources.contents import Contents
-from data.sources.corpus import Corpus, Document, Split, drawn
+from data.sources.corpus import Corpus, Document, Split, hash_sample
 from data.tokenizers.patterns import last_cut
 from data.tokenizers.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
@@ -49,7 +49,7 @@ class Size(NamedTuple):
     val: int | None
 
 
-def survey(corpus: Corpus) -> Size:
+def measure(corpus: Corpus) -> Size:
     """Reads all there is once, where that costs no download: what is wrong with the last document is said before the
     first is encoded, and what there is in a line. Raises UserError for what is wrong, and for a split without
     documents."""
@@ -159,7 +159,7 @@ def _tokenizer(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size)
 def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
     """Passages from all over the text, whether it comes in many documents or in one."""
     passages = (text[i : i + PASSAGE] for text in texts for i in range(0, len(text), PASSAGE))
-    return (passage for i, passage in enumerate(passages) if drawn(i, share, "tokenizer"))
+    return (passage for i, passage in enumerate(passages) if hash_sample(i, share, "tokenizer"))
 
 
 def _encode(
@@ -182,7 +182,7 @@ def _encode(
             with names_file(building, "train").open("w") as train, names_file(building, "val").open("w") as val:
                 for document, tokens in _encoded((document for _, document in part), tokenizer, workers):
                     writer = writers[document.split]
-                    if not document.goes_on:
+                    if not document.is_continuation:
                         names = val if document.held_out else train
                         names.write(line(writer.total, document.name))
                         writer.write(np.array([tokenizer.end_of_text]))
@@ -199,7 +199,7 @@ def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
     """The parts of long documents, cut where no token changes. A part without such a place is one with the next."""
     before = None
     for document in documents:
-        if before and document.goes_on:
+        if before and document.is_continuation:
             cut = last_cut(before.text)
             rest = before.text[cut:] + document.text
             document = document._replace(text=rest) if cut else before._replace(text=rest)

@@ -10,7 +10,7 @@ from common.checksummed_json import digest
 from common.errors import UserError, reason
 from common.lock import lock
 from common.paths import refuse_unreadable
-from data.shards.build import build, contents_file, discard_abandoned, discard_parts, lock_file, survey
+from data.shards.build import build, contents_file, discard_abandoned, discard_parts, lock_file, measure
 from data.shards.document_index import BLOCK, names_file, names_of
 from data.shards.token_files import VERSION, TokenStream, open_stream
 from data.sources.corpus import Corpus
@@ -61,8 +61,8 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
     if not _prepared_before(cache_dir, f"{corpus.name}-{tokenizer.name}-"):
         tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
     fingerprint = corpus.fingerprint()
-    documents = corpus.identity()
-    identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.identity()]
+    documents = corpus.cache_key()
+    identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.cache_key()]
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not _exists(folder):
@@ -76,9 +76,9 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
         trained = load_tokenizer(folder / "tokenizer.json")
     except UserError as error:
         raise UserError(f"{error}: delete the folder {folder} and run again to rebuild it") from None
-    shortfall = tokenizer.shortfall(trained)
-    if shortfall:
-        log.warning(shortfall)
+    vocab_warning = tokenizer.vocab_warning(trained)
+    if vocab_warning:
+        log.warning(vocab_warning)
     train, val = (open_stream(folder, split, trained.hash) for split in ("train", "val"))
     return Prepared(folder, fingerprint, trained, train, val)
 
@@ -101,7 +101,7 @@ def refuse_download(corpus: Corpus, cache_dir: Path) -> None:
 
 
 def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path) -> None:
-    size = survey(corpus)
+    size = measure(corpus)
     try:
         make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"

@@ -35,7 +35,7 @@ class Contents:
                 count, first = self.markers.get(marker, (0, document.name))
                 self.markers[marker] = (count + document.text.count(marker), first)
         if len(self.names) < COMPARED:
-            before = self.running if document.goes_on else b""
+            before = self.running if document.is_continuation else b""
             self.running = _hash(before + text) if text else before
             self.names.append(_number(_hash(document.name.encode(errors="surrogatepass"))))
             self.texts.append(_number(self.running) if text else 0)

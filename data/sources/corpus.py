@@ -15,7 +15,7 @@ class Document(NamedTuple):
     name: str
     text: str
     held_out: bool  # of the validation split
-    goes_on: bool = False  # where the one before it in its split ended: a long document comes in parts
+    is_continuation: bool = False  # where the one before it in its split ended: a long document comes in parts
 
     @property
     def split(self) -> Split:
@@ -44,7 +44,7 @@ class Corpus(FrozenSettings, ABC):
         """Reading is a download, so it is not done just to look."""
         return False
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """The settings that the documents depend on, besides what the fingerprint tells."""
         return self.model_dump(exclude={"document_mask"})
 
@@ -73,13 +73,13 @@ class Corpus(FrozenSettings, ABC):
         return (document for document in self.read() if document.split == split)
 
 
-def held_out(by: HeldOutBy, index: int, text: str, share: float) -> bool:
+def is_held_out(by: HeldOutBy, index: int, text: str, share: float) -> bool:
     """Whether a document of many is one of the share that is held out. By content, documents of the same text are on
     the same side, wherever they stand; by index, they need not be."""
-    return drawn(index if by == "index" else hashlib.sha256(text.encode()).hexdigest(), share)
+    return hash_sample(index if by == "index" else hashlib.sha256(text.encode()).hexdigest(), share)
 
 
-def drawn(index: int | str, share: float, purpose: str = "validation") -> bool:
+def hash_sample(index: int | str, share: float, purpose: str = "validation") -> bool:
     """Whether the document of this index is one of the share that is drawn: a hash decides, so it depends neither on
     how many follow nor on what they hold."""
     return int.from_bytes(hashlib.sha256(f"{purpose}/{index}".encode()).digest()[:8], "big") < share * 2**64

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 
 from common.errors import UserError
 from common.paths import is_folder, matching, refuse_unreadable, working_folder
-from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
+from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.kinds import AS_IT_IS, HEAD, MARK, WAY_OUT, refuse_markup, refuse_nul, refuse_other_kind
 from data.sources.tables import cells, format_of, refuse_no_column
 
@@ -53,10 +53,10 @@ class FilesCorpus(Corpus):
     def name(self) -> str:
         return "files"
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Without what is as it was before it was a setting, so that what was prepared then is found."""
         before = {"held_out_by": "index", "reading": 2}.items()
-        return {name: value for name, value in super().identity().items() if (name, value) not in before}
+        return {name: value for name, value in super().cache_key().items() if (name, value) not in before}
 
     def sources(self) -> list[str]:
         return self._files()
@@ -84,7 +84,7 @@ class FilesCorpus(Corpus):
                 yield from self._file(path)
                 continue
             for name, text in self._texts(path):
-                yield Document(name, text, held_out(self.held_out_by, index, text, self.val_fraction))
+                yield Document(name, text, is_held_out(self.held_out_by, index, text, self.val_fraction))
                 index += 1
         if self.document not in (None, *UNITS) and index <= len(files):
             self._refuse_no_separator(files)
@@ -118,7 +118,7 @@ class FilesCorpus(Corpus):
             cut = max(start, _cut(file, path, size, int(size * (1 - self.val_fraction))))
             for validation, first, stop in ((False, start, cut), (True, cut, size)):
                 for i, text in enumerate(_parts(file, path, first, stop)):
-                    yield Document(path, text, validation, goes_on=i > 0)
+                    yield Document(path, text, validation, is_continuation=i > 0)
 
     def _refuse_unfit(self, path: str) -> None:
         with _open(path) as file:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from common.errors import UserError, reason
 from common.paths import files_below, is_folder, refuse_unreadable
-from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, held_out
+from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
 
 PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
@@ -50,9 +50,9 @@ class HubCorpus(Corpus):
             return _hash(Path(self._place))
         return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Without what the fingerprint tells, and what is as it was before it was a setting."""
-        tree = super().identity()
+        tree = super().cache_key()
         del tree["revision"]
         if self.held_out_by == "index":
             del tree["held_out_by"]
@@ -79,7 +79,7 @@ class HubCorpus(Corpus):
             if text is not None and not isinstance(text, str):
                 raise UserError(no_text(name, self.column, text))
             if text:
-                yield Document(name, text, held_out(self.held_out_by, index, text, self.val_fraction))
+                yield Document(name, text, is_held_out(self.held_out_by, index, text, self.val_fraction))
             elif text is None and not complete:
                 self._refuse_lacking()
                 complete = True

@@ -60,8 +60,8 @@ class MixCorpus(Corpus):
         self._refuse_two_splits()
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
-    def identity(self) -> dict[str, Any]:
-        return {name: [part.quota, part.name, part.corpus.identity()] for name, part in self.parts.items()}
+    def cache_key(self) -> dict[str, Any]:
+        return {name: [part.quota, part.name, part.corpus.cache_key()] for name, part in self.parts.items()}
 
     def pinned(self) -> Self:
         parts = {name: Part(quota=part.quota, corpus=part.corpus.pinned()) for name, part in self.parts.items()}
@@ -121,7 +121,7 @@ class _Reader:
             if document is None:
                 self.ended = True
                 return
-            if began and not document.goes_on:
+            if began and not document.is_continuation:
                 self.ahead = document
                 return
             if not document.held_out:

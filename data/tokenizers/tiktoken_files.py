@@ -46,10 +46,10 @@ class PublishedConfig(TokenizerConfig):
         return self.published.name
 
     @property
-    def most_tokens(self) -> int:
+    def max_vocab_size(self) -> int:
         return self.published.tokens
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return {"sha256": self.published.sha256} | ({} if self.cut == "words" else {"cut": self.cut})
 
     def refuse_missing(self) -> None:

@@ -157,7 +157,7 @@ class TokenizerConfig(FrozenSettings, ABC):
 
     @property
     @abstractmethod
-    def most_tokens(self) -> int:
+    def max_vocab_size(self) -> int:
         """The size of the vocabulary, known before there is one; of one that text decides, the most it can have. Raises
         UserError where a file that says it cannot be read."""
 
@@ -168,12 +168,12 @@ class TokenizerConfig(FrozenSettings, ABC):
     def refuse_missing(self) -> None:
         """Raises UserError where a file that `train` reads is not there, or is not the right one."""
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """The settings that the tokens depend on, which are part of the name that prepared shards have: what older
         runs did has no key here."""
         return self.model_dump()
 
-    def shortfall(self, tokenizer: Tokenizer) -> str | None:
+    def vocab_warning(self, tokenizer: Tokenizer) -> str | None:
         """What a tokenizer that this made lacks of what was asked for, in words for the user, if anything."""
         return None
 
@@ -184,7 +184,7 @@ class ByteConfig(TokenizerConfig):
         return "byte"
 
     @property
-    def most_tokens(self) -> int:
+    def max_vocab_size(self) -> int:
         return ByteTokenizer().vocab_size
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
@@ -196,7 +196,7 @@ class BPEConfig(TokenizerConfig):
     train_bytes: int = Field(100_000_000, ge=2**16)
     cut: Literal["exact", "line_ends"] = "exact"  # where long texts are cut, see BPETokenizer
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return self.model_dump(exclude={"cut"} if self.cut == "line_ends" else None)
 
     @property
@@ -204,10 +204,10 @@ class BPEConfig(TokenizerConfig):
         return f"bpe{self.vocab_size}"
 
     @property
-    def most_tokens(self) -> int:
+    def max_vocab_size(self) -> int:
         return self.vocab_size
 
-    def shortfall(self, tokenizer: Tokenizer) -> str | None:
+    def vocab_warning(self, tokenizer: Tokenizer) -> str | None:
         if tokenizer.vocab_size == self.vocab_size:
             return None
         return (
@@ -246,7 +246,7 @@ class StoredConfig(TokenizerConfig):
     path: str  # of its tokenizer.json
     hash: str  # of what it holds
 
-    def identity(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         return {"hash": self.hash}
 
     def refuse_missing(self) -> None:
@@ -257,7 +257,7 @@ class StoredConfig(TokenizerConfig):
         return f"stored{self.hash[:8]}"
 
     @property
-    def most_tokens(self) -> int:
+    def max_vocab_size(self) -> int:
         return self.train(()).vocab_size
 
     def train(self, texts: Iterable[str]) -> Tokenizer:

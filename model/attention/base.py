@@ -14,7 +14,7 @@ from common.settings import FrozenSettings
 from model.cache import Cache
 from model.dimensions import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
-from model.layout import Split
+from model.layout import MatrixLayout
 from model.mask import Mask, Pattern
 from model.positions import PositionConfig
 from model.rope import Rope
@@ -25,12 +25,12 @@ class Context:
     """What every layer may know of this forward pass. Built once by TransformerLM; layers only read it."""
 
     positions: Tensor  # (B, T) or (1, T): tokens from the start of their document; negative is padding
-    plain: bool  # positions are 0..T-1 and nothing was cached before: stated by whoever made them
-    extent: int | None  # cache rows that may be visible, rounded up in buckets; None is all
+    contiguous: bool  # positions are 0..T-1 and nothing was cached before: stated by whoever made them
+    kv_len: int | None  # cache rows that may be visible, rounded up in buckets; None is all
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
     docs: Tensor | None = None  # (B, T) document of each token, where several are packed into a sequence
     training: bool = False  # dropout is on
-    want: frozenset[str] = frozenset()  # names of what layers shall say besides
+    collect: frozenset[str] = frozenset()  # names of what layers shall say besides
 
     def dropped(self, probability: float) -> float:
         """The probability to drop with now: none outside training."""
@@ -53,7 +53,7 @@ class AttentionChoice(FrozenSettings, ABC):
         """What a field `execution` may say, where the same parameters run in more than one way."""
         return ()
 
-    def executed(self, execution: str) -> Self:
+    def with_execution(self, execution: str) -> Self:
         """The same choice, run in one of its ways."""
         return self.model_copy(update={"execution": execution})
 
@@ -66,12 +66,12 @@ class AttentionChoice(FrozenSettings, ABC):
         """What that layer is built of; call it on a derived choice."""
 
     @abstractmethod
-    def why_not_clipped(self) -> str | None:
+    def qk_clip_obstacle(self) -> str | None:
         """Where scaling the rows that make queries and keys would not scale a head's scores (which QK-clip is for), one
         line that says why, and the way out."""
 
     @abstractmethod
-    def described(self, n_heads: int) -> str:
+    def describe(self, n_heads: int) -> str:
         """In the field's words, what its heads share, as in `GQA, 8 heads on 2`; call it on a derived choice."""
 
 
@@ -116,7 +116,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     def of_layer(self, index: int) -> "AttentionConfig":
         return self
 
-    def why_not_clipped(self) -> str | None:
+    def qk_clip_obstacle(self) -> str | None:
         if self.position == "alibi":
             return "position=alibi adds to the scores what no scaling of queries and keys changes: choose another"
         return None
@@ -151,7 +151,7 @@ class Attention(nn.Module, ABC):
 
     rope: Rope | None  # none where positions reach it otherwise, or not at all
     pattern: Pattern
-    more_products: int = 0  # multiply-adds per token beside one application of each matrix; no cache
+    extra_macs_per_token: int = 0  # multiply-adds per token beside one application of each matrix; no cache
 
     @abstractmethod
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -162,7 +162,7 @@ class Attention(nn.Module, ABC):
         """An empty cache on the device and in the dtype of the weights. The caller owns it."""
 
     @abstractmethod
-    def blocks(self) -> dict[str, Split]:
+    def param_layout(self) -> dict[str, MatrixLayout]:
         """The logical matrices within each of its matrices, by parameter name: each head's own, and what is used
         differently (latent and rope key, keys and values) apart. o_proj is one: it adds the heads up to one vector.
 
@@ -170,19 +170,19 @@ class Attention(nn.Module, ABC):
         shared rope key is no head's own): by these names clipping finds what makes a head's logits."""
 
 
-def through_cache(
+def update_cache(
     pattern: Pattern, ctx: Context, cache: Cache | None, **fresh: Tensor
 ) -> tuple[tuple[Tensor, ...], Mask]:
     """Writes `fresh` (B, T, ...) to the cache, if there is one; returns the keys to attend to, and the mask for them.
 
     Without a cache, and in a plain prefill (nothing was cached before), the keys are the fresh tensors themselves.
     """
-    if cache is not None and not ctx.plain:
-        keys = cache.extend(ctx.positions, ctx.extent, **fresh)
-        return keys.columns, Mask(ctx.positions, keys.positions, plain=False, pattern=pattern)
+    if cache is not None and not ctx.contiguous:
+        keys = cache.extend(ctx.positions, ctx.kv_len, **fresh)
+        return keys.columns, Mask(ctx.positions, keys.positions, contiguous=False, pattern=pattern)
     if cache is not None:
         cache.write(ctx.positions, **fresh)
-    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.plain, pattern, ctx.docs, ctx.docs)
+    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.contiguous, pattern, ctx.docs, ctx.docs)
 
 
 def divisors(n: int) -> list[int]:

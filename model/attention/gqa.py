@@ -15,15 +15,15 @@ from model.attention.base import (
     divisors,
     grouped_kv_heads,
     head_dim_of,
-    through_cache,
+    update_cache,
 )
 from model.cache import Cache, cache_for
 from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
-from model.layout import Split, whole
+from model.layout import MatrixLayout, single_matrix
 from model.linear import Linear
 from model.norm import RMSNorm
-from model.stats import said_of_scores
+from model.stats import collect_stats
 
 
 class GQAConfig(AttentionConfig):
@@ -72,12 +72,12 @@ class GQAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return 2 * self.n_kv_heads * self.head_dim
 
-    def why_not_clipped(self) -> str | None:
+    def qk_clip_obstacle(self) -> str | None:
         if self.qk_norm:
             return "attention.qk_norm=true undoes any scaling of queries and keys: set it to false"
-        return super().why_not_clipped()
+        return super().qk_clip_obstacle()
 
-    def described(self, n_heads: int) -> str:
+    def describe(self, n_heads: int) -> str:
         if self.n_kv_heads == n_heads:
             return f"MHA, {n_heads} heads with a key and a value each"
         if self.n_kv_heads == 1:
@@ -110,20 +110,20 @@ class GQA(Attention):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
-        (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
+        (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
         q, k, left_out = self.biased(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), said_of_scores(ctx.want, q, k, mask, self.scale, left_out)
+        return self.o_proj(y.flatten(2)), collect_stats(ctx.collect, q, k, mask, self.scale, left_out)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)
         return cache_for(self.pattern, batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
 
-    def blocks(self) -> dict[str, Split]:
+    def param_layout(self) -> dict[str, MatrixLayout]:
         heads = self.o_proj.in_features // self.head_dim
         return {
-            "q_proj.weight": Split(heads, {"q": self.head_dim}),
-            "k_proj.weight": Split(self.n_kv_heads, {"k": self.head_dim}),
-            "v_proj.weight": Split(self.n_kv_heads, {"v": self.head_dim}),
-            "o_proj.weight": whole("o", self.o_proj.out_features),
+            "q_proj.weight": MatrixLayout(heads, {"q": self.head_dim}),
+            "k_proj.weight": MatrixLayout(self.n_kv_heads, {"k": self.head_dim}),
+            "v_proj.weight": MatrixLayout(self.n_kv_heads, {"v": self.head_dim}),
+            "o_proj.weight": single_matrix("o", self.o_proj.out_features),
         }

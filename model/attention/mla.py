@@ -50,16 +50,16 @@ from model.attention.base import (
     divisors,
     grouped_kv_heads,
     head_dim_of,
-    through_cache,
+    update_cache,
 )
 from model.cache import Cache, cache_for
 from model.dimensions import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
-from model.layout import Split, whole
+from model.layout import MatrixLayout, single_matrix
 from model.linear import Linear
 from model.mask import Mask
 from model.norm import GroupedRMSNorm, RMSNorm
-from model.stats import said_of_scores
+from model.stats import collect_stats
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
@@ -145,12 +145,12 @@ class MLAConfig(AttentionConfig):
     def cache_elements(self) -> int:
         return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
 
-    def why_not_clipped(self) -> str | None:
+    def qk_clip_obstacle(self) -> str | None:
         if self.qk_norm == "head":
             return "attention.qk_norm=head undoes any scaling of queries and keys: set it to latent"
-        return super().why_not_clipped()
+        return super().qk_clip_obstacle()
 
-    def described(self, n_heads: int) -> str:
+    def describe(self, n_heads: int) -> str:
         rotated = f" and a rotated key of {self.qk_rope_head_dim}" if self.qk_rope_head_dim else ""
         return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}"
 
@@ -192,7 +192,7 @@ class MLA(Attention):
         }[config.execution]
         self.caches_heads = config.execution == "naive"
         if heads and config.execution == "absorbed":
-            self.more_products = n_heads * n * c  # k_nope, for the norm
+            self.extra_macs_per_token = n_heads * n * c  # k_nope, for the norm
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
@@ -215,33 +215,36 @@ class MLA(Attention):
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
-    def blocks(self) -> dict[str, Split]:
+    def param_layout(self) -> dict[str, MatrixLayout]:
         n, r, v, c, h = self.nope_dim, self.rope_dim, self.v_dim, self.rank, self.n_heads
         rotates, own = r > 0, self.k_rope_proj is not None
-        query = Split(h, {"q_nope": n} | ({"q_rope": r} if rotates else {}))
+        query = MatrixLayout(h, {"q_nope": n} | ({"q_rope": r} if rotates else {}))
         found = {"q_proj.weight": query}
         if isinstance(self.q_proj, nn.Sequential):
-            found = {"q_proj.down.weight": whole("q_latent", self.q_proj.down.out_features), "q_proj.up.weight": query}
+            found = {
+                "q_proj.down.weight": single_matrix("q_latent", self.q_proj.down.out_features),
+                "q_proj.up.weight": query,
+            }
         return found | {
-            "kv_down.weight": Split(1, {"latent": c} | ({"k_rope": r} if rotates and not own else {})),
-            "kv_up.weight": Split(h, {"k_nope": n, "v": v}),
-            "o_proj.weight": whole("o", self.o_proj.out_features),
-            **({"k_rope_proj.weight": whole("k_rope", r)} if own else {}),
+            "kv_down.weight": MatrixLayout(1, {"latent": c} | ({"k_rope": r} if rotates and not own else {})),
+            "kv_up.weight": MatrixLayout(h, {"k_nope": n, "v": v}),
+            "o_proj.weight": single_matrix("o", self.o_proj.out_features),
+            **({"k_rope_proj.weight": single_matrix("k_rope", r)} if own else {}),
         }
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         k, v = self._expand(row)
-        (k, v), mask = through_cache(self.pattern, ctx, cache, k=k, v=v)
+        (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
         kept = {"latent_and_k_rope": row} if cache is None else self._kept(row)
-        (row, *_), mask = through_cache(self.pattern, ctx, cache, **kept)
+        (row, *_), mask = update_cache(self.pattern, ctx, cache, **kept)
         k, v = self._expand(row)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
-        (row, *inverse), mask = through_cache(self.pattern, ctx, cache, **self._kept(row))
+        (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._kept(row))
         w_uk, w_uv = self._up_per_head()
         key = row
         if self.k_nope_norm is not None:
@@ -261,7 +264,7 @@ class MLA(Attention):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> Said:
         q, k, left_out = self.biased(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))
-        return y, said_of_scores(ctx.want, q, k, mask, self.scale, left_out)
+        return y, collect_stats(ctx.collect, q, k, mask, self.scale, left_out)
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""

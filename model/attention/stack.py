@@ -46,21 +46,21 @@ class StackConfig(AttentionChoice):
     def of_layer(self, index: int) -> AttentionConfig:
         return self.parts[self.pattern[index % len(self.pattern)]]
 
-    def why_not_clipped(self) -> str | None:
-        reasons = {name: part.why_not_clipped() for name, part in self.parts.items()}
+    def qk_clip_obstacle(self) -> str | None:
+        reasons = {name: part.qk_clip_obstacle() for name, part in self.parts.items()}
         return next((f"in part {name}, {reason}" for name, reason in reasons.items() if reason), None)
 
-    def described(self, n_heads: int) -> str:
-        parts = (f"{name} is {part.described(n_heads)}" for name, part in self.parts.items())
+    def describe(self, n_heads: int) -> str:
+        parts = (f"{name} is {part.describe(n_heads)}" for name, part in self.parts.items())
         return f"layers in turn {', '.join(self.pattern)}; {'; '.join(parts)}"
 
     @property
     def executions(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.executions))
 
-    def executed(self, execution: str) -> Self:
+    def with_execution(self, execution: str) -> Self:
         parts = {
-            name: part.executed(execution) if execution in part.executions else part
+            name: part.with_execution(execution) if execution in part.executions else part
             for name, part in self.parts.items()
         }
         return self.model_copy(update={"parts": parts})

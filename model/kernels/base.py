@@ -52,7 +52,7 @@ def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     nothing runs."""
     if q.is_meta:
         return
-    phase = "causal" if mask.unrestricted else "patterned" if mask.plain else "positions"
+    phase = "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions"
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
     say_once(
         logging.INFO,

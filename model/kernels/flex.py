@@ -43,11 +43,11 @@ class Flex(Kernel):
         self.check(q.device, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)), dropout > 0)
         announce("flex", q, k, v, mask)
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, _length(x.shape[1]) - x.shape[1])).transpose(1, 2) for x in (q, k, v))
-        if mask.plain and mask.pattern.causal:  # indices say all, and what is padded behind is seen by none
+        if mask.contiguous and mask.pattern.causal:  # indices say all, and what is padded behind is seen by none
             blocks = _blocks_of(mask.pattern, q.shape[2], q.device)
         else:
             blocks = _blocks(_lengthened(mask, q.shape[0]))
-        kind = (mask.pattern, mask.plain, mask.q_doc is None, q.shape, k.shape, v.shape, q.dtype, q.device)
+        kind = (mask.pattern, mask.contiguous, mask.q_doc is None, q.shape, k.shape, v.shape, q.dtype, q.device)
         return _program(kind)(q, k, v, blocks, scale).transpose(1, 2)[:, :t]
 
 
@@ -71,7 +71,7 @@ def _lengthened(mask: Mask, batch: int) -> Mask:
 @functools.lru_cache(maxsize=16)
 def _blocks_of(pattern: Pattern, length: int, device: torch.device) -> Any:
     positions = torch.arange(length, device=device)[None]
-    return _blocks(Mask(positions, positions, plain=True, pattern=pattern))
+    return _blocks(Mask(positions, positions, contiguous=True, pattern=pattern))
 
 
 def _blocks(mask: Mask) -> Any:
@@ -102,7 +102,7 @@ def _blocks(mask: Mask) -> Any:
         *_listed(some & ~whole),
         *_listed(whole),
         BLOCK_SIZE=BLOCK,
-        mask_mod=by_index if mask.plain and mask.pattern.causal else by_position,
+        mask_mod=by_index if mask.contiguous and mask.pattern.causal else by_position,
     )
 
 

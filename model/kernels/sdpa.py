@@ -69,8 +69,8 @@ class SDPA(Kernel):
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (widened(x, width) for x in (q, k, v))
-        fused = _Fused(self.backend if mask.unrestricted and q.dtype != torch.float32 else None)
-        if mask.unrestricted:
+        fused = _Fused(self.backend if mask.is_plain_causal and q.dtype != torch.float32 else None)
+        if mask.is_plain_causal:
             out = _causal(q, k, v, scale, dropout, fused)
         else:
             out = by_positions(q, k, v, mask, scale, dropout, fused)

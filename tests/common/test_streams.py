@@ -12,7 +12,7 @@ import pytest
 from common import streams
 from common.errors import UserError, escaped
 from tests.support import ROOT
-from training.monitor.progress import Watch
+from training.monitor.progress import ProgressLine
 
 PYTHON = f"exec {sys.executable}"
 STARTED = "from common import process, streams; process.start(); from common.cli import one_line_errors\n"
@@ -47,7 +47,7 @@ STREAMS = {
 @pytest.mark.parametrize("how", STREAMS)
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["", "unbuffered"])
 def test_a_text_that_is_lost_is_said_and_a_message_that_is_lost_is_not(tmp_path, how, unbuffered):
-    code = "with one_line_errors():\n    streams.tell('a message')\n    print('text')\n"
+    code = "with one_line_errors():\n    streams.print_stderr('a message')\n    print('text')\n"
     line = f"{script(tmp_path, code)} {how}"
     returned, err = STREAMS[how]
     text = "text\n" if returned == 0 else ""
@@ -79,7 +79,7 @@ def test_a_file_does_not_take_the_place_of_a_stream(tmp_path):
 
 
 def test_what_is_no_product_may_be_lost(tmp_path):
-    code = "with one_line_errors():\n    streams.tell(str(streams.write_if_possible('x')))\n    print('y')\n"
+    code = "with one_line_errors():\n    streams.print_stderr(str(streams.write_if_possible('x')))\n    print('y')\n"
     assert shell(f"{script(tmp_path, code)} >/dev/full", tmp_path) == (0, "", "[Errno 28] No space left on device\n")
 
 
@@ -167,8 +167,8 @@ AS_SHOWN = "a\\x1b[31m\\x07\\x00\\x7f\\x9b\\u202e\\u2066\\udcff\\n\\r\\tb\\u2028
 def test_controls_are_escapes_in_all_that_is_said(capsys):
     assert escaped(CONTROLLED) == str(UserError(CONTROLLED)) == AS_SHOWN
     assert escaped(AS_SHOWN) == AS_SHOWN and str(UserError(str(UserError(CONTROLLED)))) == AS_SHOWN
-    streams.tell(CONTROLLED)
-    watch = Watch(0, 1)
+    streams.print_stderr(CONTROLLED)
+    watch = ProgressLine(0, 1)
     watch.say(CONTROLLED)
     watch.show("two\nlines\x1b")
     streams.print_line(CONTROLLED)
@@ -190,5 +190,5 @@ def test_json_has_escapes_that_mean_the_same():
 
 
 def test_a_word_that_nobody_would_read_is_shortened(capsys):
-    streams.tell("error: " + "x" * 100_000 + " is long")
+    streams.print_stderr("error: " + "x" * 100_000 + " is long")
     assert capsys.readouterr().err == f"error: {'x' * 100}[...]{'x' * 100} is long\n"

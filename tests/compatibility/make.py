@@ -23,7 +23,7 @@ import torch
 
 from generation.decode import generate
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from tests.support import call
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
@@ -100,7 +100,7 @@ def machine() -> list[str]:
 def sampled(run: Path, sampler: Sampler) -> list[int]:
     """What follows the end-of-text token, beyond the context of 32 tokens too."""
     model, tokenizer = load_run(run)
-    state = Texts(model, [[tokenizer.end_of_text]], [0], slide=True)
+    state = GenerationState(model, [[tokenizer.end_of_text]], [0], slide=True)
     return [int(step[0]) for step in generate(model, state, sampler, max_new_tokens=TOKENS)]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.batches import document_places, documents_of_step, micro_batches, refuse_short, training_batch, windows
+from data.batches import document_positions, documents_of_step, micro_batches, refuse_short, training_batch, windows
 from data.shards.prepare import prepare
 from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.sources.files import FilesCorpus
@@ -183,7 +183,7 @@ def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
 
 def test_places_in_packed_documents():
     tokens = torch.tensor([[5, 6, 9, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
-    positions, docs = document_places(tokens, end_of_text=9)
+    positions, docs = document_positions(tokens, end_of_text=9)
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
     assert docs.tolist() == [[0, 0, 1, 1, 2, 3, 3], [1] * 7]
 

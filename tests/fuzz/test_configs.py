@@ -16,7 +16,7 @@ from model.kernels.naive import Naive
 from model.positions import Position
 from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import NEEDS, assert_one_line, compose, relative_error, sharpened, some_tokens
 from training.run.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
 from training.step import train_step
@@ -180,7 +180,7 @@ def check_training(run: Run, spoilt: bool) -> None:
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
     batches = [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
-    result = train_step(Working(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, (run.seed, 0))
+    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, (run.seed, 0))
     assert result.loss.isfinite()
     after = model.state_dict()
     changed = any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -207,13 +207,13 @@ def check_decoding(config: ModelConfig, seed: int) -> None:
     tokens, positions = some_tokens(2, length, VOCAB, seed), torch.arange(length)[None]
     caches = model.make_caches(2, between(length, length + 5))
     start = between(1, length)
-    found = [model(tokens[:, :start], positions=positions[:, :start], plain=True, caches=caches).logits]
+    found = [model(tokens[:, :start], positions=positions[:, :start], contiguous=True, caches=caches).logits]
     longest = between(1, 5)
     while start < length:
         end = min(length, start + between(1, longest))
-        extent = end + between(0, 3) if between(0, 1) else None
+        kv_len = end + between(0, 3) if between(0, 1) else None
         chunk = slice(start, end)
-        found.append(model(tokens[:, chunk], positions=positions[:, chunk], caches=caches, extent=extent).logits)
+        found.append(model(tokens[:, chunk], positions=positions[:, chunk], caches=caches, kv_len=kv_len).logits)
         start = end
     expected = oracle(tokens).logits
     error = relative_error(torch.cat(found, 1), expected)

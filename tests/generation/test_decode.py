@@ -5,17 +5,17 @@ import torch
 
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
-from generation.state import Texts, bucket
+from generation.state import GenerationState, bucket
 from tests.support import CASES, small_model
 
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42]]
 
 
 def texts(model, prompts, seeds, *, cached=True, slide=False, **options) -> list[list[int]]:
-    return going_on(model, Texts(model, prompts, seeds, cached=cached, slide=slide), **options)
+    return going_on(model, GenerationState(model, prompts, seeds, cached=cached, slide=slide), **options)
 
 
-def going_on(model, state: Texts, **options) -> list[list[int]]:
+def going_on(model, state: GenerationState, **options) -> list[list[int]]:
     steps = list(generate(model, state, options.pop("sampler", Sampler()), **options))
     return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(state.lengths))]
 
@@ -76,7 +76,7 @@ def test_turns_continue_as_an_uncached_run_of_the_whole_text(case):
     """The caller appends to some rows, ends others, revives them: what is remembered stays in step."""
     model = small_model(*case, "model.context_length=256")
     options = {"max_new_tokens": 7, "sampler": Sampler(temperature=0)}
-    state = Texts(model, PROMPTS, [0, 0, 0])
+    state = GenerationState(model, PROMPTS, [0, 0, 0])
     wrote = going_on(model, state, **options)
     whole = [[*prompt, *new] for prompt, new in zip(PROMPTS, wrote, strict=True)]
     for turn, lines in enumerate([[[11, 12], [13] * 90, []], [[], [14], None], [None, [], [15, 16, 17]]]):
@@ -113,7 +113,7 @@ def test_a_row_that_waits_draws_nothing():
     model = small_model("attention=mha")
 
     def second_turn(rows: int) -> list[int]:
-        state = Texts(model, PROMPTS[:rows], [1, 2][:rows])
+        state = GenerationState(model, PROMPTS[:rows], [1, 2][:rows])
         state.alive[1:] = False
         going_on(model, state, max_new_tokens=2)
         state.alive[:] = torch.arange(rows) == 1  # where there is a neighbour, it writes while row 0 waits
@@ -128,7 +128,7 @@ def test_only_new_tokens_are_computed():
     model = small_model("attention=mla")
     seen = []
     model.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    state = Texts(model, [[1] * 20], [0])
+    state = GenerationState(model, [[1] * 20], [0])
     going_on(model, state, max_new_tokens=4)
     state.append(0, [2] * 6)
     going_on(model, state, max_new_tokens=3)
@@ -137,7 +137,7 @@ def test_only_new_tokens_are_computed():
 
 def test_a_text_that_does_not_fit_is_refused_and_stays():
     model = small_model("attention=mha")
-    state = Texts(model, [[1] * 40], [0])
+    state = GenerationState(model, [[1] * 40], [0])
     with pytest.raises(ValueError, match="a text of 64 tokens: between 1 and 63"):
         state.append(0, [2] * 24)
     assert going_on(model, state, max_new_tokens=5) == texts(model, [[1] * 40], [0], max_new_tokens=5)
@@ -145,7 +145,7 @@ def test_a_text_that_does_not_fit_is_refused_and_stays():
 
 def test_a_row_that_the_caller_ends_leaves_its_neighbours_alone():
     model = small_model("attention=gqa")
-    state, found = Texts(model, PROMPTS, [1, 2, 3]), []
+    state, found = GenerationState(model, PROMPTS, [1, 2, 3]), []
     for step in generate(model, state, Sampler(), max_new_tokens=12):
         found.append(step.tolist())
         if len(found) == 5:

@@ -12,7 +12,7 @@ from generation import repl
 from generation.decode import generate
 from generation.repl import Conversation
 from generation.sampler import Sampler
-from generation.state import Texts
+from generation.state import GenerationState
 from tests.support import ATTENTIONS, CASES, small_model
 
 GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
@@ -20,7 +20,7 @@ GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
 
 def conversation(model, *, slide=False, cached=True, **options) -> Conversation:
     def begin(tokens):
-        return Texts(model, [tokens], [0], slide=slide, cached=cached)
+        return GenerationState(model, [tokens], [0], slide=slide, cached=cached)
 
     options = {"max_new_tokens": 10, **options}
     return Conversation(model, TOKENIZER, GREEDY, begin=begin, **options)
@@ -46,7 +46,7 @@ def test_a_second_turn_is_what_an_uncached_run_on_the_whole_text_writes(case, sl
         talk.append(line)
         talk.turn(ignore)
         whole += TOKENIZER.encode(line).tolist()
-        uncached = Texts(model, [whole], [0], cached=False, slide=slide)
+        uncached = GenerationState(model, [whole], [0], cached=False, slide=slide)
         new = [int(step[0]) for step in generate(model, uncached, GREEDY, max_new_tokens=10, end_token=256)]
         whole += new
         kept = written(talk)
@@ -124,12 +124,12 @@ def test_a_seed_draws_anew_from_the_next_turn_on_and_in_texts_to_come():
             whole = written(talk)
         talk.append("" if talk.texts else "The ")
         talk.turn(ignore)
-        alone = generate(model, Texts(model, [whole], [seed]), Sampler(), max_new_tokens=10, end_token=256)
+        alone = generate(model, GenerationState(model, [whole], [seed]), Sampler(), max_new_tokens=10, end_token=256)
         assert written(talk) == whole + [int(step[0]) for step in alone]
     talk.reset()
     talk.append("The ")
     talk.turn(ignore)
-    alone = generate(model, Texts(model, [[*b"The "]], [3]), Sampler(), max_new_tokens=10, end_token=256)
+    alone = generate(model, GenerationState(model, [[*b"The "]], [3]), Sampler(), max_new_tokens=10, end_token=256)
     assert written(talk) == [*b"The "] + [int(step[0]) for step in alone]
 
 

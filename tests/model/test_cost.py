@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.batches import document_places
+from data.batches import document_positions
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
@@ -66,7 +66,7 @@ def test_documents_that_do_not_see_each_other_cost_the_pairs_within_them(attenti
     config, length = small_config(f"attention={attention}"), 64
     tokens = torch.zeros(2, length, dtype=torch.int64)
     tokens[0, ::16] = tokens[1, 32] = 9  # four documents of 16 tokens, and two of 32
-    predicted = cost.flops(config, VOCAB, document_places(tokens, end_of_text=9))
+    predicted = cost.flops(config, VOCAB, document_positions(tokens, end_of_text=9))
     assert predicted.keys == (17 / 2 + 33 / 2) / 2
     assert predicted.forward() == predicted.per_token + predicted.per_pair * 12.5
 
@@ -96,7 +96,7 @@ def test_the_formulas_by_hand():
 
 def test_keys_of_a_long_window_are_counted_well_enough():
     for length in (4096, 5000, 20000):
-        found = cost._visible(Mask(None, None, plain=True), torch.arange(length)[None])
+        found = cost._visible(Mask(None, None, contiguous=True), torch.arange(length)[None])
         assert found == pytest.approx((length + 1) / 2, rel=1e-9 if length == 4096 else 1e-3)
 
 

@@ -18,21 +18,21 @@ DOCS = (torch.arange(T) // 77)[None].expand(2, -1)
 RAGGED = torch.stack([torch.arange(T), torch.arange(T) - 50])
 SPARSE = Pattern(window=20, dilation=2, global_tokens=3, random_blocks=0.2, block_size=16)
 MASKS = {
-    "window": Mask(INDICES, INDICES, plain=True, pattern=Pattern(window=40)),
-    "sparse": Mask(INDICES, INDICES, plain=True, pattern=SPARSE),
-    "encoder": Mask(INDICES, INDICES, plain=True, pattern=Pattern(causal=False, window=150)),
-    "documents": Mask(INDICES % 77, INDICES % 77, plain=False, q_doc=DOCS, k_doc=DOCS),
-    "padding": Mask(RAGGED, RAGGED, plain=False, pattern=Pattern(window=33)),
+    "window": Mask(INDICES, INDICES, contiguous=True, pattern=Pattern(window=40)),
+    "sparse": Mask(INDICES, INDICES, contiguous=True, pattern=SPARSE),
+    "encoder": Mask(INDICES, INDICES, contiguous=True, pattern=Pattern(causal=False, window=150)),
+    "documents": Mask(INDICES % 77, INDICES % 77, contiguous=False, q_doc=DOCS, k_doc=DOCS),
+    "padding": Mask(RAGGED, RAGGED, contiguous=False, pattern=Pattern(window=33)),
 }
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 def test_blocks_are_skipped_exactly_where_the_mask_hides_all_of_them(mask):
-    by_index = mask.plain and mask.pattern.causal
+    by_index = mask.contiguous and mask.pattern.causal
     if by_index:
         blocks = flex._blocks_of(mask.pattern, 3 * BLOCK, torch.device("cpu"))
         positions = torch.arange(3 * BLOCK)[None]
-        longer = Mask(positions, positions, plain=True, pattern=mask.pattern)
+        longer = Mask(positions, positions, contiguous=True, pattern=mask.pattern)
     else:
         longer = flex._lengthened(mask, 2)
         blocks = flex._blocks(longer)
@@ -81,7 +81,7 @@ def test_every_length_has_a_bucket_of_at_most_half_as_much_again():
 
 def test_decoding_takes_the_fused_kernel():
     q, k, v = inputs(1, 21, 4, 2, 8, 8)
-    mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], plain=False)
+    mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], contiguous=False)
     assert relative_error(Flex()(q, k, v, mask, 0.4), Naive()(q, k, v, mask, 0.4)) <= 1e-5
 
 

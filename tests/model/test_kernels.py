@@ -55,7 +55,7 @@ def by_definition(q, k, v, visible, scale):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_naive_is_the_definition(shape):
     q, k, v = inputs(*shape)
-    mask = Mask(positions(0, shape[0]), positions(0, shape[1]), plain=True)
+    mask = Mask(positions(0, shape[0]), positions(0, shape[1]), contiguous=True)
     expected = by_definition(q, k, v, mask.visible(), 0.3)
     assert relative_error(Naive()(q, k, v, mask, 0.3), expected) <= 1e-5
 
@@ -70,16 +70,16 @@ def test_naive_is_the_definition(shape):
 def test_every_kernel_equals_naive_forward_and_backward(kernel, shape, situation):
     t, s, *rest = shape
     if situation == "plain":
-        mask = Mask(positions(0, t), positions(0, s), plain=True)
+        mask = Mask(positions(0, t), positions(0, s), contiguous=True)
     elif situation == "chunk":
         t, s = 5, 21
-        mask = Mask(positions(13, t), positions(0, s), plain=False)
+        mask = Mask(positions(13, t), positions(0, s), contiguous=False)
     elif situation == "one query":
         t, s = 1, 21
-        mask = Mask(positions(13, t), positions(0, s), plain=False)
+        mask = Mask(positions(13, t), positions(0, s), contiguous=False)
     else:
         ragged = torch.stack([torch.arange(t), torch.arange(t) - 5])
-        mask = Mask(ragged, ragged, plain=False)
+        mask = Mask(ragged, ragged, contiguous=False)
     check_against_naive(kernel, inputs(t, s, *rest), mask)
 
 
@@ -124,7 +124,7 @@ def test_online_is_right_where_scores_are_far_apart():
     """Maxima that rise and fall by a hundred from tile to tile."""
     q, k, v = inputs(16, 16, 4, 2, 8, 8)
     q, k = (x.detach().mul(8).requires_grad_() for x in (q, k))
-    mask = Mask(positions(0, 16), positions(0, 16), plain=True)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
     check_against_naive(TILED, (q, k, v), mask, tolerance=1e-3)
 
 
@@ -159,21 +159,21 @@ def test_online_skips_the_tiles_that_nobody_sees(monkeypatch):
 
 def test_online_has_no_second_derivative_and_says_so():
     given = inputs(4, 4, 1, 1, 4, 4)
-    out = Online()(*given, Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+    out = Online()(*given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
 def test_online_refuses_dropout_of_weights():
-    mask = Mask(positions(0, 4), positions(0, 4), plain=True)
+    mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
     with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*kernel=auto"):
         Online()(*inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
 
 
 def test_the_products_have_no_second_derivative_and_say_so():
     given = inputs(4, 4, 1, 1, 4, 4)
-    out = PRODUCTS(*given, Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+    out = PRODUCTS(*given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -181,7 +181,7 @@ def test_the_products_have_no_second_derivative_and_say_so():
 
 def test_the_products_drop_weights_backward_as_forward():
     """With the identity as values, the output is the weights; two calls from one seed drop the same ones."""
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), plain=True)
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
     q, k, v = given
     identity = torch.eye(16)[:, None].expand(2, 16, 2, 16)
     draw = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(9))
@@ -202,7 +202,7 @@ def test_the_products_drop_weights_backward_as_forward():
 def test_auto_takes_the_products_where_a_cpu_trains_on_short_texts_in_bfloat16(caplog):
     def taken(length, dtype=torch.bfloat16, dropout=0.0):
         given = inputs(2, length, 5, 5, 6, 6, dtype=dtype)
-        mask = Mask(positions(length - 2, 2), positions(0, length), plain=False)
+        mask = Mask(positions(length - 2, 2), positions(0, length), contiguous=False)
         base._log_once.cache_clear()
         caplog.clear()
         with caplog.at_level("INFO", logger="headroom"):
@@ -219,13 +219,13 @@ def test_auto_takes_the_products_where_a_cpu_trains_on_short_texts_in_bfloat16(c
 def test_long_chunks_run_in_tiles_of_queries():
     t, s = 2 * QUERY_TILE + 7, 2 * QUERY_TILE + 40
     q, k, v = inputs(t, s, 2, 1, 4, 4)
-    mask = Mask(positions(33, t), positions(0, s), plain=False)
+    mask = Mask(positions(33, t), positions(0, s), contiguous=False)
     assert relative_error(SDPA()(q, k, v, mask, 0.5), Naive()(q, k, v, mask, 0.5)) <= 1e-5
 
 
 def test_bfloat16_within_its_rounding():
     low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
-    mask = Mask(positions(0, 16), positions(0, 16), plain=True)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
     expected = Naive()(*(x.float() for x in low), mask, 0.35)
     gradients = torch.autograd.grad(expected.square().sum(), low)
     for kernel in (Naive(), SDPA(), TILED, PRODUCTS, Auto()):
@@ -240,7 +240,7 @@ def test_bfloat16_within_its_rounding():
 def test_sdpa_refuses_a_device_it_does_not_know():
     q, k, v = (x.detach().to("meta") for x in inputs(4, 4, 1, 1, 4, 4))
     with pytest.raises(ValueError, match="kernel=naive"):
-        SDPA()(q, k, v, Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+        SDPA()(q, k, v, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
 
 
 def test_sdpa_refuses_the_math_fallback(monkeypatch):
@@ -249,12 +249,12 @@ def test_sdpa_refuses_the_math_fallback(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_fused_kernel)
     with pytest.raises(ValueError, match=r"head dim 4.*kernel=naive"):
-        SDPA()(*inputs(4, 4, 1, 1, 4, 4), Mask(positions(0, 4), positions(0, 4), plain=True), 0.5)
+        SDPA()(*inputs(4, 4, 1, 1, 4, 4), Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
 
 
 def test_the_kernel_that_runs_is_announced_once_per_shape(caplog):
     q, k, v = inputs(4, 4, 7, 7, 10, 10)  # a shape no other test uses
-    mask = Mask(positions(0, 4), positions(0, 4), plain=True)
+    mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(3):
             Auto()(q, k, v, mask, 0.5)
@@ -264,7 +264,7 @@ def test_the_kernel_that_runs_is_announced_once_per_shape(caplog):
 
 
 def test_who_sees_whom():
-    mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), plain=False)
+    mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), contiguous=False)
     expected = [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees all there is, and is seen by none
     assert mask.visible().int().tolist() == [expected]
     assert mask.visible(slice(2, 3)).int().tolist() == [expected[2:]]
@@ -404,5 +404,5 @@ def test_which_fused_kernel_a_gpu_took_is_known(monkeypatch, gpu, taken, said):
 
 
 def test_the_flash_kernel_alone_gives_what_any_gives():
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), plain=True)
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
     assert torch.equal(SDPA(backend="flash")(*given, mask, 0.4), SDPA()(*given, mask, 0.4))

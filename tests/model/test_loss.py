@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import loss
-from model.transformer import Readout
-from runtime.precision import Working
+from model.transformer import LMHead
+from runtime.precision import MixedPrecision
 from tests.support import batches, relative_error, small_model, some_tokens
 from training.evaluate import each_loss
 from training.step import mean_loss
@@ -16,13 +16,13 @@ VOCAB, TOLERANCE = 100, {torch.float32: 1e-6, torch.bfloat16: 0.015, torch.float
 
 
 def a_case(dtype=torch.float32, softcap=None, tokens=(3, 17), width=32, vocab=VOCAB):
-    """Hidden states, a readout whose matrix is padded as VocabMatrix pads it, and targets."""
+    """Hidden states, a lm_head whose matrix is padded as PaddedEmbedding pads it, and targets."""
     draw = torch.Generator().manual_seed(0)
     hidden = torch.randn(*tokens, width, generator=draw).to(dtype).requires_grad_()
     weight = torch.randn(-(-vocab // 64) * 64, width, generator=draw)
     weight[vocab:] = 0
-    readout = Readout(weight.to(dtype).requires_grad_(), vocab, softcap)
-    return hidden, readout, torch.randint(vocab, tokens, generator=draw)
+    lm_head = LMHead(weight.to(dtype).requires_grad_(), vocab, softcap)
+    return hidden, lm_head, torch.randint(vocab, tokens, generator=draw)
 
 
 def cut_small(monkeypatch, chunk_tokens: int = 7, tile_tokens: int = 2) -> None:
@@ -38,15 +38,15 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(monkeypatc
     """Of numbers that the dtype holds, in float32: the truth. A gradient comes in as a float16 loss scale does."""
     if cut:
         cut_small(monkeypatch)
-    hidden, readout, targets = a_case(dtype, softcap)
-    exact = [x.detach().float().requires_grad_() for x in (hidden, readout.weight)]
-    expected = loss.token_losses(readout._replace(weight=exact[1]).logits(exact[0]), targets)
-    each = loss.chunked_losses(hidden, readout, targets)
+    hidden, lm_head, targets = a_case(dtype, softcap)
+    exact = [x.detach().float().requires_grad_() for x in (hidden, lm_head.weight)]
+    expected = loss.token_losses(lm_head._replace(weight=exact[1]).logits(exact[0]), targets)
+    each = loss.chunked_losses(hidden, lm_head, targets)
     assert each.dtype == torch.float32 and each.shape == targets.shape and not each.requires_grad
     assert relative_error(each, expected) <= TOLERANCE[dtype]
-    mean = loss.chunked_mean(hidden, readout, targets)
+    mean = loss.chunked_mean(hidden, lm_head, targets)
     assert mean.dtype == torch.float32 and torch.equal(mean, each.mean())
-    found = torch.autograd.grad(mean * 64, (hidden, readout.weight))
+    found = torch.autograd.grad(mean * 64, (hidden, lm_head.weight))
     for gradient, its in zip(found, torch.autograd.grad(expected.mean() * 64, exact), strict=True):
         assert gradient.dtype == dtype
         assert relative_error(gradient, its) <= TOLERANCE[dtype]
@@ -56,39 +56,39 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(monkeypatc
 def test_the_library_has_the_same_loss_where_it_has_one():
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("before PyTorch 2.13")
-    hidden, readout, targets = a_case(vocab=128)
-    inputs = hidden.flatten(0, 1), readout.weight, targets.flatten()
+    hidden, lm_head, targets = a_case(vocab=128)
+    inputs = hidden.flatten(0, 1), lm_head.weight, targets.flatten()
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=16)
     theirs = torch.nn.functional.linear_cross_entropy(*inputs, options=options)
-    ours = loss.chunked_mean(hidden, readout, targets)
+    ours = loss.chunked_mean(hidden, lm_head, targets)
     assert relative_error(ours, theirs) <= 1e-6
-    wanted = hidden, readout.weight
+    wanted = hidden, lm_head.weight
     for found, expected in zip(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted), strict=True):
         assert relative_error(found, expected) <= 1e-6
 
 
 def test_logits_of_any_size_have_a_finite_loss():
-    hidden, readout, targets = a_case()
-    found = loss.chunked_losses(hidden * 1e4, readout, targets)
+    hidden, lm_head, targets = a_case()
+    found = loss.chunked_losses(hidden * 1e4, lm_head, targets)
     assert found.isfinite().all() and (found >= 0).all()
-    assert relative_error(found, loss.token_losses(readout.logits(hidden * 1e4), targets)) <= 1e-6
+    assert relative_error(found, loss.token_losses(lm_head.logits(hidden * 1e4), targets)) <= 1e-6
 
 
 def test_float16_holds_the_gradient_of_a_batch_that_says_one_thing():
     """70,000 tokens, more than its largest number, all of which pull one way, at the largest that a normed width of 768
     can be."""
-    hidden, readout = torch.ones(1, 70_000, 2).half(), torch.zeros(64, 2).half().requires_grad_()
+    hidden, lm_head = torch.ones(1, 70_000, 2).half(), torch.zeros(64, 2).half().requires_grad_()
     hidden[..., 1] = 768**0.5
     hidden.requires_grad_()
-    mean = loss.chunked_mean(hidden, Readout(readout, 64, None), torch.zeros(1, 70_000, dtype=torch.int64))
-    (found,) = torch.autograd.grad(mean, readout)
+    mean = loss.chunked_mean(hidden, LMHead(lm_head, 64, None), torch.zeros(1, 70_000, dtype=torch.int64))
+    (found,) = torch.autograd.grad(mean, lm_head)
     assert torch.allclose(found[0].float(), torch.tensor([-63 / 64, -63 / 64 * 768**0.5]), rtol=2e-3)
 
 
 def test_a_second_backward_pass_is_refused_not_wrong():
     """The first one used the gradients that were kept up."""
-    hidden, readout, targets = a_case()
-    mean = loss.chunked_mean(hidden, readout, targets)
+    hidden, lm_head, targets = a_case()
+    mean = loss.chunked_mean(hidden, lm_head, targets)
     mean.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         mean.backward()
@@ -99,16 +99,16 @@ def test_a_second_backward_pass_is_refused_not_wrong():
 def test_a_model_learns_by_it_as_by_its_logits(monkeypatch, precision, options):
     cut_small(monkeypatch)
     model = small_model("attention=mla", *options)
-    working, ((inputs, targets),) = Working(model, precision), batches(4, 4)
-    working.backward(mean_loss(working.model, inputs, targets))
+    mixed, ((inputs, targets),) = MixedPrecision(model, precision), batches(4, 4)
+    mixed.backward(mean_loss(mixed.model, inputs, targets))
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    each = loss.token_losses(working.model(inputs).logits, targets)
-    working.backward(each.mean())
+    each = loss.token_losses(mixed.model(inputs).logits, targets)
+    mixed.backward(each.mean())
     for name, parameter in model.named_parameters():
         difference = (found[name] - parameter.grad).norm() / parameter.grad.norm()
         assert difference <= (1e-5 if precision == "fp32" else 0.03), name
-    assert relative_error(each_loss(working.model, inputs, targets), each) <= (1e-6 if precision == "fp32" else 0.02)
+    assert relative_error(each_loss(mixed.model, inputs, targets), each) <= (1e-6 if precision == "fp32" else 0.02)
 
 
 class Largest(TorchDispatchMode):
@@ -132,24 +132,24 @@ def test_no_step_holds_the_logits_of_its_batch(monkeypatch, precision):
     model, tokens = small_model("attention=gqa", vocab_size=5000), some_tokens(4, 64, 5000)
     monkeypatch.setitem(loss.CHUNK, "cpu", 32 * 5056 * (4 if precision == "fp32" else 2))
     monkeypatch.setattr(loss, "TILE", {"cpu": 8 * 5056})
-    working = Working(model, precision)
+    mixed = MixedPrecision(model, precision)
     weights = model.embedding.weight.numel()
     with Largest() as largest:
-        working.backward(mean_loss(working.model, tokens, tokens))
-        each_loss(working.model, tokens, tokens)
+        mixed.backward(mean_loss(mixed.model, tokens, tokens))
+        each_loss(mixed.model, tokens, tokens)
     assert largest.of[torch.float32] <= max(weights, 32 * 5056) < tokens.numel() * 5000 / 3
     with Largest() as naive:
-        loss.token_losses(working.model(tokens).logits, tokens)
+        loss.token_losses(mixed.model(tokens).logits, tokens)
     assert naive.of[torch.float32] == tokens.numel() * 5056 or precision == "bf16"
     assert naive.of[torch.float32] >= tokens.numel() * 5000
 
 
 def test_it_compiles_whole(monkeypatch):
     cut_small(monkeypatch)
-    hidden, readout, targets = a_case(torch.bfloat16, softcap=5.0)
+    hidden, lm_head, targets = a_case(torch.bfloat16, softcap=5.0)
     compiled = torch.compile(loss.chunked_mean, backend="aot_eager", dynamic=False, fullgraph=True)
-    ours, theirs = loss.chunked_mean(hidden, readout, targets), compiled(hidden, readout, targets)
+    ours, theirs = loss.chunked_mean(hidden, lm_head, targets), compiled(hidden, lm_head, targets)
     assert relative_error(theirs, ours) <= 1e-6
-    wanted = hidden, readout.weight
+    wanted = hidden, lm_head.weight
     for found, expected in zip(torch.autograd.grad(theirs, wanted), torch.autograd.grad(ours, wanted), strict=True):
         assert relative_error(found, expected) <= 0.01

@@ -199,12 +199,12 @@ def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
     cache = FullCache(2, 4, {"k": (1,)}, like=torch.zeros(()))
     cache.write(torch.tensor([[2, -1], [0, 3]]), k=torch.tensor([[[5.0], [6.0]], [[7.0], [8.0]]]))
     nothing = {"positions": torch.full((2, 1), -1), "k": torch.zeros(2, 1, 1)}
-    (k,), held = cache.extend(extent=None, **nothing)
+    (k,), held = cache.extend(kv_len=None, **nothing)
     assert k[:, :, 0].tolist() == [[0, 0, 5, 0], [7, 0, 0, 8]]
     assert held.tolist() == [[0, 1, 2, 3]]
-    assert cache.extend(extent=3, **nothing).columns[0].shape == (2, 3, 1)
+    assert cache.extend(kv_len=3, **nothing).columns[0].shape == (2, 3, 1)
     cache.grow(6)
-    assert cache.extend(extent=None, **nothing).columns[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
+    assert cache.extend(kv_len=None, **nothing).columns[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
     assert cache.capacity == 6
     with pytest.raises(IndexError):
         cache.write(torch.tensor([[6], [6]]), k=torch.zeros(2, 1, 1))
@@ -251,11 +251,11 @@ def test_the_padding_of_the_vocabulary_is_never_scored_saved_or_learned(tied):
 def test_a_layer_may_say_more_than_its_output():
     model = TransformerLM(small_config("attention=mha"), 100)
     quiet = model(some_tokens(1, 4))
-    assert quiet.extras == {}
+    assert quiet.aux == {}
     attention = model.layers[1].attention
     speak = attention.forward
     attention.forward = lambda x, ctx, cache=None: (speak(x, ctx, cache)[0], {"max_logit": torch.tensor(2.5)})
-    assert model(some_tokens(1, 4)).extras == {"layers.1.max_logit": torch.tensor(2.5)}
+    assert model(some_tokens(1, 4)).aux == {"layers.1.max_logit": torch.tensor(2.5)}
 
 
 def test_only_the_wanted_logits_are_computed():

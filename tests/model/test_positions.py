@@ -98,7 +98,7 @@ def test_alibi_is_a_bias_that_falls_with_the_distance(rule, heads, start, kernel
     k_pos = torch.arange(start, start + 300)[None].expand(2, -1).clone()
     k_pos[0, :3] = -1
     q_pos = torch.tensor([[start + 299, start + 260, start + 7, -1], [start + 3, start + 280, start + 9, start + 50]])
-    mask = Mask(q_pos, k_pos, plain=False)
+    mask = Mask(q_pos, k_pos, contiguous=False)
     biased = alibi(q, k, mask, scale, rule)
     found = kernel(biased.q, biased.k, v, mask, scale)
     m = torch.tensor([2**power for power in SLOPES[rule, heads]], dtype=torch.float64)
@@ -114,7 +114,7 @@ def test_alibi_is_a_bias_that_falls_with_the_distance(rule, heads, start, kernel
 def test_alibis_distances_are_exact_in_bfloat16():
     """Of 40,000 keys, each as far as it is: read back from the columns, with slopes that bfloat16 holds."""
     distance = torch.arange(40000)
-    mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], plain=False)
+    mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], contiguous=False)
     q, k = (torch.zeros(1, n, 8, 64, dtype=torch.bfloat16) for n in (1, 40000))
     q, k, _ = alibi(q, k, mask, 0.125)
     scores = 0.125 * torch.einsum("thd,shd->hs", q[0].double(), k[0].double())
@@ -159,7 +159,7 @@ def test_the_rope_key_comes_from_the_hidden_state_or_from_the_normed_latent():
         for inputs in (x, unseen):
             cache = layer.make_cache(1, 3)
             rotary = {layer.rope: layer.rope.table(positions)}
-            layer(inputs, Context(positions, plain=True, extent=None, rotary=rotary), cache)
+            layer(inputs, Context(positions, contiguous=True, kv_len=None, rotary=rotary), cache)
             found.append(cache.columns["latent_and_k_rope"][0, 1:, 0])
         assert torch.allclose(found[0][:, :16], found[1][:, :16], atol=1e-4)
         assert torch.allclose(found[0][:, 16:], found[1][:, 16:], atol=1e-4) == (source == "latent")

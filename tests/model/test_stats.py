@@ -6,7 +6,7 @@ import torch
 from model import cost
 from model.kernels.naive import Naive
 from model.mask import CAUSAL, Mask, Pattern
-from model.stats import Statistics, attention_map, head_summed, said_of_scores, statistics
+from model.stats import Statistics, attention_map, collect_stats, head_summed, statistics
 from model.transformer import TransformerLM
 from tests.model.attention import laws
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
@@ -58,12 +58,12 @@ def test_in_tiles_as_by_definition(pattern, situation, heads):
 @pytest.mark.parametrize("tile", [1, 4, 128])
 def test_one_query_against_a_cache(tile):
     positions = torch.tensor([[13], [4]])
-    check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], plain=False), tile=tile)
+    check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], contiguous=False), tile=tile)
 
 
 def test_entropy_of_scores_that_are_far_apart_and_of_equal_ones():
     """From certain, 0 nats, to as unsure as can be: log of the number of keys seen."""
-    mask = Mask(torch.arange(40)[None], torch.arange(40)[None], plain=True)
+    mask = Mask(torch.arange(40)[None], torch.arange(40)[None], contiguous=True)
     check(*inputs(40, 40, 4, 2, spread=100.0), mask, scale=1.0, tile=7)
     q, k = inputs(40, 40, 4, 2)
     entropy = statistics(0 * q, k, mask, 1.0, tile=7).entropy
@@ -74,7 +74,7 @@ def test_memory_grows_with_the_length_and_of_the_head_sum_with_its_square_once()
     def peak(statistic, length: int) -> int:
         (q, k), places = inputs(length, length, 8, 2), torch.arange(length)[None]
         with cost.LivePeak() as live:
-            statistic(q, k, Mask(places, places, plain=True), 0.4, tile=16)
+            statistic(q, k, Mask(places, places, contiguous=True), 0.4, tile=16)
         return live.bytes
 
     assert peak(statistics, 1024) < 4.1 * peak(statistics, 256)
@@ -85,15 +85,15 @@ def test_memory_grows_with_the_length_and_of_the_head_sum_with_its_square_once()
 def test_padding_does_not_count():
     """A row padded in front says what the same row says alone."""
     q, k = inputs(12, 12, 4, 2, spread=3.0)
-    padded = Mask(torch.arange(12)[None] - 5, torch.arange(12)[None] - 5, plain=False)
-    alone = Mask(torch.arange(7)[None], torch.arange(7)[None], plain=True)
-    found, expected = (said_of_scores(ALL, *given, 0.4) for given in ((q, k, padded), (q[:, 5:], k[:, 5:], alone)))
+    padded = Mask(torch.arange(12)[None] - 5, torch.arange(12)[None] - 5, contiguous=False)
+    alone = Mask(torch.arange(7)[None], torch.arange(7)[None], contiguous=True)
+    found, expected = (collect_stats(ALL, *given, 0.4) for given in ((q, k, padded), (q[:, 5:], k[:, 5:], alone)))
     for name in ("max_logit", "entropy"):
         assert found[name].shape == (4,)
         torch.testing.assert_close(found[name], expected[name])
     loud = q.clone()
     loud[:, :5] *= 100
-    torch.testing.assert_close(said_of_scores(ALL, loud, k, padded, 0.4)["max_logit"], expected["max_logit"])
+    torch.testing.assert_close(collect_stats(ALL, loud, k, padded, 0.4)["max_logit"], expected["max_logit"])
 
 
 # What attentions say.
@@ -102,12 +102,12 @@ def test_padding_does_not_count():
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_every_attention_says_what_it_is_asked_and_computes_the_same(case):
     model, tokens = small_model(*case), some_tokens(2, 20)
-    silent, told = model(tokens), model(tokens, want=ALL)
-    assert silent.extras == {} and torch.equal(silent.logits, told.logits)
-    assert told.extras.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
+    silent, told = model(tokens), model(tokens, collect=ALL)
+    assert silent.aux == {} and torch.equal(silent.logits, told.logits)
+    assert told.aux.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
     for i, block in enumerate(model.layers):
         entropy, largest, probabilities = (
-            told.extras[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
+            told.aux[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
         )
         assert probabilities.shape == (2, 4, 20, 20) and entropy.shape == largest.shape == (4,)
         assert not any(value.requires_grad for value in (entropy, largest, probabilities))
@@ -116,21 +116,21 @@ def test_every_attention_says_what_it_is_asked_and_computes_the_same(case):
         hidden = ~block.attention.pattern.sees(positions[:, None], positions)
         assert (probabilities[..., hidden] == 0).all()
         torch.testing.assert_close(torch.special.entr(probabilities).sum(-1).mean((0, 2)), entropy)
-    only = model(tokens, want=frozenset({"entropy"})).extras
+    only = model(tokens, collect=frozenset({"entropy"})).aux
     assert only.keys() == {"layers.0.entropy", "layers.1.entropy"}
 
 
 def test_the_executions_of_mla_say_the_same_with_and_without_a_cache():
     tokens = some_tokens(2, 20)
-    expected = small_model("attention=mla", "attention.execution=naive")(tokens, want=ALL).extras
+    expected = small_model("attention=mla", "attention.execution=naive")(tokens, collect=ALL).aux
     for execution in ("auto", "naive", "expanded", "absorbed"):
         model = small_model("attention=mla", f"attention.execution={execution}")
-        for name, value in model(tokens, want=ALL).extras.items():
+        for name, value in model(tokens, collect=ALL).aux.items():
             assert relative_error(value, expected[name]) <= 1e-5, (execution, name)
         caches = model.make_caches(2, 20)
         laws.decode_in_chunks(model, tokens[:, :19], [12, 7], caches)
         with torch.no_grad():
-            last = model(tokens[:, 19:], positions=torch.full((2, 1), 19), caches=caches, want=ALL).extras
+            last = model(tokens[:, 19:], positions=torch.full((2, 1), 19), caches=caches, collect=ALL).aux
         for i in range(2):
             name = f"layers.{i}.attention_map"
             assert relative_error(last[name], expected[name][:, :, 19:]) <= 1e-5, (execution, name)
@@ -148,10 +148,10 @@ def test_what_a_layer_says_is_of_what_its_kernel_was_given():
     for case in ("attention=gqa", "attention=mla"):
         seen.clear()
         model: TransformerLM = small_model(case, kernel=Spy())
-        extras = model(some_tokens(2, 20), want=ALL).extras
+        aux = model(some_tokens(2, 20), collect=ALL).aux
         for i, exact in enumerate(seen):
-            assert relative_error(extras[f"layers.{i}.max_logit"], exact.max_logit.amax((0, 1))) <= 1e-5
-            assert relative_error(extras[f"layers.{i}.entropy"], exact.entropy.mean((0, 1))) <= 1e-5
+            assert relative_error(aux[f"layers.{i}.max_logit"], exact.max_logit.amax((0, 1))) <= 1e-5
+            assert relative_error(aux[f"layers.{i}.entropy"], exact.entropy.mean((0, 1))) <= 1e-5
 
 
 def test_with_alibi_the_largest_score_is_that_of_the_definition():
@@ -169,15 +169,15 @@ def test_with_alibi_the_largest_score_is_that_of_the_definition():
     for cached in (False, True):
         caches = model.make_caches(2, length) if cached else None
         where = {"positions": torch.arange(length)[None], "caches": caches} if cached else {}
-        said = model(tokens, want=ALL, **where).extras["layers.0.max_logit"]
+        said = model(tokens, collect=ALL, **where).aux["layers.0.max_logit"]
         assert relative_error(said, largest) <= 1e-5
 
 
 def test_gradients_of_a_forward_that_is_asked_are_the_same():
     model, tokens = small_model("attention=mla"), some_tokens(2, 20)
     gradients = []
-    for want in (frozenset(), ALL):
+    for collect in (frozenset(), ALL):
         model.zero_grad()
-        model(tokens, want=want).logits.square().mean().backward()
+        model(tokens, collect=collect).logits.square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -12,7 +12,7 @@ from torch import nn
 from common.errors import UserError
 from model.transformer import TransformerLM
 from runtime import fp8, precision
-from runtime.precision import Working, choose_precision
+from runtime.precision import MixedPrecision, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
@@ -76,9 +76,9 @@ def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
     asked = stand_in(monkeypatch)
     config = small_config("attention=mla")  # whose kv_down has a side of 20
     with caplog.at_level(logging.INFO, logger="headroom"):
-        working = Working(TransformerLM(config, 100), "fp8")
-    rounded = {name for name, module in working.model.named_modules() if isinstance(module, Rounded)}
-    left = {name for name, module in working.model.named_modules() if isinstance(module, nn.Linear)} - rounded
+        mixed = MixedPrecision(TransformerLM(config, 100), "fp8")
+    rounded = {name for name, module in mixed.model.named_modules() if isinstance(module, Rounded)}
+    left = {name for name, module in mixed.model.named_modules() if isinstance(module, nn.Linear)} - rounded
     assert left == {"layers.0.attention.kv_down", "layers.1.attention.kv_down"} and rounded
     assert f"{len(rounded)} of {len(rounded) + 2} linear layers multiply in float8" in caplog.text
     assert "2 linear layers stay in bfloat16" in caplog.text and "layers.0.attention.kv_down" in caplog.text
@@ -88,7 +88,7 @@ def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
 def test_without_the_package_a_run_on_another_machine_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
-        Working(TransformerLM(small_config(), 100), "fp8")
+        MixedPrecision(TransformerLM(small_config(), 100), "fp8")
 
 
 def test_masters_stay_float32_and_shapes_need_no_package():
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_float32_within_the_rounding(attention):
     found = {}
     for name in ("fp32", "fp8"):
         model = TransformerLM(small_config(f"attention={attention}", "model.zero_init=false"), 100)
-        loss, _ = accumulate(Working(model, name), batches(8, 4), (0, 0))
+        loss, _ = accumulate(MixedPrecision(model, name), batches(8, 4), (0, 0))
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
         found[name] = loss, gradients
@@ -127,8 +127,8 @@ def test_training_in_float8_learns_as_in_float32():
     losses = {}
     for name in ("fp32", "fp8"):
         model = TransformerLM(small_config(), 100)
-        working, optimizer = Working(model, name), AdamWConfig(lr=3e-3).build(model)
-        losses[name] = [train_step(working, optimizer, batches(8, 4), 3e-3, 1.0).loss.item() for _ in range(20)]
+        mixed, optimizer = MixedPrecision(model, name), AdamWConfig(lr=3e-3).build(model)
+        losses[name] = [train_step(mixed, optimizer, batches(8, 4), 3e-3, 1.0).loss.item() for _ in range(20)]
     assert losses["fp8"][-1] < 0.75 * losses["fp8"][0]
     assert losses["fp8"][-1] == pytest.approx(losses["fp32"][-1], abs=0.05)
 

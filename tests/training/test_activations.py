@@ -11,7 +11,7 @@ from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.mask import Mask
 from model.transformer import TransformerLM
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import (
     ATTENTIONS,
     SMOKE,
@@ -30,14 +30,14 @@ from training.step import accumulate, losses_of, mean_loss, mean_loss_and_scores
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 
 
-def gradients(model: TransformerLM, precision: str, recompute: bool, loss=mean_loss, end_of_text=None):
+def gradients(model: TransformerLM, precision: str, activation_checkpointing: bool, loss=mean_loss, end_of_text=None):
     """Of two micro-steps, by the parameter's name, and what the loss said."""
     model.zero_grad()
     said = accumulate(
-        Working(model, precision),
+        MixedPrecision(model, precision),
         batches(4, 2),
         (0, 0),
-        lambda *arguments: loss(*arguments, end_of_text=end_of_text, recompute=recompute),
+        lambda *arguments: loss(*arguments, end_of_text=end_of_text, activation_checkpointing=activation_checkpointing),
     )
     return said, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -49,8 +49,8 @@ def gradients(model: TransformerLM, precision: str, recompute: bool, loss=mean_l
 def test_checkpointing_changes_no_bit(attention, precision, dropout, end_of_text):
     options = () if not dropout else DROPOUT[:1] if attention == "stack" else DROPOUT  # whose parts have their own
     model = small_model(f"attention={attention}", *options, kernel=Auto())
-    (kept, _), exact = gradients(model, precision, recompute=False, end_of_text=end_of_text)
-    (anew, _), found = gradients(model, precision, recompute=True, end_of_text=end_of_text)
+    (kept, _), exact = gradients(model, precision, activation_checkpointing=False, end_of_text=end_of_text)
+    (anew, _), found = gradients(model, precision, activation_checkpointing=True, end_of_text=end_of_text)
     assert torch.equal(kept, anew)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
@@ -59,9 +59,9 @@ def test_checkpointing_does_recompute(monkeypatch):
     """A block's MLP runs once more in the backward pass, and dropout would draw other numbers if not told to repeat."""
     model, calls = small_model("attention=mha", *DROPOUT, kernel=Auto()), []
     model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    _, exact = gradients(model, "fp32", recompute=False)
+    _, exact = gradients(model, "fp32", activation_checkpointing=False)
     assert len(calls) == 2  # micro-steps
-    gradients(model, "fp32", recompute=True)
+    gradients(model, "fp32", activation_checkpointing=True)
     assert len(calls) == 6
     monkeypatch.setattr(
         "model.transformer.checkpoint",
@@ -69,7 +69,7 @@ def test_checkpointing_does_recompute(monkeypatch):
             *arguments, use_reentrant=False, preserve_rng_state=False
         ),
     )
-    _, found = gradients(model, "fp32", recompute=True)
+    _, found = gradients(model, "fp32", activation_checkpointing=True)
     assert any(not torch.equal(found[name], exact[name]) for name in exact)
 
 
@@ -80,23 +80,30 @@ def test_the_scores_for_clipping_are_said_once():
     assert torch.equal(kept, anew) and torch.equal(scores, again)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
     tokens = some_tokens(2, 16)
-    extras = model(tokens, training=True, recompute=True, want=step.MAX_LOGIT).extras
-    assert list(extras) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
+    aux = model(tokens, training=True, activation_checkpointing=True, collect=step.MAX_LOGIT).aux
+    assert list(aux) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
 
 
 def test_checkpointing_compiles_whole():
     model, ((inputs, targets),) = small_model("attention=mla", kernel=Auto()), batches(4, 4)
     expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
-    found = torch.autograd.grad(compiled(model, inputs, targets, recompute=True), list(model.parameters()))
+    found = torch.autograd.grad(
+        compiled(model, inputs, targets, activation_checkpointing=True), list(model.parameters())
+    )
     for gradient, exact in zip(found, expected, strict=True):
         assert relative_error(gradient, exact) <= 1e-4
 
 
 def test_caches_and_recomputation_exclude_each_other():
     model = small_model("attention=mha")
-    with pytest.raises(ValueError, match="recompute=True is for training"):
-        model(some_tokens(1, 4), positions=torch.arange(4)[None], caches=model.make_caches(1, 8), recompute=True)
+    with pytest.raises(ValueError, match="activation_checkpointing is for training"):
+        model(
+            some_tokens(1, 4),
+            positions=torch.arange(4)[None],
+            caches=model.make_caches(1, 8),
+            activation_checkpointing=True,
+        )
 
 
 def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
@@ -138,9 +145,9 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
     for length in lengths:
         size = ["model.n_layers=1", "model.d_model=32", f"model.context_length={length}", f"batch_tokens={length}"]
         run = load_composed("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
-        working, text = Working(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
+        mixed, text = MixedPrecision(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
         loss, _ = losses_of(run.data, 255)
-        peaks.append(allocated_peak(lambda loss=loss, w=working, text=text: w.backward(loss(w.model, text, text))))
+        peaks.append(allocated_peak(lambda loss=loss, w=mixed, text=text: w.backward(loss(w.model, text, text))))
     return math.log(peaks[1] / peaks[0], lengths[1] / lengths[0])
 
 
@@ -149,7 +156,7 @@ def test_a_tile_computed_anew_is_the_same_to_the_bit(monkeypatch, groups):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 600, heads, 8, generator=draw).requires_grad_() for heads in (4, groups, groups))
     docs = (torch.arange(600) // 100)[None].expand(2, -1)
-    mask = Mask(positions := torch.arange(600)[None] % 100, positions, plain=False, q_doc=docs, k_doc=docs)
+    mask = Mask(positions := torch.arange(600)[None] % 100, positions, contiguous=False, q_doc=docs, k_doc=docs)
     kept = passes(sdpa.SDPA(), q, k, v, mask)
     monkeypatch.setattr(sdpa, "KEPT_KEYS", 128)
     for found, exact in zip(passes(sdpa.SDPA(), q, k, v, mask), kept, strict=True):

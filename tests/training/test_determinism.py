@@ -95,7 +95,7 @@ def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
     block = small_model("attention=gqa", "model.dropout=0.25").layers[0]
     from model.attention.base import Context
 
-    ctx = Context(positions=torch.zeros(1, 1), plain=True, extent=None, rotary={}, training=True)
+    ctx = Context(positions=torch.zeros(1, 1), contiguous=True, kv_len=None, rotary={}, training=True)
     torch.manual_seed(0)
     dropped = ctx.drop(torch.ones(100_000), block.dropout)
     assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.01)

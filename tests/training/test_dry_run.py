@@ -12,7 +12,7 @@ from data.batches import windows
 from data.shards.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import ATTENTIONS, SMOKE, allocated_peak, call, load_composed, some_tokens
 from training import step
 from training.dry_run import memory
@@ -63,16 +63,16 @@ def check_memory(*options: str) -> int:
     tokens = some_tokens(4, run.model.context_length, VOCAB)
     predicted = memory(run, VOCAB, CPU)
     gc.collect()
-    working = None
+    mixed = None
 
     def step() -> None:
-        nonlocal working
-        working = Working(TransformerLM(run.model, VOCAB), run.precision)
-        loss = losses_of(run.data, VOCAB - 1, recompute=run.checkpoint_activations)[0]
-        accumulate(working, [(tokens, tokens)] * 2, (0, 0), loss)
+        nonlocal mixed
+        mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
+        loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.checkpoint_activations)[0]
+        accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)
-    assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in working.parameters)
+    assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in mixed.parameters)
     assert sum(predicted.values()) - predicted["optimizer"] == pytest.approx(peak, rel=0.01)
     return sum(predicted.values())
 

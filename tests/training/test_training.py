@@ -15,7 +15,7 @@ from model.kernels.sdpa import SDPA
 from model.loss import token_losses
 from model.transformer import TransformerLM
 from runtime.device import choose_device
-from runtime.precision import Working, choose_precision
+from runtime.precision import MixedPrecision, choose_precision
 from tests.support import batches, load_composed, relative_error, small_config, small_model
 from training.compile import maybe_compiled
 from training.evaluate import each_loss, evaluate
@@ -35,9 +35,9 @@ def test_the_loss_is_cross_entropy_of_the_next_token():
 
 def test_training_learns():
     model = small_model("attention=gqa", kernel=SDPA())
-    optimizer, working = AdamWConfig(lr=3e-3).build(model), Working(model, "fp32")
+    optimizer, mixed = AdamWConfig(lr=3e-3).build(model), MixedPrecision(model, "fp32")
     data = batches(8, 8)
-    losses = [train_step(working, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
+    losses = [train_step(mixed, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
 
 
@@ -50,7 +50,7 @@ def test_accumulation_changes_nothing_but_rounding(precision, tolerance):
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         data = batches(8, micro)
-        result = train_step(Working(model, precision), optimizer, data, 1.0, 0.0)
+        result = train_step(MixedPrecision(model, precision), optimizer, data, 1.0, 0.0)
         losses.append(result.loss.item())
         updates.append([(p - b).detach() for p, b in zip(model.parameters(), before, strict=True)])
     for other, loss in zip(updates[1:], losses[1:], strict=True):
@@ -64,20 +64,20 @@ def test_accumulation_changes_nothing_but_rounding(precision, tolerance):
 )
 def test_bfloat16_copies_leave_the_float32_weights_in_charge(case):
     model = small_model(*case, kernel=SDPA())
-    working = Working(model, "bf16")
-    for master, twin in zip(model.parameters(), working.model.parameters(), strict=True):
+    mixed = MixedPrecision(model, "bf16")
+    for master, twin in zip(model.parameters(), mixed.model.parameters(), strict=True):
         assert master.dtype == torch.float32
         assert (twin is master) == (master.ndim < 2)
         assert master is twin or twin.dtype == torch.bfloat16
     with torch.no_grad():
         model.layers[0].mlp.up_proj.weight.mul_(2)
-    working.refresh()
-    assert torch.equal(working.model.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.weight.bfloat16())
+    mixed.copy_master_weights()
+    assert torch.equal(mixed.model.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.weight.bfloat16())
     ((inputs, targets),) = batches(4, 4)
-    working.backward(mean_loss(working.model, inputs, targets))
+    mixed.backward(mean_loss(mixed.model, inputs, targets))
     low = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert all(grad.dtype == torch.float32 for grad in low.values())
-    assert all(p.grad is None for p in working.copies)
+    assert all(p.grad is None for p in mixed.copies)
     model.zero_grad()
     mean_loss(model, inputs, targets).backward()
     for name, parameter in model.named_parameters():
@@ -104,7 +104,7 @@ def test_clipping_bounds_the_update_and_zero_turns_it_off():
         model = small_model("attention=mha", kernel=SDPA())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
-        result = train_step(Working(model, "fp32"), optimizer, batches(4, 4), 1.0, clip_norm)
+        result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1.0, clip_norm)
         moved = torch.stack([(p - b).norm() for p, b in zip(model.parameters(), before, strict=True)]).norm()
         assert moved.item() == pytest.approx(expected or result.grad_norm.item(), rel=1e-3)
         assert result.grad_norm > 0.5
@@ -161,7 +161,7 @@ def test_the_wsd_schedule_by_its_landmarks():
 def test_every_schedule_fits_every_run(schedule, steps):
     schedule = schedule.derive(steps)
     assert all(0 < schedule(step, steps) <= 1 for step in range(steps))
-    open_step = schedule.first_open_step(steps)
+    open_step = schedule.decay_start_step(steps)
     if open_step is not None:
         assert [schedule(s, steps) for s in range(open_step)] == [schedule(s, 2 * steps) for s in range(open_step)]
 

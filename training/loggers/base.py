@@ -13,7 +13,7 @@ log = logging.getLogger("headroom")
 LONGEST = 200  # characters of an error that is no line of ours
 
 
-class Sink:
+class MetricSink:
     """Takes the rows of one run; this one lets them go."""
 
     def write(self, row: Mapping[str, Any]) -> None: ...
@@ -32,20 +32,20 @@ class Logger(FrozenSettings, ABC):
         return
 
     @abstractmethod
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+    def open(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
         """Called once, when the run's folder exists."""
 
 
 class NoLogger(Logger):
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
-        return Sink()
+    def open(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
+        return MetricSink()
 
 
-class Patient(Sink):
+class FaultTolerantSink(MetricSink):
     """Another sink, whose first failure is one warning, and the end of it."""
 
-    def __init__(self, name: str, start: Callable[[], Sink]):
-        self.name, self.sink = name, Sink()
+    def __init__(self, name: str, start: Callable[[], MetricSink]):
+        self.name, self.sink = name, MetricSink()
         self.sink = self._try(start) or self.sink
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Patient(Sink):
         except Exception as error:
             why = " ".join(str(error).split())[:LONGEST] or type(error).__name__
             log.warning(f"logger={self.name} failed, training goes on without it: {why}")
-            failed, self.sink = self.sink, Sink()
+            failed, self.sink = self.sink, MetricSink()
             with suppress(Exception):
                 failed.close()
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import yaml
 
 from common.invocation import refuse_no_package
-from training.loggers.base import Logger, Patient, Sink, known
+from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 from training.run.metrics_file import UNSCORED
 
 
@@ -18,11 +18,11 @@ class TensorboardLogger(Logger):
     def refuse_missing(self) -> None:
         refuse_no_package("tensorboard", "logger=tensorboard", "tensorboard")
 
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
-        return Patient("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))
+    def open(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
+        return FaultTolerantSink("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))
 
 
-class TensorboardSink(Sink):
+class TensorboardSink(MetricSink):
     """Scalars in groups, named in words, and the run's settings as a text."""
 
     TAGS: ClassVar = {

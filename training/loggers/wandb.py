@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from common.atomic_io import exists, read_regular, write_whole
 from common.errors import UserError
 from common.invocation import installed, refuse_no_package
-from training.loggers.base import Logger, Patient, Sink, known
+from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 
 log = logging.getLogger("headroom")
 WANDB_SECONDS = 30.0  # to wait for a server that does not answer
@@ -36,10 +36,10 @@ class WandbLogger(Logger):
                 f"{installed('wandb', 'login')} makes one, logger.mode=offline needs none"
             )
 
-    def open(self, folder: Path, config: Mapping[str, Any]) -> Sink:
-        return Patient("wandb", lambda: self._start(folder, config))
+    def open(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
+        return FaultTolerantSink("wandb", lambda: self._start(folder, config))
 
-    def _start(self, folder: Path, config: Mapping[str, Any]) -> Sink:
+    def _start(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
         import wandb
 
         remembered = folder / "wandb-id.txt"
@@ -81,7 +81,7 @@ def _wandb_login() -> bool:
     return False
 
 
-class WandbSink(Sink):
+class WandbSink(MetricSink):
     def __init__(self, remote: Any):
         self.remote = remote
 

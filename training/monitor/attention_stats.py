@@ -4,13 +4,13 @@ import torch
 
 from data.batches import stack, windows
 from data.shards.token_files import TokenStream
-from model.stats import WATCHED
+from model.stats import MONITORED_STATS
 from model.transformer import TransformerLM
 from training.evaluate import places
 
 
 @torch.no_grad()
-def attention_seen(
+def attention_stats(
     model: TransformerLM, stream: TokenStream, length: int, batch_size: int, end_of_text: int | None = None
 ) -> dict[str, float]:
     """Of the stream's first windows, as many as evaluation reads at once. Per layer, as `attention/layer_0/entropy`:
@@ -22,9 +22,9 @@ def attention_seen(
     inputs, _ = stack(stream, length, list(range(min(batch_size, windows(stream, length)))))
     inputs = inputs.to(next(model.parameters()).device)
     no_logits = inputs[:, :0]
-    extras = model(inputs, **places(inputs, end_of_text), only=no_logits, want=WATCHED).extras
+    aux = model(inputs, **places(inputs, end_of_text), only=no_logits, collect=MONITORED_STATS).aux
     seen = {}
-    for name, of_heads in extras.items():
+    for name, of_heads in aux.items():
         _, layer, statistic = name.split(".")
         layer = f"attention/layer_{layer}"
         if statistic == "entropy":

@@ -5,7 +5,7 @@ import re
 
 import torch
 
-from data.batches import sampled_places
+from data.batches import sampled_positions
 from data.shards.prepare import Prepared
 from model import cost
 from model.transformer import ModelConfig
@@ -32,7 +32,7 @@ def flops_of(config: ModelConfig, corpus: Prepared, document_mask: bool) -> cost
     """Of a run on this corpus. With document_mask, pairs of query and key count within documents only, as a sample of
     the training windows holds them: a kernel that computes the others and hides them reaches a lower MFU."""
     tokenizer, length = corpus.tokenizer, config.context_length
-    documents = sampled_places(corpus.train, length, tokenizer.end_of_text) if document_mask else None
+    documents = sampled_positions(corpus.train, length, tokenizer.end_of_text) if document_mask else None
     return cost.flops(config, tokenizer.vocab_size, documents)
 
 

@@ -15,7 +15,7 @@ LIVE_AFTER = 1.0  # seconds into a step, after which the live line tells how far
 PLAIN_EVERY = 30.0  # seconds, after each of which a plain line does
 
 
-class Watch:
+class ProgressLine:
     """The live line on a terminal that can move its cursor; elsewhere, a plain line every tenth of the way. All on
     stderr."""
 

@@ -15,24 +15,24 @@ from torch import Tensor
 from common.console import percent
 from common.errors import UserError, escaped, reason
 from common.invocation import command
-from common.streams import on_stdout, tell, write_if_possible
+from common.streams import on_stdout, print_stderr, write_if_possible
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
 from model.score import Score
 from model.transformer import TransformerLM
 from runtime.memory import peak_memory
 from training.epochs import epochs, repetitions
-from training.monitor.attention_stats import attention_seen
+from training.monitor.attention_stats import attention_stats
 from training.monitor.guard import Guard
 from training.monitor.mfu import flops_of, peak_flops
 from training.monitor.plot import plot_loss
 from training.monitor.profiler import Profile
-from training.monitor.progress import Watch
+from training.monitor.progress import ProgressLine
 from training.run.checkpoint import best, saved, step_of
 from training.run.config import Run, dump
 from training.run.folder import resume_command
 from training.run.metrics_file import PICTURE, UNSCORED, MetricsFile, unscored
-from training.run.origin import leaves
+from training.run.origin import flatten_config
 from training.step import StepResult
 
 log = logging.getLogger("headroom")
@@ -57,7 +57,7 @@ class Report:
         # It ended so before, with all saved. (Of float16 a skipped step halves the scale, which is worth saving.)
         self.failing_still = self.guard.in_a_row >= run.most_skipped and run.precision != "fp16"
         self.sink = run.logger.open(folder, dump(run))
-        self.watch = Watch(done, run.steps)
+        self.watch = ProgressLine(done, run.steps)
         self.profile = Profile(run.profile_steps, folder, self.device, done, run.steps)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []  # a row; its numbers on the device
         self.flops = flops_of(run.model, corpus, run.data.document_mask).training()  # per token
@@ -83,7 +83,7 @@ class Report:
             self.metrics.close()
             self.sink.close()
         if kind is KeyboardInterrupt:
-            tell(f"stopped at once; {self._go_on()}")
+            print_stderr(f"stopped at once; {self._go_on()}")
             sys.exit(130)
 
     def before(self, score: Score) -> None:
@@ -207,7 +207,7 @@ class Report:
             what += ", its evaluation is still to come"
         finished = step == self.run.steps and not self.unscored
         last = "it was the last one, its last words are still to come; " if finished else ""
-        tell(f"{name}: stopped {where}; {what}; {last}{self._go_on()}")
+        print_stderr(f"{name}: stopped {where}; {what}; {last}{self._go_on()}")
 
     def _go_on(self) -> str:
         verb = "continue" if saved(self.folder) else "begin again"
@@ -296,7 +296,7 @@ class Report:
         run, corpus = self.run, self.corpus
         end_of_text = corpus.tokenizer.end_of_text if run.data.document_mask else None
         with self.aside():
-            return attention_seen(self.model, corpus.val, run.model.context_length, run.micro_batch_size, end_of_text)
+            return attention_stats(self.model, corpus.val, run.model.context_length, run.micro_batch_size, end_of_text)
 
     def _documents(self, step: int) -> str:
         run = self.run
@@ -307,7 +307,7 @@ class Report:
     def _longer(self) -> str:
         """How this run, which is complete, becomes a longer one."""
         longer = f"{resume_command(self.folder)} steps={2 * self.run.steps}"
-        cooldown = self.run.schedule.first_open_step(self.run.steps)
+        cooldown = self.run.schedule.decay_start_step(self.run.steps)
         if cooldown in (None, self.run.steps):
             return longer
         since = f"the cooldown began at step {cooldown}"
@@ -351,8 +351,8 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, "
         f"positions by {dims.positions}, {parameters:,} parameters on {device.type}"
     )
-    changed = leaves(attention.model_dump(exclude_defaults=True)).items()
-    yield f"attention    {attention.described(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"
+    changed = flatten_config(attention.model_dump(exclude_defaults=True)).items()
+    yield f"attention    {attention.describe(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"
     yield f"cache        {cache:,} bytes per token when decoding in float32"
     yield (
         f"data         {run.data.name}{contents}, {len(corpus.train):,} tokens to train on, {len(corpus.val):,} to "
@@ -363,6 +363,6 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
         f"training     {run.steps} steps of {run.batch_tokens:,} tokens, {epochs(run, corpus)} epochs of the training "
         f"text, {run.sequences // run.micro_batch_size} "
         f"micro-batches of {run.micro_batch_size} x {dims.context_length}, "
-        f"{' and '.join(f'{name} up to {peak:.3g}' for name, peak in run.optim.peaks.items())}"
+        f"{' and '.join(f'{name} up to {peak:.3g}' for name, peak in run.optim.base_lrs.items())}"
     )
     yield f"run          {folder}"

@@ -41,7 +41,7 @@ class OptimConfig(FrozenSettings, ABC):
     qk_clip: float | None = Field(None, gt=0)  # the largest score a head may have and keep its scale
 
     @property
-    def peaks(self) -> dict[str, float]:
+    def base_lrs(self) -> dict[str, float]:
         """The learning rates by their settings, each of which the schedule multiplies; of a derived choice."""
         return {"lr": self.lr}
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from model.layout import Split, whole
+from model.layout import MatrixLayout, single_matrix
 from model.transformer import TransformerLM
 from runtime.precision import multiplies_bf16
 from training.optim.adamw import AdamWConfig
@@ -34,13 +34,13 @@ class MuonConfig(AdamWConfig):
         return self.model_copy(update={"lr": self.lr or 2 / d_model})
 
     @property
-    def peaks(self) -> dict[str, float]:
+    def base_lrs(self) -> dict[str, float]:
         return {"muon_lr": self.muon_lr, "lr": self.lr}
 
     def build(self, model: TransformerLM) -> "Muon":
-        splits, named = model.blocks(), dict(model.named_parameters())
+        splits, named = model.param_layout(), dict(model.named_parameters())
         if not self.logical_blocks:
-            splits = {name: whole(name, named[name].shape[0]) for name in splits}
+            splits = {name: single_matrix(name, named[name].shape[0]) for name in splits}
         others = [parameter for name, parameter in named.items() if name not in splits]
         common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         hidden = {
@@ -57,7 +57,7 @@ class MuonConfig(AdamWConfig):
         return Muon(hidden, [matrices, vectors], {named[name]: split for name, split in splits.items()})
 
     def state_bytes(self, model: TransformerLM) -> int:
-        hidden = model.blocks().keys()
+        hidden = model.param_layout().keys()
         return sum((4 if name in hidden else 2 * 4) * p.numel() for name, p in model.named_parameters())
 
 
@@ -82,7 +82,7 @@ class Muon(Uncompiled, torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_scale = found_inf = None  # `step` is told by these, which are set for its time
 
-    def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, Split]):
+    def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, MatrixLayout]):
         super().__init__([hidden, *(group for group in others if group["params"])], {})
         self.splits = splits
 

@@ -31,7 +31,7 @@ class QKClip:
         self.keys = []  # key heads of each layer
         for i, block in enumerate(model.layers):
             heads = []
-            for name, split in block.attention.blocks().items():
+            for name, split in block.attention.param_layout().items():
                 bias = f"{name.removesuffix('weight')}bias"
                 for stored in (named.get(f"layers.{i}.attention.{each}") for each in (name, bias)):
                     views = {} if stored is None else split.views(stored.detach())

@@ -19,7 +19,7 @@ class Schedule(FrozenSettings, ABC):
         into the run."""
         return self
 
-    def first_open_step(self, steps: int) -> int | None:
+    def decay_start_step(self, steps: int) -> int | None:
         """The first step whose rate depends on `steps`: until it is done, the run may be made longer or shorter and is
         the run it would have been. None: all do; a longer run goes on along another curve."""
         return None
@@ -67,7 +67,7 @@ class WSD(Schedule):
     def __call__(self, step: int, steps: int) -> float:
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
-        start = self.first_open_step(steps)
+        start = self.decay_start_step(steps)
         left = 1.0 if step < start else (steps - step) / (steps - start + 1)
         return self.final_fraction + (1 - self.final_fraction) * left
 
@@ -75,12 +75,12 @@ class WSD(Schedule):
         derived = self.model_copy(
             update={"warmup_steps": round(0.05 * steps) if self.warmup_steps is None else self.warmup_steps}
         )
-        if derived.warmup_steps > derived.first_open_step(steps):
+        if derived.warmup_steps > derived.decay_start_step(steps):
             raise ValueError(
                 f"schedule.warmup_steps={derived.warmup_steps} and schedule.cooldown={self.cooldown} do not fit into "
-                f"steps={steps}: the cooldown begins at step {derived.first_open_step(steps)}"
+                f"steps={steps}: the cooldown begins at step {derived.decay_start_step(steps)}"
             )
         return derived
 
-    def first_open_step(self, steps: int) -> int:
+    def decay_start_step(self, steps: int) -> int:
         return steps - round(self.cooldown * steps)

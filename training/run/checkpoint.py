@@ -54,7 +54,7 @@ T = TypeVar("T")
 log = logging.getLogger("headroom")
 
 
-class Training(NamedTuple):
+class TrainState(NamedTuple):
     """All that a step changes."""
 
     model: TransformerLM
@@ -96,7 +96,7 @@ class Removed(UserError):
     """A checkpoint is not there any more."""
 
 
-def save(folder: Path, run: Run, corpus: Prepared, training: Training, step: int, val_loss: float | None) -> None:
+def save(folder: Path, run: Run, corpus: Prepared, training: TrainState, step: int, val_loss: float | None) -> None:
     """Writes checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then removes all but the last
     run.keep_last and the best."""
     path = folder / "checkpoints" / f"step_{step:08d}"
@@ -143,7 +143,7 @@ def write(
     path: Path,
     run: Run,
     corpus: Prepared,
-    training: Training,
+    training: TrainState,
     step: int,
     files: Mapping[str, Mapping[str, Tensor]],
     val_loss: float | None = None,
@@ -323,7 +323,7 @@ def _stated(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged: {error}") from None
 
 
-def resume(folder: Path, run: Run, corpus: Prepared, training: Training) -> int:
+def resume(folder: Path, run: Run, corpus: Prepared, training: TrainState) -> int:
     """Fills `training` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there is
     none yet. Raises UserError, and leaves the run as it was, where data or settings are not what the run began with,
     every checkpoint is damaged, or nothing is left to do."""
@@ -462,7 +462,7 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: Training, found: Checkpoint) -> None:
+def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: TrainState, found: Checkpoint) -> None:
     manifest = found.manifest
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
@@ -495,7 +495,7 @@ def ended(folder: Path) -> bool:
     return os.path.isfile(folder / PICTURE)
 
 
-def _load_optimizer(found: Checkpoint, training: Training) -> None:
+def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
     tensors, names = found.tensors[OPTIMIZER], _parameter_names(training)
     parameters = dict(training.model.named_parameters())
     expected = {
@@ -530,12 +530,12 @@ def _unfit(key: str, tensor: Tensor | None, kept: Kept | None, step: int) -> str
     return None
 
 
-def _parameter_names(training: Training) -> list[str]:
+def _parameter_names(training: TrainState) -> list[str]:
     """Names in the optimizer's own order, which its state is indexed by."""
     name_of = {parameter: name for name, parameter in training.model.named_parameters()}
     return [name_of[parameter] for group in training.optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(training: Training) -> dict[str, Tensor]:
+def _optimizer_tensors(training: TrainState) -> dict[str, Tensor]:
     names, state = _parameter_names(training), training.optimizer.state_dict()["state"]
     return {f"{names[i]}/{part}": tensor for i, parts in state.items() for part, tensor in parts.items()}

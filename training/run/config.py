@@ -112,7 +112,7 @@ class Run(FrozenSettings):
 
     @model_validator(mode="after")
     def _clips_what_can_be(self) -> Self:
-        reason = None if self.optim.qk_clip is None else self.model.attention.why_not_clipped()
+        reason = None if self.optim.qk_clip is None else self.model.attention.qk_clip_obstacle()
         if reason:
             raise ValueError(f"optim.qk_clip={self.optim.qk_clip}: {reason}, or leave optim.qk_clip unset")
         return self
@@ -163,7 +163,7 @@ class Run(FrozenSettings):
     def learning_rates(self, step: int) -> dict[str, float]:
         """All of them, where an optimizer has more than one, by their settings."""
         factor = self.schedule(step, self.steps)
-        return {name: peak * factor for name, peak in self.optim.peaks.items()}
+        return {name: peak * factor for name, peak in self.optim.base_lrs.items()}
 
 
 def load(tree: Mapping[str, Any]) -> Run:

@@ -71,7 +71,7 @@ def _unmakeable(run_dir: str | None, folder: Path, error: OSError) -> UserError:
     return UserError(f"{named} cannot be made: {reason(error)}: give a folder to write to as run_dir=")
 
 
-def claim(folder: Path) -> AbstractContextManager:
+def acquire_run_lock(folder: Path) -> AbstractContextManager:
     """Holds the run for this process. Raises UserError where another one trains in it."""
     try:
         held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
@@ -94,13 +94,13 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
         while not run.run_dir and exists(folder):
             folder = folder.with_name(f"{folder.name}-{_words()}")
         make_folder(folder, exist_ok=bool(run.run_dir))
-        claimed = claim(folder)
+        run_lock = acquire_run_lock(folder)
         write_whole(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
         raise _unmakeable(run.run_dir, folder, error) from None
-    return folder, claimed
+    return folder, run_lock
 
 
 def write_config(folder: Path, run: Run) -> None:

@@ -39,7 +39,7 @@ def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> M
         config = config.model_copy(update={"kernel": kernel})
     if execution is not None:
         if execution not in config.attention.executions:
-            kind = config.attention.described(config.n_heads)
+            kind = config.attention.describe(config.n_heads)
             raise UserError(f"execution={execution}: the attention of this run ({kind}) runs in one way only")
-        config = config.model_copy(update={"attention": config.attention.executed(execution)})
+        config = config.model_copy(update={"attention": config.attention.with_execution(execution)})
     return config

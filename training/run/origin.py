@@ -35,7 +35,7 @@ def is_place(key: str) -> bool:
 
 def reaching_out(run: Run) -> dict[str, Any]:
     """Of a run's settings, those that decide what is read, written or sent outside of its folder."""
-    settings = leaves(dump(run))
+    settings = flatten_config(dump(run))
     settings.pop("tokenizer.path", None)  # is read from the run's own folder
     online = settings.get("logger.mode") == "online"
     return {
@@ -144,9 +144,9 @@ def _make(path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """A tree of settings as `group.key`: value."""
     found = {}
     for key, value in tree.items():
-        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found

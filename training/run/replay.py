@@ -26,7 +26,7 @@ from data.shards.prepare import Prepared
 from data.tokenizers.tokenizer import load_tokenizer
 from model.transformer import Output
 from runtime.device import choose_device
-from runtime.precision import Working, choose_precision
+from runtime.precision import MixedPrecision, choose_precision
 from training.run import checkpoint
 from training.run.config import Run
 from training.run.folder import refuse_no_run
@@ -41,7 +41,7 @@ def keep(
     folder: Path,
     run: Run,
     corpus: Prepared,
-    training: checkpoint.Training,
+    training: checkpoint.TrainState,
     step: int,
     in_a_row: int,
     batches: list[tuple[Tensor, Tensor]],
@@ -49,7 +49,7 @@ def keep(
     """Writes the step to failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
     weights are still those it met."""
     path = folder / "failures" / f"step_{step:08d}"
-    rates = ", or ".join(f"optim.{name} than {rate:.3g}" for name, rate in run.optim.peaks.items())
+    rates = ", or ".join(f"optim.{name} than {rate:.3g}" for name, rate in run.optim.base_lrs.items())
     diverged = (
         f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a smaller "
         f"{rates}"
@@ -78,12 +78,12 @@ def replay(path: Path) -> None:
     inputs, targets = _batches(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
     precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
-    working = Working(model.to(device), precision)
-    if found.manifest.loss_scale is not None and working.loss_scale is not None:
+    mixed = MixedPrecision(model.to(device), precision)
+    if found.manifest.loss_scale is not None and mixed.loss_scale is not None:
         before = found.manifest.loss_scale.scale * 2  # this step halved it
-        working.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
+        mixed.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     batches = list(zip(inputs.to(device), targets.to(device), strict=True))
-    first = FirstNotFinite(working.model)
+    first = FirstNotFinite(mixed.model)
     mean_loss, _ = losses_of(run.data, tokenizer.end_of_text)
 
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def replay(path: Path) -> None:
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
         return loss
 
-    accumulate(working, batches, (run.seed, step - 1), watched)
+    accumulate(mixed, batches, (run.seed, step - 1), watched)
     print_line(f"forward      {first.where or 'finite everywhere'}")
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
@@ -126,7 +126,7 @@ class FirstNotFinite:
     def _watch(self, name: str, module: nn.Module):
         def hook(_module: nn.Module, inputs: tuple, output: Tensor | tuple | Output) -> None:
             if isinstance(output, Output):  # the loss makes its logits a piece at a time
-                result = module.readout.logits(output.hidden)
+                result = module.lm_head.logits(output.hidden)
             else:
                 result = output[0] if isinstance(output, tuple) else output
             if self.where is None and not result.isfinite().all():

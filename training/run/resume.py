@@ -9,8 +9,8 @@ from typing import Any
 from common.errors import UserError
 from data.sources.tables import format_of
 from training.run.config import Run, dump, load
-from training.run.folder import claim, newest, read_config, saved
-from training.run.origin import is_place, leaves, refuse_foreign
+from training.run.folder import acquire_run_lock, newest, read_config, saved
+from training.run.origin import flatten_config, is_place, refuse_foreign
 
 # What may change when a run is resumed.
 RESUMABLE = [
@@ -35,7 +35,7 @@ log = logging.getLogger("headroom")
 def refuse_other_settings(folder: Path, run: Run, trained: Run) -> None:
     """Raises UserError where `run` is not the run whose settings were `trained`. Places may differ: what is found there
     is known by its fingerprint, and by the format that a file's name tells, which no fingerprint does."""
-    now, before = leaves(dump(run)), leaves(dump(trained))
+    now, before = flatten_config(dump(run)), flatten_config(dump(trained))
     for key in {**now, **before}:
         if is_place(key) and key in now and key in before:
             if format_of(str(now[key])) != format_of(str(before[key])):
@@ -58,7 +58,7 @@ def refuse_other_steps(folder: Path, run: Run, before: int, done: int, ended: bo
     if done == run.steps == before and ended:
         raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
     if run.steps != before:
-        open_steps = [run.schedule.first_open_step(steps) for steps in (before, run.steps)]
+        open_steps = [run.schedule.decay_start_step(steps) for steps in (before, run.steps)]
         if None in open_steps:
             log.info(
                 f"the learning rate goes on along the curve of steps={run.steps}; up to step {done} it followed that "
@@ -96,7 +96,7 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
         if key.split(".")[0] in (*RESUMABLE, "resume"):
             continue
         if not _is_so(key, tree, stored):
-            places = [place for place in leaves(stored) if is_place(place) and place != "tokenizer.path"]
+            places = [place for place in flatten_config(stored) if is_place(place) and place != "tokenizer.path"]
             moved = f", and where the same data has moved to ({', '.join(places)})" if places else ""
             raise UserError(
                 f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may{moved}; the rest is the run's own, so "
@@ -112,7 +112,7 @@ def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run
     except UserError as error:
         raise UserError(f"{error} (in {folder}/config.yaml, or on the command line)") from None
     refuse_foreign(folder, own, run, signed, keys, tree, begun=bool(saved(folder)))
-    return run, folder, claim(folder)
+    return run, folder, acquire_run_lock(folder)
 
 
 def _is_so(key: str, tree: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
@@ -124,7 +124,7 @@ def _is_so(key: str, tree: Mapping[str, Any], stored: Mapping[str, Any]) -> bool
 
 
 def _placeless(run: Run) -> dict[str, Any]:
-    return {key: None if is_place(key) else value for key, value in leaves(dump(run)).items()}
+    return {key: None if is_place(key) else value for key, value in flatten_config(dump(run)).items()}
 
 
 def _with(stored: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -> dict[str, Any]:

@@ -20,29 +20,29 @@ STRETCH = ("attention.rope_scaling", "attention.rope_factor", "attention.rope_or
 ADJUSTABLE = ("model.dropout", "attention.dropout", "model.context_length", *STRETCH)  # and what of it they do not
 
 
-def which_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
+def resolve_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
     """The run, and its folder, claimed, if it has one already.
 
     tree: the composed configuration; typed: the overrides on the command line.
     """
     resume = tree.pop("resume")
     if resume is not None:
-        run, folder, claim = resumed(resume, tree, typed)
+        run, folder, run_lock = resumed(resume, tree, typed)
         checkpoint.refuse_unfit(folder, run)
-        return run, folder, claim
+        return run, folder, run_lock
     if tree["init_from"] is not None:
         base = str(tree["init_from"])
         if not base:
             raise UserError("init_from= names no run: give a run's folder, or latest")
         base = str(newest(with_checkpoint=True)) if base == "latest" else base
-        tree = {**begun_from(Path(base), tree, typed), "init_from": base}
+        tree = {**config_from_base_run(Path(base), tree, typed), "init_from": base}
     run = load(tree)
     if not run.dry_run:
         refuse_unmakeable(run.run_dir)
     return run, None, None
 
 
-def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
+def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
     """The composed settings of a run that begins with the weights of `base`, whose model and tokenizer it takes over.
 
     typed: the overrides on the command line. Raises UserError for one that would make another model or vocabulary.
@@ -87,7 +87,7 @@ def begun_from(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[st
     return {**tree, **theirs}
 
 
-def begin_with_weights_of(base: Path, model: TransformerLM) -> None:
+def load_pretrained_weights(base: Path, model: TransformerLM) -> None:
     """Those of its newest whole checkpoint."""
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:

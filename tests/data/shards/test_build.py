@@ -68,7 +68,7 @@ def test_the_bytes_do_not_depend_on_the_threads(workplace, monkeypatch, expected
     for workers in (1, 2, 5):
         folder = workplace / "cache" / str(workers)
         folder.parent.mkdir(exist_ok=True)
-        build.build(CORPUS, CORPUS.fingerprint(), CONFIG, folder, build.survey(CORPUS), workers)
+        build.build(CORPUS, CORPUS.fingerprint(), CONFIG, folder, build.measure(CORPUS), workers)
         found.append(files(folder))
     assert found[0] == found[1] == found[2]
     assert len([name for name in found[0] if name.startswith("train_0")]) > 5

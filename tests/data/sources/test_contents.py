@@ -75,16 +75,16 @@ def test_so_many_are_compared_at_most(stories, monkeypatch):
 def test_an_empty_split_says_what_there_was(stories):
     (stories / "one.csv").write_text("text\n" + "the same\n" * 500)
     with pytest.raises(build.UserError, match=r"is empty, of 1 file, 500 documents, 499 of them identical to an"):
-        build.survey(FilesCorpus(path="one.csv"))
+        build.measure(FilesCorpus(path="one.csv"))
 
 
 @pytest.mark.parametrize("marker", contents.MARKERS)
 def test_markers_between_documents_are_pointed_out(workplace, caplog, marker):
     (workplace / "a.txt").write_text("".join(f"{STORY}{i}\n{marker}\n" for i in range(300)))
-    build.survey(FilesCorpus(path="a.txt"))
+    build.measure(FilesCorpus(path="a.txt"))
     warning = next(r.message for r in caplog.records if r.levelname == "WARNING")
     assert warning.startswith(f"{marker} stands 300 times in the text, first in a.txt, and is trained on as text")
     assert warning.endswith(f"data.document='{marker}'")
     caplog.clear()
-    build.survey(FilesCorpus(path="a.txt", document=marker))
+    build.measure(FilesCorpus(path="a.txt", document=marker))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

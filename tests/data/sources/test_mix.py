@@ -56,10 +56,10 @@ def test_a_document_in_parts_stays_together(books, tmp_path, monkeypatch):
     monkeypatch.setattr("data.sources.files.PART", 64)
     found = list(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)).read())
     for before, document in pairwise(found):
-        assert not document.goes_on or before.name == document.name
+        assert not document.is_continuation or before.name == document.name
     made = prepare(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)), ByteConfig(), tmp_path / "cache")
     tokens = made.train.read(0, len(made.train)).tolist()
-    assert tokens.count(256) == sum(not d.goes_on and not d.held_out for d in found)
+    assert tokens.count(256) == sum(not d.is_continuation and not d.held_out for d in found)
 
 
 @pytest.mark.parametrize("quota", [0, -1, float("nan"), float("inf")])

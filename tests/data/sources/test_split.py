@@ -9,7 +9,7 @@ import pytest
 
 from common.errors import UserError
 from data.shards.prepare import prepare
-from data.sources.corpus import drawn
+from data.sources.corpus import hash_sample
 from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
@@ -79,7 +79,7 @@ def test_older_runs_keep_their_documents_and_their_split(folder):
     (folder / "rows.json").write_text('[{"text": "x"}]\n')
     (folder / "page.html").write_text("<html>\n</html>\n")
     for corpus in (older(path="a.jsonl"), older(path="rows", val_fraction=0.1, hub=True)):
-        assert [d.held_out for d in corpus.read()] == [drawn(i, 0.1) for i in range(600)]
+        assert [d.held_out for d in corpus.read()] == [hash_sample(i, 0.1) for i in range(600)]
     for name in ("bom.txt", "rows.json", "page.html"):
         corpus = older(path=name)
         content = Path(name).read_bytes()
@@ -90,13 +90,13 @@ def test_older_runs_keep_their_documents_and_their_split(folder):
 
 def test_older_runs_find_what_was_prepared_for_them(folder):
     """The key of the shards is a hash of these."""
-    assert older(path="a.txt", document="line").identity() == {
+    assert older(path="a.txt", document="line").cache_key() == {
         "path": "a.txt",
         "column": None,
         "document": "line",
         "val_fraction": 0.1,
     }
-    assert older(path="rows", hub=True).identity() == {
+    assert older(path="rows", hub=True).cache_key() == {
         "path": "rows",
         "config": None,
         "split": "train",

@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from data.sources import files
-from data.sources.corpus import drawn
+from data.sources.corpus import hash_sample
 from data.sources.files import FilesCorpus
 from data.sources.tables import cells
 
@@ -57,7 +57,7 @@ def test_every_row_is_a_document_once_and_in_order(table):
     assert all(re.fullmatch(rf"{re.escape(str(table))}:\d+", document.name) for document in found)
     assert 0.05 < sum(document.held_out for document in found) / len(TEXTS) < 0.15
     by_index = read(path=str(table), held_out_by="index")
-    assert [d.held_out for d in by_index] == [drawn(i, 0.1) for i in range(len(TEXTS))]
+    assert [d.held_out for d in by_index] == [hash_sample(i, 0.1) for i in range(len(TEXTS))]
 
 
 def test_what_is_held_out_stays_so_when_rows_are_added(tmp_path):
@@ -209,7 +209,7 @@ def test_a_long_file_comes_in_parts_that_are_its_text(tmp_path, monkeypatch, tex
     for held_out in (False, True):
         pieces = [d for d in found if d.held_out == held_out]
         assert "".join(d.text for d in pieces) == "".join(d.text for d in whole if d.held_out == held_out)
-        assert [d.goes_on for d in pieces] == [i > 0 for i in range(len(pieces))]
+        assert [d.is_continuation for d in pieces] == [i > 0 for i in range(len(pieces))]
         assert all(len(d.text.encode()) <= part for d in pieces) and (held_out or len(pieces) > 1)
 
 

@@ -47,7 +47,7 @@ def test_names_patterns_and_hashes_are_those_published(monkeypatch):
         assert found["pat_str"] == published.pattern
         assert loaded[-1] == (published.url, published.sha256)
         gap = 0 if name == "r50k_base" else 1  # the number that their end of text leaves free
-        assert config().most_tokens == found["special_tokens"][END_OF_TEXT] + 1 - gap
+        assert config().max_vocab_size == found["special_tokens"][END_OF_TEXT] + 1 - gap
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -72,8 +72,8 @@ def test_the_tokens_are_those_of_tiktoken_and_of_hugging_face(config, folder, tm
 def test_older_settings_find_their_shards():
     for config in CONFIGS:
         identity = {"sha256": config().published.sha256}  # as recorded before there was a cut
-        assert config(cut="words").identity() == identity
-        assert config().identity() == identity | {"cut": "exact"}
+        assert config(cut="words").cache_key() == identity
+        assert config().cache_key() == identity | {"cut": "exact"}
 
 
 def test_the_end_of_text_is_the_last_token_and_never_comes_out_of_text(folder):

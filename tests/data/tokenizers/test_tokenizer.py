@@ -92,9 +92,9 @@ def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path)
 
 def test_older_settings_train_what_they_trained_and_find_their_shards():
     older = BPEConfig(vocab_size=400, cut="line_ends")
-    assert older.identity() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
+    assert older.cache_key() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
     assert older.train(TEXTS).hash == "a276b2b55160ffcfd5df22c50663a1535c9d269f1f87b7fac2cc9b3544f9d68f"
-    assert BPEConfig(vocab_size=400).identity() == older.identity() | {"cut": "exact"}
+    assert BPEConfig(vocab_size=400).cache_key() == older.cache_key() | {"cut": "exact"}
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def check_causality(model: TransformerLM) -> None:
 
 @torch.no_grad()
 def decode_in_chunks(
-    model: TransformerLM, tokens: Tensor, chunks: Sequence[int], caches: list[Cache], *, extent=None, grow=False
+    model: TransformerLM, tokens: Tensor, chunks: Sequence[int], caches: list[Cache], *, kv_len=None, grow=False
 ) -> Tensor:
     """Logits (B, T, V), the tokens fed through the caches a chunk at a time."""
     outputs, start = [], 0
@@ -49,8 +49,8 @@ def decode_in_chunks(
             for cache in caches:
                 if cache.capacity < start + size:
                     cache.grow(max(start + size, 2 * cache.capacity))
-        seen = None if extent is None else extent(start + size)
-        outputs.append(model(tokens[:, start : start + size], positions=positions, caches=caches, extent=seen).logits)
+        seen = None if kv_len is None else kv_len(start + size)
+        outputs.append(model(tokens[:, start : start + size], positions=positions, caches=caches, kv_len=seen).logits)
         start += size
     return torch.cat(outputs, dim=1)
 
@@ -61,17 +61,17 @@ def ways_to_decode(model: TransformerLM, tokens: Tensor) -> Iterator[tuple[str, 
     batch, length = tokens.shape
     positions = torch.arange(length)[None].expand(batch, -1)
     caches = model.make_caches(batch, length)
-    yield "plain prefill", model(tokens, positions=positions, plain=True, caches=caches).logits
+    yield "plain prefill", model(tokens, positions=positions, contiguous=True, caches=caches).logits
     yield "prefill by positions", decode_in_chunks(model, tokens, [length], model.make_caches(batch, length))
     yield "token by token", decode_in_chunks(model, tokens, [1] * length, model.make_caches(batch, length))
     odd = [5, 1, 7, 3, 1, 1, length - 18]
     yield "odd chunks", decode_in_chunks(model, tokens, odd, model.make_caches(batch, length))
     yield "growing", decode_in_chunks(model, tokens, odd, model.make_caches(batch, 2), grow=True)
     caches = model.make_caches(batch, 4 * length)
-    yield "extents", decode_in_chunks(model, tokens, odd, caches, extent=lambda seen: seen + 3)
+    yield "extents", decode_in_chunks(model, tokens, odd, caches, kv_len=lambda seen: seen + 3)
     yield "stale rows", decode_in_chunks(model, tokens, odd, caches)  # the same caches again, full of old rows
     caches = model.make_caches(batch, length)
-    first = model(tokens[:, :9], positions=positions[:, :9], plain=True, caches=caches).logits
+    first = model(tokens[:, :9], positions=positions[:, :9], contiguous=True, caches=caches).logits
     rest = [
         model(tokens[:, t : t + 1], positions=positions[:, t : t + 1], caches=caches).logits for t in range(9, length)
     ]

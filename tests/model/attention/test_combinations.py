@@ -68,7 +68,7 @@ def check(overrides: list[str], kernel) -> None:
     except UserError:  # a rope key from the latent, where nothing rotates, and the like
         assume(False)
     attention = config.attention
-    reference = attention.executed("naive") if attention.executions else attention
+    reference = attention.with_execution("naive") if attention.executions else attention
     model = TransformerLM(config, 100)
     oracle = TransformerLM(config.model_copy(update={"kernel": Naive(), "attention": reference}), 100)
     model.load_state_dict(sharpened(oracle).state_dict())

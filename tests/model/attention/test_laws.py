@@ -119,14 +119,14 @@ def test_blocks_tile_every_matrix(case):
     model = small_model(*case)
     for block in model.layers:
         matrices = {name: p for name, p in block.attention.named_parameters() if p.ndim >= 2}
-        blocks = block.attention.blocks()
+        blocks = block.attention.param_layout()
         assert blocks.keys() == matrices.keys()
         for name, split in blocks.items():
             assert all(rows > 0 for rows in split.parts.values())
             assert split.heads * sum(split.parts.values()) == matrices[name].shape[0]
             assert split.views(matrices[name]).keys() == split.parts.keys()
     hidden = {name for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim >= 2}
-    assert model.blocks().keys() == hidden
+    assert model.param_layout().keys() == hidden
 
 
 def test_blocks_are_the_rows_that_the_forward_pass_reads():
@@ -136,14 +136,14 @@ def test_blocks_are_the_rows_that_the_forward_pass_reads():
         norm = "false" if part == "k" else "latent"
         model = small_model(f"attention={attention}", f"attention.qk_norm={norm}", "attention.qk_bias=false")
         with torch.no_grad():
-            for name, split in model.blocks().items():
+            for name, split in model.param_layout().items():
                 views = split.views(dict(model.named_parameters())[name])
                 if part in views:
                     views[part][1] = 0
                 if "q_rope" in views:
                     views["q_rope"][1] = 0
-        extras = model(some_tokens(1, 16), want=frozenset({"max_logit"})).extras
-        seen[attention] = [value > 0 for value in extras["layers.0.max_logit"].tolist()]
+        aux = model(some_tokens(1, 16), collect=frozenset({"max_logit"})).aux
+        seen[attention] = [value > 0 for value in aux["layers.0.max_logit"].tolist()]
     assert seen == {"gqa": [True, True, False, False], "mla": [True, False, True, True]}
 
 
@@ -268,7 +268,7 @@ def test_norms_of_heads_by_their_formula(groups):
             scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
             outputs.append(scores.softmax(-1) @ values[:, :, h])
         expected = torch.cat(outputs, -1) @ layer.o_proj.weight.T
-        found, _ = layer(x, Context(positions, plain=True, extent=None, rotary={layer.rope: table}))
+        found, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -293,7 +293,7 @@ def test_prefused_matrices_are_the_same_function_too():
         scores = (scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * (n + r) ** -0.5
         probs = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
         found = torch.einsum("bhts,bsc,dhc->btd", probs, latent, fused_o)
-        expected, _ = layer(x, Context(positions, plain=True, extent=None, rotary={layer.rope: table}))
+        expected, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -350,7 +350,7 @@ class TopLeftCausal(SDPA):
     """Takes the causal fast path whatever the positions: one query then sees the first key only."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, plain=True), scale)
+        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, contiguous=True), scale)
 
 
 def test_a_scale_from_the_wrong_dimension_is_caught():
@@ -412,7 +412,7 @@ def test_packed_documents_without_positions_or_with_caches_are_refused():
     model, tokens = small_model("attention=mla"), some_tokens(1, 4)
     docs, positions = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None]
     caches = model.make_caches(1, 4)
-    for how in ({}, {"positions": positions, "plain": True}, {"positions": positions, "caches": caches}):
+    for how in ({}, {"positions": positions, "contiguous": True}, {"positions": positions, "caches": caches}):
         with pytest.raises(ValueError, match="packed documents need positions"):
             model(tokens, docs=docs, **how)
 
@@ -421,7 +421,7 @@ def test_a_look_ahead_is_caught():
     class SeesAll(Naive):
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
             everywhere = torch.full_like(mask.q_pos, 10**6)
-            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, plain=False), scale)
+            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, contiguous=False), scale)
 
     with pytest.raises(AssertionError):
         laws.check_causality(small_model("attention=mha", "model.tie_embeddings=false", kernel=SeesAll()))

@@ -9,7 +9,7 @@ import yaml
 from data.shards.token_files import TokenStream
 from tests.support import SMOKE, call, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
-from training.monitor.attention_stats import attention_seen
+from training.monitor.attention_stats import attention_stats
 from training.run.metrics_file import read_metrics
 
 OPTIONS = [*SMOKE, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4", "attention=mla"]
@@ -60,15 +60,15 @@ def test_it_is_of_the_first_windows_and_of_each_document_by_itself():
     tokens[::5] = 99  # begins a document
     stream = TokenStream([tokens.numpy()])
     first = tokens[:32].view(2, 16)
-    expected = model(first, want=frozenset({"entropy", "max_logit"})).extras
-    found = attention_seen(model, stream, 16, batch_size=2)
+    expected = model(first, collect=frozenset({"entropy", "max_logit"})).aux
+    found = attention_stats(model, stream, 16, batch_size=2)
     assert found.keys() == NAMES
     for i in range(2):
         entropy, largest = (expected[f"layers.{i}.{name}"] for name in ("entropy", "max_logit"))
         of_layer = [found[f"attention/layer_{i}/{name}"] for name in STATISTICS]
         assert of_layer == pytest.approx([float(x) for x in (entropy.mean(), entropy.min(), largest.max())])
-    assert attention_seen(model, stream, 16, batch_size=500) == attention_seen(model, stream, 16, batch_size=5)
-    apart = attention_seen(model, stream, 16, batch_size=2, end_of_text=99)
+    assert attention_stats(model, stream, 16, batch_size=500) == attention_stats(model, stream, 16, batch_size=5)
+    apart = attention_stats(model, stream, 16, batch_size=2, end_of_text=99)
     assert all(apart[f"attention/layer_{i}/entropy"] < math.log(5) for i in range(2))
     assert all(found[f"attention/layer_{i}/entropy"] > apart[f"attention/layer_{i}/entropy"] for i in range(2))
 
@@ -78,4 +78,4 @@ def test_a_model_that_diverged_is_told_of_as_not_a_number():
     with torch.no_grad():
         model.layers[1].attention.o_proj.weight.fill_(math.nan)
         model.layers[0].attention.kv_down.weight.fill_(math.nan)
-    assert all(math.isnan(value) for value in attention_seen(model, stream, 16, 2).values())
+    assert all(math.isnan(value) for value in attention_stats(model, stream, 16, 2).values())

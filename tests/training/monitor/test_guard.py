@@ -13,7 +13,7 @@ import torch
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from model.score import Score
-from runtime.precision import LossScale, Working
+from runtime.precision import LossScale, MixedPrecision
 from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind
 from training.monitor.guard import SPIKE_WINDOW, Guard
@@ -32,16 +32,16 @@ def sometimes_nan(model, inputs, targets):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_that_is_not_finite_changes_nothing(precision, fused):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, working = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), Working(model, precision)
+    optimizer, mixed = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), MixedPrecision(model, precision)
     good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
-    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    result = train_step(working, optimizer, good, 1e-3, 1.0, loss=bad)
+    result = train_step(mixed, optimizer, good, 1e-3, 1.0, loss=bad)
     assert result.skipped and not result.loss.isfinite()
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
-    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
     assert not all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
@@ -54,7 +54,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
         return loss + (loss - loss.detach()) * 1e38 * 1e38
 
     before = [p.detach().clone() for p in model.parameters()]
-    result = train_step(Working(model, "fp32"), optimizer, batches(4, 4), 1e-3, 1.0, loss=steep)
+    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1e-3, 1.0, loss=steep)
     assert result.loss.isfinite() and not result.grad_norm.isfinite() and result.skipped
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
@@ -94,9 +94,9 @@ def test_float16_gradients_are_those_of_float32():
     model = small_model("attention=gqa", kernel=SDPA())
     ((inputs, targets),) = batches(8, 8)
     expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
-    working = Working(model, "fp16")
-    working.backward(mean_loss(working.model, inputs, targets))
-    working.unscale()
+    mixed = MixedPrecision(model, "fp16")
+    mixed.backward(mean_loss(mixed.model, inputs, targets))
+    mixed.unscale()
     for (name, parameter), exact in zip(model.named_parameters(), expected, strict=True):
         assert (parameter.grad - exact).norm() < 0.01 * exact.norm(), name
 
@@ -190,7 +190,7 @@ def test_a_batch_that_is_none_of_the_runs_is_not_replayed(tmp_path, change, comp
 PLACES = {
     "layers.1.mlp.up_proj.weight": "layers.1.mlp.up_proj (Linear), of finite numbers",
     "layers.0.attention.v_proj.weight": "layers.0.attention.v_proj (Linear), of finite numbers",
-    "embedding.weight": "embedding (VocabMatrix), of finite numbers",
+    "embedding.weight": "embedding (PaddedEmbedding), of finite numbers",
     "head.weight": "the logits (TransformerLM), of finite numbers",
 }
 

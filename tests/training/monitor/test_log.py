@@ -15,7 +15,7 @@ from tests.training.runs import rewind
 from training.loggers.tensorboard import TensorboardLogger, TensorboardSink
 from training.loggers.wandb import WandbLogger
 from training.monitor.guard import Guard
-from training.monitor.progress import Watch
+from training.monitor.progress import ProgressLine
 from training.run.metrics_file import MetricsFile, read_metrics, unscored
 
 
@@ -74,7 +74,7 @@ def test_a_row_that_is_lost_is_said_and_the_others_stay(tmp_path, caplog, damage
 def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    watch, numbers = Watch(0, 100), {"train_bpb": 1.0, "tokens_per_second": 9.0, "mfu": None}
+    watch, numbers = ProgressLine(0, 100), {"train_bpb": 1.0, "tokens_per_second": 9.0, "mfu": None}
     for step in range(5, 101, 5):
         watch.step(row(step, **numbers), seconds_left=1)
     watch.stop()
@@ -84,7 +84,7 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(monkeypatch, ca
 def test_what_takes_long_tells_how_far_it_is(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("training.monitor.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
-    watch = Watch(0, 9)
+    watch = ProgressLine(0, 9)
     for seconds, count in ((0.01, 50), (8.0, 12), (40.0, 3)):  # each part takes so long
         for index in range(count):
             watch.within(3, "micro-batch", index, count)

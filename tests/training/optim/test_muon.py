@@ -9,12 +9,12 @@ from torch import Tensor
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import ATTENTIONS, SMOKE, batches, call, load_composed, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.optim.muon import Muon, MuonConfig, momentum_after
 from training.optim.newton_schulz import COEFFICIENTS, STEPS, by_svd, newton_schulz
-from training.run.checkpoint import Training, _optimizer_tensors
+from training.run.checkpoint import TrainState, _optimizer_tensors
 from training.step import mean_loss, train_step
 
 # lr, and then what is Muon's; decay and warmup are off where a test does not want them
@@ -64,7 +64,7 @@ def test_a_matrix_of_zeros_has_no_direction():
 
 def naive_update(model: TransformerLM, name: str, direction: Tensor) -> Tensor:
     """Of one stored matrix, its logical ones taken out by their row numbers, one at a time."""
-    split, update, row = model.blocks()[name], torch.zeros_like(direction, dtype=torch.float64), 0
+    split, update, row = model.param_layout()[name], torch.zeros_like(direction, dtype=torch.float64), 0
     for _ in range(split.heads):
         for rows in split.parts.values():
             matrix = direction[row : row + rows]
@@ -86,7 +86,7 @@ def test_an_update_is_what_the_formula_says(attention, monkeypatch):
             p.grad = drawn(*p.shape, seed=100 * step + i)
         optimizer.param_groups[0]["lr"] = 5e-4  # as the schedule says it: half of both rates
         optimizer.step()
-        for name in model.blocks():
+        for name in model.param_layout():
             grad = named[name].grad.double()
             buffers[name] = 0.9 * buffers.get(name, torch.zeros_like(grad)) + 0.1 * grad
             update = naive_update(model, name, 0.9 * buffers[name] + 0.1 * grad)
@@ -103,7 +103,7 @@ def test_every_logical_matrix_moves_by_an_orthogonal_one():
         for i, (name, p) in enumerate(model.named_parameters()):
             before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)
         optimizer.step()
-        for name, split in model.blocks().items():
+        for name, split in model.param_layout().items():
             moved = (dict(model.named_parameters())[name] - before[name]).detach() / 0.02
             for part, rows in split.views(moved).items():
                 spectra = torch.linalg.svdvals(rows / math.sqrt(max(1, rows.shape[1] / rows.shape[2])))
@@ -117,7 +117,7 @@ def test_every_logical_matrix_moves_by_an_orthogonal_one():
 def test_embeddings_head_and_vectors_learn_by_adamw():
     model = small_model("attention=gqa", "model.tie_embeddings=false", "model.bias=true", "position=learned")
     twin = small_model("attention=gqa", "model.tie_embeddings=false", "model.bias=true", "position=learned")
-    hidden = model.blocks().keys()
+    hidden = model.param_layout().keys()
     assert not [name for name in hidden if "embedding" in name or "head" in name or "norm" in name]
     others = {name: p for name, p in twin.named_parameters() if name not in hidden}
     optimizer = MuonConfig(lr=1e-3).build(model)
@@ -138,8 +138,8 @@ def test_embeddings_head_and_vectors_learn_by_adamw():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns(precision):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, working, data = MuonConfig(lr=3e-3).build(model), Working(model, precision), batches(8, 8)
-    losses = [train_step(working, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
+    optimizer, mixed, data = MuonConfig(lr=3e-3).build(model), MixedPrecision(model, precision), batches(8, 8)
+    losses = [train_step(mixed, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
 
 
@@ -147,17 +147,17 @@ def test_it_learns(precision):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_step_that_is_not_finite_changes_nothing_and_waits_for_nothing(precision, first):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, working = MuonConfig(lr=1e-3).build(model), Working(model, precision)
+    optimizer, mixed = MuonConfig(lr=1e-3).build(model), MixedPrecision(model, precision)
     good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
     if not first:
-        assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+        assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    assert train_step(working, optimizer, good, 1e-3, 1.0, loss=bad).skipped
+    assert train_step(mixed, optimizer, good, 1e-3, 1.0, loss=bad).skipped
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
     assert all(part.isfinite().all() for parts in optimizer.state.values() for part in parts.values())
-    assert not train_step(working, optimizer, good, 1e-3, 1.0).skipped
+    assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
     assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert optimizer._step_supports_amp_scaling and optimizer.found_inf is None
 
@@ -178,7 +178,7 @@ def test_its_state_is_what_it_keeps_and_has_a_name_for_each_tensor():
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
-    names = set(_optimizer_tensors(Training(model, optimizer, None)))
+    names = set(_optimizer_tensors(TrainState(model, optimizer, None)))
     assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names
 
 

@@ -5,7 +5,7 @@ import torch
 
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
-from runtime.precision import Working
+from runtime.precision import MixedPrecision
 from tests.support import SMOKE, batches, call, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
@@ -28,8 +28,8 @@ GOOD = torch.tensor(False)
 
 def max_logits(model) -> torch.Tensor:
     with torch.no_grad():
-        extras = model(some_tokens(2, 24), want=frozenset({"max_logit"})).extras
-    return torch.stack(list(extras.values()))  # (layers, heads)
+        aux = model(some_tokens(2, 24), collect=frozenset({"max_logit"})).aux
+    return torch.stack(list(aux.values()))  # (layers, heads)
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -61,7 +61,7 @@ def test_heads_below_the_threshold_and_values_keep_their_bits():
     parts = ("q_proj.weight", "q_proj.bias", "kv_up.weight")
     assert changed == {f"layers.{i}.attention.{part}" for i in (0, 1) for part in parts}
     for (name, split), mine, its in (
-        (item, dict(model.named_parameters()), dict(twin.named_parameters())) for item in model.blocks().items()
+        (item, dict(model.named_parameters()), dict(twin.named_parameters())) for item in model.param_layout().items()
     ):
         if "v" in split.parts:
             assert torch.equal(split.views(mine[name])["v"], split.views(its[name])["v"])
@@ -69,15 +69,15 @@ def test_heads_below_the_threshold_and_values_keep_their_bits():
 
 def test_a_step_clips_by_the_largest_scores_of_its_micro_batches():
     model = small_model("attention=mla", kernel=Naive())
-    working = Working(model, "fp32")
-    each = [accumulate(working, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
-    together = accumulate(working, batches(4, 1), (0, 0), mean_loss_and_scores)[1]
+    mixed = MixedPrecision(model, "fp32")
+    each = [accumulate(mixed, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
+    together = accumulate(mixed, batches(4, 1), (0, 0), mean_loss_and_scores)[1]
     assert torch.equal(torch.stack(each).amax(0), together) and together.shape == (2, 4)
     assert not together.requires_grad
     model.zero_grad()
     threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
     result = train_step(
-        working, AdamWConfig(lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, (0, 0), mean_loss_and_scores,
+        mixed, AdamWConfig(lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, (0, 0), mean_loss_and_scores,
         QKClip(model, threshold),
     )  # fmt: skip
     assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0

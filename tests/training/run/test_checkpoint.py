@@ -22,7 +22,7 @@ from tests.support import SMOKE, call, relative_error, some_tokens
 from tests.training.runs import assert_same_run, losses, rewind
 from training.run import checkpoint
 from training.run import folder as run_folder
-from training.run.checkpoint import MODEL, OPTIMIZER, Training, newest
+from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
 from training.run.config import load
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
@@ -129,7 +129,7 @@ def test_an_optimizers_state_is_what_it_keeps_and_nothing_else(trained, name, ch
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
-    training = checkpoint.Training(model, settings.optim.build(model), None)
+    training = checkpoint.TrainState(model, settings.optim.build(model), None)
     checkpoint._load_optimizer(found, training)
     found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
     with pytest.raises(UserError, match=complaint):
@@ -245,7 +245,7 @@ def test_nothing_is_removed_where_checkpoints_cannot_be_listed(run, monkeypatch,
     monkeypatch.setattr(checkpoint, "_optimizer_tensors", lambda _: {})
     monkeypatch.setattr(run_folder, "names_in", lambda _: os.listdir("/nowhere"))
     checkpoint.save(
-        run, SimpleNamespace(keep_last=1), None, Training(SimpleNamespace(state_dict=dict), None, None), 9, None
+        run, SimpleNamespace(keep_last=1), None, TrainState(SimpleNamespace(state_dict=dict), None, None), 9, None
     )
     assert "so none is removed" in caplog.text and sorted((run / "checkpoints").iterdir()) == before
     with pytest.raises(UserError, match="run/checkpoints cannot be read"):  # and no run begins anew

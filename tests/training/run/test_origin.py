@@ -25,8 +25,8 @@ def made(workplace):
 
 def resume(*typed: str, folder: str = "run"):
     typed = with_stored_choices([f"resume={folder}", *typed])
-    run, _, claim = resumed(folder, compose(*typed[1:]), typed)
-    with claim:
+    run, _, run_lock = resumed(folder, compose(*typed[1:]), typed)
+    with run_lock:
         return run
 
 
