@@ -128,7 +128,7 @@ def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(w
     rows = losses(workplace / "a run")
     assert len(rows) == 6 and rows[0][-1] is None and all(row[-1] for row in rows[1:])
     assert err.count("update skipped") == 5  # not a line for each of them
-    (command,) = re.findall(r"python -m (training\.replay .*)$", last)
+    (command,) = re.findall(r"python -m (training\.run\.replay .*)$", last)
     replayed, again = (
         subprocess.run(
             [sys.executable, "-m", *shlex.split(command)], capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}

@@ -26,6 +26,7 @@ from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
 from training.run.config import load
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
+from training.run.resume import resumed
 
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
@@ -451,7 +452,7 @@ def test_a_config_that_names_something_else_is_refused(run, target):
         load_run(run)
     (run / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not name a AttentionChoice"):
-        run_folder.resumed("run", {}, [])
+        resumed("run", {}, [])
 
 
 def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
