@@ -16,11 +16,10 @@ from model import cost
 from model.attention.base import Context
 from model.attention.mla import MLA
 from model.kernels.naive import Naive
-from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.rope import Rope
 from model.transformer import ModelConfig, TransformerLM
-from training.run.config import load_choice
+from training.run.config import compose
 
 DRAW = torch.Generator()
 
@@ -164,9 +163,8 @@ def windows() -> None:
 
 
 def _config(attention: str, **settings: object) -> ModelConfig:
-    dimensions = dict(n_layers=12, d_model=768, n_heads=12, context_length=1024)
-    choice = load_choice("attention", attention).model_copy(update=settings)
-    return ModelConfig(**dimensions, attention=choice, mlp=load_choice("mlp", "relu2"), kernel=SDPA())
+    given = (f"attention.{name}={value}" for name, value in settings.items())
+    return compose("model=gpt2", f"attention={attention}", *given, "kernel=sdpa").model
 
 
 def _layer(config: ModelConfig) -> MLA:

@@ -14,8 +14,7 @@ python -m benchmarks.gpu --smoke --out smoke.jsonl                 # first: does
     memory          of one micro-batch, predicted and measured
     decoding        tokens per second through the cache
 
-What cannot run is a row that says why. Needs torch, pydantic, PyYAML and numpy; neither hydra nor a corpus: the tokens
-are made up.
+What cannot run is a row that says why. Needs torch, pydantic, hydra-core and numpy; no corpus: the tokens are made up.
 """
 
 import argparse
@@ -28,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
@@ -51,7 +49,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from training.compile import maybe_compiled
 from training.monitor.mfu import peak_flops
 from training.optim.adamw import AdamWConfig
-from training.run.config import ROOT, load_choice
+from training.run.config import compose
 from training.step import mean_loss, train_step
 
 DEADLINE = 8.5 * 60  # seconds of a section: a row that may take longer than is left of them is not begun
@@ -244,10 +242,8 @@ def decoding(scale: Scale) -> Iterator[Row]:
 
 
 def config_of(size: str, attention: str) -> ModelConfig:
-    dims = yaml.safe_load((ROOT / "conf" / "model" / f"{size}.yaml").read_text())
-    dims.pop("defaults", None)
-    parts = {"attention": load_choice("attention", attention), "mlp": load_choice("mlp", "relu2"), "kernel": Auto()}
-    return ModelConfig(**dims, **parts)
+    """What train.py trains in that size."""
+    return compose(f"model={size}", f"attention={attention}").model
 
 
 def both_passes(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> list[torch.Tensor]:

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
-from tests.support import ATTENTIONS
 from tests.training.runs import assert_same_run
+from training.run.composer import choices
 
 KILLS_PER_RUN = 10
 
@@ -25,11 +25,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
+    attentions = choices("attention")
     draw, met, runs, begun = random.Random(args.seed), Counter(), 0, time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         while met.total() < args.kills:
-            attention, precision = ATTENTIONS[runs % len(ATTENTIONS)], ("bf16", "fp32")[runs // len(ATTENTIONS) % 2]
+            attention = attentions[runs % len(attentions)]
+            precision = ("bf16", "fp32")[runs // len(attentions) % 2]
             options = [*UNDER_FIRE, f"attention={attention}", f"precision={precision}"]
             whole = place / f"{attention}-{precision}"
             if not whole.exists():

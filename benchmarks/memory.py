@@ -20,7 +20,7 @@ from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from tests.support import allocated_peak
-from training.run.config import load_choice
+from training.run.config import compose
 from training.step import mean_loss
 
 VOCAB, GPT2_VOCAB = 256, 50_257
@@ -129,9 +129,11 @@ def _measured(
 
 
 def _config(attention: str, settings: dict[str, Any], layers: int, width: int, heads: int, context: int) -> ModelConfig:
-    parts = {"attention": load_choice("attention", attention).model_copy(update=settings)}
-    parts |= {"mlp": load_choice("mlp", "relu2"), "kernel": load_choice("kernel", "auto")}
-    return ModelConfig(n_layers=layers, d_model=width, n_heads=heads, context_length=context, **parts)
+    shape = {"n_layers": layers, "d_model": width, "n_heads": heads, "context_length": context}
+    given = {f"model.{name}": value for name, value in shape.items()}
+    given |= {f"attention.{name}": value for name, value in settings.items()}
+    length = f"batch_tokens={context}", f"eval_tokens={context}"
+    return compose(f"attention={attention}", *(f"{key}={value}" for key, value in given.items()), *length).model
 
 
 def _text(tokens: int, vocab_size: int) -> Tensor:

@@ -25,9 +25,8 @@ from common.errors import UserError
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import MixedPrecision
-from tests.support import load_composed
 from training.compile import maybe_compiled
-from training.run.config import Run
+from training.run.config import Run, compose
 from training.step import mean_loss, train_step
 
 LR = 1e-4
@@ -223,7 +222,7 @@ def run_of(size: Size, *overrides: str) -> Run:
         f"model.context_length={size.tokens}",
         f"batch_tokens={size.batch * size.tokens}",
     )
-    return load_composed(*shape, *overrides)
+    return compose(*shape, *overrides)
 
 
 def refuse_shared(overrides: Sequence[str], where: str) -> None:

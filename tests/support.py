@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from torch.profiler import ProfilerActivity, profile
 
-from common.cli import plain_tree
 from common.errors import Unsupported, UserError
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
-from training.run.config import Run, load
+from training.run.composer import choices, compose_tree
+from training.run.config import compose
 
 ROOT = Path(__file__).resolve().parent.parent
-ATTENTIONS = sorted(path.stem for path in (ROOT / "conf" / "attention").glob("*.yaml"))
+ATTENTIONS = choices("attention")
 # What a choice cannot do without.
 NEEDS = {
     ("data", "files"): ("data.path='*.txt'",),
@@ -72,24 +70,13 @@ CASES = [
 ]
 
 
-@functools.lru_cache(maxsize=1000)
-def _composed(*overrides: str) -> dict[str, Any]:
-    """Once in a process, as the next one: it takes a tenth of a second, and most tests want one of a few."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        return plain_tree(hydra_compose("train", list(overrides)))
+_tree = functools.lru_cache(maxsize=1000)(compose_tree)  # a twentieth of a second, and most tests want one of a few
+load_composed = functools.lru_cache(maxsize=1000)(compose)
 
 
-def compose(*overrides: str) -> dict[str, Any]:
-    """The configuration tree that `python train.py *overrides` composes."""
-    return copy.deepcopy(_composed(*overrides))
-
-
-@functools.lru_cache(maxsize=1000)
-def load_composed(*overrides: str) -> Run:
-    tree = compose(*overrides)
-    tree.pop("resume")
-    return load(tree)
+def composed_tree(*overrides: str) -> dict[str, Any]:
+    """The tree that `python train.py *overrides` composes, to be changed at will."""
+    return copy.deepcopy(_tree(*overrides))
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:

@@ -17,8 +17,9 @@ from model.positions import Position
 from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
-from tests.support import NEEDS, assert_one_line, compose, relative_error, sharpened, some_tokens
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, choices, dump, load
+from tests.support import NEEDS, assert_one_line, composed_tree, relative_error, sharpened, some_tokens
+from training.run.composer import choices
+from training.run.config import MODEL_PARTS, RUN_PARTS, Run, dump, load
 from training.step import train_step
 
 VOCAB = 50
@@ -32,14 +33,14 @@ class Case(NamedTuple):
 
 @functools.cache
 def composed() -> dict[str, Any]:
-    tree = compose()
+    tree = composed_tree()
     del tree["resume"]
     return tree
 
 
 @functools.cache
 def section(group: str, choice: str) -> dict[str, Any]:
-    return compose(f"{group}={choice}", *NEEDS.get((group, choice), ()))[group]
+    return composed_tree(f"{group}={choice}", *NEEDS.get((group, choice), ()))[group]
 
 
 def unset_or(strategy: st.SearchStrategy) -> st.SearchStrategy:
@@ -162,7 +163,7 @@ def one_extreme(draw) -> Case:
 @functools.cache
 def smallest(attention: str) -> dict[str, Any]:
     model = ("model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.context_length=8")
-    tree = compose("experiment=smoke", f"attention={attention}", *model, "batch_tokens=16", "eval_tokens=16")
+    tree = composed_tree("experiment=smoke", f"attention={attention}", *model, "batch_tokens=16", "eval_tokens=16")
     del tree["resume"]
     return tree
 

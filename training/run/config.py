@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal, Self
 
-import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -31,6 +30,7 @@ from model.transformer import Dimensions, ModelConfig
 from training.loggers.base import Logger
 from training.optim.base import OptimConfig
 from training.optim.schedule import Schedule
+from training.run.composer import choice, choices, compose_tree
 
 MODEL_PARTS = {"attention": AttentionChoice, "mlp": MLPConfig, "kernel": Kernel}
 RUN_PARTS = {
@@ -87,6 +87,19 @@ class Run(FrozenSettings):
     dry_run: bool = False
     run_dir: str | None = Field(min_length=1)
     cache_dir: str = Field(min_length=1)
+
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Self:
+        """A tree of plain values, as composed from conf/ or read from a run's config.yaml -> Run. Raises UserError."""
+        tree = dict(tree)
+        dims = tree.pop("model", {})
+        if not isinstance(dims, Mapping):
+            raise UserError(f"model={dims!r}: choose one of {', '.join(choices('model'))}")
+        _build(Dimensions, "model", dims, {})  # first: other parts' defaults refer to them
+        parts = {name: _part(tree, name, base) for name, base in (MODEL_PARTS | RUN_PARTS).items()}
+        model = _build(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
+        tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
+        return _build(cls, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
 
     @field_validator("optim")
     @classmethod
@@ -166,37 +179,32 @@ class Run(FrozenSettings):
         return {name: peak * factor for name, peak in self.optim.base_lrs.items()}
 
 
+def compose(*overrides: str) -> Run:
+    """The run that `python train.py *overrides` makes. Raises UserError."""
+    tree = compose_tree(*overrides)
+    if tree.pop("resume") is not None:
+        raise UserError("resume= goes on with a run's own settings, which conf/ does not compose: leave it out")
+    return Run.from_tree(tree)
+
+
 def load(tree: Mapping[str, Any]) -> Run:
-    """A tree of plain values, as composed from conf/ or read from a run's config.yaml -> Run. Raises UserError."""
-    tree = dict(tree)
-    dims = tree.pop("model", {})
-    if not isinstance(dims, Mapping):
-        raise UserError(f"model={dims!r}: choose one of {', '.join(choices('model'))}")
-    _build(Dimensions, "model", dims, {})  # first: other parts' defaults refer to them
-    parts = {name: _part(tree, name, base) for name, base in (MODEL_PARTS | RUN_PARTS).items()}
-    model = _build(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
-    tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
-    return _build(Run, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
+    """A tree as read from a run's config.yaml -> Run. Raises UserError."""
+    return Run.from_tree(tree)
 
 
 def dump(run: Run) -> dict[str, Any]:
-    """The inverse of `load`: derived dimensions filled in, the form a run's config.yaml holds."""
+    """The inverse of `Run.from_tree`: derived dimensions filled in, the form a run's config.yaml holds."""
     model = {name: getattr(run.model, name) for name in ModelConfig.model_fields if name not in MODEL_PARTS}
     scalars = {name: getattr(run, name) for name in Run.model_fields if name != "model" and name not in RUN_PARTS}
     parts = {name: getattr(run.model, name) for name in MODEL_PARTS} | {name: getattr(run, name) for name in RUN_PARTS}
     return {"model": model} | {name: _dump_part(part) for name, part in parts.items()} | scalars
 
 
-def choices(group: str) -> list[str]:
-    """What a group offers: the files of its folder under conf/."""
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
 def load_choice(group: str, name: str) -> Any:
     """One of a group's choices with its default settings, outside a run. Raises UserError for an unknown one."""
     if name not in choices(group):
         raise UserError(f"{group}={name}: choose one of {', '.join(choices(group))}")
-    return _part({group: _choice(group, name)}, group, (MODEL_PARTS | RUN_PARTS)[group])
+    return _part({group: choice(group, name)}, group, (MODEL_PARTS | RUN_PARTS)[group])
 
 
 def resolve_target(target: Any, base: type, key: str) -> type[BaseModel]:
@@ -242,7 +250,7 @@ def _mixed(key: str, name: str, given: Any) -> Part:
     corpus = part.pop("corpus", None)
     quota = {"quota": part.pop("quota")} if "quota" in part else {}
     if not isinstance(corpus, Mapping):
-        corpus, part = _chosen(key, "data", {"data": name} | part), {}
+        corpus, part = _chosen(key, "data", {"data": name} | part, {}), {}
     return _build(Part, key, quota | part, {"corpus": _typed(dict(corpus), key, Corpus)})
 
 
@@ -256,29 +264,23 @@ def _stacked(key: str, given: Any, common: Mapping[str, Any]) -> AttentionConfig
         raise UserError(f"{key}={given!r}: choose an attention, as {key}.attention=gqa")
     if part.get("attention") == "stack":
         raise UserError(f"{key}.attention=stack: a part is one attention, choose another one")
-    settings = _chosen(key, "attention", part) if "attention" in part else part
-    return _typed({**common, **settings}, key, AttentionConfig)
+    settings = _chosen(key, "attention", part, common) if "attention" in part else {**common, **part}
+    return _typed(settings, key, AttentionConfig)
 
 
-def _chosen(key: str, group: str, part: Mapping[str, Any]) -> dict[str, Any]:
-    """The choice of a group that `part` names, with the settings that `part` changes."""
-    settings = dict(part)
-    choice = settings.pop(group)
-    if choice not in choices(group):
+def _chosen(key: str, group: str, part: Mapping[str, Any], common: Mapping[str, Any]) -> dict[str, Any]:
+    """The choice of a group that `part` names, with what is said for all parts and the settings that `part` changes."""
+    changes = dict(part)
+    name = changes.pop(group)
+    if name not in choices(group):
         raise UserError(
-            f"{key}: there is no {group}={choice}: choose one of {', '.join(choices(group))}, as {key}.{group}="
+            f"{key}: there is no {group}={name}: choose one of {', '.join(choices(group))}, as {key}.{group}="
         )
-    settings = _choice(group, choice) | settings
+    settings = {**choice(group, name), **common, **changes}
     missing = [setting for setting, value in settings.items() if value == "???"]
     if missing:
         raise UserError(f"{key}.{missing[0]} is not set: give it a value")
     return settings
-
-
-def _choice(group: str, name: str) -> dict[str, Any]:
-    """Of a group's file; what it takes over from a shared one has the same defaults in its class."""
-    settings = yaml.safe_load((ROOT / "conf" / group / f"{name}.yaml").read_text())
-    return {key: value for key, value in settings.items() if key != "defaults"}
 
 
 def _micro_batch_size(tree: Mapping[str, Any], context_length: int) -> Any:

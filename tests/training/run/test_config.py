@@ -9,8 +9,9 @@ from hydra.errors import HydraException
 
 from common.errors import UserError
 from model.attention.base import AttentionChoice
-from tests.support import ATTENTIONS, NEEDS, ROOT, compose, load_composed
-from training.run.config import Run, choices, dump, load, load_choice, resolve_target
+from tests.support import ATTENTIONS, NEEDS, ROOT, composed_tree, load_composed
+from training.run.composer import choices
+from training.run.config import Run, dump, load, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 
@@ -44,9 +45,9 @@ def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(exper
     """Whole: nothing that the experiment would have chosen instead is left in it, but for dropout."""
     needs = NEEDS.get((group, choice), ())
     texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
-    tree = compose(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
+    tree = composed_tree(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
     load({key: value for key, value in tree.items() if key != "resume"})
-    alone = compose(f"{group}={choice}", *needs)[group]
+    alone = composed_tree(f"{group}={choice}", *needs)[group]
     if group == "model":
         alone["dropout"] = tree["model"]["dropout"]
     assert tree[group] == alone
@@ -298,7 +299,7 @@ def test_nonsense_is_refused_in_one_line(overrides, complaint):
 def test_unknown_choices_and_keys_are_refused_while_composing():
     for override in ("attention=gqaa", "foo=1", "attention.foo=1"):
         with pytest.raises(HydraException):
-            compose(override)
+            composed_tree(override)
 
 
 @pytest.mark.parametrize(

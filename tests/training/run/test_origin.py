@@ -7,7 +7,7 @@ import yaml
 
 from common.cli import with_stored_choices
 from common.errors import UserError
-from tests.support import SMOKE, compose, load_composed
+from tests.support import SMOKE, composed_tree, load_composed
 from training.run.folder import write_config
 from training.run.resume import resumed
 
@@ -25,7 +25,7 @@ def made(workplace):
 
 def resume(*typed: str, folder: str = "run"):
     typed = with_stored_choices([f"resume={folder}", *typed])
-    run, _, run_lock = resumed(folder, compose(*typed[1:]), typed)
+    run, _, run_lock = resumed(folder, composed_tree(*typed[1:]), typed)
     with run_lock:
         return run
 
