@@ -37,3 +37,9 @@ class Unsupported(ValueError):
 
 class NotFinite(ArithmeticError):
     """A model's output holds NaN, or rules out every token, so nothing follows from it; the message says where."""
+
+
+def in_part(key: str, message: str) -> str:
+    """A complaint about a part of a stack or a mix, as attention.parts.local, in terms of that part's own settings."""
+    message = message.replace(f"{key.partition('.')[0]}.", f"{key}.")
+    return message if key in message else f"{key}: {message}"

@@ -22,6 +22,8 @@ TEXTS = (
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
 NO_TEXTS = ("null", "true", "false", "nan", "inf")
+# Settings that Hydra is told to add: of a part, which a choice of its own names, it does not know the others.
+OF_PARTS = r"(attention|data)\.parts\."
 # The flags of Hydra's that a word follows.
 VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
 VALUED += ("-i", "--info", "--experimental-rerun")
@@ -100,7 +102,7 @@ def _override(word: str, sweep: bool) -> str:
         value = as_text(value.strip())
     elif name in TEXTS and value != value.strip():  # which the grammar would leave out
         value = as_text(value)
-    return f"{key}={value}"
+    return f"++{name}={value}" if re.match(OF_PARTS, name) else f"{key}={value}"
 
 
 def _read(word: str) -> Any | None:

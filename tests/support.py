@@ -80,7 +80,7 @@ def composed_tree(*overrides: str) -> dict[str, Any]:
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:
-    return load_composed(*SMALL, *overrides).model.model_copy(update={"kernel": kernel or Naive()})
+    return load_composed(*changed(SMALL, *overrides)).model.model_copy(update={"kernel": kernel or Naive()})
 
 
 def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int = 0) -> TransformerLM:

@@ -23,7 +23,7 @@ class Part(FrozenSettings):
     @model_validator(mode="after")
     def _masked_as_a_whole(self) -> Self:
         if self.corpus.document_mask:
-            raise ValueError("document_mask is the mix's, not a part's: data.document_mask=true")
+            raise ValueError("document_mask is the mix's, not a part's: set it for the whole mix")
         return self
 
     @property

@@ -9,6 +9,7 @@ from typing import Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 
+from common.errors import in_part
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
 from model.dimensions import Dimensions
 from model.positions import Position
@@ -25,7 +26,7 @@ class StackConfig(AttentionChoice):
             if name not in self.parts:
                 raise ValueError(
                     f"attention.pattern names {name!r}, which attention.parts does not have: choose from "
-                    f"{', '.join(self.parts) or 'none'}, or add it: +attention.parts.{name}.attention=gqa"
+                    f"{', '.join(self.parts) or 'none'}, or add it: attention.parts.{name}.attention=gqa"
                 )
         return self
 
@@ -36,19 +37,25 @@ class StackConfig(AttentionChoice):
                 f"attention.pattern of {len(self.pattern)} layers does not repeat evenly in "
                 f"n_layers={dimensions.n_layers}: choose a length of {', '.join(map(str, fitting))}, or other n_layers"
             )
-        used = {name: self.parts[name].derive(dimensions) for name in dict.fromkeys(self.pattern)}
+        used = {name: self._derived(name, dimensions) for name in dict.fromkeys(self.pattern)}
         for name in self.parts.keys() - used.keys():
             logging.getLogger("headroom").warning(
                 f"attention.parts.{name} is in no layer: attention.pattern does not name it"
             )
         return self.model_copy(update={"parts": used})
 
+    def _derived(self, name: str, dimensions: Dimensions) -> AttentionConfig:
+        try:
+            return self.parts[name].derive(dimensions)
+        except ValueError as error:
+            raise ValueError(in_part(f"attention.parts.{name}", str(error))) from None
+
     def of_layer(self, index: int) -> AttentionConfig:
         return self.parts[self.pattern[index % len(self.pattern)]]
 
     def qk_clip_obstacle(self) -> str | None:
         reasons = {name: part.qk_clip_obstacle() for name, part in self.parts.items()}
-        return next((f"in part {name}, {reason}" for name, reason in reasons.items() if reason), None)
+        return next((in_part(f"attention.parts.{name}", reason) for name, reason in reasons.items() if reason), None)
 
     def describe(self, n_heads: int) -> str:
         parts = (f"{name} is {part.describe(n_heads)}" for name, part in self.parts.items())

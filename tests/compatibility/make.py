@@ -48,7 +48,7 @@ MIX = "data.parts={a: {quota: 1, data: synthetic, size: 20}, b: {quota: 2, data:
 NARROW = {
     "mha": ["attention=mha", "attention.head_dim=4"],
     "mla": ["attention=mla"],
-    "stack": ["attention=stack", "+attention.parts.local.head_dim=4", "+attention.parts.global.head_dim=4"],
+    "stack": ["attention=stack", "attention.parts.local.head_dim=4", "attention.parts.global.head_dim=4"],
 }
 CASES = {
     **{

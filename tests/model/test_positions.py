@@ -202,7 +202,7 @@ def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
         (["position=none"], "the causal mask alone"),
         (["position=learned", "attention.position=alibi"], "learned and alibi"),
         (["model=classic_gpt", "model.n_layers=2"], "learned"),
-        (["attention=stack", "+attention.parts.local.position=alibi"], "alibi and rope"),
+        (["attention=stack", "attention.parts.local.position=alibi"], "alibi and rope"),
     ],
 )
 def test_a_model_says_how_it_tells_positions(overrides, said):

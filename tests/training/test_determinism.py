@@ -108,7 +108,7 @@ def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
         ("attention=gqa", "attention.dropout=0.25"),
         *(("attention=mla", "attention.dropout=0.25", f"attention.execution={how}") for how in ("naive", "expanded")),
         ("attention=mla", "attention.dropout=0.25", "attention.execution=absorbed"),
-        ("attention=stack", "+attention.parts.local.dropout=0.25", "+attention.parts.global.dropout=0.25"),
+        ("attention=stack", "attention.parts.local.dropout=0.25", "attention.parts.global.dropout=0.25"),
     ],
     ids=" ".join,
 )

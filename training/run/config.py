@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from common.errors import UserError
+from common.errors import UserError, in_part
 from common.invocation import ROOT
 from common.settings import FrozenSettings
 from data.sources.corpus import Corpus
@@ -40,12 +40,14 @@ RUN_PARTS = {
     "schedule": Schedule,
     "logger": Logger,
 }
+HAVE_PARTS = {"attention": "stack", "data": "mix"}
 LIMITS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
 KINDS = {  # what a value is asked to be, by how pydantic's name for the error begins
     "int": "a whole number, written in digits",
     "float": "a number",
     "finite": "a finite number",
     "bool": "true or false",
+    "dict": "a dict, as {name: value}",
     "string": """text; what looks like something else goes in two pairs of quotes: '"7"'""",
 }
 MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
@@ -231,37 +233,53 @@ def _part(tree: dict[str, Any], name: str, base: type) -> BaseModel:
 
 def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
     cls = resolve_target(section.pop("_target_", None), base, key)
+    if "parts" in section and "parts" not in cls.model_fields:
+        raise UserError(f"{_first_setting(key, 'parts', section['parts'])}: parts are of {key}={HAVE_PARTS.get(key)}")
     if cls is MixCorpus and isinstance(section.get("parts"), Mapping):
         section["parts"] = {name: _mixed(f"{key}.parts.{name}", name, part) for name, part in section["parts"].items()}
-    if cls is StackConfig and isinstance(section.get("parts"), Mapping):
-        common = {"position": section["position"]} if "position" in section else {}
-        parts = section["parts"].items()
-        section["parts"] = {name: _stacked(f"{key}.parts.{name}", part, common) for name, part in parts}
-    if cls is StackConfig and isinstance(section.get("pattern"), list):
-        section["pattern"] = tuple(section["pattern"])  # YAML has no tuples
-    elif cls is StackConfig:
-        raise UserError(f"{key}.pattern={section.get('pattern')}: give a list of parts, as [local, local, global]")
+    if cls is StackConfig:
+        section |= _of_stack(key, section)
     return _build(cls, key, section, {})
+
+
+def _first_setting(key: str, name: Any, value: Any) -> str:
+    """As it was typed, of a tree of settings the first."""
+    while isinstance(value, Mapping) and value:
+        key, (name, value) = _dotted(key, name), next(iter(value.items()))
+    return f"{_dotted(key, name)}={value!r}"
 
 
 def _mixed(key: str, name: str, given: Any) -> Part:
     """A part of a mix, as typed (a quota, or a quota and settings of conf/data) or as dumped (a quota and a corpus)."""
     part = dict(given) if isinstance(given, Mapping) else {"quota": given}
     corpus = part.pop("corpus", None)
-    quota = {"quota": part.pop("quota")} if "quota" in part else {}
+    if "quota" not in part:
+        raise UserError(f"{key}.quota is not set: give {key}.quota=...")
+    quota = {"quota": part.pop("quota")}
     if not isinstance(corpus, Mapping):
         corpus, part = _chosen(key, "data", {"data": name} | part, {}), {}
     return _build(Part, key, quota | part, {"corpus": _typed(dict(corpus), key, Corpus)})
 
 
-def _stacked(key: str, given: Any, common: Mapping[str, Any]) -> AttentionConfig:
-    """A part of a stack, as typed (a choice of conf/attention and settings of it) or as dumped (with its class).
+def _of_stack(key: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """The pattern and the parts of a stack. Its position is of all parts that do not say otherwise."""
+    if not isinstance(section.get("pattern"), list):
+        raise UserError(f"{key}.pattern={section.get('pattern')}: give a list of parts, as [local, local, global]")
+    found: dict[str, Any] = {"pattern": tuple(section["pattern"])}  # YAML has no tuples
+    if isinstance(section.get("parts"), Mapping):
+        common = {"position": section["position"]} if "position" in section else {}
+        found["parts"] = {name: _stacked(key, name, section["parts"], common) for name in section["parts"]}
+    return found
 
-    common: what the stack says for all parts that do not say otherwise.
-    """
+
+def _stacked(key: str, name: str, parts: Mapping[str, Any], common: Mapping[str, Any]) -> AttentionConfig:
+    """A part of a stack, as typed (a choice of conf/attention and settings of it) or as dumped (with its class)."""
+    given, key = parts[name], f"{key}.parts.{name}"
     part = {"attention": given} if isinstance(given, str) else given
     if not isinstance(part, Mapping) or not part.keys() & {"attention", "_target_"}:
-        raise UserError(f"{key}={given!r}: choose an attention, as {key}.attention=gqa")
+        close = difflib.get_close_matches(str(name), [other for other in parts if other != name], n=1, cutoff=0.75)
+        hint = f"did you mean part {close[0]}? Or " if close else ""
+        raise UserError(f"{_first_setting('', key, given)}: {hint}choose its attention, as {key}.attention=gqa")
     if part.get("attention") == "stack":
         raise UserError(f"{key}.attention=stack: a part is one attention, choose another one")
     settings = _chosen(key, "attention", part, common) if "attention" in part else {**common, **part}
@@ -322,6 +340,7 @@ def _one_line(cls: type[BaseModel], key: str, error: ValidationError) -> str:
     first, *rest = error.errors()
     if first["type"] == "value_error":  # ours: it names the value itself
         message = str(first["ctx"]["error"])
+        message = in_part(key, message) if ".parts." in key else message
     else:
         message = _complaint(_dotted(key, *first["loc"]), first, _limits(cls, *first["loc"]))
     return message + (f" (and {len(rest)} more)" if rest else "")

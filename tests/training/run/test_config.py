@@ -138,8 +138,28 @@ def test_what_is_typed_or_said_by_an_experiment_goes_before_the_switch(tmp_path)
 
 
 def test_a_part_of_a_stack_may_differ_from_what_the_stack_says():
-    stack = load_composed("attention=stack", "position=none", "+attention.parts.local.position=rope").model.attention
+    stack = load_composed("attention=stack", "position=none", "attention.parts.local.position=rope").model.attention
     assert [stack.of_layer(i).position for i in range(2)] == ["rope", "none"]
+
+
+def test_a_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_path):
+    def parts(*typed: str) -> dict:
+        return load_composed("attention=stack", *typed).model.attention.parts
+
+    assert parts("attention.parts.local.dilation=2") == parts("+attention.parts.local.dilation=2")
+    assert parts("attention.parts.local.dilation=2")["local"].dilation == 2
+    assert parts("attention.parts.global=mla") == parts("attention.parts.global.attention=mla")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "ours.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /attention: stack\n  - override /data: mix\n"
+        "attention: {parts: {local: {dilation: 2}, global: {attention: mla}}}\n"
+        "data: {parts: {sympy: 0.7, texts: {quota: 0.5, data: files, path: '*.txt'}}}\n"
+    )
+    run = load_composed("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
+    typed = "attention.parts.local.dilation=2", "attention.parts.global.attention=mla"
+    assert run.model.attention.parts == parts(*typed)
+    each = "data.parts.sympy=0.7", "data.parts.texts.quota=0.5", "data.parts.texts.data=files"
+    assert run.data == load_composed("data=mix", *each, "data.parts.texts.path='*.txt'").data
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -195,7 +215,7 @@ BAD = [
         (
             "attention=stack",
             "attention.parts.local.attention=mla",
-            "+attention.parts.local.qk_rope_head_dim=4",
+            "attention.parts.local.qk_rope_head_dim=4",
             "position=alibi",
         ),
         "position=alibi needs qk_rope_head_dim=0, not 4",
@@ -248,7 +268,7 @@ BAD = [
     (("attention=mla", "position=alibi", "optim.qk_clip=50"), "optim.qk_clip=50.0: position=alibi adds to the scores"),
     (
         ("attention=stack", "optim=muon", "optim.qk_clip=50"),
-        "optim.qk_clip=50.0: in part local, attention.qk_norm=true",
+        "optim.qk_clip=50.0: attention.parts.local.qk_norm=true",
     ),
     (("optim=adamw", "+optim.muon_lr=0.1"), "optim.muon_lr=0.1: no such key"),
     (("micro_batch_size=0",), "micro_batch_size=0"),
@@ -283,6 +303,25 @@ BAD = [
     (("data=files", "data.path=''"), "data.path= is empty: give it a value"),
     (("data=mix", "data.parts={}"), "data.parts={} names no corpus: give each one its quota, as in"),
     (("data=mix", "data.parts=[sympy]"), "data.parts=['sympy'] names no corpus"),
+    (
+        ("attention=stack", "attention.parts.local.dilaton=2"),
+        "attention.parts.local.dilaton=2: no such key; did you mean",
+    ),
+    (("attention=stack", "attention.parts.lokal.window=2"), "attention.parts.lokal.window=2: did you mean part local?"),
+    (
+        ("attention=stack", "attention.parts.other.window=2"),
+        "choose its attention, as attention.parts.other.attention=",
+    ),
+    (("attention=stack", "attention.parts.local=3"), "attention.parts.local=3: choose its attention"),
+    (("attention=stack", "attention.parts=3"), "attention.parts=3: give a dict"),
+    (("attention=stack", "attention.pattern=local"), "attention.pattern=local: give a list of parts"),
+    (("attention=stack", "attention.parts.local.attention=gqaa"), "there is no attention=gqaa: choose one of"),
+    (("attention=stack", "attention.parts.global.head_dim=7"), "attention.parts.global: head_dim=7 is odd"),
+    (("attention=stack", "attention.parts.global.global_tokens=2"), "is seen: set attention.parts.global.window"),
+    (("attention.parts.local.window=2",), "attention.parts.local.window=2: parts are of attention=stack"),
+    (("data.parts.sympy=1",), "data.parts.sympy=1: parts are of data=mix"),
+    (("data=mix", "data.parts.sympy.quot=1"), "data.parts.sympy.quota is not set"),
+    (("data=mix", "data.parts={texts: {quota: 1, data: files}}"), "data.parts.texts.path is not set: give it a value"),
     (("attention._target_=model.mlp.SwiGLUConfig",), "does not name a AttentionChoice"),
 ]
 

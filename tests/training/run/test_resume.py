@@ -75,7 +75,7 @@ def test_stopped_and_resumed_is_the_same_run(
         (changed(CLASSIC, "model.n_layers=1"), "aot_eager"),
         pytest.param(changed(CLASSIC, "model.n_layers=1"), "inductor", marks=pytest.mark.slow),
         (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], None),
-        (["attention=stack", "+attention.parts.local.dropout=0.2"], None),
+        (["attention=stack", "attention.parts.local.dropout=0.2"], None),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
