@@ -26,6 +26,7 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import MixedPrecision
 from training.evaluate import evaluate
+from training.run.composer import merged
 from training.run.config import Run, compose
 from training.step import losses_of, train_step
 
@@ -66,7 +67,7 @@ def main() -> None:
     refuse_repeated([" ".join(added.split()) for added in args.rows], "--rows")
     for added in args.rows:
         refuse_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
-        compose(*base, *added.split())  # whatever is wrong with one is said before any of them trains
+        compose(*merged(*base, *added.split()))  # whatever is wrong with one is said before any of them trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:
         rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
@@ -77,7 +78,7 @@ def main() -> None:
 def _row(base: list[str], added: str, seeds: list[int], val_tokens: int, first: float | None) -> dict[str, Any]:
     losses, own = [], []
     for seed in seeds:
-        run = compose(*base, *added.split(), f"seed={seed}", "precision=bf16")
+        run = compose(*merged(*base, *added.split()), f"seed={seed}", "precision=bf16")
         corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
         loss, seconds = _trained(run, corpus, val_tokens)
         losses.append(loss)

@@ -26,6 +26,7 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
+from training.run.composer import merged
 from training.run.config import Run, compose
 from training.step import mean_loss, train_step
 
@@ -222,7 +223,7 @@ def run_of(size: Size, *overrides: str) -> Run:
         f"model.context_length={size.tokens}",
         f"batch_tokens={size.batch * size.tokens}",
     )
-    return compose(*shape, *overrides)
+    return compose(*merged(*shape, *overrides))
 
 
 def refuse_shared(overrides: Sequence[str], where: str) -> None:

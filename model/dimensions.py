@@ -21,6 +21,10 @@ class Dimensions(FrozenSettings):
     position_embedding: Literal["none", "learned", "sinusoidal"] = "none"  # added to each token's embedding
     dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training
     norm: Literal["rms", "layer"] = "rms"  # of the residual stream
-    bias: bool = False  # of all matrices in attention and MLP, and of a LayerNorm; never of the head
+    bias: bool = False  # of all matrices in attention (but see qk_bias) and MLP, and of a LayerNorm; never of the head
     logit_softcap: float | None = Field(None, ge=1e-3, le=1e6)  # cap · tanh(logits / cap); beyond, float32 loses them
     zero_init: bool = True  # what writes to the residual stream begins at zero; false: small, the deeper the smaller
+    # Of each attention that leaves its own setting unset.
+    qk_norm: bool = True  # RMSNorm on each query and key head; latent attention has a norm of its latents
+    qk_bias: bool = True  # a bias of the matrices that make queries and keys
+    attention_dropout: float = Field(0.0, ge=0, lt=1)  # of the attention weights, while training

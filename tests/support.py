@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from common.errors import Unsupported, UserError
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
-from training.run.composer import choices, compose_tree
-from training.run.config import compose
+from training.run.composer import choices, compose_tree, merged
+from training.run.config import Run, compose
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = choices("attention")
@@ -71,16 +71,22 @@ CASES = [
 
 
 _tree = functools.lru_cache(maxsize=1000)(compose_tree)  # a twentieth of a second, and most tests want one of a few
-load_composed = functools.lru_cache(maxsize=1000)(compose)
+_run = functools.lru_cache(maxsize=1000)(compose)
 
 
 def composed_tree(*overrides: str) -> dict[str, Any]:
-    """The tree that `python train.py *overrides` composes, to be changed at will."""
-    return copy.deepcopy(_tree(*overrides))
+    """The tree that `python train.py *overrides` composes, to be changed at will. Of overrides of one setting, which
+    train.py refuses, the last counts."""
+    return copy.deepcopy(_tree(*merged(*overrides)))
+
+
+def load_composed(*overrides: str) -> Run:
+    """So the run."""
+    return _run(*merged(*overrides))
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:
-    return load_composed(*changed(SMALL, *overrides)).model.model_copy(update={"kernel": kernel or Naive()})
+    return load_composed(*SMALL, *overrides).model.model_copy(update={"kernel": kernel or Naive()})
 
 
 def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int = 0) -> TransformerLM:

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -84,12 +84,12 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     random_blocks: float = Field(0.0, ge=0, lt=1)  # share of the blocks beyond the window that are seen
     block_size: Size = 64  # tokens in such a block
     pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones
-    qk_bias: bool = False  # of the matrices that make queries, and keys where it can matter; model.bias is of all
+    qk_bias: bool | None = None  # of the matrices that make queries, and keys where it can matter: the model's
     mask_diagonal: bool = False  # a token does not see itself: to study what it is good for
-    dropout: float = Field(0.0, ge=0, lt=1)  # of the attention weights, while training
+    dropout: float | None = Field(None, ge=0, lt=1)  # of the attention weights, while training: attention_dropout
 
     @model_validator(mode="after")
-    def _pattern_makes_sense(self) -> Self:
+    def _pattern_has_a_window(self) -> Self:
         if self.window is None and self.dilation == 1:
             for name in ("global_tokens", "random_blocks"):
                 if getattr(self, name):
@@ -101,10 +101,17 @@ class AttentionConfig(AttentionChoice, PositionConfig):
             raise ValueError(
                 f"dilation={self.dilation} leaves a token only itself in window={self.window}: choose a wider window"
             )
-        if not self.random_blocks:
-            for name in ("block_size", "pattern_seed"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name}={getattr(self, name)} is of random blocks: set attention.random_blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_random(self) -> Self:
+        for name in ("block_size", "pattern_seed"):
+            if not self.random_blocks and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)} is of random blocks: set attention.random_blocks")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_see_something(self) -> Self:
         if self.mask_diagonal and not self.global_tokens and (self.window == 1 or self.dilation > 1):
             raise ValueError(
                 "mask_diagonal=true leaves some tokens nothing to see with "
@@ -112,6 +119,14 @@ class AttentionConfig(AttentionChoice, PositionConfig):
                 + ", or set attention.global_tokens=1"
             )
         return self
+
+    def of_model(self, dimensions: Dimensions) -> dict[str, Any]:
+        """What is the model's where it is unset, derived: updates for a copy."""
+        return {
+            "qk_bias": dimensions.qk_bias if self.qk_bias is None else self.qk_bias,
+            "dropout": dimensions.attention_dropout if self.dropout is None else self.dropout,
+            "rope_original_context": self.original_context(dimensions),
+        }
 
     def of_layer(self, index: int) -> "AttentionConfig":
         return self

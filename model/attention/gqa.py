@@ -29,7 +29,7 @@ from model.stats import collect_stats
 class GQAConfig(AttentionConfig):
     n_kv_heads: Size | Literal["all"] | None = None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
     head_dim: Size | None = None  # d_model / n_heads
-    qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
+    qk_norm: bool | None = None  # RMSNorm over each query and key head, before the rotation: the model's
     rope_dim: Size | None = None  # the first so many of each head rotate: head_dim
 
     def derive(self, dimensions: Dimensions) -> Self:
@@ -43,10 +43,11 @@ class GQAConfig(AttentionConfig):
             )
         return self.model_copy(
             update={
+                **self.of_model(dimensions),
                 "n_kv_heads": n_kv_heads,
                 "head_dim": head_dim,
                 "rope_dim": self._rope_dim(head_dim),
-                "rope_original_context": self.original_context(dimensions),
+                "qk_norm": dimensions.qk_norm if self.qk_norm is None else self.qk_norm,
             }
         )
 

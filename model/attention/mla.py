@@ -62,16 +62,17 @@ from model.norm import GroupedRMSNorm, RMSNorm
 from model.stats import collect_stats
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
+MAX_FLASH_KEY = 256  # dimensions of a head that flash kernels take
 Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
 
 
 class MLAConfig(AttentionConfig):
     """Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide (n + r = v) and
-    the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512, n 128, r 64,
-    v 128, q_lora_rank 1536."""
+    the absorbed key (c + r, and what ALiBi adds) is at most 256 wide: the shapes flash kernels take. DeepSeek-V3 itself
+    has c 512, n 128, r 64, v 128, q_lora_rank 1536."""
 
     q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
-    kv_lora_rank: Size | None = None  # c: d_model / 4
+    kv_lora_rank: Size | None = None  # c: d_model / 4, or what the widest key of flash kernels leaves beside r
     qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
     qk_rope_head_dim: int | None = Field(None, ge=0, le=LARGEST)  # r: head_dim / 4, made even; 0 if nothing rotates
     v_head_dim: Size | None = None  # v: head_dim
@@ -81,16 +82,7 @@ class MLAConfig(AttentionConfig):
     execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
 
     def derive(self, dimensions: Dimensions) -> Self:
-        if self.qk_norm_groups > 1 and self.qk_norm == "latent":
-            raise ValueError(
-                f"qk_norm_groups={self.qk_norm_groups} has no heads to norm with qk_norm=latent: "
-                "set attention.qk_norm=head"
-            )
-        if dimensions.n_heads % self.qk_norm_groups:
-            raise ValueError(
-                f"qk_norm_groups={self.qk_norm_groups} does not divide n_heads={dimensions.n_heads}: "
-                f"choose one of {', '.join(map(str, divisors(dimensions.n_heads)))}"
-            )
+        self._check_groups(dimensions.n_heads)
         rope_dim = self._rope_dim(dimensions)
         nope_dim = self.qk_nope_head_dim or head_dim_of(dimensions) - rope_dim
         if nope_dim < 1:
@@ -100,22 +92,42 @@ class MLAConfig(AttentionConfig):
             )
         derived = self.model_copy(
             update={
+                **self.of_model(dimensions),
                 "q_lora_rank": self.q_lora_rank or 0,
-                "kv_lora_rank": self.kv_lora_rank or max(1, dimensions.d_model // 4),
+                "kv_lora_rank": self.kv_lora_rank or self._latent_dim(dimensions.d_model, rope_dim),
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
                 "v_head_dim": self.v_head_dim or head_dim_of(dimensions),
-                "rope_original_context": self.original_context(dimensions),
             }
         )
-        grouped = 2 * grouped_kv_heads(dimensions.n_heads) * derived.v_head_dim
-        if derived.cache_elements > grouped:
-            fitting = grouped - (derived.cache_elements - derived.kv_lora_rank)
+        derived._warn_of_large_cache(dimensions.n_heads)
+        return derived
+
+    def _check_groups(self, n_heads: int) -> None:
+        if self.qk_norm_groups > 1 and self.qk_norm == "latent":
+            raise ValueError(
+                f"qk_norm_groups={self.qk_norm_groups} has no heads to norm with qk_norm=latent: "
+                "set attention.qk_norm=head"
+            )
+        if n_heads % self.qk_norm_groups:
+            raise ValueError(
+                f"qk_norm_groups={self.qk_norm_groups} does not divide n_heads={n_heads}: "
+                f"choose one of {', '.join(map(str, divisors(n_heads)))}"
+            )
+
+    def _latent_dim(self, d_model: int, rope_dim: int) -> int:
+        """The rule for an unset kv_lora_rank: a quarter of the model's width, as long as the absorbed key, which holds
+        the rotated dimensions and what ALiBi adds besides, is no wider than flash kernels take."""
+        return max(1, min(d_model // 4, MAX_FLASH_KEY - rope_dim - self.bias_columns))
+
+    def _warn_of_large_cache(self, n_heads: int) -> None:
+        grouped = 2 * grouped_kv_heads(n_heads) * self.v_head_dim
+        if self.cache_elements > grouped:
+            fitting = grouped - (self.cache_elements - self.kv_lora_rank)
             logging.getLogger("headroom").warning(
-                f"MLA's cache of {derived.cache_elements} numbers per token and layer is larger than the {grouped} of "
+                f"MLA's cache of {self.cache_elements} numbers per token and layer is larger than the {grouped} of "
                 f"grouped-query attention: kv_lora_rank up to {fitting} would not be"
             )
-        return derived
 
     def _rope_dim(self, dimensions: Dimensions) -> int:
         rope_dim = self.qk_rope_head_dim

@@ -24,6 +24,11 @@ def compose_tree(*overrides: str) -> dict[str, Any]:
         return plain_tree(compose("train", readable(with_stored_choices(overrides))))
 
 
+def merged(*overrides: str) -> list[str]:
+    """The overrides; of several of one setting, which train.py refuses, the last."""
+    return list({override.lstrip("+").partition("=")[0]: override for override in overrides}.values())
+
+
 def choices(group: str) -> list[str]:
     """What a group offers: the files of its folder under conf/."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))

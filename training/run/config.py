@@ -115,8 +115,10 @@ class Run(FrozenSettings):
 
     @model_validator(mode="after")
     def _compiles_once(self) -> Self:
-        if self.compile and self.model.kernel.compiles_itself:
-            raise ValueError("compile=true: this kernel compiles itself, choose compile=false or kernel=auto")
+        kernel = self.model.kernel
+        if self.compile and kernel.compiles_itself:
+            name = type(kernel).__name__.lower()
+            raise ValueError(f"kernel={name} compiles itself: choose compile=false, or kernel=auto")
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 3  # of config.yaml and manifest.json
+FORMAT = 4  # of config.yaml and manifest.json
 DEEPEST = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
 
@@ -63,7 +63,9 @@ PARTS_2 = {  # by class
 }
 ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
 
-
+ATTENTION_3 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # of the model
+CLASSIC_ATTENTION_3 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}
+CLASSIC_GPT = {"norm": "layer", "bias": True, "zero_init": False}  # tells it from the other models of that day
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -98,9 +100,17 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _each_part(RUN_2 | tree, _to_3)
         if isinstance(tree.get("model"), Mapping):
             tree["model"] = MODEL_2 | tree["model"]
-    if format <= 3:
+    if format < 4:
         tree = _each_part(tree, _moved)
+        if isinstance(tree.get("model"), Mapping):
+            tree["model"] = _attention_of(tree["model"]) | tree["model"]
     return tree
+
+
+def _attention_of(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model's attentions had where nothing was set; conf/ said it of model=classic_gpt alone."""
+    classic = all(model.get(name) == value for name, value in CLASSIC_GPT.items())
+    return CLASSIC_ATTENTION_3 if classic else ATTENTION_3
 
 
 def stated_format(content: dict[str, Any]) -> Any:

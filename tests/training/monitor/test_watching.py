@@ -36,11 +36,14 @@ def test_every_row_says_how_fast_and_how_large(workplace, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("choice", "said"),
     [
-        (["attention=mha"], "MHA, 4 heads with a key and a value each: qk_bias=True n_kv_heads=4"),
+        (["attention=mha"], "MHA, 4 heads with a key and a value each: qk_bias=True dropout=0.0 n_kv_heads=4"),
         (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
         (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
         (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
-        (["attention=mqa", "attention.window=7"], "MQA, 4 heads on one key and value head: window=7 qk_bias=True n_kv"),
+        (
+            ["attention=mqa", "attention.window=7"],
+            "MQA, 4 heads on one key and value head: window=7 qk_bias=True",
+        ),
         (
             ["attention=stack"],
             "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",

@@ -1,6 +1,8 @@
 """conf/ has one reader: train.py, `compose` and the parts of stacks and mixes see what Hydra composes."""
 
+import itertools
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hydra import compose as hydra_compose
@@ -12,12 +14,20 @@ import train
 from common.errors import UserError
 from tests.support import NEEDS, ROOT
 from training.run.composer import choice, choices, compose_tree
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose
+from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose, dump
+from training.run.migrate import migrate
 
+MODELS_OWN = ("qk_norm", "qk_bias", "attention_dropout")  # since format 4
+GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 TYPED = [
     (),
     ("attention=mla", "steps=300", "optim.lr=1e-3"),
-    ("attention=stack", "attention.parts.global.attention=mla"),
+    (
+        "model=classic_gpt",
+        "attention=stack",
+        "attention.parts.global.attention=mla",
+        "attention.parts.local.dilation=2",
+    ),
     ("model=gpt2_medium", "attention=mla"),
     ("experiment=baseline", "optim=muon"),
     ("experiment=shakespeare_char", "data.path='*.txt'", "tokenizer=bpe"),
@@ -69,3 +79,103 @@ def test_choice_alone_is_what_hydra_composes_of_it(group, name):
         whole = compose_tree(f"{group}={name}", *NEEDS.get((group, name), ()))[group]
         assert choice(group, name).keys() == whole.keys()
         assert {key: value for key, value in whole.items() if value != found[key]}.keys() <= {"path", "parts"}
+
+
+ROPE = {"position": "rope", "qk_bias": True, "dropout": 0.0}
+CLASSIC = {"position": "none", "qk_bias": False, "dropout": 0.1}
+# Key heads of gqa, heads, width of a head; of mla the widths of the latent, without rotation, with; what all have.
+DERIVED = {
+    "classic_gpt": (2, 4, 32, (32, 32, 0), CLASSIC, False),
+    "gpt2": (3, 12, 64, (192, 48, 16), ROPE, True),
+    "gpt2_medium": (4, 16, 64, (240, 48, 16), ROPE, True),
+    "mini": (2, 4, 16, (16, 12, 4), ROPE, True),
+    "small": (2, 6, 64, (96, 48, 16), ROPE, True),
+    "tiny": (2, 4, 32, (32, 24, 8), ROPE, True),
+}
+ALONE = [name for name in choices("attention") if name != "stack"]
+
+
+@pytest.mark.parametrize("model", choices("model"))
+@pytest.mark.parametrize("attention", ALONE)
+def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model, attention):
+    key_heads, heads, width, (latent, nope, rope), common, qk_norm = DERIVED[model]
+    expected = common | {"window": None}
+    if attention == "mla":
+        expected |= {"kv_lora_rank": latent, "qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": width}
+        expected |= {"qk_norm": "latent", "q_lora_rank": 0}
+    else:
+        n_kv_heads = {"mha": heads, "gqa": key_heads, "mqa": 1}[attention]
+        expected |= {"n_kv_heads": n_kv_heads, "head_dim": width, "qk_norm": qk_norm}
+        expected |= {"rope_dim": width if common is ROPE else None}
+    alone = compose(f"model={model}", f"attention={attention}").model.attention
+    assert {name: getattr(alone, name) for name in expected} == expected
+    stacked = [f"attention.parts.global.attention={attention}", f"attention.parts.local.attention={attention}"]
+    parts = compose(f"model={model}", "attention=stack", *stacked).model.attention.parts
+    assert parts == {"global": alone, "local": alone.model_copy(update={"window": 64})}
+
+
+@pytest.mark.parametrize("attention", choices("attention"))
+def test_what_hydra_composes_is_what_is_built(attention):
+    """But for what is unset there, which is derived."""
+    for model in choices("model"):
+        typed = f"model={model}", f"attention={attention}"
+        tree, run = compose_tree(*typed), dump(compose(*typed))
+        assert {key: run["model"][key] for key in tree["model"]} == tree["model"]
+        set_there = {key: value for key, value in tree["attention"].items() if value not in (None, "all")}
+        set_there.pop("parts", None)
+        assert {key: run["attention"][key] for key in set_there} == set_there
+        assert tree["attention"].keys() == run["attention"].keys()
+
+
+def covering() -> Iterator[dict[str, str]]:
+    """Choices in every group, so that any two choices of different groups are together in one of these."""
+    offers = {group: [(group, name) for name in choices(group)] for group in GROUPS}
+    pairs = itertools.combinations(GROUPS, 2)
+    missing = {frozenset(two) for a, b in pairs for two in itertools.product(offers[a], offers[b])}
+    while missing:
+        row = sorted(min(missing, key=sorted))
+        for group in [group for group in GROUPS if group not in dict(row)]:
+            row.append(max(offers[group], key=lambda one: sum(frozenset((one, other)) in missing for other in row)))
+        missing -= {frozenset(two) for two in itertools.combinations(row, 2)}
+        yield dict(row)
+
+
+def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
+    """As kernel=flex by experiment=gpt2_124m, which compiles."""
+    refused = set()
+    for row in covering():
+        typed = [f"{group}={name}" for group, name in row.items()]
+        needs = NEEDS.get(("data", row["data"]), ())
+        try:
+            compose(*typed, *needs)
+        except UserError as error:
+            assert str(error).split()[0] in typed
+            refused.add(str(error))
+            compose(*typed, *needs, "compile=false")  # the way out, and the other choices go together
+    assert refused == {"kernel=flex compiles itself: choose compile=false, or kernel=auto"}
+
+
+def test_gpu_benchmark_measures_what_train_py_trains():
+    from benchmarks.gpu import config_of
+
+    for size in ("gpt2", "gpt2_medium"):
+        for attention in ("mha", "gqa", "mla"):
+            assert config_of(size, attention) == compose(f"model={size}", f"attention={attention}").model
+
+
+def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
+    def found(*typed: str) -> int:
+        return compose("attention=mla", *typed).model.attention.kv_lora_rank
+
+    assert found("model=gpt2_medium") == 240 and found("model=gpt2_medium", "attention.qk_rope_head_dim=32") == 224
+    assert found("model=gpt2_medium", "position=none") == 256 and found("model=gpt2_medium", "position=alibi") == 248
+    assert found("model=gpt2_medium", "attention.kv_lora_rank=300") == 300
+    assert found("model.d_model=4096", "model.n_heads=8", "attention.qk_rope_head_dim=384") == 1
+
+
+def test_run_older_than_the_models_attention_settings_is_still_the_model_it_names():
+    for model in choices("model"):
+        stored = dump(compose(f"model={model}", "attention=gqa"))
+        older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
+        found = Run.from_tree(migrate(stored | {"model": older}, 3))
+        assert dump(found) == stored
