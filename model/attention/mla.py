@@ -71,7 +71,7 @@ class MLAConfig(AttentionConfig):
     the absorbed key (c + r, and what ALiBi adds) is at most 256 wide: the shapes flash kernels take. DeepSeek-V3 itself
     has c 512, n 128, r 64, v 128, q_lora_rank 1536."""
 
-    q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
+    q_lora_rank: int | None = Field(0, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
     kv_lora_rank: Size | None = None  # c: d_model / 4, or what the widest key of flash kernels leaves beside r
     qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
     qk_rope_head_dim: int | None = Field(None, ge=0, le=LARGEST)  # r: head_dim / 4, made even; 0 if nothing rotates
