@@ -34,7 +34,10 @@ class Flex(Kernel):
         if device.type == "cpu" and training:
             raise Unsupported("kernel=flex has no backward pass on a CPU: to train there, kernel=auto or kernel=online")
         if dropout:
-            raise Unsupported("kernel=flex drops no attention weights: kernel=auto or matmul, or attention.dropout=0")
+            raise Unsupported(
+                "kernel=flex drops no attention weights: kernel=auto or matmul, or attention.dropout=0 (of a stack, "
+                "model.attention_dropout=0)"
+            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         t = q.shape[1]

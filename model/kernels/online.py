@@ -35,7 +35,10 @@ class Online(Kernel):
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if dropout:
-            raise Unsupported("kernel=online drops no attention weights: kernel=auto or matmul, or attention.dropout=0")
+            raise Unsupported(
+                "kernel=online drops no attention weights: kernel=auto or matmul, or attention.dropout=0 (of a stack, "
+                "model.attention_dropout=0)"
+            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         self.check(q.device, q.requires_grad, dropout > 0)

@@ -57,7 +57,8 @@ class SDPA(Kernel):
             raise Unsupported("kernel.backend=cudnn: there is no cuDNN here: leave kernel.backend unset")
         if dropout and device.type == "cpu":
             raise Unsupported(
-                "kernel=sdpa drops no attention weights on a CPU: kernel=auto or matmul, or attention.dropout=0"
+                "kernel=sdpa drops no attention weights on a CPU: kernel=auto or matmul, or attention.dropout=0 (of a "
+                "stack, model.attention_dropout=0)"
             )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:

@@ -235,8 +235,8 @@ def _part(tree: dict[str, Any], name: str, base: type) -> BaseModel:
 
 def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
     cls = resolve_target(section.pop("_target_", None), base, key)
-    if "parts" in section and "parts" not in cls.model_fields:
-        raise UserError(f"{_first_setting(key, 'parts', section['parts'])}: parts are of {key}={HAVE_PARTS.get(key)}")
+    if "parts" in section and key in HAVE_PARTS and "parts" not in cls.model_fields:
+        raise UserError(f"{_first_setting(key, 'parts', section['parts'])}: parts are of {key}={HAVE_PARTS[key]}")
     if cls is MixCorpus and isinstance(section.get("parts"), Mapping):
         section["parts"] = {name: _mixed(f"{key}.parts.{name}", name, part) for name, part in section["parts"].items()}
     if cls is StackConfig:
@@ -279,7 +279,7 @@ def _stacked(key: str, name: str, parts: Mapping[str, Any], common: Mapping[str,
     given, key = parts[name], f"{key}.parts.{name}"
     part = {"attention": given} if isinstance(given, str) else given
     if not isinstance(part, Mapping) or not part.keys() & {"attention", "_target_"}:
-        close = difflib.get_close_matches(str(name), [other for other in parts if other != name], n=1, cutoff=0.75)
+        close = difflib.get_close_matches(str(name), [str(other) for other in parts if other != name], n=1, cutoff=0.75)
         hint = f"did you mean part {close[0]}? Or " if close else ""
         raise UserError(f"{_first_setting('', key, given)}: {hint}choose its attention, as {key}.attention=gqa")
     if part.get("attention") == "stack":
