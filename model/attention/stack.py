@@ -48,7 +48,9 @@ class StackConfig(AttentionChoice):
         try:
             return self.parts[name].derive(dimensions)
         except ValueError as error:
-            raise ValueError(in_part(f"attention.parts.{name}", str(error))) from None
+            message = str(error)
+            of_the_model = message.startswith("d_model=")  # which fits its heads or not, whatever the parts say
+            raise ValueError(message if of_the_model else in_part(f"attention.parts.{name}", message)) from None
 
     def of_layer(self, index: int) -> AttentionConfig:
         return self.parts[self.pattern[index % len(self.pattern)]]

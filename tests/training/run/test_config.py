@@ -314,6 +314,7 @@ BAD = [
     ),
     (("attention=stack", "attention.parts.local=3"), "attention.parts.local=3: choose its attention"),
     (("attention=stack", "attention.parts=3"), "attention.parts=3: give a dict"),
+    (("attention=stack", "model.n_heads=7"), "d_model=128 is not a multiple of n_heads=7: choose n_heads from"),
     (("attention=stack", "attention.pattern=local"), "attention.pattern=local: give a list of parts"),
     (("attention=stack", "attention.parts.local.attention=gqaa"), "there is no attention=gqaa: choose one of"),
     (("attention=stack", "attention.parts.global.head_dim=7"), "attention.parts.global: head_dim=7 is odd"),
@@ -332,6 +333,8 @@ def test_nonsense_is_refused_in_one_line(overrides, complaint):
         load_composed(*overrides)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
+    if not any(".parts" in override or "pattern" in override or "qk_clip" in override for override in overrides):
+        assert ".parts." not in str(caught.value)
     assert not re.search(r"input|valid (integer|number|string|boolean)|should|\bNone\b", str(caught.value))
 
 
