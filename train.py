@@ -22,8 +22,8 @@ from common.cli import (
     smaller_batches_advised,
     with_stored_choices,
 )
+from common.invocation import CONF
 from common.overrides import readable
-from common.suggestions import CONF
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
 # --help answers before it would have loaded.

@@ -34,6 +34,7 @@ from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
 from common.cli import one_line_errors
 from common.errors import Unsupported, UserError
+from common.invocation import ROOT
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -51,7 +52,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from training.compile import maybe_compiled
 from training.monitor.mfu import peak_flops
 from training.optim.adamw import AdamWConfig
-from training.run.config import ROOT, load_choice
+from training.run.config import load_choice
 from training.step import mean_loss, train_step
 
 DEADLINE = 8.5 * 60  # seconds of a section: a row that may take longer than is left of them is not begun

@@ -24,7 +24,7 @@ from pathlib import Path
 from benchmarks.side_by_side import count, in_turns, marked, output, report
 from common.cli import one_line_errors
 from common.errors import UserError
-from training.run.config import ROOT
+from common.invocation import ROOT
 
 BARS = {"train.py --help": 1.0, "sample.py --help": 1.0, "first step": 4.0, "first token": 4.0}
 PROMPT = "def "

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 from common import process
 from common.errors import NotFinite, Unsupported, UserError, reason
-from common.invocation import ROOT, command, how_to_install
+from common.invocation import CONF, ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
-from common.suggestions import CONF, no_such_setting
+from common.suggestions import no_such_setting
 
 # What is no fault of the program, whichever file it meets.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

@@ -10,6 +10,20 @@ from pathlib import Path
 from common.errors import CONTROLS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+
+def version_line() -> str:
+    """The versions of Headroom and PyTorch, as --version prints them, without importing PyTorch, which takes seconds."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "not installed"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return f"Headroom {project['version']}, PyTorch {torch}"
 
 
 def command(program: str, *words: str) -> str:

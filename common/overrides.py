@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from common.errors import UserError
-from common.invocation import command, quoted
-from common.suggestions import CONF, no_such_setting
+from common.invocation import CONF, command, quoted
+from common.suggestions import no_such_setting
 
 PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
 TEXTS = (

@@ -6,9 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.invocation import command
-
-CONF = Path(__file__).resolve().parent.parent / "conf"
+from common.invocation import CONF, command
 
 
 def no_such_setting(key: str) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from common.atomic_io import exists
-from common.cli import CONF, Parser, number
+from common.cli import Parser, number
 from common.errors import UserError, reason
 from common.figures import refuse_unwritable
+from common.invocation import CONF
 from common.paths import entering
 
 MOST_SAMPLES = 1024

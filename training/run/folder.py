@@ -29,12 +29,12 @@ from common.atomic_io import (
     write_whole,
 )
 from common.errors import UserError, reason
-from common.invocation import command
+from common.invocation import ROOT, command
 from common.lock import lock
 from common.overrides import override
 from common.paths import entering, is_folder, refuse_unreadable
 from data.tokenizers.tokenizer import Tokenizer
-from training.run.config import ROOT, Run, dump
+from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.run.origin import signature
 
