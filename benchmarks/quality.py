@@ -247,7 +247,7 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         length, micro = run.model.context_length, run.micro_batch_size
         model = TransformerLM(run.model, size.vocab, seed).to(device)
         mixed, optimizer, clip = MixedPrecision(model, args.precision), run.optim.build(model), run.optim.clip(model)
-        loss, losses = losses_of(run.data, 0, clip, run.checkpoint_activations, run.compilation)
+        loss, losses = losses_of(run.data, 0, clip, run.activation_checkpointing, run.compilation)
 
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)

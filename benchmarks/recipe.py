@@ -34,7 +34,7 @@ SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.con
 LEFT_OUT = (
     "",
     "optim=adamw",
-    "optim.logical_blocks=false",
+    "optim.per_head=false",
     "optim.lr=0.0039",
     "optim.momentum_warmup=0",
     "optim.weight_decay=0",
@@ -105,7 +105,9 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
     model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed)
     mixed, optimizer, clip = MixedPrecision(model, run.precision), run.optim.build(model), run.optim.clip(model)
-    loss, losses = losses_of(run.data, corpus.tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
+    loss, losses = losses_of(
+        run.data, corpus.tokenizer.end_of_text, clip, run.activation_checkpointing, run.compilation
+    )
     window, cpu, seconds = run.model.context_length, torch.device("cpu"), []
     for step in range(run.steps):
         batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)

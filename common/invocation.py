@@ -14,7 +14,7 @@ CONF = ROOT / "conf"
 
 
 def version_line() -> str:
-    """The versions of Headroom and PyTorch, as --version prints them, without importing PyTorch, which takes seconds."""
+    """The versions of Headroom and PyTorch, which --version prints. PyTorch is not imported: that takes seconds."""
     import tomllib
     from importlib.metadata import PackageNotFoundError, version
 

@@ -4,14 +4,14 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.settings import FrozenSettings
+from common.settings import Change, FrozenSettings
 from model.dimensions import LARGEST, Dimensions
 from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
@@ -30,9 +30,11 @@ class PositionConfig(FrozenSettings):
     alibi_slopes: Slopes = "published"
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
-    rope_scaling: Scaling = "none"
-    rope_factor: float | None = Field(None, ge=1, le=LARGEST)  # how many times longer texts become
-    rope_original_context: int | None = Field(None, ge=SHORTEST, le=LARGEST)  # of yarn: context_length / rope_factor
+    rope_scaling: Annotated[Scaling, Change.FINE_TUNING] = "none"
+    # How many times longer texts become:
+    rope_factor: Annotated[float | None, Change.FINE_TUNING] = Field(None, ge=1, le=LARGEST)
+    # Of yarn; unset: context_length / rope_factor:
+    rope_original_context: Annotated[int | None, Change.FINE_TUNING] = Field(None, ge=SHORTEST, le=LARGEST)
 
     @model_validator(mode="after")
     def _positions_make_sense(self) -> Self:

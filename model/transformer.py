@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.settings import Change
 from model.attention.base import AttentionChoice, Context
 from model.cache import Cache
 from model.dimensions import Dimensions
@@ -29,7 +30,7 @@ class ModelConfig(Dimensions):
 
     attention: AttentionChoice
     mlp: MLPConfig
-    kernel: Kernel
+    kernel: Annotated[Kernel, Change.FINE_TUNING]
 
     @field_validator("attention", "mlp")
     @classmethod

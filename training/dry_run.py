@@ -128,9 +128,9 @@ def _shapes(
 
 def _otherwise(run: Run, vocab_size: int, device: torch.device) -> str:
     """What the activations would take with the other choice of what is kept of them."""
-    other = run.model_copy(update={"checkpoint_activations": not run.checkpoint_activations})
+    other = run.model_copy(update={"activation_checkpointing": not run.activation_checkpointing})
     activations = memory(other, vocab_size, device)["activations"]
-    return f"checkpoint_activations={str(not run.checkpoint_activations).lower()}: activations {size(activations)}"
+    return f"activation_checkpointing={str(not run.activation_checkpointing).lower()}: activations {size(activations)}"
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
@@ -162,7 +162,7 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
         return (
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
-    per_token = flops.training() + (flops.forward() if run.checkpoint_activations else 0)
+    per_token = flops.training() + (flops.forward() if run.activation_checkpointing else 0)
     seconds = left * run.batch_tokens * per_token / (USUAL_MFU * peak)
     return (
         f"time         about {clock(seconds)} for {left:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
@@ -219,7 +219,7 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
 
 def _loss(run: Run, vocab_size: int) -> Callable:
     end_of_text = vocab_size - 1  # the last token of every vocabulary
-    return losses_of(run.data, end_of_text, activation_checkpointing=run.checkpoint_activations)[0]
+    return losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

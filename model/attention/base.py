@@ -4,13 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from common.settings import FrozenSettings
+from common.settings import Change, FrozenSettings
 from model.cache import Cache
 from model.dimensions import LARGEST, Dimensions, Size
 from model.kernels.base import Kernel
@@ -86,7 +86,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones
     qk_bias: bool = False  # of the matrices that make queries, and keys where it can matter; model.bias is of all
     mask_diagonal: bool = False  # a token does not see itself: to study what it is good for
-    dropout: float = Field(0.0, ge=0, lt=1)  # of the attention weights, while training
+    dropout: Annotated[float, Change.FINE_TUNING] = Field(0.0, ge=0, lt=1)  # of the attention weights, while training
 
     @model_validator(mode="after")
     def _pattern_makes_sense(self) -> Self:

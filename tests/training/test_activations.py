@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: it grows as the text does, and with checkpoint_activations=true there is little
+"""What is kept for the backward pass: it grows as the text does, and with activation_checkpointing=true there is little
 of it, and not a bit else changes."""
 
 import math
@@ -109,12 +109,12 @@ def test_caches_and_recomputation_exclude_each_other():
 def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
     options = [*SMOKE, "steps=6", "save_every=3", "model.dropout=0.1"]
     assert call("train", [*options, "run_dir=kept"], monkeypatch) == 0
-    assert call("train", [*options, "run_dir=anew", "checkpoint_activations=true"], monkeypatch) == 0
+    assert call("train", [*options, "run_dir=anew", "activation_checkpointing=true"], monkeypatch) == 0
     losses = [
         [row["train_loss"] for row in read_metrics(workplace / run / "metrics.jsonl")] for run in ("kept", "anew")
     ]
     assert losses[0] == losses[1]
-    assert call("train", ["resume=kept", "steps=8", "checkpoint_activations=true"], monkeypatch) == 0
+    assert call("train", ["resume=kept", "steps=8", "activation_checkpointing=true"], monkeypatch) == 0
 
 
 PATHS = [

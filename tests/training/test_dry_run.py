@@ -27,7 +27,7 @@ CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.c
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize(
     "options",
-    ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive", "checkpoint_activations=true"],
+    ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive", "activation_checkpointing=true"],
 )
 def test_the_peak_memory_is_what_the_allocator_says(attention, options):
     check_memory(f"attention={attention}", "precision=fp32", options)
@@ -68,7 +68,7 @@ def check_memory(*options: str) -> int:
     def step() -> None:
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
-        loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.checkpoint_activations)[0]
+        loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.activation_checkpointing)[0]
         accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)
@@ -94,7 +94,7 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert "flops        762,624 per token of training, 254,208 forward (7% of it attention, over 32.5 keys" in out
     assert "cache        1,024 bytes per token" in out
     assert "micro-batches of 16 x 64" in out and "optimizer 562 kB" in out
-    both = re.search(r"activations ([\d.]+) MB .*; checkpoint_activations=true: activations ([\d.]+) MB\n", out)
+    both = re.search(r"activations ([\d.]+) MB .*; activation_checkpointing=true: activations ([\d.]+) MB\n", out)
     kept, anew = both.groups()
     assert 0 < float(anew) < 0.8 * float(kept)
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944\n" in out

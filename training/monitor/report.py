@@ -55,7 +55,7 @@ class Report:
         self.now = done - self.unscored  # the last step that is told
         self.guard = Guard(self.metrics.past)
         # It ended so before, with all saved. (Of float16 a skipped step halves the scale, which is worth saving.)
-        self.failing_still = self.guard.in_a_row >= run.most_skipped and run.precision != "fp16"
+        self.failing_still = self.guard.in_a_row >= run.max_skipped_updates and run.precision != "fp16"
         self.sink = run.logger.open(folder, dump(run))
         self.watch = ProgressLine(done, run.steps)
         self.profile = Profile(run.profile_steps, folder, self.device, done, run.steps)
@@ -236,7 +236,7 @@ class Report:
     @property
     def failing(self) -> bool:
         """So many updates in a row were skipped, up to the last step written down, that training is at its end."""
-        return not self.pending and self.guard.in_a_row >= self.run.most_skipped
+        return not self.pending and self.guard.in_a_row >= self.run.max_skipped_updates
 
     @property
     def tokens_per_second(self) -> float:
@@ -284,7 +284,7 @@ class Report:
         spike = self.guard.see(row)
         self.failing_still = self.failing_still and self.guard.in_a_row > 0
         what = f"step {row['step']}: loss {row['train_loss']:.4g}"
-        if row.get("skipped") and self.guard.in_a_row <= self.run.most_skipped:
+        if row.get("skipped") and self.guard.in_a_row <= self.run.max_skipped_updates:
             what += f", gradient norm {row['grad_norm']:.4g}: update skipped, {self.guard.skipped} so far"
             what += " (float16's scale is halved)" if self.run.precision == "fp16" else ""
             self.say(f"{what}; its documents: {self._documents(row['step'])}")
@@ -347,9 +347,10 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
     cache = sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
     text_bytes = corpus.tokenizer.byte_lengths[corpus.val.read(0, len(corpus.val))].sum()
     contents = f" ({corpus.contents})" if corpus.contents else ""
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     yield (
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, "
-        f"positions by {dims.positions}, {parameters:,} parameters on {device.type}"
+        f"positions by {dims.positions}, {parameters:,} parameters on {device.type}{threads}"
     )
     changed = flatten_config(attention.model_dump(exclude_defaults=True)).items()
     yield f"attention    {attention.describe(dims.n_heads)}: {' '.join(f'{key}={value}' for key, value in changed)}"

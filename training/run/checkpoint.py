@@ -40,10 +40,10 @@ from runtime.memory import free_memory
 from runtime.precision import LossScale
 from training.optim.base import Kept
 from training.run.config import Run, dump, load
-from training.run.folder import read_config, refuse_other_format, resume_command, saved, step_of, write_config
+from training.run.folder import check_format, read_config, resume_command, saved, step_of, write_config
 from training.run.metrics_file import MOST_STEPS, PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
-from training.run.resume import refuse_other_settings, refuse_other_steps
+from training.run.resume import check_same_settings, check_steps
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 LARGEST_MANIFEST = 2**24  # bytes
@@ -287,7 +287,7 @@ def superfluous(folder: Path, step: int, keep_last: int) -> list[Path]:
     return [path for path in old if path in losses and path != lowest]
 
 
-def refuse_unfit(folder: Path, run: Run) -> None:
+def check_fits(folder: Path, run: Run) -> None:
     """Raises UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
     before anything is prepared or built in the size that its config.yaml says. Raises it too where all are damaged."""
     tokenizer, faults = load_tokenizer(folder / "tokenizer.json"), []
@@ -297,7 +297,7 @@ def refuse_unfit(folder: Path, run: Run) -> None:
         except Damaged as fault:
             faults.append(fault)
             continue
-        refuse_other_settings(folder, run, settings_of(path, manifest))
+        check_same_settings(folder, run, settings_of(path, manifest))
         shaped(path / MODEL, weights, run.model, tokenizer.vocab_size)
         return
     if faults:
@@ -327,14 +327,14 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: TrainState) -> in
     """Fills `training` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there is
     none yet. Raises UserError, and leaves the run as it was, where data or settings are not what the run began with,
     every checkpoint is damaged, or nothing is left to do."""
-    refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
+    check_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
     if found is None:
-        refuse_lost_checkpoints(folder)
+        check_no_checkpoint_lost(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _refuse_other_run(folder, run, corpus, training, found)
-        refuse_not_finite(found)
+        _check_same_run(folder, run, corpus, training, found)
+        check_finite(found)
         load_weights(found, training.model)
         _load_optimizer(found, training)
         if training.loss_scale is not None:
@@ -369,16 +369,16 @@ def shaped(file: Path, weights: Mapping[str, Tensor], config: ModelConfig, vocab
         )
     with torch.device("meta"):
         model = TransformerLM(config, vocab_size)
-    _refuse_other_tensors(file, weights, model)
+    _check_tensors(file, weights, model)
     return model
 
 
-def refuse_other_weights(found: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
+def check_weights(found: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
     """Raises UserError where the weights of a checkpoint are not those of such a model. Builds none."""
     shaped(found.path / MODEL, found.tensors[MODEL], config, vocab_size)
 
 
-def refuse_lost_checkpoints(folder: Path) -> None:
+def check_no_checkpoint_lost(folder: Path) -> None:
     """Raises UserError where a run without a checkpoint has written metrics beyond the step that the first is saved
     at: starting anew would leave nothing of them."""
     rows, stored = read_metrics(folder / "metrics.jsonl"), read_config(folder)[0]
@@ -392,11 +392,11 @@ def refuse_lost_checkpoints(folder: Path) -> None:
 
 def load_weights(found: Checkpoint, model: TransformerLM) -> None:
     """Raises UserError where they are not those of this model."""
-    _refuse_other_tensors(found.path / MODEL, found.tensors[MODEL], model)
+    _check_tensors(found.path / MODEL, found.tensors[MODEL], model)
     model.load_state_dict(found.tensors[MODEL])
 
 
-def refuse_not_finite(found: Checkpoint) -> None:
+def check_finite(found: Checkpoint) -> None:
     """Raises UserError where weights are not finite: whatever is trained from them stays so."""
     for name, tensor in found.tensors[MODEL].items():
         if not tensor.isfinite().all():
@@ -406,7 +406,7 @@ def refuse_not_finite(found: Checkpoint) -> None:
             )
 
 
-def _refuse_other_tensors(file: Path, weights: Mapping[str, Tensor], model: TransformerLM) -> None:
+def _check_tensors(file: Path, weights: Mapping[str, Tensor], model: TransformerLM) -> None:
     expected = model.state_dict()
     for name in {**expected, **weights}:
         if name not in weights:
@@ -430,7 +430,7 @@ def settings_of(path: Path, manifest: Manifest) -> Run:
         raise UserError(f"{error} (in {path / MANIFEST})") from None
 
 
-def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) -> None:
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) -> None:
     """Raises UserError where a run's tokenizer.json is not the tokenizer its tokens were made with."""
     if tokenizer.hash != expected:
         raise UserError(
@@ -445,7 +445,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         content = unsealed(content.decode())
         format = stated_format(content)
-        refuse_other_format(path, format)
+        check_format(path, format)
         if not isinstance(content["config"], dict):
             raise ValueError("its config holds no settings")
         migrated = migrate(content["config"], format)
@@ -462,17 +462,17 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: TrainState, found: Checkpoint) -> None:
+def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainState, found: Checkpoint) -> None:
     manifest = found.manifest
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
             f"the documents of {folder} have changed since it was trained (fingerprint {manifest.corpus[:12]}, now "
             f"{corpus.fingerprint[:12]}): bring them back, say with data.path= where they are now, or start a new run"
         )
-    refuse_other_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
+    check_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
-    refuse_other_settings(folder, run, trained)
-    refuse_other_steps(folder, run, trained.steps, manifest.step, ended(folder))
+    check_same_settings(folder, run, trained)
+    check_steps(folder, run, trained.steps, manifest.step, ended(folder))
     if (manifest.loss_scale is None) != (training.loss_scale is None):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
     for name, now in _machine(training.model).items():

@@ -47,7 +47,7 @@ ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow qui
 ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
 
 
-def refuse_unmakeable(run_dir: str | None) -> None:
+def check_makeable(run_dir: str | None) -> None:
     """Raises UserError where no new run's folder can be made: nothing can be written there, which only trying shows
     (root may write where its access bits say no), or run_dir is there, with more in it than what a process left that
     was killed while it made one."""
@@ -88,7 +88,7 @@ def acquire_run_lock(folder: Path) -> AbstractContextManager:
 
 def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager]:
     """A new folder, run_dir or runs/<time>-<words>, claimed, with all that is known before the first step."""
-    refuse_unmakeable(run.run_dir)
+    check_makeable(run.run_dir)
     folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
     try:
         while not run.run_dir and exists(folder):
@@ -134,13 +134,13 @@ class PlainLoader(yaml.SafeLoader):
 def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
     """The tree in a run's config.yaml, migrated, for `load`, and its signature, if any. Raises UserError where there
     is none."""
-    refuse_no_run(folder)
+    check_is_run(folder)
     try:
         tree = yaml.load(read_regular(folder / "config.yaml", LARGEST_CONFIG).decode(), PlainLoader)
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
         signed, format = tree.pop("signature", None), stated_format(tree)
-        refuse_other_format(folder / "config.yaml", format)
+        check_format(folder / "config.yaml", format)
         return migrate(tree, format), signed
     except RecursionError:
         fault = "it is nested too deeply"
@@ -151,7 +151,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
     raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own back, as a file to be read")
 
 
-def refuse_other_format(path: Path, format: Any) -> None:
+def check_format(path: Path, format: Any) -> None:
     """Raises UserError where a file was written in a format that this program does not know."""
     if type(format) is not int or not UNSTATED <= format <= FORMAT:
         raise UserError(
@@ -164,7 +164,7 @@ def resume_command(folder: Path) -> str:
     return command("train.py", override("resume", str(folder)))
 
 
-def refuse_no_run(folder: Path) -> None:
+def check_is_run(folder: Path) -> None:
     """Raises UserError where the folder is not a run's, or may not be entered."""
     with entering(folder):
         if exists(folder / "config.yaml"):
@@ -173,6 +173,17 @@ def refuse_no_run(folder: Path) -> None:
     if above is not None:  # of a checkpoint, say
         raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
     raise UserError(f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says")
+
+
+def find_run(setting: str, name: str, with_checkpoint: bool = False) -> Path:
+    """The folder that resume= or init_from= names: its path, or `latest`. Raises UserError where it names none."""
+    if not name:
+        raise UserError(f"{setting}= names no run: give a run's folder, or latest")
+    if name == "latest":
+        return newest(with_checkpoint)
+    if name in ("last", "newest") and not os.path.lexists(name):
+        raise UserError(f"{setting}={name}: there is no such folder; did you mean {setting}=latest?")
+    return Path(name)
 
 
 def newest(with_checkpoint: bool = False) -> Path:

@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training.run import checkpoint
-from training.run.folder import refuse_no_run, resume_command
+from training.run.folder import check_is_run, resume_command
 
 
 def load_run(
@@ -25,10 +25,10 @@ def load_run(
     choose = checkpoint.newest if which == "latest" else checkpoint.best
     found = choose(folder, (checkpoint.MODEL,))
     if found is None:
-        refuse_no_run(folder)
+        check_is_run(folder)
         raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     config = changed(checkpoint.settings_of(found.path, found.manifest).model, **changes)
     return checkpoint.load_model(found, config, tokenizer.vocab_size).to(device), tokenizer
 

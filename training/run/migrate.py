@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 3  # of config.yaml and manifest.json
+FORMAT = 4  # of config.yaml and manifest.json
 DEEPEST = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
 
@@ -63,7 +63,9 @@ PARTS_2 = {  # by class
 }
 ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
 
-
+RUN_3 = {"threads": None}
+RUN_RENAMED_4 = {"most_skipped": "max_skipped_updates", "checkpoint_activations": "activation_checkpointing"}
+PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head"}}  # by class
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -93,13 +95,13 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to walk
     through."""
     tree = dict(tree)
-    _refuse_deep(tree)
+    _check_depth(tree)
     if format < 3:
         tree = _each_part(RUN_2 | tree, _to_3)
         if isinstance(tree.get("model"), Mapping):
             tree["model"] = MODEL_2 | tree["model"]
-    if format <= 3:
-        tree = _each_part(tree, _moved)
+    if format < 4:
+        tree = _renamed(RUN_3 | _each_part(tree, _to_4), RUN_RENAMED_4)
     return tree
 
 
@@ -108,7 +110,7 @@ def stated_format(content: dict[str, Any]) -> Any:
     return content.pop("format" if "format" in content else "version", UNSTATED)
 
 
-def _refuse_deep(tree: Any) -> None:
+def _check_depth(tree: Any) -> None:
     level = [tree]
     for _ in range(DEEPEST):
         level = [value for node in level if isinstance(node, Mapping | list | tuple) for value in _within(node)]
@@ -130,9 +132,17 @@ def _to_3(part: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def _moved(part: dict[str, Any]) -> dict[str, Any]:
+def _to_4(part: dict[str, Any]) -> dict[str, Any]:
     target = part.get("_target_")
-    return {**part, "_target_": MOVED_4[target]} if isinstance(target, str) and target in MOVED_4 else part
+    if not isinstance(target, str):
+        return part
+    target = MOVED_4.get(target, target)
+    return _renamed(part, PART_RENAMED_4.get(target, {})) | {"_target_": target}
+
+
+def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Keeps a key's old name where the new one is there as well, which no program wrote."""
+    return {key if names.get(key) in part else names.get(key, key): value for key, value in part.items()}
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:

@@ -51,7 +51,7 @@ def signature(run: Run) -> str | None:
     return key and hmac.new(key, json.dumps(reaching_out(run), sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
 
-def refuse_foreign(
+def check_foreign(
     folder: Path, stored: Run, run: Run, signed: Any, typed: Collection[str], usual: Mapping[str, Any], begun: bool
 ) -> None:
     """Raises UserError where settings of a run to resume reach out of its folder and are not this user's: neither

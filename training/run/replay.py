@@ -29,7 +29,7 @@ from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
 from training.run import checkpoint
 from training.run.config import Run
-from training.run.folder import refuse_no_run
+from training.run.folder import check_is_run
 from training.step import accumulate, losses_of
 
 BATCH = "batch.safetensors"
@@ -70,11 +70,11 @@ def replay(path: Path) -> None:
         kept = exists(path / BATCH)
     if not kept:
         raise UserError(f"{path} is not a step that was kept: give a folder of a run's failures/")
-    refuse_no_run(folder)
+    check_is_run(folder)
     found = checkpoint.read(path, (checkpoint.MODEL, BATCH))
     run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
     tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
-    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     inputs, targets = _batches(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
     precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision

@@ -119,7 +119,7 @@ def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed_a
 
 
 def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "most_skipped=5"]
+    options = [*SMOKE, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "max_skipped_updates=5"]
     options += ["model.dropout=0.1", "run_dir='a run'", "save_every=2"]
     assert call("train", options, monkeypatch) == 2
     err = capsys.readouterr().err
@@ -153,7 +153,7 @@ def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(w
 def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
-        assert call("train", [*SMOKE, "most_skipped=3", "run_dir=run"], patch) == 2
+        assert call("train", [*SMOKE, "max_skipped_updates=3", "run_dir=run"], patch) == 2
     capsys.readouterr()
     stopped = len(losses(workplace / "run"))
     assert call("train", ["resume=run"], monkeypatch) == 0
@@ -197,7 +197,7 @@ PLACES = {
 
 @pytest.mark.parametrize(("name", "place"), PLACES.items(), ids=PLACES)
 def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, name, place):
-    options = [*SMOKE, "steps=3", "most_skipped=1", "model.tie_embeddings=false", "run_dir=run"]
+    options = [*SMOKE, "steps=3", "max_skipped_updates=1", "model.tie_embeddings=false", "run_dir=run"]
     real = checkpoint.write
 
     def spoilt(path, run, corpus, training, step, files, *rest):

@@ -26,7 +26,7 @@ from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
 from training.run.config import load
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
-from training.run.resume import resumed
+from training.run.resume import open_run
 
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
@@ -158,7 +158,7 @@ def test_weights_are_those_of_the_model_and_float32(run, change, complaint):
         load_run(run)
     config, _ = run_folder.read_config(run)
     with pytest.raises(UserError, match=complaint):
-        checkpoint.refuse_unfit(run, load(config))
+        checkpoint.check_fits(run, load(config))
 
 
 @pytest.mark.parametrize("setting", ["n_layers", "d_model", "context_length"])
@@ -169,9 +169,9 @@ def test_nothing_is_built_of_a_size_that_the_weights_do_not_have(run, monkeypatc
     batches = {"batch_tokens": 2**20, "eval_tokens": 2**20, "micro_batch_size": 1}
     claimed = config | {"model": model} | (batches if "context" in setting else {})
     with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
-        checkpoint.refuse_unfit(run, load(claimed))
+        checkpoint.check_fits(run, load(claimed))
     reseal(last(run), config=claimed)
-    for look in (lambda: load_run(run), lambda: checkpoint.refuse_unfit(run, load(claimed))):
+    for look in (lambda: load_run(run), lambda: checkpoint.check_fits(run, load(claimed))):
         with pytest.raises(UserError, match=r"does not fit the run's settings: it (holds 2 layers|lacks position)"):
             look()
 
@@ -291,7 +291,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr("os.stat", denied)
     with pytest.raises(UserError, match="run cannot be entered: Permission denied"):
-        run_folder.refuse_no_run(run)
+        run_folder.check_is_run(run)
 
 
 def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(run, monkeypatch, caplog):
@@ -452,7 +452,7 @@ def test_a_config_that_names_something_else_is_refused(run, target):
         load_run(run)
     (run / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not name a AttentionChoice"):
-        resumed("run", {}, [])
+        open_run("run", {}, [])
 
 
 def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):

@@ -9,7 +9,7 @@ from common.cli import with_stored_choices
 from common.errors import UserError
 from tests.support import SMOKE, compose, load_composed
 from training.run.folder import write_config
-from training.run.resume import resumed
+from training.run.resume import open_run
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def made(workplace):
 
 def resume(*typed: str, folder: str = "run"):
     typed = with_stored_choices([f"resume={folder}", *typed])
-    run, _, run_lock = resumed(folder, compose(*typed[1:]), typed)
+    run, _, run_lock = open_run(folder, compose(*typed[1:]), typed)
     with run_lock:
         return run
 
@@ -97,7 +97,7 @@ def test_an_edited_setting_is_not_what_was_signed_nor_is_an_unsigned_run(made, t
         tree | {"signature": "é"},
         tree | {"signature": "\ud800"},
         tree | {"signature": tree["signature"].upper()},
-        {key: value for key, value in tree.items() if key not in ("signature", "format")},  # of a run from before
+        {key: value for key, value in tree.items() if key != "signature"},  # as runs had none once
     ):
         (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(edited))
         with pytest.raises(UserError, match="not signed by this user"):

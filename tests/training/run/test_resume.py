@@ -118,7 +118,14 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
     monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
-    options = ["precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "batch_tokens=256"]
+    options = [
+        "precision=fp16",
+        "steps=20",
+        "max_skipped_updates=30",
+        "save_every=5",
+        "keep_last=9",
+        "batch_tokens=256",
+    ]
     options = changed(BUSY, *options)
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     skipped = [row["step"] for row in read_metrics(workplace / "whole/metrics.jsonl") if row.get("skipped")]
