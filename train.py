@@ -5,6 +5,7 @@ python train.py attention=mla steps=300           # any setting of conf/ can be 
 python train.py --help
 """
 
+import os
 import sys
 
 if __name__ == "__main__":
@@ -16,36 +17,43 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common.cli import (
+    check_each_once,
     one_line_errors,
     plain_tree,
-    refuse_twice,
     smaller_batches_advised,
     with_stored_choices,
 )
-from common.invocation import CONF
+from common.invocation import CONF, version_line
 from common.overrides import readable
+from common.streams import print_line
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
 # --help answers before it would have loaded.
 
 
-def composed(cfg: Any) -> None:
-    """cfg: what Hydra composed for one run."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra_config = HydraConfig.get()
-    with one_line_errors(of_a_sweep=hydra_config.mode == RunMode.MULTIRUN):
-        train(plain_tree(cfg), typed=hydra_config.overrides.task)
-
-
 def main() -> None:
+    failed: list[str] = []  # what runs of a sweep could not do
+
+    def composed(cfg: Any) -> None:
+        """cfg: what Hydra composed for one run."""
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        hydra_config = HydraConfig.get()
+        with one_line_errors(failed if hydra_config.mode == RunMode.MULTIRUN else None):
+            train(plain_tree(cfg), typed=hydra_config.overrides.task)
+
     with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
+        if "--version" in sys.argv[1:]:
+            return print_line(version_line())
         import hydra
 
-        refuse_twice(sys.argv[1:])
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
+        check_each_once(sys.argv[1:])
         sys.argv[1:] = readable(with_stored_choices(sys.argv[1:]))
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
+    if failed:
+        sys.exit(2)
 
 
 def train(tree: dict, typed: list[str]) -> None:
@@ -76,6 +84,8 @@ def train(tree: dict, typed: list[str]) -> None:
     run, folder, run_lock = resolve_run(tree, typed)
     run.logger.refuse_missing()
     set_determinism(run.deterministic)
+    if run.threads is not None:
+        torch.set_num_threads(run.threads)
     device = choose_device(run.device)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
@@ -102,7 +112,7 @@ def train(tree: dict, typed: list[str]) -> None:
         (folder, run_lock), done = run_folder.create(run, tokenizer), 0
     if run.init_from and not done:
         load_pretrained_weights(Path(run.init_from), model)
-    loss, losses = losses_of(run.data, tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
+    loss, losses = losses_of(run.data, tokenizer.end_of_text, clip, run.activation_checkpointing, run.compilation)
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     prefix, rest = slice(0, run.eval_tokens), slice(run.eval_tokens, None)
 
@@ -162,7 +172,7 @@ def train(tree: dict, typed: list[str]) -> None:
                     save(step, part and part.loss)  # of `step`: what this one would have made of it was not reached
                 leave(step, within=True)
             now, last, part, score = step + 1, step + 1 == run.steps, None, None
-            due = last or now % run.eval_every == 0
+            due = last or (run.eval_every and now % run.eval_every == 0)
             if due:
                 part, score = scores(now)
             report.step(now, result, batches, score, unscored=due and score is None)

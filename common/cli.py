@@ -4,7 +4,6 @@ import argparse
 import errno
 import importlib.util
 import math
-import os
 import re
 import sys
 import traceback
@@ -21,26 +20,21 @@ from common.suggestions import no_such_setting
 # What is no fault of the program, whichever file it meets.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE)
-_failed: list[str] = []  # what runs of this process's sweep could not do
 
 
 @contextmanager
-def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
+def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
     """Turns a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
     that is not installed, a file or a stdout that cannot be read or written, or a complaint of Hydra's about what was
     typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
     leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
 
-    of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
+    failed: around one run of several, which go on after the line: it is added to the list.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would otherwise print over several lines
-    argparse.ArgumentParser.error = Parser.error  # Hydra's own parser would print its usage as well
     line = None
     try:
         with all_written():
             yield
-    except (UserError, Unsupported, NotFinite) as error:
-        line = str(error)
     except KeyboardInterrupt:
         process.end_at_once()
         print_stderr("interrupted")
@@ -50,23 +44,31 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
             fail(f"stdout cannot be written: {reason(error)}")
         sys.exit(0)
     except Exception as error:
-        known = (_too_large, _indeterminate, _not_installed, _file_fault, _hydra_complaint)
-        line = next((line for line in (explain(error) for explain in known) if line), None)
+        line = _user_line(error)
         if line is None:
             raise
-    if not of_a_sweep:
+    if failed is None:
         process.end_at_once()
-    if line is not None and of_a_sweep:
-        print_stderr(f"error: {line}")
-        _failed.append(line)
-    elif line is not None:
+    if line is not None:
+        _report(line, failed)
+
+
+def _report(line: str, failed: list[str] | None) -> None:
+    if failed is None:
         fail(line)
-    elif _failed and not of_a_sweep:
-        _failed.clear()
-        sys.exit(2)
+    print_stderr(f"error: {line}")
+    failed.append(line)
 
 
-def refuse_twice(typed: Sequence[str]) -> None:
+def _user_line(error: Exception) -> str | None:
+    """What to tell a user of an error that is no fault of the program; None for one that is."""
+    if isinstance(error, UserError | Unsupported | NotFinite):
+        return str(error)
+    known = (_too_large, _nondeterministic, _not_installed, _file_fault, _hydra_complaint)
+    return next((line for line in (explain(error) for explain in known) if line), None)
+
+
+def check_each_once(typed: Sequence[str]) -> None:
     """Raises UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
     last in silence."""
     given: dict[str, str] = {}
@@ -179,7 +181,7 @@ def _not_installed(error: Exception) -> str | None:
     return how_to_install(package)
 
 
-def _indeterminate(error: Exception) -> str | None:
+def _nondeterministic(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
         return f"deterministic=true: {str(error).splitlines()[0].partition(', but you set')[0]}; try another kernel"
     return None

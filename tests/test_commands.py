@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training.run import load as trained
 from training.run.metrics_file import read_metrics
+
+HEADROOM = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 @pytest.fixture(scope="module")
@@ -498,6 +501,27 @@ BAD_RUNS = {
     "a choice twice in a sweep": (["-m", "optim=adamw,muon", "optim=muon"], "optim=adamw,muon and optim=muon give"),
     "two beginnings": (["init_from=a", "resume=b"], "resume=b with init_from: a run that goes on has weights already"),
     "a flag": (["--foo"], "unrecognized arguments: --foo"),
+    "a flag without its value": (["--cfg"], "--cfg/-c: expected one argument"),
+    "a setting as a flag": (["--steps", "100"], "--steps: settings have no dashes: write steps=100"),
+    "a setting and its value as a flag": (["--steps=100"], "--steps=100: settings have no dashes: write steps=100"),
+    "a choice as a flag": (["--attention", "mla"], "--attention: settings have no dashes: write attention=mla"),
+    "a dashed setting as a flag": (["--batch-tokens", "64", "seed=1"], "no dashes: write batch_tokens=64"),
+    "a group's setting as a flag": (["--lr", "0.1"], "--lr: settings have no dashes: write optim.lr=0.1"),
+    "a switch as a flag": (["--compile", "seed=1"], "--compile: settings have no dashes: write compile=..."),
+    "a group's setting at the top": (["lr=0.01"], "lr: no such setting; did you mean optim.lr?"),
+    "another": (["n_layers=2"], "n_layers: no such setting; did you mean model.n_layers?"),
+    "several groups' setting at the top": (["dropout=0.1"], "did you mean attention.dropout or model.dropout?"),
+    "nearly a group's setting at the top": (["n_layer=2"], "did you mean model.n_layers?"),
+    "a setting by its old name": (["most_skipped=3"], "is called max_skipped_updates now: write max_skipped_updates="),
+    "added by its old name": (["+checkpoint_activations=true"], "called activation_checkpointing now: write"),
+    "in a group by its old name": (
+        ["optim.logical_blocks=false"],
+        "is called optim.per_head now: write optim.per_head=",
+    ),
+    "the newest run by another name": (["resume=last"], "there is no such folder; did you mean resume=latest?"),
+    "the newest base by another name": (["init_from=last"], "did you mean init_from=latest?"),
+    "no threads": (["threads=0"], "threads=0: give at least 1 and at most 1024"),
+    "no evaluation and less": (["eval_every=-1"], "eval_every=-1: give at least 0"),
 }
 
 
@@ -517,6 +541,37 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     assert complaint in err[-1]
     assert sum(line.startswith("error:") for line in err) == 1 and "Traceback" not in "".join(err)
     assert set(workplace.rglob("*")) == before
+
+
+@pytest.mark.parametrize("settings", ["most_skipped: 3", "optim: {logical_blocks: false}"])
+def test_an_experiment_with_a_setting_by_its_old_name_is_told_the_new_one(workplace, monkeypatch, capsys, settings):
+    (workplace / "experiment").mkdir()
+    (workplace / "experiment/ours.yaml").write_text(f"# @package _global_\n{settings}\n")
+    assert call("train", ["experiment=ours", f"hydra.searchpath=[file://{workplace}]"], monkeypatch) == 2
+    assert re.fullmatch(r"error: \S+ is called (\S+) now: write \1=\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("program", ["train"])
+def test_the_version_is_ours(workplace, monkeypatch, capsys, program):
+    assert call(program, ["--version"], monkeypatch) == 0
+    assert capsys.readouterr().out == f"Headroom {HEADROOM}, PyTorch {torch.__version__}\n"
+
+
+def test_threads_are_set_and_told(workplace, monkeypatch, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert call("train", [*SMOKE, "steps=1", "threads=2", "run_dir=run"], monkeypatch) == 0
+        assert "parameters on cpu, 2 threads\n" in capsys.readouterr().err
+        assert call("train", ["resume=run", "steps=2", "threads=1"], monkeypatch) == 0
+        assert "parameters on cpu, 1 threads\n" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_evaluations_on_the_way_there_is_the_last(workplace, monkeypatch):
+    assert call("train", [*SMOKE, "steps=1e1", "eval_every=0", "run_dir=run"], monkeypatch) == 0
+    rows = read_metrics(workplace / "run/metrics.jsonl")
+    assert [row["step"] for row in rows if "val_loss" in row] == [10]
 
 
 TYPED = [
@@ -561,7 +616,7 @@ def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeyp
 
 
 def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypatch, capsys):
-    sweep = ["-m", *SMOKE, "steps=3", "optim.lr=1e30,1e-3", "clip_norm=0", "most_skipped=1"]
+    sweep = ["-m", *SMOKE, "steps=3", "optim.lr=1e30,1e-3", "clip_norm=0", "max_skipped_updates=1"]
     assert call("train", sweep, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert err.count("error: ") == 1 and "training has diverged" in err

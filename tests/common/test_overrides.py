@@ -51,6 +51,13 @@ def test_a_path_is_read_as_it_is_typed(value):
         ("data.parts={sympy: 2, texts: {path: '*.txt'}}", {"sympy": 2, "texts": {"path": "*.txt"}}),
         ("run_dir=~/my runs", str(Path("~/my runs").expanduser())),
         ("steps=3;", "3;"),
+        ("steps=1e3", 1000),
+        ("+seed=1.5e3", 1500),
+        ("steps=2.0", 2),
+        ("steps=1.5", 1.5),
+        ("optim.eps=1e-8", 1e-8),
+        ("logger.project='1e3,b'", "1e3,b"),
+        ("steps=1e999", float("inf")),
     ],
 )
 def test_what_is_no_text_stays_what_it_is(word, value):
@@ -66,6 +73,8 @@ def test_a_sweep_over_any_texts_and_flags_amid_settings():
     assert readable(["--multi", "seed=1,2"]) == ["seed=1,2", "--multi"]
     assert readable(["--cfg", "job", "steps=3"]) == ["steps=3", "--cfg", "job"]
     assert readable(["+attention=mla"]) == ["attention=mla"]
+    assert readable(["-m", "steps=1e3,2e3"]) == ["steps=1000,2000", "-m"]
+    assert readable(["--help"]) == ["--help"] and readable(["-cn", "train", "--info"]) == ["-cn", "train", "--info"]
 
 
 REFUSED = {
