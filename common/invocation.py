@@ -60,7 +60,7 @@ def how_to_install(package: str) -> str:
     return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
 
 
-def refuse_no_package(package: str, setting: str, extra: str = "") -> None:
+def check_package(package: str, setting: str, extra: str = "") -> None:
     """Raises UserError where a package that a setting needs is not installed. extra: of pyproject.toml, with it."""
     if importlib.util.find_spec(package) is None:
         how = installed("pip", "install", "-e", f"{ROOT}[{extra}]" if extra else str(ROOT))

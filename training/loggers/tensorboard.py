@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from common.invocation import refuse_no_package
+from common.invocation import check_package
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 from training.run.metrics_file import UNSCORED
 
@@ -16,7 +16,7 @@ class TensorboardLogger(Logger):
     """Event files in the run's folder. Their failures never stop training."""
 
     def refuse_missing(self) -> None:
-        refuse_no_package("tensorboard", "logger=tensorboard", "tensorboard")
+        check_package("tensorboard", "logger=tensorboard", "tensorboard")
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
         return FaultTolerantSink("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from common.atomic_io import exists, read_regular, write_whole
 from common.errors import UserError
-from common.invocation import installed, refuse_no_package
+from common.invocation import installed, check_package
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 
 log = logging.getLogger("headroom")
@@ -29,7 +29,7 @@ class WandbLogger(Logger):
 
     def refuse_missing(self) -> None:
         if self.mode != "disabled":
-            refuse_no_package("wandb", "logger=wandb")
+            check_package("wandb", "logger=wandb")
         if self.mode == "online" and not _wandb_login():
             raise UserError(
                 "logger.mode=online needs a login, and there is no WANDB_API_KEY and no netrc entry: "
