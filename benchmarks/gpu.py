@@ -32,7 +32,7 @@ import yaml
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
-from common.cli import one_line_errors
+from common.cli import Parser, one_line_errors
 from common.errors import Unsupported, UserError
 from common.invocation import ROOT
 from generation.decode import generate
@@ -74,7 +74,7 @@ class Scale(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="-m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; unset: all")
     parser.add_argument("--out", type=output, help="a row of JSON is added for each measurement")
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")

@@ -29,7 +29,7 @@ import torch
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
 from benchmarks.train import SIZES, Size, refuse_shared, run_of
-from common.cli import number, one_line_errors
+from common.cli import Parser, number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
 from common.figures import refuse_unwritable
@@ -90,7 +90,9 @@ Recipe = Callable[[int, int], Candidate]  # seed and steps ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, required=True, help="a file of text")
     parser.add_argument("--size", choices=SIZES, default="ii")
     parser.add_argument("--ours", nargs="*", default=[""], help="each the overrides of a recipe; '' is the default one")

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.side_by_side import count, output, refuse_repeated, report
 from benchmarks.train import refuse_shared
-from common.cli import number, one_line_errors
+from common.cli import Parser, number, one_line_errors
 from data.batches import micro_batches
 from data.shards.prepare import Prepared, prepare
 from model.transformer import TransformerLM
@@ -52,7 +52,9 @@ LEFT_OUT = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", nargs="+", default=["experiment=fast"], help="overrides of every row")
     parser.add_argument("--rows", nargs="+", default=LEFT_OUT, help="overrides that one row adds, in one word each")
     parser.add_argument("--size", nargs="+", default=SIZE_I, help="overrides that set the size")

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from common.atomic_io import exists, read_regular, write_whole
 from common.errors import UserError
-from common.invocation import installed, check_package
+from common.invocation import check_package, installed
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 
 log = logging.getLogger("headroom")
