@@ -24,7 +24,7 @@ from common.cli import (
     with_stored_choices,
 )
 from common.invocation import CONF, version_line
-from common.overrides import readable
+from common.overrides import hydra_arguments
 from common.streams import print_line
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
@@ -50,7 +50,7 @@ def main() -> None:
 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
         check_each_once(sys.argv[1:])
-        sys.argv[1:] = readable(with_stored_choices(sys.argv[1:]))
+        sys.argv[1:] = hydra_arguments(with_stored_choices(sys.argv[1:]))
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
     if failed:
         sys.exit(2)

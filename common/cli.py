@@ -1,4 +1,4 @@
-"""The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
+"""Command-line parsing, and one line on stderr for a user's mistake, whoever notices it. Imports nothing heavy."""
 
 import argparse
 import errno
@@ -24,7 +24,7 @@ FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE
 
 @contextmanager
 def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
+    """Turn a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
     that is not installed, a file or a stdout that cannot be read or written, or a complaint of Hydra's about what was
     typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
     leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
@@ -61,7 +61,7 @@ def _report(line: str, failed: list[str] | None) -> None:
 
 
 def _user_line(error: Exception) -> str | None:
-    """What to tell a user of an error that is no fault of the program; None for one that is."""
+    """Return the line to print for an error that is no fault of the program; None for one that is."""
     if isinstance(error, UserError | Unsupported | NotFinite):
         return str(error)
     known = (_too_large, _nondeterministic, _not_installed, _file_fault, _hydra_complaint)
@@ -69,7 +69,7 @@ def _user_line(error: Exception) -> str | None:
 
 
 def check_each_once(typed: Sequence[str]) -> None:
-    """Raises UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
+    """Raise UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
     last in silence."""
     given: dict[str, str] = {}
     for override in typed:
@@ -84,15 +84,15 @@ def check_each_once(typed: Sequence[str]) -> None:
 
 
 def with_stored_choices(arguments: Sequence[str]) -> list[str]:
-    """The arguments; where a run is resumed, its own data and tokenizer are meant by settings of these groups, which
-    Hydra looks for in the default choices: so they are marked to be added where they are not there."""
+    """Return the arguments; where a run is resumed, with settings of data and tokenizer marked to be added (++). They
+    belong to the run's own choices, and Hydra, which composes the default ones, may not know them."""
     if not any(argument.startswith("resume=") for argument in arguments):
         return list(arguments)
     return [f"++{one}" if re.match(r"(data|tokenizer)\.[^=]+=", one) else one for one in arguments]
 
 
 def plain_tree(cfg: Any) -> dict[str, Any]:
-    """A composed Hydra configuration as plain values. Raises UserError for one that is incomplete."""
+    """Convert a composed Hydra configuration to plain values. Raises UserError for one that is incomplete."""
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -105,43 +105,43 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
 
 
 def fail(line: str) -> NoReturn:
-    """One line on stderr, and exit code 2."""
+    """Print one line on stderr and exit with code 2."""
     print_stderr(f"error: {line}")
     sys.exit(2)
 
 
 def _joined(error: Exception) -> str:
-    """What a library says over several lines, on one."""
+    """Join the lines of a library's message."""
     return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """An ArgumentParser that reports an error in one line, without its usage."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} ({command(self.prog, '--help')} lists the options)")
 
 
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number between two limits, both allowed."""
+def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Make an argparse type: a finite number between two limits, both allowed."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
-            fits = least <= value <= most and math.isfinite(value)
+            fits = minimum <= value <= maximum and math.isfinite(value)
         except (ValueError, OverflowError):
             fits = False
         if not fits:
-            upper = "" if most == math.inf else f" and at most {most}"
+            upper = "" if maximum == math.inf else f" and at most {maximum}"
             word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {least}{upper}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {minimum}{upper}")
         return value
 
     return parse
 
 
 def _hydra_complaint(error: Exception) -> str | None:
-    """One line for what Hydra raises over what was typed; None for anything else."""
+    """Return one line for an error that Hydra raises over the command line; None for any other."""
     if "hydra" not in sys.modules:
         return None
     from hydra.errors import HydraException
@@ -174,7 +174,7 @@ def _file_fault(error: Exception) -> str | None:
 
 
 def _not_installed(error: Exception) -> str | None:
-    """For a package of somebody else's that is not there at all."""
+    """Return how to install a third-party package that is missing; None for any other error."""
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
     if package is None or (ROOT / package).exists() or importlib.util.find_spec(package) is not None:
         return None
@@ -189,8 +189,8 @@ def _nondeterministic(error: Exception) -> str | None:
 
 @contextmanager
 def smaller_batches_advised(sequences: int, micro_batch_size: int) -> Iterator[None]:
-    """Around training: turns too little memory into a UserError that says which micro_batch_size to try, of those that
-    divide the sequences of a step, so that the step stays the same."""
+    """Turn an out-of-memory error of training into a UserError that names the next smaller micro_batch_size, of those
+    that divide the sequences of a step, so that the step stays the same."""
     try:
         yield
     except Exception as error:
@@ -205,7 +205,7 @@ def smaller_batches_advised(sequences: int, micro_batch_size: int) -> Iterator[N
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """In a few words, where that is what the error says, of a GPU or of the system."""
+    """Return a short description of an out-of-memory error, of a GPU or of the system; None for any other error."""
     if (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)

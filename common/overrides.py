@@ -1,4 +1,4 @@
-"""What is typed after train.py, made readable for Hydra's grammar, or refused in words that say what to type."""
+"""Command-line overrides of train.py: quoted for Hydra's grammar, or refused in a line that says what to type."""
 
 import os
 import re
@@ -30,8 +30,8 @@ VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--
 VALUED += ("-i", "--info", "--experimental-rerun")
 
 
-def readable(typed: Sequence[str]) -> list[str]:
-    """The words of a command line, values quoted for Hydra where its grammar cannot read them as text.
+def hydra_arguments(typed: Sequence[str]) -> list[str]:
+    """Quote the words of a command line for Hydra, where its grammar cannot read a value as text.
 
     A value is text, and taken as it is, where the grammar refuses it and it is not all within [ ] or { }; of the
     settings in TEXTS also where the grammar would see a number, a list or a dict in it. A whole number may be written
@@ -48,16 +48,16 @@ def readable(typed: Sequence[str]) -> list[str]:
     return [*settings, *(typed[i] for i in sorted(flags))]
 
 
-def override(key: str, value: str) -> str:
-    """What is typed for a setting to be exactly this text, before it is quoted for a shell."""
+def format_override(key: str, value: str) -> str:
+    """Format the override that gives a setting exactly this text, before it is quoted for a shell."""
     value = f"./{value}" if key in PATHS and value.startswith("~") else value
     plain = re.fullmatch(PLAIN_TEXT if key in TEXTS else WORD, value) and value.lower() not in NO_TEXTS
     return f"{key}={value if plain else as_text(value, literal=True)}"
 
 
 def as_text(value: str, literal: bool = False) -> str:
-    """A value in quotes that Hydra reads as this text, in which an open ${ begins no interpolation; literal: nor does a
-    closed one."""
+    """Quote a value so that Hydra reads it as this text, in which an open ${ begins no interpolation; literal: nor does
+    a closed one."""
     if literal:  # the backslashes before it would be read in pairs
         value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     else:
@@ -66,13 +66,13 @@ def as_text(value: str, literal: bool = False) -> str:
 
 
 def _flags(typed: Sequence[str]) -> set[int]:
-    """Where flags, and the words that follow them as their values, stand."""
+    """The indices of flags, and of the words that follow them as their values."""
     flags = {i for i, word in enumerate(typed) if word.startswith("-")}
     return flags | {i + 1 for i in flags if typed[i] in VALUED and i + 1 < len(typed)}
 
 
 def _check_flags(typed: Sequence[str]) -> None:
-    """Raises UserError where a flag is none of Hydra's: it may be a setting, with dashes before it."""
+    """Raise UserError for a flag that Hydra does not have: it may be a setting, with dashes before it."""
     flags = sorted(_flags(typed))
     if not flags:
         return
@@ -88,7 +88,7 @@ def _check_flags(typed: Sequence[str]) -> None:
 
 
 def _check_no_setting(flag: str, following: str) -> None:
-    """Raises UserError where the flag, such as --steps, is named like a setting. following: the word after it."""
+    """Raise UserError where the flag, such as --steps, is named like a setting. following: the word after it."""
     name, equals, value = flag.lstrip("-").partition("=")
     name = name.replace("-", "_")
     known = known_settings()
@@ -101,7 +101,7 @@ def _check_no_setting(flag: str, following: str) -> None:
 
 
 def _unknown_flag(message: str) -> NoReturn:
-    """What Hydra's parser is to do with a flag that it does not understand."""
+    """Raise UserError, in the place of the `error` of Hydra's parser."""
     flags, settings = command("train.py", "--hydra-help"), command("train.py", "--help")
     raise UserError(f"{message} ({flags} lists the flags, {settings} the settings, which have no dashes)")
 
@@ -143,7 +143,7 @@ def _deletion(word: str, name: str) -> str:
 
 
 def _value(key: str, value: str, sweep: bool) -> str:
-    """A value as Hydra's grammar reads it."""
+    """Quote a value where Hydra's grammar would read it as something else."""
     found, is_text = _parsed(f"{key}={value}"), key.lstrip("+") in TEXTS
     if found is None:
         return _quoted_value(key, value, sweep, is_text)
@@ -158,7 +158,7 @@ def _value(key: str, value: str, sweep: bool) -> str:
 
 
 def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:
-    """A value that the grammar refuses, as text."""
+    """Quote, as text, a value that the grammar refuses."""
     if not is_text and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
         raise UserError(_unreadable(key, value))
     parts = value.split(",") if sweep and not re.search(BRACKETS, value) else [value]
@@ -166,7 +166,7 @@ def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:
 
 
 def _in_digits(value: str) -> str:
-    """A whole number that was typed as a float, such as 1e3, in digits: settings of whole numbers take no float."""
+    """Write a whole number that was typed as a float, such as 1e3, in digits: integer settings take no float."""
     if not re.fullmatch(FLOAT, value.strip()):
         return value
     number = Decimal(value)
@@ -178,7 +178,7 @@ def _is_group(name: str) -> bool:
 
 
 def _parsed(word: str) -> Any | None:
-    """Hydra's override; None where its grammar refuses the word."""
+    """Parse an override with Hydra's grammar; None where that refuses it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -16,7 +16,7 @@ import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.invocation import command
-from common.overrides import readable
+from common.overrides import hydra_arguments
 from generation import decode as generate
 from generation.text_stream import TextStream
 from model.kernels.base import _log_once
@@ -591,7 +591,7 @@ TYPED = [
 @pytest.mark.parametrize("key", ["data.path", "data.document"])
 @pytest.mark.parametrize("value", TYPED)
 def test_paths_and_separators_are_taken_as_they_are_typed(key, value):
-    (quoted,) = readable([f"{key}={value}"])
+    (quoted,) = hydra_arguments([f"{key}={value}"])
     assert OverridesParser.create().parse_override(quoted).value() == value
 
 

@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 from common import invocation
 from common.errors import UserError
 from common.invocation import command, interpreter, quoted
-from common.overrides import override, readable
+from common.overrides import format_override, hydra_arguments
 from tests.support import ROOT, SMOKE, call
 from training.run.folder import resume_command
 
 
 def value_of(word: str):
     """What a setting is after Hydra, and OmegaConf, have read it."""
-    (read,) = readable([word])
+    (read,) = hydra_arguments([word])
     return OmegaConf.create({"key": OverridesParser.create().parse_override(read).value()}).key
 
 
@@ -65,16 +65,17 @@ def test_what_is_no_text_stays_what_it_is(word, value):
 
 
 def test_a_sweep_over_any_texts_and_flags_amid_settings():
-    assert readable(["-m", "data.path=~/a,Ä b", "attention=mha,mla"]) == [
+    assert hydra_arguments(["-m", "data.path=~/a,Ä b", "attention=mha,mla"]) == [
         'data.path="~/a","Ä b"',
         "attention=mha,mla",
         "-m",
     ]
-    assert readable(["--multi", "seed=1,2"]) == ["seed=1,2", "--multi"]
-    assert readable(["--cfg", "job", "steps=3"]) == ["steps=3", "--cfg", "job"]
-    assert readable(["+attention=mla"]) == ["attention=mla"]
-    assert readable(["-m", "steps=1e3,2e3"]) == ["steps=1000,2000", "-m"]
-    assert readable(["--help"]) == ["--help"] and readable(["-cn", "train", "--info"]) == ["-cn", "train", "--info"]
+    assert hydra_arguments(["--multi", "seed=1,2"]) == ["seed=1,2", "--multi"]
+    assert hydra_arguments(["--cfg", "job", "steps=3"]) == ["steps=3", "--cfg", "job"]
+    assert hydra_arguments(["+attention=mla"]) == ["attention=mla"]
+    assert hydra_arguments(["-m", "steps=1e3,2e3"]) == ["steps=1000,2000", "-m"]
+    assert hydra_arguments(["--help"]) == ["--help"]
+    assert hydra_arguments(["-cn", "train", "--info"]) == ["-cn", "train", "--info"]
 
 
 REFUSED = {
@@ -94,14 +95,14 @@ REFUSED = {
 @pytest.mark.parametrize("word", REFUSED)
 def test_what_cannot_be_read_is_answered_in_one_line(word):
     with pytest.raises(UserError) as refused:
-        readable([word])
+        hydra_arguments([word])
     assert str(refused.value).startswith(REFUSED[word]) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("word", SUGGESTED)
 def test_what_is_said_to_be_typed_instead_gives_the_text(word):
     with pytest.raises(UserError) as refused:
-        readable([word])
+        hydra_arguments([word])
     key, _, value = word.partition("=")
     *_, suggested = [part for part in shlex.split(str(refused.value)) if part.startswith(f'{key}="')]
     assert value_of(suggested) == value
@@ -115,7 +116,7 @@ def test_the_printed_command_resumes_a_run_of_any_name(name):
     word = words[2].decode(errors="surrogateescape")
     assert words[1].decode() == invocation.shortest(str(ROOT / "train.py"))
     if "\udcff" in name:  # which Hydra cannot be given
-        assert word == override("resume", name)
+        assert word == format_override("resume", name)
     else:
         assert Path(value_of(word)) == Path(name)
 
@@ -123,7 +124,7 @@ def test_the_printed_command_resumes_a_run_of_any_name(name):
 @pytest.mark.parametrize("key", ["data.path", "data.parts.a.corpus.path", "logger.project"])
 def test_a_setting_is_printed_as_it_is_read_again(key):
     for value in (name for name in NAMES if "\udcff" not in name):
-        assert value_of(override(key, value)) == value
+        assert value_of(format_override(key, value)) == value
 
 
 def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""A trained model, for sampling, scripts and notebooks."""
+"""Loading a trained model, for sampling, scripts and notebooks."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from training.run.folder import check_is_run, resume_command
 def load_run(
     folder: Path | str, device: torch.device | str = "cpu", which: str = "latest", **changes: Any
 ) -> tuple[TransformerLM, Tokenizer]:
-    """A run's weights, in float32, and its tokenizer.
+    """Load a run's weights, in float32, and its tokenizer.
 
     which: `latest` or `best`, which has the lowest validation loss of those kept. changes: `kernel`, a Kernel;
     `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has no such checkpoint, a file of
@@ -34,7 +34,7 @@ def load_run(
 
 
 def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:
-    """The same weights, run in another way."""
+    """Change the kernel or the execution of a model; its weights stay as they are."""
     if kernel is not None:
         config = config.model_copy(update={"kernel": kernel})
     if execution is not None:

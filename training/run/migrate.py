@@ -1,4 +1,4 @@
-"""Stored settings of older runs, in the terms of this program: the one place that knows old keys and old defaults.
+"""Migration of the stored settings of older runs: the one place that knows old keys, classes and defaults.
 
 What a run's config.yaml and the manifests of its checkpoints hold was written by the Headroom of its day. A key that it
 lacks had no setting then, and the value below is how the program behaved. What is typed is never migrated.
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 FORMAT = 4  # of config.yaml and manifest.json
-DEEPEST = 32  # how far settings are nested at most; mixes within mixes are the deepest
+MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
 
 RUN_2 = {
@@ -91,9 +91,9 @@ MOVED_4 = {  # classes, to where they are now
 
 
 def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
-    """A run's stored settings, as written in `format`, as this program writes them. What is not of the form that was
-    written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to walk
-    through."""
+    """Convert a run's stored settings from `format` to the one that this program writes. What is not of the form that
+    was written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to
+    walk through."""
     tree = dict(tree)
     _check_depth(tree)
     if format < 3:
@@ -106,13 +106,13 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
 
 
 def stated_format(content: dict[str, Any]) -> Any:
-    """Takes out of what a config.yaml or a manifest holds the format that it says, which may be none that there is."""
+    """Pop the format from the content of a config.yaml or a manifest; it may be one that does not exist."""
     return content.pop("format" if "format" in content else "version", UNSTATED)
 
 
 def _check_depth(tree: Any) -> None:
     level = [tree]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [value for node in level if isinstance(node, Mapping | list | tuple) for value in _within(node)]
     if level:
         raise ValueError("it is nested too deeply")
@@ -141,12 +141,12 @@ def _to_4(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Keeps a key's old name where the new one is there as well, which no program wrote."""
+    """Rename keys, except where the new one is there as well, which no program wrote."""
     return {key if names.get(key) in part else names.get(key, key): value for key, value in part.items()}
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """The tree with every mapping in it changed, those within before those around them."""
+    """Apply `change` to every mapping of the tree, inner ones first."""
     if not isinstance(tree, Mapping):
         return tree
     return change({key: _each_part(value, change) for key, value in tree.items()})

@@ -1,4 +1,4 @@
-"""Resuming: the stored run, with the few settings that may change when it goes on."""
+"""Resuming a run: its stored settings, and the few that may change."""
 
 import logging
 from collections.abc import Mapping
@@ -57,8 +57,8 @@ def check_steps(folder: Path, run: Run, before: int, done: int, ended: bool) -> 
 
 
 def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path, AbstractContextManager]:
-    """The run to resume, a folder or `latest`, with its own stored settings and the few that may change; its folder;
-    and the lock on it.
+    """Open the run to resume, a folder or `latest` -> the run, with its own stored settings and the few that may
+    change; its folder; and the lock on it.
 
     tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that would
     change what may not.
@@ -89,8 +89,8 @@ def _load(tree: Mapping[str, Any], where: str) -> Run:
 
 
 def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:
-    """The run with settings that were typed although they may not change: they say again what the run was made with, or
-    where its data is now. Raises UserError where one would change it."""
+    """Apply overrides of settings that may not change: they repeat what the run was made with, or say where its data is
+    now. Raises UserError where one would change it."""
     stored = dump(own)
     for key in keys:
         if key.partition(".")[0] not in stored:  # such as experiment, which sets others
@@ -119,7 +119,7 @@ def _unchangeable(key: str, stored: Mapping[str, Any]) -> UserError:
 
 
 def _replaced(settings: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
-    """The settings, but at `path` what `tree` has there."""
+    """Replace the settings at `path` by those that `tree` has there."""
     name, *rest = path
     return {**settings, name: _replaced(settings[name], tree[name], rest) if rest else tree[name]}
 

@@ -1,4 +1,4 @@
-"""Which run this process trains: a new one, one that goes on, or one that begins with another's weights."""
+"""Starting a run: a new one, one that is resumed, or one that begins with the weights of another (fine-tuning)."""
 
 import logging
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ log = logging.getLogger("headroom")
 
 
 def resolve_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
-    """The run; and its folder, and the lock on it, if it has one already.
+    """Determine the run; and its folder, and the lock on it, if it has one already.
 
     tree: the composed configuration; typed: the overrides on the command line.
     """
@@ -40,7 +40,8 @@ def resolve_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | Non
 
 
 def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
-    """The composed settings of a run that begins with the weights of `base`, whose model and tokenizer it takes over.
+    """Replace the model and the tokenizer of the composed settings by those of `base`, whose weights the run begins
+    with.
 
     typed: the overrides on the command line. Raises UserError for one that would make another model or vocabulary.
     """
@@ -64,7 +65,8 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
 
 
 def _base_run(base: Path) -> tuple[Run, Tokenizer]:
-    """What the newest whole checkpoint was trained with. Raises UserError where nothing can begin with its weights."""
+    """Read what the newest whole checkpoint was trained with. Raises UserError where nothing can begin with its
+    weights."""
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         check_is_run(base)

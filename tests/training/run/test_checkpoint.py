@@ -232,10 +232,10 @@ def test_a_checkpoint_that_cannot_be_judged_is_never_removed(run, unreadable, ca
     for step in (1, 2, 4, 5):
         shutil.copytree(run / "checkpoints/step_00000003", run / f"checkpoints/step_{step:08d}")
         reseal(run / f"checkpoints/step_{step:08d}", step=step, val_loss=step / 100)
-    names = [path.name[-1] for path in checkpoint.superfluous(run, 6, 1)]
+    names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
     assert names == ["2", "3", "4", "5"]  # the first is the best
     unreadable(run / "checkpoints/step_00000001/manifest.json", number)
-    names = [path.name[-1] for path in checkpoint.superfluous(run, 6, 1)]
+    names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
     assert "1" not in names and len(names) == 3  # of the others, the best is kept as well
     assert "step_00000001/manifest.json cannot be read" in caplog.text and "so it is kept" in caplog.text
 
