@@ -563,7 +563,7 @@ def test_threads_are_set_and_told(workplace, monkeypatch, capsys):
         assert call("train", [*SMOKE, "steps=1", "threads=2", "run_dir=run"], monkeypatch) == 0
         assert "parameters on cpu, 2 threads\n" in capsys.readouterr().err
         assert call("train", ["resume=run", "steps=2", "threads=1"], monkeypatch) == 0
-        assert "parameters on cpu, 1 threads\n" in capsys.readouterr().err
+        assert "parameters on cpu, 1 thread\n" in capsys.readouterr().err
     finally:
         torch.set_num_threads(before)
 

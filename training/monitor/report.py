@@ -347,7 +347,8 @@ def _opening(run: Run, folder: Path, corpus: Prepared, model: TransformerLM, dev
     cache = sum(layer.bytes_per_token for layer in model.make_caches(1, 1))
     text_bytes = corpus.tokenizer.byte_lengths[corpus.val.read(0, len(corpus.val))].sum()
     contents = f" ({corpus.contents})" if corpus.contents else ""
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     yield (
         f"model        {dims.n_layers} layers, d_model {dims.d_model}, {dims.n_heads} heads, "
         f"positions by {dims.positions}, {parameters:,} parameters on {device.type}{threads}"

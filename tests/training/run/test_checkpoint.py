@@ -464,7 +464,7 @@ def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
 
 
 def test_a_second_process_in_one_run_folder_is_refused(run, monkeypatch, capsys):
-    with run_folder.claim(run):
+    with run_folder.acquire_run_lock(run):
         assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
         assert "another process is training in run" in capsys.readouterr().err
         assert newest(run, (MODEL,)).manifest.step == 6  # reading is free
@@ -535,7 +535,7 @@ FAULTS = {
     "no weights": (lambda run: spoil(run, Path.unlink), "model.safetensors cannot be read"),
     "no manifest": (lambda run: spoil(run, Path.unlink, "manifest.json"), "manifest.json cannot be read"),
     "manifest cut short": (lambda run: spoil(run, cut, "manifest.json"), "manifest.json is damaged"),
-    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 3"),
+    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 4"),
     "tokenizer edited": (
         lambda run: (run / "tokenizer.json").write_text('{"kind": "byte", "hash": "0"}'),
         "tokenizer.json is damaged",
