@@ -141,8 +141,8 @@ def _to_4(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Rename keys, except where the new one is there as well, which no program wrote."""
-    return {key if names.get(key) in part else names.get(key, key): value for key, value in part.items()}
+    """Rename keys. Where the new one is there as well, it stays as it is."""
+    return {names.get(key, key): value for key, value in part.items() if names.get(key) not in part}
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
