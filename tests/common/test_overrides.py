@@ -33,7 +33,7 @@ NAMES += ["b\udcff", "${x}", "a\\${x}", "$${oc.env:HOME}", '"${a${b}\\', "C:\\",
 
 
 @pytest.mark.parametrize("value", VERBATIM)
-def test_a_path_is_read_as_it_is_typed(value):
+def test_hydra_arguments_path_of_any_characters_is_taken_verbatim(value):
     assert value_of(f"data.path={value}") == value
 
 
@@ -60,11 +60,11 @@ def test_a_path_is_read_as_it_is_typed(value):
         ("steps=1e999", float("inf")),
     ],
 )
-def test_what_is_no_text_stays_what_it_is(word, value):
+def test_hydra_arguments_other_value_keeps_its_type(word, value):
     assert value_of(word) == value
 
 
-def test_a_sweep_over_any_texts_and_flags_amid_settings():
+def test_hydra_arguments_sweep_and_flags_are_quoted_and_moved_last():
     assert hydra_arguments(["-m", "data.path=~/a,Ä b", "attention=mha,mla"]) == [
         'data.path="~/a","Ä b"',
         "attention=mha,mla",
@@ -93,14 +93,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("word", REFUSED)
-def test_what_cannot_be_read_is_answered_in_one_line(word):
+def test_hydra_arguments_unreadable_word_is_refused_in_one_line(word):
     with pytest.raises(UserError) as refused:
         hydra_arguments([word])
     assert str(refused.value).startswith(REFUSED[word]) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("word", SUGGESTED)
-def test_what_is_said_to_be_typed_instead_gives_the_text(word):
+def test_hydra_arguments_suggested_word_gives_the_text(word):
     with pytest.raises(UserError) as refused:
         hydra_arguments([word])
     key, _, value = word.partition("=")
@@ -109,7 +109,7 @@ def test_what_is_said_to_be_typed_instead_gives_the_text(word):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_printed_command_resumes_a_run_of_any_name(name):
+def test_resume_command_of_any_run_name_survives_the_shell(name):
     printed = resume_command(Path(name))
     assert printed.isprintable()
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], capture_output=True).stdout.split(b"\0")
@@ -122,12 +122,12 @@ def test_the_printed_command_resumes_a_run_of_any_name(name):
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.parts.a.corpus.path", "logger.project"])
-def test_a_setting_is_printed_as_it_is_read_again(key):
+def test_format_override_of_any_value_is_read_back(key):
     for value in (name for name in NAMES if "\udcff" not in name):
         assert value_of(format_override(key, value)) == value
 
 
-def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeypatch, capsys):
+def test_train_with_a_strange_run_name_makes_and_resumes_it(workplace, monkeypatch, capsys):
     name = "my [v1] ~ü's\x1b run"
     assert call("train", [*SMOKE, "steps=1", f"run_dir={name}"], monkeypatch) == 0
     out = capsys.readouterr().out
@@ -141,7 +141,7 @@ def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeyp
     assert again in capsys.readouterr().err
 
 
-def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
+def test_command_in_any_environment_names_the_running_python(tmp_path, monkeypatch):
     base, venv = tmp_path / "base", tmp_path / ".venv/bin"
     for folder in (base, venv):
         folder.mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
     assert command("train.py") == f"{base}/python3.11 {tmp_path}/train.py"
 
 
-def test_words_of_any_characters_come_through_a_shell():
+def test_quoted_word_of_any_characters_survives_the_shell():
     for word in ("a b", "it's", "\x1b[1m'\\x", "a\nb", "\u202eé", "b\udcff"):
         printed = quoted(word)
         assert printed.isprintable()
