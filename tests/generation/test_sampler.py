@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from generation.sampler import NO_TOKEN, Sampler, keep_min_p, keep_top_k, keep_top_p, penalise_seen
+from generation.sampler import NO_TOKEN, Sampler, apply_repetition_penalty, keep_min_p, keep_top_k, keep_top_p
 
 
-def test_samplers_draw_from_the_distribution_they_name():
+def test_sampler_with_each_filter_draws_from_its_distribution():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
     draws = torch.linspace(0, 1, 20_001)[:-1].double()
     for sampler, allowed in (
@@ -34,7 +34,7 @@ def test_samplers_draw_from_the_distribution_they_name():
     assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
 
 
-def test_a_repetition_penalty_applies_before_all_else():
+def test_sampler_with_a_repetition_penalty_applies_it_first():
     logits, uniform = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]]), torch.tensor([0.99])
     seen = torch.tensor([[True, False, False, True, False]])
     greedy = Sampler(temperature=0, repetition_penalty=1.5)
@@ -45,7 +45,7 @@ def test_a_repetition_penalty_applies_before_all_else():
         greedy(logits, uniform)
 
 
-def test_filters_keep_what_they_promise():
+def test_filters_of_random_logits_keep_the_tokens_of_their_definition():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     for k in (1, 5, 30, 99):
         assert (keep_top_k(logits, k).isfinite().sum(-1) == min(k, 30)).all()
@@ -66,16 +66,16 @@ def test_filters_keep_what_they_promise():
             assert (kept[kept.isfinite()] == row[kept.isfinite()]).all()
 
 
-def test_seen_tokens_are_penalised_whatever_their_sign():
+def test_apply_repetition_penalty_lowers_seen_tokens_of_either_sign():
     logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     seen = torch.rand(20, 30, generator=torch.Generator().manual_seed(1)) < 0.3
-    found = penalise_seen(logits, seen, 1.7)
+    found = apply_repetition_penalty(logits, seen, 1.7)
     for row in range(20):
         for token in range(30):
             logit = float(logits[row, token])
             expected = logit if not seen[row, token] else logit / 1.7 if logit > 0 else logit * 1.7
             assert float(found[row, token]) == pytest.approx(expected)
-    assert torch.equal(penalise_seen(logits, seen, 1), logits)
+    assert torch.equal(apply_repetition_penalty(logits, seen, 1), logits)
 
 
 def naive_distribution(logits: list[float], sampler: Sampler) -> list[float] | None:
@@ -87,12 +87,18 @@ def naive_distribution(logits: list[float], sampler: Sampler) -> list[float] | N
         logits = [0.0 if x == inf else -inf for x in logits]
     if sampler.temperature == 0:
         return [float(i == logits.index(max(logits))) for i in range(len(logits))]
-    weights = [math.exp((x - max(logits)) / sampler.temperature) for x in logits]
+    weights = naive_filters([math.exp((x - max(logits)) / sampler.temperature) for x in logits], sampler)
+    return [w / sum(weights) for w in weights]
+
+
+def naive_filters(weights: list[float], sampler: Sampler) -> list[float]:
+    """The weights of tokens, in proportion to their probabilities, those that a filter takes out being 0."""
     if sampler.top_k is not None:
         least = sorted(weights, reverse=True)[min(sampler.top_k, len(weights)) - 1]
         weights = [w if w >= least else 0.0 for w in weights]
     if sampler.top_p is not None:
-        kept, mass = set(), 0.0
+        kept = set()
+        mass = 0.0
         for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
             if kept and mass >= sampler.top_p * sum(weights):
                 break
@@ -101,7 +107,7 @@ def naive_distribution(logits: list[float], sampler: Sampler) -> list[float] | N
         weights = [w if i in kept else 0.0 for i, w in enumerate(weights)]
     if sampler.min_p is not None:
         weights = [w if w >= sampler.min_p * max(weights) else 0.0 for w in weights]
-    return [w / sum(weights) for w in weights]
+    return weights
 
 
 INF, NAN = math.inf, math.nan
@@ -122,7 +128,7 @@ SETTINGS = [{}, {"temperature": 0}, {"temperature": 1e-300}, {"temperature": 1e3
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_logits_that_are_not_finite_give_what_a_naive_sampler_gives(settings):
+def test_sampler_with_logits_that_are_not_finite_equals_a_naive_one(settings):
     """+inf is certain, several share it; -inf is impossible; NaN, or nothing possible, is no token."""
     sampler, draws = Sampler(**settings), torch.linspace(0, 1, 2001)[:-1].double()
     for row in NOT_FINITE:
