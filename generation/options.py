@@ -2,7 +2,9 @@
 
 import argparse
 import math
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from common.atomic_io import exists
 from common.cli import Parser, number
 from common.errors import UserError, reason
 from common.figures import refuse_unwritable
-from common.invocation import CONF
+from common.invocation import CONF, quoted, version_line
 from common.paths import entering
+from common.streams import print_line
 
 MAX_SAMPLES = 1024
 MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to score
@@ -59,6 +62,9 @@ CONTRADICTIONS = (
     ("interactive", ("stats",), "speeds are of one text written in one go, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
+SETTING = re.compile(r"(\w+)=(\S+)")  # as train.py takes them
+SETTINGS_OF_RUN = ("resume", "run_dir", "init_from")  # what train.py calls the folder that --run names
+SWITCHES = ("interactive", "json", "stats", "no_cache")  # flags without a value
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -83,12 +89,48 @@ def parse_arguments(description: str) -> argparse.Namespace:
 
 def _parse(parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The flags that were typed, as a dictionary: those that were not are missing."""
-    known, rest = parser.parse_known_args()
+    typed = sys.argv[1:]
+    end = typed.index("--") if "--" in typed else len(typed)  # what follows is no flag
+    known, rest = parser.parse_known_args([*map(_hyphenated, typed[:end]), *typed[end:]])
+    given = vars(known)
+    words = [word for word in (given.get("prompt"), *rest) if word in typed[:end]]
+    _check_no_setting(words)
     if rest:
-        words = not any(word.startswith("-") for word in rest)
-        hint = ': a prompt of several words goes in quotes, as in "to be"' if words else ""
+        hint = ""
+        if not any(word.startswith("-") for word in rest):
+            hint = ': a prompt of several words goes in quotes, as in "to be"'
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    return vars(known)
+    if "prompt_flag" in given:
+        if "prompt" in given:
+            raise UserError("--prompt with a prompt: there is one prompt; leave one of them out")
+        given["prompt"] = given.pop("prompt_flag")
+    return given
+
+
+def _hyphenated(word: str) -> str:
+    """A flag typed as --max_new_tokens, as the name of a setting of train.py, with the hyphens it has here."""
+    name, equals, value = word.partition("=")
+    hyphenated = name.replace("_", "-")
+    known = word.startswith("--") and any(_flag(flag).startswith(hyphenated) for flag in DEFAULTS)
+    return hyphenated + equals + value if known else word
+
+
+def _check_no_setting(words: Sequence[str]) -> None:
+    """Raise UserError for a word such as run=runs/NAME, which is how train.py is told: taken for a prompt, the model
+    would continue it."""
+    for word in words:
+        setting = SETTING.fullmatch(word)
+        name = setting and ("run" if setting[1] in SETTINGS_OF_RUN else setting[1])
+        if name in DEFAULTS:
+            raise UserError(f"{word}: settings are flags here: {_as_flag(name, setting[2])}; a prompt goes after --")
+
+
+def _as_flag(name: str, value: str) -> str:
+    """What to do instead of a setting."""
+    if (name, value) == ("run", "latest"):
+        return "leave it out, the newest run is taken anyway"
+    flag = f"--{name.replace('_', '-')}"
+    return f"write {flag}" if name in SWITCHES else f"write {flag} {quoted(value)}"
 
 
 def _read_prompt(args: argparse.Namespace) -> str:
@@ -137,6 +179,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     text = parser.add_argument_group("what to continue").add_argument
     text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")
+    text("--prompt", dest="prompt_flag", metavar="TEXT", help="the same as a flag")
     text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
     text("--interactive", action="store_true", help="turn by turn; what was read and written stays in the cache")
     text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
@@ -179,7 +222,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "prefill_tokens_per_second, decode_tokens_per_second; "
         "with --score: file, nats_per_token, bpb, tokens, bytes",
     )
-    output("--stats", action="store_true", help="print speeds and the cache's size to stderr")
+    output("--stats", action="store_true", help="print speeds, kernels and the cache's size to stderr")
+    output("--version", action=_Version, nargs=0, help="print the versions of Headroom and PyTorch")
     machine = parser.add_argument_group("how it runs").add_argument
     machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
     machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
@@ -187,6 +231,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="compute the whole text anew for every token")
     return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print_line(version_line())
+        parser.exit()
 
 
 def _number(meaning: str, kind: type, least: int, most: int | float = math.inf) -> dict[str, Any]:
