@@ -179,7 +179,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     text = parser.add_argument_group("what to continue").add_argument
     text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")
-    text("--prompt", dest="prompt_flag", metavar="TEXT", help="the same as a flag")
+    text("--prompt", dest="prompt_flag", metavar="TEXT", help="a prompt given as a flag")
     text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
     text("--interactive", action="store_true", help="turn by turn; what was read and written stays in the cache")
     text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
@@ -229,7 +229,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
     machine("--kernel", choices=kernels, help="how attention is computed; default: auto")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
-    machine("--no-cache", action="store_true", help="compute the whole text anew for every token")
+    machine("--no-cache", action="store_true", help="recompute the whole text for every token")
     return parser
 
 

@@ -25,7 +25,7 @@ An empty line appends nothing: the model just goes on.
 A line that begins with // stands for one that begins with /.
   /help           this
   /reset          forget the text, begin anew
-  /seed N         the next turn draws as from --seed N
+  /seed N         the next turn samples as with --seed N
   /temperature T  of the turns from now on; 0 takes the likeliest token
   /quit           leaves, as Ctrl-D does
   Ctrl-C          stops the model; what it wrote stays in the text

@@ -66,7 +66,8 @@ def test_generate_with_one_seed_is_the_same_in_any_batch(seed):
     alone = generated(model, [PROMPTS[1]], [seed], **options)[0]
     end = next(token for token in range(100) if token not in alone)
     for neighbours in ([PROMPTS[1]] * 5, [PROMPTS[0]], [[8] * 63, PROMPTS[2], [9] * 200]):
-        prompts, seeds = [*neighbours, PROMPTS[1]], [*range(10, 10 + len(neighbours)), seed]
+        prompts = [*neighbours, PROMPTS[1]]
+        seeds = [*range(10, 10 + len(neighbours)), seed]
         assert generated(model, prompts, seeds, end_token=end, **options)[-1] == alone
 
 
@@ -94,7 +95,8 @@ def test_generate_over_several_turns_equals_the_uncached_whole_text(case):
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_generate_with_a_sliding_context_equals_the_uncached_second_half(case):
     model = small_model(*case, "model.context_length=32")
-    prompts, greedy = [[5, 6, 7], [42] * 25, list(range(50))], Sampler(temperature=0)
+    prompts = [[5, 6, 7], [42] * 25, list(range(50))]
+    greedy = Sampler(temperature=0)
     options = {"max_new_tokens": 34, "sampler": greedy, "slide": True}  # the first row loses a half once
     found = generated(model, prompts, [0, 0, 0], **options)
     assert found == generated(model, prompts, [0, 0, 0], cached=False, **options)
@@ -131,7 +133,7 @@ def test_generate_over_several_turns_computes_only_new_tokens():
     continued(model, state, max_new_tokens=4)
     state.append(0, [2] * 6)
     continued(model, state, max_new_tokens=3)
-    assert seen == [20, 1, 1, 1, 7, 1, 1]  # the last token drawn was not fed yet
+    assert seen == [20, 1, 1, 1, 7, 1, 1]  # the last sampled token was not fed yet
 
 
 def test_append_of_a_text_that_does_not_fit_is_refused_and_changes_nothing():

@@ -15,7 +15,8 @@ from generation.sampler import Sampler
 from generation.state import GenerationState
 from tests.support import ATTENTIONS, CASES, small_model
 
-GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
+GREEDY = Sampler(temperature=0)
+TOKENIZER = ByteTokenizer()
 
 
 def conversation(model, *, slide=False, cached=True, **options) -> Conversation:
@@ -41,7 +42,8 @@ def ignore(_: str) -> None:
 )
 def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(case, slide):
     model = small_model(*case, vocab_size=257)  # a context of 64
-    talk, whole = conversation(model, slide=slide), []
+    talk = conversation(model, slide=slide)
+    whole = []
     for line in ("The qüery", " and the k🙂", "") if not slide else ("The qüery", " and the k🙂", "", "x" * 30, "y"):
         talk.append(line)
         talk.turn(ignore)
@@ -55,7 +57,8 @@ def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(case, slide):
 
 
 def test_turn_after_ctrl_c_continues_what_was_written():
-    model, pieces = small_model("attention=mla", vocab_size=257), []
+    model = small_model("attention=mla", vocab_size=257)
+    pieces = []
 
     def write(piece: str) -> None:
         pieces.append(piece)
@@ -92,7 +95,8 @@ def test_turn_with_a_stop_string_hides_it_and_leaves_it_in_the_text():
     free.append("The ")
     free.turn(ignore)
     new = TOKENIZER.decode(written(free)[4:])
-    pieces, talk = [], conversation(model, stops=[new[3:5]])
+    pieces = []
+    talk = conversation(model, stops=[new[3:5]])
     talk.append("The ")
     assert talk.turn(pieces.append) == ""
     assert "".join(pieces).rstrip("\n") == new[: new.index(new[3:5])].rstrip("\n")
@@ -144,7 +148,8 @@ def test_turn_with_an_incomplete_character_completes_it_unless_text_comes_betwee
             yield token
 
     monkeypatch.setattr(repl, "generate", recite)
-    talk, pieces = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4), []
+    talk = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4)
+    pieces = []
     talk.append("The ")
     talk.turn(pieces.append)
     assert "".join(pieces) == "a\n"

@@ -1,4 +1,4 @@
-"""Samplers as functions, each filter held against its definition."""
+"""Samplers as functions, each filter against its definition."""
 
 import math
 
@@ -10,7 +10,7 @@ from generation.sampler import NO_TOKEN, Sampler, apply_repetition_penalty, keep
 
 def test_sampler_with_each_filter_draws_from_its_distribution():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
-    draws = torch.linspace(0, 1, 20_001)[:-1].double()
+    uniform_grid = torch.linspace(0, 1, 20_001)[:-1].double()
     for sampler, allowed in (
         (Sampler(), [0, 1, 2, 3, 4]),
         (Sampler(temperature=0.5), [0, 1, 2, 3, 4]),
@@ -24,18 +24,19 @@ def test_sampler_with_each_filter_draws_from_its_distribution():
         (Sampler(min_p=1), [0]),
         (Sampler(top_k=2, min_p=0.9), [0]),
     ):
-        kept = torch.full((1, 5), float("-inf"))
-        kept[0, allowed] = logits[0, allowed]
-        expected = (kept / sampler.temperature).softmax(-1)[0]
-        chosen = sampler(logits.expand(len(draws), -1), draws)
-        found = torch.bincount(chosen, minlength=5) / len(draws)
+        filtered = torch.full((1, 5), float("-inf"))
+        filtered[0, allowed] = logits[0, allowed]
+        expected = (filtered / sampler.temperature).softmax(-1)[0]
+        chosen = sampler(logits.expand(len(uniform_grid), -1), uniform_grid)
+        found = torch.bincount(chosen, minlength=5) / len(uniform_grid)
         assert torch.allclose(found, expected, atol=2e-3), sampler
-    assert (Sampler(temperature=1e-308)(logits.expand(len(draws), -1), draws) == 0).all()
+    assert (Sampler(temperature=1e-308)(logits.expand(len(uniform_grid), -1), uniform_grid) == 0).all()
     assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
 
 
 def test_sampler_with_a_repetition_penalty_applies_it_first():
-    logits, uniform = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]]), torch.tensor([0.99])
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
+    uniform = torch.tensor([0.99])
     seen = torch.tensor([[True, False, False, True, False]])
     greedy = Sampler(temperature=0, repetition_penalty=1.5)
     assert greedy(logits, uniform, seen).tolist() == [4]  # 2 / 1.5 < 1.5
@@ -50,20 +51,20 @@ def test_filters_of_random_logits_keep_the_tokens_of_their_definition():
     for k in (1, 5, 30, 99):
         assert (keep_top_k(logits, k).isfinite().sum(-1) == min(k, 30)).all()
     for p in (0.1, 0.5, 0.9, 1.0):
-        kept = keep_top_p(logits, p)
+        filtered = keep_top_p(logits, p)
         probs = logits.softmax(-1)
         for row in range(50):
             ordered = probs[row].sort(descending=True).values
             fewest = int((ordered.cumsum(0) < p - 1e-6).sum()) + 1
-            assert int(kept[row].isfinite().sum()) in (fewest, min(30, fewest + 1) if p == 1.0 else fewest)
+            assert int(filtered[row].isfinite().sum()) in (fewest, min(30, fewest + 1) if p == 1.0 else fewest)
 
     for p in (0.0, 0.05, 0.5, 1.0):
-        for row, kept in zip(logits, keep_min_p(logits, p), strict=True):
+        for row, filtered in zip(logits, keep_min_p(logits, p), strict=True):
             probs = row.softmax(-1).tolist()
-            assert [i for i, logit in enumerate(kept) if logit > float("-inf")] == [
+            assert [i for i, logit in enumerate(filtered) if logit > float("-inf")] == [
                 i for i, prob in enumerate(probs) if prob >= p * max(probs)
             ]
-            assert (kept[kept.isfinite()] == row[kept.isfinite()]).all()
+            assert (filtered[filtered.isfinite()] == row[filtered.isfinite()]).all()
 
 
 def test_apply_repetition_penalty_lowers_seen_tokens_of_either_sign():
@@ -97,14 +98,14 @@ def naive_filters(weights: list[float], sampler: Sampler) -> list[float]:
         least = sorted(weights, reverse=True)[min(sampler.top_k, len(weights)) - 1]
         weights = [w if w >= least else 0.0 for w in weights]
     if sampler.top_p is not None:
-        kept = set()
+        nucleus = set()
         mass = 0.0
         for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
-            if kept and mass >= sampler.top_p * sum(weights):
+            if nucleus and mass >= sampler.top_p * sum(weights):
                 break
-            kept.add(i)
+            nucleus.add(i)
             mass += weights[i]
-        weights = [w if i in kept else 0.0 for i, w in enumerate(weights)]
+        weights = [w if i in nucleus else 0.0 for i, w in enumerate(weights)]
     if sampler.min_p is not None:
         weights = [w if w >= sampler.min_p * max(weights) else 0.0 for w in weights]
     return weights
@@ -130,14 +131,15 @@ SETTINGS = [{}, {"temperature": 0}, {"temperature": 1e-300}, {"temperature": 1e3
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_sampler_with_logits_that_are_not_finite_equals_a_naive_one(settings):
     """+inf is certain, several share it; -inf is impossible; NaN, or nothing possible, is no token."""
-    sampler, draws = Sampler(**settings), torch.linspace(0, 1, 2001)[:-1].double()
+    sampler = Sampler(**settings)
+    uniform_grid = torch.linspace(0, 1, 2001)[:-1].double()
     for row in NOT_FINITE:
-        found = sampler(torch.tensor(row).expand(len(draws), -1), draws)
+        found = sampler(torch.tensor(row).expand(len(uniform_grid), -1), uniform_grid)
         expected = naive_distribution(row, sampler)
         if expected is None:
             assert (found == NO_TOKEN).all(), row
         else:
-            frequencies = torch.bincount(found, minlength=4) / len(draws)
+            frequencies = torch.bincount(found, minlength=4) / len(uniform_grid)
             assert frequencies.tolist() == pytest.approx(expected, abs=2e-3), row
     logits = torch.tensor(NOT_FINITE)  # a row's neighbours do not matter
     uniform = torch.full((len(logits),), 0.3)

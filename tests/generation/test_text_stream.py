@@ -1,4 +1,4 @@
-"""Text as it is streamed, against the plain definition: decode all of it, cut before the first stop string."""
+"""Text as it is streamed, against the definition: decode all of it, cut before the first stop string."""
 
 import random
 
@@ -20,8 +20,10 @@ def test_text_stream_with_stop_strings_shows_the_text_before_the_first():
         draw = random.Random(seed)
         text = "".join(draw.choices("aabé🙂\n", k=draw.randint(0, 30)))
         stops = ["".join(draw.choices("aabé🙂\n", k=draw.randint(1, 5))) for _ in range(draw.randint(0, 3))]
-        tokenizer, shown = Pieces(text.encode(), draw), ""
-        expected, stream = before_stop(text, stops), TextStream(tokenizer, stops)
+        tokenizer = Pieces(text.encode(), draw)
+        stream = TextStream(tokenizer, stops)
+        expected = before_stop(text, stops)
+        shown = ""
         for token in range(len(tokenizer.tokens)):
             shown += stream.feed(token)
             assert expected.startswith(shown)  # nothing has to be taken back
