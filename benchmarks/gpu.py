@@ -229,8 +229,8 @@ def decoding(scale: Scale) -> Iterator[Row]:
 
                 def write(rows: int = rows, count: int = count, model: TransformerLM = model) -> None:
                     prompt = list(range(1, 1 + min(64, model.config.context_length // 4)))
-                    texts = GenerationState(model, [prompt] * rows, seeds=list(range(rows)))
-                    for _ in generate(model, texts, Sampler(temperature=0), max_new_tokens=count):
+                    state = GenerationState(model, [prompt] * rows, seeds=list(range(rows)))
+                    for _ in generate(model, state, Sampler(temperature=0), max_new_tokens=count):
                         pass
 
                 seconds = timed(write, scale)

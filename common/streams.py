@@ -1,6 +1,7 @@
 """The three standard streams as the programs need them: never missing, never failing where a message is written, and
 never steering the terminal with characters of somebody else's. Imports nothing heavy."""
 
+import atexit
 import errno
 import io
 import json
@@ -42,6 +43,7 @@ def mend() -> None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     if not os.get_blocking(0):  # where nothing is there yet, a text would seem to have ended
         os.set_blocking(0, True)
+        atexit.register(os.set_blocking, 0, False)  # the program that shares it may rely on it
     _stdout = _Stdout(1, "w", closefd=False)
     sys.stdout, sys.stderr = _text(_stdout, sys.stdout), _text(_Stderr(2, "w", closefd=False), sys.stderr)
 

@@ -150,6 +150,47 @@ def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way)
     assert one["prompt"] == prompt and one["prompt_tokens"] == len(prompt.encode())
 
 
+@pytest.mark.parametrize("arguments", [["--prompt", "The key"], ["--prompt=The key"]], ids=["", "with ="])
+def test_a_prompt_may_be_a_flag(place, monkeypatch, capsys, arguments):
+    common = ["--max-new-tokens", "3"]
+    assert sample(place, monkeypatch, capsys, *arguments, *common)[0] == sample(
+        place, monkeypatch, capsys, "The key", *common
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--", "run=runs/gqa"], ["--prompt", "run=runs/gqa"]], ids=["--", "--prompt"])
+def test_a_prompt_that_looks_like_a_setting_is_one_where_it_cannot_be_meant_otherwise(
+    place, monkeypatch, capsys, arguments
+):
+    (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", *arguments)
+    assert one["prompt"] == "run=runs/gqa"
+
+
+@pytest.mark.parametrize("prompt", ["_", "a_b", "seed = 5", "x=1", "run="])
+def test_a_prompt_with_an_underscore_or_an_equals_sign_is_a_prompt(place, monkeypatch, capsys, prompt):
+    (one,) = samples(place, monkeypatch, capsys, prompt, "--max_new_tokens", "1", "--top_k=3")
+    assert (one["prompt"], one["tokens"]) == (prompt, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["The key"], ["The key", "--json"], ["--interactive"], ["--score", "-"], ["The", "--attention-map", "map.png"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kernel", ["auto", "naive", "online"])
+def test_kernels_are_announced_only_with_stats(place, monkeypatch, capsys, tmp_path, arguments, kernel):
+    _log_once.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The query\n")))
+    arguments = [str(tmp_path / word) if word == "map.png" else word for word in arguments]
+    _, err = sample(place, monkeypatch, capsys, *arguments, "--kernel", kernel)
+    assert "run runs/mla" in err and "\nkernel " not in f"\n{err}"
+
+
+def test_sampling_tells_the_versions(monkeypatch, capsys):
+    assert call("sample", ["--version"], monkeypatch) == 0
+    assert re.fullmatch(r"Headroom \d+\.\d+\.\d+, PyTorch \d+\.\S+\n", capsys.readouterr().out)
+
+
 @pytest.fixture
 def ctrl_c_at(monkeypatch):
     """Call it with n: Ctrl-C comes, once or more often, while the n-th token is being decoded."""
@@ -389,6 +430,15 @@ BAD_SAMPLES = {
     "greedy min-p": (["x", "--temperature", "0", "--min-p", "0.5"], "--temperature 0 with --min-p"),
     "greedy samples": (["x", "--temperature", "0", "--num-samples", "2"], "all would be the same text"),
     "two prompts": (["x", "--prompt-file", "empty.txt"], "--prompt-file with a prompt"),
+    "two prompts, one a flag": (["x", "--prompt", "y"], "--prompt with a prompt: there is one prompt; leave one"),
+    "a file and a flag": (["--prompt", "y", "--prompt-file", "empty.txt"], "--prompt-file with a prompt"),
+    "underscores, of no flag": (["x", "--max_new_tokns", "3"], "unrecognized arguments: --max_new_tokns 3"),
+    "a setting": (["temperature=0.5"], "temperature=0.5: settings are flags here: write --temperature 0.5; a prompt"),
+    "a setting of two words": (["x", "max_new_tokens=3"], "are flags here: write --max-new-tokens 3; a prompt"),
+    "a run as a setting": (["run=it's"], "run=it's: settings are flags here: write --run 'it'\"'\"'s'"),
+    "a run as train.py names it": (["--interactive", "run_dir=runs/gqa"], "are flags here: write --run runs/gqa; a"),
+    "the newest run": (["resume=latest"], "resume=latest: settings are flags here: leave it out, the newest run is"),
+    "a switch as a setting": (["x", "--stats", "json=true"], "json=true: settings are flags here: write --json; a"),
     "no prompt file": (["--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
     "binary prompt": (["--prompt-file", "binary.txt"], "binary.txt is not UTF-8 text: byte 2"),
     "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),
@@ -626,7 +676,13 @@ def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypat
 
 @pytest.mark.parametrize(
     "command",
-    ["train.py --help", "sample.py --help", "sample.py --interactive --json", "sample.py --score no.txt"],
+    [
+        "train.py --help",
+        "sample.py --help",
+        "sample.py --version",
+        "sample.py --interactive --json",
+        "sample.py --score no.txt",
+    ],
 )
 def test_help_and_refusals_answer_without_loading_torch(command):
     code = f"import sys, runpy; sys.argv = {command.split()!r}\n"
@@ -636,6 +692,8 @@ def test_help_and_refusals_answer_without_loading_torch(command):
     assert result.returncode == 0, result.stderr
     if "--help" in command:
         assert "attention" in result.stdout.lower()
+    elif "--version" in command:
+        assert result.stdout.startswith("Headroom ")
     else:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 

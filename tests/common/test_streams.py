@@ -3,6 +3,7 @@ of others: mostly small processes that load nothing heavy."""
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -81,6 +82,25 @@ def test_a_file_does_not_take_the_place_of_a_stream(tmp_path):
 def test_what_is_no_product_may_be_lost(tmp_path):
     code = "with one_line_errors():\n    streams.print_stderr(str(streams.write_if_possible('x')))\n    print('y')\n"
     assert shell(f"{script(tmp_path, code)} >/dev/full", tmp_path) == (0, "", "[Errno 28] No space left on device\n")
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_stdin_of_a_parent_that_made_it_non_blocking_blocks_until_the_end(tmp_path, blocking):
+    script(tmp_path, "import os, sys\nprint(os.get_blocking(0), sys.stdin.read())\n")
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, blocking)
+        here = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+        command = [sys.executable, tmp_path / "script.py"]
+        program = subprocess.Popen(command, env=here, stdin=reader, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(1)
+        os.write(writer, b"late")
+        os.close(writer)
+        assert program.communicate()[0] == "True late\n"
+        assert os.get_blocking(reader) == blocking
+    finally:
+        os.close(reader)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
