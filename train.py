@@ -59,16 +59,16 @@ def train(tree: dict, typed: list[str]) -> None:
     from data.shards.prepare import Prepared, prepare
     from generation.preview import continuation, preview_prompt
     from model.score import Score
-    from model.transformer import TransformerLM
     from runtime.allocator import keep_buffers
     from runtime.device import choose_device, set_determinism
-    from runtime.precision import MixedPrecision, choose_precision
+    from runtime.precision import choose_precision
     from training.dry_run import dry_run
     from training.evaluate import evaluate
     from training.monitor.report import Report
     from training.run import checkpoint, replay
     from training.run import folder as run_folder
     from training.run.start import load_pretrained_weights, resolve_run
+    from training.state import TrainState
     from training.step import losses_of, train_step
 
     process.end_by_unwinding()
@@ -93,9 +93,8 @@ def train(tree: dict, typed: list[str]) -> None:
 
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
-    model = TransformerLM(run.model, tokenizer.vocab_size, run.seed).to(device)
-    mixed, clip = MixedPrecision(model, run.precision), run.optim.clip(model)
-    training = checkpoint.TrainState(model, run.optim.build(model), mixed.loss_scale)
+    training = TrainState.create(run, tokenizer.vocab_size, device)
+    model, mixed, _, clip = training
     if folder is not None:
         done = checkpoint.resume(folder, run, corpus, training)
     else:

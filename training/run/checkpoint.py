@@ -44,6 +44,7 @@ from training.run.folder import read_config, refuse_other_format, resume_command
 from training.run.metrics_file import MOST_STEPS, PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import refuse_other_settings, refuse_other_steps
+from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 LARGEST_MANIFEST = 2**24  # bytes
@@ -52,14 +53,6 @@ SHOWN = 80  # characters of a value
 STATED = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 T = TypeVar("T")
 log = logging.getLogger("headroom")
-
-
-class TrainState(NamedTuple):
-    """All that a step changes."""
-
-    model: TransformerLM
-    optimizer: torch.optim.Optimizer
-    loss_scale: LossScale | None
 
 
 class FileMark(FrozenSettings):

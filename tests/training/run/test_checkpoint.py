@@ -130,7 +130,7 @@ def test_an_optimizers_state_is_what_it_keeps_and_nothing_else(trained, name, ch
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
-    training = checkpoint.TrainState(model, settings.optim.build(model), None)
+    training = checkpoint.TrainState(model, None, settings.optim.build(model))
     checkpoint._load_optimizer(found, training)
     found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
     with pytest.raises(UserError, match=complaint):
