@@ -250,12 +250,21 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)
             seeds = seed, number
-            train_step(state.mixed, state.optimizer, batches, run.lr(number), run.clip_norm, seeds, loss, state.clip)
+            train_step(
+                state.mixed,
+                state.optimizer,
+                batches,
+                run.lr(number),
+                run.clip_norm,
+                seeds=seeds,
+                loss=loss,
+                clip=state.clip,
+            )
 
         def score() -> float:
             state.mixed.copy_master_weights()
             some, ones = slice(args.val_tokens), torch.ones(size.vocab)
-            return evaluate(state.mixed.model, text.val, length, micro, ones, some, losses).loss
+            return evaluate(state.mixed.model, text.val, length, micro, ones, tokens=some, losses=losses).loss
 
         return Candidate(step, score)
 

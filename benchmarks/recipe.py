@@ -113,11 +113,15 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
         batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)
         before = time.process_time()
         seeds = run.seed, step
-        train_step(state.mixed, state.optimizer, batches, run.lr(step), run.clip_norm, seeds, loss, state.clip)
+        train_step(
+            state.mixed, state.optimizer, batches, run.lr(step), run.clip_norm, seeds=seeds, loss=loss, clip=state.clip
+        )
         seconds.append(time.process_time() - before)
     state.mixed.copy_master_weights()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
-    score = evaluate(state.mixed.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens), losses)
+    score = evaluate(
+        state.mixed.model, corpus.val, window, 64, byte_lengths, tokens=slice(0, val_tokens), losses=losses
+    )
     return score.loss, statistics.median(seconds)
 
 

@@ -22,7 +22,7 @@ from runtime.allocator import keep_buffers
 from runtime.memory import free_memory
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
-from training.epochs import epochs, repetitions, tokens_of_epoch
+from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
 from training.state import TrainState
@@ -138,8 +138,8 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
     behind = f" ({done:,} are done)" if done else ""
     read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
     yield f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
-    for warning in repetitions(run, corpus, done) if corpus else ():
-        yield f"warning      {warning}"
+    if corpus:
+        yield from repetition_warnings(run, corpus, done)
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:

@@ -192,7 +192,7 @@ def test_evaluation_weighs_tokens_alike_whatever_the_batch():
         assert score.tokens == count
         assert score.loss == pytest.approx(nats / count, rel=1e-6)
         assert score.bpb == pytest.approx(nats / math.log(2) / count, rel=1e-6)  # each of these tokens is one byte
-    first, rest = (evaluate(model, stream, 16, 4, lengths, part) for part in (slice(0, 100), slice(100, None)))
+    first, rest = (evaluate(model, stream, 16, 4, lengths, tokens=part) for part in (slice(0, 100), slice(100, None)))
     assert first.tokens == 96
     assert first.plus(rest).loss == pytest.approx(scores[0].loss)
     assert first.plus(rest)[1:] == scores[0][1:]

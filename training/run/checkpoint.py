@@ -41,7 +41,7 @@ from runtime.precision import LossScale
 from training.optim.base import Kept
 from training.run.config import Run, dump, load
 from training.run.folder import read_config, refuse_other_format, resume_command, saved, step_of, write_config
-from training.run.metrics_file import MOST_STEPS, PICTURE, read_metrics
+from training.run.metrics_file import MAX_STEPS, PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import refuse_other_settings, refuse_other_steps
 from training.state import TrainState
@@ -64,7 +64,7 @@ class Manifest(FrozenSettings):
     """What a checkpoint holds besides tensors."""
 
     format: int
-    step: int = Field(ge=1, le=MOST_STEPS)  # updates done
+    step: int = Field(ge=1, le=MAX_STEPS)  # updates done
     # Nats per token on the first eval_tokens of the validation set, where it was scored:
     val_loss: float | None = Field(ge=0)
     loss_scale: LossScale.State | None

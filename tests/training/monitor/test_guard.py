@@ -163,7 +163,7 @@ def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypa
 
 def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypatch, capsys):
     scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
-    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: next(scores))
     assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
     assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
     assert checkpoint.best(workplace / "run").path.name == "step_00000020"
@@ -236,7 +236,7 @@ def rows_of(*train_losses):
 def test_a_spike_is_noticed_once_and_falling_or_noisy_losses_are_not():
     draw = torch.Generator().manual_seed(0)
     noisy = [6 * math.exp(-i / 80) + 3 + 0.3 * torch.randn((), generator=draw).item() for i in range(600)]
-    guard = Guard([])
+    guard = Guard([], 3)
     assert not any(guard.see(row) for row in rows_of(*noisy))
     assert [guard.see(row) for row in rows_of(9.0, 9.5, 3.0, 8.0)] == [True, False, False, True]
     assert guard.usual_loss == pytest.approx(3, abs=0.3)
@@ -244,7 +244,7 @@ def test_a_spike_is_noticed_once_and_falling_or_noisy_losses_are_not():
 
 def test_a_guard_made_from_the_past_is_the_guard_that_saw_it():
     rows = rows_of(*[3.0] * SPIKE_WINDOW) + [{"step": 65, "train_loss": None, "skipped": True}] * 3
-    guard = Guard(rows)
+    guard = Guard(rows, 3)
     assert (guard.skipped, guard.in_a_row) == (3, 3)
     assert guard.see({"train_loss": 4.0})
     assert guard.in_a_row == 0 and guard.skipped == 3

@@ -478,7 +478,7 @@ def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, mon
     def spy(folder, run, corpus, training, step, *rest):
         seen.append((step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
 
-    monkeypatch.setattr("training.monitor.report.FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 1e9)
     monkeypatch.setattr("training.run.checkpoint.save", spy)
     assert call("train", [*SMOKE, "steps=7", "save_every=3", "eval_every=100", "run_dir=run"], monkeypatch) == 0
     assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]
