@@ -108,7 +108,7 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
     done; preview: samples a text."""
     from common.signals import Stopped
     from data.batches import micro_batches
-    from training.run.replay import keep
+    from training.run.replay import save_failed_step
     from training.step import train_step
 
     run, state, monitor = session.run, session.state, session.monitor
@@ -141,7 +141,7 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
         if stopping or session.save_is_due(done):
             session.save(done, evaluation)
         if monitor.guard.diverged:
-            raise keep(session.folder, run, session.corpus, state, done, monitor.guard.in_a_row, batches)
+            raise save_failed_step(session.folder, run, session.corpus, state, done, monitor.guard.in_a_row, batches)
         if stopping:
             session.leave(done)
         if run.sample_every and done % run.sample_every == 0 and done < run.steps:

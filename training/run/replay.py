@@ -37,7 +37,7 @@ SHOWN = 120  # characters of each text
 NAMED = 6  # parameters
 
 
-def keep(
+def save_failed_step(
     folder: Path,
     run: Run,
     corpus: Prepared,
