@@ -111,13 +111,20 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
     from training.run.replay import save_failed_step
     from training.step import train_step
 
-    run, state, monitor = session.run, session.state, session.monitor
+    run = session.run
+    state = session.state
+    monitor = session.monitor
     evaluation = session.evaluate_before_steps(done)
     for step in range(done, run.steps):
         with monitor.timing_data():
-            sizes = run.sequences, run.micro_batch_size
             batches = micro_batches(
-                session.corpus.train, run.model.context_length, run.seed, step, *sizes, monitor.device
+                session.corpus.train,
+                run.model.context_length,
+                run.seed,
+                step,
+                run.sequences,
+                run.micro_batch_size,
+                monitor.device,
             )
         try:
             result = train_step(

@@ -55,8 +55,8 @@ def evaluate(
     between: Between = go_on,
 ) -> Score:
     """The validation loss of a stream, in windows of `length` that do not overlap. byte_lengths: (V,) bytes of text
-    that each token stands for. tokens: only the windows that lie between two of the stream's tokens. between: may give the
-    evaluation up by an exception."""
+    that each token stands for. tokens: only the windows that lie between two of the stream's tokens. between: may give
+    the evaluation up by an exception."""
     batches = evaluation_batches(stream, length, batch_size, tokens)
 
     def announced() -> Iterator[tuple[Tensor, Tensor]]:

@@ -30,8 +30,8 @@ PEAKS = {
 
 def flops_of(config: ModelConfig, corpus: Prepared, document_mask: bool) -> cost.Flops:
     """FLOPs per token of a model on this corpus. With document_mask, pairs of query and key count within documents
-    only, as a sample of the training windows holds them: a kernel that computes the others and hides them reaches a lower
-    MFU."""
+    only, as a sample of the training windows holds them: a kernel that computes the others and hides them reaches a
+    lower MFU."""
     tokenizer, length = corpus.tokenizer, config.context_length
     documents = sampled_positions(corpus.train, length, tokenizer.end_of_text) if document_mask else None
     return cost.flops(config, tokenizer.vocab_size, documents)

@@ -250,6 +250,20 @@ def test_a_guard_made_from_the_past_is_the_guard_that_saw_it():
     assert guard.in_a_row == 0 and guard.skipped == 3
 
 
+def test_guard_of_a_resumed_run_that_had_diverged_waits_for_a_step_of_its_own():
+    bad = {"train_loss": None, "skipped": True}
+    guard = Guard([bad, bad], 2)
+    assert guard.diverged_before and not guard.diverged
+    guard.see(bad)
+    assert guard.diverged_before and guard.diverged
+    guard.see({"train_loss": 3.0})
+    assert not guard.diverged_before and not guard.diverged
+    for _ in range(2):
+        assert not guard.diverged
+        guard.see(bad)
+    assert guard.diverged and not guard.diverged_before
+
+
 def test_a_spike_in_a_run_is_said(workplace, monkeypatch, capsys):
     calls = []
 
