@@ -287,7 +287,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("overrides", "complaint"), BAD, ids=[" ".join(overrides) for overrides, _ in BAD])
-def test_plot_with_invalid_arguments_is_refused_in_one_line(overrides, complaint):
+def test_nonsense_is_refused_in_one_line(overrides, complaint):
     with pytest.raises(UserError) as caught:
         load_composed(*overrides)
     assert complaint in str(caught.value)
