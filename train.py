@@ -1,4 +1,4 @@
-"""Trains a language model: the story of one run, from the composed configuration to a sampled text.
+"""Train a language model: the story of one run, from the composed configuration to a sampled text.
 
 python train.py                                   # tiny MHA model on SymPy's source, minutes on a laptop
 python train.py attention=mla steps=300           # any setting of conf/ can be overridden

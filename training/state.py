@@ -27,5 +27,5 @@ class TrainState(NamedTuple):
 
     @property
     def loss_scale(self) -> LossScale | None:
-        """Of float16."""
+        """The loss scale of float16; None in other precisions."""
         return self.mixed.loss_scale

@@ -45,7 +45,7 @@ def begin_or_resume(
 
 @dataclass
 class Session:
-    """What the training loop does between steps."""
+    """Evaluates, saves and stops, for the training loop between its steps."""
 
     run: Run
     folder: Path
