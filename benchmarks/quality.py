@@ -34,12 +34,11 @@ from common.console import to_stderr
 from common.errors import UserError, reason
 from common.figures import refuse_unwritable
 from data.batches import micro_batches, refuse_short, stack, windows
-from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
-from runtime.precision import MixedPrecision
 from training.evaluate import evaluate
 from training.monitor.plot import empty_axes, save_axes
+from training.state import TrainState
 from training.step import losses_of, train_step
 
 NANOGPT = "nanoGPT"
@@ -245,20 +244,29 @@ def _settled(clock: Callable[[], float]) -> float:
 
 def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text, device: torch.device) -> Recipe:
     def begin(seed: int, steps: int) -> Candidate:
-        run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}")
+        run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}", f"precision={args.precision}")
         length, micro = run.model.context_length, run.micro_batch_size
-        model = TransformerLM(run.model, size.vocab, seed).to(device)
-        mixed, optimizer, clip = MixedPrecision(model, args.precision), run.optim.build(model), run.optim.clip(model)
-        loss, losses = losses_of(run.data, 0, clip, run.activation_checkpointing, run.compilation)
+        state = TrainState.create(run, size.vocab, device)
+        loss, losses = losses_of(run.data, 0, state.clip, run.activation_checkpointing, run.compilation)
 
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)
-            train_step(mixed, optimizer, batches, run.lr(number), run.clip_norm, (seed, number), loss, clip)
+            seeds = seed, number
+            train_step(
+                state.mixed,
+                state.optimizer,
+                batches,
+                run.lr(number),
+                run.clip_norm,
+                seeds=seeds,
+                loss=loss,
+                clip=state.clip,
+            )
 
         def score() -> float:
-            mixed.copy_master_weights()
+            state.mixed.copy_master_weights()
             some, ones = slice(args.val_tokens), torch.ones(size.vocab)
-            return evaluate(mixed.model, text.val, length, micro, ones, some, losses).loss
+            return evaluate(state.mixed.model, text.val, length, micro, ones, tokens=some, losses=losses).loss
 
         return Candidate(step, score)
 

@@ -55,7 +55,7 @@ def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, ca
     assert f"runs/{run.name}" in out and "The key" in out.split("validation")[0]
     assert f"next         {command('sample.py', 'a beginning of yours', '--run')}" in out
     assert "4 heads, positions by rope, 119,424 parameters on cpu" in err
-    assert "step 30/30" in err and re.search(r"1 micro-batches of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
+    assert "step 30/30" in err and re.search(r"1 micro-batch of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
     assert err.count("The key") >= 1  # the preview at step 20
 
 

@@ -18,14 +18,14 @@ from common.streams import print_line
 from data.batches import refuse_short
 from data.shards.prepare import Prepared, missing, prepare
 from model import cost
-from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.memory import free_memory
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
-from training.epochs import epochs, repetitions, tokens_of_epoch
+from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
+from training.state import TrainState
 from training.step import accumulate, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into
@@ -138,8 +138,8 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
     behind = f" ({done:,} are done)" if done else ""
     read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
     yield f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
-    for warning in repetitions(run, corpus, done) if corpus else ():
-        yield f"warning      {warning}"
+    if corpus:
+        yield from repetition_warnings(run, corpus, done)
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:
@@ -175,8 +175,8 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     made up: real ones take as long, and may not be there."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
-    model = TransformerLM(run.model, vocab_size, run.seed).to(device)
-    mixed, optimizer = MixedPrecision(model, run.precision), run.optim.build(model)
+    state = TrainState.create(run, vocab_size, device)
+    mixed = state.mixed
     shape, pieces = (run.micro_batch_size, run.model.context_length), run.sequences // run.micro_batch_size
     tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(run.seed)).to(device)
 
@@ -185,7 +185,7 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
 
     def update() -> float:
         """With the gradients there are: all that a step does besides its micro-batches."""
-        return _seconds(device, lambda: train_step(mixed, optimizer, [], run.lr(0), run.clip_norm))
+        return _seconds(device, lambda: train_step(mixed, state.optimizer, [], run.lr(0), run.clip_norm))
 
     def work(tokens: Tensor) -> float:
         return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))

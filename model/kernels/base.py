@@ -47,6 +47,11 @@ def say_once(level: int, message: str) -> None:
 say_once._dynamo_marked_constant = True
 
 
+def _heads(x: Tensor, kind: str) -> str:
+    count = x.shape[2]
+    return f"{count} {kind} {'head' if count == 1 else 'heads'}"
+
+
 def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all. On the meta device
     nothing runs."""
@@ -56,6 +61,6 @@ def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
     say_once(
         logging.INFO,
-        f"kernel {name}: {q.shape[2]} query heads on {k.shape[2]} key heads of {q.shape[3]}, "
+        f"kernel {name}: {_heads(q, 'query')} on {_heads(k, 'key')} of {q.shape[3]}, "
         f"values of {v.shape[3]}, {phase} mask, {str(q.dtype).removeprefix('torch.')} on {q.device.type}{grad}",
     )

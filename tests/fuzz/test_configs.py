@@ -180,7 +180,9 @@ def check_training(run: Run, spoilt: bool) -> None:
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
     batches = [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
-    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, (run.seed, 0))
+    result = train_step(
+        MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, seeds=(run.seed, 0)
+    )
     assert result.loss.isfinite()
     after = model.state_dict()
     changed = any(not torch.equal(tensor, before[name]) for name, tensor in after.items())

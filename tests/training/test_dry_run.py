@@ -188,7 +188,7 @@ def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace
 
 def test_nothing_is_timed_where_the_memory_would_not_suffice(workplace, monkeypatch, capsys):
     monkeypatch.setattr("runtime.memory.memory_left", lambda: 3_000_000)
-    monkeypatch.setattr("training.dry_run.TransformerLM", None)
+    monkeypatch.setattr("training.dry_run.TrainState", None)
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "no step can be timed here (it may take" in out and "3 MB are free)" in out

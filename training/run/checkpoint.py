@@ -41,9 +41,10 @@ from runtime.precision import LossScale
 from training.optim.base import Kept
 from training.run.config import Run, dump, load
 from training.run.folder import check_format, read_config, resume_command, saved, step_of, write_config
-from training.run.metrics_file import MOST_STEPS, PICTURE, read_metrics
+from training.run.metrics_file import MAX_STEPS, PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_settings, check_steps
+from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
 MAX_MANIFEST_BYTES = 2**24
@@ -52,14 +53,6 @@ MAX_SHOWN = 80  # characters of a value
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 log = logging.getLogger("headroom")
-
-
-class TrainState(NamedTuple):
-    """The state that a step changes."""
-
-    model: TransformerLM
-    optimizer: torch.optim.Optimizer
-    loss_scale: LossScale | None
 
 
 class FileMark(FrozenSettings):
@@ -71,7 +64,7 @@ class Manifest(FrozenSettings):
     """The manifest of a checkpoint: all but its tensors."""
 
     format: int
-    step: int = Field(ge=1, le=MOST_STEPS)  # updates done
+    step: int = Field(ge=1, le=MAX_STEPS)  # updates done
     # Nats per token on the first eval_tokens of the validation set, where it was scored:
     val_loss: float | None = Field(ge=0)
     loss_scale: LossScale.State | None

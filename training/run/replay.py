@@ -37,7 +37,7 @@ MAX_TEXT_SHOWN = 120  # characters of each text
 MAX_PARAMETERS_NAMED = 6  # parameters
 
 
-def keep(
+def save_failed_step(
     folder: Path,
     run: Run,
     corpus: Prepared,

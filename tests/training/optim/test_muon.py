@@ -178,7 +178,7 @@ def test_its_state_is_what_it_keeps_and_has_a_name_for_each_tensor():
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
-    names = set(_optimizer_tensors(TrainState(model, optimizer, None)))
+    names = set(_optimizer_tensors(TrainState(model, None, optimizer)))
     assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names
 
 

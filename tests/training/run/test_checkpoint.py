@@ -130,7 +130,7 @@ def test_an_optimizers_state_is_what_it_keeps_and_nothing_else(trained, name, ch
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
-    training = checkpoint.TrainState(model, settings.optim.build(model), None)
+    training = checkpoint.TrainState(model, None, settings.optim.build(model))
     checkpoint._load_optimizer(found, training)
     found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
     with pytest.raises(UserError, match=complaint):
@@ -478,7 +478,7 @@ def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, mon
     def spy(folder, run, corpus, training, step, *rest):
         seen.append((step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
 
-    monkeypatch.setattr("training.monitor.report.FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 1e9)
     monkeypatch.setattr("training.run.checkpoint.save", spy)
     assert call("train", [*SMOKE, "steps=7", "save_every=3", "eval_every=100", "run_dir=run"], monkeypatch) == 0
     assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]

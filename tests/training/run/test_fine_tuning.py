@@ -12,7 +12,7 @@ from common.invocation import command
 from model.score import Score
 from tests.support import SMOKE, call, changed, load_composed
 from tests.training.runs import assert_same_run, losses, rewind
-from training.epochs import repetitions
+from training.epochs import repetition_warnings
 from training.run import checkpoint
 from training.run.load import load_run
 
@@ -57,7 +57,7 @@ def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkey
 
 def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monkeypatch, capsys):
     scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
-    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: next(scores))
     assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert (
@@ -72,7 +72,7 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
 
 def test_repetitions_of_a_short_text_name_the_steps_that_are_enough():
     def said(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
-        return list(repetitions(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
+        return list(repetition_warnings(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
 
     assert said("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
     (line,) = said("steps=25_000")

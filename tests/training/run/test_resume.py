@@ -261,7 +261,7 @@ def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, m
         assert kept.val_loss == losses(workplace / "whole")[7][4]
 
 
-@pytest.mark.parametrize("killed_in", ["training.monitor.report.Report.complete", "training.run.checkpoint.score"])
+@pytest.mark.parametrize("killed_in", ["training.monitor.monitor.Monitor.complete", "training.run.checkpoint.score"])
 def test_a_kill_while_a_run_makes_up_for_an_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
     options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
     undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"
