@@ -32,7 +32,7 @@ from benchmarks.train import SIZES, Size, refuse_shared, run_of
 from common.cli import number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
-from common.figures import refuse_unwritable
+from common.figures import check_writable
 from data.batches import micro_batches, refuse_short, stack, windows
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
@@ -116,7 +116,7 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
-        refuse_unwritable(args.picture, "--picture")
+        check_writable(args.picture, "--picture")
     refuse_repeated(args.seeds, "--seeds")
     refuse_repeated([" ".join(overrides.split()) for overrides in args.ours], "--ours")
     refuse_shared(" ".join(args.ours).split(), "--ours")

@@ -19,7 +19,7 @@ NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NOWHERE = "it is a link that leads nowhere: is a disk not mounted?"
 
 
-class Irregular(OSError):
+class NotRegularFile(OSError):
     """Where a file should be stands a folder, a pipe, a device or a socket, a link that leads nowhere, or one that is
     larger than it may be."""
 
@@ -42,7 +42,7 @@ def exists(path: Path) -> bool:
 
 def _refuse_dangling(path: Path) -> None:
     if os.path.islink(path):
-        raise Irregular(NOWHERE)
+        raise NotRegularFile(NOWHERE)
 
 
 def names_in(folder: Path) -> list[str]:
@@ -56,7 +56,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
-    """For reading, `buffering` bytes at one time. Raises OSError, and Irregular for what is not a regular file, which
+    """For reading, `buffering` bytes at one time. Raises OSError, and NotRegularFile for any other file, which
     could block for ever."""
     _refuse_irregular(os.stat(path))  # not opened even: that alone can rewind a tape, or wait for a writer
     file = open(path, "rb", buffering, opener=_without_waiting)  # noqa: SIM115
@@ -73,21 +73,21 @@ def _without_waiting(name: str, flags: int) -> int:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError, and Irregular for any other."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError, and NotRegularFile for any other."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size <= limit:
             content = file.read(limit + 1)  # some files of the system say that they are empty
             if len(content) <= limit:
                 return content
-    raise Irregular(f"it is larger than {limit:,} bytes, the most that is read of it")
+    raise NotRegularFile(f"it is larger than {limit:,} bytes, the most that is read of it")
 
 
 def _refuse_irregular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise Irregular(f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
+        raise NotRegularFile(f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_atomic(path: Path, content: bytes) -> None:
     """Replaces the file as a whole. Raises OSError, and leaves what stood there; also for a link that leads nowhere,
     behind which the file may be."""
     exists(path)
@@ -110,11 +110,11 @@ def make_folder(path: Path, exist_ok: bool = True) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def atomic_folder(final: Path) -> Iterator[Path]:
     """Gives a temporary folder that takes the place of `final` when the block ends without an error.
 
     What stood there is removed only when its successor is on the disk. No call exchanges two folders at once, so a kill
-    can leave none under that name: `sweep` brings the old one back then.
+    can leave none under that name: `remove_unfinished` brings the old one back then.
     """
     temporary = _temporary(final)
     before = final.with_name(f"{REPLACED}{secrets.token_hex(4)}-{final.name}")
@@ -141,14 +141,14 @@ def _settle(before: Path, final: Path) -> None:
         os.rename(before, final)
 
 
-def discard(folder: Path) -> None:
+def remove_atomic(folder: Path) -> None:
     """Removes a folder so that no part of it is ever seen under its name."""
     unfinished = _temporary(folder)
     os.rename(folder, unfinished)
     shutil.rmtree(unfinished)
 
 
-def sweep(folder: Path, name: str = "") -> None:
+def remove_unfinished(folder: Path, name: str = "") -> None:
     """Removes what killed processes left unfinished of `name`, and brings back what they were about to replace; what
     cannot be removed is left. Call it only where no other process can be writing."""
     with suppress(OSError):

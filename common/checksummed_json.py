@@ -14,14 +14,14 @@ def digest(content: dict[str, Any]) -> str:
         raise ValueError("it is nested too deeply") from None
 
 
-def sealed(content: dict[str, Any]) -> str:
+def with_checksum(content: dict[str, Any]) -> str:
     """JSON that carries its own hash. Raises ValueError for a number that JSON does not have: NaN, or an infinity."""
     return json.dumps(content | {"hash": digest(content)}, indent=0, allow_nan=False)
 
 
-def unsealed(text: str) -> dict[str, Any]:
-    """The content of what `sealed` gave. Raises ValueError where a character of it has changed."""
-    content = parsed(text)
+def parse_verified(text: str) -> dict[str, Any]:
+    """The content of what `with_checksum` gave. Raises ValueError where a character of it has changed."""
+    content = parse_object(text)
     if "hash" not in content:
         raise ValueError("it holds no hash")
     if content.pop("hash") != digest(content):
@@ -29,7 +29,7 @@ def unsealed(text: str) -> dict[str, Any]:
     return content
 
 
-def parsed(text: str) -> dict[str, Any]:
+def parse_object(text: str) -> dict[str, Any]:
     """A JSON object. Raises ValueError."""
     try:
         content = json.loads(text)

@@ -6,13 +6,13 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from common.atomic_io import write_whole
+from common.atomic_io import write_atomic
 from common.errors import UserError, reason
 
 FORMATS = ("pdf", "png", "svg")
 
 
-def refuse_unwritable(path: Path, flag: str) -> None:
+def check_writable(path: Path, flag: str) -> None:
     """Raises UserError where `path`, given with `flag`, cannot become a picture."""
     if path.suffix.removeprefix(".") not in FORMATS:
         raise UserError(f"{flag} {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
@@ -35,6 +35,6 @@ def save(figure: Any, path: Path) -> None:
         warnings.filterwarnings("ignore", "constrained_layout not applied")  # a legend of more runs than fit
         figure.savefig(picture, dpi=120, format=path.suffix.removeprefix("."))
     try:
-        write_whole(path, picture.getvalue())
+        write_atomic(path, picture.getvalue())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {reason(error)}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from common.atomic_io import Irregular
+from common.atomic_io import NotRegularFile
 from common.errors import UserError
 
 log = logging.getLogger("headroom")
@@ -19,7 +19,7 @@ def lock(path: Path, busy: str, wait: bool = False) -> AbstractContextManager:
     process holds it: waits, saying what `busy` says, or raises UserError with it. Raises OSError where the file cannot
     be made, or a link or no regular file stands in its place: older releases of filelock empty what a link leads to."""
     if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-        raise Irregular("it is no regular file")
+        raise NotRegularFile("it is no regular file")
     try:
         return FileLock(path).acquire(timeout=0)
     except Timeout:

@@ -14,7 +14,7 @@ from common.errors import UserError, reason
 FileId = tuple[int, int]  # device and inode
 
 
-def matching(pattern: str) -> list[str]:
+def matching_files(pattern: str) -> list[str]:
     """The regular files that a pattern matches, sorted; of several names of one file, the first.
 
     As in a shell: * ? [ ] match within a name, ** any number of folders, none of them names that begin with a dot,
@@ -40,7 +40,7 @@ def files_below(folder: Path) -> list[Path]:
 
     def failed(error: OSError) -> None:
         if error.errno not in NOT_THERE:
-            refuse_unreadable(error.filename, error)
+            raise_unreadable(error.filename, error)
 
     found = (os.path.join(place, name) for place, _, names in os.walk(folder, onerror=failed) for name in names)
     return sorted(Path(path) for path in found if _regular(path) is not None)
@@ -66,7 +66,7 @@ def working_folder() -> str:
         return "a working directory that does not exist any more"
 
 
-def refuse_unreadable(path: str | Path, error: OSError, advice: str | None = None) -> NoReturn:
+def raise_unreadable(path: str | Path, error: OSError, advice: str | None = None) -> NoReturn:
     """Raises the error as a UserError that names the file or folder, and the way out."""
     raise UserError(f"{path} cannot be read: {reason(error)}" + (f": {advice}" if advice else "")) from None
 
@@ -111,7 +111,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
     except OSError as error:
         if error.errno in NOT_THERE:
             return []
-        refuse_unreadable(folder or os.curdir, error, "allow it, or give a path that leads elsewhere")
+        raise_unreadable(folder or os.curdir, error, "allow it, or give a path that leads elsewhere")
 
 
 def _regular(path: str) -> FileId | None:
@@ -128,4 +128,4 @@ def _status(path: str) -> os.stat_result | None:
     except OSError as error:
         if error.errno in NOT_THERE:
             return None
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)

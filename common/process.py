@@ -31,7 +31,7 @@ def start(*packages: str) -> None:
     from common.errors import reason
     from common.invocation import how_to_install
 
-    streams.mend()
+    streams.replace_standard_streams()
     try:
         os.getcwd()
     except OSError as error:

@@ -27,7 +27,7 @@ class StdoutLost(OSError):
         return self.errno in LEFT
 
 
-def mend() -> None:
+def replace_standard_streams() -> None:
     """Replaces sys.stdin, stdout and stderr. Call it once, before any file is opened: one that is opened while a stream
     is closed takes its number, and what was meant for the stream would be written into the file."""
     global _stdout
@@ -104,7 +104,7 @@ def print_line(line: str) -> None:
     print(escaped(line), flush=True)
 
 
-def on_stdout(text: str) -> str:
+def escaped_for_terminal(text: str) -> str:
     """A text of somebody else's as stdout may have it: as it is, but on a terminal with control characters as
     escapes."""
     return escaped(text, keep="\t\n") if sys.stdout.isatty() else text
@@ -112,7 +112,7 @@ def on_stdout(text: str) -> str:
 
 def show(text: str) -> None:
     """The same, written at once."""
-    print(on_stdout(text), end="", flush=True)
+    print(escaped_for_terminal(text), end="", flush=True)
 
 
 def json_line(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from common.atomic_io import exists
 from common.cli import CONF, Parser, number
 from common.errors import UserError, reason
-from common.figures import refuse_unwritable
+from common.figures import check_writable
 from common.paths import entering
 
 MOST_SAMPLES = 1024
@@ -83,7 +83,7 @@ def arguments(description: str) -> argparse.Namespace:
         args.prompt = read_text(Path("-"), "the prompt")
     args.prompt = args.prompt or ""
     if args.attention_map is not None:
-        refuse_unwritable(args.attention_map, "--attention-map")
+        check_writable(args.attention_map, "--attention-map")
     args.text = None if args.score is None else read_text(args.score, "--score")
     if args.text == "":
         raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from common.atomic_io import exists, make_folder, names_in, remove, sweep, whole_folder
+from common.atomic_io import atomic_folder, exists, make_folder, names_in, remove, remove_unfinished
 from common.errors import UserError
 from common.lock import lock
 from data.shards.document_index import line, names_file
@@ -70,7 +70,7 @@ def build(
     parts are kept then, and the next call goes on after them."""
     parts, began = _parts_of(folder), time.monotonic()
     make_folder(parts)
-    sweep(parts)
+    remove_unfinished(parts)
     total = None if size.train is None else (size.train + size.val) / 1e6
     try:
         with _progress() as progress:
@@ -82,7 +82,7 @@ def build(
         if corpus.fingerprint() != fingerprint:
             discard_parts(folder)
             raise UserError(f"the documents of data={corpus.name} changed while they were read: run again")
-        with whole_folder(folder) as building:
+        with atomic_folder(folder) as building:
             _assemble(parts, building)
             contents_file(building).write_text(contents.described(len(corpus.sources())))
     except BaseException:
@@ -121,7 +121,7 @@ def discard_abandoned(cache_dir: Path) -> None:
             age = (time.time() - parts.stat().st_mtime) / 86400  # the folder changes with every part that ends
             if age > DAYS:
                 with lock(lock_file(cache_dir / name), "in use"):
-                    sweep(cache_dir, name)
+                    remove_unfinished(cache_dir, name)
                     shutil.rmtree(parts)
                 log.info(f"removed {parts}: parts of a build that ended midway and was left for {age:.0f} days")
 
@@ -176,7 +176,7 @@ def _encode(
                 advance(_bytes(document))
             totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
             continue
-        with whole_folder(folder) as building:
+        with atomic_folder(folder) as building:
             kind = (tokenizer.dtype, tokenizer.hash, 2**62, number)
             writers = {split: ShardWriter(building, split, *kind, totals[split]) for split in SPLITS}
             with names_file(building, "train").open("w") as train, names_file(building, "val").open("w") as val:

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.atomic_io import exists, make_folder, names_in, open_regular, read_regular, sweep
+from common.atomic_io import exists, make_folder, names_in, open_regular, read_regular, remove_unfinished
 from common.checksummed_json import digest
 from common.errors import UserError, reason
 from common.lock import lock
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from data.shards.build import build, contents_file, discard_abandoned, discard_parts, lock_file, measure
 from data.shards.document_index import BLOCK, names_file, names_of
 from data.shards.token_files import VERSION, TokenStream, open_stream
@@ -112,7 +112,7 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         ) from None
     discard_abandoned(folder.parent)  # before more room is needed
     with guard:
-        sweep(folder.parent, folder.name)
+        remove_unfinished(folder.parent, folder.name)
         if not _exists(folder):
             try:
                 build(corpus, fingerprint, config, folder, size)
@@ -135,7 +135,7 @@ def _exists(folder: Path) -> bool:
         return exists(folder)
     except OSError as error:
         advice = "make it readable, or give another folder as cache_dir="
-        refuse_unreadable(f"cache_dir={folder.parent}", error, advice)
+        raise_unreadable(f"cache_dir={folder.parent}", error, advice)
 
 
 def _refuse_unreadable(path: Path) -> None:
@@ -145,4 +145,4 @@ def _refuse_unreadable(path: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        refuse_unreadable(path, error, "make it readable, then run again")
+        raise_unreadable(path, error, "make it readable, then run again")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.atomic_io import names_in, open_regular
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 
 MAGIC = b"HEADROOM"
@@ -70,7 +70,7 @@ class ShardWriter:
             "tokenizer": self.tokenizer_hash,
             "sha256": self.digest.hexdigest(),
         }
-        encoded = sealed(header).encode()
+        encoded = with_checksum(header).encode()
         self.file.seek(0)
         self.file.write(MAGIC + len(encoded).to_bytes(8, "little") + encoded)
         self.file.close()
@@ -142,7 +142,7 @@ def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
     if len(head) < HEADER_BYTES or not head.startswith(MAGIC):
         raise UserError(f"{path} is not a shard, or its header is damaged: {_rebuild(path)}")
     try:
-        header = unsealed(head[16 : 16 + int.from_bytes(head[8:16], "little")].decode())
+        header = parse_verified(head[16 : 16 + int.from_bytes(head[8:16], "little")].decode())
         if header["version"] != VERSION:
             raise UserError(
                 f"{path} has format version {header['version']}, this program reads {VERSION}: {_rebuild(path)}"

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal
 from pydantic import Field, field_validator
 
 from common.errors import UserError
-from common.paths import is_folder, matching, refuse_unreadable, working_folder
+from common.paths import is_folder, matching_files, raise_unreadable, working_folder
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.kinds import AS_IT_IS, HEAD, MARK, WAY_OUT, refuse_markup, refuse_nul, refuse_other_kind
 from data.sources.tables import cells, format_of, refuse_no_column
@@ -155,7 +155,7 @@ class FilesCorpus(Corpus):
             )
 
     def _files(self) -> list[str]:
-        found = matching(self.path)
+        found = matching_files(self.path)
         if found:
             return found
         path = os.path.expanduser(self.path)
@@ -175,7 +175,7 @@ def _open(path: str) -> BinaryIO:
     try:
         return Path(path).open("rb")
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
 
 
 def _hash(path: str) -> bytes:
@@ -197,7 +197,7 @@ def _read(file: BinaryIO, path: str, count: int) -> bytes:
     try:
         return file.read(count)
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
 
 
 def _mark(file: BinaryIO, path: str) -> bytes:
@@ -260,7 +260,7 @@ def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> I
                 if text:
                     yield f"{path}:{number}", text
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text any more: {WAY_OUT}") from None
 

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from pydantic import Field
 
 from common.errors import UserError, reason
-from common.paths import files_below, is_folder, refuse_unreadable
+from common.paths import files_below, is_folder, raise_unreadable
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
 
@@ -229,6 +229,6 @@ def _hash(folder: Path) -> str:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
-            refuse_unreadable(path, error)
+            raise_unreadable(path, error)
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from data.sources.corpus import Corpus, Document, SplitRule
 
 log = logging.getLogger("headroom")
@@ -59,7 +59,7 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
 
 
 class SympyCorpus(SourceCorpus):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from data.sources.json_values import values
 
 FORMATS = {
@@ -87,7 +87,7 @@ def _one_line(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert or exclude it") from None

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from common.atomic_io import read_regular, write_whole
-from common.checksummed_json import digest, parsed, unsealed
+from common.atomic_io import read_regular, write_atomic
+from common.checksummed_json import digest, parse_object, parse_verified
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
 from data.tokenizers.patterns import KNOWN, PATTERN, PIECE, Piece, bounded, pieces
@@ -78,7 +78,7 @@ class Tokenizer(ABC):
         return digest(self.describe())
 
     def save(self, path: Path) -> None:
-        write_whole(path, json.dumps(self.content(), indent=0).encode())
+        write_atomic(path, json.dumps(self.content(), indent=0).encode())
 
 
 class ByteTokenizer(Tokenizer):
@@ -284,11 +284,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def _tokenizer_of(text: str) -> Tokenizer:
     """Raises ValueError, KeyError, TypeError or AttributeError where it is not what `Tokenizer.save` wrote, now or in
     older runs."""
-    content = parsed(text)
+    content = parse_object(text)
     if "model" in content:
         tokens, merges, rules = read(content)
     else:
-        rules, merges = unsealed(text), None
+        rules, merges = parse_verified(text), None
         tokens = [base64.b64decode(token, validate=True) for token in rules.pop("tokens", ())]
     if rules == ByteTokenizer().describe() and tokens in ([], [*ByteTokenizer.tokens]):
         return ByteTokenizer()

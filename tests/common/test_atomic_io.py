@@ -9,17 +9,17 @@ import sys
 import pytest
 
 from common.atomic_io import (
-    Irregular,
-    discard,
+    NotRegularFile,
+    atomic_folder,
     exists,
     make_folder,
     names_in,
     read_regular,
-    sweep,
-    whole_folder,
-    write_whole,
+    remove_atomic,
+    remove_unfinished,
+    write_atomic,
 )
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError
 from common.lock import lock
 from tests.support import ROOT
@@ -27,12 +27,12 @@ from tests.support import ROOT
 
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    write_whole(path, b"one")
+    write_atomic(path, b"one")
     assert path.read_bytes() == b"one"
     for call in ("os.fsync", "os.replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
             patch.setattr(call, fail)
-            write_whole(path, b"two")
+            write_atomic(path, b"two")
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
         assert path.read_bytes() == b"one"
 
@@ -49,7 +49,7 @@ def fail_with(rename, source, target):
 @pytest.mark.parametrize("fault", [None, "block", "os.fsync", "os.rename", "second rename"])
 def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fault):
     final = tmp_path / "f"
-    with whole_folder(final) as writing:
+    with atomic_folder(final) as writing:
         (writing / "a").write_text("one")
         assert not final.exists()
     if fault is not None:
@@ -58,13 +58,13 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
                 patch.setattr("os.rename", lambda *paths, rename=os.rename: fail_with(rename, *paths))
             elif fault != "block":
                 patch.setattr(fault, fail)
-            with whole_folder(final) as writing:
+            with atomic_folder(final) as writing:
                 (writing / "a").write_text("two")
                 if fault == "block":
                     fail()
         assert (final / "a").read_text() == "one"
     else:
-        with whole_folder(final) as writing:
+        with atomic_folder(final) as writing:
             (writing / "b").write_text("two")
         assert [p.name for p in final.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -74,7 +74,7 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
 def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, killed_after, name):
     final, renamed, rename = tmp_path / "f", [], os.rename
-    with whole_folder(final) as writing:
+    with atomic_folder(final) as writing:
         (writing / "a").write_text("old")
 
     def killed(*paths):
@@ -87,11 +87,11 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
         patch.setattr("os.rename", killed)
         # A kill unwinds nothing.
         patch.setattr("common.atomic_io._settle", fail if killed_after == 2 else lambda *_: None)
-        with pytest.raises(OSError, match="full"), whole_folder(final) as writing:
+        with pytest.raises(OSError, match="full"), atomic_folder(final) as writing:
             (writing / "a").write_text("new")
-    sweep(tmp_path, "other")
+    remove_unfinished(tmp_path, "other")
     assert len([*tmp_path.iterdir()]) == (2 if killed_after == 2 else 1)
-    sweep(tmp_path, name)
+    remove_unfinished(tmp_path, name)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert (final / "a").read_text() == ("new" if killed_after == 2 else "old")
 
@@ -101,7 +101,7 @@ def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeyp
     calls = []
     monkeypatch.setattr("common.atomic_io._sync", lambda path: calls.append(path.name.split("-")[0]))
     monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))
-    with whole_folder(tmp_path / "f") as writing:
+    with atomic_folder(tmp_path / "f") as writing:
         (writing / "a").touch()
         (writing / "b").touch()
     assert sorted(calls[:2]) == ["a", "b"]
@@ -111,9 +111,9 @@ def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeyp
 def test_what_is_made_obeys_the_umask(tmp_path):
     before = os.umask(0o077)
     try:
-        write_whole(tmp_path / "a", b"")
+        write_atomic(tmp_path / "a", b"")
         make_folder(tmp_path / "x/y")
-        with whole_folder(tmp_path / "f") as writing:
+        with atomic_folder(tmp_path / "f") as writing:
             (writing / "b").touch()
     finally:
         os.umask(before)
@@ -124,10 +124,10 @@ def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
     for name in (".writing-a-1", ".writing-b-1", "a"):
         (tmp_path / name).mkdir()
     (tmp_path / ".writing-file").touch()
-    sweep(tmp_path, "a")
+    remove_unfinished(tmp_path, "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".writing-b-1", ".writing-file", "a"]
-    sweep(tmp_path)
-    discard(tmp_path / "a")
+    remove_unfinished(tmp_path)
+    remove_atomic(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
@@ -144,7 +144,7 @@ def test_only_regular_files_of_a_stated_size_are_read(tmp_path, stand):
     (tmp_path / "whole").write_bytes(b"1234")
     assert read_regular(tmp_path / "whole", 4) == b"1234"
     stand(tmp_path / "a")
-    with pytest.raises(Irregular) as refused:
+    with pytest.raises(NotRegularFile) as refused:
         read_regular(tmp_path / "a", 4)
     assert refused.value.strerror
 
@@ -154,7 +154,7 @@ def test_what_cannot_be_told_is_not_missing(tmp_path, monkeypatch):
     assert exists(tmp_path / "a") and not exists(tmp_path / "b") and not exists(tmp_path / "a/c")
     assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "b") == []
     (tmp_path / "link").symlink_to(tmp_path / "disk that is away")
-    for look in (exists, names_in, lambda path: write_whole(path, b"anew")):
+    for look in (exists, names_in, lambda path: write_atomic(path, b"anew")):
         with pytest.raises(OSError, match="it is a link that leads nowhere"):
             look(tmp_path / "link")
     assert names_in(tmp_path) == ["a", "link"]
@@ -200,12 +200,12 @@ def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
 
 def test_what_is_sealed_is_noticed_when_it_changes():
     content = {"a": [1, 2.5, None], "b": {"é": "x"}}
-    text = sealed(content)
-    assert unsealed(text) == content
+    text = with_checksum(content)
+    assert parse_verified(text) == content
     for i, character in enumerate(text):
         changed = text[:i] + ("7" if character != "7" else "8") + text[i + 1 :]
         with pytest.raises(ValueError):
-            unsealed(changed)
+            parse_verified(changed)
     for nonsense in ("", "[]", "3", "{}", json.dumps(content), "[" * 100_000, '{"hash": {}}'):
         with pytest.raises(ValueError):
-            unsealed(nonsense)
+            parse_verified(nonsense)

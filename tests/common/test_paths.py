@@ -7,7 +7,7 @@ import os
 import pytest
 
 from common.errors import UserError
-from common.paths import files_below, matching
+from common.paths import files_below, matching_files
 from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.python_source import SympyCorpus
@@ -29,17 +29,17 @@ PATTERNS = ["d/*.txt", "d/**/*.txt", "d/**", "**/*.txt", "*/*/*.txt", "d/[ab].tx
 def test_patterns_mean_what_they_do_elsewhere(tree, pattern):
     for prefix in ("", f"{tree}/"):
         expected = sorted(path for path in glob.glob(prefix + pattern, recursive=True) if os.path.isfile(path))
-        assert matching(prefix + pattern) == expected
+        assert matching_files(prefix + pattern) == expected
 
 
 @pytest.mark.parametrize("pattern", ["d/**/*.txt", "d/**/**/*.txt", "d/**", "d/**/**", "**/[a-z].txt"])
 def test_each_file_is_read_once_and_links_to_folders_have_no_loops(tree, pattern):
-    expected = [path for path in matching(pattern) if path.startswith("d/")]
+    expected = [path for path in matching_files(pattern) if path.startswith("d/")]
     for link, target in {"self": ".", "again": ".", "sub/up": "..", "sub/deep/root": str(tree)}.items():
         (tree / "d" / link).symlink_to(target)
     (tree / "d" / "z.txt").symlink_to("a.txt")
     os.link(tree / "d" / "b.txt", tree / "d" / "y.txt")
-    assert [path for path in matching(pattern) if path.startswith("d/")] == expected
+    assert [path for path in matching_files(pattern) if path.startswith("d/")] == expected
     documents = list(FilesCorpus(path="d/**/*.txt").read())
     train, val = ([d.name for d in documents if d.held_out == side] for side in (False, True))
     assert train == val == ["d/a.txt", "d/b.txt", "d/sub/c.txt", "d/sub/deep/a.txt"]
@@ -51,25 +51,25 @@ def test_links_are_read_where_they_are_named(tree):
     (tree / "one.txt").symlink_to("d/a.txt")
     (tree / "gone.txt").symlink_to("nothing")
     (tree / "loop.txt").symlink_to("loop.txt")
-    assert matching("link/*.txt") == matching("l*k/*.txt") == ["link/c.txt"]
-    assert matching("link/**/*.txt") == ["link/c.txt", "link/deep/a.txt"]
-    assert matching("*.txt") == ["one.txt"]
+    assert matching_files("link/*.txt") == matching_files("l*k/*.txt") == ["link/c.txt"]
+    assert matching_files("link/**/*.txt") == ["link/c.txt", "link/deep/a.txt"]
+    assert matching_files("*.txt") == ["one.txt"]
 
 
 def test_what_is_there_is_taken_literally(tree, monkeypatch):
     for name in ("book [v1].txt", "book 1.txt", "vol [2]/a.txt", "vol 2/a.txt"):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text("x")
-    assert matching("book [v1].txt") == ["book [v1].txt"]
-    assert matching("vol [2]/*.txt") == ["vol [2]/a.txt"]
-    assert matching("book [12].txt") == ["book 1.txt"]
+    assert matching_files("book [v1].txt") == ["book [v1].txt"]
+    assert matching_files("vol [2]/*.txt") == ["vol [2]/a.txt"]
+    assert matching_files("book [12].txt") == ["book 1.txt"]
     monkeypatch.setenv("HOME", str(tree / "d"))
-    assert matching("~/[a]*.txt") == [f"{tree}/d/a.txt"]
+    assert matching_files("~/[a]*.txt") == [f"{tree}/d/a.txt"]
 
 
 def test_pipes_and_devices_are_never_opened(tree):
     os.mkfifo(tree / "d" / "pipe.txt")
-    assert matching("d/*.txt") == ["d/a.txt", "d/b.txt"]
+    assert matching_files("d/*.txt") == ["d/a.txt", "d/b.txt"]
     assert "pipe.txt" not in {path.name for path in files_below(tree / "d")}
     for path in ("d/pipe.txt", "/dev/zero"):
         with pytest.raises(UserError, match=r"is a pipe or a device, .*: write what it gives to a file"):

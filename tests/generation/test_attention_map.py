@@ -91,7 +91,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.figures.write_whole", full)
+    monkeypatch.setattr("common.figures.write_atomic", full)
     with pytest.raises(UserError, match=r"map.png cannot be written: No space left on device"):
         draw_attention(model_of_bytes("attention=mha"), ByteTokenizer(), "xy", tmp_path / "map.png", "run")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from common.console import percent
 from common.errors import UserError, escaped, reason
 from common.invocation import command
-from common.streams import on_stdout, print_stderr, write_if_possible
+from common.streams import escaped_for_terminal, print_stderr, write_if_possible
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
 from model.score import Score
@@ -184,7 +184,7 @@ class Report:
             f"             {self._longer()}",
             f"             {command('train.py', '--help')}",
         ]
-        lost = write_if_possible("\n".join(["", on_stdout(sample), "", *map(escaped, lines)]))
+        lost = write_if_possible("\n".join(["", escaped_for_terminal(sample), "", *map(escaped, lines)]))
         if lost is not None:
             log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
         self._plot()

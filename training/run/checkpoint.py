@@ -22,15 +22,15 @@ from torch import Tensor
 
 from common.atomic_io import (
     NOT_THERE,
-    Irregular,
-    discard,
+    NotRegularFile,
+    atomic_folder,
     make_folder,
     open_regular,
     read_regular,
-    whole_folder,
-    write_whole,
+    remove_atomic,
+    write_atomic,
 )
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
 from data.shards.prepare import Prepared
@@ -112,7 +112,7 @@ def save(folder: Path, run: Run, corpus: Prepared, training: TrainState, step: i
         log.warning(f"{fault}; so none is removed")
     for other in others:
         try:
-            discard(other)
+            remove_atomic(other)
         except OSError as error:
             log.warning(f"{other} cannot be removed: {reason(error)}")
 
@@ -123,7 +123,7 @@ def score(folder: Path, step: int, val_loss: float) -> None:
     path = next(path for path in saved(folder) if step_of(path) == step)
     manifest = _read_manifest(path).model_copy(update={"format": FORMAT, "val_loss": _finite(val_loss)})
     try:
-        write_whole(path / MANIFEST, sealed(manifest.model_dump()).encode())
+        write_atomic(path / MANIFEST, with_checksum(manifest.model_dump()).encode())
     except OSError as error:
         raise _unwritable(folder, path, error) from None
 
@@ -150,7 +150,7 @@ def write(
 ) -> None:
     """Tensors by file, and the manifest. Raises OSError, and leaves no trace."""
     make_folder(path.parent)
-    with whole_folder(path) as writing:
+    with atomic_folder(path) as writing:
         marks = {}
         for name, tensors in files.items():
             content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
@@ -167,7 +167,7 @@ def write(
             machine=_machine(training.model),
             files=marks,
         )
-        (writing / MANIFEST).write_text(sealed(manifest.model_dump()))
+        (writing / MANIFEST).write_text(with_checksum(manifest.model_dump()))
 
 
 def steps_done(folder: Path) -> int:
@@ -209,7 +209,7 @@ def _content(file: Path, limit: int) -> bytes:
 def _fault(file: Path, error: OSError) -> UserError:
     """Damaged where there is no such file, Removed where its folder has gone too, and another UserError where it cannot
     be read: what it holds may be whole."""
-    if isinstance(error, Irregular):
+    if isinstance(error, NotRegularFile):
         return Damaged(f"{file} is damaged: {reason(error)}")
     if error.errno in NOT_THERE and not any(map(os.path.islink, (file, file.parent))):  # whose disk may be away
         kind = Damaged if os.path.lexists(file.parent) else Removed
@@ -443,7 +443,7 @@ def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     content = _content(file, LARGEST_MANIFEST)
     try:
-        content = unsealed(content.decode())
+        content = parse_verified(content.decode())
         format = stated_format(content)
         refuse_other_format(path, format)
         if not isinstance(content["config"], dict):

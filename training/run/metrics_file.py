@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from common.atomic_io import exists, open_regular, write_whole
+from common.atomic_io import exists, open_regular, write_atomic
 from common.errors import UserError, reason
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 
 log = logging.getLogger("headroom")
 MOST_STEPS = 2**40  # of a run
@@ -32,7 +32,7 @@ class MetricsFile:
         kept = read_metrics(path, resume_after) if resume_after else []
         self.past = [row for row in kept if row["step"]]  # of training; step 0 is what was there before
         try:
-            write_whole(path, "".join(map(_line, kept)).encode())
+            write_atomic(path, "".join(map(_line, kept)).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {reason(error)}") from None
@@ -60,7 +60,7 @@ class MetricsFile:
         with self._complaint():
             self.file.close()
             before = [] if self.before is None else [self.before]
-            write_whole(self.path, "".join(map(_line, before + self.past)).encode())
+            write_atomic(self.path, "".join(map(_line, before + self.past)).encode())
             self.file = open(self.path, "a")  # noqa: SIM115
         return self.past[-1]
 
@@ -99,7 +99,7 @@ def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
                 if row is not None and (rows[-1]["step"] if rows else -1) < row["step"] <= last:
                     rows.append(row)
     except OSError as error:
-        refuse_unreadable(path, error, "make it readable, or move it away")
+        raise_unreadable(path, error, "make it readable, or move it away")
     return rows
 
 

@@ -10,7 +10,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from common.checksummed_json import digest, sealed
+from common.checksummed_json import digest, with_checksum
 from common.errors import UserError
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.patterns import GPT2, PATTERN
@@ -77,7 +77,7 @@ OLDER_FILES = [{"kind": "byte"}] + [
 
 @pytest.mark.parametrize("described", OLDER_FILES, ids=["byte", "bpe", "published"])
 def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(sealed(described))
+    (tmp_path / "tokenizer.json").write_text(with_checksum(described))
     found = load_tokenizer(tmp_path / "tokenizer.json")
     assert found.hash == digest(described)
     found.save(tmp_path / "again.json")
@@ -127,7 +127,7 @@ def test_a_lone_surrogate_in_training_text_is_refused():
 
 
 def older(**changes) -> str:
-    return sealed(OLDER_FILES[1] | changes)
+    return with_checksum(OLDER_FILES[1] | changes)
 
 
 def newer(change) -> str:
@@ -141,7 +141,9 @@ def newer(change) -> str:
 
 OLDER_TOKENS = OLDER_FILES[1]["tokens"]
 FOREIGN = {
-    "endless token": sealed(OLDER_FILES[1] | {"tokens": [*OLDER_TOKENS, base64.b64encode(b"ab" * 100_000).decode()]}),
+    "endless token": with_checksum(
+        OLDER_FILES[1] | {"tokens": [*OLDER_TOKENS, base64.b64encode(b"ab" * 100_000).decode()]}
+    ),
     "empty": "",
     "cut": newer(lambda model: None)[:-40],
     "list": "[]",
@@ -162,7 +164,7 @@ FOREIGN = {
     "pattern does not compile": older(pattern="(["),
     "pattern takes forever": older(pattern="(a+)+$"),
     "pattern is a number": older(pattern=3),
-    "no pattern": sealed({"kind": "bpe", "tokens": OLDER_TOKENS}),
+    "no pattern": with_checksum({"kind": "bpe", "tokens": OLDER_TOKENS}),
     "no tokens": older(tokens=[]),
     "a byte lacking": older(tokens=OLDER_TOKENS[1:]),
     "a token twice": older(tokens=[*OLDER_TOKENS, OLDER_TOKENS[-1]]),
