@@ -55,7 +55,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from common import process
     from common.console import to_stderr
     from common.signals import Stopped, StopRequest
-    from data.batches import micro_batches, refuse_short
+    from data.batches import check_split_lengths, micro_batches
     from data.shards.prepare import Prepared, prepare
     from generation.preview import continuation, preview_prompt
     from model.score import Score
@@ -87,9 +87,9 @@ def train(tree: dict, typed: list[str]) -> None:
         return dry_run(run, device, checkpoint.steps_done(folder) if folder else 0, check=preview_tokens)
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
     tokenizer, window, sizes = corpus.tokenizer, run.model.context_length, (run.sequences, run.micro_batch_size)
-    refuse_short(corpus, window)
+    check_split_lengths(corpus, window)
     beginning = preview_tokens(corpus)
-    run = run.model_copy(update={"data": run.data.pinned()})
+    run = run.model_copy(update={"data": run.data.with_fixed_revision()})
 
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()

@@ -18,19 +18,19 @@ from data.shards.token_files import TokenStream
 SAMPLED_TOKENS = 2**18
 
 
-def windows(stream: TokenStream, length: int) -> int:
+def count_windows(stream: TokenStream, length: int) -> int:
     """How many windows of `length` tokens the stream holds."""
     return max(0, (len(stream) - 1) // length)
 
 
-def window(stream: TokenStream, length: int, index: int) -> np.ndarray:
+def read_window(stream: TokenStream, length: int, index: int) -> np.ndarray:
     """(length + 1,) tokens: the inputs are all but the last, the targets all but the first."""
     return stream.read(index * length, length + 1)
 
 
 def training_batch(stream: TokenStream, length: int, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
-    return stack(stream, length, _indices(stream, length, seed, first, count))
+    return read_windows(stream, length, _indices(stream, length, seed, first, count))
 
 
 def micro_batches(
@@ -49,10 +49,10 @@ def evaluation_batches(
 ) -> list[Callable[[], tuple[Tensor, Tensor]]]:
     """The windows of the stream, or those that lie between two of its tokens, in order and without overlap: for each
     batch, what reads its inputs and targets, each (at most batch_size, length) int64."""
-    start, stop, _ = tokens.indices(windows(stream, length) * length)
+    start, stop, _ = tokens.indices(count_windows(stream, length) * length)
     chosen = list(range(start // length, stop // length))
     groups = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
-    return [functools.partial(stack, stream, length, group) for group in groups]
+    return [functools.partial(read_windows, stream, length, group) for group in groups]
 
 
 def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:
@@ -72,31 +72,31 @@ def document_positions(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor
 
 def sampled_positions(stream: TokenStream, length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
     """`document_positions` in windows spread evenly over the stream: all, or as many as hold SAMPLED_TOKENS."""
-    every = -(-windows(stream, length) * length // SAMPLED_TOKENS)
-    tokens, _ = stack(stream, length, list(range(every // 2, windows(stream, length), every)))
+    every = -(-count_windows(stream, length) * length // SAMPLED_TOKENS)
+    tokens, _ = read_windows(stream, length, list(range(every // 2, count_windows(stream, length), every)))
     return document_positions(tokens, end_of_text)
 
 
-def refuse_short(corpus: Prepared, length: int) -> None:
+def check_split_lengths(corpus: Prepared, length: int) -> None:
     """Raises UserError where a split holds not even one window."""
     for split, stream in (("training", corpus.train), ("validation", corpus.val)):
-        if not windows(stream, length):
+        if not count_windows(stream, length):
             raise UserError(
                 f"the {split} split holds {len(stream)} tokens, one window of model.context_length={length} takes "
                 f"{length + 1}: give more text, or a shorter context"
             )
 
 
-def stack(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
+def read_windows(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
     """The windows of these indices -> inputs and targets, each (len(indices), length) int64."""
-    rows = np.stack([window(stream, length, i) for i in indices]).astype(np.int64)
+    rows = np.stack([read_window(stream, length, i) for i in indices]).astype(np.int64)
     tokens = torch.from_numpy(rows)
     return tokens[:, :-1], tokens[:, 1:]
 
 
 def _indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:
     """The windows that sequences first ... first + count - 1 are."""
-    n = windows(stream, length)
+    n = count_windows(stream, length)
     return [int(_permutation(n, seed, g // n)[g % n]) for g in range(first, first + count)]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data.batches import windows
+from data.batches import count_windows
 from data.shards.prepare import Prepared
 from training.run.config import Run
 
@@ -11,7 +11,7 @@ MOST = 4  # epochs that are worth nearly as much as fresh text (Muennighoff et a
 
 def tokens_of_epoch(run: Run, corpus: Prepared) -> int:
     """Tokens that are trained on when each window of the training text is read once."""
-    return windows(corpus.train, run.model.context_length) * run.model.context_length
+    return count_windows(corpus.train, run.model.context_length) * run.model.context_length
 
 
 def epochs(run: Run, corpus: Prepared) -> str:

@@ -48,7 +48,7 @@ class Corpus(FrozenSettings, ABC):
         """The settings that the documents depend on, besides what the fingerprint tells."""
         return self.model_dump(exclude={"document_mask"})
 
-    def pinned(self) -> Self:
+    def with_fixed_revision(self) -> Self:
         """The same documents, whatever becomes of the name they were found under: what a run keeps."""
         return self
 

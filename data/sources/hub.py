@@ -66,7 +66,7 @@ class HubCorpus(Corpus):
             return None
         return SplitRule(["hub", self.config, self.split, self.column, self.val_fraction], self.val_fraction)
 
-    def pinned(self) -> Self:
+    def with_fixed_revision(self) -> Self:
         return self.model_copy(update={"revision": self._commit})
 
     def read(self) -> Iterator[Document]:

@@ -63,8 +63,10 @@ class MixCorpus(Corpus):
     def cache_key(self) -> dict[str, Any]:
         return {name: [part.quota, part.name, part.corpus.cache_key()] for name, part in self.parts.items()}
 
-    def pinned(self) -> Self:
-        parts = {name: Part(quota=part.quota, corpus=part.corpus.pinned()) for name, part in self.parts.items()}
+    def with_fixed_revision(self) -> Self:
+        parts = {
+            name: Part(quota=part.quota, corpus=part.corpus.with_fixed_revision()) for name, part in self.parts.items()
+        }
         return self.model_copy(update={"parts": parts})
 
     def sources(self) -> list[str]:

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.batches import document_positions, documents_of_step, micro_batches, refuse_short, training_batch, windows
+from data.batches import (
+    check_split_lengths,
+    count_windows,
+    document_positions,
+    documents_of_step,
+    micro_batches,
+    training_batch,
+)
 from data.shards.prepare import prepare
 from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.sources.files import FilesCorpus
@@ -87,7 +94,7 @@ def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
 
 
 def test_windows_predict_every_token_once_and_drop_the_tail(stream):
-    n = windows(stream, T)
+    n = count_windows(stream, T)
     assert n == (1000 - 1) // T
     inputs, targets = training_batch(stream, T, seed=0, first=0, count=n)
     assert sorted(targets.flatten().tolist()) == list(range(1, n * T + 1))
@@ -172,7 +179,7 @@ def test_too_little_text_is_refused_before_a_run(workplace):
     (workplace / "a.txt").write_text("a short text\n" * 12)
     made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
     with pytest.raises(UserError, match="validation split holds 14 tokens"):
-        refuse_short(made, 32)
+        check_split_lengths(made, 32)
 
 
 def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
@@ -195,7 +202,7 @@ def test_the_document_mask_shares_the_shards(workplace):
 
 
 def test_an_empty_stream_has_no_windows():
-    assert windows(TokenStream([np.array([], np.uint16)]), 4) == 0
+    assert count_windows(TokenStream([np.array([], np.uint16)]), 4) == 0
 
 
 @pytest.mark.parametrize("change", ["cut", "edit"])

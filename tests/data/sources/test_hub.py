@@ -191,10 +191,13 @@ def test_a_run_keeps_the_commit_it_found(monkeypatch):
     commit_of = hub._commit_of
     monkeypatch.setattr(hub, "_commit_of", lambda path, revision: heads.get(revision, revision))
     corpus = HubCorpus(path="owner/name")
-    pinned, fingerprint = corpus.pinned(), corpus.fingerprint()
+    pinned, fingerprint = corpus.with_fixed_revision(), corpus.fingerprint()
     assert pinned.revision == "a" * 40 and pinned.cache_key() == corpus.cache_key()
     mix = MixCorpus(parts={"web": Part(quota=1, corpus=corpus)})
-    assert mix.pinned().parts["web"].corpus == pinned and mix.pinned().cache_key() == mix.cache_key()
+    assert (
+        mix.with_fixed_revision().parts["web"].corpus == pinned
+        and mix.with_fixed_revision().cache_key() == mix.cache_key()
+    )
     heads[None] = "b" * 40
     assert corpus.fingerprint() != fingerprint
     monkeypatch.setattr(hub, "_commit_of", commit_of)  # which asks nobody about a whole commit
