@@ -8,7 +8,7 @@ from typing import Any
 from common.errors import NotFinite
 from common.signals import Interruptible
 from common.streams import print_stderr, show
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
 from generation.state import GenerationState

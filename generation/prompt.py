@@ -1,7 +1,7 @@
 """Turning a prompt into tokens."""
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompt: str, context_length: int, slide: bool | None = None) -> list[int]:

@@ -9,7 +9,7 @@ from torch import nn
 from common.errors import NotFinite, UserError
 from data.batches import count_windows, evaluation_batches
 from data.shards.token_files import TokenStream
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from model.score import Score, score_batches, token_losses
 
 BATCH = 8  # windows at once

@@ -46,7 +46,7 @@ class Contents:
             self.add(document)
             yield document
 
-    def described(self, files: int) -> str:
+    def summary(self, files: int) -> str:
         """For a line. files: 0 where the documents come from none."""
         documents, identical = self._documents()
         first = "the first " if len(self.names) == COMPARED else ""

@@ -23,7 +23,8 @@ from data.shards.prepare import prepare
 from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import BPEConfig, ByteConfig
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
 from tests.support import ROOT
 
 T = 16
@@ -160,7 +161,7 @@ def test_nothing_half_built_is_left_or_used(workplace, monkeypatch, fault):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        "data.shards.build._encode" if fault == "killed" else "data.tokenizers.tokenizer.ByteConfig.train", fail
+        "data.shards.build._encode" if fault == "killed" else "data.tokenizers.byte.ByteConfig.train", fail
     )
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, ByteConfig(), workplace / "cache")
@@ -276,7 +277,7 @@ def test_two_processes_build_once(workplace):
     code = (
         "import sys, time; from pathlib import Path; import data.shards.prepare as p;"
         "from data.sources.synthetic import SyntheticCorpus;"
-        "from data.tokenizers.tokenizer import ByteConfig; build = p.build;"
+        "from data.tokenizers.byte import ByteConfig; build = p.build;"
         "p.build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
         "p.prepare(SyntheticCorpus(size=20), ByteConfig(), Path('cache'))"
     )

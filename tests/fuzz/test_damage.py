@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.shards.prepare import prepare
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import BPEConfig
+from data.tokenizers.bpe import BPEConfig
 from tests.support import assert_one_line, call
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from generation import attention_map
 from generation.attention_map import MOST_LABELS, attention_maps, draw_attention
 from tests.support import SMOKE, call, small_model

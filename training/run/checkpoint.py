@@ -34,7 +34,8 @@ from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
 from data.shards.prepare import Prepared
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import free_memory
 from runtime.precision import LossScale

@@ -33,7 +33,7 @@ from common.invocation import command
 from common.lock import lock
 from common.overrides import override
 from common.paths import entering, is_folder, raise_unreadable
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from training.run.config import ROOT, Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.run.origin import signature

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import TransformerLM
 from training.run import checkpoint
 from training.run.config import Run, dump, load
@@ -80,7 +80,7 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
         attention["rope_original_context"] = trained_on  # which only the base knows
     theirs["tokenizer"] = {
-        "_target_": "data.tokenizers.tokenizer.StoredConfig",
+        "_target_": "data.tokenizers.load.StoredConfig",
         "path": str(base / "tokenizer.json"),
         "hash": tokenizer.hash,
     }

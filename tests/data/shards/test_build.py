@@ -13,11 +13,12 @@ import pytest
 from common.errors import UserError
 from common.lock import lock
 from data.shards import build
-from data.shards.document_index import names_file
+from data.shards.document_index import index_path
 from data.shards.prepare import prepare
 from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import BPEConfig, ByteConfig
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
 from tests.support import ROOT
 
 CORPUS, CONFIG = SyntheticCorpus(size=60), BPEConfig(vocab_size=300)
@@ -32,7 +33,7 @@ def expected(tmp_path):
 def contents(made) -> list:
     """All that was prepared, wherever its shards begin and end."""
     tokens = [stream.read(0, len(stream)).tolist() for stream in (made.train, made.val)]
-    names = [names_file(made.folder, split).read_text() for split in build.SPLITS]
+    names = [index_path(made.folder, split).read_text() for split in build.SPLITS]
     return [made.tokenizer.hash, *tokens, *names]
 
 
@@ -102,7 +103,7 @@ def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monke
     code = (
         "import os, signal, sys; from pathlib import Path; from common import atomic_io; from data.shards import build;"
         "from data.sources.synthetic import SyntheticCorpus; from data.shards.prepare import prepare;"
-        "from data.tokenizers.tokenizer import BPEConfig;"
+        "from data.tokenizers.bpe import BPEConfig;"
         f"build.PART_BYTES = {PART}; fsync = atomic_io._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
         "atomic_io._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
         f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache'))"
@@ -123,7 +124,7 @@ def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monke
 def test_parts_that_nobody_continues_are_removed_in_the_end(workplace, monkeypatch, caplog):
     """Of other documents: with others' builds untouched, that are under way or not old yet."""
     caplog.set_level("INFO")
-    cache, old = workplace / "cache", time.time() - (build.DAYS + 1) * 86400
+    cache, old = workplace / "cache", time.time() - (build.MAX_IDLE_DAYS + 1) * 86400
     for name, touched in {"old": old, "held": old, "young": time.time()}.items():
         parts = cache / f".parts-{build.PART_BYTES}-synthetic-byte-{name}"
         (parts / "part_00000").mkdir(parents=True)
@@ -136,7 +137,7 @@ def test_parts_that_nobody_continues_are_removed_in_the_end(workplace, monkeypat
     assert {path.name.rpartition("-")[2] for path in cache.glob(".parts-*")} == {"held", "young", "list"}
     assert not list(cache.glob(".writing-*"))
     (line,) = (record.message for record in caplog.records if "removed" in record.message)
-    assert "synthetic-byte-old" in line and f"left for {build.DAYS + 1} days" in line
+    assert "synthetic-byte-old" in line and f"left for {build.MAX_IDLE_DAYS + 1} days" in line
 
 
 def test_parts_that_a_kill_right_after_their_build_left_are_removed(workplace):
@@ -236,7 +237,7 @@ def test_a_corpus_need_not_fit_into_memory(workplace):
     code = (
         "import resource; from pathlib import Path; from tests.data.shards.test_build import Endless;"
         "from data.shards import build; build.PART_BYTES = 2**22; from data.shards.prepare import prepare;"
-        "from data.tokenizers.tokenizer import ByteConfig;"
+        "from data.tokenizers.byte import ByteConfig;"
         "prepare(Endless(size=10), ByteConfig(), Path('first'));"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; made = prepare(Endless(size=100), ByteConfig(), "
         "Path('second')); print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"

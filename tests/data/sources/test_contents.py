@@ -12,7 +12,7 @@ from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import SympyCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import ByteConfig
+from data.tokenizers.byte import ByteConfig
 
 STORY = "once upon a time\n"
 
@@ -52,23 +52,23 @@ def test_files_documents_and_identical_ones_are_counted(stories, caplog):
 def test_a_document_in_parts_is_one(stories, monkeypatch):
     monkeypatch.setattr("data.sources.files.PART", 50)
     books, words = FilesCorpus(path="*.txt"), SyntheticCorpus(size=10)
-    assert counted(books).described(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
+    assert counted(books).summary(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
     mix = MixCorpus(parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})
     names = {document.name for document in mix.read()}
-    assert counted(mix).described(3) == f"3 files, {len(names)} documents, 1 of them identical to an earlier one"
+    assert counted(mix).summary(3) == f"3 files, {len(names)} documents, 1 of them identical to an earlier one"
     assert {"books/a.txt", "books/b.txt", "books/c.txt", "words/synthetic/0"} <= names
 
 
 def test_the_default_corpus_has_no_two_of_a_text():
     corpus = SympyCorpus()
     files = len(corpus.sources())
-    assert counted(corpus).described(files) == f"{files} files, {files} documents"
+    assert counted(corpus).summary(files) == f"{files} files, {files} documents"
 
 
 def test_so_many_are_compared_at_most(stories, monkeypatch):
     monkeypatch.setattr(contents, "COMPARED", 39)
     found = counted(FilesCorpus(path="rows.csv"))
-    assert found.described(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
+    assert found.summary(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
     assert sum(found.bytes.values()) == sum(len(f"row {i % 38}") for i in range(40))
 
 

@@ -8,7 +8,7 @@ from data.shards.prepare import prepare
 from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import ByteConfig
+from data.tokenizers.byte import ByteConfig
 
 
 def mix(**parts) -> MixCorpus:

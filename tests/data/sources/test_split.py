@@ -14,7 +14,7 @@ from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import StdlibCorpus, SympyCorpus
-from data.tokenizers.tokenizer import ByteConfig
+from data.tokenizers.byte import ByteConfig
 from training.run.migrate import migrate
 
 TEXTS = [f"text {i % 150}" for i in range(600)]

@@ -11,8 +11,8 @@ import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
 from data.sources.python_source import StdlibCorpus
-from data.tokenizers.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, pieces, portable
-from data.tokenizers.tokenizer import BPEConfig, BPETokenizer
+from data.tokenizers.bpe import BPEConfig, BPETokenizer
+from data.tokenizers.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, exact_pieces, portable
 
 NAMES = {PATTERN: "ours", GPT2: "gpt2", CL100K: "cl100k", O200K: "o200k"}
 SOURCE = "".join(document.text for document in islice(StdlibCorpus().read(), 30))[:300_000]
@@ -71,7 +71,7 @@ def test_long_texts_have_the_tokens_of_the_text_in_one_piece(pattern, tokens):
 
 def test_natural_text_is_cut_into_pieces_of_about_one_size(pattern):
     for name in ("source", "carriage returns", "minified", "base64", "Chinese", "Chinese lines"):
-        assert all(len(piece.text) < 1.1 * PIECE for piece in pieces(TEXTS[name], pattern)), name
+        assert all(len(piece.text) < 1.1 * PIECE for piece in exact_pieces(TEXTS[name], pattern)), name
 
 
 def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, monkeypatch):
@@ -82,7 +82,7 @@ def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, mon
     for before, run, after in product(("", "x", "!\n", "x\n\n "), runs, ("", "x", "\n", "\nx", " x", "/")):
         text = before + run + after
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), (before, run[:3], after)
-        cut = [[piece.text] if piece.one_word else words(piece.text) for piece in pieces(text, pattern)]
+        cut = [[piece.text] if piece.one_word else words(piece.text) for piece in exact_pieces(text, pattern)]
         assert [*chain.from_iterable(cut)] == words(text), (before, run[:3], after)
 
 

@@ -13,8 +13,11 @@ import tiktoken_ext.openai_public as theirs
 from common.errors import UserError
 from data.shards.prepare import prepare
 from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.patterns import PIECE
 from data.tokenizers.tiktoken_files import CL100KConfig, GPT2Config, O200KConfig, Published
-from data.tokenizers.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer
+from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.data.opening import assert_opened
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]

@@ -13,8 +13,11 @@ import pytest
 from common.checksummed_json import digest, with_checksum
 from common.errors import UserError
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.patterns import GPT2, PATTERN
-from data.tokenizers.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
+from data.tokenizers.load import MAX_JSON_BYTES, load_tokenizer
+from data.tokenizers.patterns import GPT2, PATTERN, PIECE
+from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.data.opening import assert_opened
 from tests.support import assert_one_line
 from training.run.migrate import migrate
@@ -190,7 +193,7 @@ FOREIGN = {
     "facts are text": '{"model": {"headroom": "bpe"}}',
     "model is a list": '{"model": []}',
     "somebody else's": '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
-    "too large": " " * (MOST_BYTES + 1),
+    "too large": " " * (MAX_JSON_BYTES + 1),
 }
 
 

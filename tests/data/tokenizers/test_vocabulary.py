@@ -7,9 +7,9 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from data.tokenizers.bpe import BPETokenizer
 from data.tokenizers.patterns import PATTERN
-from data.tokenizers.tokenizer import BPETokenizer
-from data.tokenizers.vocabulary import fault_of, merges_of, spelled_bytes
+from data.tokenizers.vocabulary import derive_merges, spelled_bytes, vocabulary_fault
 
 BYTES = [bytes([byte]) for byte in range(256)]
 
@@ -25,7 +25,7 @@ def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters)
     trainee.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
     trained = [tuple(map(spelled_bytes, pair)) for pair in json.loads(trainee.to_str())["model"]["merges"]]
     tokens = [*BYTES, *dict.fromkeys(left + right for left, right in trained)]
-    assert merges_of(tokens) == trained
+    assert derive_merges(tokens) == trained
     ours = Tokenizer.from_str(json.dumps(BPETokenizer(tokens, PATTERN, "exact").content()))
     ranks = {token: rank for rank, token in enumerate(tokens)}
     theirs = tiktoken.Encoding("words", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
@@ -36,7 +36,7 @@ def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters)
 
 def test_a_token_that_others_do_not_lead_to_is_found_as_a_word():
     tokens = [*BYTES, b"ab", b"cd", b"xyz"]
-    assert merges_of(tokens) == [(b"a", b"b"), (b"c", b"d")]
+    assert derive_merges(tokens) == [(b"a", b"b"), (b"c", b"d")]
     tokenizer = BPETokenizer(tokens, PATTERN, "exact")
     theirs = Tokenizer.from_str(json.dumps(tokenizer.content()))
     for text, found in (("xyz", [258]), ("wxyz", [*b"wxyz"]), ("abcd", [256, 257])):
@@ -45,7 +45,7 @@ def test_a_token_that_others_do_not_lead_to_is_found_as_a_word():
 
 def test_a_token_of_very_many_bytes_is_parted_in_time():
     tokens = [*BYTES, *(b"a" * 2**power for power in range(1, 17))]
-    assert merges_of(tokens) == [(b"a" * 2**power, b"a" * 2**power) for power in range(16)]
+    assert derive_merges(tokens) == [(b"a" * 2**power, b"a" * 2**power) for power in range(16)]
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_a_token_of_very_many_bytes_is_parted_in_time():
     ],
 )
 def test_faults_of_a_vocabulary(tokens, fault):
-    assert fault_of(tokens) == fault
+    assert vocabulary_fault(tokens) == fault
