@@ -86,7 +86,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr("os.rename", killed)
         # A kill unwinds nothing.
-        patch.setattr("common.atomic_io._settle", fail if killed_after == 2 else lambda *_: None)
+        patch.setattr("common.atomic_io._finish_replacement", fail if killed_after == 2 else lambda *_: None)
         with pytest.raises(OSError, match="full"), atomic_folder(final) as writing:
             (writing / "a").write_text("new")
     remove_unfinished(tmp_path, "other")
