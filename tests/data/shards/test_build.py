@@ -47,7 +47,7 @@ def test_a_file_that_is_read_in_parts_has_the_tokens_of_the_whole(text, workplac
         (workplace / name).write_text(text * 60)
     config = BPEConfig(vocab_size=300)
     whole = prepare(FilesCorpus(path="*.txt"), config, workplace / "whole")
-    monkeypatch.setattr("data.sources.files.PART", 100)
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 100)
     monkeypatch.setattr(build, "PART_BYTES", 350)
     parts = prepare(FilesCorpus(path="*.txt"), config, workplace / "parts")
     assert len([*parts.folder.glob("train_*.tokens")]) > 1 or text == "漢字"  # which is one unbroken word
@@ -249,7 +249,7 @@ def test_a_corpus_need_not_fit_into_memory(workplace):
 
 
 def test_documents_of_several_parts_have_one_beginning(workplace, monkeypatch):
-    monkeypatch.setattr("data.sources.files.PART", 256)
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 256)
     monkeypatch.setattr(build, "PART_BYTES", 1000)
     for name in "ab":
         (workplace / f"{name}.txt").write_text(f"a line of {name}\n" * 400)

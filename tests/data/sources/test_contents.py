@@ -50,7 +50,7 @@ def test_files_documents_and_identical_ones_are_counted(stories, caplog):
 
 
 def test_a_document_in_parts_is_one(stories, monkeypatch):
-    monkeypatch.setattr("data.sources.files.PART", 50)
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 50)
     books, words = FilesCorpus(path="*.txt"), SyntheticCorpus(size=10)
     assert counted(books).summary(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
     mix = MixCorpus(parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})
@@ -66,7 +66,7 @@ def test_the_default_corpus_has_no_two_of_a_text():
 
 
 def test_so_many_are_compared_at_most(stories, monkeypatch):
-    monkeypatch.setattr(contents, "COMPARED", 39)
+    monkeypatch.setattr(contents, "MAX_COMPARED", 39)
     found = counted(FilesCorpus(path="rows.csv"))
     assert found.summary(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
     assert sum(found.bytes.values()) == sum(len(f"row {i % 38}") for i in range(40))

@@ -134,7 +134,7 @@ def test_without_a_hub_one_line_and_one_question_at_most(monkeypatch, offline):
         expected = "HF_HUB_OFFLINE" if offline else r"127\.0\.0\.1:9 does not answer: Connection refused: give"
         with pytest.raises(UserError, match=expected):
             corpus.fingerprint()
-    assert asked == [] if offline else asked == [hub.PATIENCE] * 2
+    assert asked == [] if offline else asked == [hub.TIMEOUT] * 2
     with pytest.raises(
         UserError, match=r"^data\.path='nonsense' is no folder \(a dataset .* is named owner/name\), and "
     ):
@@ -166,7 +166,7 @@ def test_the_hub_is_asked_for_the_commit_and_read_at_it(folder, monkeypatch):
 
     asked, commit = [], "c" * 40
     rows = datasets.IterableDataset.from_generator(failing_rows)
-    monkeypatch.setattr(hub, "_refuse_unreachable", lambda path: None)
+    monkeypatch.setattr(hub, "_check_reachable", lambda path: None)
     monkeypatch.setattr(hub, "_commit_of", lambda path, revision: commit)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda **how: asked.append(how) or ["default"])
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda **how: asked.append(how) or ["train"])

@@ -19,7 +19,7 @@ FORMS = {
 
 @pytest.fixture(params=[1, 7, 100, 2**16], autouse=True)
 def block(request, monkeypatch):
-    monkeypatch.setattr(json_values, "BLOCK", request.param)
+    monkeypatch.setattr(json_values, "READ_CHARS", request.param)
 
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
@@ -55,4 +55,4 @@ def test_a_mistake_at_the_beginning_does_not_read_the_rest():
     file = io.StringIO('[{"text": "x" "n": 1},' + FORMS["array"][1:-1] * 200 + "]")
     with pytest.raises(ValueError, match="delimiter"):
         list(json_values.values(file))
-    assert file.tell() <= 2 * max(json_values.BLOCK, 100)
+    assert file.tell() <= 2 * max(json_values.READ_CHARS, 100)

@@ -53,7 +53,7 @@ def test_the_order_is_a_function_of_the_settings(books):
 
 
 def test_a_document_in_parts_stays_together(books, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.files.PART", 64)
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 64)
     found = list(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)).read())
     for before, document in pairwise(found):
         assert not document.is_continuation or before.name == document.name

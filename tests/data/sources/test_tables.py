@@ -184,7 +184,7 @@ SEPARATED = {
 @pytest.mark.parametrize("part", [4, 16, 2**24])
 @pytest.mark.parametrize(("separator", "text", "expected"), SEPARATED.values(), ids=SEPARATED)
 def test_documents_stand_between_separators(tmp_path, monkeypatch, part, separator, text, expected):
-    monkeypatch.setattr(files, "PART", part)
+    monkeypatch.setattr(files, "PART_BYTES", part)
     (tmp_path / "a.txt").write_bytes(text.encode())
     if expected is None:
         assert f"data.document={separator!r} is no separator in" in refusal(path=f"{tmp_path}/*", document=separator)
@@ -204,7 +204,7 @@ def test_a_long_file_comes_in_parts_that_are_its_text(tmp_path, monkeypatch, tex
     """However small a part of it is in memory at one time."""
     (tmp_path / "a.txt").write_text(text)
     whole = read(path=f"{tmp_path}/a.txt")
-    monkeypatch.setattr(files, "PART", part)
+    monkeypatch.setattr(files, "PART_BYTES", part)
     found = read(path=f"{tmp_path}/a.txt")
     for held_out in (False, True):
         pieces = [d for d in found if d.held_out == held_out]
@@ -215,7 +215,7 @@ def test_a_long_file_comes_in_parts_that_are_its_text(tmp_path, monkeypatch, tex
 
 @pytest.mark.parametrize("content", [b"\x80" * 50, b"ab\xff", b"abc\xc3", b"x" * 30 + b"\xf0\x9f"])
 def test_bytes_that_are_not_text_are_found_wherever_a_part_ends(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(files, "PART", 8)
+    monkeypatch.setattr(files, "PART_BYTES", 8)
     (tmp_path / "a.txt").write_bytes(content)
     good = content.decode(errors="ignore").encode()
     assert f"is not UTF-8 text (at byte {len(good)})" in refusal(path=f"{tmp_path}/a.txt")
