@@ -25,7 +25,7 @@ from common.lock import lock
 from tests.support import ROOT
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_write_atomic_failure_keeps_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a"
     write_atomic(path, b"one")
     assert path.read_bytes() == b"one"
@@ -47,7 +47,7 @@ def fail_with(rename, source, target):
 
 
 @pytest.mark.parametrize("fault", [None, "block", "os.fsync", "os.rename", "second rename"])
-def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fault):
+def test_atomic_folder_failure_keeps_old_folder(tmp_path, monkeypatch, fault):
     final = tmp_path / "f"
     with atomic_folder(final) as writing:
         (writing / "a").write_text("one")
@@ -72,7 +72,7 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
 
 @pytest.mark.parametrize("name", ["", "f"])
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
-def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, killed_after, name):
+def test_atomic_folder_killed_in_replacement_leaves_old_or_new(tmp_path, monkeypatch, killed_after, name):
     final, renamed, rename = tmp_path / "f", [], os.rename
     with atomic_folder(final) as writing:
         (writing / "a").write_text("old")
@@ -96,7 +96,7 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
     assert (final / "a").read_text() == ("new" if killed_after == 2 else "old")
 
 
-def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+def test_atomic_folder_syncs_before_rename(tmp_path, monkeypatch):
     """In this order, or a power cut leaves an empty file under the final name."""
     calls = []
     monkeypatch.setattr("common.atomic_io._sync", lambda path: calls.append(path.name.split("-")[0]))
@@ -108,7 +108,7 @@ def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeyp
     assert calls[2:] == [".writing", "rename", tmp_path.name.split("-")[0]]
 
 
-def test_what_is_made_obeys_the_umask(tmp_path):
+def test_atomic_io_respects_umask(tmp_path):
     before = os.umask(0o077)
     try:
         write_atomic(tmp_path / "a", b"")
@@ -120,7 +120,7 @@ def test_what_is_made_obeys_the_umask(tmp_path):
     assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.rglob("*"))
 
 
-def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
+def test_remove_unfinished_removes_leftovers_of_name(tmp_path):
     for name in (".writing-a-1", ".writing-b-1", "a"):
         (tmp_path / name).mkdir()
     (tmp_path / ".writing-file").touch()
@@ -140,7 +140,7 @@ IRREGULAR = {
 
 
 @pytest.mark.parametrize("stand", IRREGULAR.values(), ids=IRREGULAR)
-def test_only_regular_files_of_a_stated_size_are_read(tmp_path, stand):
+def test_read_regular_other_files_raise_not_regular_file(tmp_path, stand):
     (tmp_path / "whole").write_bytes(b"1234")
     assert read_regular(tmp_path / "whole", 4) == b"1234"
     stand(tmp_path / "a")
@@ -149,7 +149,7 @@ def test_only_regular_files_of_a_stated_size_are_read(tmp_path, stand):
     assert refused.value.strerror
 
 
-def test_what_cannot_be_told_is_not_missing(tmp_path, monkeypatch):
+def test_exists_unknown_path_raises_os_error(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     assert exists(tmp_path / "a") and not exists(tmp_path / "b") and not exists(tmp_path / "a/c")
     assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "b") == []
@@ -171,7 +171,7 @@ def denied(*_, **__):
 
 
 @pytest.mark.parametrize("stand", [*IRREGULAR.values()][:3], ids=[*IRREGULAR][:3])
-def test_a_lock_empties_nothing_that_a_link_leads_to(tmp_path, stand):
+def test_lock_on_link_leaves_target_untouched(tmp_path, stand):
     (tmp_path / "precious").write_text("kept")
     os.symlink(tmp_path / "precious", tmp_path / ".lock")
     stand(tmp_path / "other")
@@ -181,7 +181,7 @@ def test_a_lock_empties_nothing_that_a_link_leads_to(tmp_path, stand):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
+def test_lock_is_released_when_process_is_killed(tmp_path):
     code = "import sys, time; from pathlib import Path; from common.lock import lock\n"
     code += "held = lock(Path('.lock'), 'busy'); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(
@@ -198,7 +198,7 @@ def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
         pass
 
 
-def test_what_is_sealed_is_noticed_when_it_changes():
+def test_parse_verified_any_changed_character_raises_error():
     content = {"a": [1, 2.5, None], "b": {"é": "x"}}
     text = with_checksum(content)
     assert parse_verified(text) == content

@@ -252,9 +252,9 @@ def check(case: Case) -> str:
     return "legal"
 
 
-def test_a_configuration_is_refused_in_one_line_or_trains_and_decodes(fuzz):
+def test_config_random_settings_raise_user_error_or_train_and_decode(fuzz):
     fuzz(check, cases(), short=60, long=1800)
 
 
-def test_so_is_one_with_a_single_extreme_setting(fuzz):
+def test_config_single_extreme_setting_raises_user_error_or_trains_and_decodes(fuzz):
     fuzz(check, one_extreme(), short=100, long=1200)

@@ -162,7 +162,7 @@ def final_tensors(run: Path) -> Files:
     return {path.name: path.read_bytes() for path in run.glob("checkpoints/step_00000004/*.safetensors")}
 
 
-def test_a_damaged_run_loads_exactly_or_is_refused(fuzz, trained):
+def test_load_damaged_run_is_exact_or_raises_user_error(fuzz, trained):
     run = trained.place / "run"
     read = {name: content for name, content in trained.files.items() if is_read(name)}
 
@@ -189,7 +189,7 @@ def is_read(name: str) -> bool:
     return name in ("config.yaml", "tokenizer.json") or name.startswith("checkpoints/")
 
 
-def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(fuzz, trained, monkeypatch, capsys):
+def test_resume_damaged_run_gives_same_bits_or_raises_user_error(fuzz, trained, monkeypatch, capsys):
     run = trained.place / "run"
     monkeypatch.chdir(trained.place)
     read = {name: content for name, content in trained.files.items() if is_read(name) and name != "config.yaml"}
@@ -213,7 +213,7 @@ def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(fuzz, trained, mon
     fuzz(check, damages(read), short=12, long=200, shrink=False)
 
 
-def test_damaged_metrics_keep_the_rows_before(fuzz, tmp_path_factory, trained):
+def test_metrics_file_damaged_keeps_rows_before(fuzz, tmp_path_factory, trained):
     """A changed digit cannot be seen, and a lost end is what a kill leaves; all before the damage must be right."""
     folder = tmp_path_factory.mktemp("metrics")
     path = folder / "metrics.jsonl"
@@ -241,7 +241,7 @@ def test_damaged_metrics_keep_the_rows_before(fuzz, tmp_path_factory, trained):
     fuzz(check, damages({path.name: content}), short=40, long=300)
 
 
-def test_a_damaged_cache_gives_the_same_tokens_or_is_refused(fuzz, tmp_path_factory):
+def test_prepare_damaged_cache_gives_same_tokens_or_raises_user_error(fuzz, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     corpus, config = SyntheticCorpus(size=20), BPEConfig(vocab_size=300)
     expected = tokens_of(corpus, config, cache)

@@ -37,7 +37,7 @@ def check_round_trip(tokenizers, text: str) -> None:
         assert tokenizer.end_of_text not in tokens
 
 
-def test_any_text_round_trips(fuzz, tokenizers):
+def test_tokenizer_random_text_round_trips(fuzz, tokenizers):
     def check(text: str) -> str:
         check_round_trip(tokenizers, text)
         return "identical"
@@ -45,7 +45,7 @@ def test_any_text_round_trips(fuzz, tokenizers):
     fuzz(check, TEXTS, short=60, long=1000)
 
 
-def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
+def test_exact_pieces_random_text_keeps_words(fuzz, monkeypatch):
     """With a cut wherever there may be one: of any text the words are those of the whole, for every pattern."""
     monkeypatch.setattr("data.tokenizers.patterns.PIECE", 1)
     monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 3)
@@ -69,7 +69,7 @@ def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
     fuzz(check, st.integers(0, 10**9).map(of_few_characters) | TEXTS, short=400, long=1000)
 
 
-def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):
+def test_tokenizer_long_run_of_one_character_round_trips(fuzz, tokenizers):
     """A regular expression or a merge loop may give up, or take forever, where nothing ends a word."""
     lengths = st.integers(0, 6).flatmap(lambda power: st.integers(1, 10**power)) | st.integers(PIECE - 2, PIECE + 2)
     runs = st.tuples(st.sampled_from(" \n\r\ta7.漢\u0301\0") | st.characters(exclude_categories=["Cs"]), lengths)
@@ -81,7 +81,7 @@ def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):
     fuzz(check, st.lists(runs, min_size=1, max_size=2), short=10, long=400)
 
 
-def test_lone_surrogates_are_refused(fuzz, tokenizers):
+def test_encode_lone_surrogate_raises_user_error(fuzz, tokenizers):
     surrogates = st.characters(categories=["Cs"])
 
     def check(drawn: tuple[str, str, str]) -> str:
@@ -99,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("texts")
 
 
-def test_files_come_back_byte_exactly_or_are_named(fuzz, folder):
+def test_files_random_bytes_are_read_exactly_or_raise_error_with_name(fuzz, folder):
     names = st.sampled_from(["a.txt", "b c.md", "d[1].py", "e::f.gz", ".g", "ünï"])
     contents = TEXTS.map(lambda text: text.encode()) | st.binary(max_size=100)
     files = st.dictionaries(names, contents, min_size=1, max_size=3)

@@ -52,7 +52,7 @@ def spans_of(documents, total):
     return [*anywhere, *edges, (0, 1), (0, 200), (total - 1, total), (total - 9000, total)]
 
 
-def test_names_are_those_that_reading_all_finds(corpus):
+def test_document_names_equal_those_of_full_scan(corpus):
     path, documents, total = corpus
     spans = spans_of(documents, total)
     with path.open("rb", buffering=index.READ_BYTES) as file:
@@ -61,7 +61,7 @@ def test_names_are_those_that_reading_all_finds(corpus):
             assert index.document_names(file, path.stat().st_size, [span]) == found_by_reading_all(documents, [span])
 
 
-def test_a_span_costs_a_few_blocks_however_many_documents_there_are(corpus, monkeypatch):
+def test_document_names_of_one_span_reads_few_bytes(corpus, monkeypatch):
     path, documents, total = corpus
     decoded, loads = [], json.loads
     monkeypatch.setattr(index.json, "loads", lambda text: decoded.append(text) or loads(text))
@@ -73,7 +73,7 @@ def test_a_span_costs_a_few_blocks_however_many_documents_there_are(corpus, monk
     assert raw.taken < 30 * (2 * index.READ_BYTES + 2000)  # lines of 1600 bytes are among those met
 
 
-def test_a_list_of_names_that_was_cut_or_emptied_is_an_error_that_callers_know(tmp_path):
+def test_document_names_damaged_index_raises_documented_errors(tmp_path):
     path = tmp_path / "train_documents.jsonl"
     for content in (b"", b'[0, "a"]\n[5, "b', b"{}\n", b"[]\n", b"7\n", b"\xff\n"):
         path.write_bytes(content)

@@ -23,12 +23,12 @@ def block(request, monkeypatch):
 
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
-def test_all_values_come_in_order(text):
+def test_values_are_yielded_in_order(text):
     assert list(json_values.values(io.StringIO(text))) == ROWS
 
 
 @pytest.mark.parametrize("text", ["[]", " [ ] ", "", " \n"])
-def test_there_may_be_none(text):
+def test_values_of_empty_file_yields_nothing(text):
     assert list(json_values.values(io.StringIO(text))) == []
 
 
@@ -46,12 +46,12 @@ BAD = [
 
 
 @pytest.mark.parametrize("text", [*BAD, '[{"a": tru}]', '{"a": 1} x', '{"a": "\\u12"}'])
-def test_what_is_no_json_is_an_error(text):
+def test_values_not_json_raises_error(text):
     with pytest.raises(ValueError, match=r"."):
         list(json_values.values(io.StringIO(text)))
 
 
-def test_a_mistake_at_the_beginning_does_not_read_the_rest():
+def test_values_error_at_start_reads_no_more():
     file = io.StringIO('[{"text": "x" "n": 1},' + FORMS["array"][1:-1] * 200 + "]")
     with pytest.raises(ValueError, match="delimiter"):
         list(json_values.values(file))

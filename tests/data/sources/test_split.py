@@ -51,13 +51,13 @@ def sides(corpus) -> tuple[set[str], set[str]]:
     ],
     ids=["rows", "lines", "separated", "hub", "mix"],
 )
-def test_identical_documents_are_on_one_side(folder, corpus):
+def test_split_identical_documents_are_in_one_split(folder, corpus):
     corpus.fingerprint()
     train, val = sides(corpus)
     assert not train & val and train | val == set(TEXTS) and 5 < len(val) < 30
 
 
-def test_the_source_of_the_default_corpora_is_on_one_side():
+def test_split_default_corpora_share_no_text():
     """Held out by a hash of their paths; only empty files are alike on both sides."""
     for corpus in (SympyCorpus(), StdlibCorpus()):
         train, val = sides(corpus)
@@ -74,7 +74,7 @@ def older(**settings) -> FilesCorpus | HubCorpus:
     return cls(**stored)
 
 
-def test_older_runs_keep_their_documents_and_their_split(folder):
+def test_split_settings_of_older_runs_give_same_documents(folder):
     (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfa\rb\r\n\nc\n")
     (folder / "rows.json").write_text('[{"text": "x"}]\n')
     (folder / "page.html").write_text("<html>\n</html>\n")
@@ -88,7 +88,7 @@ def test_older_runs_keep_their_documents_and_their_split(folder):
     assert [d.text for d in older(path="bom.txt", document="line").read()] == ["\ufeffa\rb", "c"]
 
 
-def test_older_runs_find_what_was_prepared_for_them(folder):
+def test_cache_key_settings_of_older_runs_is_unchanged(folder):
     """The key of the shards is a hash of these."""
     assert older(path="a.txt", document="line").cache_key() == {
         "path": "a.txt",
@@ -138,13 +138,13 @@ CLASHES = {
 
 
 @pytest.mark.parametrize(("parts", "complaint"), CLASHES.values(), ids=CLASHES)
-def test_parts_of_a_mix_that_would_train_on_what_another_holds_out_are_refused(folder, parts, complaint):
+def test_mix_parts_with_conflicting_splits_raise_error(folder, parts, complaint):
     (folder / "link.txt").symlink_to("a.txt")
     with pytest.raises(UserError, match=complaint):
         mix(**parts).fingerprint()
 
 
-def test_parts_that_hold_out_alike_may_read_the_same_file(folder):
+def test_mix_parts_with_same_split_may_share_files(folder):
     mix(a=FilesCorpus(path="a.txt"), b=FilesCorpus(path="*.txt"), c=FilesCorpus(path="a.jsonl")).fingerprint()
     by_index = older(path="a.jsonl", val_fraction=0.2)  # of an older mix, which goes on as it began
     mix(a=FilesCorpus(path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")).fingerprint()

@@ -62,19 +62,19 @@ def split(regex: str) -> Callable[[str], list[str]]:
     return lambda text: [word for word, _ in words.pre_tokenize_str(text)]
 
 
-def test_long_texts_have_the_tokens_of_the_text_in_one_piece(pattern, tokens):
+def test_encode_long_text_gives_tokens_of_one_piece(pattern, tokens):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
     for name, text in TEXTS.items():
         assert len(text) > 2 * PIECE
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), name
 
 
-def test_natural_text_is_cut_into_pieces_of_about_one_size(pattern):
+def test_exact_pieces_natural_text_has_similar_sizes(pattern):
     for name in ("source", "carriage returns", "minified", "base64", "Chinese", "Chinese lines"):
         assert all(len(piece.text) < 1.1 * PIECE for piece in exact_pieces(TEXTS[name], pattern)), name
 
 
-def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, monkeypatch):
+def test_encode_long_white_space_gives_words_of_pattern(pattern, tokens, monkeypatch):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
     monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 200)
     words = split(portable(pattern))
@@ -86,7 +86,7 @@ def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, mon
         assert [*chain.from_iterable(cut)] == words(text), (before, run[:3], after)
 
 
-def test_runs_that_tiktoken_fails_on_have_their_tokens(pattern):
+def test_encode_run_beyond_tiktoken_limit_gives_tokens(pattern):
     """A million characters: its engine holds an entry for each, and panics."""
     spaces = [b" " * 2**i for i in range(1, 7)]
     ours = BPETokenizer([*BYTES, *spaces], pattern, "exact")
@@ -94,7 +94,7 @@ def test_runs_that_tiktoken_fails_on_have_their_tokens(pattern):
     assert ours.encode(text).tolist() == [ord("x"), *[len(BYTES) + 5] * 2**14, ord(" "), ord("x")]
 
 
-def test_oniguruma_finds_the_same_words(pattern):
+def test_portable_pattern_finds_same_words_in_oniguruma(pattern):
     """tiktoken does not tell its words; here each word is a token."""
     text = TEXTS["runs"][:5000] + TEXTS["contractions"][:5000] + "\n  "
     words = split(portable(pattern))(text)
@@ -103,13 +103,13 @@ def test_oniguruma_finds_the_same_words(pattern):
     assert [vocabulary[token].decode() for token in found] == words
 
 
-def test_the_blanks_are_the_white_space_of_tiktoken():
+def test_blanks_equal_white_space_of_tiktoken():
     every = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
     found = bytes(whole(r"\s", BYTES).encode_ordinary(every)).decode()  # it leaves out what does not match
     assert set(found) == {"\r", "\n", *re.findall(f"[{BLANKS}]", every)}
 
 
-def test_training_takes_long_words_in_parts():
+def test_bounded_pattern_splits_long_words():
     words, plain = split(bounded(PATTERN, 256)), split(PATTERN)
     assert [*map(len, words("a" * 600 + "," + " " * 300))] == [256, 256, 88, 1, 256, 44]
     assert words(SOURCE[:50_000]) == plain(SOURCE[:50_000])

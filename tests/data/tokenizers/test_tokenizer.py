@@ -41,20 +41,20 @@ def tokenizer(request):
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=["empty", "mixed", "control", "spaces", "runs", "special", "range"])
-def test_round_trip(tokenizer, text):
+def test_tokenizer_any_text_round_trips(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode_bytes(tokens.tolist()).decode() == text
     assert tokens.dtype == np.uint16
     assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
 
 
-def test_the_end_of_text_never_comes_out_of_plain_text(tokenizer):
+def test_encode_spelled_end_of_text_gives_no_special_token(tokenizer):
     assert tokenizer.end_of_text not in tokenizer.encode(END_OF_TEXT)
     assert tokenizer.decode_bytes([tokenizer.end_of_text]) == b""
     assert tokenizer.byte_lengths[tokenizer.end_of_text] == 0
 
 
-def test_bpe_is_deterministic_and_compresses():
+def test_bpe_training_is_deterministic_and_compresses():
     first, second = BPEConfig(vocab_size=400).train(TEXTS), BPEConfig(vocab_size=400).train(iter(TEXTS))
     assert first.hash == second.hash
     assert first.hash != BPEConfig(vocab_size=300).train(TEXTS).hash
@@ -63,7 +63,7 @@ def test_bpe_is_deterministic_and_compresses():
     assert first.vocab_size <= 400
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_load_tokenizer_gives_saved_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert again.hash == tokenizer.hash
@@ -79,7 +79,7 @@ OLDER_FILES = [{"kind": "byte"}] + [
 
 
 @pytest.mark.parametrize("described", OLDER_FILES, ids=["byte", "bpe", "published"])
-def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path):
+def test_load_tokenizer_of_older_run_keeps_hash_and_cut(described, tmp_path):
     (tmp_path / "tokenizer.json").write_text(with_checksum(described))
     found = load_tokenizer(tmp_path / "tokenizer.json")
     assert found.hash == digest(described)
@@ -93,7 +93,7 @@ def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path)
         assert found.encode(text).tolist() != BPE.encode(text).tolist() == BPE.encoding.encode_ordinary(text)
 
 
-def test_older_settings_train_what_they_trained_and_find_their_shards():
+def test_bpe_settings_of_older_runs_give_same_tokenizer_and_cache_key():
     older = BPEConfig(vocab_size=400, cut="line_ends")
     assert older.cache_key() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
     assert older.train(TEXTS).hash == "a276b2b55160ffcfd5df22c50663a1535c9d269f1f87b7fac2cc9b3544f9d68f"
@@ -104,18 +104,18 @@ def test_older_settings_train_what_they_trained_and_find_their_shards():
     ("target", "cut"),
     [("data.tokenizer.BPEConfig", "line_ends"), ("data.published.GPT2Config", "words")],
 )
-def test_stored_settings_of_older_runs_have_the_older_cut(target, cut):
+def test_migrate_tokenizer_of_older_run_sets_older_cut(target, cut):
     assert migrate({"tokenizer": {"_target_": target}}, 2)["tokenizer"]["cut"] == cut
     assert "cut" not in migrate({"tokenizer": {"_target_": "data.tokenizer.ByteConfig"}}, 2)["tokenizer"]
 
 
-def test_hugging_face_opens_the_file_and_finds_the_same_tokens(tokenizer, tmp_path):
+def test_tokenizer_json_opens_in_hugging_face_with_same_tokens(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     assert_opened(path, tokenizer, [TEXTS[0], *AWKWARD[:3], AWKWARD[4], AWKWARD[6], "x\n  y \r\n\n  "])
 
 
-def test_words_trained_on_are_of_any_length_and_in_time():
+def test_bpe_training_on_long_words_is_fast():
     """A word of n characters takes a time of n²: a text of one word would take minutes."""
     text = "".join(Random(0).choices("abcdefgh", k=300_000)) + "7" * 100_000 + " " * 200_000
     began = time.monotonic()
@@ -124,7 +124,7 @@ def test_words_trained_on_are_of_any_length_and_in_time():
     assert trained.decode(trained.encode(text)) == text
 
 
-def test_a_lone_surrogate_in_training_text_is_refused():
+def test_bpe_training_on_lone_surrogate_raises_error():
     with pytest.raises(UserError, match="surrogate at character 2"):
         BPEConfig(vocab_size=300).train(["ab\ud800"])
 
@@ -198,7 +198,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_or_damaged_file_is_refused_in_one_line(content, tmp_path):
+def test_load_tokenizer_foreign_or_damaged_file_raises_user_error(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
@@ -208,13 +208,13 @@ def test_a_foreign_or_damaged_file_is_refused_in_one_line(content, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
-def test_what_is_not_a_file_is_refused(kind, tmp_path):
+def test_load_tokenizer_not_a_file_raises_user_error(kind, tmp_path):
     path = tmp_path / "tokenizer.json"
     {"missing": lambda path: None, "folder": os.mkdir, "pipe": os.mkfifo}[kind](path)
     with pytest.raises(UserError, match="json cannot be read"):
         load_tokenizer(path)
 
 
-def test_lone_surrogates_are_refused(tokenizer):
+def test_encode_lone_surrogate_raises_error(tokenizer):
     with pytest.raises(UserError, match="surrogate at character 2"):
         tokenizer.encode("ab\ud800")

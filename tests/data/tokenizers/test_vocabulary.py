@@ -15,7 +15,7 @@ BYTES = [bytes([byte]) for byte in range(256)]
 
 
 @pytest.mark.parametrize("letters", ["a", "ab", "abcd"])
-def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters):
+def test_derive_merges_equals_trained_merges_and_tiktoken_words(letters):
     """Few letters, so that one token can be had from several pairs."""
     chance = Random(len(letters))
     words = ["".join(chance.choices(letters, k=chance.randint(1, 30))) for _ in range(300)]
@@ -34,7 +34,7 @@ def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters)
         assert ours.encode(word).ids == theirs.encode_ordinary(word)
 
 
-def test_a_token_that_others_do_not_lead_to_is_found_as_a_word():
+def test_derive_merges_unreachable_token_is_found_as_word():
     tokens = [*BYTES, b"ab", b"cd", b"xyz"]
     assert derive_merges(tokens) == [(b"a", b"b"), (b"c", b"d")]
     tokenizer = BPETokenizer(tokens, PATTERN, "exact")
@@ -43,7 +43,7 @@ def test_a_token_that_others_do_not_lead_to_is_found_as_a_word():
         assert tokenizer.encode(text).tolist() == theirs.encode(text).ids == found
 
 
-def test_a_token_of_very_many_bytes_is_parted_in_time():
+def test_derive_merges_very_long_token_is_fast():
     tokens = [*BYTES, *(b"a" * 2**power for power in range(1, 17))]
     assert derive_merges(tokens) == [(b"a" * 2**power, b"a" * 2**power) for power in range(16)]
 
@@ -60,5 +60,5 @@ def test_a_token_of_very_many_bytes_is_parted_in_time():
         ([*BYTES, b"<|endoftext|>"], "its text can spell the token <|endoftext|>"),
     ],
 )
-def test_faults_of_a_vocabulary(tokens, fault):
+def test_vocabulary_fault_names_each_fault(tokens, fault):
     assert vocabulary_fault(tokens) == fault
