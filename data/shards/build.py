@@ -35,7 +35,7 @@ from data.tokenizers.load import load_tokenizer
 from data.tokenizers.patterns import last_cut
 
 SPLITS: tuple[Split, Split] = ("train", "val")
-PART_BYTES = 2**28  # of text: the most that a kill costs; one shard per split
+PART_BYTES = 2**28  # text in one part, which has one shard per split: a kill costs at most this much
 BATCH_BYTES = 2**18  # of text that a thread encodes at one time
 PASSAGE = 2**12  # characters in one sample of a long corpus for training the tokenizer
 MAX_IDLE_DAYS = 14  # after which parts of an unfinished build are removed
@@ -152,7 +152,7 @@ def _build_name(parts: Path) -> str:
 
 
 def _parts_folders(cache_dir: Path) -> list[Path]:
-    """Of all builds, by their names: the cache may lie in a folder with other things in it."""
+    """The parts folders of all builds; the name is checked because the cache folder may contain other things."""
     return [cache_dir / name for name in names_in(cache_dir) if re.match(r"\.parts-\d+-.", name)]
 
 

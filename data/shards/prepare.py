@@ -26,7 +26,7 @@ class Prepared:
     """A corpus as tokens."""
 
     folder: Path
-    fingerprint: str  # of the corpus
+    fingerprint: str  # Corpus.fingerprint()
     tokenizer: Tokenizer
     train: TokenStream
     val: TokenStream

@@ -15,7 +15,7 @@ class Document(NamedTuple):
     name: str
     text: str
     held_out: bool  # in the validation split
-    is_continuation: bool = False  # of the previous document of its split: a long one comes in parts
+    is_continuation: bool = False  # continues the previous document of its split: a long one comes in parts
 
     @property
     def split(self) -> Split:

@@ -17,7 +17,7 @@ from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_
 from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
 from data.sources.tables import cells, check_column, format_of
 
-PART_BYTES = 2**24  # of a long file in memory at one time
+PART_BYTES = 2**24  # how much of a long file is in memory at one time
 DEFAULT_COLUMN = "text"
 UNITS = ("file", "line", "row")
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # how users type them

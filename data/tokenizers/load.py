@@ -14,7 +14,7 @@ from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.patterns import KNOWN
 from data.tokenizers.vocabulary import parse_tokenizer_json, vocabulary_fault
 
-MAX_JSON_BYTES = 2**26  # of a tokenizer.json; o200k's takes a fifth of it
+MAX_JSON_BYTES = 2**26  # size limit of tokenizer.json; o200k's has a fifth of it
 
 
 class StoredConfig(TokenizerConfig):

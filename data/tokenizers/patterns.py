@@ -51,7 +51,7 @@ O200K = (
 KNOWN = (PATTERN, GPT2, CL100K, O200K)
 
 PIECE = 25_000  # characters after which a cut is looked for
-LONG_RUN = 100_000  # of white space: the engine fails at ten times as much
+LONG_RUN = 100_000  # characters of white space: the engine fails at ten times as many
 # Python's white space includes four control characters that the patterns do not count: that only leaves out some cuts.
 LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 MARKS = r"!-&(-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
