@@ -1,4 +1,4 @@
-"""Whole or not at all, whatever goes wrong in between."""
+"""Atomic writes: whole or not at all, whatever fails in between. And locks and checksums."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def fail(*_):
 
 
 def fail_with(rename, source, target):
-    """Where a new folder would take its name."""
+    """Fail where a new folder is renamed to its final name."""
     fail() if source.name.startswith(".writing-") else rename(source, target)
 
 
@@ -97,7 +97,7 @@ def test_atomic_folder_killed_in_replacement_leaves_old_or_new(tmp_path, monkeyp
 
 
 def test_atomic_folder_syncs_before_rename(tmp_path, monkeypatch):
-    """In this order, or a power cut leaves an empty file under the final name."""
+    """Otherwise a power failure leaves an empty file under the final name."""
     calls = []
     monkeypatch.setattr("common.atomic_io._sync", lambda path: calls.append(path.name.split("-")[0]))
     monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))

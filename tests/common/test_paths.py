@@ -1,4 +1,4 @@
-"""Each file once, however many ways a pattern reaches it, and an end to every pattern."""
+"""Glob patterns: each file once, by whatever links a pattern reaches it, and no pattern without end."""
 
 import errno
 import glob
@@ -46,7 +46,7 @@ def test_matching_files_with_link_cycles_gives_each_file_once(tree, pattern):
 
 
 def test_matching_files_follows_named_links(tree):
-    """A folder elsewhere is often put into place with a link: as in a shell, only ** stays out of it."""
+    """Folders on other disks are often linked: as in a shell, only ** does not enter links."""
     (tree / "link").symlink_to("d/sub")
     (tree / "one.txt").symlink_to("d/a.txt")
     (tree / "gone.txt").symlink_to("nothing")

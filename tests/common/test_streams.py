@@ -1,5 +1,5 @@
-"""Streams that are closed, full or of another encoding, signals from the first moment, and what is shown of the texts
-of others: mostly small processes that load nothing heavy."""
+"""Standard streams that are closed, full or in another encoding, signals from the first moment on, and control
+characters in text of other programs: mostly in small processes that import nothing heavy."""
 
 import io
 import json
@@ -19,7 +19,7 @@ STARTED = "from common import process, streams; process.start(); from common.cli
 
 
 def shell(line: str, cwd, **environment: str) -> tuple[int, str, str]:
-    """-> exit code, stdout and stderr of a line in which the streams can be redirected."""
+    """-> exit code, stdout and stderr of a shell command, which can redirect its streams."""
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
     found = subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, stdin=subprocess.PIPE)
     return found.returncode, found.stdout.decode(), found.stderr.decode()

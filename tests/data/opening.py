@@ -1,4 +1,4 @@
-"""tokenizer.json as others read it."""
+"""Open tokenizer.json with Hugging Face's libraries."""
 
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tokens on disk: whole or refused. Tokens in batches: each once per epoch, whatever the batch."""
+"""Shards are complete or rejected; batches use each token once per epoch, for any batch size."""
 
 import errno
 import os

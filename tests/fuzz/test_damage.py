@@ -1,4 +1,4 @@
-"""Damaged files: what is read from them is exactly what was written, or they are named in one line."""
+"""Damaged files: they are read exactly as written, or named in a one-line error."""
 
 import logging
 import shutil
@@ -61,7 +61,7 @@ def files_of(folder: Path) -> Files:
 
 
 def put(folder: Path, files: Files) -> None:
-    """The folder holds these files and nothing else, each a new one: an old one may still be mapped."""
+    """Make the folder contain exactly these files, each newly created: an old one may still be memory-mapped."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def damaged(files: Files, damage: Damage) -> Files:
 
 @st.composite
 def damages(draw, files: Files) -> Damage:
-    """One fault of one of these files, often near its beginning or its end, where headers are."""
+    """A fault in one of these files, often near its beginning or end, where headers are."""
     name, kind = draw(st.sampled_from(sorted(files))), draw(st.sampled_from(KINDS))
     size = len(files[name])
     last = max(0, size - 1)
@@ -214,7 +214,7 @@ def test_resume_damaged_run_gives_same_bits_or_raises_user_error(fuzz, trained, 
 
 
 def test_metrics_file_damaged_keeps_rows_before(fuzz, tmp_path_factory, trained):
-    """A changed digit cannot be seen, and a lost end is what a kill leaves; all before the damage must be right."""
+    """A changed digit cannot be detected, and a kill leaves a lost end; all rows before the damage must be right."""
     folder = tmp_path_factory.mktemp("metrics")
     path = folder / "metrics.jsonl"
     line = trained.files["metrics.jsonl"].splitlines(keepends=True)[0]

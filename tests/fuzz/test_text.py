@@ -1,4 +1,4 @@
-"""Any text comes back from tokens; any file comes back as text, or is named in one line."""
+"""Random texts round-trip through tokens; random files are read exactly, or named in a one-line error."""
 
 from collections import defaultdict
 from itertools import chain
@@ -46,7 +46,7 @@ def test_tokenizer_random_text_round_trips(fuzz, tokenizers):
 
 
 def test_exact_pieces_random_text_keeps_words(fuzz, monkeypatch):
-    """With a cut wherever there may be one: of any text the words are those of the whole, for every pattern."""
+    """With a cut in every possible place, for every pattern."""
     monkeypatch.setattr("data.tokenizers.patterns.PIECE", 1)
     monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 3)
     splits = {pattern: pre_tokenizers.Split(Regex(portable(pattern)), "isolated") for pattern in KNOWN}
@@ -70,7 +70,7 @@ def test_exact_pieces_random_text_keeps_words(fuzz, monkeypatch):
 
 
 def test_tokenizer_long_run_of_one_character_round_trips(fuzz, tokenizers):
-    """A regular expression or a merge loop may give up, or take forever, where nothing ends a word."""
+    """A regular expression or a merge loop may fail, or take forever, where nothing ends a word."""
     lengths = st.integers(0, 6).flatmap(lambda power: st.integers(1, 10**power)) | st.integers(PIECE - 2, PIECE + 2)
     runs = st.tuples(st.sampled_from(" \n\r\ta7.漢\u0301\0") | st.characters(exclude_categories=["Cs"]), lengths)
 

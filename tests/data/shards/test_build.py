@@ -1,4 +1,4 @@
-"""Shards in the making: the same bytes whatever the threads, the parts and the kills; bounded memory; full disks."""
+"""Shard builds: the same bytes for any threads, parts and kills; bounded memory; full disks."""
 
 import errno
 import os
@@ -31,7 +31,7 @@ def expected(tmp_path):
 
 
 def contents(made) -> list:
-    """All that was prepared, wherever its shards begin and end."""
+    """Hash, tokens and indices of prepared documents, however they are divided into shards."""
     tokens = [stream.read(0, len(stream)).tolist() for stream in (made.train, made.val)]
     names = [index_path(made.folder, split).read_text() for split in build.SPLITS]
     return [made.tokenizer.hash, *tokens, *names]
@@ -122,7 +122,7 @@ def test_prepare_after_kill_at_any_sync_gives_same_bytes(workplace, monkeypatch,
 
 
 def test_prepare_removes_abandoned_parts_of_other_builds(workplace, monkeypatch, caplog):
-    """Of other documents: with others' builds untouched, that are under way or not old yet."""
+    """Builds in progress and recent parts are untouched."""
     caplog.set_level("INFO")
     cache, old = workplace / "cache", time.time() - (build.MAX_IDLE_DAYS + 1) * 86400
     for name, touched in {"old": old, "held": old, "young": time.time()}.items():
@@ -207,7 +207,7 @@ def test_build_without_hard_links_copies_shards(workplace, monkeypatch, expected
 @pytest.mark.parametrize("documents", [1000, 1])
 @pytest.mark.parametrize("train_bytes", [2**16, 10**9])
 def test_build_trains_tokenizer_on_sample_of_whole_corpus(train_bytes, documents, monkeypatch, workplace):
-    """Of many short documents as of a long one."""
+    """For many short documents and for a long one."""
     heard, train = [], BPEConfig.train
     monkeypatch.setattr(BPEConfig, "train", lambda self, texts: train(self, (heard.append(t) or t for t in texts)))
     lines = [f"{i} {'abcdefgh'[i % 8]}{i * i}\n" for i in range(20_000)]

@@ -1,4 +1,4 @@
-"""The documents of a few tokens are found among hundreds of thousands, without reading their names."""
+"""The document index: names for a few tokens among hundreds of thousands of documents, without reading all of it."""
 
 import bisect
 import io
@@ -26,7 +26,7 @@ class Counted(io.FileIO):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A names file, and the documents it names: uneven ones, some with long and strange names."""
+    """An index, and its documents of different lengths, some with long and strange names."""
     draw, start, documents = random.Random(0), 0, []
     path = index.index_path(tmp_path_factory.mktemp("corpus"), "train")
     for i in range(DOCUMENTS):

@@ -1,4 +1,4 @@
-"""What is said of documents when they are prepared, and afterwards."""
+"""The summary of a corpus and the warnings about it."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What documents come out of, and what is refused."""
+"""Corpora: the documents they read, and the files they reject."""
 
 import bz2
 import gzip
@@ -71,7 +71,7 @@ def test_files_with_one_line_are_split(tmp_path, text):
 
 
 def test_files_with_unusual_names_are_read_unchanged(tmp_path):
-    """Line ends stay; a name is not an archive's, a pattern's or a path's within another."""
+    """Line ends are kept; names that look like archives, patterns or nested paths are names of files."""
     texts = {"crlf.txt": "a\r\nb\rc\n" * 50, "a::b.txt": "x\n" * 50, "a[1].txt": "y\n" * 50, "b.gz": "z\n" * 50}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
@@ -115,7 +115,7 @@ def test_files_fingerprint_changes_with_content_only(tmp_path):
 )
 @pytest.mark.parametrize("name", ["a.txt", "b txt.jsonl", "c txt.json", "d txt.csv"])
 def test_files_not_text_raise_error_with_name(tmp_path, name, content, complaint):
-    """Whatever they are called."""
+    """For any suffix."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     if name != "a.txt" and content and content.endswith((b">\n", b"\xfe")):

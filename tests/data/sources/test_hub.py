@@ -1,4 +1,4 @@
-"""Datasets through the library that reads the hub's, here from a folder; and what is said where there is no hub."""
+"""Hub datasets, here through the library from a local folder; and the errors where there is no hub."""
 
 import json
 import urllib.request
@@ -122,7 +122,7 @@ def test_hub_empty_folder_raises_user_error(folder):
 
 @pytest.mark.parametrize("offline", [True, False], ids=["forbidden", "unreachable"])
 def test_hub_unreachable_raises_user_error_after_one_request(monkeypatch, offline):
-    """The library alone would ask for half a minute."""
+    """The library alone would retry for half a minute."""
     monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr("huggingface_hub.HfApi", None)
@@ -161,7 +161,7 @@ def test_hub_full_commit_needs_no_request_for_fingerprint(monkeypatch):
 
 
 def test_hub_branch_is_resolved_and_read_at_its_commit(folder, monkeypatch):
-    """A hub of this test: what a name stands for is held fixed from then on, and a failure midway is one line."""
+    """With a fake hub: the commit of a name is resolved once, and a failure midway is a one-line error."""
     import datasets
 
     asked, commit = [], "c" * 40
@@ -186,7 +186,7 @@ def failing_rows():
 
 
 def test_with_fixed_revision_keeps_commit_and_fingerprint(monkeypatch):
-    """A branch moves on; the run's documents do not. The shards are the same under either name."""
+    """A branch moves on; the documents of a run do not. Both names find the same shards."""
     heads = {None: "a" * 40, "main": "a" * 40}
     commit_of = hub._commit_of
     monkeypatch.setattr(hub, "_commit_of", lambda path, revision: heads.get(revision, revision))

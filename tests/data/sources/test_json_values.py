@@ -1,4 +1,4 @@
-"""Any JSON comes as json.loads reads it, however few characters are in memory at one time."""
+"""Streamed JSON equals json.loads, however few characters are in memory at one time."""
 
 import io
 import json

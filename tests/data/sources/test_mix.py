@@ -1,4 +1,4 @@
-"""Several corpora in fixed proportions: what is where depends on the settings alone."""
+"""Mixes: fixed proportions, in an order that depends on the settings alone."""
 
 from itertools import pairwise
 

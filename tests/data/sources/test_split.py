@@ -1,5 +1,5 @@
-"""No document is trained on and validated on as well: identical ones are on one side, in a file, in several, in a mix;
-and what older runs hold out stays what it was."""
+"""No document is in both splits: identical documents are in the same one, in a file, in several, in a mix; and older
+runs keep their held-out documents."""
 
 import hashlib
 import json
@@ -58,14 +58,14 @@ def test_split_identical_documents_are_in_one_split(folder, corpus):
 
 
 def test_split_default_corpora_share_no_text():
-    """Held out by a hash of their paths; only empty files are alike on both sides."""
+    """Files are split by a hash of their path, so texts could be in both; only empty ones are."""
     for corpus in (SympyCorpus(), StdlibCorpus()):
         train, val = sides(corpus)
         assert train & val <= {""}
 
 
 def older(**settings) -> FilesCorpus | HubCorpus:
-    """As a run of format 2 stored it."""
+    """The corpus of settings that a run of format 2 stored."""
     hub = settings.pop("hub", False)
     kind = "data.hub.HubCorpus" if hub else "data.files.FilesCorpus"
     stored = migrate({"data": {"_target_": kind, "document_mask": False} | settings}, 2)["data"]
@@ -89,7 +89,7 @@ def test_split_settings_of_older_runs_give_same_documents(folder):
 
 
 def test_cache_key_settings_of_older_runs_is_unchanged(folder):
-    """The key of the shards is a hash of these."""
+    """The name of prepared shards contains a hash of them."""
     assert older(path="a.txt", document="line").cache_key() == {
         "path": "a.txt",
         "column": None,

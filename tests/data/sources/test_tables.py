@@ -1,4 +1,4 @@
-"""Rows of tables and lines of text as documents: each once, in order, with a name that finds it again."""
+"""Rows of tables and lines of text as documents: each once, in order, with a name that locates it."""
 
 import csv
 import json
@@ -201,7 +201,7 @@ def test_files_document_with_typo_raises_error(slip):
 @pytest.mark.parametrize("text", ["ünï 🙂 line\n" * 40, "ünï🙂" * 90, "a\n" * 200, "é" + "\n" * 90])
 @pytest.mark.parametrize("part", [4, 7, 64])
 def test_files_long_file_comes_in_parts_of_its_text(tmp_path, monkeypatch, text, part):
-    """However small a part of it is in memory at one time."""
+    """For any size of the part in memory."""
     (tmp_path / "a.txt").write_text(text)
     whole = read(path=f"{tmp_path}/a.txt")
     monkeypatch.setattr(files, "PART_BYTES", part)

@@ -1,4 +1,4 @@
-"""A long text has the tokens that it has in one piece, wherever it is cut."""
+"""A long text that is cut has the tokens that it has in one piece."""
 
 import random
 import re
@@ -57,7 +57,7 @@ def whole(pattern: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
 
 
 def split(regex: str) -> Callable[[str], list[str]]:
-    """Into the words that Oniguruma finds."""
+    """Split a text into the words that Oniguruma finds."""
     words = pre_tokenizers.Split(Regex(regex), "isolated")
     return lambda text: [word for word, _ in words.pre_tokenize_str(text)]
 
@@ -87,7 +87,7 @@ def test_encode_long_white_space_gives_words_of_pattern(pattern, tokens, monkeyp
 
 
 def test_encode_run_beyond_tiktoken_limit_gives_tokens(pattern):
-    """A million characters: its engine holds an entry for each, and panics."""
+    """A million characters: its engine keeps an entry for each, and panics."""
     spaces = [b" " * 2**i for i in range(1, 7)]
     ours = BPETokenizer([*BYTES, *spaces], pattern, "exact")
     text = "x" + " " * (64 * 2**14 + 1) + "x"
@@ -95,7 +95,7 @@ def test_encode_run_beyond_tiktoken_limit_gives_tokens(pattern):
 
 
 def test_portable_pattern_finds_same_words_in_oniguruma(pattern):
-    """tiktoken does not tell its words; here each word is a token."""
+    """tiktoken does not return words; here each word is a token."""
     text = TEXTS["runs"][:5000] + TEXTS["contractions"][:5000] + "\n  "
     words = split(portable(pattern))(text)
     vocabulary = [*BYTES, *{word.encode(): None for word in words if len(word.encode()) > 1}]

@@ -1,4 +1,4 @@
-"""Published vocabularies: read from a file or refused, and then the tokens are those of tiktoken itself."""
+"""Published vocabularies: read from a file or rejected, with the tokens of tiktoken itself."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ CONFIGS = [GPT2Config, CL100KConfig, O200KConfig]
 
 
 class Small(GPT2Config):
-    """A vocabulary of this test's under GPT-2's pattern."""
+    """A small vocabulary for tests, with GPT-2's pattern."""
 
     @property
     def published(self) -> Published:

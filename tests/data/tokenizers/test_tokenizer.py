@@ -1,4 +1,4 @@
-"""Any text comes back exactly; the same text makes the same tokenizer."""
+"""Tokenizers: every text round-trips, training is deterministic, and stored files are verified."""
 
 import base64
 import json
@@ -116,7 +116,7 @@ def test_tokenizer_json_opens_in_hugging_face_with_same_tokens(tokenizer, tmp_pa
 
 
 def test_bpe_training_on_long_words_is_fast():
-    """A word of n characters takes a time of n²: a text of one word would take minutes."""
+    """Training time grows by the square of a word's length: a text of one word would take minutes."""
     text = "".join(Random(0).choices("abcdefgh", k=300_000)) + "7" * 100_000 + " " * 200_000
     began = time.monotonic()
     trained = BPEConfig(vocab_size=1000).train([text])
@@ -134,7 +134,7 @@ def older(**changes) -> str:
 
 
 def newer(change) -> str:
-    """What a tokenizer saves, changed, with the hash that belongs to it."""
+    """A changed tokenizer.json with a valid hash."""
     content = BPE.content()
     del content["model"]["headroom"]["hash"]
     change(content["model"])

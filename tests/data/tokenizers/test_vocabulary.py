@@ -1,4 +1,4 @@
-"""The merges that tokenizer.json lists are those that give tiktoken's tokens."""
+"""The merges in tokenizer.json give tiktoken's tokens."""
 
 import json
 from random import Random
@@ -16,7 +16,7 @@ BYTES = [bytes([byte]) for byte in range(256)]
 
 @pytest.mark.parametrize("letters", ["a", "ab", "abcd"])
 def test_derive_merges_equals_trained_merges_and_tiktoken_words(letters):
-    """Few letters, so that one token can be had from several pairs."""
+    """Text of few letters, so that several pairs give one token."""
     chance = Random(len(letters))
     words = ["".join(chance.choices(letters, k=chance.randint(1, 30))) for _ in range(300)]
     trainee = Tokenizer(models.BPE(ignore_merges=True))
