@@ -25,7 +25,7 @@ from common.errors import NotFinite, UserError
 from generation.options import parse_arguments
 
 if TYPE_CHECKING:
-    from data.tokenizers.tokenizer import Tokenizer
+    from data.tokenizers.base import Tokenizer
     from generation.sampler import Sampler
     from generation.state import GenerationState
     from model.transformer import TransformerLM

@@ -68,7 +68,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from common import process
     from common.console import to_stderr
     from common.signals import StopRequest
-    from data.batches import refuse_short
+    from data.batches import check_split_lengths
     from data.shards.prepare import prepare
     from generation.preview import continuation, preview_prompt
     from runtime.device import choose_device, set_determinism
@@ -96,9 +96,9 @@ def train(tree: dict, typed: list[str]) -> None:
         return dry_run(run, device, done, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
 
     corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-    refuse_short(corpus, length)
+    check_split_lengths(corpus, length)
     preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
-    run = run.model_copy(update={"data": run.data.pinned()})
+    run = run.model_copy(update={"data": run.data.with_fixed_revision()})
     state, done, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock)
     loss, token_losses = losses_of(
         run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation

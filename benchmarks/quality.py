@@ -32,8 +32,8 @@ from benchmarks.train import SIZES, Size, refuse_shared, run_of
 from common.cli import Parser, number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
-from common.figures import refuse_unwritable
-from data.batches import micro_batches, refuse_short, stack, windows
+from common.figures import check_writable
+from data.batches import check_split_lengths, count_windows, micro_batches, read_windows
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
 from training.evaluate import evaluate
@@ -117,14 +117,14 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
-        refuse_unwritable(args.picture, "--picture")
+        check_writable(args.picture, "--picture")
     refuse_repeated(args.seeds, "--seeds")
     refuse_repeated([" ".join(overrides.split()) for overrides in args.ours], "--ours")
     refuse_shared(" ".join(args.ours).split(), "--ours")
     text, size = read(args.text), SIZES[args.size]
     runs = [run_of(size, *overrides.split()) for overrides in args.ours]  # which refuses what is wrong with one
     for length in ([size.tokens] if args.nanogpt else []) + [run.model.context_length for run in runs]:
-        refuse_short(text, length)
+        check_split_lengths(text, length)
         if args.val_tokens is not None and args.val_tokens < length:
             raise UserError(
                 f"--val-tokens {args.val_tokens} holds no window of {length} tokens: give at least {length}"
@@ -279,7 +279,7 @@ def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.dev
         model, optimizer = nanogpt_of(args.nanogpt, device, **size.shape, lr=args.lr)
         update = autocast_step(model, optimizer, lambda *batch: model(*batch)[1], device, args.precision)
         length = size.tokens
-        chosen = windows(text.val, length) if args.val_tokens is None else args.val_tokens // length
+        chosen = count_windows(text.val, length) if args.val_tokens is None else args.val_tokens // length
 
         def step(number: int) -> None:
             starts = torch.randint(len(text.train) - length, (size.batch,)).tolist()
@@ -292,7 +292,7 @@ def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.dev
         def score() -> float:
             nats = 0.0
             for first in range(0, chosen, size.batch):
-                inputs, targets = stack(text.val, length, list(range(first, min(first + size.batch, chosen))))
+                inputs, targets = read_windows(text.val, length, list(range(first, min(first + size.batch, chosen))))
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     mean = model(inputs.to(device).contiguous(), targets.to(device).contiguous())[1]
                 nats += mean.item() * len(inputs)

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 
 class FrozenSettings(BaseModel):
-    """Unknown keys, wrong types, infinities and NaN are refused where the object is made (pydantic.ValidationError)."""
+    """Raises pydantic.ValidationError for unknown keys, wrong types, infinities and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.errors import NotFinite, UserError, escaped
 from common.figures import save
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from model.stats import ATTENTION_MAP
 from model.transformer import TransformerLM
 

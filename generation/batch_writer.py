@@ -10,7 +10,7 @@ from torch import Tensor
 from common.errors import NotFinite
 from common.signals import Interruptible
 from common.streams import json_line, print_stderr, show
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
 from generation.state import GenerationState

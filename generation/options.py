@@ -12,7 +12,7 @@ from typing import Any
 from common.atomic_io import exists
 from common.cli import Parser, number
 from common.errors import UserError, reason
-from common.figures import refuse_unwritable
+from common.figures import check_writable
 from common.invocation import CONF, quoted, version_line
 from common.paths import entering
 from common.streams import print_line
@@ -80,7 +80,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
         check_is_folder(args.run)
     args.prompt = _read_prompt(args)
     if args.attention_map is not None:
-        refuse_unwritable(args.attention_map, "--attention-map")
+        check_writable(args.attention_map, "--attention-map")
     args.score_text = None if args.score is None else read_text(args.score, "--score")
     if args.score_text == "":
         raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")

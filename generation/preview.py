@@ -2,7 +2,7 @@
 
 from common.errors import NotFinite
 from data.shards.prepare import Prepared
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from generation.decode import generate
 from generation.prompt import encode_prompt
 from generation.sampler import Sampler

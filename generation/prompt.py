@@ -1,7 +1,7 @@
 """Turn a prompt into tokens."""
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, context_length: int, slide: bool | None = None) -> list[int]:

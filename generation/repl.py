@@ -11,7 +11,7 @@ from common.console import deferred_logging
 from common.errors import NotFinite, UserError, reason
 from common.signals import Interruptible
 from common.streams import StdoutLost, print_stderr, show
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from generation.decode import generate
 from generation.options import MAX_SEED
 from generation.sampler import Sampler

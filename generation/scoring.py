@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from common.errors import NotFinite, UserError
-from data.batches import evaluation_batches, windows
+from data.batches import count_windows, evaluation_batches
 from data.shards.token_files import TokenStream
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from model.score import Score, score_batches, token_losses
 
 BATCH_WINDOWS = 8  # of one forward pass
@@ -24,7 +24,7 @@ def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length
         raise UserError("the text is empty or a single token, which leaves nothing to predict: score a longer one")
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     whole = TokenStream([tokens])
-    rest = tokens[windows(whole, context_length) * context_length :]
+    rest = tokens[count_windows(whole, context_length) * context_length :]
     batches = evaluation_batches(whole, context_length, BATCH_WINDOWS)
     if len(rest) > 1:
         batches += evaluation_batches(TokenStream([rest]), len(rest) - 1, 1)

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Sequence
 
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from generation.stop_strings import find_stop_string, split_partial_stop
 
 

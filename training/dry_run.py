@@ -15,7 +15,7 @@ from common.cli import out_of_memory
 from common.console import clock
 from common.errors import UserError
 from common.streams import print_line
-from data.batches import refuse_short
+from data.batches import check_split_lengths
 from data.shards.prepare import Prepared, missing, prepare
 from model import cost
 from runtime.allocator import keep_buffers
@@ -77,7 +77,7 @@ def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | No
         corpus = prepare(run.data, run.tokenizer, cache_dir, download=False)
     except UserError as error:
         return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
-    refuse_short(corpus, run.model.context_length)
+    check_split_lengths(corpus, run.model.context_length)
     check(corpus)
     return corpus, []
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from data.batches import windows
+from data.batches import count_windows
 from data.shards.prepare import Prepared
 from training.run.config import Run
 
@@ -11,7 +11,7 @@ MAX_EPOCHS = 4  # that are worth nearly as much as fresh text (Muennighoff et al
 
 def tokens_of_epoch(run: Run, corpus: Prepared) -> int:
     """Training tokens of one epoch, in which each window of the training text is read once."""
-    return windows(corpus.train, run.model.context_length) * run.model.context_length
+    return count_windows(corpus.train, run.model.context_length) * run.model.context_length
 
 
 def epochs(run: Run, corpus: Prepared) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from generation import attention_map
 from generation.attention_map import MAX_LABELS, attention_maps, draw_attention
 from tests.support import SMOKE, call, small_model
@@ -93,7 +93,7 @@ def test_draw_attention_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("common.figures.write_whole", full)
+    monkeypatch.setattr("common.figures.write_atomic", full)
     with pytest.raises(UserError, match=r"map.png cannot be written: No space left on device"):
         draw_attention(model_of_bytes("attention=mha"), ByteTokenizer(), "xy", tmp_path / "map.png", "run")
 

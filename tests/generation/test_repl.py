@@ -7,7 +7,7 @@ import torch
 
 from common.errors import UserError
 from common.signals import Interruptible
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from generation import repl
 from generation.decode import generate
 from generation.repl import Conversation

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import BPEConfig, ByteTokenizer
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteTokenizer
 from generation.scoring import score_text
 from tests.support import small_model
 

@@ -2,7 +2,7 @@
 
 import random
 
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from generation.text_stream import TextStream
 from tests.generation.test_stop_strings import before_stop
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.console import clock
-from data.batches import windows
+from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
@@ -244,7 +244,7 @@ def test_masked_documents_count_their_own_pairs_and_without_them_an_upper_bound_
     assert said["gpt2"] == ("32.5", ", an upper bound: pairs across documents are counted")
     run = load_composed(*SMOKE)
     corpus = prepare(run.data, run.tokenizer, workplace / "cache")
-    inputs = corpus.train.read(0, windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
+    inputs = corpus.train.read(0, count_windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
     keys = seen = 0
     for token, first in zip(inputs.flat, itertools.cycle([True] + [False] * 63), strict=False):
         seen = 1 if first or token == 256 else seen + 1

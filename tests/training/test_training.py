@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from data.shards.token_files import TokenStream
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from model.kernels.sdpa import SDPA
 from model.loss import token_losses
 from model.transformer import TransformerLM

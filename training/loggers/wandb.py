@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from common.atomic_io import exists, read_regular, write_whole
+from common.atomic_io import exists, read_regular, write_atomic
 from common.errors import UserError
 from common.invocation import check_package, installed
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
@@ -44,7 +44,7 @@ class WandbLogger(Logger):
 
         id_file = folder / "wandb-id.txt"
         if not exists(id_file):
-            write_whole(id_file, secrets.token_hex(4).encode())
+            write_atomic(id_file, secrets.token_hex(4).encode())
         remote = wandb.init(
             project=self.project,
             mode=self.mode,

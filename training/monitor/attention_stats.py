@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.batches import stack, windows
+from data.batches import count_windows, read_windows
 from data.shards.token_files import TokenStream
 from model.stats import MONITORED_STATS
 from model.transformer import TransformerLM
@@ -21,7 +21,7 @@ def attention_stats(
     lowest_entropy    of the head where it is lowest: near 0, that head hardly learns any more
     max_logit         the largest score before the softmax; where it keeps growing, training becomes unstable
     """
-    inputs, _ = stack(stream, length, list(range(min(batch_size, windows(stream, length)))))
+    inputs, _ = read_windows(stream, length, list(range(min(batch_size, count_windows(stream, length)))))
     inputs = inputs.to(next(model.parameters()).device)
     no_logits = inputs[:, :0]
     aux = model(inputs, **places(inputs, end_of_text), only=no_logits, collect=MONITORED_STATS).aux

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError, escaped, reason
-from common.streams import on_stdout, print_stderr, write_if_possible
+from common.streams import escaped_for_terminal, print_stderr, write_if_possible
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
 from model.score import Score
@@ -249,7 +249,7 @@ class Monitor:
         """Print the last words of a run on stdout, whether or not anybody reads them; then draw its picture, the last
         thing it does: where that is missing, a run that is resumed says its last words again."""
         lines = "\n".join(map(escaped, self._last_words(evaluation)))
-        lost = write_if_possible(f"\n{on_stdout(sample)}\n\n{lines}")
+        lost = write_if_possible(f"\n{escaped_for_terminal(sample)}\n\n{lines}")
         if lost is not None:
             log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
         self._plot()

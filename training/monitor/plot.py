@@ -20,9 +20,9 @@ from common import process
 from common.atomic_io import exists
 from common.cli import Parser, one_line_errors
 from common.errors import UserError, escaped
-from common.figures import refuse_unwritable, save
+from common.figures import check_writable, save
 from common.invocation import command
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from common.streams import show
 from training.run.metrics_file import PICTURE, read_metrics
 
@@ -54,7 +54,7 @@ def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
 
     x: step or tokens. Raises UserError for what is no run, or has no rows yet, and for a path that cannot be written.
     """
-    refuse_unwritable(path, "-o")
+    check_writable(path, "-o")
     folders = [folder for folder in folders if not os.path.isfile(folder)]  # runs/* has the settings of sweeps, too
     if not folders:
         raise UserError(f"there is no run among what was given: {command(PROGRAM, 'runs/A', 'runs/B')}")
@@ -81,7 +81,7 @@ def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
     try:
         there = exists(metrics)
     except OSError as error:
-        refuse_unreadable(metrics, error)
+        raise_unreadable(metrics, error)
     if not there:
         raise UserError(f"{folder} is not a run: it has no metrics.jsonl")
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get(x) is not None]

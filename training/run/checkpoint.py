@@ -22,19 +22,20 @@ from torch import Tensor
 
 from common.atomic_io import (
     NOT_THERE,
-    Irregular,
-    discard,
+    NotRegularFile,
+    atomic_folder,
     make_folder,
     open_regular,
     read_regular,
-    whole_folder,
-    write_whole,
+    remove_atomic,
+    write_atomic,
 )
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
 from data.shards.prepare import Prepared
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import free_memory
 from runtime.precision import LossScale
@@ -105,7 +106,7 @@ def save(folder: Path, run: Run, corpus: Prepared, training: TrainState, step: i
         log.warning(f"{fault}; so none is removed")
     for other in others:
         try:
-            discard(other)
+            remove_atomic(other)
         except OSError as error:
             log.warning(f"{other} cannot be removed: {reason(error)}")
 
@@ -116,7 +117,7 @@ def score(folder: Path, step: int, val_loss: float) -> None:
     path = next(path for path in saved(folder) if step_of(path) == step)
     manifest = _read_manifest(path).model_copy(update={"format": FORMAT, "val_loss": _finite(val_loss)})
     try:
-        write_whole(path / MANIFEST, sealed(manifest.model_dump()).encode())
+        write_atomic(path / MANIFEST, with_checksum(manifest.model_dump()).encode())
     except OSError as error:
         raise _write_error(folder, path, error) from None
 
@@ -143,7 +144,7 @@ def write(
 ) -> None:
     """Write tensors by file, and the manifest. Raises OSError, and then leaves no trace."""
     make_folder(path.parent)
-    with whole_folder(path) as writing:
+    with atomic_folder(path) as writing:
         marks = {}
         for name, tensors in files.items():
             content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
@@ -160,7 +161,7 @@ def write(
             machine=_machine(training.model),
             files=marks,
         )
-        (writing / MANIFEST).write_text(sealed(manifest.model_dump()))
+        (writing / MANIFEST).write_text(with_checksum(manifest.model_dump()))
 
 
 def steps_done(folder: Path) -> int:
@@ -202,7 +203,7 @@ def _file_content(file: Path, limit: int) -> bytes:
 def _read_error(file: Path, error: OSError) -> UserError:
     """The exception to raise: Damaged where there is no such file, Removed where its folder has gone too, and another
     UserError where it cannot be read: what it holds may be whole."""
-    if isinstance(error, Irregular):
+    if isinstance(error, NotRegularFile):
         return Damaged(f"{file} is damaged: {reason(error)}")
     if error.errno in NOT_THERE and not any(map(os.path.islink, (file, file.parent))):  # whose disk may be away
         kind = Damaged if os.path.lexists(file.parent) else Removed
@@ -438,7 +439,7 @@ def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
     content = _file_content(file, MAX_MANIFEST_BYTES)
     try:
-        content = unsealed(content.decode())
+        content = parse_verified(content.decode())
         format = stated_format(content)
         check_format(path, format)
         if not isinstance(content["config"], dict):

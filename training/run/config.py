@@ -23,7 +23,7 @@ from common.settings import Change, FrozenSettings
 from common.suggestions import RENAMED, renamed
 from data.sources.corpus import Corpus
 from data.sources.mix import MixCorpus, Part
-from data.tokenizers.tokenizer import TokenizerConfig
+from data.tokenizers.base import TokenizerConfig
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
 from model.attention.stack import StackConfig
 from model.kernels.base import Kernel

@@ -20,20 +20,20 @@ import yaml
 from common.atomic_io import (
     NOT_THERE,
     UNFINISHED,
-    Irregular,
+    NotRegularFile,
     exists,
     make_folder,
     names_in,
     read_regular,
-    sweep,
-    write_whole,
+    remove_unfinished,
+    write_atomic,
 )
 from common.errors import UserError, reason
 from common.invocation import ROOT, command
 from common.lock import lock
 from common.overrides import format_override
-from common.paths import entering, is_folder, refuse_unreadable
-from data.tokenizers.tokenizer import Tokenizer
+from common.paths import entering, is_folder, raise_unreadable
+from data.tokenizers.base import Tokenizer
 from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.run.origin import signature
@@ -76,14 +76,14 @@ def acquire_run_lock(folder: Path) -> AbstractContextManager:
     another one trains in it."""
     try:
         run_lock = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
-    except Irregular as error:
+    except NotRegularFile as error:
         raise UserError(f"{folder}/.lock cannot be held: {reason(error)}: remove it") from None
     except OSError as error:
         raise UserError(
             f"the run's folder {folder} cannot be written: {reason(error)}: let this user write to it"
         ) from None
     for place in (folder, folder / "checkpoints", folder / "failures"):
-        sweep(place)
+        remove_unfinished(place)
     return run_lock
 
 
@@ -96,7 +96,7 @@ def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager
             folder = folder.with_name(f"{folder.name}-{_words()}")
         make_folder(folder, exist_ok=bool(run.run_dir))
         run_lock = acquire_run_lock(folder)
-        write_whole(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
+        write_atomic(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
@@ -113,7 +113,7 @@ def write_config(folder: Path, run: Run) -> None:
             f"the settings are {len(content):,} bytes of config.yaml, {MAX_CONFIG_BYTES:,} are read: give fewer parts"
         )
     try:
-        write_whole(folder / "config.yaml", content)
+        write_atomic(folder / "config.yaml", content)
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {reason(error)}") from None
 
@@ -193,7 +193,7 @@ def newest(with_checkpoint: bool = False) -> Path:
     try:
         folders = [RUNS / name for name in names_in(RUNS)]
     except OSError as error:
-        refuse_unreadable(RUNS.resolve(), error)
+        raise_unreadable(RUNS.resolve(), error)
     touched = {}
     for folder in folders:
         try:
@@ -234,7 +234,7 @@ def saved(folder: Path) -> list[Path]:
     try:
         paths = [folder / "checkpoints" / name for name in names_in(folder / "checkpoints")]
     except OSError as error:
-        refuse_unreadable(f"{folder}/checkpoints", error, "make it a folder that this user may read")
+        raise_unreadable(f"{folder}/checkpoints", error, "make it a folder that this user may read")
     return sorted((path for path in paths if step_of(path) >= 0), key=step_of)
 
 

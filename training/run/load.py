@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training.run import checkpoint
 from training.run.folder import check_is_run, resume_command

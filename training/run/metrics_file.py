@@ -9,9 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Required, TypedDict
 
-from common.atomic_io import exists, open_regular, write_whole
+from common.atomic_io import exists, open_regular, write_atomic
 from common.errors import UserError, reason
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 
 log = logging.getLogger("headroom")
 MAX_STEPS = 2**40  # of a run
@@ -62,7 +62,7 @@ class MetricsFile:
         self.past: list[MetricRow] = [row for row in rows if row["step"]]  # of training
         self.before: MetricRow | None = next((row for row in rows if not row["step"]), None)
         try:
-            write_whole(path, "".join(map(_line, rows)).encode())
+            write_atomic(path, "".join(map(_line, rows)).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {reason(error)}") from None
@@ -89,7 +89,7 @@ class MetricsFile:
         with self._writing():
             self.file.close()
             before = [] if self.before is None else [self.before]
-            write_whole(self.path, "".join(map(_line, before + self.past)).encode())
+            write_atomic(self.path, "".join(map(_line, before + self.past)).encode())
             self.file = open(self.path, "a")  # noqa: SIM115
         return self.past[-1]
 
@@ -129,7 +129,7 @@ def read_metrics(path: Path, last: int = MAX_STEPS) -> list[MetricRow]:
                 if row is not None and (rows[-1]["step"] if rows else -1) < row["step"] <= last:
                     rows.append(row)
     except OSError as error:
-        refuse_unreadable(path, error, "make it readable, or move it away")
+        raise_unreadable(path, error, "make it readable, or move it away")
     return rows
 
 

@@ -23,7 +23,7 @@ from common.invocation import command
 from common.paths import entering
 from common.streams import print_line
 from data.shards.prepare import Prepared
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import Output
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision

@@ -8,7 +8,8 @@ from typing import Any
 
 from common.errors import UserError
 from common.settings import Change
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import TransformerLM
 from training.run import checkpoint
 from training.run.changes import change_of
@@ -57,7 +58,7 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
         attention["rope_original_context"] = base_run.model.context_length  # which only the base knows
     owned["tokenizer"] = {
-        "_target_": "data.tokenizers.tokenizer.StoredConfig",
+        "_target_": "data.tokenizers.load.StoredConfig",
         "path": str(base / "tokenizer.json"),
         "hash": tokenizer.hash,
     }

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from common.checksummed_json import digest, unsealed
+from common.checksummed_json import digest, parse_verified
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, call, relative_error, some_tokens
@@ -328,7 +328,7 @@ def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, mon
 
 def reseal(checkpoint, *names, **changes):
     """Writes the manifest anew, as whoever crafts a checkpoint would."""
-    manifest = unsealed((checkpoint / "manifest.json").read_text()) | changes
+    manifest = parse_verified((checkpoint / "manifest.json").read_text()) | changes
     for name in names:
         content = (checkpoint / name).read_bytes()
         manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -445,7 +445,7 @@ def test_a_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
 )
 def test_a_config_that_names_something_else_is_refused(run, target):
     """In a checkpoint's manifest, as in config.yaml."""
-    config = unsealed((last(run) / "manifest.json").read_text())["config"]
+    config = parse_verified((last(run) / "manifest.json").read_text())["config"]
     config["attention"] |= {"_target_": target}
     reseal(last(run), config=config)
     with pytest.raises(UserError, match="does not name a AttentionChoice"):
@@ -569,7 +569,7 @@ def test_a_run_that_cannot_be_resumed_is_one_line(run, content, complaint, monke
 
 
 def reshape(checkpoint):
-    config = unsealed((checkpoint / "manifest.json").read_text())["config"]
+    config = parse_verified((checkpoint / "manifest.json").read_text())["config"]
     config["model"]["d_model"] = 32
     reseal(checkpoint, config=config)
 
