@@ -92,8 +92,8 @@ class FullCache(Cache):
 
 
 class WindowCache(Cache):
-    """Keeps the latest `window` positions, and the first `kept` ones for ever: position p >= kept is in row
-    kept + (p - kept) mod window. Its memory does not grow with the text.
+    """Keeps the latest `window` positions, and the first `num_global` ones for ever: position p >= num_global is in row
+    num_global + (p - num_global) mod window. Its memory does not grow with the text.
 
     The positions of a sequence must go on where they ended, or begin again at 0: what a window has dropped cannot be
     had back. Several queries at once see what was held before them beside themselves; a single one, the common case in
@@ -108,20 +108,20 @@ class WindowCache(Cache):
         like: Tensor,
         *,
         window: int,
-        kept: int = 0,
+        num_global: int = 0,
     ):
-        super().__init__(batch_size, min(capacity, window + kept), columns, like)
-        self.window, self.kept = window, kept
+        super().__init__(batch_size, min(capacity, window + num_global), columns, like)
+        self.window, self.num_global = window, num_global
 
     @property
     def capacity(self) -> int:
-        return self.rows if self.rows < self.window + self.kept else sys.maxsize
+        return self.rows if self.rows < self.window + self.num_global else sys.maxsize
 
     def write(self, positions: Tensor, **fresh: Tensor) -> None:
         last = positions.amax(1, keepdim=True)
-        ring = self.kept + (positions - self.kept) % self.window
-        rows = ring.where((positions >= self.kept) & (positions > last - self.window), -1)
-        self._put(positions.where((positions >= 0) & (positions < self.kept), rows), fresh)
+        ring = self.num_global + (positions - self.num_global) % self.window
+        rows = ring.where((positions >= self.num_global) & (positions > last - self.window), -1)
+        self._put(positions.where((positions >= 0) & (positions < self.num_global), rows), fresh)
 
     def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
         rows = self.rows if kv_len is None else min(kv_len, self.rows)
@@ -137,20 +137,20 @@ class WindowCache(Cache):
         return keys
 
     def grow(self, capacity: int) -> None:
-        self._resize(min(capacity, self.window + self.kept))
+        self._resize(min(capacity, self.window + self.num_global))
 
     def _positions(self, last: Tensor, rows: int) -> Tensor:
         """(B, rows): the position each row holds, once `last` (B, 1) is the latest one written; negative for none."""
         row = torch.arange(rows, device=last.device)[None]
         latest = last - (last - row) % self.window  # of those that share the row
-        latest = latest.where(latest >= self.kept, -1)
-        return row.where((row < self.kept) & (row <= last), latest.where(row >= self.kept, -1))
+        latest = latest.where(latest >= self.num_global, -1)
+        return row.where((row < self.num_global) & (row <= last), latest.where(row >= self.num_global, -1))
 
 
 def cache_for(
     pattern: Pattern, batch_size: int, capacity: int, columns: Mapping[str, tuple[int, ...]], like: Tensor
 ) -> Cache:
     """The smallest cache from which every later query of this pattern can be answered."""
-    if pattern.bounded:
-        return WindowCache(batch_size, capacity, columns, like, window=pattern.window, kept=pattern.global_tokens)
+    if pattern.has_bounded_reach:
+        return WindowCache(batch_size, capacity, columns, like, window=pattern.window, num_global=pattern.global_tokens)
     return FullCache(batch_size, capacity, columns, like)

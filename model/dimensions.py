@@ -6,8 +6,8 @@ from pydantic import Field
 
 from common.settings import FrozenSettings
 
-LARGEST = 2**20  # no memory holds a model so wide; far beyond, arithmetic overflows and lists of divisors never end
-Size = Annotated[int, Field(ge=1, le=LARGEST)]  # a dimension
+MAX_SIZE = 2**20  # no memory holds a model so wide; far beyond, arithmetic overflows and lists of divisors never end
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]  # a dimension
 
 
 class Dimensions(FrozenSettings):
@@ -16,7 +16,7 @@ class Dimensions(FrozenSettings):
     n_layers: Size
     d_model: Size
     n_heads: Size
-    context_length: int = Field(ge=2, le=LARGEST)  # tokens in a training window, and the most a text may have
+    context_length: int = Field(ge=2, le=MAX_SIZE)  # tokens in a training window, and the most a text may have
     tie_embeddings: bool = True  # one matrix for the input embedding and the output head
     position_embedding: Literal["none", "learned", "sinusoidal"] = "none"  # added to each token's embedding
     dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training

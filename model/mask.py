@@ -33,7 +33,7 @@ class Pattern:
         return self.window is None and self.dilation == 1 and self.see_self
 
     @property
-    def bounded(self) -> bool:
+    def has_bounded_reach(self) -> bool:
         """A query sees no key further back than its window, but for the global tokens."""
         return self.causal and self.window is not None and not self.random_blocks
 

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from common.settings import FrozenSettings
-from model.dimensions import LARGEST, Dimensions
+from model.dimensions import MAX_SIZE, Dimensions
 from model.linear import Linear
 
 
 class MLPConfig(FrozenSettings, ABC):
-    d_ff: int | None = Field(None, ge=1, le=4 * LARGEST)  # hidden width; unset, it derives from d_model
+    d_ff: int | None = Field(None, ge=1, le=4 * MAX_SIZE)  # hidden width; unset, it derives from d_model
 
     @abstractmethod
     def derive(self, dimensions: Dimensions) -> Self:

@@ -12,14 +12,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.settings import FrozenSettings
-from model.dimensions import LARGEST, Dimensions
+from model.dimensions import MAX_SIZE, Dimensions
 from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
 
 Position = Literal["rope", "alibi", "none"]
 Slopes = Literal["published", "geometric"]
-COLUMNS = 8  # added by ALiBi; two hold numbers, but fused kernels want widths that are multiples of 8
-SHORTEST = 7  # tokens of an original context in which the fastest pair turns once
+ALIBI_COLUMNS = 8  # added by ALiBi; two hold numbers, but fused kernels want widths that are multiples of 8
+MIN_ORIGINAL_CONTEXT = 7  # tokens of an original context in which the fastest pair turns once
 DIGIT = 256  # bfloat16 holds whole numbers up to here
 
 
@@ -31,8 +31,8 @@ class PositionConfig(FrozenSettings):
     rope_theta: float = Field(10000.0, ge=1)
     rope_layout: Layout = "half"
     rope_scaling: Scaling = "none"
-    rope_factor: float | None = Field(None, ge=1, le=LARGEST)  # how many times longer texts become
-    rope_original_context: int | None = Field(None, ge=SHORTEST, le=LARGEST)  # of yarn: context_length / rope_factor
+    rope_factor: float | None = Field(None, ge=1, le=MAX_SIZE)  # how many times longer texts become
+    rope_original_context: int | None = Field(None, ge=MIN_ORIGINAL_CONTEXT, le=MAX_SIZE)  # yarn's
 
     @model_validator(mode="after")
     def _positions_make_sense(self) -> Self:
@@ -70,7 +70,7 @@ class PositionConfig(FrozenSettings):
         """The rule for an unset rope_original_context."""
         if self.rope_scaling != "yarn" or self.rope_original_context is not None:
             return self.rope_original_context
-        return min(LARGEST, max(SHORTEST, round(dimensions.context_length / self.rope_factor)))
+        return min(MAX_SIZE, max(MIN_ORIGINAL_CONTEXT, round(dimensions.context_length / self.rope_factor)))
 
     def rope(self, dim: int) -> Rope | None:
         """What rotates `dim` coordinates of queries and keys, if anything does; of a derived config."""
@@ -80,25 +80,25 @@ class PositionConfig(FrozenSettings):
         return Rope(dim, self.rope_theta, self.rope_layout, self.rope_scaling, factor, self.rope_original_context)
 
     @property
-    def sharpening(self) -> float:
+    def softmax_scale_factor(self) -> float:
         """What the softmax scale is multiplied by: with yarn mscale², where mscale = 0.1 ln(factor) + 1 and at least 1
         (arXiv:2309.00071, section 3.4). To multiply cos and sin by mscale is the same where a whole head rotates.
         """
         return (0.1 * math.log(max(1.0, self.rope_factor)) + 1) ** 2 if self.rope_scaling == "yarn" else 1.0
 
-    def distance_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], "Biased"]:
+    def position_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], "BiasedQK"]:
         """(q, k, mask, scale) -> what kernels shall see."""
         if self.position != "alibi":
-            return unbiased
+            return no_position_bias
         if not causal:
             raise ValueError("position=alibi is for causal models: its bias is no distance where later tokens are seen")
         return functools.partial(alibi, rule=self.alibi_slopes)
 
 
-class Biased(NamedTuple):
+class BiasedQK(NamedTuple):
     q: Tensor
     k: Tensor
-    left_out: Tensor | float  # (B or 1, T, H) what the scores lack that is the same for all keys of a query
+    row_offset: Tensor | float  # (B or 1, T, H) what the scores lack that is the same for all keys of a query
 
 
 def slopes(heads: int, rule: Slopes = "published", device: torch.device | None = None) -> Tensor:
@@ -115,7 +115,7 @@ def slopes(heads: int, rule: Slopes = "published", device: torch.device | None =
     return torch.exp2(-8 / n * torch.where(i <= n, i, i - n - 0.5))
 
 
-def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float, rule: Slopes = "published") -> Biased:
+def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float, rule: Slopes = "published") -> BiasedQK:
     """Attention with linear biases (Press et al. 2022, arXiv:2108.12409): scores + -m (q_pos - k_pos), where the slopes
     m of the heads are `slopes`.
 
@@ -135,16 +135,16 @@ def alibi(q: Tensor, k: Tensor, mask: Mask, scale: float, rule: Slopes = "publis
     high = distance.div(DIGIT, rounding_mode="floor")
     factors = torch.stack((DIGIT * factor, factor), -1).to(q.dtype)  # (H, 2)
     digits = -torch.stack((high, distance - DIGIT * high), -1).to(k.dtype)  # (B or 1, S, 2)
-    return Biased(_widen(q, factors), _widen(k, digits[:, :, None]), m * (last - mask.q_pos)[..., None])
+    return BiasedQK(_widen(q, factors), _widen(k, digits[:, :, None]), m * (last - mask.q_pos)[..., None])
 
 
-def unbiased(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Biased:
-    return Biased(q, k, 0.0)
+def no_position_bias(q: Tensor, k: Tensor, mask: Mask, scale: float) -> BiasedQK:
+    return BiasedQK(q, k, 0.0)
 
 
 def _widen(x: Tensor, columns: Tensor) -> Tensor:
     """x (B, S, H, D) and columns that broadcast to (B, S, H, 2) -> (B, S, H, D + 8)."""
-    return torch.cat((x, F.pad(columns, (0, COLUMNS - columns.shape[-1])).expand(*x.shape[:3], -1)), dim=-1)
+    return torch.cat((x, F.pad(columns, (0, ALIBI_COLUMNS - columns.shape[-1])).expand(*x.shape[:3], -1)), dim=-1)
 
 
 class Learned(nn.Module):

@@ -70,13 +70,13 @@ def attention_map(q: Tensor, k: Tensor, mask: Mask, scale: float) -> Tensor:
 
 
 def collect_stats(
-    collect: frozenset[str], q: Tensor, k: Tensor, mask: Mask, scale: float, left_out: Tensor | float = 0.0
+    collect: frozenset[str], q: Tensor, k: Tensor, mask: Mask, scale: float, row_offset: Tensor | float = 0.0
 ) -> dict[str, Tensor]:
     """What an attention that is asked for it says of its scores; costs nothing where none of these is wanted. Padding
     does not count.
 
     max_logit (H,): the largest over queries and batch. entropy (H,): its mean over them, in nats. attention_map
-    (B, H, T, S): all probabilities. left_out: what a query's scores lack that is the same for all keys, (B, T, H).
+    (B, H, T, S): all probabilities. row_offset: what a query's scores lack that is the same for all keys, (B, T, H).
     """
     said = {}
     if ATTENTION_MAP in collect:
@@ -85,7 +85,7 @@ def collect_stats(
         found, real = statistics(q, k, mask, scale), (mask.q_pos >= 0)[..., None]  # (B or 1, T, 1)
         real = real.expand(found.entropy.shape)  # (B, T, H)
         of_heads = {
-            "max_logit": (found.max_logit + left_out).where(real, float("-inf")).amax((0, 1)),
+            "max_logit": (found.max_logit + row_offset).where(real, float("-inf")).amax((0, 1)),
             "entropy": found.entropy.where(real, 0).sum((0, 1)) / real.sum((0, 1)),
         }
         said |= {name: value for name, value in of_heads.items() if name in collect}

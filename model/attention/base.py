@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.settings import FrozenSettings
 from model.cache import Cache
-from model.dimensions import LARGEST, Dimensions, Size
+from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import MatrixLayout
 from model.mask import Mask, Pattern
@@ -80,7 +80,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
 
     window: Size | None = None  # keys a query sees, its own included; unset: all before it
     dilation: Size = 1  # within the window, every n-th key
-    global_tokens: int = Field(0, ge=0, le=LARGEST)  # the first tokens, which are seen from beyond the window
+    global_tokens: int = Field(0, ge=0, le=MAX_SIZE)  # the first tokens, which are seen from beyond the window
     random_blocks: float = Field(0.0, ge=0, lt=1)  # share of the blocks beyond the window that are seen
     block_size: Size = 64  # tokens in such a block
     pattern_seed: int = Field(0, ge=0, lt=2**31)  # which ones

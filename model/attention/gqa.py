@@ -95,8 +95,8 @@ class GQA(Attention):
         self.attend, self.dropout = kernel, config.dropout
         self.pattern = config.pattern(causal)
         self.rope = config.rope(config.rope_dim)
-        self.scale = config.head_dim**-0.5 * config.sharpening
-        self.biased = config.distance_bias(causal)
+        self.scale = config.head_dim**-0.5 * config.softmax_scale_factor
+        self.add_position_bias = config.position_bias(causal)
         # What all keys have in common adds the same to all scores of a query, unless keys are turned or normed then.
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
         self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)
@@ -111,9 +111,9 @@ class GQA(Attention):
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
-        q, k, left_out = self.biased(q, k, mask, self.scale)
+        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), collect_stats(ctx.collect, q, k, mask, self.scale, left_out)
+        return self.o_proj(y.flatten(2)), collect_stats(ctx.collect, q, k, mask, self.scale, row_offset)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)

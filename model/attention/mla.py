@@ -53,7 +53,7 @@ from model.attention.base import (
     update_cache,
 )
 from model.cache import Cache, cache_for
-from model.dimensions import LARGEST, Dimensions, Size
+from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import MatrixLayout, single_matrix
 from model.linear import Linear
@@ -62,7 +62,7 @@ from model.norm import GroupedRMSNorm, RMSNorm
 from model.stats import collect_stats
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
-Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
+AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
 
 
 class MLAConfig(AttentionConfig):
@@ -70,10 +70,10 @@ class MLAConfig(AttentionConfig):
     the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512, n 128, r 64,
     v 128, q_lora_rank 1536."""
 
-    q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
+    q_lora_rank: int | None = Field(None, ge=0, le=MAX_SIZE)  # 0 and None: queries straight from the hidden state
     kv_lora_rank: Size | None = None  # c: d_model / 4
     qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int | None = Field(None, ge=0, le=LARGEST)  # r: head_dim / 4, made even; 0 if nothing rotates
+    qk_rope_head_dim: int | None = Field(None, ge=0, le=MAX_SIZE)  # r: head_dim / 4, made even; 0 if nothing rotates
     v_head_dim: Size | None = None  # v: head_dim
     k_rope_from: Literal["hidden", "latent"] = "hidden"  # the rope key is a projection of
     qk_norm: Literal["latent", "head"] = "latent"  # the latents are normed always; head: queries and keys as well
@@ -163,11 +163,11 @@ class MLA(Attention):
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
         self.n_heads, self.nope_dim, self.rope_dim, self.v_dim, self.rank = n_heads, n, r, v, c
-        self.scale = (n + r) ** -0.5 * config.sharpening  # in absorbed form too, though its keys are c + r wide
+        self.scale = (n + r) ** -0.5 * config.softmax_scale_factor  # absorbed too, with its keys c + r wide
         self.attend, self.dropout = kernel, config.dropout
         self.pattern = config.pattern(causal)
         self.rope = config.rope(r)
-        self.biased = config.distance_bias(causal)
+        self.add_position_bias = config.position_bias(causal)
         # Rows of a head: nope | rope
         self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r), config.qk_bias, dimensions.bias)
         own, k_bias = config.k_rope_from == "latent", config.qk_bias and r > 0
@@ -232,19 +232,23 @@ class MLA(Attention):
             **({"k_rope_proj.weight": single_matrix("k_rope", r)} if own else {}),
         }
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> AttentionOutput:
         k, v = self._expand(row)
         (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
-        kept = {"latent_and_k_rope": row} if cache is None else self._kept(row)
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
+    ) -> AttentionOutput:
+        kept = {"latent_and_k_rope": row} if cache is None else self._cache_entries(row)
         (row, *_), mask = update_cache(self.pattern, ctx, cache, **kept)
         k, v = self._expand(row)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
-        (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._kept(row))
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
+    ) -> AttentionOutput:
+        (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._cache_entries(row))
         w_uk, w_uv = self._up_per_head()
         key = row
         if self.k_nope_norm is not None:
@@ -257,14 +261,16 @@ class MLA(Attention):
         y, said = self._attend(q, key, row, mask, ctx)
         return torch.einsum("bthc,hvc->bthv", y[..., : self.rank], w_uv), said
 
-    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
+    def _cheaper(
+        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
+    ) -> AttentionOutput:
         absorb = cache is not None and row.shape[1] <= self.break_even
         return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> Said:
-        q, k, left_out = self.biased(q, k, mask, self.scale)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> AttentionOutput:
+        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))
-        return y, collect_stats(ctx.collect, q, k, mask, self.scale, left_out)
+        return y, collect_stats(ctx.collect, q, k, mask, self.scale, row_offset)
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
@@ -276,7 +282,7 @@ class MLA(Attention):
             k_nope = self.k_nope_norm(k_nope)
         return torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1), v
 
-    def _kept(self, row: Tensor) -> dict[str, Tensor]:
+    def _cache_entries(self, row: Tensor) -> dict[str, Tensor]:
         """What a latent cache keeps of these tokens. inv needs their k_nope, computed for it alone."""
         if self.k_nope_norm is None:
             return {"latent_and_k_rope": row}

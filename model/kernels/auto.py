@@ -12,8 +12,8 @@ from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
 
-FUSED, PRODUCTS, FALLBACK = SDPA(), Matmul(), Naive()
-SHORT = 512  # keys. Beyond, products are still no slower, but what they keep outgrows all other activations
+SDPA_DEFAULT, MATMUL, FALLBACK = SDPA(), Matmul(), Naive()
+MAX_SHORT_KEYS = 512  # keys. Beyond, products are still no slower, but what they keep outgrows all other activations
 
 
 class Auto(Kernel):
@@ -22,7 +22,7 @@ class Auto(Kernel):
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type == "cuda":
-            FUSED.check(device, training, dropout)
+            SDPA_DEFAULT.check(device, training, dropout)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         try:
@@ -36,5 +36,5 @@ def preferred(device: torch.device, q: Tensor, k: Tensor, dropout: float) -> Ker
     """What auto tries first, as measured (benchmarks/README.md): on a CPU the fused kernel is slow at training in
     bfloat16, and it drops no weights."""
     trains = torch.is_grad_enabled() and q.requires_grad
-    short = trains and q.dtype == torch.bfloat16 and k.shape[1] <= SHORT
-    return PRODUCTS if device.type == "cpu" and (short or dropout) else FUSED
+    short = trains and q.dtype == torch.bfloat16 and k.shape[1] <= MAX_SHORT_KEYS
+    return MATMUL if device.type == "cpu" and (short or dropout) else SDPA_DEFAULT

@@ -20,7 +20,7 @@ from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern
 
 BLOCK = 128  # queries, and keys, that are skipped together
-FEW = SDPA()
+SHORT_QUERY_KERNEL = SDPA()
 
 
 class Flex(Kernel):
@@ -39,7 +39,7 @@ class Flex(Kernel):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         t = q.shape[1]
         if t < BLOCK:
-            return FEW(q, k, v, mask, scale, dropout)
+            return SHORT_QUERY_KERNEL(q, k, v, mask, scale, dropout)
         self.check(q.device, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)), dropout > 0)
         announce("flex", q, k, v, mask)
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, _length(x.shape[1]) - x.shape[1])).transpose(1, 2) for x in (q, k, v))

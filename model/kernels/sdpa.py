@@ -22,12 +22,18 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 # What PyTorch says where a backend has no kernel for a call; cuDNN's has words of its own.
-REFUSALS = ("no available kernel", "no viable backend", "no valid engine", "no execution plan", "cudnn frontend error")
+NO_KERNEL_MESSAGES = (
+    "no available kernel",
+    "no viable backend",
+    "no valid engine",
+    "no execution plan",
+    "cudnn frontend error",
+)
 ACTIVATED: set[str] = set()  # flash kernels that took the place of PyTorch's own at our word
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's glue to each imports
 DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
 QUERY_TILE = 256  # queries whose boolean mask exists at one time
-KEPT_KEYS = 1024  # how wide a tile's mask may be to be kept for the backward pass
+MAX_SAVED_MASK_KEYS = 1024  # how wide a tile's mask may be to be kept for the backward pass
 
 
 class SDPA(Kernel):
@@ -50,7 +56,7 @@ class SDPA(Kernel):
         if self.flash and device.type != "cuda":
             raise Unsupported(f"kernel.flash={self.flash} runs on a GPU, not on {device.type}: leave it unset")
         if self.flash:
-            _refuse_missing(self.flash)
+            _check_flash_available(self.flash)
         if self.backend not in (None, "flash") and device.type == "cpu":
             raise Unsupported(f"kernel.backend={self.backend} runs on a GPU, not on cpu: leave it unset")
         if self.backend == "cudnn" and not torch.backends.cudnn.is_available():
@@ -69,7 +75,7 @@ class SDPA(Kernel):
         # nor the values that are kept.
         width = max(q.shape[-1], value_dim)
         q, k, v = (widened(x, width) for x in (q, k, v))
-        fused = _Fused(self.backend if mask.is_plain_causal and q.dtype != torch.float32 else None)
+        fused = FusedSDPA(self.backend if mask.is_plain_causal and q.dtype != torch.float32 else None)
         if mask.is_plain_causal:
             out = _causal(q, k, v, scale, dropout, fused)
         else:
@@ -97,8 +103,8 @@ def by_positions(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float, fused: Callable[..., Tensor]
 ) -> Tensor:
     """With a boolean mask, a tile of queries at a time, against the keys that the tile may see at most: with a window,
-    neither memory nor time grows as T × S. Memory does not without one either: a mask wider than KEPT_KEYS is not kept
-    for the backward pass, where the tile is computed anew.
+    neither memory nor time grows as T × S. Memory does not without one either: a mask wider than MAX_SAVED_MASK_KEYS is
+    not saved for the backward pass, which recomputes the tile.
 
     The query heads that share a key head become rows of one head, so keys are read once and never repeated.
 
@@ -123,14 +129,14 @@ def by_positions(
         rows = slice(start, min(start + QUERY_TILE, q.shape[1]))
         keys = mask.span(rows)
         inputs = q[:, rows], k[:, :, keys], v[:, :, keys], rows, keys
-        if trains and keys.stop - keys.start > KEPT_KEYS:
+        if trains and keys.stop - keys.start > MAX_SAVED_MASK_KEYS:
             outputs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
         else:
             outputs.append(tile(*inputs))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-class _Fused:
+class FusedSDPA:
     """F.scaled_dot_product_attention where it is fused; `ran` says which of its kernels that was."""
 
     ran = "fused"
@@ -147,7 +153,7 @@ class _Fused:
                     self.ran = _chosen(q, k, v, how)
                 return F.scaled_dot_product_attention(q, k, v, **how)
         except RuntimeError as error:
-            if not any(refusal in str(error).lower() for refusal in REFUSALS):
+            if not any(refusal in str(error).lower() for refusal in NO_KERNEL_MESSAGES):
                 raise
             asked, way_out = "no fused kernel", "choose kernel=naive, or a smaller head dim"
             if self.backend is not None:
@@ -178,7 +184,7 @@ def _activate(flash: str | None) -> None:
         if _current_flash() in ACTIVATED:
             fused_attention.restore_flash_attention_impl()
         return
-    _refuse_missing(flash)
+    _check_flash_available(flash)
     try:
         fused_attention.activate_flash_attention_impl(flash)
         ACTIVATED.add(flash)
@@ -186,7 +192,7 @@ def _activate(flash: str | None) -> None:
         raise _lacks_package(flash, error) from None
 
 
-def _refuse_missing(flash: str) -> None:
+def _check_flash_available(flash: str) -> None:
     """Raises Unsupported where it could not be activated, as far as is known before."""
     if flash not in _offered_flash():
         raise Unsupported(
@@ -200,7 +206,7 @@ def _refuse_missing(flash: str) -> None:
 
 
 # While compiling, they act when the call is traced, as say_once does.
-_activate._dynamo_marked_constant = _refuse_missing._dynamo_marked_constant = True
+_activate._dynamo_marked_constant = _check_flash_available._dynamo_marked_constant = True
 
 
 def _lacks_package(flash: str, error: Exception) -> Unsupported:

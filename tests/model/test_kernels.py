@@ -371,19 +371,23 @@ def test_a_fused_kernel_that_is_not_there_is_refused_in_one_line(gpu, kernel, de
     assert_one_line(refusal.value)
 
 
-REFUSALS = "No available kernel. Aborting execution.", "cuDNN Frontend error: no valid engine configs", "what else?"
+NO_KERNEL_MESSAGES = (
+    "No available kernel. Aborting execution.",
+    "cuDNN Frontend error: no valid engine configs",
+    "what else?",
+)
 
 
-@pytest.mark.parametrize("said", REFUSALS)
+@pytest.mark.parametrize("said", NO_KERNEL_MESSAGES)
 def test_a_backend_that_cannot_is_refused_with_the_way_out_that_helps(monkeypatch, said):
     def refuse(*_, **__):
         raise RuntimeError(said)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
-    with pytest.raises(RuntimeError if said == REFUSALS[2] else Unsupported) as refusal:
-        sdpa._Fused("cudnn")(q, q, q)
-    assert (complaint in str(refusal.value)) == (said != REFUSALS[2])
+    with pytest.raises(RuntimeError if said == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
+        sdpa.FusedSDPA("cudnn")(q, q, q)
+    assert (complaint in str(refusal.value)) == (said != NO_KERNEL_MESSAGES[2])
 
 
 def test_a_pytorch_that_offers_no_other_flash_kernel_says_so(monkeypatch):

@@ -294,7 +294,7 @@ def test_a_latent_cache_larger_than_gqa_is_warned_of(caplog):
 def test_a_window_cache_holds_the_latest_positions_and_the_first_ones(kept):
     """Written in chunks of any length, of rows that stand elsewhere: what is held are the values of those positions."""
     window, firsts = 4, torch.tensor([[0], [-3]])  # the second row begins with three tokens of padding
-    cache = WindowCache(2, 3, {"k": ()}, like=torch.zeros(()), window=window, kept=kept)
+    cache = WindowCache(2, 3, {"k": ()}, like=torch.zeros(()), window=window, num_global=kept)
     start = 0
     for size in (1, 2, 3, 1, 1, 9, 1):
         positions = (firsts + torch.arange(start, start + size)).clamp(min=-1)

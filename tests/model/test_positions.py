@@ -134,7 +134,7 @@ def test_an_older_run_keeps_the_slopes_it_was_trained_with(attention):
         found = load(migrate(stored, UNSTATED)).model.attention
         assert {found.of_layer(i).alibi_slopes for i in range(2)} == {rule}
     model = small_model("attention=mha", "position=alibi", "attention.alibi_slopes=geometric", "model.n_heads=2")
-    assert model.layers[0].attention.biased.keywords == {"rule": "geometric"}
+    assert model.layers[0].attention.add_position_bias.keywords == {"rule": "geometric"}
 
 
 def test_alibi_and_no_positions_leave_mla_without_a_rope_key():
