@@ -39,7 +39,7 @@ class Pattern:
         return self.causal and self.window is not None and not self.random_blocks
 
     def sees(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """Bool tensor for positions that broadcast, none of them negative. Elementwise, so flex can call it on one pair."""
+        """Bool tensor for positions that broadcast and are not negative. Elementwise: flex calls it on single pairs."""
         distance = q_pos - k_pos
         seen = distance >= 0 if self.causal else distance == distance
         if not self.is_full:
@@ -82,7 +82,7 @@ class Mask:
     k_pos: Tensor  # (B, S) or (1, S)
     contiguous: bool
     pattern: Pattern = CAUSAL
-    q_doc: Tensor | None = None  # (B, T) the document of each token, in packed sequences
+    q_doc: Tensor | None = None  # (B, T) document of each token, if packed
     k_doc: Tensor | None = None  # (B, S)
 
     @property
@@ -98,7 +98,7 @@ class Mask:
         return self.sees(*q, *k)
 
     def sees(self, q_pos: Tensor, q_doc: Tensor | None, k_pos: Tensor, k_doc: Tensor | None) -> Tensor:
-        """Bool tensor for positions and documents that broadcast. Elementwise, so flex can call it on one pair."""
+        """Bool tensor for positions and documents that broadcast. Elementwise: flex calls it on single pairs."""
         seen = (k_pos >= 0) & self.pattern.sees(q_pos, k_pos)
         if q_doc is not None:
             seen = seen & (k_doc == q_doc)
