@@ -55,8 +55,8 @@ def statistics(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: int = TILE)
 
 @torch.no_grad()
 def head_summed(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: int = TILE) -> Tensor:
-    """Attention weights summed over the heads, (B, T, S) float32. The sum takes T × S memory; each head's weights are in
-    memory a tile at a time."""
+    """Attention weights summed over the heads, (B, T, S) float32. The sum takes T × S memory; weights per head exist a
+    tile at a time."""
     summed = q.new_zeros(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
     log_sum_exp = statistics(q, k, mask, scale, tile).log_sum_exp.unflatten(2, (k.shape[2], -1))  # (B, T, G, R)
     for rows in tiles(slice(0, q.shape[1]), tile):

@@ -10,7 +10,7 @@ import torch
 from common.errors import Unsupported
 from model import cost
 from model.kernels import base, online, sdpa
-from model.kernels.auto import SHORT, Auto
+from model.kernels.auto import MAX_MATMUL_KEYS, Auto
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -209,11 +209,11 @@ def test_auto_takes_the_products_where_a_cpu_trains_on_short_texts_in_bfloat16(c
             Auto()(*given, mask, 0.5, dropout)
         return caplog.messages[-1].split(":")[0]
 
-    assert taken(SHORT) == "kernel matmul"
-    assert taken(SHORT + 1) == taken(SHORT, torch.float32) == "kernel sdpa (flash)"
-    assert taken(SHORT + 1, torch.float32, dropout=0.1) == "kernel matmul"
+    assert taken(MAX_MATMUL_KEYS) == "kernel matmul"
+    assert taken(MAX_MATMUL_KEYS + 1) == taken(MAX_MATMUL_KEYS, torch.float32) == "kernel sdpa (flash)"
+    assert taken(MAX_MATMUL_KEYS + 1, torch.float32, dropout=0.1) == "kernel matmul"
     with torch.no_grad():
-        assert taken(SHORT) == "kernel sdpa (flash)"
+        assert taken(MAX_MATMUL_KEYS) == "kernel sdpa (flash)"
 
 
 def test_long_chunks_run_in_tiles_of_queries():
