@@ -27,7 +27,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_blocks_are_skipped_exactly_where_the_mask_hides_all_of_them(mask):
+def test_flex_blocks_are_skipped_exactly_if_the_mask_hides_them(mask):
     by_index = mask.contiguous and mask.pattern.causal
     if by_index:
         blocks = flex._blocks_of(mask.pattern, 3 * BLOCK, torch.device("cpu"))
@@ -57,7 +57,7 @@ def test_flex_with_more_patterns_than_dynamos_limit_equals_naive():
             assert relative_error(found[real], expected[real]) <= 1e-5
 
 
-def test_a_model_on_flex_computes_what_it_computes_on_naive_and_compiles_once_per_length_bucket():
+def test_flex_in_a_model_equals_naive_and_compiles_once_per_length_bucket():
     models = [
         small_model("attention=gqa", "attention.window=30", "model.context_length=512", kernel=kernel)
         for kernel in (Flex(), Naive())
@@ -70,19 +70,19 @@ def test_a_model_on_flex_computes_what_it_computes_on_naive_and_compiles_once_pe
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs_before + 1
 
 
-def test_every_length_has_a_bucket_of_at_most_half_as_much_again():
+def test_flex_length_buckets_are_at_most_half_longer():
     lengths = [flex._length(n) for n in range(1, 5000)]
     assert all(n <= length < max(1.5 * n + BLOCK, 2 * BLOCK) for n, length in enumerate(lengths, start=1))
     assert len(set(lengths)) <= 12
 
 
-def test_decoding_takes_the_fused_kernel():
+def test_flex_decoding_runs_on_the_fused_kernel():
     q, k, v = inputs(1, 21, 4, 2, 8, 8)
     mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], contiguous=False)
     assert relative_error(Flex()(q, k, v, mask, 0.4), Naive()(q, k, v, mask, 0.4)) <= 1e-5
 
 
-def test_training_on_a_cpu_is_refused_before_anything_is_made(monkeypatch, tmp_path, capsys):
+def test_flex_training_on_a_cpu_is_refused_before_a_run_folder_exists(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     assert call("train", ["experiment=smoke", "kernel=flex", "device=cpu"], monkeypatch) == 2
     assert "kernel=flex has no backward pass on a CPU" in capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_training_on_a_cpu_is_refused_before_anything_is_made(monkeypatch, tmp_p
         Flex()(q, k, v, MASKS["window"], 0.4)
 
 
-def test_dropout_and_machines_without_a_compiler_are_refused():
+def test_flex_with_dropout_or_without_a_compiler_is_refused():
     q, k, v = (x.detach() for x in inputs(T, T, 2, 2, 8, 8))
     with pytest.raises(Unsupported, match=r"attention\.dropout=0"):
         Flex()(q, k, v, MASKS["window"], 0.4, dropout=0.1)
