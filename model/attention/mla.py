@@ -67,9 +67,9 @@ AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, 
 
 
 class MLAConfig(AttentionConfig):
-    """Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide (n + r = v) and
-    the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512, n 128, r 64,
-    v 128, q_lora_rank 1536."""
+    """Settings of MLA. Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide
+    (n + r = v) and the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512,
+    n 128, r 64, v 128, q_lora_rank 1536."""
 
     q_lora_rank: int | None = Field(None, ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
     kv_lora_rank: Size | None = None  # c; unset: d_model / 4

@@ -258,9 +258,9 @@ def test_announce_logs_each_kernel_once_per_shape(caplog):
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(3):
             Auto()(q, k, v, mask, 0.5)
-    said = [record.message for record in caplog.records if "7 query heads" in record.message]
-    assert len(said) == 1
-    assert said[0].startswith("kernel sdpa (flash)")
+    messages = [record.message for record in caplog.records if "7 query heads" in record.message]
+    assert len(messages) == 1
+    assert messages[0].startswith("kernel sdpa (flash)")
 
 
 def test_mask_visible_follows_positions():
@@ -378,16 +378,16 @@ NO_KERNEL_MESSAGES = (
 )
 
 
-@pytest.mark.parametrize("said", NO_KERNEL_MESSAGES)
-def test_sdpa_backend_without_a_kernel_is_refused_with_a_way_out(monkeypatch, said):
+@pytest.mark.parametrize("message", NO_KERNEL_MESSAGES)
+def test_sdpa_backend_without_a_kernel_is_refused_with_a_way_out(monkeypatch, message):
     def refuse(*_, **__):
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
-    with pytest.raises(RuntimeError if said == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
+    with pytest.raises(RuntimeError if message == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
         sdpa.FusedSDPA("cudnn")(q, q, q)
-    assert (complaint in str(refusal.value)) == (said != NO_KERNEL_MESSAGES[2])
+    assert (complaint in str(refusal.value)) == (message != NO_KERNEL_MESSAGES[2])
 
 
 def test_flash_choice_on_a_pytorch_without_any_is_refused(monkeypatch):
@@ -397,12 +397,12 @@ def test_flash_choice_on_a_pytorch_without_any_is_refused(monkeypatch):
         SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
 
 
-@pytest.mark.parametrize(("taken", "said"), [(1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")])
-def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu, taken, said):
+@pytest.mark.parametrize(("taken", "expected"), [(1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")])
+def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu, taken, expected):
     sdpa._activate("FA3")
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: taken, raising=False)
     there = SimpleNamespace(device=torch.device("cuda"))
-    assert sdpa._chosen(there, there, there, {}) == said
+    assert sdpa._chosen(there, there, there, {}) == expected
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert sdpa._chosen(there, there, there, {}) == "fused"
 

@@ -124,7 +124,7 @@ def test_alibi_distances_in_bfloat16_are_exact():
 
 @pytest.mark.parametrize("attention", ["gqa", "mla", "stack"])
 def test_alibi_of_an_older_run_keeps_geometric_slopes(attention):
-    """Its settings say no rule. Where nothing is ALiBi's, nothing is said of slopes either."""
+    """Its settings state no rule for the slopes; those of a run without ALiBi get the default."""
 
     def older(tree):
         return {k: older(v) for k, v in tree.items() if k != "alibi_slopes"} if isinstance(tree, dict) else tree
@@ -196,7 +196,7 @@ def test_learned_positions_are_initialised_like_the_embedding():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         ([], "rope"),
         (["position=none"], "the causal mask alone"),
@@ -205,8 +205,8 @@ def test_learned_positions_are_initialised_like_the_embedding():
         (["attention=stack", "+attention.parts.local.position=alibi"], "alibi and rope"),
     ],
 )
-def test_model_config_positions_names_the_encodings(overrides, said):
-    assert load_composed(*overrides).model.positions == said
+def test_model_config_positions_names_the_encodings(overrides, expected):
+    assert load_composed(*overrides).model.positions == expected
 
 
 def test_learned_positions_beyond_the_context_are_refused():

@@ -1,4 +1,4 @@
-"""Statistics of the scores, in tiles, against their definitions; and what an attention says when it is asked."""
+"""Attention statistics in tiles against their definitions, and the auxiliary outputs that attentions return."""
 
 import pytest
 import torch
@@ -72,9 +72,9 @@ def test_entropy_of_distant_and_of_equal_scores_is_exact():
 
 def test_statistics_memory_grows_linearly_and_head_summed_by_one_matrix():
     def peak(statistic, length: int) -> int:
-        (q, k), places = inputs(length, length, 8, 2), torch.arange(length)[None]
+        (q, k), positions = inputs(length, length, 8, 2), torch.arange(length)[None]
         with cost.LivePeak() as live:
-            statistic(q, k, Mask(places, places, contiguous=True), 0.4, tile=16)
+            statistic(q, k, Mask(positions, positions, contiguous=True), 0.4, tile=16)
         return live.bytes
 
     assert peak(statistics, 1024) < 4.1 * peak(statistics, 256)
@@ -102,12 +102,12 @@ def test_collect_stats_ignores_padding():
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_attention_with_collect_returns_stats_and_equal_logits(case):
     model, tokens = small_model(*case), some_tokens(2, 20)
-    silent, told = model(tokens), model(tokens, collect=ALL)
-    assert silent.aux == {} and torch.equal(silent.logits, told.logits)
-    assert told.aux.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
+    without, with_stats = model(tokens), model(tokens, collect=ALL)
+    assert without.aux == {} and torch.equal(without.logits, with_stats.logits)
+    assert with_stats.aux.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
     for i, block in enumerate(model.layers):
         entropy, largest, probabilities = (
-            told.aux[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
+            with_stats.aux[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
         )
         assert probabilities.shape == (2, 4, 20, 20) and entropy.shape == largest.shape == (4,)
         assert not any(value.requires_grad for value in (entropy, largest, probabilities))
@@ -169,8 +169,8 @@ def test_max_logit_with_alibi_equals_the_definition():
     for cached in (False, True):
         caches = model.make_caches(2, length) if cached else None
         where = {"positions": torch.arange(length)[None], "caches": caches} if cached else {}
-        said = model(tokens, collect=ALL, **where).aux["layers.0.max_logit"]
-        assert relative_error(said, largest) <= 1e-5
+        found = model(tokens, collect=ALL, **where).aux["layers.0.max_logit"]
+        assert relative_error(found, largest) <= 1e-5
 
 
 def test_gradients_with_collect_are_unchanged():
