@@ -135,7 +135,7 @@ def test_memory_grows_as_the_text_does(options, precision):
 
 
 def test_memory_that_keeps_every_mask_grows_faster(monkeypatch):
-    monkeypatch.setattr(sdpa, "KEPT_KEYS", math.inf)
+    monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", math.inf)
     assert growth(("attention=mha", "data.document_mask=true"), "fp32", (2048, 4096)) > 1.3
 
 
@@ -158,7 +158,7 @@ def test_a_tile_computed_anew_is_the_same_to_the_bit(monkeypatch, groups):
     docs = (torch.arange(600) // 100)[None].expand(2, -1)
     mask = Mask(positions := torch.arange(600)[None] % 100, positions, contiguous=False, q_doc=docs, k_doc=docs)
     kept = passes(sdpa.SDPA(), q, k, v, mask)
-    monkeypatch.setattr(sdpa, "KEPT_KEYS", 128)
+    monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", 128)
     for found, exact in zip(passes(sdpa.SDPA(), q, k, v, mask), kept, strict=True):
         assert torch.equal(found, exact)
     compiled = torch.compile(passes_of(sdpa.SDPA(), mask), backend="aot_eager", dynamic=False, fullgraph=True)
