@@ -203,18 +203,26 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     if seconds > DEADLINE:
         measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
         measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"
-        updating = update()
     else:
-        log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
-        loss, times = maybe_compiled(eager, *run.compilation), []
-        micro_batch(loss, tokens)
-        update()
-        while len(times) < TIMED and sum(times) < DEADLINE:
-            times.append(micro_batch(loss, tokens))
-        measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
-        seconds, updating = sum(times) / len(times), update()
+        loss = maybe_compiled(eager, *run.compilation)
+        micro_batches, seconds = _time_micro_batches(lambda: micro_batch(loss, tokens), update, compiled=run.compile)
+        measured = f"{micro_batches} and one update"
+    updating = update()
     step = pieces * seconds + updating
     return step, f"{measured}; the update takes {updating / step:.0%} of a step"
+
+
+def _time_micro_batches(
+    micro_batch: Callable[[], float], update: Callable[[], float], compiled: bool
+) -> tuple[str, float]:
+    """How many were timed, in words, and the mean seconds of one. The first of each warms up and does not count."""
+    log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if compiled else ''}")
+    micro_batch()
+    update()
+    times: list[float] = []
+    while len(times) < TIMED and sum(times) < DEADLINE:
+        times.append(micro_batch())
+    return ("a micro-batch" if len(times) == 1 else f"{len(times)} micro-batches"), sum(times) / len(times)
 
 
 def _loss(run: Run, vocab_size: int) -> Callable:
