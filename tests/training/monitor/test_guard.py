@@ -225,7 +225,7 @@ def test_replay_of_a_missing_folder_is_one_line(workplace):
     assert (
         result.returncode == 2
         and result.stderr.count("\n") == 1
-        and "nothing is not a step that was kept" in result.stderr
+        and "nothing is not a stored step" in result.stderr
     )
 
 
