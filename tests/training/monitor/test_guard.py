@@ -222,11 +222,7 @@ def test_replay_of_a_missing_folder_is_one_line(workplace):
         text=True,
         env={"PYTHONPATH": ROOT},
     )
-    assert (
-        result.returncode == 2
-        and result.stderr.count("\n") == 1
-        and "nothing is not a stored step" in result.stderr
-    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "nothing is not a stored step" in result.stderr
 
 
 def rows_of(*train_losses):
