@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model.attention.base import Context
-from model.kernels.auto import PRODUCTS, Auto, preferred
+from model.kernels.auto import MATMUL, Auto, preferred
 from model.kernels.base import Kernel
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
@@ -165,8 +165,8 @@ class Fused(Kernel):
     calls: list[tuple[int, Any]] = Field(default_factory=list)  # FLOPs per pair, and the Mask without its positions
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        if self.auto_on and preferred(torch.device(self.auto_on), q, k, dropout) is PRODUCTS:
-            return PRODUCTS(q, k, v, mask, scale, dropout)
+        if self.auto_on and preferred(torch.device(self.auto_on), q, k, dropout) is MATMUL:
+            return MATMUL(q, k, v, mask, scale, dropout)
         heads, value_dim = q.shape[2], v.shape[-1]
         nowhere = dataclasses.replace(mask, q_pos=None, k_pos=None, q_doc=None, k_doc=None)
         self.calls.append((2 * heads * (q.shape[-1] + value_dim), nowhere))

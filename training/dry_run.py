@@ -15,17 +15,17 @@ from common.cli import out_of_memory
 from common.console import clock
 from common.errors import UserError
 from common.streams import print_line
-from data.batches import refuse_short
+from data.batches import check_split_lengths
 from data.shards.prepare import Prepared, missing, prepare
 from model import cost
-from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.memory import free_memory
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
-from training.epochs import epochs, repetitions, tokens_of_epoch
+from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
+from training.state import TrainState
 from training.step import accumulate, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into
@@ -77,7 +77,7 @@ def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | No
         corpus = prepare(run.data, run.tokenizer, cache_dir, download=False)
     except UserError as error:
         return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
-    refuse_short(corpus, run.model.context_length)
+    check_split_lengths(corpus, run.model.context_length)
     check(corpus)
     return corpus, []
 
@@ -128,9 +128,9 @@ def _shapes(
 
 def _otherwise(run: Run, vocab_size: int, device: torch.device) -> str:
     """What the activations would take with the other choice of what is kept of them."""
-    other = run.model_copy(update={"checkpoint_activations": not run.checkpoint_activations})
+    other = run.model_copy(update={"activation_checkpointing": not run.activation_checkpointing})
     activations = memory(other, vocab_size, device)["activations"]
-    return f"checkpoint_activations={str(not run.checkpoint_activations).lower()}: activations {size(activations)}"
+    return f"activation_checkpointing={str(not run.activation_checkpointing).lower()}: activations {size(activations)}"
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
@@ -138,8 +138,8 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
     behind = f" ({done:,} are done)" if done else ""
     read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
     yield f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
-    for warning in repetitions(run, corpus, done) if corpus else ():
-        yield f"warning      {warning}"
+    if corpus:
+        yield from repetition_warnings(run, corpus, done)
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:
@@ -162,7 +162,7 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
         return (
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
-    per_token = flops.training() + (flops.forward() if run.checkpoint_activations else 0)
+    per_token = flops.training() + (flops.forward() if run.activation_checkpointing else 0)
     seconds = left * run.batch_tokens * per_token / (USUAL_MFU * peak)
     return (
         f"time         about {clock(seconds)} for {left:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
@@ -175,8 +175,8 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     made up: real ones take as long, and may not be there."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
-    model = TransformerLM(run.model, vocab_size, run.seed).to(device)
-    mixed, optimizer = MixedPrecision(model, run.precision), run.optim.build(model)
+    state = TrainState.create(run, vocab_size, device)
+    mixed = state.mixed
     shape, pieces = (run.micro_batch_size, run.model.context_length), run.sequences // run.micro_batch_size
     tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(run.seed)).to(device)
 
@@ -185,7 +185,7 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
 
     def update() -> float:
         """With the gradients there are: all that a step does besides its micro-batches."""
-        return _seconds(device, lambda: train_step(mixed, optimizer, [], run.lr(0), run.clip_norm))
+        return _seconds(device, lambda: train_step(mixed, state.optimizer, [], run.lr(0), run.clip_norm))
 
     def work(tokens: Tensor) -> float:
         return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
@@ -203,23 +203,31 @@ def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -
     if seconds > DEADLINE:
         measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
         measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"
-        updating = update()
     else:
-        log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if run.compile else ''}")
-        loss, times = maybe_compiled(eager, *run.compilation), []
-        micro_batch(loss, tokens)
-        update()
-        while len(times) < TIMED and sum(times) < DEADLINE:
-            times.append(micro_batch(loss, tokens))
-        measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
-        seconds, updating = sum(times) / len(times), update()
+        loss = maybe_compiled(eager, *run.compilation)
+        micro_batches, seconds = _time_micro_batches(lambda: micro_batch(loss, tokens), update, compiled=run.compile)
+        measured = f"{micro_batches} and one update"
+    updating = update()
     step = pieces * seconds + updating
     return step, f"{measured}; the update takes {updating / step:.0%} of a step"
 
 
+def _time_micro_batches(
+    micro_batch: Callable[[], float], update: Callable[[], float], compiled: bool
+) -> tuple[str, float]:
+    """How many were timed, in words, and the mean seconds of one. The first of each warms up and does not count."""
+    log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if compiled else ''}")
+    micro_batch()
+    update()
+    times: list[float] = []
+    while len(times) < TIMED and sum(times) < DEADLINE:
+        times.append(micro_batch())
+    return ("a micro-batch" if len(times) == 1 else f"{len(times)} micro-batches"), sum(times) / len(times)
+
+
 def _loss(run: Run, vocab_size: int) -> Callable:
     end_of_text = vocab_size - 1  # the last token of every vocabulary
-    return losses_of(run.data, end_of_text, activation_checkpointing=run.checkpoint_activations)[0]
+    return losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.console import clock
-from data.batches import windows
+from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
@@ -27,7 +27,7 @@ CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.c
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize(
     "options",
-    ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive", "checkpoint_activations=true"],
+    ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive", "activation_checkpointing=true"],
 )
 def test_the_peak_memory_is_what_the_allocator_says(attention, options):
     check_memory(f"attention={attention}", "precision=fp32", options)
@@ -68,7 +68,7 @@ def check_memory(*options: str) -> int:
     def step() -> None:
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
-        loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.checkpoint_activations)[0]
+        loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.activation_checkpointing)[0]
         accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)
@@ -94,7 +94,7 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert "flops        762,624 per token of training, 254,208 forward (7% of it attention, over 32.5 keys" in out
     assert "cache        1,024 bytes per token" in out
     assert "micro-batches of 16 x 64" in out and "optimizer 562 kB" in out
-    both = re.search(r"activations ([\d.]+) MB .*; checkpoint_activations=true: activations ([\d.]+) MB\n", out)
+    both = re.search(r"activations ([\d.]+) MB .*; activation_checkpointing=true: activations ([\d.]+) MB\n", out)
     kept, anew = both.groups()
     assert 0 < float(anew) < 0.8 * float(kept)
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944\n" in out
@@ -188,7 +188,7 @@ def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace
 
 def test_nothing_is_timed_where_the_memory_would_not_suffice(workplace, monkeypatch, capsys):
     monkeypatch.setattr("runtime.memory.memory_left", lambda: 3_000_000)
-    monkeypatch.setattr("training.dry_run.TransformerLM", None)
+    monkeypatch.setattr("training.dry_run.TrainState", None)
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "no step can be timed here (it may take" in out and "3 MB are free)" in out
@@ -244,7 +244,7 @@ def test_masked_documents_count_their_own_pairs_and_without_them_an_upper_bound_
     assert said["gpt2"] == ("32.5", ", an upper bound: pairs across documents are counted")
     run = load_composed(*SMOKE)
     corpus = prepare(run.data, run.tokenizer, workplace / "cache")
-    inputs = corpus.train.read(0, windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
+    inputs = corpus.train.read(0, count_windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
     keys = seen = 0
     for token, first in zip(inputs.flat, itertools.cycle([True] + [False] * 63), strict=False):
         seen = 1 if first or token == 256 else seen + 1

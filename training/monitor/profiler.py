@@ -1,4 +1,4 @@
-"""A trace of some steps: which operations ran, when, and for how long."""
+"""Profiling: a trace of some training steps, with torch.profiler."""
 
 import logging
 import os
@@ -13,22 +13,30 @@ log = logging.getLogger("headroom")
 
 
 class Profile:
-    """Records `steps` steps after a few, into the run's folder, as Chrome's trace format has it. It never stops
-    training: what fails is a warning. 0 steps do nothing. A process that resumes a run records again."""
+    """Records `steps` steps after WARMUP of them, into a file of the run's folder in Chrome's trace format. It never
+    stops training: what fails is a warning. 0 steps do nothing. A process that resumes a run records again."""
 
     def __init__(self, steps: int, folder: Path, device: torch.device, done: int, last: int):
         """done: steps before the first of this process. last: the number of the run's last one."""
-        self.steps, self.folder, self.done, self.seen = steps, folder, done, 0
+        self.steps = steps
+        self.folder = folder
+        self.done = done
+        self.last = last
+        self.seen = 0
         self.activities = [torch.profiler.ProfilerActivity.CPU]
         self.activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
         self.recording: torch.profiler.profile | None = None
-        shown = max(0, last - done - WARMUP)
-        if shown < steps:
+
+    def start(self) -> None:
+        """Call before the first step. Warns where fewer steps are left than are to be recorded."""
+        left = self.last - self.done
+        recorded = max(0, left - WARMUP)
+        if recorded < self.steps:
             log.warning(
-                f"profile_steps={steps}: this process has {last - done} steps, the first {WARMUP} of which are not "
-                f"recorded, so the trace will show {shown or 'none'}"
+                f"profile_steps={self.steps}: this process has {left} steps, the first {WARMUP} of which are not "
+                f"recorded, so the trace will show {recorded or 'none'}"
             )
-            self.steps = steps if shown else 0
+            self.steps = self.steps if recorded else 0
 
     def step(self) -> None:
         """Call before every step."""
@@ -51,8 +59,10 @@ class Profile:
     def _write(self) -> None:
         if self.recording is None:
             return
-        recording, self.recording = self.recording, None
-        first, last = self.done + WARMUP + 1, self.done + min(self.seen, WARMUP + self.steps)
+        recording = self.recording
+        self.recording = None
+        first = self.done + WARMUP + 1
+        last = self.done + min(self.seen, WARMUP + self.steps)
         path = self.folder / f"trace_steps_{first}-{last}.json"
         writing = path.with_name(f"{UNFINISHED}{path.name}")
         try:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.cli import plain_tree, refuse_twice, with_stored_choices
-from common.overrides import readable
+from common.cli import plain_tree, check_each_once, with_stored_choices
+from common.overrides import hydra_arguments
 from common.suggestions import CONF
 
 
@@ -19,9 +19,9 @@ def compose_tree(*overrides: str) -> dict[str, Any]:
     for a choice or a setting that does not exist."""
     from hydra import compose
 
-    refuse_twice(overrides)
+    check_each_once(overrides)
     with _hydra():
-        return plain_tree(compose("train", readable(with_stored_choices(overrides))))
+        return plain_tree(compose("train", hydra_arguments(with_stored_choices(overrides))))
 
 
 def merged(*overrides: str) -> list[str]:

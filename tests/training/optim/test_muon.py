@@ -95,11 +95,11 @@ def test_an_update_is_what_the_formula_says(attention, monkeypatch):
 
 
 def test_every_logical_matrix_moves_by_an_orthogonal_one():
-    """With logical_blocks=false those that are parts of a tall matrix do not."""
+    """With per_head=false those that are parts of a tall matrix do not."""
     near = {}
     for logical in (True, False):
         model = small_model("attention=mla", "attention.q_lora_rank=24")
-        optimizer, before = MuonConfig(**PLAIN, logical_blocks=logical).build(model), {}
+        optimizer, before = MuonConfig(**PLAIN, per_head=logical).build(model), {}
         for i, (name, p) in enumerate(model.named_parameters()):
             before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)
         optimizer.step()
@@ -178,7 +178,7 @@ def test_its_state_is_what_it_keeps_and_has_a_name_for_each_tensor():
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
-    names = set(_optimizer_tensors(TrainState(model, optimizer, None)))
+    names = set(_optimizer_tensors(TrainState(model, None, optimizer)))
     assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names
 
 
@@ -203,7 +203,15 @@ def test_stopped_and_resumed_is_the_same_run(workplace, monkeypatch, choice):
 def test_skipped_steps_of_float16_resume_too(workplace, monkeypatch):
     monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
-    options = [*SMOKE, "optim=muon", "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9"]
+    options = [
+        *SMOKE,
+        "optim=muon",
+        "precision=fp16",
+        "steps=20",
+        "max_skipped_updates=30",
+        "save_every=5",
+        "keep_last=9",
+    ]
     options += ["batch_tokens=256"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     for step in (5, 15):
