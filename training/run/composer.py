@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common.cli import plain_tree, check_each_once, with_stored_choices
+from common.cli import check_each_once, plain_tree, with_stored_choices
 from common.overrides import hydra_arguments
 from common.suggestions import CONF
 

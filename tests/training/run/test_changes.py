@@ -7,7 +7,7 @@ import pytest
 import training.run.resume
 from common.errors import UserError
 from common.settings import Change
-from tests.support import ROOT, SMOKE, changed, compose, load_composed
+from tests.support import ROOT, SMOKE, changed, composed_tree, load_composed
 from training.run.changes import RESUMABLE, change_of, forbidden_differences
 from training.run.config import Run, load
 from training.run.folder import write_config
@@ -69,7 +69,7 @@ def test_resuming_reads_the_configuration_a_fixed_number_of_times(workplace, mon
     loads = []
     monkeypatch.setattr(training.run.resume, "load", lambda tree: loads.append(1) or load(tree))
     typed = ["resume=run", *settings[2:], "steps=77"]
-    run, _, lock = open_run("run", compose(*settings, "steps=77"), typed)
+    run, _, lock = open_run("run", composed_tree(*settings, "steps=77"), typed)
     with lock:
         assert run.steps == 77 and len(loads) == 3
 
@@ -84,4 +84,4 @@ def test_resuming_names_the_setting_that_was_typed(workplace, change):
     write_config(workplace / "run", load_composed(*settings))
     key = change.partition("=")[0]
     with pytest.raises(UserError, match=rf"^{key} cannot change on resume: only steps, "):
-        open_run("run", compose(*changed(settings, change)), ["resume=run", "attention.window=5", change])
+        open_run("run", composed_tree(*changed(settings, change)), ["resume=run", "attention.window=5", change])
