@@ -48,7 +48,6 @@ from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision, choose_precision
 from training.compile import maybe_compiled
 from training.monitor.mfu import peak_flops
-from training.optim.adamw import AdamWConfig
 from training.run.config import compose
 from training.step import mean_loss, train_step
 
@@ -302,7 +301,7 @@ def _trained(
     config = config if kernel is None else config.model_copy(update={"kernel": kernel})
     config.check_training(scale.device)
     model = TransformerLM(config, VOCAB).to(scale.device)
-    mixed, optimizer = MixedPrecision(model, precision), AdamWConfig(lr=1e-4).build(model)
+    mixed, optimizer = MixedPrecision(model, precision), compose("optim=adamw", "optim.lr=1e-4").optim.build(model)
     loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
     with Announced() as announced:
         row = _timed_steps(

@@ -18,15 +18,15 @@ class Dimensions(FrozenSettings):
     n_heads: Size
     # Tokens in a training sequence, and the limit when sampling:
     context_length: Annotated[int, Change.FINE_TUNING] = Field(ge=2, le=MAX_SIZE)
-    tie_embeddings: bool = True  # one matrix for the input embedding and the LM head
-    position_embedding: Literal["none", "learned", "sinusoidal"] = "none"  # added to each token's embedding
+    tie_embeddings: bool  # one matrix for the input embedding and the LM head
+    position_embedding: Literal["none", "learned", "sinusoidal"]  # added to each token's embedding
     # On embeddings and on outputs of attention and MLP, in training only:
-    dropout: Annotated[float, Change.FINE_TUNING] = Field(0.0, ge=0, lt=1)
-    norm: Literal["rms", "layer"] = "rms"  # norm of the residual stream
-    bias: bool = False  # on every Linear in attention and MLP, and on LayerNorm; never on the LM head
-    logit_softcap: float | None = Field(None, ge=1e-3, le=1e6)  # cap · tanh(logits / cap), within float32
-    zero_init: bool = True  # o_proj and down_proj start at zero; false: std / sqrt(2 n_layers)
+    dropout: Annotated[float, Change.FINE_TUNING] = Field(ge=0, lt=1)
+    norm: Literal["rms", "layer"]  # norm of the residual stream
+    bias: bool  # on every Linear in attention and MLP, and on LayerNorm; never on the LM head
+    logit_softcap: float | None = Field(ge=1e-3, le=1e6)  # cap · tanh(logits / cap), within float32
+    zero_init: bool  # o_proj and down_proj start at zero; false: std / sqrt(2 n_layers)
     # What an attention leaves unset:
-    qk_norm: bool = True  # RMSNorm on each query and key head; MLA always norms its latents
-    qk_bias: bool = True  # bias on q_proj, and on k_proj unless softmax ignores it
-    attention_dropout: Annotated[float, Change.FINE_TUNING] = Field(0.0, ge=0, lt=1)  # on the attention weights
+    qk_norm: bool  # RMSNorm on each query and key head; MLA always norms its latents
+    qk_bias: bool  # bias on q_proj, and on k_proj unless softmax ignores it
+    attention_dropout: Annotated[float, Change.FINE_TUNING] = Field(ge=0, lt=1)  # on the attention weights

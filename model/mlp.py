@@ -17,7 +17,7 @@ from model.linear import Linear
 
 
 class MLPConfig(FrozenSettings, ABC):
-    d_ff: int | None = Field(None, ge=1, le=4 * MAX_SIZE)  # hidden width; unset: derived from d_model
+    d_ff: int | None = Field(ge=1, le=4 * MAX_SIZE)  # hidden width; unset: derived from d_model
 
     @abstractmethod
     def derive(self, dimensions: Dimensions) -> Self:
@@ -56,7 +56,7 @@ class ReLU2Config(PlainMLPConfig):
 
 
 class GELUConfig(PlainMLPConfig):
-    approximate: Literal["none", "tanh"] = "none"  # x · Φ(x), or GPT-2's tanh approximation
+    approximate: Literal["none", "tanh"]  # x · Φ(x), or GPT-2's tanh approximation
 
     def build(self, dimensions: Dimensions) -> nn.Module:
         activation = partial(F.gelu, approximate=self.approximate)

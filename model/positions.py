@@ -26,15 +26,15 @@ MAX_BF16_INTEGER = 256  # bfloat16 holds all integers up to here
 class PositionConfig(FrozenSettings):
     """Positional settings that every attention has."""
 
-    position: Position = "rope"
-    alibi_slopes: Slopes = "published"
-    rope_theta: float = Field(10000.0, ge=1)
-    rope_layout: Layout = "half"
-    rope_scaling: Annotated[Scaling, Change.FINE_TUNING] = "none"
+    position: Position
+    alibi_slopes: Slopes
+    rope_theta: float = Field(ge=1)
+    rope_layout: Layout
+    rope_scaling: Annotated[Scaling, Change.FINE_TUNING]
     # Texts become this many times longer:
-    rope_factor: Annotated[float | None, Change.FINE_TUNING] = Field(None, ge=1, le=MAX_SIZE)
+    rope_factor: Annotated[float | None, Change.FINE_TUNING] = Field(ge=1, le=MAX_SIZE)
     # Yarn's; unset: context_length / rope_factor:
-    rope_original_context: Annotated[int | None, Change.FINE_TUNING] = Field(None, ge=MIN_ORIGINAL_CONTEXT, le=MAX_SIZE)
+    rope_original_context: Annotated[int | None, Change.FINE_TUNING] = Field(ge=MIN_ORIGINAL_CONTEXT, le=MAX_SIZE)
 
     @model_validator(mode="after")
     def _positions_make_sense(self) -> Self:

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 from common.errors import Unsupported, UserError
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
-from training.run.composer import choices, compose_tree, merged
-from training.run.config import Run, compose
+from training.run.composer import choice, choices, compose_tree, merged
+from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = choices("attention")
@@ -83,6 +83,20 @@ def composed_tree(*overrides: str) -> dict[str, Any]:
 def load_composed(*overrides: str) -> Run:
     """So the run."""
     return _run(*merged(*overrides))
+
+
+def configured(cls: type, **given: Any) -> Any:
+    """Construct a settings class; what is not given is as in the first choice of conf/ that names the class."""
+    settings = {key: value for key, value in _defaults(cls).items() if value != "???"}
+    return cls(**settings | given)
+
+
+@functools.cache
+def _defaults(cls: type) -> dict[str, Any]:
+    target = f"{cls.__module__}.{cls.__name__}"
+    offers = (choice(group, name) for group in MODEL_PARTS | RUN_PARTS for name in choices(group))
+    found = next(offer for offer in offers if offer["_target_"] == target)
+    return {key: value for key, value in found.items() if key != "_target_"}
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:

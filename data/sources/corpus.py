@@ -32,7 +32,7 @@ class SplitRule(NamedTuple):
 class Corpus(FrozenSettings, ABC):
     """Reads the same documents in the same order as long as its fingerprint and its settings stay the same."""
 
-    document_mask: bool = False  # tokens attend within their document only; a setting of training, not of the documents
+    document_mask: bool  # tokens attend within their document only; a setting of training, not of the documents
 
     @property
     @abstractmethod

@@ -34,11 +34,11 @@ class FilesCorpus(Corpus):
     """
 
     path: str = Field(min_length=1)
-    column: str | None = None
-    document: str | None = Field(None, min_length=1)  # one of UNITS, or a separator
-    val_fraction: float = Field(0.1, gt=0, lt=1)
-    held_out_by: HeldOutBy = "content"
-    reading: Literal[2, 3] = 3  # the version of the rules by which files become documents
+    column: str | None
+    document: str | None = Field(min_length=1)  # one of UNITS, or a separator
+    val_fraction: float = Field(gt=0, lt=1)
+    held_out_by: HeldOutBy
+    reading: Literal[2, 3]  # the version of the rules by which files become documents
 
     @field_validator("document")
     @classmethod

@@ -37,13 +37,13 @@ class HubCorpus(Corpus):
     """
 
     path: str = Field(min_length=1)
-    config: str | None = None
-    split: str = Field("train", min_length=1)
-    column: str = Field("text", min_length=1)
-    revision: str | None = None
-    limit: int | None = Field(None, ge=1)
-    val_fraction: float = Field(0.01, gt=0, lt=1)
-    held_out_by: HeldOutBy = "content"
+    config: str | None
+    split: str = Field(min_length=1)
+    column: str = Field(min_length=1)
+    revision: str | None
+    limit: int | None = Field(ge=1)
+    val_fraction: float = Field(gt=0, lt=1)
+    held_out_by: HeldOutBy
 
     @property
     def name(self) -> str:

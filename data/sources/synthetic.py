@@ -12,8 +12,8 @@ from data.sources.corpus import Corpus, Document
 class SyntheticCorpus(Corpus):
     """Sentences of a small grammar from a seeded random generator; every tenth document is held out."""
 
-    size: int = Field(200, ge=10)  # documents
-    seed: int = Field(0, ge=0)
+    size: int = Field(ge=10)  # documents
+    seed: int = Field(ge=0)
 
     @property
     def name(self) -> str:

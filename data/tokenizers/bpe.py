@@ -79,9 +79,9 @@ class BPETokenizer(Tokenizer):
 
 
 class BPEConfig(TokenizerConfig):
-    vocab_size: int = Field(4096, ge=257, le=65536)  # a small corpus may yield fewer
-    train_bytes: int = Field(100_000_000, ge=2**16)
-    cut: Literal["exact", "line_ends"] = "exact"  # where long texts are cut, see BPETokenizer
+    vocab_size: int = Field(ge=257, le=65536)  # a small corpus may yield fewer
+    train_bytes: int = Field(ge=2**16)
+    cut: Literal["exact", "line_ends"]  # where long texts are cut, see BPETokenizer
 
     def cache_key(self) -> dict[str, Any]:
         return self.model_dump(exclude={"cut"} if self.cut == "line_ends" else None)

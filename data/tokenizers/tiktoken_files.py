@@ -35,8 +35,8 @@ class PublishedConfig(TokenizerConfig):
     """The end-of-text token is the last one, as in every tokenizer here: that is GPT-2's own id, and for the others
     one below theirs."""
 
-    folder: str = Field("cache/tokenizers", min_length=1)
-    cut: Literal["exact", "words"] = "exact"  # where long texts are cut, see BPETokenizer
+    folder: str = Field(min_length=1)
+    cut: Literal["exact", "words"]  # where long texts are cut, see BPETokenizer
 
     @property
     @abstractmethod

@@ -19,6 +19,8 @@ from model.mask import Mask, Pattern
 from model.positions import PositionConfig
 from model.rope import Rope
 
+UNUSED_BLOCKS = {"block_size": 64, "pattern_seed": 0}  # as in conf/; others are refused without random blocks
+
 
 @dataclass(frozen=True)
 class Context:
@@ -80,16 +82,16 @@ class AttentionChoice(FrozenSettings, ABC):
 class AttentionConfig(AttentionChoice, PositionConfig):
     """Settings of one attention, the same in each layer that uses it."""
 
-    window: Size | None = None  # sliding window: keys a query sees, its own included; unset: all before it
-    dilation: Size = 1  # within the window, every n-th key
-    global_tokens: int = Field(0, ge=0, le=MAX_SIZE)  # the first tokens, visible from beyond the window
-    random_blocks: float = Field(0.0, ge=0, lt=1)  # share of the blocks beyond the window that are visible
-    block_size: Size = 64  # tokens in a random block
-    pattern_seed: int = Field(0, ge=0, lt=2**31)  # seed of the random blocks
-    qk_bias: bool | None = None  # bias on q_proj, and on k_proj unless softmax ignores it; unset: model.qk_bias
-    mask_diagonal: bool = False  # a token does not see itself: for studies
+    window: Size | None  # sliding window: keys a query sees, its own included; unset: all before it
+    dilation: Size  # within the window, every n-th key
+    global_tokens: int = Field(ge=0, le=MAX_SIZE)  # the first tokens, visible from beyond the window
+    random_blocks: float = Field(ge=0, lt=1)  # share of the blocks beyond the window that are visible
+    block_size: Size  # tokens in a random block
+    pattern_seed: int = Field(ge=0, lt=2**31)  # seed of the random blocks
+    qk_bias: bool | None  # bias on q_proj, and on k_proj unless softmax ignores it; unset: model.qk_bias
+    mask_diagonal: bool  # a token does not see itself: for studies
     # On the attention weights, in training only; unset: model.attention_dropout
-    dropout: Annotated[float | None, Change.FINE_TUNING] = Field(None, ge=0, lt=1)
+    dropout: Annotated[float | None, Change.FINE_TUNING] = Field(ge=0, lt=1)
 
     @model_validator(mode="after")
     def _check_window(self) -> Self:
@@ -109,8 +111,8 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     @model_validator(mode="after")
     def _check_random_blocks(self) -> Self:
         if not self.random_blocks:
-            for name in ("block_size", "pattern_seed"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+            for name in UNUSED_BLOCKS:
+                if getattr(self, name) != UNUSED_BLOCKS[name]:
                     raise ValueError(f"{name}={getattr(self, name)} is of random blocks: set attention.random_blocks")
         return self
 

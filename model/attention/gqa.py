@@ -27,10 +27,10 @@ from model.stats import collect_stats
 
 
 class GQAConfig(AttentionConfig):
-    n_kv_heads: Size | Literal["all"] | None = None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
-    head_dim: Size | None = None  # unset: d_model / n_heads
-    qk_norm: bool | None = None  # RMSNorm on each query and key head, before RoPE; unset: model.qk_norm
-    rope_dim: Size | None = None  # leading dimensions of each head that rotate (partial RoPE); unset: head_dim
+    n_kv_heads: Size | Literal["all"] | None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
+    head_dim: Size | None  # unset: d_model / n_heads
+    qk_norm: bool | None  # RMSNorm on each query and key head, before RoPE; unset: model.qk_norm
+    rope_dim: Size | None  # leading dimensions of each head that rotate (partial RoPE); unset: head_dim
 
     def derive(self, dimensions: Dimensions) -> Self:
         n_heads = dimensions.n_heads

@@ -72,17 +72,15 @@ class MLAConfig(AttentionConfig):
     (n + r = v) and the absorbed key (c + r, and the columns of ALiBi) is at most 256 wide: the shapes flash kernels
     take. DeepSeek-V3 itself has c 512, n 128, r 64, v 128, q_lora_rank 1536."""
 
-    q_lora_rank: int | None = Field(None, ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
-    kv_lora_rank: Size | None = None  # c; unset: d_model / 4, or what 256 leaves beside r
-    qk_nope_head_dim: Size | None = None  # n; unset: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int | None = Field(None, ge=0, le=MAX_SIZE)  # r; unset: head_dim / 4, made even; 0 without RoPE
-    v_head_dim: Size | None = None  # v; unset: head_dim
-    k_rope_from: Literal["hidden", "latent"] = "hidden"  # what the rope key is projected from
-    qk_norm: Literal["latent", "head"] = (
-        "latent"  # latents are always normed; head: so are queries and keys of each head
-    )
-    qk_norm_groups: Size = 1  # groups of heads whose keys share one root mean square; n_heads: each its own
-    execution: Execution = "auto"  # auto: absorbed with a cache and few queries (break_even), else expanded
+    q_lora_rank: int | None = Field(ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
+    kv_lora_rank: Size | None  # c; unset: d_model / 4, or what 256 leaves beside r
+    qk_nope_head_dim: Size | None  # n; unset: head_dim - qk_rope_head_dim
+    qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: head_dim / 4, made even; 0 without RoPE
+    v_head_dim: Size | None  # v; unset: head_dim
+    k_rope_from: Literal["hidden", "latent"]  # what the rope key is projected from
+    qk_norm: Literal["latent", "head"]  # latents are always normed; head: so are queries and keys of each head
+    qk_norm_groups: Size  # groups of heads whose keys share one root mean square; n_heads: each its own
+    execution: Execution  # auto: absorbed with a cache and few queries (break_even), else expanded
 
     def derive(self, dimensions: Dimensions) -> Self:
         self._check_groups(dimensions.n_heads)

@@ -19,7 +19,7 @@ class StackConfig(AttentionChoice):
     """A list of part names that repeats over the layers, and the attention of each part."""
 
     pattern: tuple[str, ...] = Field(min_length=1)  # names of parts, one per layer; repeats until the last layer
-    position: Position = "rope"  # for parts that set none; the config loader has already applied it
+    position: Position  # for parts that set none; the config loader has already applied it
     parts: dict[str, SerializeAsAny[AttentionConfig]]  # unused ones are dropped with a warning
 
     @model_validator(mode="after")

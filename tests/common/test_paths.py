@@ -11,6 +11,7 @@ from common.paths import files_below, matching_files
 from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.python_source import SympyCorpus
+from tests.support import configured
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_matching_files_with_link_cycles_gives_each_file_once(tree, pattern):
     (tree / "d" / "z.txt").symlink_to("a.txt")
     os.link(tree / "d" / "b.txt", tree / "d" / "y.txt")
     assert [path for path in matching_files(pattern) if path.startswith("d/")] == expected
-    documents = list(FilesCorpus(path="d/**/*.txt").read())
+    documents = list(configured(FilesCorpus, path="d/**/*.txt").read())
     train, val = ([d.name for d in documents if d.held_out == side] for side in (False, True))
     assert train == val == ["d/a.txt", "d/b.txt", "d/sub/c.txt", "d/sub/deep/a.txt"]
 
@@ -73,7 +74,7 @@ def test_matching_files_skips_pipes_and_devices(tree):
     assert "pipe.txt" not in {path.name for path in files_below(tree / "d")}
     for path in ("d/pipe.txt", "/dev/zero"):
         with pytest.raises(UserError, match=r"is a pipe or a device, .*: write what it gives to a file"):
-            FilesCorpus(path=path).fingerprint()
+            configured(FilesCorpus, path=path).fingerprint()
 
 
 def failing(function, path: str, code: int):
@@ -89,12 +90,12 @@ def failing(function, path: str, code: int):
 @pytest.mark.parametrize(
     ("function", "path", "read"),
     [
-        ("scandir", "d/sub", lambda: FilesCorpus(path="d/**/*.txt").fingerprint()),
-        ("scandir", "d", lambda: FilesCorpus(path="d/*.txt").fingerprint()),
-        ("stat", "d/a.txt", lambda: FilesCorpus(path="d/a.txt").fingerprint()),
-        ("stat", "d", lambda: FilesCorpus(path="d").fingerprint()),
-        ("scandir", "d/sub", lambda: HubCorpus(path="d").fingerprint()),
-        ("stat", "d", lambda: HubCorpus(path="d").fingerprint()),
+        ("scandir", "d/sub", lambda: configured(FilesCorpus, path="d/**/*.txt").fingerprint()),
+        ("scandir", "d", lambda: configured(FilesCorpus, path="d/*.txt").fingerprint()),
+        ("stat", "d/a.txt", lambda: configured(FilesCorpus, path="d/a.txt").fingerprint()),
+        ("stat", "d", lambda: configured(FilesCorpus, path="d").fingerprint()),
+        ("scandir", "d/sub", lambda: configured(HubCorpus, path="d").fingerprint()),
+        ("stat", "d", lambda: configured(HubCorpus, path="d").fingerprint()),
     ],
 )
 def test_paths_unreadable_folder_raises_error_with_name(tree, monkeypatch, function, path, read, code):
@@ -111,10 +112,10 @@ def test_files_unreadable_file_raises_error_with_name(workplace, monkeypatch, na
     for place in ("data.sources.files.Path.open", "data.sources.tables.open"):
         monkeypatch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
     with pytest.raises(UserError, match=rf"^{name} cannot be read: {os.strerror(code)}"):
-        FilesCorpus(path=name).fingerprint()
+        configured(FilesCorpus, path=name).fingerprint()
     with pytest.raises(UserError, match=r"add\.py cannot be read|__init__\.py cannot be read"):
         monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(error))
-        SympyCorpus().fingerprint()
+        configured(SympyCorpus).fingerprint()
 
 
 def test_files_deleted_working_directory_raises_user_error(workplace):
@@ -122,4 +123,4 @@ def test_files_deleted_working_directory_raises_user_error(workplace):
     os.chdir(workplace / "gone")
     (workplace / "gone").rmdir()
     with pytest.raises(UserError, match=r"matches no file \(looked from a working directory that does not exist"):
-        FilesCorpus(path="*.txt").fingerprint()
+        configured(FilesCorpus, path="*.txt").fingerprint()

@@ -25,7 +25,7 @@ from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.bpe import BPEConfig
 from data.tokenizers.byte import ByteConfig
-from tests.support import ROOT
+from tests.support import ROOT, configured
 
 T = 16
 
@@ -120,32 +120,32 @@ def test_micro_batches_of_any_size_give_consecutive_sequences(stream):
 
 
 def test_prepare_again_finds_shards(workplace):
-    corpus, config = SyntheticCorpus(size=20), BPEConfig(vocab_size=300)
+    corpus, config = configured(SyntheticCorpus, size=20), configured(BPEConfig, vocab_size=300)
     first = prepare(corpus, config, workplace / "cache")
     written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     again = prepare(corpus, config, workplace / "cache")
     assert again.folder == first.folder
     assert {path: path.stat().st_mtime_ns for path in again.folder.iterdir()} == written
     assert [path.name for path in (workplace / "cache").glob("[!.]*")] == [first.folder.name]
-    assert prepare(corpus, ByteConfig(), workplace / "cache").folder != first.folder
+    assert prepare(corpus, configured(ByteConfig), workplace / "cache").folder != first.folder
 
 
 def test_prepare_vocabulary_larger_than_text_yields_warns_each_time(workplace, caplog):
-    corpus = SyntheticCorpus(size=20)
+    corpus = configured(SyntheticCorpus, size=20)
     for _ in range(2):
-        made = prepare(corpus, BPEConfig(vocab_size=5000), workplace / "cache")
+        made = prepare(corpus, configured(BPEConfig, vocab_size=5000), workplace / "cache")
         (said,) = [record.message for record in caplog.records if "vocab_size" in record.message]
         assert said.startswith(
             f"tokenizer.vocab_size=5000: the training text yields {made.tokenizer.vocab_size} tokens"
         )
         caplog.clear()
-    prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
+    prepare(corpus, configured(BPEConfig, vocab_size=300), workplace / "cache")
     assert not caplog.records or "vocab_size" not in caplog.text
 
 
 def test_prepare_puts_end_of_text_before_each_document(workplace):
-    corpus = SyntheticCorpus(size=20)
-    made = prepare(corpus, ByteConfig(), workplace / "cache")
+    corpus = configured(SyntheticCorpus, size=20)
+    made = prepare(corpus, configured(ByteConfig), workplace / "cache")
     for split, stream in (("train", made.train), ("val", made.val)):
         expected = []
         for document in corpus.documents(split):
@@ -155,7 +155,7 @@ def test_prepare_puts_end_of_text_before_each_document(workplace):
 
 @pytest.mark.parametrize("fault", ["tokenizer", "killed"])
 def test_prepare_after_failed_build_starts_clean(workplace, monkeypatch, fault):
-    corpus = SyntheticCorpus(size=20)
+    corpus = configured(SyntheticCorpus, size=20)
 
     def fail(*_):
         raise KeyboardInterrupt
@@ -164,21 +164,21 @@ def test_prepare_after_failed_build_starts_clean(workplace, monkeypatch, fault):
         "data.shards.build._encode" if fault == "killed" else "data.tokenizers.byte.ByteConfig.train", fail
     )
     with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, ByteConfig(), workplace / "cache")
+        prepare(corpus, configured(ByteConfig), workplace / "cache")
     assert all(path.name.endswith(".lock") for path in (workplace / "cache").iterdir())
 
 
 def test_prepare_tokenizer_not_of_shards_raises_error(workplace):
-    corpus = SyntheticCorpus(size=20)
-    made = prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
-    BPEConfig(vocab_size=290).train(["other text " * 50]).save(made.folder / "tokenizer.json")
+    corpus = configured(SyntheticCorpus, size=20)
+    made = prepare(corpus, configured(BPEConfig, vocab_size=300), workplace / "cache")
+    configured(BPEConfig, vocab_size=290).train(["other text " * 50]).save(made.folder / "tokenizer.json")
     with pytest.raises(UserError, match="another tokenizer"):
-        prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
+        prepare(corpus, configured(BPEConfig, vocab_size=300), workplace / "cache")
 
 
 def test_check_split_lengths_too_little_text_raises_error(workplace):
     (workplace / "a.txt").write_text("a short text\n" * 12)
-    made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
+    made = prepare(configured(FilesCorpus, path="a.txt"), configured(ByteConfig), workplace / "cache")
     with pytest.raises(UserError, match="validation split holds 14 tokens"):
         check_split_lengths(made, 32)
 
@@ -186,7 +186,7 @@ def test_check_split_lengths_too_little_text_raises_error(workplace):
 def test_prepare_unwritable_cache_folder_raises_user_error(workplace):
     (workplace / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cache_dir=.*: give a folder to write to as cache_dir="):
-        prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+        prepare(configured(SyntheticCorpus, size=20), configured(ByteConfig), workplace / "cache")
 
 
 def test_document_positions_of_packed_documents():
@@ -197,8 +197,8 @@ def test_document_positions_of_packed_documents():
 
 
 def test_prepare_with_document_mask_shares_shards(workplace):
-    plain, masked = SyntheticCorpus(size=20), SyntheticCorpus(size=20, document_mask=True)
-    folders = {prepare(corpus, ByteConfig(), workplace / "cache").folder for corpus in (plain, masked)}
+    plain, masked = configured(SyntheticCorpus, size=20), configured(SyntheticCorpus, size=20, document_mask=True)
+    folders = {prepare(corpus, configured(ByteConfig), workplace / "cache").folder for corpus in (plain, masked)}
     assert len(folders) == 1
 
 
@@ -234,7 +234,7 @@ def test_shard_unreadable_raises_user_error_without_rebuild(stream, tmp_path, mo
 def test_documents_of_step_are_found_by_their_tokens(workplace):
     (workplace / "a.txt").write_text("a line of the first\n" * 50)
     (workplace / "b.txt").write_text("a line of the second\n" * 50)
-    made = prepare(FilesCorpus(path="*.txt"), ByteConfig(), workplace / "cache")
+    made = prepare(configured(FilesCorpus, path="*.txt"), configured(ByteConfig), workplace / "cache")
     second = made.train.read(0, len(made.train)).tolist().index(256, 1)  # its end-of-text
     assert made.training_documents([(0, 5)]) == ["a.txt"]
     assert made.training_documents([(second - 1, second)]) == ["a.txt"]
@@ -248,11 +248,11 @@ def test_documents_of_step_are_found_by_their_tokens(workplace):
 
 
 def test_prepare_removes_leftovers_of_killed_build(workplace):
-    corpus = SyntheticCorpus(size=20)
-    made = prepare(corpus, ByteConfig(), workplace / "cache")
+    corpus = configured(SyntheticCorpus, size=20)
+    made = prepare(corpus, configured(ByteConfig), workplace / "cache")
     left = made.folder.with_name(f".writing-{made.folder.name}-abc")
     made.folder.rename(left)
-    prepare(corpus, ByteConfig(), workplace / "cache")
+    prepare(corpus, configured(ByteConfig), workplace / "cache")
     assert not left.exists() and made.folder.exists()
 
 
@@ -266,9 +266,9 @@ def test_prepare_text_changed_while_read_raises_error(workplace, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="changed while they were read: run again"):
         patch.setattr(FilesCorpus, "read", meanwhile)
-        prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
+        prepare(configured(FilesCorpus, path="a.txt"), configured(ByteConfig), workplace / "cache")
     path.write_text("the old text\n" * 50)
-    made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
+    made = prepare(configured(FilesCorpus, path="a.txt"), configured(ByteConfig), workplace / "cache")
     assert "new" not in made.tokenizer.decode(made.train.read(0, 500).tolist())
 
 
@@ -276,10 +276,10 @@ def test_prepare_in_two_processes_builds_once(workplace):
     """The second waits for the first, and uses what it built."""
     code = (
         "import sys, time; from pathlib import Path; import data.shards.prepare as p;"
-        "from data.sources.synthetic import SyntheticCorpus;"
+        "from tests.data.shards.test_build import CORPUS;"
         "from data.tokenizers.byte import ByteConfig; build = p.build;"
         "p.build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
-        "p.prepare(SyntheticCorpus(size=20), ByteConfig(), Path('cache'))"
+        "p.prepare(CORPUS, ByteConfig(), Path('cache'))"
     )
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT}, stdout=subprocess.PIPE) for _ in range(2)]

@@ -16,7 +16,7 @@ from common.errors import UserError
 from data.shards.prepare import prepare
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.bpe import BPEConfig
-from tests.support import assert_one_line, call
+from tests.support import assert_one_line, call, configured
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
 
@@ -243,7 +243,7 @@ def test_metrics_file_damaged_keeps_rows_before(fuzz, tmp_path_factory, trained)
 
 def test_prepare_damaged_cache_gives_same_tokens_or_raises_user_error(fuzz, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    corpus, config = SyntheticCorpus(size=20), BPEConfig(vocab_size=300)
+    corpus, config = configured(SyntheticCorpus, size=20), configured(BPEConfig, vocab_size=300)
     expected = tokens_of(corpus, config, cache)
     files = files_of(cache)
     read = {name: content for name, content in files.items() if "/." not in f"/{name}"}

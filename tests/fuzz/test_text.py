@@ -16,7 +16,7 @@ from data.tokenizers.bpe import BPEConfig
 from data.tokenizers.byte import ByteConfig
 from data.tokenizers.patterns import KNOWN, PIECE, exact_pieces, portable
 from data.tokenizers.vocabulary import END_OF_TEXT
-from tests.support import assert_one_line
+from tests.support import assert_one_line, configured
 
 FRAGMENTS = st.sampled_from([END_OF_TEXT, "<|", "\r\n", "\n", " ", "\t", "\0", "the query", "123", "é", "漢字", "🙂🏽"])
 TEXTS = st.text(max_size=200) | st.lists(FRAGMENTS | st.text(max_size=5), max_size=40).map("".join)
@@ -24,8 +24,8 @@ TEXTS = st.text(max_size=200) | st.lists(FRAGMENTS | st.text(max_size=5), max_si
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    texts = [document.text for document in SyntheticCorpus(size=20).documents("train")]
-    return [config.train(texts) for config in (ByteConfig(), BPEConfig(vocab_size=400))]
+    texts = [document.text for document in configured(SyntheticCorpus, size=20).documents("train")]
+    return [config.train(texts) for config in (configured(ByteConfig), configured(BPEConfig, vocab_size=400))]
 
 
 def check_round_trip(tokenizers, text: str) -> None:
@@ -111,7 +111,7 @@ def test_files_random_bytes_are_read_exactly_or_raise_error_with_name(fuzz, fold
         for name, content in written.items():
             (folder / name).write_bytes(content)
         shown = {str(folder / name): content for name, content in written.items() if not name.startswith(".")}
-        corpus, found = FilesCorpus(path=f"{folder}/*", val_fraction=val_fraction), defaultdict(str)
+        corpus, found = configured(FilesCorpus, path=f"{folder}/*", val_fraction=val_fraction), defaultdict(str)
         try:
             corpus.fingerprint()
             for split in ("train", "val"):

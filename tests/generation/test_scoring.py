@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.tokenizers.bpe import BPEConfig
 from data.tokenizers.byte import ByteTokenizer
 from generation.scoring import score_text
-from tests.support import small_model
+from tests.support import configured, small_model
 
 TEXT = "The query sees the key, é漢🙂. " * 30
 
@@ -17,7 +17,7 @@ TEXT = "The query sees the key, é漢🙂. " * 30
 @pytest.mark.parametrize("length", [2, 30, 64, 65, 66, 129, 700])
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_score_text_of_any_length_predicts_every_token_but_the_first_once(length, kind):
-    tokenizer = ByteTokenizer() if kind == "byte" else BPEConfig(vocab_size=270).train([TEXT])
+    tokenizer = ByteTokenizer() if kind == "byte" else configured(BPEConfig, vocab_size=270).train([TEXT])
     model = small_model("attention=mla", vocab_size=tokenizer.vocab_size)  # a context of 64
     text = TEXT[:length]
     tokens = tokenizer.encode(text).tolist()

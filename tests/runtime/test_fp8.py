@@ -13,7 +13,7 @@ from common.errors import UserError
 from model.transformer import TransformerLM
 from runtime import fp8, precision
 from runtime.precision import MixedPrecision, choose_precision
-from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
+from tests.support import SMOKE, assert_one_line, batches, call, configured, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
 from training.step import accumulate, train_step
@@ -127,7 +127,7 @@ def test_training_in_float8_learns_as_in_float32():
     losses = {}
     for name in ("fp32", "fp8"):
         model = TransformerLM(small_config(), 100)
-        mixed, optimizer = MixedPrecision(model, name), AdamWConfig(lr=3e-3).build(model)
+        mixed, optimizer = MixedPrecision(model, name), configured(AdamWConfig, lr=3e-3).build(model)
         losses[name] = [train_step(mixed, optimizer, batches(8, 4), 3e-3, 1.0).loss.item() for _ in range(20)]
     assert losses["fp8"][-1] < 0.75 * losses["fp8"][0]
     assert losses["fp8"][-1] == pytest.approx(losses["fp32"][-1], abs=0.05)

@@ -16,7 +16,7 @@ from model.loss import token_losses
 from model.transformer import TransformerLM
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
-from tests.support import batches, load_composed, relative_error, small_config, small_model
+from tests.support import batches, configured, load_composed, relative_error, small_config, small_model
 from training.compile import maybe_compiled
 from training.evaluate import each_loss, evaluate
 from training.optim.adamw import AdamWConfig
@@ -35,7 +35,7 @@ def test_token_losses_are_cross_entropy_of_the_next_token():
 
 def test_train_step_repeated_lowers_the_loss():
     model = small_model("attention=gqa", kernel=SDPA())
-    optimizer, mixed = AdamWConfig(lr=3e-3).build(model), MixedPrecision(model, "fp32")
+    optimizer, mixed = configured(AdamWConfig, lr=3e-3).build(model), MixedPrecision(model, "fp32")
     data = batches(8, 8)
     losses = [train_step(mixed, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
@@ -112,7 +112,7 @@ def test_train_step_clips_the_gradient_norm_unless_zero():
 
 def test_weight_decay_applies_to_matrices_only():
     model = small_model("attention=mla")
-    decayed, rest = AdamWConfig(lr=1e-3).build(model).param_groups
+    decayed, rest = configured(AdamWConfig, lr=1e-3).build(model).param_groups
     assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
     assert all(p.ndim < 2 for p in rest["params"]) and rest["weight_decay"] == 0
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
@@ -120,7 +120,7 @@ def test_weight_decay_applies_to_matrices_only():
     model = TransformerLM(classic, 100)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, rest = (
-        {names[id(p)] for p in group["params"]} for group in AdamWConfig(lr=1e-3).build(model).param_groups
+        {names[id(p)] for p in group["params"]} for group in configured(AdamWConfig, lr=1e-3).build(model).param_groups
     )
     assert {"embedding.weight", "position_embedding.weight", "head.weight", "layers.0.mlp.up_proj.weight"} <= decayed
     assert {"norm.weight", "norm.bias", "layers.0.attention.q_proj.bias", "layers.0.mlp.down_proj.bias"} <= rest
@@ -128,25 +128,25 @@ def test_weight_decay_applies_to_matrices_only():
 
 
 def test_cosine_schedule_has_its_landmarks():
-    schedule = Cosine(warmup=0.1, final_fraction=0.2)
+    schedule = configured(Cosine, warmup=0.1, final_fraction=0.2)
     rates = [schedule(step, 101) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11.1)
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates.index(max(rates)) in (10, 11)
     assert rates[-1] == pytest.approx(0.2)
     assert all(a >= b for a, b in itertools.pairwise(rates[11:]))
-    assert rates[0] > 0 and Cosine(warmup=0.0)(0, 1) > 0
+    assert rates[0] > 0 and configured(Cosine, warmup=0.0)(0, 1) > 0
 
 
 def test_linear_schedule_after_its_warmup_is_a_straight_line():
-    schedule = Linear(warmup=0.1, final_fraction=0.2)
+    schedule = configured(Linear, warmup=0.1, final_fraction=0.2)
     rates = [schedule(step, 101) for step in range(101)]
     falls = {round(a - b, 9) for a, b in itertools.pairwise(rates[12:])}
     assert len(falls) == 1 and rates[-1] == pytest.approx(0.2) and max(rates) == pytest.approx(1, abs=0.01)
 
 
 def test_wsd_schedule_has_its_landmarks():
-    schedule = WSD(warmup_steps=4, cooldown=0.2, final_fraction=0.1).derive(50)
+    schedule = configured(WSD, warmup_steps=4, cooldown=0.2, final_fraction=0.1).derive(50)
     rates = [schedule(step, 50) for step in range(50)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[4:41] == [1.0] * 36 + [pytest.approx(1 - 0.9 / 11)]
@@ -156,7 +156,7 @@ def test_wsd_schedule_has_its_landmarks():
     assert longer[:40] == rates[:40] and longer[40:64] == [1.0] * 24
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), Linear(), WSD()])
+@pytest.mark.parametrize("schedule", [configured(Cosine), configured(Linear), configured(WSD)])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 30])
 def test_schedule_of_any_number_of_steps_stays_within_its_limits(schedule, steps):
     schedule = schedule.derive(steps)
@@ -172,7 +172,7 @@ def test_wsd_schedule_that_does_not_fit_is_refused():
 
 
 def test_settings_that_are_not_finite_are_refused():
-    for build in (lambda: AdamWConfig(lr=math.inf), lambda: Cosine(warmup=math.nan)):
+    for build in (lambda: configured(AdamWConfig, lr=math.inf), lambda: configured(Cosine, warmup=math.nan)):
         with pytest.raises(ValueError, match="finite"):
             build()
 
@@ -203,14 +203,14 @@ def test_losses_with_a_document_mask_are_those_of_documents_alone():
     model = small_model("attention=mla", vocab_size=257, kernel=SDPA())
     tokens = torch.tensor([[256, *b"a text", 256, *b"another"]])
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    mean, each = losses_of(SyntheticCorpus(document_mask=True), ByteTokenizer().end_of_text)
+    mean, each = losses_of(configured(SyntheticCorpus, document_mask=True), ByteTokenizer().end_of_text)
     cut = 7  # where the second document begins
     alone = [token_losses(model(part).logits, goal) for part, goal in
              ((inputs[:, :cut], targets[:, :cut]), (inputs[:, cut:], targets[:, cut:]))]  # fmt: skip
     expected = torch.cat(alone, dim=1)
     assert relative_error(each(model, inputs, targets), expected) <= 1e-5
     assert relative_error(mean(model, inputs, targets), expected.mean()) <= 1e-5
-    unmasked = losses_of(SyntheticCorpus(), ByteTokenizer().end_of_text)[1](model, inputs, targets)
+    unmasked = losses_of(configured(SyntheticCorpus), ByteTokenizer().end_of_text)[1](model, inputs, targets)
     assert torch.equal(unmasked[:, :cut], each_loss(model, inputs, targets)[:, :cut])
     assert relative_error(unmasked, expected) > 1e-3
 

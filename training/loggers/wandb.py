@@ -24,8 +24,8 @@ class WandbLogger(Logger):
     """Logs to Weights & Biases, offline by default. The mode is always passed and a login looked for before, so that it
     never prompts. Failures never stop training."""
 
-    project: str = "headroom"
-    mode: Literal["online", "offline", "disabled"] = "offline"
+    project: str
+    mode: Literal["online", "offline", "disabled"]
 
     def check_installed(self) -> None:
         if self.mode != "disabled":

@@ -22,10 +22,10 @@ class AdamWConfig(OptimConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Decay applies to matrices, embeddings included, and not to
     vectors. Unset, lr is 0.5 / d_model: the best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466)."""
 
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.99, ge=0, lt=1)
-    eps: float = Field(1e-8, ge=1e-30)  # smaller ones are zero in float32
-    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    eps: float = Field(ge=1e-30)  # smaller ones are zero in float32
+    weight_decay: float = Field(ge=0)
 
     def derive(self, d_model: int) -> Self:
         return self.model_copy(update={"lr": self.lr or 0.5 / d_model})

@@ -37,8 +37,8 @@ class Uncompiled:
 
 
 class OptimConfig(FrozenSettings, ABC):
-    lr: float | None = Field(None, gt=0)  # peak; unset, it derives from d_model
-    qk_clip: float | None = Field(None, gt=0)  # the largest score a head may have and keep its scale
+    lr: float | None = Field(gt=0)  # peak; unset, it derives from d_model
+    qk_clip: float | None = Field(gt=0)  # the largest score a head may have and keep its scale
 
     @property
     def base_lrs(self) -> dict[str, float]:

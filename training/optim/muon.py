@@ -25,10 +25,10 @@ class MuonConfig(AdamWConfig):
     weight_decay is of all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 / d_model:
     embeddings bear a larger one than AdamW alone may give the matrices beside them."""
 
-    muon_lr: float = Field(0.02, gt=0)
-    momentum: float = Field(0.95, ge=0, lt=1)
-    momentum_warmup: int = Field(300, ge=0)  # updates until the momentum, from 0.85 on, is that
-    per_head: bool = True  # orthogonalise what the attention publishes as matrices; false: what is stored as one
+    muon_lr: float = Field(gt=0)
+    momentum: float = Field(ge=0, lt=1)
+    momentum_warmup: int = Field(ge=0)  # updates until the momentum, from 0.85 on, is that
+    per_head: bool  # orthogonalise what the attention publishes as matrices; false: what is stored as one
 
     def derive(self, d_model: int) -> Self:
         return self.model_copy(update={"lr": self.lr or 2 / d_model})

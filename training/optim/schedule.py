@@ -28,8 +28,8 @@ class Schedule(FrozenSettings, ABC):
 class Warmup(Schedule, ABC):
     """Linear warmup over a fraction of the steps, then down to final_fraction of the peak."""
 
-    warmup: float = Field(0.05, ge=0, lt=1)
-    final_fraction: float = Field(0.1, ge=0, le=1)
+    warmup: float = Field(ge=0, lt=1)
+    final_fraction: float = Field(ge=0, le=1)
 
     def __call__(self, step: int, steps: int) -> float:
         warmup_steps = self.warmup * steps
@@ -60,9 +60,9 @@ class WSD(Schedule):
     """Warmup, stable, decay (Hu et al. 2024, arXiv:2404.06395): linear warmup, the peak, and a linear cooldown over the
     last fraction of the steps. How long the run is matters from the cooldown on only."""
 
-    warmup_steps: int | None = Field(None, ge=0)  # 5 % of the steps that the run begins with
-    cooldown: float = Field(0.2, ge=0, le=1)
-    final_fraction: float = Field(0.0, ge=0, le=1)
+    warmup_steps: int | None = Field(ge=0)  # 5 % of the steps that the run begins with
+    cooldown: float = Field(ge=0, le=1)
+    final_fraction: float = Field(ge=0, le=1)
 
     def __call__(self, step: int, steps: int) -> float:
         if step < self.warmup_steps:

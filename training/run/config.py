@@ -71,7 +71,7 @@ class Run(FrozenSettings):
     max_skipped_updates: Annotated[int, Change.ON_RESUME] = Field(ge=1)
     eval_every: Annotated[int, Change.ON_RESUME] = Field(ge=0)
     eval_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1)
-    eval_before: Annotated[bool | None, Change.FINE_TUNING] = None
+    eval_before: Annotated[bool | None, Change.FINE_TUNING]
     save_every: Annotated[int, Change.ON_RESUME] = Field(ge=1)
     keep_last: Annotated[int, Change.ON_RESUME] = Field(ge=1)
     sample_every: Annotated[int, Change.ON_RESUME] = Field(ge=0)
@@ -81,15 +81,15 @@ class Run(FrozenSettings):
     deterministic: Annotated[bool, Change.FINE_TUNING]
     precision: Annotated[Literal["auto", "bf16", "fp16", "fp32", "fp8"], Change.FINE_TUNING]
     compile: Annotated[bool, Change.FINE_TUNING]
-    autotune: Annotated[bool, Change.FINE_TUNING] = False
+    autotune: Annotated[bool, Change.FINE_TUNING]
     tune_malloc: Annotated[bool, Change.FINE_TUNING]
     init_from: Annotated[str | None, Change.FINE_TUNING]
-    peak_flops: Annotated[float | None, Change.ON_RESUME] = Field(None, gt=0)
-    profile_steps: Annotated[int, Change.ON_RESUME] = Field(0, ge=0, le=1000)
-    log_attention: Annotated[bool, Change.ON_RESUME] = False
-    activation_checkpointing: Annotated[bool, Change.ON_RESUME] = False
+    peak_flops: Annotated[float | None, Change.ON_RESUME] = Field(gt=0)
+    profile_steps: Annotated[int, Change.ON_RESUME] = Field(ge=0, le=1000)
+    log_attention: Annotated[bool, Change.ON_RESUME]
+    activation_checkpointing: Annotated[bool, Change.ON_RESUME]
     threads: Annotated[int | None, Change.ON_RESUME] = Field(ge=1, le=1024)
-    dry_run: Annotated[bool, Change.ON_RESUME] = False
+    dry_run: Annotated[bool, Change.ON_RESUME]
     run_dir: Annotated[str | None, Change.FINE_TUNING] = Field(min_length=1)
     cache_dir: Annotated[str, Change.ON_RESUME] = Field(min_length=1)
 

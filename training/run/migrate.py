@@ -66,7 +66,9 @@ ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig"
 RUN_3 = {"threads": None}
 RUN_RENAMED_4 = {"most_skipped": "max_skipped_updates", "checkpoint_activations": "activation_checkpointing"}
 PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head"}}  # by class
-MODEL_4 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # each attention had its own, always set
+MODEL_4 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # what conf/ set in each attention
+CLASSIC_MODEL_4 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}  # with model=classic_gpt
+CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which that model is recognised
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -104,7 +106,8 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     if format < 4:
         tree = _renamed(RUN_3 | _each_part(tree, _to_4), RUN_RENAMED_4)
     if format < 5 and isinstance(tree.get("model"), Mapping):
-        tree["model"] = MODEL_4 | tree["model"]
+        classic = CLASSIC_GPT_4.items() <= tree["model"].items()
+        tree["model"] = (CLASSIC_MODEL_4 if classic else MODEL_4) | tree["model"]
     return tree
 
 

@@ -19,9 +19,9 @@ from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.bpe import BPEConfig
 from data.tokenizers.byte import ByteConfig
-from tests.support import ROOT
+from tests.support import ROOT, configured
 
-CORPUS, CONFIG = SyntheticCorpus(size=60), BPEConfig(vocab_size=300)
+CORPUS, CONFIG = configured(SyntheticCorpus, size=60), configured(BPEConfig, vocab_size=300)
 PART = 2000  # bytes: about fifteen parts of the corpus above
 
 
@@ -45,18 +45,20 @@ def files(folder) -> dict[str, bytes]:
 def test_prepare_file_read_in_parts_gives_tokens_of_whole_text(text, workplace, monkeypatch):
     for name in ("a.txt", "b.txt"):
         (workplace / name).write_text(text * 60)
-    config = BPEConfig(vocab_size=300)
-    whole = prepare(FilesCorpus(path="*.txt"), config, workplace / "whole")
+    config = configured(BPEConfig, vocab_size=300)
+    whole = prepare(configured(FilesCorpus, path="*.txt"), config, workplace / "whole")
     monkeypatch.setattr("data.sources.files.PART_BYTES", 100)
     monkeypatch.setattr(build, "PART_BYTES", 350)
-    parts = prepare(FilesCorpus(path="*.txt"), config, workplace / "parts")
+    parts = prepare(configured(FilesCorpus, path="*.txt"), config, workplace / "parts")
     assert len([*parts.folder.glob("train_*.tokens")]) > 1 or text == "漢字"  # which is one unbroken word
     if text != "漢字":
         assert contents(parts) == contents(whole)
         return
     monkeypatch.undo()
     monkeypatch.chdir(workplace)
-    first = next(FilesCorpus(path="a.txt").documents("train")).text  # one unbroken word; of its parts others are merged
+    first = next(
+        configured(FilesCorpus, path="a.txt").documents("train")
+    ).text  # one word: of its parts others are merged
     tokens = parts.train.read(0, len(parts.train)).tolist()
     expected = [parts.tokenizer.end_of_text, *parts.tokenizer.encode(first).tolist()]
     assert tokens[: len(expected)] == expected and len(tokens) == 2 * len(expected)
@@ -102,11 +104,10 @@ def test_prepare_after_interrupt_continues_after_last_finished_part(workplace, m
 def test_prepare_after_kill_at_any_sync_gives_same_bytes(workplace, monkeypatch, expected):
     code = (
         "import os, signal, sys; from pathlib import Path; from common import atomic_io; from data.shards import build;"
-        "from data.sources.synthetic import SyntheticCorpus; from data.shards.prepare import prepare;"
-        "from data.tokenizers.bpe import BPEConfig;"
+        "from data.shards.prepare import prepare; from tests.data.shards.test_build import CONFIG, CORPUS;"
         f"build.PART_BYTES = {PART}; fsync = atomic_io._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
         "atomic_io._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
-        f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache'))"
+        "prepare(CORPUS, CONFIG, Path('cache'))"
     )
     environment, kept = os.environ | {"PYTHONPATH": str(ROOT)}, 0
     for syncs in (3, 12, 30):
@@ -141,12 +142,12 @@ def test_prepare_removes_abandoned_parts_of_other_builds(workplace, monkeypatch,
 
 
 def test_prepare_removes_parts_left_after_finished_build(workplace):
-    made = prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+    made = prepare(configured(SyntheticCorpus, size=20), configured(ByteConfig), workplace / "cache")
     left = workplace / f"cache/.parts-2000-{made.folder.name}"
     other = workplace / f"cache/.parts-2000-{made.folder.name}-of-another"
     for folder in (left, other):
         (folder / "part_00000").mkdir(parents=True)
-    prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
+    prepare(configured(SyntheticCorpus, size=20), configured(ByteConfig), workplace / "cache")
     assert not left.exists() and other.exists()
 
 
@@ -214,8 +215,8 @@ def test_build_trains_tokenizer_on_sample_of_whole_corpus(train_bytes, documents
     size = len(lines) // documents
     for n in range(documents):
         (workplace / f"{n:04}.txt").write_text("".join(lines[n * size : (n + 1) * size]))
-    corpus = FilesCorpus(path="*.txt")
-    made = prepare(corpus, BPEConfig(vocab_size=300, train_bytes=train_bytes), workplace / "cache")
+    corpus = configured(FilesCorpus, path="*.txt")
+    made = prepare(corpus, configured(BPEConfig, vocab_size=300, train_bytes=train_bytes), workplace / "cache")
     text = "".join(document.text for document in corpus.documents("train"))
     if train_bytes == 10**9:
         assert "".join(heard) == text
@@ -238,9 +239,11 @@ def test_prepare_large_corpus_uses_bounded_memory(workplace):
         "import resource; from pathlib import Path; from tests.data.shards.test_build import Endless;"
         "from data.shards import build; build.PART_BYTES = 2**22; from data.shards.prepare import prepare;"
         "from data.tokenizers.byte import ByteConfig;"
-        "prepare(Endless(size=10), ByteConfig(), Path('first'));"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; made = prepare(Endless(size=100), ByteConfig(), "
-        "Path('second')); print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
+        "small, large = (Endless(size=size, seed=0, document_mask=False) for size in (10, 100));"
+        "prepare(small, ByteConfig(), Path('first'));"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "made = prepare(large, ByteConfig(), Path('second'));"
+        "print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -253,7 +256,7 @@ def test_prepare_document_in_several_parts_has_one_end_of_text(workplace, monkey
     monkeypatch.setattr(build, "PART_BYTES", 1000)
     for name in "ab":
         (workplace / f"{name}.txt").write_text(f"a line of {name}\n" * 400)
-    made = prepare(FilesCorpus(path="*.txt"), ByteConfig(), workplace / "cache")
+    made = prepare(configured(FilesCorpus, path="*.txt"), configured(ByteConfig), workplace / "cache")
     tokens = made.train.read(0, len(made.train))
     assert (np.flatnonzero(tokens == 256) == [0, 1 + 361 * 12]).all()
     assert len(made.train.shards) > 5 and made.training_documents([(4000, 5000)]) == ["a.txt", "b.txt"]
@@ -263,5 +266,5 @@ def test_prepare_bad_last_document_raises_before_encoding(workplace, monkeypatch
     (workplace / "a.jsonl").write_text('{"text": "x"}\n' * 500 + "{\n")
     monkeypatch.setattr(build, "build", None)
     with pytest.raises(UserError, match=r"a\.jsonl:501 is not JSON"):
-        prepare(FilesCorpus(path="a.jsonl"), BPEConfig(vocab_size=300), workplace / "cache")
+        prepare(configured(FilesCorpus, path="a.jsonl"), configured(BPEConfig, vocab_size=300), workplace / "cache")
     assert not (workplace / "cache").exists()

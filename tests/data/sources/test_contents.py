@@ -13,6 +13,7 @@ from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import SympyCorpus
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.byte import ByteConfig
+from tests.support import configured
 
 STORY = "once upon a time\n"
 
@@ -36,13 +37,13 @@ def stories(workplace):
 
 def test_summary_counts_files_documents_and_duplicates(stories, caplog):
     caplog.set_level("INFO")
-    corpus = FilesCorpus(path="*.*")
-    made = prepare(corpus, ByteConfig(), stories / "cache")
+    corpus = configured(FilesCorpus, path="*.*")
+    made = prepare(corpus, configured(ByteConfig), stories / "cache")
     line = "4 files, 43 documents, 3 of them identical to an earlier one"
     assert [r.message for r in caplog.records].count(f"data=files: {line}") == 1
-    assert prepare(corpus, ByteConfig(), stories / "cache").contents == made.contents == line
+    assert prepare(corpus, configured(ByteConfig), stories / "cache").contents == made.contents == line
     (made.folder / "contents.txt").unlink()  # as of shards that are older than it
-    assert prepare(corpus, ByteConfig(), stories / "cache").contents is None
+    assert prepare(corpus, configured(ByteConfig), stories / "cache").contents is None
     (made.folder / "train_documents.jsonl").unlink()
     for name in ("contents.txt", "train_documents.jsonl"):
         os.mkfifo(made.folder / name)
@@ -51,23 +52,23 @@ def test_summary_counts_files_documents_and_duplicates(stories, caplog):
 
 def test_summary_document_in_parts_counts_once(stories, monkeypatch):
     monkeypatch.setattr("data.sources.files.PART_BYTES", 50)
-    books, words = FilesCorpus(path="*.txt"), SyntheticCorpus(size=10)
+    books, words = configured(FilesCorpus, path="*.txt"), configured(SyntheticCorpus, size=10)
     assert counted(books).summary(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
-    mix = MixCorpus(parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})
+    mix = configured(MixCorpus, parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})
     names = {document.name for document in mix.read()}
     assert counted(mix).summary(3) == f"3 files, {len(names)} documents, 1 of them identical to an earlier one"
     assert {"books/a.txt", "books/b.txt", "books/c.txt", "words/synthetic/0"} <= names
 
 
 def test_summary_default_corpus_has_no_duplicates():
-    corpus = SympyCorpus()
+    corpus = configured(SympyCorpus)
     files = len(corpus.sources())
     assert counted(corpus).summary(files) == f"{files} files, {files} documents"
 
 
 def test_summary_compares_at_most_max_compared_documents(stories, monkeypatch):
     monkeypatch.setattr(contents, "MAX_COMPARED", 39)
-    found = counted(FilesCorpus(path="rows.csv"))
+    found = counted(configured(FilesCorpus, path="rows.csv"))
     assert found.summary(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
     assert sum(found.bytes.values()) == sum(len(f"row {i % 38}") for i in range(40))
 
@@ -75,16 +76,16 @@ def test_summary_compares_at_most_max_compared_documents(stories, monkeypatch):
 def test_measure_empty_split_raises_error_with_summary(stories):
     (stories / "one.csv").write_text("text\n" + "the same\n" * 500)
     with pytest.raises(build.UserError, match=r"is empty, of 1 file, 500 documents, 499 of them identical to an"):
-        build.measure(FilesCorpus(path="one.csv"))
+        build.measure(configured(FilesCorpus, path="one.csv"))
 
 
 @pytest.mark.parametrize("marker", contents.MARKERS)
 def test_measure_text_with_end_of_text_marker_warns(workplace, caplog, marker):
     (workplace / "a.txt").write_text("".join(f"{STORY}{i}\n{marker}\n" for i in range(300)))
-    build.measure(FilesCorpus(path="a.txt"))
+    build.measure(configured(FilesCorpus, path="a.txt"))
     warning = next(r.message for r in caplog.records if r.levelname == "WARNING")
     assert warning.startswith(f"{marker} stands 300 times in the text, first in a.txt, and is trained on as text")
     assert warning.endswith(f"data.document='{marker}'")
     caplog.clear()
-    build.measure(FilesCorpus(path="a.txt", document=marker))
+    build.measure(configured(FilesCorpus, path="a.txt", document=marker))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]

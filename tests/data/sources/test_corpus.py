@@ -11,10 +11,11 @@ from common.errors import UserError
 from data.sources.files import FilesCorpus
 from data.sources.python_source import SYMPY_FINGERPRINT, StdlibCorpus, SympyCorpus
 from data.sources.synthetic import SyntheticCorpus
+from tests.support import configured
 
 
 def test_sympy_has_known_fingerprint_and_is_split_by_file():
-    corpus = SympyCorpus()
+    corpus = configured(SympyCorpus)
     assert corpus.fingerprint() == SYMPY_FINGERPRINT
     train, val = ({document.name for document in corpus.documents(split)} for split in ("train", "val"))
     assert not train & val
@@ -24,25 +25,25 @@ def test_sympy_has_known_fingerprint_and_is_split_by_file():
 
 
 def test_stdlib_is_python_source_without_tests():
-    corpus = StdlibCorpus()
+    corpus = configured(StdlibCorpus)
     train, val = ({document.name for document in corpus.documents(split)} for split in ("train", "val"))
     assert 0.02 < len(val) / len(train) < 0.1
     assert {"argparse.py", "json/decoder.py"} <= train | val
     for name in train | val:
         assert not {"test", "tests", "site-packages"} & set(name.split("/")) and "_sysconfigdata" not in name
-    assert corpus.fingerprint() == StdlibCorpus().fingerprint()
+    assert corpus.fingerprint() == configured(StdlibCorpus).fingerprint()
 
 
 def test_stdlib_without_source_raises_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr(StdlibCorpus, "_root", staticmethod(lambda: tmp_path))
     with pytest.raises(UserError, match="holds no Python source"):
-        StdlibCorpus().fingerprint()
+        configured(StdlibCorpus).fingerprint()
 
 
 def test_sympy_other_version_warns(caplog, monkeypatch, tmp_path):
     (tmp_path / "one.py").write_text("x = 1\n")
     monkeypatch.setattr(SympyCorpus, "_root", staticmethod(lambda: tmp_path))
-    SympyCorpus().fingerprint()
+    configured(SympyCorpus).fingerprint()
     assert "is not the source of sympy==1.14.0" in caplog.text
 
 
@@ -51,7 +52,7 @@ def test_files_hold_out_last_part_of_each_cut_after_line_end(tmp_path):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(100)))
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "c.txt").write_text("ünï\n" * 50)
-    corpus = FilesCorpus(path=f"{tmp_path}/**/*.txt")
+    corpus = configured(FilesCorpus, path=f"{tmp_path}/**/*.txt")
     train, val = (list(corpus.documents(split)) for split in ("train", "val"))
     assert [d.name for d in train] == [d.name for d in val] == sorted(str(p) for p in tmp_path.rglob("*.txt"))
     for first, last in zip(train, val, strict=True):
@@ -64,7 +65,7 @@ def test_files_hold_out_last_part_of_each_cut_after_line_end(tmp_path):
 @pytest.mark.parametrize("text", ["one long line " * 100, "one long line " * 100 + "\n"])
 def test_files_with_one_line_are_split(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
-    corpus = FilesCorpus(path=f"{tmp_path}/a.txt")
+    corpus = configured(FilesCorpus, path=f"{tmp_path}/a.txt")
     (train,), (val,) = (list(corpus.documents(split)) for split in ("train", "val"))
     assert train.text + val.text == text
     assert 0.05 < len(val.text) / len(text) < 0.15
@@ -75,7 +76,7 @@ def test_files_with_unusual_names_are_read_unchanged(tmp_path):
     texts = {"crlf.txt": "a\r\nb\rc\n" * 50, "a::b.txt": "x\n" * 50, "a[1].txt": "y\n" * 50, "b.gz": "z\n" * 50}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
-    corpus = FilesCorpus(path=f"{tmp_path}/*")
+    corpus = configured(FilesCorpus, path=f"{tmp_path}/*")
     train, val = (list(corpus.documents(split)) for split in ("train", "val"))
     found = {Path(a.name).name: a.text + b.text for a, b in zip(train, val, strict=True)}
     assert found == texts
@@ -83,7 +84,7 @@ def test_files_with_unusual_names_are_read_unchanged(tmp_path):
 
 def test_files_fingerprint_changes_with_content_only(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
-    corpus = FilesCorpus(path=f"{tmp_path}/*.txt")
+    corpus = configured(FilesCorpus, path=f"{tmp_path}/*.txt")
     before = corpus.fingerprint()
     (tmp_path / "a.txt").touch()
     assert before == corpus.fingerprint()
@@ -120,7 +121,7 @@ def test_files_not_text_raise_error_with_name(tmp_path, name, content, complaint
         (tmp_path / name).write_bytes(content)
     if name != "a.txt" and content and content.endswith((b">\n", b"\xfe")):
         complaint = "is not JSON|is not UTF-8 text|has no column text"
-    corpus = FilesCorpus(path=f"{tmp_path}/*txt*")
+    corpus = configured(FilesCorpus, path=f"{tmp_path}/*txt*")
     with pytest.raises(UserError, match=complaint) as caught:
         corpus.fingerprint()
     assert "txt" in str(caught.value)
@@ -146,8 +147,8 @@ def test_files_not_text_raise_error_with_name(tmp_path, name, content, complaint
 def test_files_with_markup_need_document_file(tmp_path, name, content, complaint):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{complaint}.* as it is, give data.document=file"):
-        FilesCorpus(path=f"{tmp_path}/*").fingerprint()
-    corpus = FilesCorpus(path=f"{tmp_path}/*", document="file")
+        configured(FilesCorpus, path=f"{tmp_path}/*").fingerprint()
+    corpus = configured(FilesCorpus, path=f"{tmp_path}/*", document="file")
     corpus.fingerprint()
     assert "".join(document.text for document in corpus.read()) == content.removeprefix("\ufeff")
 
@@ -157,14 +158,15 @@ def test_files_with_markup_need_document_file(tmp_path, name, content, complaint
 def test_files_byte_order_mark_is_not_part_of_text(tmp_path, text, val_fraction):
     (tmp_path / "a.txt").write_text("\ufeff" + text)
     for document in (None, "line", "\\n"):
-        corpus = FilesCorpus(path=f"{tmp_path}/a.txt", document=document, val_fraction=val_fraction)
+        corpus = configured(FilesCorpus, path=f"{tmp_path}/a.txt", document=document, val_fraction=val_fraction)
         corpus.fingerprint()
         assert "".join(d.text for d in corpus.read()) == (text.replace("\n", "") if document else text)
 
 
 def test_synthetic_same_seed_gives_same_documents():
     first, again, other = (
-        [list(SyntheticCorpus(size=20, seed=seed).documents(split)) for split in ("train", "val")] for seed in (0, 0, 1)
+        [list(corpus.documents(split)) for split in ("train", "val")]
+        for corpus in (configured(SyntheticCorpus, size=20, seed=seed) for seed in (0, 0, 1))
     )
     assert first == again != other
     assert len(first[0]) == 18

@@ -10,6 +10,7 @@ from data.sources import hub
 from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
+from tests.support import configured
 
 TEXTS = [f"row {i}" for i in range(50)]
 
@@ -22,12 +23,12 @@ def folder(tmp_path):
 
 
 def test_hub_rows_are_documents_and_a_fraction_is_held_out(folder):
-    found = list(HubCorpus(path=str(folder), val_fraction=0.2).read())
+    found = list(configured(HubCorpus, path=str(folder), val_fraction=0.2).read())
     assert [d.text for d in found] == TEXTS
     assert [d.name for d in found] == [f"{folder}:{i}" for i in range(1, 51)]
     assert 3 < sum(d.held_out for d in found) < 20
-    assert [d.text for d in HubCorpus(path=str(folder), split="test").read()] == ["x"]
-    assert [d.text for d in HubCorpus(path=str(folder), limit=7).read()] == TEXTS[:7]
+    assert [d.text for d in configured(HubCorpus, path=str(folder), split="test").read()] == ["x"]
+    assert [d.text for d in configured(HubCorpus, path=str(folder), limit=7).read()] == TEXTS[:7]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,7 @@ def test_hub_rows_are_documents_and_a_fraction_is_held_out(folder):
 )
 def test_hub_missing_choice_raises_error_with_choices(folder, settings, complaint):
     with pytest.raises(UserError) as caught:
-        list(HubCorpus(path=str(folder), **settings).read())
+        list(configured(HubCorpus, path=str(folder), **settings).read())
     assert complaint.format(folder=folder) in str(caught.value)
 
 
@@ -52,12 +53,12 @@ def test_hub_several_configs_without_choice_raises_error(folder):
     )
     (folder / "README.md").write_text(head)
     with pytest.raises(UserError, match=r"data\.config is not set: .* has a, b"):
-        list(HubCorpus(path=str(folder)).read())
-    assert [d.text for d in HubCorpus(path=str(folder), config="b").read()] == ["x"]
+        list(configured(HubCorpus, path=str(folder)).read())
+    assert [d.text for d in configured(HubCorpus, path=str(folder), config="b").read()] == ["x"]
 
 
 def test_hub_folder_fingerprint_changes_with_files(folder):
-    corpus = HubCorpus(path=str(folder))
+    corpus = configured(HubCorpus, path=str(folder))
     before = corpus.fingerprint()
     (folder / "test.jsonl").touch()
     assert corpus.fingerprint() == before
@@ -78,29 +79,31 @@ def test_hub_folder_fingerprint_changes_with_files(folder):
 def test_hub_folder_with_bad_file_raises_error_with_name(folder, caplog, name, content, complaint):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=complaint) as caught:
-        list(HubCorpus(path=str(folder)).read())
+        list(configured(HubCorpus, path=str(folder)).read())
     assert "\n" not in str(caught.value) and not caplog.records
 
 
 def test_hub_csv_not_utf8_far_down_raises_error_with_name(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"text\n" + b"words\n" * 30_000 + b"\xff\n")
     with pytest.raises(UserError, match=r"a\.csv is not UTF-8 text \(it holds the byte 0xff\): convert or exclude it"):
-        list(HubCorpus(path=str(tmp_path)).read())
+        list(configured(HubCorpus, path=str(tmp_path)).read())
 
 
 def test_hub_row_without_column_raises_same_error_as_files(folder):
     rows = [{"text": None}, {"text": "x"}, {"n": 2}, {"text": "y"}]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for corpus in (HubCorpus(path=str(folder)), FilesCorpus(path=f"{folder}/train.jsonl")):
+    for corpus in (configured(HubCorpus, path=str(folder)), configured(FilesCorpus, path=f"{folder}/train.jsonl")):
         with pytest.raises(UserError, match=r"train\.jsonl:3 has no column text, it has n: .* mend or remove the row"):
             list(corpus.read())
-    assert [d.text for d in HubCorpus(path=str(folder), limit=2).read()] == ["x"]  # null is no text, and not refused
+    assert [d.text for d in configured(HubCorpus, path=str(folder), limit=2).read()] == [
+        "x"
+    ]  # null is no text, and not refused
 
 
 def test_hub_folder_in_home_with_links_to_itself_is_read(folder, monkeypatch):
     (folder / "self").symlink_to(".")
     monkeypatch.setenv("HOME", str(folder.parent))
-    corpus = HubCorpus(path=f"~/{folder.name}")
+    corpus = configured(HubCorpus, path=f"~/{folder.name}")
     assert corpus.fingerprint() and not corpus.remote and [d.text for d in corpus.read()] == TEXTS
     assert [path.rpartition("/")[2] for path in corpus.sources()] == ["test.jsonl", "train.jsonl"]
 
@@ -110,14 +113,14 @@ def test_hub_damaged_file_in_library_format_raises_user_error(folder):
     (folder / "test.jsonl").unlink()
     (folder / "train.json").write_text("[{oops")
     with pytest.raises(UserError, match=r"data\.path=.* cannot be read") as caught:
-        list(HubCorpus(path=str(folder)).read())
+        list(configured(HubCorpus, path=str(folder)).read())
     assert "\n" not in str(caught.value)
 
 
 def test_hub_empty_folder_raises_user_error(folder):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="is an empty folder"):
-        HubCorpus(path=str(folder / "empty")).fingerprint()
+        configured(HubCorpus, path=str(folder / "empty")).fingerprint()
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["forbidden", "unreachable"])
@@ -130,7 +133,7 @@ def test_hub_unreachable_raises_user_error_after_one_request(monkeypatch, offlin
     monkeypatch.setattr(
         "urllib.request.urlopen", lambda what, timeout: asked.append(timeout) or urlopen(what, None, timeout)
     )
-    for corpus in (HubCorpus(path="owner/name"), HubCorpus(path="owner/name", revision="main")):
+    for corpus in (configured(HubCorpus, path="owner/name"), configured(HubCorpus, path="owner/name", revision="main")):
         expected = "HF_HUB_OFFLINE" if offline else r"127\.0\.0\.1:9 does not answer: Connection refused: give"
         with pytest.raises(UserError, match=expected):
             corpus.fingerprint()
@@ -138,7 +141,7 @@ def test_hub_unreachable_raises_user_error_after_one_request(monkeypatch, offlin
     with pytest.raises(
         UserError, match=r"^data\.path='nonsense' is no folder \(a dataset .* is named owner/name\), and "
     ):
-        HubCorpus(path="nonsense").fingerprint()
+        configured(HubCorpus, path="nonsense").fingerprint()
 
 
 def test_hub_invalid_name_raises_without_request(folder, monkeypatch):
@@ -149,12 +152,12 @@ def test_hub_invalid_name_raises_without_request(folder, monkeypatch):
         str(folder / "train.jsonl"): "is a file: data=files reads it",
     }.items():
         with pytest.raises(UserError, match=complaint):
-            HubCorpus(path=path).fingerprint()
+            configured(HubCorpus, path=path).fingerprint()
 
 
 def test_hub_full_commit_needs_no_request_for_fingerprint(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    first, second = (HubCorpus(path="owner/name", revision=digit * 40) for digit in "ab")
+    first, second = (configured(HubCorpus, path="owner/name", revision=digit * 40) for digit in "ab")
     assert first.fingerprint() != second.fingerprint()
     with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
         list(first.read())
@@ -171,7 +174,7 @@ def test_hub_branch_is_resolved_and_read_at_its_commit(folder, monkeypatch):
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda **how: asked.append(how) or ["default"])
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda **how: asked.append(how) or ["train"])
     monkeypatch.setattr(datasets, "load_dataset", lambda **how: asked.append(how) or rows)
-    corpus = HubCorpus(path="owner/name")
+    corpus = configured(HubCorpus, path="owner/name")
     found = corpus.read()
     assert [next(found).text for _ in range(3)] == ["a", "b", "c"]
     assert {(how["path"], how["revision"]) for how in asked} == {("owner/name", commit)} and corpus.remote
@@ -190,10 +193,10 @@ def test_with_fixed_revision_keeps_commit_and_fingerprint(monkeypatch):
     heads = {None: "a" * 40, "main": "a" * 40}
     commit_of = hub._commit_of
     monkeypatch.setattr(hub, "_commit_of", lambda path, revision: heads.get(revision, revision))
-    corpus = HubCorpus(path="owner/name")
+    corpus = configured(HubCorpus, path="owner/name")
     pinned, fingerprint = corpus.with_fixed_revision(), corpus.fingerprint()
     assert pinned.revision == "a" * 40 and pinned.cache_key() == corpus.cache_key()
-    mix = MixCorpus(parts={"web": Part(quota=1, corpus=corpus)})
+    mix = configured(MixCorpus, parts={"web": Part(quota=1, corpus=corpus)})
     assert (
         mix.with_fixed_revision().parts["web"].corpus == pinned
         and mix.with_fixed_revision().cache_key() == mix.cache_key()

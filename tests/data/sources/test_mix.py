@@ -9,21 +9,24 @@ from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.byte import ByteConfig
+from tests.support import configured
 
 
 def mix(**parts) -> MixCorpus:
-    return MixCorpus(parts={name: Part(quota=quota, corpus=corpus) for name, (quota, corpus) in parts.items()})
+    return configured(
+        MixCorpus, parts={name: Part(quota=quota, corpus=corpus) for name, (quota, corpus) in parts.items()}
+    )
 
 
 @pytest.fixture
 def books(tmp_path):
     for i in range(60):
         (tmp_path / f"{i:02d}.txt").write_text(f"line of book {i}\n" * 20)
-    return FilesCorpus(path=f"{tmp_path}/*.txt")
+    return configured(FilesCorpus, path=f"{tmp_path}/*.txt")
 
 
 def test_mix_meets_quotas_at_every_document(books):
-    words = SyntheticCorpus(size=100)
+    words = configured(SyntheticCorpus, size=100)
     found = [d for d in mix(a=(3, words), b=(1, books)).read() if not d.held_out]
     taken, longest = {"a": 0, "b": 0}, max(len(d.text) for d in found)
     for document in found:
@@ -33,7 +36,7 @@ def test_mix_meets_quotas_at_every_document(books):
 
 
 def test_mix_keeps_order_and_held_out_documents_of_each_part(books):
-    words = SyntheticCorpus(size=30)
+    words = configured(SyntheticCorpus, size=30)
     found = list(mix(a=(1, words), b=(100, books)).read())
     for name, corpus in (("a", words), ("b", books)):
         of_part = [d._replace(name=d.name[2:]) for d in found if d.name.startswith(f"{name}/")]
@@ -44,20 +47,22 @@ def test_mix_keeps_order_and_held_out_documents_of_each_part(books):
 
 
 def test_mix_order_depends_on_settings_only(books):
-    words = SyntheticCorpus(size=50)
+    words = configured(SyntheticCorpus, size=50)
     first, second = mix(a=(1, words), b=(2, books)), mix(b=(2, books), a=(1, words))
     assert list(first.read()) == list(second.read())
     assert first.fingerprint() == second.fingerprint()
     assert first.fingerprint() != mix(a=(2, words), b=(2, books)).fingerprint()
-    assert first.fingerprint() != mix(a=(1, SyntheticCorpus(size=50, seed=1)), b=(2, books)).fingerprint()
+    assert first.fingerprint() != mix(a=(1, configured(SyntheticCorpus, size=50, seed=1)), b=(2, books)).fingerprint()
 
 
 def test_mix_document_in_parts_stays_together(books, tmp_path, monkeypatch):
     monkeypatch.setattr("data.sources.files.PART_BYTES", 64)
-    found = list(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)).read())
+    found = list(mix(a=(1, configured(SyntheticCorpus, size=30)), b=(1, books)).read())
     for before, document in pairwise(found):
         assert not document.is_continuation or before.name == document.name
-    made = prepare(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)), ByteConfig(), tmp_path / "cache")
+    made = prepare(
+        mix(a=(1, configured(SyntheticCorpus, size=30)), b=(1, books)), configured(ByteConfig), tmp_path / "cache"
+    )
     tokens = made.train.read(0, len(made.train)).tolist()
     assert tokens.count(256) == sum(not d.is_continuation and not d.held_out for d in found)
 
@@ -65,6 +70,6 @@ def test_mix_document_in_parts_stays_together(books, tmp_path, monkeypatch):
 @pytest.mark.parametrize("quota", [0, -1, float("nan"), float("inf")])
 def test_mix_invalid_quota_raises_error(quota):
     with pytest.raises(ValueError, match="quota"):
-        Part(quota=quota, corpus=SyntheticCorpus())
+        Part(quota=quota, corpus=configured(SyntheticCorpus))
     with pytest.raises(ValueError, match="names no corpus"):
-        MixCorpus(parts={})
+        configured(MixCorpus, parts={})

@@ -15,6 +15,7 @@ from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import StdlibCorpus, SympyCorpus
 from data.tokenizers.byte import ByteConfig
+from tests.support import configured
 from training.run.migrate import migrate
 
 TEXTS = [f"text {i % 150}" for i in range(600)]
@@ -37,16 +38,17 @@ def sides(corpus) -> tuple[set[str], set[str]]:
 @pytest.mark.parametrize(
     "corpus",
     [
-        FilesCorpus(path="*.jsonl"),
-        FilesCorpus(path="a.txt", document="line"),
-        FilesCorpus(path="a.txt", document="\\n"),
-        HubCorpus(path="rows", val_fraction=0.1),
-        MixCorpus(
+        configured(FilesCorpus, path="*.jsonl"),
+        configured(FilesCorpus, path="a.txt", document="line"),
+        configured(FilesCorpus, path="a.txt", document="\\n"),
+        configured(HubCorpus, path="rows", val_fraction=0.1),
+        configured(
+            MixCorpus,
             parts={
-                "files": Part(quota=1, corpus=FilesCorpus(path="a.jsonl")),
-                "again": Part(quota=1, corpus=FilesCorpus(path="*.jsonl")),
-                "hub": Part(quota=1, corpus=HubCorpus(path="rows", val_fraction=0.1)),
-            }
+                "files": Part(quota=1, corpus=configured(FilesCorpus, path="a.jsonl")),
+                "again": Part(quota=1, corpus=configured(FilesCorpus, path="*.jsonl")),
+                "hub": Part(quota=1, corpus=configured(HubCorpus, path="rows", val_fraction=0.1)),
+            },
         ),
     ],
     ids=["rows", "lines", "separated", "hub", "mix"],
@@ -59,7 +61,7 @@ def test_split_identical_documents_are_in_one_split(folder, corpus):
 
 def test_split_default_corpora_share_no_text():
     """Files are split by a hash of their path, so texts could be in both; only empty ones are."""
-    for corpus in (SympyCorpus(), StdlibCorpus()):
+    for corpus in (configured(SympyCorpus), configured(StdlibCorpus)):
         train, val = sides(corpus)
         assert train & val <= {""}
 
@@ -104,34 +106,36 @@ def test_cache_key_settings_of_older_runs_is_unchanged(folder):
         "limit": None,
         "val_fraction": 0.01,
     }
-    made = prepare(older(path="a.jsonl"), ByteConfig(), folder / "cache")
+    made = prepare(older(path="a.jsonl"), configured(ByteConfig), folder / "cache")
     assert made.folder.name == "files-byte-8ea3c2293727"
-    assert prepare(FilesCorpus(path="a.jsonl"), ByteConfig(), folder / "cache").folder != made.folder
+    assert (
+        prepare(configured(FilesCorpus, path="a.jsonl"), configured(ByteConfig), folder / "cache").folder != made.folder
+    )
 
 
 def mix(**parts) -> MixCorpus:
-    return MixCorpus(parts={name: Part(quota=1, corpus=corpus) for name, corpus in parts.items()})
+    return configured(MixCorpus, parts={name: Part(quota=1, corpus=corpus) for name, corpus in parts.items()})
 
 
 CLASHES = {
     "two units of one file": (
-        {"a": FilesCorpus(path="a.txt"), "b": FilesCorpus(path="*.txt", document="line")},
+        {"a": configured(FilesCorpus, path="a.txt"), "b": configured(FilesCorpus, path="*.txt", document="line")},
         r"data\.parts\.a and data\.parts\.b both read a\.txt, .*: give one of them other files, or both the same",
     ),
     "two fractions of one file": (
-        {"a": FilesCorpus(path="a.txt"), "b": FilesCorpus(path="a.txt", val_fraction=0.2)},
+        {"a": configured(FilesCorpus, path="a.txt"), "b": configured(FilesCorpus, path="a.txt", val_fraction=0.2)},
         "both read a.txt",
     ),
     "two fractions of texts": (
-        {"a": FilesCorpus(path="a.jsonl"), "b": HubCorpus(path="rows")},
+        {"a": configured(FilesCorpus, path="a.jsonl"), "b": configured(HubCorpus, path="rows")},
         r"data\.parts\.a\.val_fraction=0\.1 and data\.parts\.b\.val_fraction=0\.01 .*: give both the same val_fraction",
     ),
     "a link to one file": (
-        {"a": FilesCorpus(path="a.txt"), "b": FilesCorpus(path="link.txt", document="line")},
+        {"a": configured(FilesCorpus, path="a.txt"), "b": configured(FilesCorpus, path="link.txt", document="line")},
         "both read link.txt",
     ),
     "the source of a corpus": (
-        {"a": SympyCorpus(), "b": FilesCorpus(path=f"{SympyCorpus._root()}/core/ad*.py")},
+        {"a": configured(SympyCorpus), "b": configured(FilesCorpus, path=f"{SympyCorpus._root()}/core/ad*.py")},
         r"both read .*core/add\.py",
     ),
 }
@@ -145,6 +149,10 @@ def test_mix_parts_with_conflicting_splits_raise_error(folder, parts, complaint)
 
 
 def test_mix_parts_with_same_split_may_share_files(folder):
-    mix(a=FilesCorpus(path="a.txt"), b=FilesCorpus(path="*.txt"), c=FilesCorpus(path="a.jsonl")).fingerprint()
+    mix(
+        a=configured(FilesCorpus, path="a.txt"),
+        b=configured(FilesCorpus, path="*.txt"),
+        c=configured(FilesCorpus, path="a.jsonl"),
+    ).fingerprint()
     by_index = older(path="a.jsonl", val_fraction=0.2)  # of an older mix, which goes on as it began
-    mix(a=FilesCorpus(path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")).fingerprint()
+    mix(a=configured(FilesCorpus, path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")).fingerprint()

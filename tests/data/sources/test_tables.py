@@ -13,6 +13,7 @@ from data.sources import files
 from data.sources.corpus import hash_sample
 from data.sources.files import FilesCorpus
 from data.sources.tables import cells
+from tests.support import configured
 
 TEXTS = [f'row {i}, with "quotes",\nline ends and ünï🙂' for i in range(300)]
 
@@ -39,7 +40,7 @@ def table(request, tmp_path):
 
 
 def read(**settings):
-    corpus = FilesCorpus(**settings)
+    corpus = configured(FilesCorpus, **settings)
     corpus.fingerprint()
     return list(corpus.read())
 
@@ -195,7 +196,7 @@ def test_files_separator_splits_documents(tmp_path, monkeypatch, part, separator
 @pytest.mark.parametrize("slip", ["lines", "Line", "rows", "files"])
 def test_files_document_with_typo_raises_error(slip):
     with pytest.raises(ValueError, match=rf"data\.document={slip}: did you mean {slip.lower().rstrip('s')}\?"):
-        FilesCorpus(path="a.txt", document=slip)
+        configured(FilesCorpus, path="a.txt", document=slip)
 
 
 @pytest.mark.parametrize("text", ["ünï 🙂 line\n" * 40, "ünï🙂" * 90, "a\n" * 200, "é" + "\n" * 90])

@@ -13,9 +13,10 @@ from tokenizers import Regex, pre_tokenizers
 from data.sources.python_source import StdlibCorpus
 from data.tokenizers.bpe import BPEConfig, BPETokenizer
 from data.tokenizers.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, exact_pieces, portable
+from tests.support import configured
 
 NAMES = {PATTERN: "ours", GPT2: "gpt2", CL100K: "cl100k", O200K: "o200k"}
-SOURCE = "".join(document.text for document in islice(StdlibCorpus().read(), 30))[:300_000]
+SOURCE = "".join(document.text for document in islice(configured(StdlibCorpus).read(), 30))[:300_000]
 BYTES = [bytes([byte]) for byte in range(256)]
 CHANCE = random.Random(0)
 
@@ -43,7 +44,7 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def tokens():
-    return BPEConfig(vocab_size=1000).train([SOURCE, *TEXTS.values()]).tokens
+    return configured(BPEConfig, vocab_size=1000).train([SOURCE, *TEXTS.values()]).tokens
 
 
 @pytest.fixture(scope="module", params=KNOWN, ids=NAMES.values())

@@ -19,9 +19,10 @@ from data.tokenizers.patterns import PIECE
 from data.tokenizers.tiktoken_files import CL100KConfig, GPT2Config, O200KConfig, Published
 from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.data.opening import assert_opened
+from tests.support import configured
 
-TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
-VOCABULARY = BPEConfig(vocab_size=400).train(TEXTS).tokens
+TEXTS = [document.text for document in configured(SyntheticCorpus, size=20).documents("train")]
+VOCABULARY = configured(BPEConfig, vocab_size=400).train(TEXTS).tokens
 FILE = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(VOCABULARY))
 CONFIGS = [GPT2Config, CL100KConfig, O200KConfig]
 
@@ -96,7 +97,7 @@ def test_published_saved_tokenizer_needs_no_vocabulary_file(folder, tmp_path):
 
 
 def test_prepare_again_needs_no_vocabulary_file(folder, tmp_path):
-    corpus = SyntheticCorpus(size=20)
+    corpus = configured(SyntheticCorpus, size=20)
     first = prepare(corpus, Small(folder=folder), tmp_path / "cache")
     again = prepare(corpus, Small(folder="elsewhere"), tmp_path / "cache")
     assert again.folder == first.folder and again.folder.name.startswith("synthetic-small-")
@@ -105,7 +106,7 @@ def test_prepare_again_needs_no_vocabulary_file(folder, tmp_path):
 def test_prepare_missing_vocabulary_raises_error_with_url_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(SyntheticCorpus, "fingerprint", None)
     with pytest.raises(UserError) as caught:
-        prepare(SyntheticCorpus(), GPT2Config(folder="none"), tmp_path / "cache")
+        prepare(configured(SyntheticCorpus), configured(GPT2Config, folder="none"), tmp_path / "cache")
     for part in ("none/gpt2.tiktoken", "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"):
         assert part in str(caught.value)
 

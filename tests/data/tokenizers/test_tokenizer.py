@@ -19,11 +19,11 @@ from data.tokenizers.load import MAX_JSON_BYTES, load_tokenizer
 from data.tokenizers.patterns import GPT2, PATTERN, PIECE
 from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.data.opening import assert_opened
-from tests.support import assert_one_line
+from tests.support import assert_one_line, configured
 from training.run.migrate import migrate
 
-TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
-BPE = BPEConfig(vocab_size=400).train([*TEXTS, "',\n\nx" * 200])
+TEXTS = [document.text for document in configured(SyntheticCorpus, size=20).documents("train")]
+BPE = configured(BPEConfig, vocab_size=400).train([*TEXTS, "',\n\nx" * 200])
 AWKWARD = [
     "",
     "def f(x):\r\n\treturn x  # ½ of é, 漢字, 🙂🏽\n\n\n    done\n",
@@ -35,7 +35,9 @@ AWKWARD = [
 ]
 
 
-@pytest.fixture(scope="module", params=[ByteConfig(), BPEConfig(vocab_size=400)], ids=["byte", "bpe"])
+@pytest.fixture(
+    scope="module", params=[configured(ByteConfig), configured(BPEConfig, vocab_size=400)], ids=["byte", "bpe"]
+)
 def tokenizer(request):
     return request.param.train(TEXTS)
 
@@ -55,9 +57,12 @@ def test_encode_spelled_end_of_text_gives_no_special_token(tokenizer):
 
 
 def test_bpe_training_is_deterministic_and_compresses():
-    first, second = BPEConfig(vocab_size=400).train(TEXTS), BPEConfig(vocab_size=400).train(iter(TEXTS))
+    first, second = (
+        configured(BPEConfig, vocab_size=400).train(TEXTS),
+        configured(BPEConfig, vocab_size=400).train(iter(TEXTS)),
+    )
     assert first.hash == second.hash
-    assert first.hash != BPEConfig(vocab_size=300).train(TEXTS).hash
+    assert first.hash != configured(BPEConfig, vocab_size=300).train(TEXTS).hash
     text = TEXTS[0]
     assert len(first.encode(text)) < len(text) / 2.5
     assert first.vocab_size <= 400
@@ -94,10 +99,10 @@ def test_load_tokenizer_of_older_run_keeps_hash_and_cut(described, tmp_path):
 
 
 def test_bpe_settings_of_older_runs_give_same_tokenizer_and_cache_key():
-    older = BPEConfig(vocab_size=400, cut="line_ends")
+    older = configured(BPEConfig, vocab_size=400, cut="line_ends")
     assert older.cache_key() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
     assert older.train(TEXTS).hash == "a276b2b55160ffcfd5df22c50663a1535c9d269f1f87b7fac2cc9b3544f9d68f"
-    assert BPEConfig(vocab_size=400).cache_key() == older.cache_key() | {"cut": "exact"}
+    assert configured(BPEConfig, vocab_size=400).cache_key() == older.cache_key() | {"cut": "exact"}
 
 
 @pytest.mark.parametrize(
@@ -119,14 +124,14 @@ def test_bpe_training_on_long_words_is_fast():
     """Training time grows by the square of a word's length: a text of one word would take minutes."""
     text = "".join(Random(0).choices("abcdefgh", k=300_000)) + "7" * 100_000 + " " * 200_000
     began = time.monotonic()
-    trained = BPEConfig(vocab_size=1000).train([text])
+    trained = configured(BPEConfig, vocab_size=1000).train([text])
     assert time.monotonic() - began < 10
     assert trained.decode(trained.encode(text)) == text
 
 
 def test_bpe_training_on_lone_surrogate_raises_error():
     with pytest.raises(UserError, match="surrogate at character 2"):
-        BPEConfig(vocab_size=300).train(["ab\ud800"])
+        configured(BPEConfig, vocab_size=300).train(["ab\ud800"])
 
 
 def older(**changes) -> str:

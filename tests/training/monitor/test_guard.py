@@ -14,7 +14,7 @@ from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from model.score import Score
 from runtime.precision import LossScale, MixedPrecision
-from tests.support import ROOT, SMOKE, batches, call, load_composed, small_model
+from tests.support import ROOT, SMOKE, batches, call, configured, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind
 from training.monitor.guard import SPIKE_WINDOW, Guard
 from training.optim.adamw import AdamWConfig
@@ -47,7 +47,7 @@ def test_train_step_with_a_nan_loss_changes_nothing(precision, fused):
 
 def test_train_step_with_an_infinite_gradient_is_skipped():
     model = small_model("attention=gqa", kernel=SDPA())
-    optimizer = AdamWConfig(lr=1e-3).build(model)
+    optimizer = configured(AdamWConfig, lr=1e-3).build(model)
 
     def steep(*arguments):
         loss = mean_loss(*arguments)

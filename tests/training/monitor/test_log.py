@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.invocation import installed
-from tests.support import SMOKE, call
+from tests.support import SMOKE, call, configured
 from tests.training.runs import rewind
 from training.loggers.tensorboard import TensorboardLogger, TensorboardSink
 from training.loggers.wandb import WandbLogger
@@ -133,7 +133,7 @@ def test_wandb_that_fails_is_a_warning(tmp_path, monkeypatch, caplog, fault):
 
     fake = SimpleNamespace(Settings=dict, init=broken if fault == "init" else init)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    sink = WandbLogger().open(tmp_path, {"steps": 3})
+    sink = configured(WandbLogger).open(tmp_path, {"steps": 3})
     sink.write({"step": 1, "train_loss": 2.0})
     sink.close()
     assert "training goes on" in caplog.text and "no key" in caplog.text
@@ -165,7 +165,7 @@ def test_wandb_online_without_a_login_is_refused_before_a_run(tmp_path, monkeypa
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     if entry:
         (tmp_path / "netrc").write_text(f"machine {entry} login user password key\n")
-    logger = WandbLogger(mode=mode)
+    logger = configured(WandbLogger, mode=mode)
     if fine:
         logger.check_installed()
     else:
@@ -184,7 +184,7 @@ def test_wandb_run_when_resumed_continues_and_never_merges(tmp_path, monkeypatch
         (tmp_path / f"one/wandb/offline-run-{part}").mkdir(parents=True)
     for name in ("one", "two", "one"):
         (tmp_path / name).mkdir(exist_ok=True)
-        WandbLogger().open(tmp_path / name, {}).close()
+        configured(WandbLogger).open(tmp_path / name, {}).close()
     ids = [options["id"] for options in asked]
     assert " wandb sync one/wandb; its 2 parts become one run there, in the order of their times\n" in caplog.text
     assert ids[0] == ids[2] != ids[1] and all(options["resume"] == "allow" for options in asked)
@@ -194,7 +194,7 @@ def test_logger_that_fails_at_every_row_warns_once(tmp_path, monkeypatch, caplog
     remote = SimpleNamespace(dir="w/offline-run-1/files", log=broken, finish=lambda: None)
     fake = SimpleNamespace(Settings=lambda **_: None, init=lambda **_: remote)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    sink = WandbLogger().open(tmp_path, {})
+    sink = configured(WandbLogger).open(tmp_path, {})
     for step in range(1, 9):
         sink.write(row(step))
         sink.sync()
@@ -226,7 +226,7 @@ def test_tensorboard_receives_the_numbers_of_every_step(tmp_path, monkeypatch, c
         close = flush
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
-    sink = TensorboardLogger().open(tmp_path, {"steps": 3, "optim": {"lr": 0.1}})
+    sink = configured(TensorboardLogger).open(tmp_path, {"steps": 3, "optim": {"lr": 0.1}})
     sink.write(row(21, mfu=None))
     sink.sync()
     sink.write(row(22))

@@ -10,7 +10,17 @@ from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
 from runtime.precision import MixedPrecision
-from tests.support import ATTENTIONS, SMOKE, batches, call, load_composed, relative_error, small_model, some_tokens
+from tests.support import (
+    ATTENTIONS,
+    SMOKE,
+    batches,
+    call,
+    configured,
+    load_composed,
+    relative_error,
+    small_model,
+    some_tokens,
+)
 from tests.training.runs import assert_same_run, rewind
 from training.optim.muon import Muon, MuonConfig, momentum_after
 from training.optim.newton_schulz import COEFFICIENTS, STEPS, by_svd, newton_schulz
@@ -78,7 +88,7 @@ def naive_update(model: TransformerLM, name: str, direction: Tensor) -> Tensor:
 def test_an_update_is_what_the_formula_says(attention, monkeypatch):
     monkeypatch.setattr("training.optim.muon.multiplies_bf16", lambda device: False)
     model = small_model(f"attention={attention}", "model.n_layers=2")
-    optimizer = MuonConfig(**PLAIN | {"weight_decay": 0.5}, momentum=0.9).build(model)
+    optimizer = configured(MuonConfig, **PLAIN | {"weight_decay": 0.5}, momentum=0.9).build(model)
     named, buffers = dict(model.named_parameters()), {}
     for step in range(3):
         before = {name: p.detach().double() for name, p in named.items()}
@@ -99,7 +109,7 @@ def test_every_logical_matrix_moves_by_an_orthogonal_one():
     near = {}
     for logical in (True, False):
         model = small_model("attention=mla", "attention.q_lora_rank=24")
-        optimizer, before = MuonConfig(**PLAIN, per_head=logical).build(model), {}
+        optimizer, before = configured(MuonConfig, **PLAIN, per_head=logical).build(model), {}
         for i, (name, p) in enumerate(model.named_parameters()):
             before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)
         optimizer.step()
@@ -120,7 +130,7 @@ def test_embeddings_head_and_vectors_learn_by_adamw():
     hidden = model.param_layout().keys()
     assert not [name for name in hidden if "embedding" in name or "head" in name or "norm" in name]
     others = {name: p for name, p in twin.named_parameters() if name not in hidden}
-    optimizer = MuonConfig(lr=1e-3).build(model)
+    optimizer = configured(MuonConfig, lr=1e-3).build(model)
     decayed = [p for p in others.values() if p.ndim >= 2]
     vectors = [p for p in others.values() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -138,7 +148,11 @@ def test_embeddings_head_and_vectors_learn_by_adamw():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_it_learns(precision):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, mixed, data = MuonConfig(lr=3e-3).build(model), MixedPrecision(model, precision), batches(8, 8)
+    optimizer, mixed, data = (
+        configured(MuonConfig, lr=3e-3).build(model),
+        MixedPrecision(model, precision),
+        batches(8, 8),
+    )
     losses = [train_step(mixed, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
 
@@ -147,7 +161,7 @@ def test_it_learns(precision):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_step_that_is_not_finite_changes_nothing_and_waits_for_nothing(precision, first):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, mixed = MuonConfig(lr=1e-3).build(model), MixedPrecision(model, precision)
+    optimizer, mixed = configured(MuonConfig, lr=1e-3).build(model), MixedPrecision(model, precision)
     good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
     if not first:
         assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
@@ -222,7 +236,7 @@ def test_skipped_steps_of_float16_resume_too(workplace, monkeypatch):
 
 def test_without_a_word_of_skipping_it_steps():
     model = small_model("attention=gqa")
-    optimizer = MuonConfig(lr=1e-3).build(model)
+    optimizer = configured(MuonConfig, lr=1e-3).build(model)
     assert isinstance(optimizer, Muon)
     optimizer.step()  # without gradients there is nothing to do
     assert not optimizer.state

@@ -6,7 +6,7 @@ import torch
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from runtime.precision import MixedPrecision
-from tests.support import SMOKE, batches, call, relative_error, small_model, some_tokens
+from tests.support import SMOKE, batches, call, configured, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
 from training.optim.qk_clip import QKClip
@@ -77,7 +77,7 @@ def test_a_step_clips_by_the_largest_scores_of_its_micro_batches():
     model.zero_grad()
     threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
     result = train_step(
-        mixed, AdamWConfig(lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, loss=mean_loss_and_scores,
+        mixed, configured(AdamWConfig, lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, loss=mean_loss_and_scores,
         clip=QKClip(model, threshold),
     )  # fmt: skip
     assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0

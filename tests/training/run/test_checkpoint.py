@@ -535,7 +535,7 @@ FAULTS = {
     "no weights": (lambda run: spoil(run, Path.unlink), "model.safetensors cannot be read"),
     "no manifest": (lambda run: spoil(run, Path.unlink, "manifest.json"), "manifest.json cannot be read"),
     "manifest cut short": (lambda run: spoil(run, cut, "manifest.json"), "manifest.json is damaged"),
-    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 4"),
+    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 5"),
     "tokenizer edited": (
         lambda run: (run / "tokenizer.json").write_text('{"kind": "byte", "hash": "0"}'),
         "tokenizer.json is damaged",

@@ -17,7 +17,7 @@ from training.run.composer import choice, choices, compose_tree
 from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose, dump
 from training.run.migrate import migrate
 
-MODELS_OWN = ("qk_norm", "qk_bias", "attention_dropout")  # since format 4
+MODELS_OWN = ("qk_norm", "qk_bias", "attention_dropout")  # since format 5
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 TYPED = [
     (),
@@ -177,5 +177,5 @@ def test_run_older_than_the_models_attention_settings_is_still_the_model_it_name
     for model in choices("model"):
         stored = dump(compose(f"model={model}", "attention=gqa"))
         older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
-        found = Run.from_tree(migrate(stored | {"model": older}, 3))
+        found = Run.from_tree(migrate(stored | {"model": older}, 4))
         assert dump(found) == stored
