@@ -83,20 +83,6 @@ def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice()
     )
 
 
-def test_what_runs_were_before_these_switches_they_still_are():
-    """A config.yaml without them means the arithmetic of its time."""
-    for attention in ATTENTIONS:
-        now = load_composed(f"attention={attention}")
-        tree = dump(now)
-        for name in ("norm", "bias", "logit_softcap", "position_embedding", "zero_init"):
-            del tree["model"][name]
-        for part in (tree["attention"], *tree["attention"].get("parts", {}).values()):
-            for name in ("dropout", "position", "qk_norm_groups", *["qk_norm"] * (attention == "mla")):
-                part.pop(name, None)
-        tree["mlp"].pop("approximate", None)
-        assert load(yaml.safe_load(yaml.safe_dump(tree))) == now
-
-
 def test_unset_dimensions_derive_by_the_documented_rules():
     gpt2 = load_composed("model=gpt2", "attention=mla")
     mla = gpt2.model.attention
@@ -160,18 +146,6 @@ def test_a_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_p
     assert run.model.attention.parts == parts(*typed)
     each = "data.parts.sympy=0.7", "data.parts.texts.quota=0.5", "data.parts.texts.data=files"
     assert run.data == load_composed("data=mix", *each, "data.parts.texts.path='*.txt'").data
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_config_of_a_run_older_than_these_settings_loads(attention):
-    new = {"position", "position_embedding", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context"}
-    new |= {"k_rope_from"}
-
-    def older(tree):
-        return {k: older(v) for k, v in tree.items() if k not in new} if isinstance(tree, dict) else tree
-
-    run = load_composed(f"attention={attention}")
-    assert load(older(dump(run))) == run
 
 
 BAD = [

@@ -1,7 +1,9 @@
 """Stored settings of older formats, as this program names them."""
 
+import pytest
+
 from common.suggestions import RENAMED
-from tests.support import load_composed
+from tests.support import ATTENTIONS, load_composed
 from training.run.config import dump, load
 from training.run.migrate import FORMAT, PART_RENAMED_4, RUN_RENAMED_4, migrate
 
@@ -15,6 +17,20 @@ def test_migrate_format_3_gives_settings_their_new_names():
     del old["optim"]["per_head"]
     assert load(migrate(old, 3)) == run
     assert migrate(dump(run), FORMAT) == dump(run)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_migrate_format_2_gives_settings_of_later_versions_the_behaviour_of_its_day(attention):
+    run = load_composed(f"attention={attention}")
+    later = {"position", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context", "dropout", "k_rope_from"}
+    later |= {"position_embedding", "norm", "bias", "logit_softcap", "zero_init", "qk_norm_groups", "approximate"}
+
+    def older(tree):
+        return (
+            {key: older(value) for key, value in tree.items() if key not in later} if isinstance(tree, dict) else tree
+        )
+
+    assert load(migrate(older(dump(run)), 2)) == run
 
 
 def test_renamed_settings_are_the_migrated_ones():
