@@ -21,11 +21,11 @@ from torch.autograd.function import once_differentiable
 
 from model.transformer import LMHead, softcapped
 
-CHUNK = {"cpu": 2**26, "meta": 2**26}  # bytes of logits that exist at one time;
+CHUNK = {"cpu": 2**26}  # bytes of logits that exist at one time;
 LARGE_CHUNK = 2**29  # fewer chunks where each costs a launch, or a compiler's time
 MOST_TOKENS = 4096  # in a chunk,
 MOST_FLOAT16 = 1024  # whose sums over more of them could overflow
-TILE = {"cpu": 2**18, "meta": 2**18}  # numbers in float32 at one time: what a cache holds,
+TILE = {"cpu": 2**18}  # logits in float32 at one time: what a cache holds,
 LARGE_TILE = 2**23  # or what keeps a GPU busy
 
 
@@ -76,11 +76,11 @@ def _losses(x: Tensor, lm_head: LMHead, targets: Tensor, gradients: tuple[Tensor
     chunk_bytes = LARGE_CHUNK if compiling else CHUNK.get(x.device.type, LARGE_CHUNK)
     most = MOST_FLOAT16 if weight.dtype == torch.float16 else MOST_TOKENS
     most = min(most, chunk_bytes // (len(weight) * weight.element_size()))
-    for chunk in _cut(len(x), most, x.is_meta):
+    for chunk in _cut(len(x), most):
         logits = x[chunk] @ weight.mT  # (n, V')
         # a compiler makes its own tiles, and would write ours out one after the other
         tile = len(logits) if compiling else TILE.get(x.device.type, LARGE_TILE) // len(weight)
-        for rows in _cut(len(logits), tile, x.is_meta):
+        for rows in _cut(len(logits), tile):
             part = logits[rows, :vocab_size]
             losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)
         if gradients is None:
@@ -112,8 +112,7 @@ def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentia
     return losses
 
 
-def _cut(length: int, size: int, first_only: bool) -> Iterator[slice]:
-    """first_only: on the meta device the others would only be the same shapes again."""
+def _cut(length: int, size: int) -> Iterator[slice]:
     size = max(1, size)
-    for start in range(0, size if first_only else length, size):
+    for start in range(0, length, size):
         yield slice(start, min(start + size, length))

@@ -86,6 +86,11 @@ class PositionConfig(FrozenSettings):
         """
         return (0.1 * math.log(max(1.0, self.rope_factor)) + 1) ** 2 if self.rope_scaling == "yarn" else 1.0
 
+    @property
+    def bias_columns(self) -> int:
+        """Columns that distance_bias adds to queries and keys."""
+        return COLUMNS if self.position == "alibi" else 0
+
     def distance_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], "Biased"]:
         """(q, k, mask, scale) -> what kernels shall see."""
         if self.position != "alibi":

@@ -38,8 +38,6 @@ def multiply_in_fp8(model: nn.Module) -> nn.Module:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fit = {name for name, module in linear.items() if not any(side % MULTIPLE for side in module.weight.shape)}
     device = next(model.parameters()).device
-    if device.type == "meta":
-        return model  # what is kept for the backward pass is the same
     refuse_no_package("torchao", "precision=fp8", "fp8")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

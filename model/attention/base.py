@@ -151,6 +151,7 @@ class Attention(nn.Module, ABC):
 
     rope: Rope | None  # none where positions reach it otherwise, or not at all
     pattern: Pattern
+    macs_per_pair: int  # multiply-adds per query and key in training: heads · (width of keys + width of values)
     extra_macs_per_token: int = 0  # multiply-adds per token beside one application of each matrix; no cache
 
     @abstractmethod

@@ -97,6 +97,7 @@ class GQA(Attention):
         self.rope = config.rope(config.rope_dim)
         self.scale = config.head_dim**-0.5 * config.sharpening
         self.biased = config.distance_bias(causal)
+        self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns)
         # What all keys have in common adds the same to all scores of a query, unless keys are turned or normed then.
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
         self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)

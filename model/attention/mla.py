@@ -191,6 +191,9 @@ class MLA(Attention):
             "absorbed": self._absorbed,
         }[config.execution]
         self.caches_heads = config.execution == "naive"
+        # The latent row is the absorbed value, and its rope columns are multiplied before they are dropped.
+        width = 2 * (c + r) if config.execution == "absorbed" else n + r + v
+        self.macs_per_pair = n_heads * (width + config.bias_columns)
         if heads and config.execution == "absorbed":
             self.extra_macs_per_token = n_heads * n * c  # k_nope, for the norm
 

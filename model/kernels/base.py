@@ -48,10 +48,7 @@ say_once._dynamo_marked_constant = True
 
 
 def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all. On the meta device
-    nothing runs."""
-    if q.is_meta:
-        return
+    """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all."""
     phase = "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions"
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
     say_once(

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import UserError
 from model.transformer import TransformerLM
-from runtime import fp8, precision
+from runtime import precision
 from runtime.precision import MixedPrecision, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
@@ -89,15 +89,6 @@ def test_without_the_package_a_run_on_another_machine_is_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         MixedPrecision(TransformerLM(small_config(), 100), "fp8")
-
-
-def test_masters_stay_float32_and_shapes_need_no_package():
-    model = TransformerLM(small_config(), 100)
-    assert precision.DTYPES["fp8"] == torch.bfloat16
-    with torch.device("meta"):
-        meta = TransformerLM(small_config(), 100)
-    assert fp8.multiply_in_fp8(meta) is meta
-    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
