@@ -65,6 +65,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from runtime.precision import MixedPrecision, choose_precision
     from training.dry_run import dry_run
     from training.evaluate import evaluate
+    from training.experimental import warn_experimental_settings
     from training.monitor.report import Report
     from training.run import checkpoint, replay
     from training.run import folder as run_folder
@@ -79,6 +80,8 @@ def train(tree: dict, typed: list[str]) -> None:
     device = choose_device(run.device)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
+
+    warn_experimental_settings(run, device, typed)
 
     def preview_tokens(corpus: Prepared) -> list[int]:
         return preview_prompt(corpus, run.sample_prompt, run.model.context_length)

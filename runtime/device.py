@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Choice of the device, and of deterministic algorithms."""
 
 import os
 import re
@@ -6,12 +6,20 @@ import re
 import torch
 
 from common.errors import UserError
+from common.experimental import warn_experimental
 
 
 def choose_device(device: str) -> torch.device:
     """`auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine lacks."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = _existing(device)
+    if chosen.type != "cpu":
+        warn_experimental(f"device={chosen.type}")
+    return chosen
+
+
+def _existing(device: str) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
         raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
     chosen = torch.device(device)

@@ -126,7 +126,7 @@ def test_training_in_float8_learns_as_in_float32():
 
 @needs_torchao
 def test_a_run_in_float8_resumes_bit_for_bit(workplace, monkeypatch):
-    monkeypatch.setattr(precision, "refuse_unfit", lambda device: None)  # a CPU imitates it
+    monkeypatch.setattr(precision, "check_fp8", lambda device: None)  # a CPU imitates it
     options = [*SMOKE, "precision=fp8", "steps=6", "save_every=3", "eval_every=3"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "again", 3)
