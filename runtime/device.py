@@ -7,6 +7,7 @@ import torch
 
 from common.errors import UserError
 from common.experimental import warn_experimental
+from runtime.fast_startup import use_deterministic_algorithms
 
 
 def choose_device(device: str) -> torch.device:
@@ -37,6 +38,5 @@ def set_determinism(wanted: bool) -> None:
     Call it before the first CUDA operation: cuBLAS reads its setting then."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler, for a second
-        torch.use_deterministic_algorithms(wanted)
+    use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory

@@ -47,9 +47,9 @@ class LossScale:
     the device and is never read there, so that no step has to wait.
 
     It grows up to MAX_SCALE, as in NVIDIA's Apex: float16 then holds gradients down to 2^-48, and a model whose
-    gradients are all smaller has nothing to learn from them. Without an end it would double to infinity, from which no halving
-    leads back. It shrinks down to MIN_SCALE, where gradients of 2^40 still fit into float16: what is not finite then is
-    not for want of a smaller scale, and without an end it would halve to 0.
+    gradients are all smaller has nothing to learn from them. Without an end it would double to infinity, from which no
+    halving leads back. It shrinks down to MIN_SCALE, where gradients of 2^40 still fit into float16: a smaller scale
+    would not make finite what is not finite then, and without an end it would halve to 0.
     """
 
     INITIAL, GROWTH_STEPS, MIN_SCALE, MAX_SCALE = 2.0**16, 2000, 2.0**-24, 2.0**24
@@ -83,7 +83,8 @@ class MixedPrecision:
     """The model that forward and backward run on, `model`, beside its float32 master weights.
 
     In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and has
-    low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by micro-batch.
+    low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by
+    micro-batch.
     """
 
     def __init__(self, model: nn.Module, precision: str):

@@ -36,6 +36,7 @@ from common.settings import FrozenSettings
 from data.shards.prepare import Prepared
 from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
+from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
 from runtime.precision import LossScale
 from training.optim.base import Kept
@@ -351,7 +352,7 @@ def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> Trans
     """The model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
     file = found.path / MODEL
     model = shaped(file, found.tensors[MODEL], config, vocab_size)
-    model = model._apply(lambda p: torch.empty(p.shape, dtype=p.dtype))  # to_empty imports SymPy, for half a second
+    model = allocate_empty(model)
     load_weights(found, model)
     return model
 
