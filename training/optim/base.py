@@ -13,11 +13,11 @@ from model.transformer import TransformerLM
 from training.optim.qk_clip import QKClip
 
 
-class Kept(NamedTuple):
+class StateTensor(NamedTuple):
     """A float32 tensor in the optimizer's state of a parameter, as a checkpoint must hold it."""
 
     shape: torch.Size
-    least: float = -math.inf  # no number in it is smaller
+    minimum: float = -math.inf  # no number in it is smaller
 
     @classmethod
     def count(cls) -> Self:

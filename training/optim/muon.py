@@ -14,7 +14,7 @@ from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer
 from runtime.precision import multiplies_bf16
 from training.optim.adamw import AdamWConfig
-from training.optim.base import Kept
+from training.optim.base import StateTensor
 from training.optim.newton_schulz import newton_schulz
 
 FIRST_MOMENTUM = 0.85
@@ -87,13 +87,13 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
         super().__init__([hidden, *(group for group in others if group["params"])], {})
         self.splits = splits
 
-    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
+    def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
         """State tensors of a parameter after a step, by name."""
         if parameter in self.splits:
-            moments = {"momentum_buffer": Kept(parameter.shape)}
+            moments = {"momentum_buffer": StateTensor(parameter.shape)}
         else:
-            moments = {"exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
-        return moments | {"updates": Kept.count()}
+            moments = {"exp_avg": StateTensor(parameter.shape), "exp_avg_sq": StateTensor(parameter.shape, 0.0)}
+        return moments | {"updates": StateTensor.count()}
 
     @torch.no_grad()
     def step(self) -> None:

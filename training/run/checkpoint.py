@@ -39,7 +39,7 @@ from model.transformer import ModelConfig, TransformerLM
 from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
 from runtime.precision import LossScale
-from training.optim.base import Kept
+from training.optim.base import StateTensor
 from training.run.config import Run, dump, load
 from training.run.folder import read_config, refuse_other_format, resume_command, saved, step_of, write_config
 from training.run.metrics_file import MOST_STEPS, PICTURE, read_metrics
@@ -500,7 +500,9 @@ def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
     tensors, names = found.tensors[OPTIMIZER], _parameter_names(training)
     parameters = dict(training.model.named_parameters())
     expected = {
-        f"{name}/{part}": kept for name in names for part, kept in training.optimizer.kept(parameters[name]).items()
+        f"{name}/{part}": kept
+        for name in names
+        for part, kept in training.optimizer.state_layout(parameters[name]).items()
     }
     for key in {**expected, **tensors}:
         fault = _unfit(key, tensors.get(key), expected.get(key), found.manifest.step)
@@ -514,7 +516,7 @@ def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _unfit(key: str, tensor: Tensor | None, kept: Kept | None, step: int) -> str | None:
+def _unfit(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
     """Why a tensor is not what an optimizer has after `step` steps, if it is not."""
     if tensor is None:
         return f"it lacks {key}"
@@ -524,8 +526,8 @@ def _unfit(key: str, tensor: Tensor | None, kept: Kept | None, step: int) -> str
         return f"{key} has shape {tuple(tensor.shape)}, not {tuple(kept.shape)}"
     if tensor.dtype != torch.float32:
         return f"{key} is {tensor.dtype}, not torch.float32"
-    if not (tensor >= kept.least).all():
-        return f"{key} holds a number that is not at least {kept.least}"
+    if not (tensor >= kept.minimum).all():
+        return f"{key} holds a number that is not at least {kept.minimum}"
     if not tensor.ndim and not (tensor <= step and tensor == tensor.floor()):
         return f"{key} is {tensor.item():g}, in a checkpoint of {step} steps"
     return None
