@@ -119,6 +119,7 @@ class TransformerLM(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, causal: bool = True):
         """Without `causal` every token sees those after it too: an encoder, which has no caches."""
+        # causal=False is reached by no setting yet: it is for an encoder to come.
         super().__init__()
         self.config, self.vocab_size, self.causal = config, vocab_size, causal
         self.embedding = PaddedEmbedding(vocab_size, config.d_model)

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much was used.
+"""Memory: how much there is, how much was used, and how much a piece of code uses.
 
 Limits are those of a control group of Linux, too: containers and batch systems set them, and beyond one the kernel
 kills the process, however much the machine has free.

@@ -29,8 +29,8 @@ PEAKS = {
 
 
 def flops_of(config: ModelConfig, corpus: Prepared, document_mask: bool) -> cost.Flops:
-    """Of a run on this corpus. With document_mask, pairs of query and key count within documents only, as a sample of
-    the training windows holds them: a kernel that computes the others and hides them reaches a lower MFU."""
+    """FLOPs of a run on this corpus. With document_mask, pairs of query and key count within documents only, as a
+    sample of the training windows has them: a kernel that computes the others and hides them reaches a lower MFU."""
     tokenizer, length = corpus.tokenizer, config.context_length
     documents = sampled_positions(corpus.train, length, tokenizer.end_of_text) if document_mask else None
     return cost.flops(config, tokenizer.vocab_size, documents)

@@ -113,7 +113,7 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         counts = [self.state[p]["updates"] for p in parameters]
         skipped = torch.zeros_like(counts[0]) if self.found_inf is None else self.found_inf
-        # Of a skipped step nothing counts: its gradients are zeros, the momentum is kept whole, the rate is zero.
+        # A skipped step counts for nothing: zero gradients, a momentum factor of one, a rate of zero.
         momentum = torch.where(skipped > 0, 1.0, momentum_after(counts[0], group["momentum"], group["momentum_warmup"]))
         rate = group["muon_lr"] * (group["lr"] / group["peak_lr"]) * (1 - skipped)
         fresh = [torch.where(skipped > 0, 0.0, p.grad) * (1 - momentum) for p in parameters]
