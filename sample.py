@@ -16,34 +16,60 @@ if __name__ == "__main__":
     process.start()
 
 import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.cli import one_line_errors
 from common.errors import NotFinite, UserError
-from generation.options import arguments
+from generation.options import parse_arguments
 
-# torch, and all that needs it, is imported inside `sample`: --help answers before it would have loaded.
+if TYPE_CHECKING:
+    from data.tokenizers.base import Tokenizer
+    from generation.sampler import Sampler
+    from generation.state import GenerationState
+    from model.transformer import TransformerLM
+
+# torch, and all that needs it, is imported within functions: --help answers before it would have loaded.
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    folder: Path
+    model: "TransformerLM"
+    tokenizer: "Tokenizer"
+
+    @property
+    def context_length(self) -> int:
+        return self.model.config.context_length
 
 
 def sample(args: argparse.Namespace) -> None:
+    run = load(args)
+    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if args.score is not None:
+        score(args, run)
+    elif args.attention_map is not None:
+        attention_map(args, run)
+    elif args.interactive:
+        chat(args, run)
+    else:
+        generate(args, run)
+
+
+def load(args: argparse.Namespace) -> LoadedRun:
+    """Load the model and the tokenizer of the run that was asked for, or of the newest one."""
     import logging
 
     from common import process
-    from common.console import deferred_logging, to_stderr
-    from common.streams import json_line, print_stderr
-    from generation.attention_map import draw_attention
-    from generation.batch_writer import Sample, show_samples, speeds, write
-    from generation.prompt import prompt_tokens
-    from generation.repl import Conversation, converse
-    from generation.sampler import Sampler
-    from generation.scoring import as_json, as_line, refuse_not_finite, score_text
-    from generation.state import GenerationState
+    from common.console import to_stderr
     from runtime.device import choose_device
     from runtime.precision import MixedPrecision, choose_precision
     from training.run.config import load_choice
     from training.run.folder import newest
     from training.run.load import load_run
 
-    process.end_by_unwinding()
+    process.end_by_unwinding()  # what takes seconds to import is imported
     to_stderr()
     device = choose_device(args.device)
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
@@ -51,66 +77,101 @@ def sample(args: argparse.Namespace) -> None:
     kernel = load_choice("kernel", args.kernel)
     model, tokenizer = load_run(folder, device, args.checkpoint, kernel=kernel, execution=args.execution)
     model = MixedPrecision(model, choose_precision(precision, device)).model
-    limit, slide = model.config.context_length, args.context == "slide"
-    sampler = Sampler(**{name: getattr(args, name) for name in Sampler.model_fields})
-    seeds = range(args.seed, args.seed + args.num_samples)
     if not args.stats:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
-    sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    return LoadedRun(folder, model, tokenizer)
 
-    def begin(tokens: list[int]) -> GenerationState:
-        return GenerationState(model, [tokens] * len(seeds), seeds, cached=not args.no_cache, slide=slide)
 
-    if args.text is not None:
-        score = score_text(model, tokenizer, args.text, limit)
-        print_stderr(f"run {folder}")
-        if args.json:
-            print(json_line({"file": str(args.score), **as_json(score)}), flush=True)
-        refuse_not_finite(score, model, tokenizer, args.text, limit)
-        if not args.json:
-            print(as_line(score))
-        return
-    if args.attention_map is not None:
-        draw_attention(model, tokenizer, args.prompt, args.attention_map, folder.resolve().name)
-        print_stderr(f"run {folder}: {args.attention_map}")
-        return
-    if args.interactive:
-        print_stderr(f"run {folder}")
-        turns = {"max_new_tokens": args.max_new_tokens, "stops": args.stop}
-        converse(Conversation(model, tokenizer, sampler, begin=begin, **turns), args.prompt)
-        return
+def generate(args: argparse.Namespace, run: LoadedRun) -> None:
+    """Continue the prompt: stream the text, or print a JSON object for each sample."""
+    from common.console import deferred_logging
+    from common.streams import print_stderr
+    from generation.batch_writer import Sample, check_finished, print_json_samples, print_stats, show_samples, write
+    from generation.prompt import encode_prompt
 
-    prompt = prompt_tokens(tokenizer, args.prompt, limit, slide)
-    print_stderr(f"run {folder}")
-    texts = begin(prompt)
-    read = int(texts.lengths[0])
-    if read < len(prompt):
-        print_stderr(f"[the context of {limit} tokens keeps the last {read} of the prompt's {len(prompt)}]")
-    samples = [Sample(seed, read, tokenizer, args.stop) for seed in seeds]
-    pieces = write(model, tokenizer, sampler, texts, samples, args.max_new_tokens)
+    prompt = encode_prompt(run.tokenizer, args.prompt, run.context_length, args.context == "slide")
+    print_stderr(f"run {run.folder}")
+    state = new_state(args, run, prompt)
+    num_read = int(state.lengths[0])
+    if num_read < len(prompt):
+        print_stderr(
+            f"[the context of {run.context_length} tokens keeps the last {num_read} of the prompt's {len(prompt)}]"
+        )
+    samples = [Sample(seed, num_read, run.tokenizer, args.stop) for seed in seeds(args)]
+    pieces = write(run.model, run.tokenizer, sampler(args), state, samples, args.max_new_tokens)
     with deferred_logging():
         if args.json:
-            list(pieces)
-            for one in samples:
-                print(json_line({"prompt": args.prompt, **one.described()}), flush=True)
+            print_json_samples(args.prompt, pieces, samples)
         else:
-            show_samples(args.prompt, pieces, samples, limit)
+            show_samples(args.prompt, pieces, samples, run.context_length)
     if args.stats:
-        for name, value in speeds(samples).items():
-            print_stderr(f"{name}={'n/a' if value is None else value}")
-        print_stderr(f"cache_bytes_per_token={sum(layer.bytes_per_token for layer in texts.caches or [])}")
-    if any(one.finish == "interrupted" for one in samples):
-        raise KeyboardInterrupt
-    broken = [one for one in samples if one.finish == "not_finite"]
-    if broken:
-        where = ", ".join(f"{one.prompt_tokens + one.tokens} tokens (seed {one.seed})" for one in broken)
-        raise NotFinite(f"the model's output is not finite after {where}")
+        print_stats(samples, state)
+    check_finished(samples)
+
+
+def chat(args: argparse.Namespace, run: LoadedRun) -> None:
+    """Continue what the user types, turn by turn."""
+    from common.streams import print_stderr
+    from generation.repl import Conversation, converse
+
+    print_stderr(f"run {run.folder}")
+    conversation = Conversation(
+        run.model,
+        run.tokenizer,
+        sampler(args),
+        new_state=lambda tokens: new_state(args, run, tokens),
+        max_new_tokens=args.max_new_tokens,
+        stops=args.stop,
+    )
+    converse(conversation, args.prompt)
+
+
+def score(args: argparse.Namespace, run: LoadedRun) -> None:
+    """Print how well the model predicts a text."""
+    from common.streams import json_line, print_stderr
+    from generation.scoring import as_json, as_line, check_finite, score_text
+
+    found = score_text(run.model, run.tokenizer, args.score_text, run.context_length)
+    print_stderr(f"run {run.folder}")
+    if args.json:
+        print(json_line({"file": str(args.score), **as_json(found)}), flush=True)
+    check_finite(found, run.model, run.tokenizer, args.score_text, run.context_length)
+    if not args.json:
+        print(as_line(found))
+
+
+def attention_map(args: argparse.Namespace, run: LoadedRun) -> None:
+    """Draw the attention within the prompt."""
+    from common.streams import print_stderr
+    from generation.attention_map import draw_attention
+
+    draw_attention(run.model, run.tokenizer, args.prompt, args.attention_map, run.folder.resolve().name)
+    print_stderr(f"run {run.folder}: {args.attention_map}")
+
+
+def sampler(args: argparse.Namespace) -> "Sampler":
+    from generation.sampler import Sampler
+
+    return Sampler(**{name: getattr(args, name) for name in Sampler.model_fields})
+
+
+def seeds(args: argparse.Namespace) -> range:
+    """The seed of each sample."""
+    return range(args.seed, args.seed + args.num_samples)
+
+
+def new_state(args: argparse.Namespace, run: LoadedRun, prompt: list[int]) -> "GenerationState":
+    """The prompt once for each sample, nothing in the KV caches yet."""
+    from generation.state import GenerationState
+
+    rows = [prompt] * args.num_samples
+    return GenerationState(run.model, rows, seeds(args), cached=not args.no_cache, slide=args.context == "slide")
 
 
 def main() -> None:
     with one_line_errors():
         try:
-            sample(arguments(__doc__))
+            sample(parse_arguments(__doc__))
         except NotFinite as error:
             raise UserError(f"{error}: try --checkpoint best, or --precision fp32") from None
 

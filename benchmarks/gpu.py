@@ -33,8 +33,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
-from common.cli import one_line_errors
+from common.cli import Parser, one_line_errors
 from common.errors import Unsupported, UserError
+from common.invocation import ROOT
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -53,7 +54,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from training.compile import maybe_compiled
 from training.monitor.mfu import peak_flops
 from training.optim.adamw import AdamWConfig
-from training.run.config import ROOT, load_choice
+from training.run.config import load_choice
 from training.step import mean_loss, train_step
 from training.step_memory import traceable
 
@@ -76,7 +77,7 @@ class Scale(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="-m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}; unset: all")
     parser.add_argument("--out", type=output, help="a row of JSON is added for each measurement")
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
@@ -231,8 +232,8 @@ def decoding(scale: Scale) -> Iterator[Row]:
 
                 def write(rows: int = rows, count: int = count, model: TransformerLM = model) -> None:
                     prompt = list(range(1, 1 + min(64, model.config.context_length // 4)))
-                    texts = GenerationState(model, [prompt] * rows, seeds=list(range(rows)))
-                    for _ in generate(model, texts, Sampler(temperature=0), max_new_tokens=count):
+                    state = GenerationState(model, [prompt] * rows, seeds=list(range(rows)))
+                    for _ in generate(model, state, Sampler(temperature=0), max_new_tokens=count):
                         pass
 
                 seconds = timed(write, scale)
@@ -313,7 +314,7 @@ def _trained(
     loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
     with Announced() as announced:
         row = _timed_steps(
-            scale, config, lambda *batch: train_step(mixed, optimizer, [batch], 1e-4, 1.0, (0, 0), loss).loss
+            scale, config, lambda *batch: train_step(mixed, optimizer, [batch], 1e-4, 1.0, loss=loss).loss
         )
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": precision}
     row |= {"kernel": announced.kernel, "warnings": announced.warnings}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.side_by_side import count, in_turns, marked, output, report
-from common.cli import one_line_errors
+from common.cli import Parser, one_line_errors
 from common.errors import Unsupported
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
@@ -26,7 +26,9 @@ NAIVE_TOKENS = 4096  # beyond, its scores do not fit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=count, nargs="+", default=[1024, 4096])
     parser.add_argument("--window", type=count, default=256)
     parser.add_argument("--heads", type=count, nargs=2, default=[8, 2], metavar=("QUERY", "KEY"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import count, output, report
-from common.cli import one_line_errors
+from common.cli import Parser, one_line_errors
 from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
@@ -37,7 +37,9 @@ PATHS = {  # what is trained, and with which settings: attention, its settings, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=count, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--precision", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
     parser.add_argument("--only", nargs="+", choices=(*PATHS, "savings"), default=[*PATHS, "savings"])

@@ -29,17 +29,16 @@ import torch
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
 from benchmarks.train import SIZES, Size, refuse_shared, run_of
-from common.cli import number, one_line_errors
+from common.cli import Parser, number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
-from common.figures import refuse_unwritable
-from data.batches import micro_batches, refuse_short, stack, windows
-from model.transformer import TransformerLM
+from common.figures import check_writable
+from data.batches import check_split_lengths, count_windows, micro_batches, read_windows
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
-from runtime.precision import MixedPrecision
 from training.evaluate import evaluate
 from training.monitor.plot import empty_axes, save_axes
+from training.state import TrainState
 from training.step import losses_of, train_step
 
 NANOGPT = "nanoGPT"
@@ -90,7 +89,9 @@ Recipe = Callable[[int, int], Candidate]  # seed and steps ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--text", type=Path, required=True, help="a file of text")
     parser.add_argument("--size", choices=SIZES, default="ii")
     parser.add_argument("--ours", nargs="*", default=[""], help="each the overrides of a recipe; '' is the default one")
@@ -116,14 +117,14 @@ def main() -> None:
 
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
-        refuse_unwritable(args.picture, "--picture")
+        check_writable(args.picture, "--picture")
     refuse_repeated(args.seeds, "--seeds")
     refuse_repeated([" ".join(overrides.split()) for overrides in args.ours], "--ours")
     refuse_shared(" ".join(args.ours).split(), "--ours")
     text, size = read(args.text), SIZES[args.size]
     runs = [run_of(size, *overrides.split()) for overrides in args.ours]  # which refuses what is wrong with one
     for length in ([size.tokens] if args.nanogpt else []) + [run.model.context_length for run in runs]:
-        refuse_short(text, length)
+        check_split_lengths(text, length)
         if args.val_tokens is not None and args.val_tokens < length:
             raise UserError(
                 f"--val-tokens {args.val_tokens} holds no window of {length} tokens: give at least {length}"
@@ -243,20 +244,29 @@ def _settled(clock: Callable[[], float]) -> float:
 
 def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text, device: torch.device) -> Recipe:
     def begin(seed: int, steps: int) -> Candidate:
-        run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}")
+        run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}", f"precision={args.precision}")
         length, micro = run.model.context_length, run.micro_batch_size
-        model = TransformerLM(run.model, size.vocab, seed).to(device)
-        mixed, optimizer, clip = MixedPrecision(model, args.precision), run.optim.build(model), run.optim.clip(model)
-        loss, losses = losses_of(run.data, 0, clip, run.checkpoint_activations, run.compilation)
+        state = TrainState.create(run, size.vocab, device)
+        loss, losses = losses_of(run.data, 0, state.clip, run.activation_checkpointing, run.compilation)
 
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)
-            train_step(mixed, optimizer, batches, run.lr(number), run.clip_norm, (seed, number), loss, clip)
+            seeds = seed, number
+            train_step(
+                state.mixed,
+                state.optimizer,
+                batches,
+                run.lr(number),
+                run.clip_norm,
+                seeds=seeds,
+                loss=loss,
+                clip=state.clip,
+            )
 
         def score() -> float:
-            mixed.copy_master_weights()
+            state.mixed.copy_master_weights()
             some, ones = slice(args.val_tokens), torch.ones(size.vocab)
-            return evaluate(mixed.model, text.val, length, micro, ones, some, losses).loss
+            return evaluate(state.mixed.model, text.val, length, micro, ones, tokens=some, losses=losses).loss
 
         return Candidate(step, score)
 
@@ -269,7 +279,7 @@ def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.dev
         model, optimizer = nanogpt_of(args.nanogpt, device, **size.shape, lr=args.lr)
         update = autocast_step(model, optimizer, lambda *batch: model(*batch)[1], device, args.precision)
         length = size.tokens
-        chosen = windows(text.val, length) if args.val_tokens is None else args.val_tokens // length
+        chosen = count_windows(text.val, length) if args.val_tokens is None else args.val_tokens // length
 
         def step(number: int) -> None:
             starts = torch.randint(len(text.train) - length, (size.batch,)).tolist()
@@ -282,7 +292,7 @@ def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.dev
         def score() -> float:
             nats = 0.0
             for first in range(0, chosen, size.batch):
-                inputs, targets = stack(text.val, length, list(range(first, min(first + size.batch, chosen))))
+                inputs, targets = read_windows(text.val, length, list(range(first, min(first + size.batch, chosen))))
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     mean = model(inputs.to(device).contiguous(), targets.to(device).contiguous())[1]
                 nats += mean.item() * len(inputs)

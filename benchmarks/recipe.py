@@ -19,22 +19,21 @@ import torch
 
 from benchmarks.side_by_side import count, output, refuse_repeated, report
 from benchmarks.train import refuse_shared
-from common.cli import number, one_line_errors
+from common.cli import Parser, number, one_line_errors
 from data.batches import micro_batches
 from data.shards.prepare import Prepared, prepare
-from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
-from runtime.precision import MixedPrecision
 from tests.support import load_composed
 from training.evaluate import evaluate
 from training.run.config import Run
+from training.state import TrainState
 from training.step import losses_of, train_step
 
 SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.context_length=64", "batch_tokens=768")
 LEFT_OUT = (
     "",
     "optim=adamw",
-    "optim.logical_blocks=false",
+    "optim.per_head=false",
     "optim.lr=0.0039",
     "optim.momentum_warmup=0",
     "optim.weight_decay=0",
@@ -52,7 +51,9 @@ LEFT_OUT = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", nargs="+", default=["experiment=fast"], help="overrides of every row")
     parser.add_argument("--rows", nargs="+", default=LEFT_OUT, help="overrides that one row adds, in one word each")
     parser.add_argument("--size", nargs="+", default=SIZE_I, help="overrides that set the size")
@@ -103,18 +104,26 @@ def _said(row: dict[str, Any]) -> str:
 
 def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]:
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
-    model = TransformerLM(run.model, corpus.tokenizer.vocab_size, run.seed)
-    mixed, optimizer, clip = MixedPrecision(model, run.precision), run.optim.build(model), run.optim.clip(model)
-    loss, losses = losses_of(run.data, corpus.tokenizer.end_of_text, clip, run.checkpoint_activations, run.compilation)
-    window, cpu, seconds = run.model.context_length, torch.device("cpu"), []
+    cpu = torch.device("cpu")
+    state = TrainState.create(run, corpus.tokenizer.vocab_size, cpu)
+    loss, losses = losses_of(
+        run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
+    )
+    window = run.model.context_length
+    seconds = []
     for step in range(run.steps):
         batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)
         before = time.process_time()
-        train_step(mixed, optimizer, batches, run.lr(step), run.clip_norm, (run.seed, step), loss, clip)
+        seeds = run.seed, step
+        train_step(
+            state.mixed, state.optimizer, batches, run.lr(step), run.clip_norm, seeds=seeds, loss=loss, clip=state.clip
+        )
         seconds.append(time.process_time() - before)
-    mixed.copy_master_weights()
+    state.mixed.copy_master_weights()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
-    score = evaluate(mixed.model, corpus.val, window, 64, byte_lengths, slice(0, val_tokens), losses)
+    score = evaluate(
+        state.mixed.model, corpus.val, window, 64, byte_lengths, tokens=slice(0, val_tokens), losses=losses
+    )
     return score.loss, statistics.median(seconds)
 
 

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.side_by_side import count, in_turns, marked, output, report
-from common.cli import one_line_errors
+from common.cli import Parser, one_line_errors
 from common.errors import UserError
-from training.run.config import ROOT
+from common.invocation import ROOT
 
 BARS = {"train.py --help": 1.0, "sample.py --help": 1.0, "first step": 4.0, "first token": 4.0}
 PROMPT = "def "
@@ -34,7 +34,9 @@ TWIN, IMPORT = "import torch", "import os, torch; os._exit(0)"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.startup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("overrides", nargs="*", help="of the run, as train.py takes them, as model=gpt2")
     parser.add_argument("--rounds", type=count, default=7)
     parser.add_argument("--json", type=output, help="write the table there")

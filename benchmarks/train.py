@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.nanogpt import BETAS, CLIP, DECAY, Step, autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked, output, report
-from common.cli import one_line_errors
+from common.cli import Parser, one_line_errors
 from common.errors import UserError
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
@@ -67,7 +67,9 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="-m benchmarks.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["i", "ii"])
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16"])
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")

@@ -1,5 +1,5 @@
-"""Files and folders that stand whole or not at all, whatever ends the process or the power; and reading that neither
-hangs nor takes what it could not read for what is not there.
+"""Atomic writes: files and folders that exist whole or not at all, even when the process is killed or the power fails.
+And reading that never blocks, and never takes an unreadable file for a missing one.
 """
 
 import errno
@@ -12,84 +12,83 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-UNFINISHED = ".writing-"  # how the names of temporary files and folders begin
-REPLACED = ".replaced-"  # and that of a folder whose name another one is about to take
-# Of errors: nothing is there, or a link that leads nowhere or to itself. All others leave open whether something is.
+UNFINISHED = ".writing-"  # prefix of temporary files and folders
+REPLACED = ".replaced-"  # prefix of a folder that is being replaced
+# Errors of a path that does not exist, or is a link to nothing or to itself. After any other error, it may exist.
 NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NOWHERE = "it is a link that leads nowhere: is a disk not mounted?"
 
 
-class Irregular(OSError):
-    """Where a file should be stands a folder, a pipe, a device or a socket, a link that leads nowhere, or one that is
-    larger than it may be."""
+class NotRegularFile(OSError):
+    """The path is a folder, a pipe, a device, a socket or a link that leads nowhere, or the file is too large."""
 
     def __init__(self, reason: str):
         super().__init__(errno.EINVAL, reason)
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there, behind a link too. Raises OSError where that cannot be told (Path.exists answers
-    False to that in some releases of Python), as of a link that leads nowhere: its disk may be away."""
+    """Whether the path exists; links are followed. Raises OSError where that is unknown, for which Path.exists returns
+    False in some releases of Python, and for a link that leads nowhere: its disk may not be mounted."""
     try:
         os.stat(path)
     except OSError as error:
         if error.errno not in NOT_THERE:
             raise
-        _refuse_dangling(path)
+        _check_link(path)
         return False
     return True
 
 
-def _refuse_dangling(path: Path) -> None:
+def _check_link(path: Path) -> None:
     if os.path.islink(path):
-        raise Irregular(NOWHERE)
+        raise NotRegularFile(NOWHERE)
 
 
 def names_in(folder: Path) -> list[str]:
-    """Sorted; [] where there is no such folder. Raises OSError where it cannot be read, to which Path.glob finds
-    nothing, and where it is a link that leads nowhere."""
+    """Names in a folder, sorted; [] where there is no such folder. Raises OSError where it cannot be read, for which
+    Path.glob finds nothing, and where it is a link that leads nowhere."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
-        _refuse_dangling(folder)
+        _check_link(folder)
         return []
 
 
 def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
-    """For reading, `buffering` bytes at one time. Raises OSError, and Irregular for what is not a regular file, which
-    could block for ever."""
-    _refuse_irregular(os.stat(path))  # not opened even: that alone can rewind a tape, or wait for a writer
-    file = open(path, "rb", buffering, opener=_without_waiting)  # noqa: SIM115
+    """Open a regular file for reading `buffering` bytes at one time. Raises OSError, and NotRegularFile for anything
+    else, which could block forever."""
+    _check_regular(os.stat(path))  # before opening, which can rewind a tape or wait for a writer
+    file = open(path, "rb", buffering, opener=_open_nonblocking)  # noqa: SIM115
     try:
-        _refuse_irregular(os.fstat(file.fileno()))
+        _check_regular(os.fstat(file.fileno()))
     except BaseException:
         file.close()
         raise
     return file
 
 
-def _without_waiting(name: str, flags: int) -> int:
+def _open_nonblocking(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK)
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError, and Irregular for any other."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError, and NotRegularFile for any other."""
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size <= limit:
-            content = file.read(limit + 1)  # some files of the system say that they are empty
+            content = file.read(limit + 1)  # system files report a size of 0
             if len(content) <= limit:
                 return content
-    raise Irregular(f"it is larger than {limit:,} bytes, the most that is read of it")
+    raise NotRegularFile(f"it is larger than {limit:,} bytes, the most that is read of it")
 
 
-def _refuse_irregular(status: os.stat_result) -> None:
+def _check_regular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise Irregular(f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
+        raise NotRegularFile(f"it is {'a folder' if stat.S_ISDIR(status.st_mode) else 'no regular file'}")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces the file as a whole. Raises OSError, and leaves what stood there; also for a link that leads nowhere,
-    behind which the file may be."""
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write or replace a file atomically. Raises OSError, with the old file untouched; also for a link that leads
+    nowhere, behind which the file may be."""
     exists(path)
     temporary = _temporary(path)
     try:
@@ -104,64 +103,63 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path, exist_ok: bool = True) -> None:
-    """With its parents, on the disk when it returns."""
+    """Make a folder with its parents, synced to disk."""
     path.mkdir(parents=True, exist_ok=exist_ok)
     _sync(path.parent)
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """Gives a temporary folder that takes the place of `final` when the block ends without an error.
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `final`, or replaces it, when the block ends without an error.
 
-    What stood there is removed only when its successor is on the disk. No call exchanges two folders at once, so a kill
-    can leave none under that name: `sweep` brings the old one back then.
+    The old folder is removed only when the new one is on the disk. No call exchanges two folders at once, so a kill can
+    leave none under that name: `remove_unfinished` restores the old one then.
     """
     temporary = _temporary(final)
-    before = final.with_name(f"{REPLACED}{secrets.token_hex(4)}-{final.name}")
+    old = final.with_name(f"{REPLACED}{secrets.token_hex(4)}-{final.name}")
     temporary.mkdir()
     try:
         yield temporary
         for path in (*temporary.iterdir(), temporary):
             _sync(path)
         if exists(final):
-            os.rename(final, before)
+            os.rename(final, old)
         os.rename(temporary, final)
         _sync(final.parent)
     finally:
-        _settle(before, final)
+        _finish_replacement(old, final)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _settle(before: Path, final: Path) -> None:
-    """Of a replacement that has ended in whatever way: removes what stood at `final`, or brings it back where nothing
-    has taken its place."""
+def _finish_replacement(old: Path, final: Path) -> None:
+    """After a replacement, however it ended: remove the old folder, or restore it where no new one exists."""
     if os.path.lexists(final):
-        remove(before)
-    elif os.path.lexists(before):
-        os.rename(before, final)
+        remove(old)
+    elif os.path.lexists(old):
+        os.rename(old, final)
 
 
-def discard(folder: Path) -> None:
-    """Removes a folder so that no part of it is ever seen under its name."""
+def remove_atomic(folder: Path) -> None:
+    """Remove a folder: under its name it exists whole or not at all."""
     unfinished = _temporary(folder)
     os.rename(folder, unfinished)
     shutil.rmtree(unfinished)
 
 
-def sweep(folder: Path, name: str = "") -> None:
-    """Removes what killed processes left unfinished of `name`, and brings back what they were about to replace; what
-    cannot be removed is left. Call it only where no other process can be writing."""
+def remove_unfinished(folder: Path, name: str = "") -> None:
+    """Remove temporary files that killed processes left for names that begin with `name`, and restore the folders they
+    were replacing. Leaves what cannot be removed. Call it only where no other process can be writing."""
     with suppress(OSError):
         for found in names_in(folder):
             replaced = found.removeprefix(REPLACED).partition("-")[2] if found.startswith(REPLACED) else ""
             if replaced and replaced.startswith(name):
-                _settle(folder / found, folder / replaced)
+                _finish_replacement(folder / found, folder / replaced)
             elif found.startswith(f"{UNFINISHED}{name}"):
                 remove(folder / found)
 
 
 def remove(path: Path) -> None:
-    """A file, a link, or a folder with all in it; what cannot be removed is left."""
+    """Remove a file, a link, or a folder with its content; leaves what cannot be removed."""
     with suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

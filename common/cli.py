@@ -1,10 +1,9 @@
-"""The command line's side of the border: one line for a user's mistake, whoever notices it. Imports nothing heavy."""
+"""Command-line parsing, and one line on stderr for a user's mistake, whoever notices it. Imports nothing heavy."""
 
 import argparse
 import errno
 import importlib.util
 import math
-import os
 import re
 import sys
 import traceback
@@ -14,33 +13,28 @@ from typing import Any, NoReturn
 
 from common import process
 from common.errors import NotFinite, Unsupported, UserError, reason
-from common.invocation import ROOT, command, how_to_install
+from common.invocation import CONF, ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
-from common.suggestions import CONF, no_such_setting
+from common.suggestions import no_such_setting
 
 # What is no fault of the program, whichever file it meets.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE)
-_failed: list[str] = []  # what runs of this process's sweep could not do
 
 
 @contextmanager
-def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
-    """Turns a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
+def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
+    """Turn a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
     that is not installed, a file or a stdout that cannot be read or written, or a complaint of Hydra's about what was
     typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
     leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
 
-    of_a_sweep: around one run of several; the sweep goes on after the line, and exits with 2 at its end.
+    failed: around one run of several, which go on after the line: it is added to the list.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what it would otherwise print over several lines
-    argparse.ArgumentParser.error = Parser.error  # Hydra's own parser would print its usage as well
     line = None
     try:
         with all_written():
             yield
-    except (UserError, Unsupported, NotFinite) as error:
-        line = str(error)
     except KeyboardInterrupt:
         process.end_at_once()
         print_stderr("interrupted")
@@ -50,24 +44,32 @@ def one_line_errors(of_a_sweep: bool = False) -> Iterator[None]:
             fail(f"stdout cannot be written: {reason(error)}")
         sys.exit(0)
     except Exception as error:
-        known = (_too_large, _indeterminate, _not_installed, _file_fault, _hydra_complaint)
-        line = next((line for line in (explain(error) for explain in known) if line), None)
+        line = _user_line(error)
         if line is None:
             raise
-    if not of_a_sweep:
+    if failed is None:
         process.end_at_once()
-    if line is not None and of_a_sweep:
-        print_stderr(f"error: {line}")
-        _failed.append(line)
-    elif line is not None:
+    if line is not None:
+        _report(line, failed)
+
+
+def _report(line: str, failed: list[str] | None) -> None:
+    if failed is None:
         fail(line)
-    elif _failed and not of_a_sweep:
-        _failed.clear()
-        sys.exit(2)
+    print_stderr(f"error: {line}")
+    failed.append(line)
 
 
-def refuse_twice(typed: Sequence[str]) -> None:
-    """Raises UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
+def _user_line(error: Exception) -> str | None:
+    """Return the line to print for an error that is no fault of the program; None for one that is."""
+    if isinstance(error, UserError | Unsupported | NotFinite):
+        return str(error)
+    known = (_too_large, _nondeterministic, _not_installed, _file_fault, _hydra_complaint)
+    return next((line for line in (explain(error) for explain in known) if line), None)
+
+
+def check_each_once(typed: Sequence[str]) -> None:
+    """Raise UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
     last in silence."""
     given: dict[str, str] = {}
     for override in typed:
@@ -82,15 +84,15 @@ def refuse_twice(typed: Sequence[str]) -> None:
 
 
 def with_stored_choices(arguments: Sequence[str]) -> list[str]:
-    """The arguments; where a run is resumed, its own data and tokenizer are meant by settings of these groups, which
-    Hydra looks for in the default choices: so they are marked to be added where they are not there."""
+    """Return the arguments; where a run is resumed, with settings of data and tokenizer marked to be added (++). They
+    belong to the run's own choices, and Hydra, which composes the default ones, may not know them."""
     if not any(argument.startswith("resume=") for argument in arguments):
         return list(arguments)
     return [f"++{one}" if re.match(r"(data|tokenizer)\.[^=]+=", one) else one for one in arguments]
 
 
 def plain_tree(cfg: Any) -> dict[str, Any]:
-    """A composed Hydra configuration as plain values. Raises UserError for one that is incomplete."""
+    """Convert a composed Hydra configuration to plain values. Raises UserError for one that is incomplete."""
     from omegaconf import OmegaConf
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -103,43 +105,43 @@ def plain_tree(cfg: Any) -> dict[str, Any]:
 
 
 def fail(line: str) -> NoReturn:
-    """One line on stderr, and exit code 2."""
+    """Print one line on stderr and exit with code 2."""
     print_stderr(f"error: {line}")
     sys.exit(2)
 
 
 def _joined(error: Exception) -> str:
-    """What a library says over several lines, on one."""
+    """Join the lines of a library's message."""
     return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains in one line."""
+    """An ArgumentParser that reports an error in one line, without its usage."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} ({command(self.prog, '--help')} lists the options)")
 
 
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite number between two limits, both allowed."""
+def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:
+    """Make an argparse type: a finite number between two limits, both allowed."""
 
     def parse(text: str) -> float:
         try:
             value = kind(text)
-            fits = least <= value <= most and math.isfinite(value)
+            fits = minimum <= value <= maximum and math.isfinite(value)
         except (ValueError, OverflowError):
             fits = False
         if not fits:
-            upper = "" if most == math.inf else f" and at most {most}"
+            upper = "" if maximum == math.inf else f" and at most {maximum}"
             word = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {least}{upper}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not {word} of at least {minimum}{upper}")
         return value
 
     return parse
 
 
 def _hydra_complaint(error: Exception) -> str | None:
-    """One line for what Hydra raises over what was typed; None for anything else."""
+    """Return one line for an error that Hydra raises over the command line; None for any other."""
     if "hydra" not in sys.modules:
         return None
     from hydra.errors import HydraException
@@ -172,14 +174,14 @@ def _file_fault(error: Exception) -> str | None:
 
 
 def _not_installed(error: Exception) -> str | None:
-    """For a package of somebody else's that is not there at all."""
+    """Return how to install a third-party package that is missing; None for any other error."""
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
     if package is None or (ROOT / package).exists() or importlib.util.find_spec(package) is not None:
         return None
     return how_to_install(package)
 
 
-def _indeterminate(error: Exception) -> str | None:
+def _nondeterministic(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error):
         return f"deterministic=true: {str(error).splitlines()[0].partition(', but you set')[0]}; try another kernel"
     return None
@@ -187,8 +189,8 @@ def _indeterminate(error: Exception) -> str | None:
 
 @contextmanager
 def smaller_batches_advised(sequences: int, micro_batch_size: int) -> Iterator[None]:
-    """Around training: turns too little memory into a UserError that says which micro_batch_size to try, of those that
-    divide the sequences of a step, so that the step stays the same."""
+    """Turn an out-of-memory error of training into a UserError that names the next smaller micro_batch_size, of those
+    that divide the sequences of a step, so that the step stays the same."""
     try:
         yield
     except Exception as error:
@@ -203,7 +205,7 @@ def smaller_batches_advised(sequences: int, micro_batch_size: int) -> Iterator[N
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """In a few words, where that is what the error says, of a GPU or of the system."""
+    """Return a short description of an out-of-memory error, of a GPU or of the system; None for any other error."""
     if (
         type(error).__name__ == "OutOfMemoryError"
         or isinstance(error, MemoryError)

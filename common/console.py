@@ -1,4 +1,4 @@
-"""What a program announces on stderr, and how numbers are written for a person."""
+"""Logging to stderr, and numbers as a person reads them."""
 
 import logging
 import sys
@@ -11,18 +11,19 @@ from common.streams import print_stderr
 log = logging.getLogger("headroom")
 
 
-def percent(fraction: float | None) -> str:
-    return "n/a" if fraction is None else f"{fraction:.1%}"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: 1 step, 2 steps, 1,024 tokens. plural: where it is not the noun with an s."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def clock(seconds: float) -> str:
-    """As in 2:05, or 1:02:05."""
+    """A duration, as in 2:05, or 1:02:05."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
 class _Stderr(logging.Handler):
-    """Looks sys.stderr up at every message: a live line replaces it while it is shown."""
+    """A handler that looks sys.stderr up at every message: a live line replaces it while it is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print_stderr(self.format(record))
@@ -30,20 +31,20 @@ class _Stderr(logging.Handler):
 
 @contextmanager
 def deferred_logging() -> Iterator[None]:
-    """What is announced within comes after it, not amid a text that streams."""
+    """Delay log messages until the end of the `with` block: they would come amid a text that streams."""
     handlers = log.handlers[:]
-    held = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
-    log.handlers[:] = [held]
+    buffering = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
+    log.handlers[:] = [buffering]
     try:
         yield
     finally:
         log.handlers[:] = handlers
-        for record in held.buffer:
+        for record in buffering.buffer:
             log.handle(record)
 
 
 def to_stderr() -> None:
-    """What the program announces goes to stderr, a plain line each."""
+    """Send the program's log messages to stderr, a plain line each."""
     log.handlers[:] = [_Stderr()]
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -10,11 +10,25 @@ from pathlib import Path
 from common.errors import CONTROLS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+CONF = ROOT / "conf"
+
+
+def version_line() -> str:
+    """The versions of Headroom and PyTorch, which --version prints. PyTorch is not imported: that takes seconds."""
+    import tomllib
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "not installed"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return f"Headroom {project['version']}, PyTorch {torch}"
 
 
 def command(program: str, *words: str) -> str:
-    """What runs a program of this checkout with these arguments, for a shell. program: train.py, sample.py, or a module
-    as in `-m training.run.replay`."""
+    """Return the shell command that runs a program of this checkout with these arguments. program: train.py, sample.py,
+    or a module as in `-m training.run.replay`."""
     module = program.removeprefix("-m ")
     if module == program:
         return " ".join(map(quoted, (interpreter(), shortest(str(ROOT / program)), *words)))
@@ -23,12 +37,12 @@ def command(program: str, *words: str) -> str:
 
 
 def installed(module: str, *words: str) -> str:
-    """The same for a module of an installed package."""
+    """Return the shell command that runs a module of an installed package."""
     return " ".join(map(quoted, (interpreter(), "-m", module, *words)))
 
 
 def interpreter() -> str:
-    """`python` where that is the one that runs here, in the same environment; else its path."""
+    """Return how to call the Python that runs here: `python` where a shell finds that one, else its path."""
     if not sys.executable:
         return "python"
     for name in ("python", "python3"):
@@ -39,22 +53,23 @@ def interpreter() -> str:
 
 
 def how_to_install(package: str) -> str:
-    """What to say where a package that Headroom needs is missing."""
+    """Return what to do where a package that Headroom needs is missing."""
     ready = ROOT / ".venv" / "bin" / "python"
     instead = f"run {quoted(shortest(str(ready)))} instead, or " if ready.exists() else ""
     install = installed("pip", "install", "-e", str(ROOT))
     return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
 
 
-def refuse_no_package(package: str, setting: str, extra: str = "") -> None:
-    """Raises UserError where a package that a setting needs is not installed. extra: of pyproject.toml, with it."""
+def check_package(package: str, setting: str, extra: str = "") -> None:
+    """Raise UserError where a package that a setting needs is not installed. extra: the one of pyproject.toml that
+    brings it."""
     if importlib.util.find_spec(package) is None:
         how = installed("pip", "install", "-e", f"{ROOT}[{extra}]" if extra else str(ROOT))
         raise UserError(f"{setting} needs the package {package}, which is not here: {how}")
 
 
 def quoted(word: str) -> str:
-    """A word for a shell, without characters that would steer the terminal it is printed to."""
+    """Quote a word for a shell, without characters that would steer the terminal it is printed to."""
     if not CONTROLS.search(word):
         return shlex.quote(word)
     return "$'" + "".join(_in_dollar_quotes(char) for char in word) + "'"  # bash, zsh, ksh
@@ -68,12 +83,13 @@ def _in_dollar_quotes(char: str) -> str:
 
 
 def _place(path: str) -> tuple[str, str]:
-    """Of an executable. A virtual environment's is a link to its base's, and another one."""
+    """The folder and the real path of an executable. A virtual environment's is a link to its base's, and another
+    one."""
     return os.path.realpath(os.path.dirname(path)), os.path.realpath(path)
 
 
 def shortest(path: str) -> str:
-    """A path, from the working directory or from the root."""
+    """Return the path from the working directory, or from the root where that is shorter."""
     try:
         relative = os.path.relpath(path)
     except OSError:  # there is no working directory any more

@@ -1,14 +1,15 @@
-"""What is typed after train.py, made readable for Hydra's grammar, or refused in words that say what to type."""
+"""Command-line overrides of train.py: quoted for Hydra's grammar, or refused in a line that says what to type."""
 
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any
+from decimal import Decimal
+from typing import Any, NoReturn
 
 from common.errors import UserError
-from common.invocation import command, quoted
-from common.suggestions import CONF, no_such_setting
+from common.invocation import CONF, command, quoted
+from common.suggestions import known_settings, no_such_setting
 
 PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
 TEXTS = (
@@ -21,39 +22,42 @@ TEXTS = (
 )  # never numbers, lists or dicts
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
+FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
+BRACKETS = r"""["'()\[\]{}]"""  # and quotes, within which a comma does not part values
 NO_TEXTS = ("null", "true", "false", "nan", "inf")
 # The flags of Hydra's that a word follows.
 VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
 VALUED += ("-i", "--info", "--experimental-rerun")
 
 
-def readable(typed: Sequence[str]) -> list[str]:
-    """The words of a command line, values quoted for Hydra where its grammar cannot read them as text.
+def hydra_arguments(typed: Sequence[str]) -> list[str]:
+    """Quote the words of a command line for Hydra, where its grammar cannot read a value as text.
 
     A value is text, and taken as it is, where the grammar refuses it and it is not all within [ ] or { }; of the
-    settings in TEXTS also where the grammar would see a number, a list or a dict in it. With -m, text outside of quotes
-    and brackets is a list of values at its commas. Raises UserError for what stays unreadable.
+    settings in TEXTS also where the grammar would see a number, a list or a dict in it. A whole number may be written
+    as 1e3. With -m, text outside of quotes and brackets is a list of values at its commas. Raises UserError for what
+    stays unreadable, and for a flag that Hydra does not have.
 
     Flags come last: amid settings, argparse would take no more of these after them.
     """
+    _check_flags(typed)
     # argparse takes the beginning of a flag for it, too.
     sweep = any(word == "-m" or (word > "--" and "--multirun".startswith(word)) for word in typed)
-    flags = {i for i, word in enumerate(typed) if word.startswith("-")}
-    flags |= {i + 1 for i in flags if typed[i] in VALUED}
+    flags = _flags(typed)
     settings = [_override(word, sweep) for i, word in enumerate(typed) if i not in flags]
-    return [*settings, *(word for i, word in enumerate(typed) if i in flags)]
+    return [*settings, *(typed[i] for i in sorted(flags))]
 
 
-def override(key: str, value: str) -> str:
-    """What is typed for a setting to be exactly this text, before it is quoted for a shell."""
+def format_override(key: str, value: str) -> str:
+    """Format the override that gives a setting exactly this text, before it is quoted for a shell."""
     value = f"./{value}" if key in PATHS and value.startswith("~") else value
     plain = re.fullmatch(PLAIN_TEXT if key in TEXTS else WORD, value) and value.lower() not in NO_TEXTS
     return f"{key}={value if plain else as_text(value, literal=True)}"
 
 
 def as_text(value: str, literal: bool = False) -> str:
-    """A value in quotes that Hydra reads as this text, in which an open ${ begins no interpolation; literal: nor does a
-    closed one."""
+    """Quote a value so that Hydra reads it as this text, in which an open ${ begins no interpolation; literal: nor does
+    a closed one."""
     if literal:  # the backslashes before it would be read in pairs
         value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     else:
@@ -61,50 +65,120 @@ def as_text(value: str, literal: bool = False) -> str:
     return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), value) + '"'
 
 
+def _flags(typed: Sequence[str]) -> set[int]:
+    """The indices of flags, and of the words that follow them as their values."""
+    flags = {i for i, word in enumerate(typed) if word.startswith("-")}
+    return flags | {i + 1 for i in flags if typed[i] in VALUED and i + 1 < len(typed)}
+
+
+def _check_flags(typed: Sequence[str]) -> None:
+    """Raise UserError for a flag that Hydra does not have: it may be a setting, with dashes before it."""
+    flags = sorted(_flags(typed))
+    if not flags:
+        return
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    for i in flags:
+        known = any(option.startswith(typed[i].partition("=")[0]) for option in parser._option_string_actions)
+        if typed[i].startswith("-") and not known:
+            _check_no_setting(typed[i], typed[i + 1] if i + 1 < len(typed) else "")
+    parser.error = _unknown_flag
+    parser.parse_args([typed[i] for i in flags])
+
+
+def _check_no_setting(flag: str, following: str) -> None:
+    """Raise UserError where the flag, such as --steps, is named like a setting. following: the word after it."""
+    name, equals, value = flag.lstrip("-").partition("=")
+    name = name.replace("-", "_")
+    known = known_settings()
+    names = [name] if name in known.settings or name in known.choices else known.named(name)
+    if not equals:
+        value = "..." if not following or "=" in following or following.startswith("-") else following
+    if names:
+        settings = " or ".join(quoted(f"{one}={value}") for one in names)
+        raise UserError(f"{flag}: settings have no dashes: write {settings}")
+
+
+def _unknown_flag(message: str) -> NoReturn:
+    """Raise UserError, in the place of the `error` of Hydra's parser."""
+    flags, settings = command("train.py", "--hydra-help"), command("train.py", "--help")
+    raise UserError(f"{message} ({flags} lists the flags, {settings} the settings, which have no dashes)")
+
+
 def _override(word: str, sweep: bool) -> str:
     key, equals, value = word.partition("=")
     key = key.strip()
     name = key.lstrip("+~")
-    is_group = name.isidentifier() and (CONF / name).is_dir()
     if not name or (not equals and not key.startswith("~")):
         raise UserError(
             f"{word!r} is no setting: write key=value, as in steps=300, a value with spaces in quotes; "
             f"{command('train.py', '--help')} lists them"
         )
+    _check_encoding(word)
+    if key.startswith("~"):
+        return _deletion(word, name)
+    if _parsed(f"{key}=x") is None:
+        raise UserError(no_such_setting(name))
+    if _is_group(name):
+        key = name  # Hydra would add a second choice to the default one
+    if name in PATHS and value.startswith("~"):
+        value = os.path.expanduser(value)
+    return f"{key}={_value(key, value, sweep)}"
+
+
+def _check_encoding(word: str) -> None:
     if re.search("[\ud800-\udfff]", word):
         encoding = sys.getfilesystemencoding()
         way_out = "rename the file, or give a pattern that it fits" if encoding == "utf-8" else "try LC_ALL=C.UTF-8"
         raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: {way_out}")
-    if key.startswith("~"):
-        if is_group and name != "experiment":
-            raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")
-        if _read(word) is None:
-            raise UserError(no_such_setting(name))
-        return word
-    if _read(f"{key}=x") is None:
+
+
+def _deletion(word: str, name: str) -> str:
+    if _is_group(name) and name != "experiment":
+        raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")
+    if _parsed(word) is None:
         raise UserError(no_such_setting(name))
-    if is_group:
-        key = name  # Hydra would add a second choice to the default one
-    if name in PATHS and value.startswith("~"):
-        value = os.path.expanduser(value)
-    found = _read(f"{key}={value}")
+    return word
+
+
+def _value(key: str, value: str, sweep: bool) -> str:
+    """Quote a value where Hydra's grammar would read it as something else."""
+    found, is_text = _parsed(f"{key}={value}"), key.lstrip("+") in TEXTS
     if found is None:
-        if name not in TEXTS and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
-            raise UserError(_unreadable(key, value))
-        parts = value.split(",") if sweep and not re.search(r"""["'()\[\]{}]""", value) else [value]
-        value = ",".join(map(as_text, parts))
-    elif found.is_sweep_override() and not sweep:
-        text = "" if is_group else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
+        return _quoted_value(key, value, sweep, is_text)
+    if found.is_sweep_override() and not sweep:
+        text = "" if _is_group(key) else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
         raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
-    elif name in TEXTS and isinstance(found.value(), bool | int | float | list | dict):
-        value = as_text(value.strip())
-    elif name in TEXTS and value != value.strip():  # which the grammar would leave out
-        value = as_text(value)
-    return f"{key}={value}"
+    if not is_text:
+        return value if re.search(BRACKETS, value) else ",".join(map(_in_digits, value.split(",")))
+    if isinstance(found.value(), bool | int | float | list | dict):
+        return as_text(value.strip())
+    return value if value == value.strip() else as_text(value)  # the grammar would leave the spaces out
 
 
-def _read(word: str) -> Any | None:
-    """Hydra's override; None where its grammar refuses the word."""
+def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:
+    """Quote, as text, a value that the grammar refuses."""
+    if not is_text and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
+        raise UserError(_unreadable(key, value))
+    parts = value.split(",") if sweep and not re.search(BRACKETS, value) else [value]
+    return ",".join(map(as_text, parts))
+
+
+def _in_digits(value: str) -> str:
+    """Write a whole number that was typed as a float, such as 1e3, in digits: integer settings take no float."""
+    if not re.fullmatch(FLOAT, value.strip()):
+        return value
+    number = Decimal(value)
+    return str(int(number)) if number == int(number) else value
+
+
+def _is_group(name: str) -> bool:
+    return name.isidentifier() and (CONF / name).is_dir()
+
+
+def _parsed(word: str) -> Any | None:
+    """Parse an override with Hydra's grammar; None where that refuses it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 

@@ -1,4 +1,4 @@
-"""Which files a pattern or a folder names: each once, in an order of their own, whatever links there are."""
+"""List the files that a glob pattern matches or a folder contains: sorted, each once, whatever links there are."""
 
 import os
 import stat
@@ -14,12 +14,12 @@ from common.errors import UserError, reason
 FileId = tuple[int, int]  # device and inode
 
 
-def matching(pattern: str) -> list[str]:
-    """The regular files that a pattern matches, sorted; of several names of one file, the first.
+def matching_files(pattern: str) -> list[str]:
+    """The regular files that a glob pattern matches, sorted; of several names of one file, the first.
 
-    As in a shell: * ? [ ] match within a name, ** any number of folders, none of them names that begin with a dot,
-    and ~ is the home folder. A name with * ? [ ] that is there as it is written is taken literally. ** does not enter
-    links to folders: one that leads back would have no end. Raises UserError for a folder that cannot be read.
+    As in a shell: * ? [ ] match within a name, ** matches any number of folders, neither matches names that begin with
+    a dot, and ~ is the home folder. A name with * ? [ ] that exists as it is written is taken literally. ** does not
+    enter links to folders, which could form a cycle. Raises UserError for a folder that cannot be read.
     """
     pattern = os.path.expanduser(pattern)
     names = [name for name in pattern.split("/") if name]
@@ -35,45 +35,46 @@ def matching(pattern: str) -> list[str]:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """The regular files in a folder and in those within it, sorted; links to folders are not entered. Raises UserError
-    for a folder that cannot be read."""
+    """The regular files in a folder and its subfolders, sorted; links to folders are not entered. Raises UserError for
+    a folder that cannot be read."""
 
     def failed(error: OSError) -> None:
         if error.errno not in NOT_THERE:
-            refuse_unreadable(error.filename, error)
+            raise_unreadable(error.filename, error)
 
     found = (os.path.join(place, name) for place, _, names in os.walk(folder, onerror=failed) for name in names)
     return sorted(Path(path) for path in found if _regular(path) is not None)
 
 
 def is_folder(path: str) -> bool:
-    """Raises UserError where that cannot be told."""
+    """Whether the path is a folder. Raises UserError where that is unknown."""
     status = _status(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
 
 def file_ids(paths: Iterable[str]) -> dict[FileId, str]:
-    """By what they are on the disk, whatever they are called. One that is gone is left out."""
+    """Map each file's identity on the disk to its path, so that two names of one file compare equal. Missing files are
+    left out."""
     found = ((_regular(path), path) for path in paths)
     return {file_id: path for file_id, path in found if file_id is not None}
 
 
 def working_folder() -> str:
-    """For messages."""
+    """The working directory, for messages."""
     try:
         return os.getcwd()
     except OSError:
         return "a working directory that does not exist any more"
 
 
-def refuse_unreadable(path: str | Path, error: OSError, advice: str | None = None) -> NoReturn:
-    """Raises the error as a UserError that names the file or folder, and the way out."""
+def raise_unreadable(path: str | Path, error: OSError, advice: str | None = None) -> NoReturn:
+    """Raise an OSError as a UserError that names the file or folder, and the way out."""
     raise UserError(f"{path} cannot be read: {reason(error)}" + (f": {advice}" if advice else "")) from None
 
 
 @contextmanager
 def entering(folder: str | Path) -> Iterator[None]:
-    """Around looking into a folder. Raises UserError where this user may not."""
+    """A context for reading a folder: raises UserError where this user may not."""
     try:
         yield
     except OSError as error:
@@ -81,7 +82,7 @@ def entering(folder: str | Path) -> Iterator[None]:
 
 
 def _expanded(folder: str, name: str) -> Iterator[str]:
-    """What one part of a pattern stands for in a folder ("": the working directory)."""
+    """The paths that one component of a pattern matches in a folder ("": the working directory)."""
     path = os.path.join(folder, name)
     if name == "**":
         yield from _folders(folder)
@@ -94,7 +95,7 @@ def _expanded(folder: str, name: str) -> Iterator[str]:
 
 
 def _folders(folder: str) -> Iterator[str]:
-    """The folder and all below it."""
+    """A folder and all its subfolders."""
     waiting = [folder]
     while waiting:
         folder = waiting.pop()
@@ -104,18 +105,18 @@ def _folders(folder: str) -> Iterator[str]:
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-    """None of what is no folder."""
+    """The entries of a folder; [] where it is not a folder."""
     try:
         with os.scandir(folder or os.curdir) as entries:
             return list(entries)
     except OSError as error:
         if error.errno in NOT_THERE:
             return []
-        refuse_unreadable(folder or os.curdir, error, "allow it, or give a path that leads elsewhere")
+        raise_unreadable(folder or os.curdir, error, "allow it, or give a path that leads elsewhere")
 
 
 def _regular(path: str) -> FileId | None:
-    """None where there is no file, or one that is no text at rest, such as a pipe."""
+    """The identity of a regular file; None where there is none, or only a pipe or a device."""
     status = _status(path)
     return (status.st_dev, status.st_ino) if status is not None and stat.S_ISREG(status.st_mode) else None
 
@@ -123,9 +124,9 @@ def _regular(path: str) -> FileId | None:
 def _status(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except ValueError:  # no path at all: it holds a NUL character
+    except ValueError:  # not a valid path: it contains a NUL character
         return None
     except OSError as error:
         if error.errno in NOT_THERE:
             return None
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)

@@ -1,4 +1,4 @@
-"""The first thing that a program does, before it imports what takes seconds, and how signals end it until it trains.
+"""Process start-up, before slow imports: checks of the machine, safe standard streams, and signals until training.
 
 if __name__ == "__main__":
     from common import process
@@ -10,19 +10,19 @@ import os
 import signal
 import sys
 
-OLDEST = (3, 11)
-_in_charge = False  # of the process, which is one of the programs: not a test or a notebook that calls one
+MIN_PYTHON = (3, 11)
+_owns_process = False  # not so in a test or a notebook that calls a program as a function
 
 
 def start(*packages: str) -> None:
-    """Readies the process: from here on a signal ends it in a word, its streams are there, and no file is opened in
-    place of one. Ends it with exit code 2 where Python is too old, the working directory is gone, or one of the
-    packages that the file itself imports is not installed."""
-    global _in_charge
-    _in_charge = True
+    """Set up the process: signals end it without a traceback, and its standard streams exist. Exits with code 2 where
+    Python is too old, the working directory is gone, or one of `packages`, which the calling file imports, is not
+    installed."""
+    global _owns_process
+    _owns_process = True
     end_at_once()
-    if sys.version_info < OLDEST:
-        needed = ".".join(map(str, OLDEST))
+    if sys.version_info < MIN_PYTHON:
+        needed = ".".join(map(str, MIN_PYTHON))
         sys.stderr.write(f"error: Headroom needs Python {needed} or newer, this is {sys.version.split()[0]}\n")
         sys.exit(2)
     import importlib.util
@@ -31,7 +31,7 @@ def start(*packages: str) -> None:
     from common.errors import reason
     from common.invocation import how_to_install
 
-    streams.mend()
+    streams.replace_standard_streams()
     try:
         os.getcwd()
     except OSError as error:
@@ -44,27 +44,27 @@ def start(*packages: str) -> None:
 
 
 def end_at_once() -> None:
-    """From here on Ctrl-C and SIGTERM end the process where it stands, with a word and without one. For when nothing
-    can be lost: an exception amid imports is swallowed by one package and turned into another error by the next."""
+    """From here on Ctrl-C and SIGTERM end the process immediately; Ctrl-C prints one word. For imports, when nothing
+    can be lost: there some packages swallow an exception, and others turn it into another error."""
     _handle(_end)
 
 
 def end_by_unwinding() -> None:
-    """From here on Ctrl-C and SIGTERM are exceptions: all is imported, and files may have to be removed."""
+    """From here on Ctrl-C and SIGTERM raise exceptions, so that temporary files are removed. For after imports."""
     _handle(_unwind)
 
 
 def _handle(handler) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM) if _in_charge else ():
-        if signal.getsignal(number) != signal.SIG_IGN:  # as in a script's background
+    for number in (signal.SIGINT, signal.SIGTERM) if _owns_process else ():
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored by the shell, for a script's background jobs
             signal.signal(number, handler)
 
 
 def _end(number, _frame) -> None:
     if number == signal.SIGINT:
-        try:  # noqa: SIM105  (what suppresses would have to be imported before)
+        try:  # noqa: SIM105  (contextlib is not imported yet)
             os.write(2, b"interrupted\n")
-        except OSError:  # nobody listens
+        except OSError:  # no reader
             pass
     os._exit(128 + number)
 

@@ -1,9 +1,20 @@
-"""The base of every typed settings object: frozen and strict."""
+"""The base of every typed settings object, frozen and strict, and how a field says when its setting may change."""
+
+from enum import IntEnum
 
 from pydantic import BaseModel, ConfigDict
 
 
 class FrozenSettings(BaseModel):
-    """Unknown keys, wrong types, infinities and NaN are refused where the object is made (pydantic.ValidationError)."""
+    """Raises pydantic.ValidationError for unknown keys, wrong types, infinities and NaN."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Change(IntEnum):
+    """When a setting of a run may change, as in `steps: Annotated[int, Change.ON_RESUME]`. A field without a mark is as
+    the field that holds its group."""
+
+    NEVER = 0  # the weights depend on it
+    FINE_TUNING = 1  # in a run that begins with this run's weights
+    ON_RESUME = 2  # there, and in this run when it goes on

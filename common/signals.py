@@ -1,4 +1,4 @@
-"""An end that is asked for: by Ctrl-C, by SIGTERM, as schedulers and `kill` send it, or by a terminal that closes."""
+"""Signal handlers for a graceful stop: Ctrl-C, SIGTERM, as schedulers and `kill` send it, or a terminal that closes."""
 
 import os
 import signal
@@ -11,20 +11,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(Exception):
-    """What was computing when a StopRequest came gave up; nothing of it counts."""
+    """Raised within a step or an evaluation that gives up because a signal came; nothing of it counts."""
 
 
 class StopRequest:
-    """Within its `with` block, the first signal is written down, for the training loop to act on where nothing is lost;
-    the second one is a KeyboardInterrupt."""
+    """A context manager that records the first signal, for the training loop to act on where nothing is lost. The
+    second one is a KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
-            self.before = {number: signal.signal(number, self._receive) for number in heard}
+            handled = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores one
+            self.before = {number: signal.signal(number, self._receive) for number in handled}
         else:
             self.before = {}
         return self
@@ -33,14 +33,14 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def obey(self) -> None:
+    def raise_if_stopped(self) -> None:
         """Call between two parts of a long computation that can be given up. Raises Stopped where a signal came."""
         if self.signal is not None:
             raise Stopped
 
     @property
     def exit_code(self) -> int:
-        """As shells count them: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
+        """The shell's exit code of the signal: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP."""
         return 128 + self.signal
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
@@ -52,8 +52,8 @@ class StopRequest:
 
 
 class Interruptible:
-    """Within its `with` block the first Ctrl-C is written down, for the loop to act on after the token: an exception
-    could come between the text and what the model remembers of it."""
+    """A context manager that records the first Ctrl-C, for the generation loop to act on after the token: an exception
+    could come between the text and the KV cache."""
 
     asked = False
 
@@ -67,6 +67,6 @@ class Interruptible:
         signal.signal(signal.SIGINT, self.before)
 
     def _receive(self, *_) -> None:
-        if self.asked:  # it does not come to the end of a token
+        if self.asked:  # the loop does not reach the end of a token
             raise KeyboardInterrupt
         self.asked = True

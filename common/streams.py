@@ -1,6 +1,7 @@
-"""The three standard streams as the programs need them: never missing, never failing where a message is written, and
-never steering the terminal with characters of somebody else's. Imports nothing heavy."""
+"""Safe standard streams: never missing, never failing while a message is written, and never passing control characters
+of other programs' text to the terminal. Imports nothing heavy."""
 
+import atexit
 import errno
 import io
 import json
@@ -15,23 +16,23 @@ from typing import Any
 from common.errors import CONTROLS, escaped
 
 LONG_WORD = re.compile(r"\S{2000,}")
-LEFT = (errno.EPIPE, errno.ECONNRESET)  # the reader of a pipe or a socket is gone: it has what it wanted
+READER_GONE = (errno.EPIPE, errno.ECONNRESET)  # the reader of a pipe or a socket has closed it: it has all it wanted
 _stdout: "_Stdout | None" = None
 
 
 class StdoutLost(OSError):
-    """What was to be written to stdout is lost: it is full, closed, or nobody reads it any more."""
+    """Output to stdout is lost: its disk is full, it is closed, or its reader is gone."""
 
     @property
     def reader_left(self) -> bool:
-        return self.errno in LEFT
+        return self.errno in READER_GONE
 
 
-def mend() -> None:
-    """Replaces sys.stdin, stdout and stderr. Call it once, before any file is opened: one that is opened while a stream
-    is closed takes its number, and what was meant for the stream would be written into the file."""
+def replace_standard_streams() -> None:
+    """Replace sys.stdin, stdout and stderr. Call it once, before any file is opened: a file that is opened while a
+    stream is closed takes its descriptor, and output meant for the stream would be written into the file."""
     global _stdout
-    # Where a stream was closed, its number reads or writes nothing, and says so, but errors are of no interest.
+    # A closed stdin or stdout gets a descriptor that fails on use, so that the loss is noticed; stderr discards.
     for number, flags in ((0, os.O_WRONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
             os.fstat(number)
@@ -40,14 +41,16 @@ def mend() -> None:
             os.set_inheritable(number, True)
     if sys.stdin is None:
         sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
-    if not os.get_blocking(0):  # where nothing is there yet, a text would seem to have ended
+    if not os.get_blocking(0):  # or input that has not arrived yet would look like the end of input
         os.set_blocking(0, True)
+        atexit.register(os.set_blocking, 0, False)  # the program that shares it may rely on it
     _stdout = _Stdout(1, "w", closefd=False)
-    sys.stdout, sys.stderr = _text(_stdout, sys.stdout), _text(_Stderr(2, "w", closefd=False), sys.stderr)
+    sys.stdout = _text(_stdout, sys.stdout)
+    sys.stderr = _text(_Stderr(2, "w", closefd=False), sys.stderr)
 
 
 def _text(raw: io.FileIO, before: io.TextIOWrapper | None) -> io.TextIOWrapper:
-    """In the encoding of the stream whose place it takes; characters that it lacks are written as escapes."""
+    """A text stream in the encoding of the one that it replaces; characters that this lacks are written as escapes."""
     return io.TextIOWrapper(
         raw if before and before.write_through else io.BufferedWriter(raw),  # python -u
         encoding=before.encoding if before else "utf-8",
@@ -57,8 +60,8 @@ def _text(raw: io.FileIO, before: io.TextIOWrapper | None) -> io.TextIOWrapper:
     )
 
 
-class _Waiting(io.FileIO):
-    """Waits where a stream would not: another program may have made the terminal that they share non-blocking."""
+class _Blocking(io.FileIO):
+    """Blocks even on a non-blocking descriptor: another program may have made the terminal that they share one."""
 
     def write(self, data: bytes) -> int:
         while (written := super().write(data)) is None:
@@ -66,11 +69,11 @@ class _Waiting(io.FileIO):
         return written
 
 
-class _Stdout(_Waiting):
-    """Raises StdoutLost once; what comes later is lost without a word, as the end of the process flushes again."""
+class _Stdout(_Blocking):
+    """Raises StdoutLost once and silently drops later output, because the end of the process flushes again."""
 
     lost: StdoutLost | None = None
-    excused = False  # the loss was dealt with
+    handled = False  # the caller has dealt with the loss
 
     def write(self, data: bytes) -> int:
         if self.lost is None:
@@ -82,8 +85,8 @@ class _Stdout(_Waiting):
         return len(data)
 
 
-class _Stderr(_Waiting):
-    """Where nothing can be written, or nobody reads, what is written is lost: a message is never worth a run."""
+class _Stderr(_Blocking):
+    """Silently drops output that cannot be written: a message must never end a run."""
 
     def write(self, data: bytes) -> int:
         try:
@@ -93,36 +96,35 @@ class _Stderr(_Waiting):
 
 
 def print_stderr(line: str) -> None:
-    """One line on stderr. Of a word that nobody would read to its end, the middle is left out."""
+    """Print one line on stderr. Words of 2000 characters and more are shortened in the middle."""
     line = LONG_WORD.sub(lambda found: f"{found[0][:100]}[...]{found[0][-100:]}", line)
     with suppress(OSError):
         print(escaped(line), file=sys.stderr, flush=True)
 
 
 def print_line(line: str) -> None:
-    """One line of the program's own on stdout."""
+    """Print one line of the program's own on stdout."""
     print(escaped(line), flush=True)
 
 
-def on_stdout(text: str) -> str:
-    """A text of somebody else's as stdout may have it: as it is, but on a terminal with control characters as
-    escapes."""
+def escaped_for_terminal(text: str) -> str:
+    """Text that the program did not write itself, for stdout: on a terminal control characters become escapes."""
     return escaped(text, keep="\t\n") if sys.stdout.isatty() else text
 
 
 def show(text: str) -> None:
-    """The same, written at once."""
-    print(on_stdout(text), end="", flush=True)
+    """Write such text to stdout and flush."""
+    print(escaped_for_terminal(text), end="", flush=True)
 
 
 def json_line(value: Any) -> str:
-    """As JSON, readable, and with escapes for what would steer a terminal."""
+    """One line of readable JSON, with escapes for characters that control a terminal."""
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 @contextmanager
 def all_written() -> Iterator[None]:
-    """Around a program whose product is what it writes to stdout: raises StdoutLost where not all of it got there."""
+    """A context for a program whose product is its stdout: raises StdoutLost where some of it could not be written."""
     try:
         yield
     except BaseException as error:
@@ -137,16 +139,16 @@ def all_written() -> Iterator[None]:
 
 def _flush() -> None:
     sys.stdout.flush()
-    # Who wrote may have passed over the error, as argparse does.
-    if _stdout is not None and _stdout.lost is not None and not _stdout.excused:
+    # The writer may have ignored the error, as argparse does.
+    if _stdout is not None and _stdout.lost is not None and not _stdout.handled:
         raise _stdout.lost
 
 
 def write_if_possible(text: str) -> OSError | None:
-    """On stdout, where it is not the product: -> why it could not be written, if a reader still wanted it."""
+    """Print text on stdout that is not the program's product -> the error, unless the reader itself closed the pipe."""
     try:
         print(text, flush=True)
     except StdoutLost as error:
-        _stdout.excused = True
+        _stdout.handled = True
         return None if error.reader_left else error
     return None

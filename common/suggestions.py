@@ -1,35 +1,127 @@
-"""A setting that does not exist, and what its name may have been meant to be, as far as conf/ and the command line
-tell. Imports nothing heavy."""
+"""What a setting that does not exist was meant to be ("did you mean"). Imports nothing heavy."""
 
 import difflib
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from common.invocation import command
+from common.invocation import CONF, command
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+RENAMED = {  # settings, from what they were called once
+    "most_skipped": "max_skipped_updates",
+    "checkpoint_activations": "activation_checkpointing",
+    "optim.logical_blocks": "optim.per_head",
+}
+MAX_SUGGESTED = 3
+
+
+class Known(NamedTuple):
+    """What there is to set."""
+
+    choices: dict[str, str | None]  # by group
+    settings: list[str]  # as group.name, and the names at the top
+
+    def of_group(self, group: str) -> list[str]:
+        """The settings of the group's choice, by their names."""
+        return [key.removeprefix(f"{group}.") for key in self.settings if key.startswith(f"{group}.")]
+
+    def at_the_top(self) -> list[str]:
+        return [*self.choices, *(key for key in self.settings if "." not in key and key not in self.choices)]
+
+    def named(self, name: str) -> list[str]:
+        """The settings of this name in the groups."""
+        return [key for key in self.settings if key.endswith(f".{name}")][:MAX_SUGGESTED]
 
 
 def no_such_setting(key: str) -> str:
-    """One line: the settings there are where `key` (group.name, or a name at the top) was looked for, and the nearest
-    one, which another choice of the group may have."""
-    chosen, top = _chosen(), [*_defaults(CONF / "train.yaml"), *_keys(CONF / "train.yaml")]
+    """Return one line: that there is no `key` (group.name, or a name at the top), and the nearest setting there is."""
+    if key in RENAMED:
+        return renamed(key)
+    known = known_settings()
     group, _, name = key.rpartition(".")
-    if group in chosen:
-        valid, where = _keys(chosen[group]), f" of {group}={chosen[group].stem}"
-        nearest = _nearest(name, [*valid, *(other for path in _files(group) for other in _keys(path))])
-        if nearest not in (None, *valid):
-            others = " or ".join(path.stem for path in _files(group) if nearest in _keys(path))
-            meant = "it" if nearest == name else f"did you mean {nearest}? It"
-            return f"{key}: no such setting{where}; {meant} belongs to {group}={others}"
-    elif group:  # so the nearest of all there are
-        everywhere = [f"{other}.{name}" for other, path in chosen.items() for name in _keys(path)]
-        nearest = _nearest(key, [*everywhere, *top])
+    if group in known.choices and known.of_group(group):
+        return _not_of_choice(key, group, known)
+    if group:
+        nearest = _nearest(key, known.settings)
         return f"{key}: no such setting; {_hint(nearest)}{command('train.py', '--help')} lists them"
-    else:
-        valid, where, nearest = top, "", _nearest(name, top)
-    return f"{key}: no such setting{where}; {_hint(nearest)}valid: {', '.join(valid) or 'none'}"
+    return _not_at_the_top(name, known)
+
+
+def renamed(key: str) -> str:
+    """Return one line on a setting in RENAMED."""
+    return f"{key} is called {RENAMED[key]} now: write {RENAMED[key]}="
+
+
+def known_settings() -> Known:
+    """Compose the choices on the command line (of a sweep, the first ones) without the settings."""
+    from hydra.errors import HydraException
+
+    choices = list(_typed_choices())
+    try:
+        return _composed(choices)
+    except HydraException:  # one of them is at fault itself
+        return _composed([])
+
+
+def _typed_choices() -> Iterator[str]:
+    for word in sys.argv[1:]:
+        choice = re.fullmatch(r"\+*(\w+)=(\w+)(?:,.*)?", word)
+        if choice and (CONF / choice[1]).is_dir():
+            yield f"{choice[1]}={choice[2]}"
+        elif word.startswith("hydra.searchpath="):
+            yield word
+
+
+def _composed(choices: list[str]) -> Known:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        tree = OmegaConf.to_container(compose("train", choices, return_hydra_config=True))
+    chosen = tree.pop("hydra")["runtime"]["choices"]
+    groups = {group: chosen[group] for group in reversed(chosen) if group.isidentifier()}  # none of Hydra's own
+    return Known(groups, list(_keys(tree)))
+
+
+def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if key != "_target_":
+            yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{prefix}{key}.")
+
+
+def _not_of_choice(key: str, group: str, known: Known) -> str:
+    name, valid = key.removeprefix(f"{group}."), known.of_group(group)
+    others = {path.stem: _keys_of_file(path) for path in sorted((CONF / group).glob("*.yaml"))}
+    nearest = _nearest(name, [*valid, *(other for keys in others.values() for other in keys)])
+    where = f"no such setting of {group}={known.choices[group]}"
+    if nearest is None or nearest in valid:
+        return f"{key}: {where}; {_hint(nearest)}valid: {', '.join(valid)}"
+    owners = " or ".join(choice for choice, keys in others.items() if nearest in keys)
+    meant = "it" if nearest == name else f"did you mean {nearest}? It"
+    return f"{key}: {where}; {meant} belongs to {group}={owners}"
+
+
+def _keys_of_file(path: Path) -> list[str]:
+    import yaml
+
+    return [key for key in yaml.safe_load(path.read_text()) if key not in ("defaults", "_target_")]
+
+
+def _not_at_the_top(name: str, known: Known) -> str:
+    top, within = known.at_the_top(), known.named(name)
+    nearest = _nearest(name, top)
+    if not within and nearest is None:
+        nearest_within = _nearest(name, [key.rpartition(".")[2] for key in known.settings])
+        within = known.named(nearest_within) if nearest_within else []
+    if within:
+        return f"{name}: no such setting; did you mean {' or '.join(within)}?"
+    return f"{name}: no such setting; {_hint(nearest)}valid: {', '.join(top)}"
 
 
 def _hint(nearest: str | None) -> str:
@@ -38,46 +130,3 @@ def _hint(nearest: str | None) -> str:
 
 def _nearest(name: str, names: list[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, names, n=1)), None)
-
-
-def _chosen() -> dict[str, Path]:
-    """Each group with the file of its choice: as typed, else as an experiment or a model says, else the default one."""
-    found = _defaults(CONF / "train.yaml")
-    typed = dict(re.findall(r"^\+*(\w+)=(\w+)", "\n".join(sys.argv[1:]), re.MULTILINE))  # of a sweep, its first
-    experiment = CONF / "experiment" / f"{typed.get('experiment')}.yaml"
-    if experiment.is_file():
-        found |= _defaults(experiment)
-    model = CONF / "model" / f"{typed.get('model', found['model'])}.yaml"
-    if model.is_file():
-        found = found | _defaults(model) | (_defaults(experiment) if experiment.is_file() else {})
-    paths = {group: CONF / group / f"{typed.get(group, choice)}.yaml" for group, choice in found.items()}
-    return {group: path for group, path in paths.items() if path.is_file()}
-
-
-def _defaults(path: Path) -> dict[str, str]:
-    """The choices that a file's defaults list makes."""
-    entries = (entry for entry in _read(path).get("defaults", []) if isinstance(entry, dict))
-    found = {
-        group.removeprefix("override /").partition("@")[0]: choice
-        for entry in entries
-        for group, choice in entry.items()
-    }
-    return {group: choice for group, choice in found.items() if group.isidentifier()}  # no group of Hydra's own
-
-
-def _files(group: str) -> list[Path]:
-    return sorted((CONF / group).glob("*.yaml"))
-
-
-def _keys(path: Path) -> list[str]:
-    """Those of a file, and those that it takes over from others of its folder."""
-    own = [key for key in _read(path) if key not in ("defaults", "hydra", "_target_")]
-    shared = [entry for entry in _read(path).get("defaults", []) if str(entry).endswith("@_here_")]
-    taken = (key for entry in shared for key in _keys(path.parent / f"{entry.removesuffix('@_here_')}.yaml"))
-    return list(dict.fromkeys((*own, *taken)))
-
-
-def _read(path: Path) -> dict:
-    import yaml
-
-    return yaml.safe_load(path.read_text())

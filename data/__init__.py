@@ -1,1 +1,1 @@
-"""Documents -> tokens -> memory-mapped shards -> batches."""
+"""Documents -> tokens -> shards on disk -> batches."""

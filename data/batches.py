@@ -18,19 +18,19 @@ from data.shards.token_files import TokenStream
 SAMPLED_TOKENS = 2**18
 
 
-def windows(stream: TokenStream, length: int) -> int:
-    """How many windows of `length` tokens the stream holds."""
+def count_windows(stream: TokenStream, length: int) -> int:
+    """The number of windows of `length` tokens in the stream."""
     return max(0, (len(stream) - 1) // length)
 
 
-def window(stream: TokenStream, length: int, index: int) -> np.ndarray:
+def read_window(stream: TokenStream, length: int, index: int) -> np.ndarray:
     """(length + 1,) tokens: the inputs are all but the last, the targets all but the first."""
     return stream.read(index * length, length + 1)
 
 
 def training_batch(stream: TokenStream, length: int, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
-    return stack(stream, length, _indices(stream, length, seed, first, count))
+    return read_windows(stream, length, _window_indices(stream, length, seed, first, count))
 
 
 def micro_batches(
@@ -39,7 +39,7 @@ def micro_batches(
     """Step s trains on sequences s·G ... s·G + G - 1, in pieces of micro_batch, which divides G."""
     batch = training_batch(stream, length, seed, step * sequences, sequences)
     if device.type == "cuda":
-        batch = tuple(part.pin_memory() for part in batch)  # or the copy would wait for all that the GPU has to do
+        batch = tuple(part.pin_memory() for part in batch)  # or the copy would wait for all work queued on the GPU
     inputs, targets = (part.to(device, non_blocking=True) for part in batch)
     return list(zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True))
 
@@ -47,63 +47,65 @@ def micro_batches(
 def evaluation_batches(
     stream: TokenStream, length: int, batch_size: int, tokens: slice = slice(None)
 ) -> list[Callable[[], tuple[Tensor, Tensor]]]:
-    """The windows of the stream, or those that lie between two of its tokens, in order and without overlap: for each
-    batch, what reads its inputs and targets, each (at most batch_size, length) int64."""
-    start, stop, _ = tokens.indices(windows(stream, length) * length)
+    """Batches of the windows of the stream, or of those within a slice of its tokens, in order and without overlap.
+    Each is a function that reads inputs and targets, both (at most batch_size, length) int64."""
+    start, stop, _ = tokens.indices(count_windows(stream, length) * length)
     chosen = list(range(start // length, stop // length))
     groups = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
-    return [functools.partial(stack, stream, length, group) for group in groups]
+    return [functools.partial(read_windows, stream, length, group) for group in groups]
 
 
 def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:
     """Names of the documents that a step trains on."""
-    chosen = _indices(corpus.train, length, seed, step * sequences, sequences)
+    chosen = _window_indices(corpus.train, length, seed, step * sequences, sequences)
     return corpus.training_documents((i * length, (i + 1) * length + 1) for i in chosen)
 
 
 def document_positions(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
-    """Windows (B, T) of packed documents, each of which begins with end_of_text -> for each token, its position from
-    the start of its document, or of the window if that cuts it, and the number of its document in the window."""
-    begins = tokens == end_of_text
-    index = torch.arange(tokens.shape[1], device=tokens.device)
-    start = torch.where(begins, index, 0).cummax(dim=1).values
+    """Positions and document ids of packed documents, each of which begins with end_of_text: windows (B, T) -> for each
+    token, its position from the start of its document, or of the window if that cuts it, and the number of its document
+    in the window."""
+    begins = tokens == end_of_text  # (B, T)
+    index = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
+    start = torch.where(begins, index, 0).cummax(dim=1).values  # (B, T)
     return index - start, begins.cumsum(dim=1)
 
 
 def sampled_positions(stream: TokenStream, length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
-    """`document_positions` in windows spread evenly over the stream: all, or as many as hold SAMPLED_TOKENS."""
-    every = -(-windows(stream, length) * length // SAMPLED_TOKENS)
-    tokens, _ = stack(stream, length, list(range(every // 2, windows(stream, length), every)))
+    """`document_positions` of windows spread evenly over the stream: all, or enough for SAMPLED_TOKENS."""
+    count = count_windows(stream, length)
+    every = -(-count * length // SAMPLED_TOKENS)
+    tokens, _ = read_windows(stream, length, list(range(every // 2, count, every)))
     return document_positions(tokens, end_of_text)
 
 
-def refuse_short(corpus: Prepared, length: int) -> None:
-    """Raises UserError where a split holds not even one window."""
+def check_split_lengths(corpus: Prepared, length: int) -> None:
+    """Raises UserError where a split is shorter than one window."""
     for split, stream in (("training", corpus.train), ("validation", corpus.val)):
-        if not windows(stream, length):
+        if not count_windows(stream, length):
             raise UserError(
                 f"the {split} split holds {len(stream)} tokens, one window of model.context_length={length} takes "
                 f"{length + 1}: give more text, or a shorter context"
             )
 
 
-def stack(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """The windows of these indices -> inputs and targets, each (len(indices), length) int64."""
-    rows = np.stack([window(stream, length, i) for i in indices]).astype(np.int64)
+def read_windows(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
+    """Indices of windows -> inputs and targets, each (len(indices), length) int64."""
+    rows = np.stack([read_window(stream, length, i) for i in indices]).astype(np.int64)
     tokens = torch.from_numpy(rows)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def _indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:
-    """The windows that sequences first ... first + count - 1 are."""
-    n = windows(stream, length)
+def _window_indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:
+    """The windows of sequences first ... first + count - 1."""
+    n = count_windows(stream, length)
     return [int(_permutation(n, seed, g // n)[g % n]) for g in range(first, first + count)]
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) the order of the windows in an epoch: they are sorted by a hash of (seed, epoch, index). Libraries promise
-    no stability for their own shuffles; integer arithmetic gives the same order everywhere."""
+    """(n,) the order of the windows in an epoch: sorted by a hash of (seed, epoch, index). Libraries may change
+    their shuffles; integer arithmetic gives the same order everywhere."""
     key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)
     return np.argsort(_mix(_mix(key) ^ np.arange(n, dtype=np.uint64)), kind="stable")
 

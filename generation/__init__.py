@@ -1,1 +1,1 @@
-"""A trained model writes text: decoding, sampling, streaming."""
+"""Text generation with a trained model: decoding, sampling, streaming, scoring."""

@@ -1,4 +1,4 @@
-"""Which tokens of a text each head of a trained model attends to, as a picture.
+"""Attention maps of a trained model as a picture: which tokens of a text each head attends to.
 
 python sample.py "def solve(x):" --attention-map map.png
 """
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from common.errors import NotFinite, UserError, escaped
 from common.figures import save
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from model.stats import ATTENTION_MAP
 from model.transformer import TransformerLM
 
-MOST_TOKENS = 256  # beyond, a cell is less than a dot
-MOST_LABELS = 32  # tokens that are written beside the cells
-LONGEST_LABEL = 10  # characters of a token
+MAX_TOKENS = 256  # beyond, a cell is less than a dot
+MAX_LABELS = 32  # tokens that are written beside the cells
+MAX_LABEL_LENGTH = 10  # characters of a token
 
 
 def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: Path, name: str) -> None:
-    """Draws the attention of every layer (a row of the picture) and head (a column) within the text, which is read
+    """Draw the attention of every layer (a row of the picture) and head (a column) within the text, which is read
     verbatim, nothing before or after it. name: of the run, for the title. Raises UserError for a text that is too
     short or too long, and NotFinite for attention that is no number."""
-    tokens, most = tokenizer.encode(text).tolist(), min(MOST_TOKENS, model.config.context_length)
+    tokens = tokenizer.encode(text).tolist()
+    most = min(MAX_TOKENS, model.config.context_length)
     if not 2 <= len(tokens) <= most:
         raise UserError(
             f"--attention-map draws a prompt of 2 to {most} tokens, this one has {len(tokens)}: "
@@ -34,22 +35,23 @@ def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: 
     if not maps.isfinite().all():
         layer, head, token, _ = (~maps.isfinite()).nonzero()[0].tolist()
         raise NotFinite(f"the attention of layer {layer}, head {head} is not finite from token {token + 1} on")
-    labels = [_label(tokenizer.decode([token])) for token in tokens] if len(tokens) <= MOST_LABELS else None
+    labels = [_label(tokenizer.decode([token])) for token in tokens] if len(tokens) <= MAX_LABELS else None
     _draw(maps, labels, name, path)
 
 
 @torch.no_grad()
 def attention_maps(model: TransformerLM, tokens: list[int]) -> Tensor:
-    """(layers, heads, T, T): row i of each is how token i spreads its attention over the tokens up to itself."""
+    """Attention probabilities (layers, heads, T, T): row i of each is how token i spreads its attention
+    over the tokens up to itself."""
     inputs = torch.tensor([tokens], device=next(model.parameters()).device)
     aux = model(inputs, collect=frozenset({ATTENTION_MAP})).aux
     return torch.stack([aux[f"layers.{i}.{ATTENTION_MAP}"][0] for i in range(len(model.layers))]).cpu()
 
 
 def _label(text: str) -> str:
-    """One line, spaces visible."""
+    """A token's text on one line, spaces visible."""
     text = repr(text)[1:-1].replace(" ", "·")
-    return text if len(text) <= LONGEST_LABEL else text[: LONGEST_LABEL - 1] + "…"
+    return text if len(text) <= MAX_LABEL_LENGTH else text[: MAX_LABEL_LENGTH - 1] + "…"
 
 
 def _draw(maps: Tensor, labels: list[str] | None, name: str, path: Path) -> None:
@@ -71,7 +73,7 @@ def _draw(maps: Tensor, labels: list[str] | None, name: str, path: Path) -> None
     image = bordered.transpose(0, 2, 1, 3).reshape(n_layers * pitch, n_heads * pitch)[:-gap, :-gap]
     colors = plt.get_cmap("magma_r").with_extremes(bad="0.92", under="white")
     norm = PowerNorm(0.5, 0, 1)  # or all that is not near 1 would look alike
-    drawn = axes.imshow(np.ma.masked_equal(image, 0), cmap=colors, norm=norm, aspect="equal")
+    picture = axes.imshow(np.ma.masked_equal(image, 0), cmap=colors, norm=norm, aspect="equal")
     axes.spines[:].set_visible(False)
 
     ticks = np.arange(0, length, 1 if labels else 10 * -(-length // 50))
@@ -80,7 +82,8 @@ def _draw(maps: Tensor, labels: list[str] | None, name: str, path: Path) -> None
         texts = labels or [str(tick) for tick in ticks]
         set_ticks([i * pitch + tick for i in range(count) for tick in ticks], texts * count, **fonts, **turned)
     axes.tick_params(length=1.5)
-    heads, layers = axes.secondary_xaxis("top"), axes.secondary_yaxis("right")
+    heads = axes.secondary_xaxis("top")
+    layers = axes.secondary_yaxis("right")
     middle = (length - 1) / 2
     heads.set_xticks([i * pitch + middle for i in range(n_heads)], [f"head {i}" for i in range(n_heads)])
     layers.set_yticks(
@@ -91,7 +94,7 @@ def _draw(maps: Tensor, labels: list[str] | None, name: str, path: Path) -> None
         side.tick_params(length=0, labelsize=8)
     title = f"{escaped(name)}: how each token (row) attends to those it sees (column)"
     figure.suptitle(title, fontsize=10, parse_math=False)
-    bar = figure.colorbar(drawn, ax=axes, shrink=min(1.0, 4.0 / n_layers), aspect=30)
+    bar = figure.colorbar(picture, ax=axes, shrink=min(1.0, 4.0 / n_layers), aspect=30)
     bar.set_label("probability", fontsize=8)
     bar.ax.tick_params(labelsize=6)
     save(figure, path)

@@ -1,14 +1,16 @@
-"""Samples written side by side: their texts, how each ended, how fast they came."""
+"""Samples generated as one batch: their texts, why each ended, how fast they came, and how they are printed."""
 
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Any
 
+from torch import Tensor
+
 from common.errors import NotFinite
 from common.signals import Interruptible
-from common.streams import print_stderr, show
-from data.tokenizers.tokenizer import Tokenizer
+from common.streams import json_line, print_stderr, show
+from data.tokenizers.base import Tokenizer
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -17,10 +19,13 @@ from model.transformer import TransformerLM
 
 
 class Sample:
-    """What was written in one row of a batch."""
+    """The text generated in one row of a batch."""
 
-    def __init__(self, seed: int, prompt_tokens: int, tokenizer: Tokenizer, stops: Sequence[str]):
-        self.seed, self.prompt_tokens, self.stream = seed, prompt_tokens, TextStream(tokenizer, stops)
+    def __init__(self, seed: int, num_prompt_tokens: int, tokenizer: Tokenizer, stops: Sequence[str]):
+        self.seed = seed
+        self.num_prompt_tokens = num_prompt_tokens
+        self.end_token = tokenizer.end_of_text
+        self.stream = TextStream(tokenizer, stops)
         # or stop: a stop string; end: of the document; context: it is full; interrupted; not_finite: the model's output
         self.finish = "length"
         self.times = [time.perf_counter()]  # of the beginning, and of each token
@@ -30,17 +35,29 @@ class Sample:
         return self.stream.text
 
     @property
-    def tokens(self) -> int:
-        """How many were drawn: those of a stop string and an end of text too, which do not show."""
+    def num_tokens(self) -> int:
+        """How many were sampled: those of a stop string and an end of text too, which do not show."""
         return len(self.times) - 1
 
-    def described(self) -> dict[str, Any]:
-        """As plain JSON values."""
+    def feed(self, token: int, *, now: float, alive: bool) -> str:
+        """Add a sampled token -> what is now certain of the text. alive: whether another token may follow."""
+        self.times.append(now)
+        piece = self.stream.feed(token)
+        if self.stream.stopped:
+            self.finish = "stop"
+        elif token == self.end_token:
+            self.finish = "end"
+        elif not alive:
+            self.finish = "context"
+        return piece
+
+    def as_json(self) -> dict[str, Any]:
+        """The sample as JSON values."""
         return {
             "text": self.text,
             "seed": self.seed,
-            "tokens": self.tokens,
-            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.num_tokens,
+            "prompt_tokens": self.num_prompt_tokens,
             "finish": self.finish,
             **speeds([self]),
         }
@@ -50,69 +67,100 @@ def write(
     model: TransformerLM,
     tokenizer: Tokenizer,
     sampler: Sampler,
-    texts: GenerationState,
+    state: GenerationState,
     samples: Sequence[Sample],
     max_new_tokens: int,
 ) -> Generator[str, None, None]:
-    """Continues each text into its sample, and yields the first one's piece by piece, as it becomes certain.
-    Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once. An output that is not finite ends the
-    texts that it is of."""
-    end = tokenizer.end_of_text
+    """Generate each row's text into its sample, and yield the first one's piece by piece, as it becomes certain.
+    Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once. A row whose output is not finite
+    ends, and only that."""
+    steps = generate(model, state, sampler, max_new_tokens=max_new_tokens, end_token=tokenizer.end_of_text)
     with Interruptible() as interruption:
         with suppress(NotFinite):
-            for step in generate(model, texts, sampler, max_new_tokens=max_new_tokens, end_token=end):
-                now = time.perf_counter()
-                for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
-                    if token == ENDED:
-                        continue
-                    sample.times.append(now)
-                    piece = sample.stream.feed(token)
-                    if sample.stream.stopped:
-                        sample.finish, texts.alive[row] = "stop", False
-                    elif token == end:
-                        sample.finish = "end"
-                    elif not texts.alive[row]:
-                        sample.finish = "context"
-                    if row == 0:
-                        yield piece
+            for step in steps:
+                yield _feed_step(step, state, samples)
                 if interruption.asked:
-                    for alive, sample in zip(texts.alive, samples, strict=True):
-                        if alive and sample.tokens < max_new_tokens:
-                            sample.finish = "interrupted"
+                    _mark_interrupted(state, samples, max_new_tokens)
                     break
-        for broken, sample in zip(texts.not_finite, samples, strict=True):
+        for broken, sample in zip(state.not_finite, samples, strict=True):
             if broken:
                 sample.finish = "not_finite"
         rest = [sample.stream.close() for sample in samples]
         yield rest[0]
 
 
+def _feed_step(step: Tensor, state: GenerationState, samples: Sequence[Sample]) -> str:
+    """Hand each row's token (B,) to its sample, and end rows at a stop string -> the first row's piece of text."""
+    now = time.perf_counter()
+    pieces = [""] * len(samples)
+    for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
+        if token != ENDED:
+            pieces[row] = sample.feed(token, now=now, alive=bool(state.alive[row]))
+            state.alive[row] &= not sample.stream.stopped
+    return pieces[0]
+
+
+def _mark_interrupted(state: GenerationState, samples: Sequence[Sample], max_new_tokens: int) -> None:
+    for alive, sample in zip(state.alive, samples, strict=True):
+        if alive and sample.num_tokens < max_new_tokens:
+            sample.finish = "interrupted"
+
+
 def show_samples(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample], limit: int) -> None:
-    """The first sample as it comes, then the others: the texts to stdout, what is said of them to stderr."""
+    """Print the first sample as it comes, then the others: the texts to stdout, notes on them to stderr. limit: tokens
+    of the context."""
     notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full]"}
-    for i, one in enumerate(samples):
+    for i, sample in enumerate(samples):
         if len(samples) > 1:
-            print_stderr(f"[sample {i + 1} of {len(samples)}, seed {one.seed}]")
+            print_stderr(f"[sample {i + 1} of {len(samples)}, seed {sample.seed}]")
         show(prompt)
         try:
-            for piece in pieces if i == 0 else [one.text]:
+            for piece in pieces if i == 0 else [sample.text]:
                 show(piece)
         finally:
             show("\n")
-        if one.finish in notes:
-            print_stderr(notes[one.finish])
+        if sample.finish in notes:
+            print_stderr(notes[sample.finish])
+
+
+def print_json_samples(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample]) -> None:
+    """Generate all samples, then print a JSON object for each."""
+    for _ in pieces:
+        pass
+    for sample in samples:
+        print(json_line({"prompt": prompt, **sample.as_json()}), flush=True)
+
+
+def print_stats(samples: Sequence[Sample], state: GenerationState) -> None:
+    """Print the speeds, and the size of the KV caches, to stderr."""
+    for name, value in speeds(samples).items():
+        print_stderr(f"{name}={'n/a' if value is None else value}")
+    print_stderr(f"cache_bytes_per_token={sum(cache.bytes_per_token for cache in state.caches or [])}")
 
 
 def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Of all samples together. The first token of each comes with its prompt; None where there is none, or no second
-    one."""
-    written = [sample for sample in samples if sample.tokens]
+    """Prefill and decode throughput of all samples together. The first token of each comes with its prompt; None where
+    there is none, or no second one."""
+    written = [sample for sample in samples if sample.num_tokens]
     if not written:
         return {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
     begin = samples[0].times[0]
-    first, last = min(sample.times[1] for sample in written), max(sample.times[-1] for sample in written)
-    decoded = sum(sample.tokens - 1 for sample in written)
+    first = min(sample.times[1] for sample in written)
+    last = max(sample.times[-1] for sample in written)
+    decoded = sum(sample.num_tokens - 1 for sample in written)
     return {
-        "prefill_tokens_per_second": round(sum(sample.prompt_tokens for sample in samples) / (first - begin), 1),
+        "prefill_tokens_per_second": round(sum(sample.num_prompt_tokens for sample in samples) / (first - begin), 1),
         "decode_tokens_per_second": round(decoded / (last - first), 1) if decoded else None,
     }
+
+
+def check_finished(samples: Sequence[Sample]) -> None:
+    """Raise KeyboardInterrupt where Ctrl-C ended a sample, and NotFinite where the model's output did."""
+    if any(sample.finish == "interrupted" for sample in samples):
+        raise KeyboardInterrupt
+    broken = [sample for sample in samples if sample.finish == "not_finite"]
+    if broken:
+        where = ", ".join(
+            f"{sample.num_prompt_tokens + sample.num_tokens} tokens (seed {sample.seed})" for sample in broken
+        )
+        raise NotFinite(f"the model's output is not finite after {where}")

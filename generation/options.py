@@ -1,21 +1,25 @@
-"""What sample.py may be asked for: its flags, and which of them contradict each other. Imports nothing heavy."""
+"""Command-line flags of sample.py, and which of them contradict each other. Imports nothing heavy."""
 
 import argparse
 import math
+import re
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from common.atomic_io import exists
-from common.cli import CONF, Parser, number
+from common.cli import Parser, number
 from common.errors import UserError, reason
-from common.figures import refuse_unwritable
+from common.figures import check_writable
+from common.invocation import CONF, quoted, version_line
 from common.paths import entering
+from common.streams import print_line
 
-MOST_SAMPLES = 1024
-MOST_TEXT = 2**28  # bytes of a prompt, or of a text to score
-LAST_SEED = 2**63 - 1
+MAX_SAMPLES = 1024
+MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to score
+MAX_SEED = 2**63 - 1
 DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
@@ -45,7 +49,7 @@ DEFAULTS = {
 PROMPTS = ("prompt", "prompt_file")
 FILTERS = ("top_k", "top_p", "min_p")
 WRITING = ("max_new_tokens", "num_samples", "seed", "stop", "context", "temperature", *FILTERS, "repetition_penalty")
-# A flag, those that it leaves without a meaning, and why.
+# Each: a flag, those that it leaves without a meaning, and why.
 CONTRADICTIONS = (
     (
         "score",
@@ -58,40 +62,87 @@ CONTRADICTIONS = (
     ("interactive", ("stats",), "speeds are of one text written in one go, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
+SETTING = re.compile(r"(\w+)=(\S+)")  # as train.py takes them
+SETTINGS_OF_RUN = ("resume", "run_dir", "init_from")  # what train.py calls the folder that --run names
+SWITCHES = ("interactive", "json", "stats", "no_cache")  # flags without a value
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """The command line, every flag filled in; `prompt` is the text to continue, `text` the one to score. Raises
-    UserError for flags that contradict each other, a run that is not there, a file that is not text, and a picture that
-    cannot be written."""
-    parser = _parser(description)
-    known, rest = parser.parse_known_args()
-    if rest:
-        words = not any(word.startswith("-") for word in rest)
-        hint = ': a prompt of several words goes in quotes, as in "to be"' if words else ""
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    given = vars(known)
-    complaint = _contradiction(given)
-    if complaint:
-        raise UserError(complaint)
+def parse_arguments(description: str) -> argparse.Namespace:
+    """Parse the command line, every flag filled in; `prompt` is the text to continue, `score_text` the one to score.
+    Raises UserError for flags that contradict each other, a run that is not there, a file that is not text, and a
+    picture that cannot be written."""
+    given = _parse(_parser(description))
+    _check_contradictions(given)
+    _check_greedy(given)
+    _check_seeds(given)
     args = argparse.Namespace(**DEFAULTS | given)
     if args.run is not None:
-        refuse_no_folder(args.run)
-    if args.prompt_file is not None:
-        args.prompt = read_text(args.prompt_file, "--prompt-file")
-    elif args.prompt == "-":
-        args.prompt = read_text(Path("-"), "the prompt")
-    args.prompt = args.prompt or ""
+        check_is_folder(args.run)
+    args.prompt = _read_prompt(args)
     if args.attention_map is not None:
-        refuse_unwritable(args.attention_map, "--attention-map")
-    args.text = None if args.score is None else read_text(args.score, "--score")
-    if args.text == "":
+        check_writable(args.attention_map, "--attention-map")
+    args.score_text = None if args.score is None else read_text(args.score, "--score")
+    if args.score_text == "":
         raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")
     return args
 
 
-def refuse_no_folder(path: Path) -> None:
-    """Raises UserError where it is not there, or is something else, or a folder around it may not be entered."""
+def _parse(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The flags that were typed, as a dictionary: those that were not are missing."""
+    typed = sys.argv[1:]
+    end = typed.index("--") if "--" in typed else len(typed)  # what follows is no flag
+    known, rest = parser.parse_known_args([*map(_hyphenated, typed[:end]), *typed[end:]])
+    given = vars(known)
+    words = [word for word in (given.get("prompt"), *rest) if word in typed[:end]]
+    _check_no_setting(words)
+    if rest:
+        hint = ""
+        if not any(word.startswith("-") for word in rest):
+            hint = ': a prompt of several words goes in quotes, as in "to be"'
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    if "prompt_flag" in given:
+        if "prompt" in given:
+            raise UserError("--prompt with a prompt: there is one prompt; leave one of them out")
+        given["prompt"] = given.pop("prompt_flag")
+    return given
+
+
+def _hyphenated(word: str) -> str:
+    """A flag typed as --max_new_tokens, as the name of a setting of train.py, with the hyphens it has here."""
+    name, equals, value = word.partition("=")
+    hyphenated = name.replace("_", "-")
+    known = word.startswith("--") and any(_flag(flag).startswith(hyphenated) for flag in DEFAULTS)
+    return hyphenated + equals + value if known else word
+
+
+def _check_no_setting(words: Sequence[str]) -> None:
+    """Raise UserError for a word such as run=runs/NAME, which is how train.py is told: taken for a prompt, the model
+    would continue it."""
+    for word in words:
+        setting = SETTING.fullmatch(word)
+        name = setting and ("run" if setting[1] in SETTINGS_OF_RUN else setting[1])
+        if name in DEFAULTS:
+            raise UserError(f"{word}: settings are flags here: {_as_flag(name, setting[2])}; a prompt goes after --")
+
+
+def _as_flag(name: str, value: str) -> str:
+    """What to do instead of a setting."""
+    if (name, value) == ("run", "latest"):
+        return "leave it out, the newest run is taken anyway"
+    flag = f"--{name.replace('_', '-')}"
+    return f"write {flag}" if name in SWITCHES else f"write {flag} {quoted(value)}"
+
+
+def _read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file is not None:
+        return read_text(args.prompt_file, "--prompt-file")
+    if args.prompt == "-":
+        return read_text(Path("-"), "the prompt")
+    return args.prompt or ""
+
+
+def check_is_folder(path: Path) -> None:
+    """Raise UserError where a run's folder is not there, is no folder, or a folder around it may not be entered."""
     with entering(path):
         there = exists(path) and path.is_dir()
     if not there:
@@ -99,14 +150,15 @@ def refuse_no_folder(path: Path) -> None:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The characters of a file, none changed; `-` is stdin. Raises UserError where it is not UTF-8 or not there."""
+    """Read the characters of a file, none changed; `-` is stdin. Raises UserError where it is not there or not
+    UTF-8."""
     name = "stdin" if str(path) == "-" else str(path)
     try:
         with nullcontext(sys.stdin.buffer) if name == "stdin" else path.open("rb") as file:
-            content = file.read(MOST_TEXT + 1)
-        if len(content) > MOST_TEXT:
+            content = file.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
             raise UserError(
-                f"{what}: {name} is longer than {MOST_TEXT:,} bytes, the most that is read: give a part of it"
+                f"{what}: {name} is longer than {MAX_TEXT_BYTES:,} bytes, the most that is read: give a part of it"
             )
         return content.decode()
     except OSError as error:
@@ -127,6 +179,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     text = parser.add_argument_group("what to continue").add_argument
     text("prompt", nargs="?", help="text, verbatim; - is stdin; without one, a new document begins")
+    text("--prompt", dest="prompt_flag", metavar="TEXT", help="a prompt given as a flag")
     text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
     text("--interactive", action="store_true", help="turn by turn; what was read and written stays in the cache")
     text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
@@ -137,9 +190,15 @@ def _parser(description: str) -> argparse.ArgumentParser:
     length = parser.add_argument_group("how much").add_argument
     length("--max-new-tokens", metavar="N", **_number("with --interactive, per turn; default: 200", int, 1))
     length(
-        "--num-samples", metavar="N", **_number("as one batch, of seeds S, S+1, ...; default: 1", int, 1, MOST_SAMPLES)
+        "--num-samples", metavar="N", **_number("as one batch, of seeds S, S+1, ...; default: 1", int, 1, MAX_SAMPLES)
     )
-    length("--stop", action="append", type=_stop, metavar="STRING", help="end before this text is written; repeatable")
+    length(
+        "--stop",
+        action="append",
+        type=_stop_string,
+        metavar="STRING",
+        help="end before this text is written; repeatable",
+    )
     length("--context", choices=["stop", "slide"], help="when full: stop (default), or drop the oldest half and go on")
     draw = parser.add_argument_group(
         "which token", "applied in this order; the filters see what those before them left"
@@ -153,7 +212,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     draw("--top-k", metavar="K", **_number("sample among the K likeliest tokens", int, 1))
     draw("--top-p", metavar="P", **_number("sample among the fewest tokens that reach P", float, 0, 1))
     draw("--min-p", metavar="P", **_number("leave out what is less likely than P times the likeliest", float, 0, 1))
-    draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, LAST_SEED))
+    draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, MAX_SEED))
     output = parser.add_argument_group("output").add_argument
     output(
         "--json",
@@ -163,47 +222,64 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "prefill_tokens_per_second, decode_tokens_per_second; "
         "with --score: file, nats_per_token, bpb, tokens, bytes",
     )
-    output("--stats", action="store_true", help="print speeds and the cache's size to stderr")
+    output("--stats", action="store_true", help="print speeds, kernels and the cache's size to stderr")
+    output("--version", action=_Version, nargs=0, help="print the versions of Headroom and PyTorch")
     machine = parser.add_argument_group("how it runs").add_argument
     machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
     machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
     machine("--kernel", choices=kernels, help="how attention is computed; default: auto")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
-    machine("--no-cache", action="store_true", help="compute the whole text anew for every token")
+    machine("--no-cache", action="store_true", help="recompute the whole text for every token")
     return parser
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print_line(version_line())
+        parser.exit()
+
+
 def _number(meaning: str, kind: type, least: int, most: int | float = math.inf) -> dict[str, Any]:
-    """What add_argument is to know of a number: the limits it is held to and those that --help states are the same."""
+    """Keyword arguments of add_argument for a number: the limits that are checked are those that --help states."""
     limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
     return {"type": number(kind, least, most), "help": f"{limits}; {meaning}"}
 
 
-def _stop(text: str) -> str:
+def _stop_string(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("an empty string would end every text before it begins")
     return text
 
 
-def _contradiction(given: dict) -> str | None:
+def _check_contradictions(given: dict[str, Any]) -> None:
     for flag, others, why in CONTRADICTIONS:
         for other in others:
             if flag in given and other in given:
-                return f"{_flag(flag)} with {_flag(other)}: {why}; leave one of them out"
-    if given.get("temperature") == 0:
-        for other in FILTERS:
-            if other in given:
-                return (
-                    f"--temperature 0 with {_flag(other)}: the likeliest token is always taken; leave one of them out"
-                )
-        if given.get("num_samples", 1) > 1:
-            return f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text"
-    first, count = given.get("seed", DEFAULTS["seed"]), given.get("num_samples", DEFAULTS["num_samples"])
-    if first + count - 1 > LAST_SEED:
-        return f"--seed {first} with --num-samples {count}: the seeds would go beyond {LAST_SEED}; choose a smaller one"
+                raise UserError(f"{_flag(flag)} with {_flag(other)}: {why}; leave one of them out")
     if given.get("interactive") and given.get("prompt") == "-":
-        return "--interactive with -: stdin is where the turns come from; give the prompt as text"
-    return None
+        raise UserError("--interactive with -: stdin is where the turns come from; give the prompt as text")
+
+
+def _check_greedy(given: dict[str, Any]) -> None:
+    """Refuse what has no meaning at temperature 0, which is greedy decoding."""
+    if given.get("temperature") != 0:
+        return
+    for other in FILTERS:
+        if other in given:
+            raise UserError(
+                f"--temperature 0 with {_flag(other)}: the likeliest token is always taken; leave one of them out"
+            )
+    if given.get("num_samples", 1) > 1:
+        raise UserError(f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text")
+
+
+def _check_seeds(given: dict[str, Any]) -> None:
+    first = given.get("seed", DEFAULTS["seed"])
+    count = given.get("num_samples", DEFAULTS["num_samples"])
+    if first + count - 1 > MAX_SEED:
+        raise UserError(
+            f"--seed {first} with --num-samples {count}: the seeds would go beyond {MAX_SEED}; choose a smaller one"
+        )
 
 
 def _flag(name: str) -> str:

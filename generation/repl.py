@@ -1,4 +1,4 @@
-"""Sampling turn by turn: what is typed is appended to the text, and the model continues it."""
+"""Interactive sampling (REPL), turn by turn: what is typed is appended to the text, and the model continues it."""
 
 import argparse
 import io
@@ -11,9 +11,9 @@ from common.console import deferred_logging
 from common.errors import NotFinite, UserError, reason
 from common.signals import Interruptible
 from common.streams import StdoutLost, print_stderr, show
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from generation.decode import generate
-from generation.options import LAST_SEED
+from generation.options import MAX_SEED
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from generation.text_stream import TextStream
@@ -25,18 +25,19 @@ An empty line appends nothing: the model just goes on.
 A line that begins with // stands for one that begins with /.
   /help           this
   /reset          forget the text, begin anew
-  /seed N         the next turn draws as from --seed N
+  /seed N         the next turn samples as with --seed N
   /temperature T  of the turns from now on; 0 takes the likeliest token
   /quit           leaves, as Ctrl-D does
   Ctrl-C          stops the model; what it wrote stays in the text
 A stop string ends a turn and is not shown, but stays in the text."""
 QUIT = "/quit"
-SEED, TEMPERATURE = number(int, 0, LAST_SEED), number(float, 0)  # as the command line takes them
+parse_seed = number(int, 0, MAX_SEED)  # as the command line does
+parse_temperature = number(float, 0)
 
 
 class Conversation:
-    """One text that the user and the model write in turns. Its caches live from turn to turn, so a turn computes only
-    what is new."""
+    """One text that the user and the model write in turns. Its KV caches live from turn to turn, so a turn computes
+    only what is new."""
 
     def __init__(
         self,
@@ -44,80 +45,91 @@ class Conversation:
         tokenizer: Tokenizer,
         sampler: Sampler,
         *,
-        begin: Callable[[Sequence[int]], GenerationState],  # a text of these tokens, with nothing remembered yet
+        new_state: Callable[[Sequence[int]], GenerationState],  # of a text of these tokens, with nothing cached yet
         max_new_tokens: int,
         stops: Sequence[str] = (),
     ):
-        self.model, self.tokenizer, self.sampler = model, tokenizer, sampler
-        self.begin, self.max_new_tokens, self.stops = begin, max_new_tokens, stops
-        self.seed: int | None = None  # where it is not that of `begin`
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampler = sampler
+        self.new_state = new_state
+        self.max_new_tokens = max_new_tokens
+        self.stops = stops
+        self.seed: int | None = None  # where it is not that of `new_state`
         self.reset()
 
     def reset(self) -> None:
-        self.texts: GenerationState | None = None
-        self.half = b""  # of a character that the last turn left incomplete, for the next one to go on with
+        """Forget the text."""
+        self.state: GenerationState | None = None
+        self.incomplete_bytes = b""  # of a character that the last turn ended within, for the next one to complete
 
-    def draw_from(self, seed: int) -> None:
-        """What is drawn from now on is drawn as in a text that begins here with this seed, and in those to come."""
+    def set_seed(self, seed: int) -> None:
+        """Sample from now on as in a text that begins here with this seed, and so in those to come."""
         self.seed = seed
-        if self.texts is not None:
-            self.texts.draw_from(0, seed)
+        if self.state is not None:
+            self.state.reseed(0, seed)
 
     def set_temperature(self, temperature: float) -> None:
         self.sampler = self.sampler.model_copy(update={"temperature": temperature})
 
     def append(self, line: str) -> None:
-        """Raises UserError, and changes nothing, where the line leaves no room in the context."""
+        """Append the user's line to the text. Raises UserError, and changes nothing, where the line leaves no room in
+        the context."""
         tokens = self.tokenizer.encode(line).tolist()
         try:
-            if self.texts is None:
-                self.texts = self.begin(tokens or [self.tokenizer.end_of_text])
-                if self.seed is not None:
-                    self.texts.draw_from(0, self.seed)
+            if self.state is not None:
+                self.state.append(0, tokens)
             else:
-                self.texts.append(0, tokens)
+                self.state = self.new_state(tokens or [self.tokenizer.end_of_text])
+                if self.seed is not None:
+                    self.state.reseed(0, self.seed)
         except ValueError:
-            limit = self.model.config.context_length
-            free = limit - 1 - (0 if self.texts is None else int(self.texts.lengths[0]))
-            full = (
-                f"the context of {limit} tokens is full" if free <= 0 else f"{len(tokens)} tokens do not fit: {free} do"
-            )
-            raise UserError(f"{full}; /reset begins anew, --context slide would drop the oldest half") from None
+            raise UserError(self._no_room(len(tokens))) from None
         if line:
-            self.half = b""  # it will never be whole
+            self.incomplete_bytes = b""  # that character will never be whole
 
     def turn(self, write: Callable[[str], None]) -> str:
-        """Continues the text, handing out what is certain of it -> a word for the user on why it ended, or none."""
-        texts, stream, token = self.texts, TextStream(self.tokenizer, self.stops, self.half), None
-        end, broken = self.tokenizer.end_of_text, ""
+        """Continue the text, handing out what is certain of it -> a note for the user on why it ended, or none."""
+        stream = TextStream(self.tokenizer, self.stops, self.incomplete_bytes)
+        end_token = self.tokenizer.end_of_text
+        token = None
+        failure = ""
         with Interruptible() as interruption:
             try:
                 for step in generate(
-                    self.model, texts, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end
+                    self.model, self.state, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end_token
                 ):
                     token = int(step[0])
                     write(stream.feed(token))
                     if stream.stopped or interruption.asked:
                         break
             except NotFinite as error:
-                broken = f"[{error}: /reset begins anew]"
+                failure = f"[{error}: /reset begins anew]"
             write(stream.close())
-        self.half = b"" if token == end else stream.half
+        self.incomplete_bytes = b"" if token == end_token else stream.incomplete_bytes
         if not stream.text.endswith("\n"):
             write("\n")
-        if broken:
-            return broken
-        if interruption.asked:
+        return failure or self._ending(token, interrupted=interruption.asked, stopped=stream.stopped)
+
+    def _ending(self, last_token: int | None, *, interrupted: bool, stopped: bool) -> str:
+        """The note on why a turn ended; none where the user asked for that end, by a stop string or a length."""
+        if interrupted:
             return "[stopped]"
-        if token == end:
+        if last_token == self.tokenizer.end_of_text:
             return "[end of document]"
-        if not texts.alive[0] and not stream.stopped:
-            return f"[the context of {texts.limit} tokens is full: /reset begins anew]"
+        if not self.state.alive[0] and not stopped:
+            return f"[the context of {self.state.context_length} tokens is full: /reset begins anew]"
         return ""
+
+    def _no_room(self, num_tokens: int) -> str:
+        limit = self.model.config.context_length
+        free = limit - 1 - (0 if self.state is None else int(self.state.lengths[0]))
+        full = f"the context of {limit} tokens is full" if free <= 0 else f"{num_tokens} tokens do not fit: {free} do"
+        return f"{full}; /reset begins anew, --context slide would drop the oldest half"
 
 
 def converse(conversation: Conversation, first: str) -> None:
-    """Continues `first`, where it is not empty; then reads lines from stdin until it ends."""
+    """Continue `first`, where it is not empty; then read lines from stdin, and answer each, until it ends."""
     with suppress(ImportError):  # absent on Windows
         import readline  # noqa: F401  (what input() edits lines with)
     if isinstance(sys.stdin, io.TextIOWrapper):
@@ -126,29 +138,33 @@ def converse(conversation: Conversation, first: str) -> None:
     if first:
         show(first)
         take_turn(conversation, first)
+    while (line := _read_line()) is not None and line.rstrip() != QUIT:
+        if line.startswith("//"):
+            take_turn(conversation, line.removeprefix("/"))
+        elif line.startswith("/"):
+            say(run_command(conversation, line.rstrip()))
+        else:
+            take_turn(conversation, line)
+
+
+def _read_line() -> str | None:
+    """The next line of stdin; None at its end. Raises UserError where it cannot be read."""
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except StdoutLost:  # the prompt
+            return input("> " if sys.stdin.isatty() else "")
+        except StdoutLost:  # of "> ", not of stdin
             raise
         except OSError as error:
             raise UserError(f"stdin cannot be read: {reason(error)}") from None
         except EOFError:
             show("\n")
-            return
+            return None
         except KeyboardInterrupt:
             say("\nCtrl-D leaves")
-            continue
-        if line.rstrip() == QUIT:
-            return
-        if line.startswith("/") and not line.startswith("//"):
-            say(obey(conversation, line.rstrip()))
-        else:
-            take_turn(conversation, line.removeprefix("/") if line.startswith("//") else line)
 
 
-def obey(conversation: Conversation, command: str) -> str:
-    """Does what a line that begins with / asks for -> what to tell the user."""
+def run_command(conversation: Conversation, command: str) -> str:
+    """Run a command, a line that begins with / -> what to tell the user."""
     try:
         match command.split():
             case ["/help"]:
@@ -157,11 +173,13 @@ def obey(conversation: Conversation, command: str) -> str:
                 conversation.reset()
                 return "[a new text]"
             case ["/seed", value]:
-                conversation.draw_from(SEED(value))
-                return f"[seed {SEED(value)}]"
+                seed = parse_seed(value)
+                conversation.set_seed(seed)
+                return f"[seed {seed}]"
             case ["/temperature", value]:
-                conversation.set_temperature(TEMPERATURE(value))
-                return f"[temperature {TEMPERATURE(value):g}]"
+                temperature = parse_temperature(value)
+                conversation.set_temperature(temperature)
+                return f"[temperature {temperature:g}]"
             case ["/seed" | "/temperature" as name, *_]:
                 return f"{name} takes one number, as in {name} 1"
     except argparse.ArgumentTypeError as error:
@@ -169,9 +187,10 @@ def obey(conversation: Conversation, command: str) -> str:
     return f"{command}: no such command; /help lists them, and // stands for text that begins with /"
 
 
-def take_turn(conversation: Conversation, text: str) -> None:
+def take_turn(conversation: Conversation, line: str) -> None:
+    """Append the line, show how the model continues it, then what there is to note."""
     try:
-        conversation.append(text)
+        conversation.append(line)
     except UserError as error:
         say(f"[{error}]")
     else:
@@ -181,5 +200,6 @@ def take_turn(conversation: Conversation, text: str) -> None:
 
 
 def say(text: str) -> None:
+    """Print the lines of a text to stderr."""
     for line in text.splitlines():
         print_stderr(line)

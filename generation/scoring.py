@@ -1,4 +1,4 @@
-"""How well a model predicts any text."""
+"""Scoring of a text: the cross-entropy of its tokens under a model, in nats per token and bits per byte."""
 
 import math
 from typing import Any
@@ -7,36 +7,37 @@ import torch
 from torch import nn
 
 from common.errors import NotFinite, UserError
-from data.batches import evaluation_batches, windows
+from data.batches import count_windows, evaluation_batches
 from data.shards.token_files import TokenStream
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
 from model.score import Score, score_batches, token_losses
 
-BATCH = 8  # windows at once
+BATCH_WINDOWS = 8  # of one forward pass
 
 
 def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int) -> Score:
-    """The whole text, in windows of the context that do not overlap, the last as long as what is left: as validation
-    does, but without dropping the tail. Every token but the first is predicted once, from those before it in its
-    window; the first one's bytes do not count. Raises UserError where there is nothing to predict."""
+    """Score the whole text in windows of the context that do not overlap, the last as long as what is left: as
+    validation does, but without dropping the tail. Every token but the first is predicted once, from those before it in
+    its window; the first one's bytes do not count. Raises UserError where there is nothing to predict."""
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:
         raise UserError("the text is empty or a single token, which leaves nothing to predict: score a longer one")
     byte_lengths = torch.from_numpy(tokenizer.byte_lengths)
     whole = TokenStream([tokens])
-    rest = tokens[windows(whole, context_length) * context_length :]
-    batches = evaluation_batches(whole, context_length, BATCH)
+    rest = tokens[count_windows(whole, context_length) * context_length :]
+    batches = evaluation_batches(whole, context_length, BATCH_WINDOWS)
     if len(rest) > 1:
         batches += evaluation_batches(TokenStream([rest]), len(rest) - 1, 1)
     return score_batches(model, (read() for read in batches), byte_lengths)
 
 
 @torch.no_grad()
-def refuse_not_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int) -> None:
-    """Raises NotFinite, naming the first token, where the score of the text is NaN or infinite."""
+def check_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int) -> None:
+    """Raise NotFinite, naming the first token, where the score of the text is NaN or infinite."""
     if math.isfinite(score.nats):
         return
-    tokens, device = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None], next(model.parameters()).device
+    tokens = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None]
+    device = next(model.parameters()).device
     for start in range(0, tokens.shape[1] - 1, context_length):
         window = tokens[:, start : start + context_length + 1].to(device)
         broken = (~token_losses(model, window[:, :-1], window[:, 1:]).isfinite()).nonzero()
@@ -47,6 +48,7 @@ def refuse_not_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text
 
 
 def as_line(score: Score) -> str:
+    """The score as a line for a person."""
     return (
         f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte, "
         f"{score.tokens:,} tokens predicted, {score.text_bytes:,} bytes"
@@ -54,7 +56,7 @@ def as_line(score: Score) -> str:
 
 
 def as_json(score: Score) -> dict[str, Any]:
-    """As plain JSON values, not rounded; null for a number that is not finite."""
+    """The score as JSON values, not rounded; null for a number that is not finite."""
     numbers = {"nats_per_token": score.loss, "bpb": score.bpb}
     finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
     return finite | {"tokens": score.tokens, "bytes": score.text_bytes}

@@ -1,4 +1,4 @@
-"""The state of texts that grow: their tokens, their KV caches, and where each draws its randomness from."""
+"""The state of generation: token sequences that grow, their KV caches, and a random generator for each."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from model.transformer import TransformerLM
 
 
 def bucket(n: int) -> int:
-    """The smallest of 64, 96, 128, 192, 256, 384, ... that holds n: few enough shapes for a compiled decode step."""
+    """Round up a length to one of 64, 96, 128, 192, 256, 384, ...: few enough shapes for a compiled decode step."""
     size = 64
     while size < n:
         size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
@@ -17,10 +17,10 @@ def bucket(n: int) -> int:
 
 
 class GenerationState:
-    """A batch of texts, and what the model remembers of them: all that `generate` reads and changes.
+    """A batch of token sequences with their KV caches: all that `generate` reads and changes.
 
     The caller owns it. Between two steps, or two calls of `generate`, it may append to a row, which then goes on, or
-    set `alive[row] = False`, which ends it. Only tokens that the caches do not hold yet are computed.
+    set `alive[row] = False`, which ends it. Only tokens that are not in the KV caches yet are computed.
 
     A row whose context is full ends; with `slide` it drops its oldest half and goes on, the rest standing at positions
     from 0 as if it were the whole text. What is dropped depends on the number of tokens alone: a row goes on as an
@@ -36,13 +36,15 @@ class GenerationState:
         cached: bool = True,
         slide: bool = False,
     ):
-        """Row i draws from a generator of seeds[i] alone. cached=False computes the whole text anew for each token: the
-        slow twin. Raises ValueError for a prompt that cannot be appended."""
-        rows, self.limit, self.slide = len(prompts), model.config.context_length, slide
-        self.draws = [torch.Generator().manual_seed(seed) for seed in seeds]  # a row each
-        self.tokens = torch.zeros(rows, self.limit, dtype=torch.int64)  # (B, limit), padded on the right
+        """Row i is sampled with a generator of seeds[i] alone. cached=False recomputes the whole text for each token:
+        the slow twin. Raises ValueError for a prompt that cannot be appended."""
+        rows = len(prompts)
+        self.context_length = model.config.context_length
+        self.slide = slide
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one for each row
+        self.tokens = torch.zeros(rows, self.context_length, dtype=torch.int64)  # padded on the right
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens in each row's context
-        self.held = torch.zeros(rows, dtype=torch.int64)  # of these, how many the caches hold; not the last
+        self.num_cached = torch.zeros(rows, dtype=torch.int64)  # of these, in the KV caches: all but the last sampled
         self.alive = torch.zeros(rows, dtype=torch.bool)
         self.not_finite = torch.zeros(rows, dtype=torch.bool)  # rows that ended because no next token followed
         for row, (prompt, _) in enumerate(zip(prompts, seeds, strict=True)):
@@ -50,50 +52,55 @@ class GenerationState:
         self.caches = model.make_caches(rows, bucket(int(self.lengths.max()) + 1)) if cached else None
 
     def append(self, row: int, tokens: Sequence[int]) -> None:
-        """Tokens from outside. Raises ValueError, and changes nothing, where the row would be empty, or leave no room
-        in the context for one token more (and does not slide)."""
-        held = int(self.lengths[row])
-        total = held + len(tokens)
-        start = self._surplus(total) if self.slide else 0
-        if not 0 < total - start < self.limit:
-            raise ValueError(f"a text of {total} tokens: between 1 and {self.limit - 1} fit a context of {self.limit}")
-        text = torch.cat((self.tokens[row, :held], torch.tensor(tokens, dtype=torch.int64)))[start:]
+        """Append given tokens, such as a prompt, to a row, and revive it. Raises ValueError, and changes nothing, where
+        the row would be empty, or leave no room in the context for one token more (and does not slide)."""
+        before = int(self.lengths[row])
+        total = before + len(tokens)
+        dropped = self._num_dropped(total) if self.slide else 0
+        if not 0 < total - dropped < self.context_length:
+            raise ValueError(
+                f"a text of {total} tokens: between 1 and {self.context_length - 1} "
+                f"fit a context of {self.context_length}"
+            )
+        text = torch.cat((self.tokens[row, :before], torch.tensor(tokens, dtype=torch.int64)))[dropped:]
         self.tokens[row, : len(text)] = text
-        self.lengths[row], self.alive[row], self.not_finite[row] = len(text), True, False
-        if start:
-            self.held[row] = 0  # each token stands elsewhere now
+        self.lengths[row] = len(text)
+        self.alive[row] = True
+        self.not_finite[row] = False
+        if dropped:
+            self.num_cached[row] = 0  # each token stands elsewhere now
 
-    def add(self, tokens: Tensor) -> None:
-        """One token of its own (B,) for each row that is alive."""
+    def append_token(self, tokens: Tensor) -> None:
+        """Append one sampled token (B,) to each row that is alive; a row whose context is full then ends or slides."""
         self.tokens[self.alive, self.lengths[self.alive]] = tokens[self.alive]
         self.lengths += self.alive
-        full = self.alive & (self.lengths == self.limit)
+        full = self.alive & (self.lengths == self.context_length)
         for row in full.nonzero()[:, 0].tolist():
             if self.slide:
                 self.append(row, [])
             else:
                 self.alive[row] = False
 
-    def seen(self, vocab_size: int) -> Tensor:
-        """(B, V) bool: the tokens in each row's context."""
-        written = torch.arange(self.limit) < self.lengths[:, None]
+    def seen_tokens(self, vocab_size: int) -> Tensor:
+        """(B, V) bool: the tokens in each row's context, which a repetition penalty applies to."""
+        written = torch.arange(self.context_length) < self.lengths[:, None]
         row = torch.arange(len(self.tokens))[:, None].expand_as(written)
         seen = torch.zeros(len(self.tokens), vocab_size, dtype=torch.bool)
         seen[row[written], self.tokens[written]] = True
         return seen
 
-    def uniform(self) -> Tensor:
-        """(B,) the next number in [0, 1) of each row that is alive: a row draws once for each token of its own."""
-        drawn = torch.zeros(len(self.draws), dtype=torch.float64)
+    def draw_uniform(self) -> Tensor:
+        """(B,) the next random number in [0, 1) of each row that is alive: one for each token that it samples."""
+        uniform = torch.zeros(len(self.generators), dtype=torch.float64)
         for row in self.alive.nonzero()[:, 0].tolist():
-            drawn[row] = torch.rand((), generator=self.draws[row], dtype=torch.float64)
-        return drawn
+            uniform[row] = torch.rand((), generator=self.generators[row], dtype=torch.float64)
+        return uniform
 
-    def draw_from(self, row: int, seed: int) -> None:
-        """The row draws anew, as a text of this seed does from its first token on."""
-        self.draws[row] = torch.Generator().manual_seed(seed)
+    def reseed(self, row: int, seed: int) -> None:
+        """Sample the row from now on as a text of this seed is sampled from its first token on."""
+        self.generators[row] = torch.Generator().manual_seed(seed)
 
-    def _surplus(self, total: int) -> int:
+    def _num_dropped(self, total: int) -> int:
         """The fewest halves of the context, in tokens, whose loss leaves room for one token more."""
-        half = self.limit // 2
-        return -(-max(0, total - self.limit + 1) // half) * half
+        half = self.context_length // 2
+        return -(-max(0, total - self.context_length + 1) // half) * half

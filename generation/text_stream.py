@@ -1,9 +1,10 @@
-"""Text as it is written: tokens in, whole characters out, and nothing that may yet turn out to be a stop string."""
+"""Streaming detokenization: tokens in, whole characters out, and nothing that may yet turn out to be a stop string."""
 
 import codecs
 from collections.abc import Sequence
 
-from data.tokenizers.tokenizer import Tokenizer
+from data.tokenizers.base import Tokenizer
+from generation.stop_strings import find_stop_string, split_partial_stop
 
 
 class TextStream:
@@ -11,48 +12,42 @@ class TextStream:
     character, before the longest), whichever tokens spell it. Stop strings are looked for in what is written, not in
     what was there before."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), half: bytes = b""):
-        """half: the bytes of a character that an earlier text left incomplete, and this one goes on with."""
-        self.tokenizer, self.stops = tokenizer, stops
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
-        self.decoder.decode(half)
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), incomplete_bytes: bytes = b""):
+        """incomplete_bytes: the first ones of a character that an earlier text ended within, and this one completes."""
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for a character's last byte
+        self.decoder.decode(incomplete_bytes)
         self.text = ""  # what was handed out
-        self.held = ""  # what may be the beginning of a stop string
+        self.pending = ""  # what may be the beginning of a stop string
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """-> what is now certain to belong to the text, of this token and of those held back."""
+        """Decode one token -> what is now certain to belong to the text, of this token and of those pending."""
         return self._advance(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def close(self) -> str:
-        """-> the rest, where no more tokens will come. Half a character is left out."""
-        rest, self.held = self.held, ""
+        """End the text -> the rest of it. An incomplete character is left out."""
+        rest = self.pending
+        self.pending = ""
         self.text += rest
         return rest
 
     @property
-    def half(self) -> bytes:
+    def incomplete_bytes(self) -> bytes:
         """The first bytes of a character whose others have not come."""
         return self.decoder.getstate()[0]
 
     def _advance(self, fresh: str) -> str:
         if self.stopped:
             return ""
-        pending = self.held + fresh
-        found = [(pending.find(stop) + len(stop), -len(stop)) for stop in self.stops if stop in pending]
-        if found:
-            end, negative_length = min(found)
-            certain, self.held, self.stopped = pending[: end + negative_length], "", True
+        text = self.pending + fresh
+        stop = find_stop_string(text, self.stops)
+        if stop is not None:
+            certain = text[:stop]
+            self.pending = ""
+            self.stopped = True
         else:
-            certain, self.held = _split(pending, self.stops)
+            certain, self.pending = split_partial_stop(text, self.stops)
         self.text += certain
         return certain
-
-
-def _split(text: str, stops: Sequence[str]) -> tuple[str, str]:
-    """The text, and the longest end of it with which a stop string begins."""
-    longest = max(map(len, stops), default=1) - 1
-    for start in range(max(0, len(text) - longest), len(text)):
-        if any(stop.startswith(text[start:]) for stop in stops):
-            return text[:start], text[start:]
-    return text, ""

@@ -48,7 +48,7 @@ class Flops(NamedTuple):
         return self.per_token + self.per_pair * (self.keys if keys is None else keys)
 
     def training(self, keys: float | None = None) -> float:
-        """Per token, forward and backward. What a flash kernel computes anew in its backward pass is not counted."""
+        """Per token, forward and backward. What a flash kernel recomputes in its backward pass is not counted."""
         return TRAINING * self.forward(keys)
 
 

@@ -1,26 +1,28 @@
-"""The dimensions that the parts of a model share."""
+"""Model dimensions that attention, MLP, norms and embeddings share."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.settings import FrozenSettings
+from common.settings import Change, FrozenSettings
 
-LARGEST = 2**20  # no memory holds a model so wide; far beyond, arithmetic overflows and lists of divisors never end
-Size = Annotated[int, Field(ge=1, le=LARGEST)]  # a dimension
+MAX_SIZE = 2**20  # no memory holds a wider model; far beyond, arithmetic overflows and finding divisors takes for ever
+Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
 
 
 class Dimensions(FrozenSettings):
-    """What everything else derives from. The vocabulary belongs to the tokenizer."""
+    """Sizes and switches from which attention and MLP derive theirs. The tokenizer owns the vocabulary size."""
 
     n_layers: Size
     d_model: Size
     n_heads: Size
-    context_length: int = Field(ge=2, le=LARGEST)  # tokens in a training window, and the most a text may have
-    tie_embeddings: bool = True  # one matrix for the input embedding and the output head
+    # Tokens in a training sequence, and the limit when sampling:
+    context_length: Annotated[int, Change.FINE_TUNING] = Field(ge=2, le=MAX_SIZE)
+    tie_embeddings: bool = True  # one matrix for the input embedding and the LM head
     position_embedding: Literal["none", "learned", "sinusoidal"] = "none"  # added to each token's embedding
-    dropout: float = Field(0.0, ge=0, lt=1)  # of the embedding and of what each layer adds, while training
-    norm: Literal["rms", "layer"] = "rms"  # of the residual stream
-    bias: bool = False  # of all matrices in attention and MLP, and of a LayerNorm; never of the head
-    logit_softcap: float | None = Field(None, ge=1e-3, le=1e6)  # cap · tanh(logits / cap); beyond, float32 loses them
-    zero_init: bool = True  # what writes to the residual stream begins at zero; false: small, the deeper the smaller
+    # On embeddings and on outputs of attention and MLP, in training only:
+    dropout: Annotated[float, Change.FINE_TUNING] = Field(0.0, ge=0, lt=1)
+    norm: Literal["rms", "layer"] = "rms"  # norm of the residual stream
+    bias: bool = False  # on every Linear in attention and MLP, and on LayerNorm; never on the LM head
+    logit_softcap: float | None = Field(None, ge=1e-3, le=1e6)  # cap · tanh(logits / cap), within float32
+    zero_init: bool = True  # o_proj and down_proj start at zero; false: std / sqrt(2 n_layers)

@@ -1,4 +1,7 @@
-"""The logical matrices within a stored one: what optimizers and clipping must know of a layer, as plain data."""
+"""Layout of weight matrices: which rows belong to which head and part, for optimizers and QK-clip.
+
+Muon orthogonalises each logical matrix by itself, and QK-clip scales the rows that make a head's queries and keys; a
+stored matrix holds several of them, one below the other."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,20 +11,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """How the rows of a stored matrix divide: into heads, one after another, and within each into named parts.
+    """Divides the rows of a stored matrix into heads, one after another, and each head into named parts.
 
-    heads · sum(parts) = rows. A matrix that is used as one has one head with one part.
+    heads · sum(parts) = rows. A matrix that is used whole has one head with one part.
     """
 
     heads: int
-    parts: Mapping[str, int]  # rows of each part in each head, in their order
+    parts: Mapping[str, int]  # name -> rows of this part in each head, in order
 
     def views(self, stored: Tensor) -> dict[str, Tensor]:
-        """The matrix (rows, cols), or its bias (rows,) -> of each part a view, (heads, its rows, cols) or
-        (heads, its rows)."""
+        """Views of each part: of the matrix (rows, cols), (heads, part rows, cols); of its bias (rows,),
+        (heads, part rows)."""
         pieces = stored.unflatten(0, (self.heads, -1)).split(list(self.parts.values()), dim=1)
         return dict(zip(self.parts, pieces, strict=True))
 
 
 def single_matrix(name: str, rows: int) -> MatrixLayout:
+    """Layout of a matrix that is used whole."""
     return MatrixLayout(1, {name: rows})

@@ -1,21 +1,22 @@
-"""Which keys a query may see, as a predicate over positions. Kernels turn it into whatever they need."""
+"""Attention masks as predicates over positions: which keys a query may see. Kernels turn them into what they need."""
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-HASH = 2**31 - 1
+HASH_BITS = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """The keys that one attention may see, of those before (or around) a query.
+    """A mask pattern: the keys a query sees by their distance, apart from documents and padding.
 
-    Causal, with neither window nor dilation, is all of them up to the query itself. A window holds `window` tokens,
-    the query's own included (without `causal`: up to that many on either side); of these, a dilation of n takes the
-    query's own and every n-th from there (Longformer, Beltagy et al. 2020, arXiv:2004.05150). Beside them everyone sees
-    the first `global_tokens`, and of all pairs of blocks of `block_size` positions the share `random_blocks`, drawn
-    from `seed` (BigBird, Zaheer et al. 2020, arXiv:2007.14062).
+    Causal, with neither window nor dilation, shows all keys up to the query's own. A sliding window shows `window`
+    tokens, the query's own included (without `causal`: up to that many on either side); of these, a dilation of n shows
+    the query's own and every n-th from there (Longformer, Beltagy et al. 2020, arXiv:2004.05150). In addition every
+    query sees the first `global_tokens`, and the positions are divided into spans of `block_size`: a share
+    `random_blocks` of all pairs of spans is visible, chosen by a hash with `seed` (BigBird, Zaheer et al. 2020,
+    arXiv:2007.14062).
     """
 
     causal: bool = True
@@ -25,20 +26,20 @@ class Pattern:
     random_blocks: float = 0.0
     block_size: int = 64
     seed: int = 0
-    see_self: bool = True  # position 0, which has nothing else to see, sees itself always
+    see_self: bool = True  # position 0 sees itself always: it has no other key
 
     @property
     def is_full(self) -> bool:
-        """Nothing hides a key but causality."""
+        """Whether nothing but causality hides a key."""
         return self.window is None and self.dilation == 1 and self.see_self
 
     @property
-    def bounded(self) -> bool:
-        """A query sees no key further back than its window, but for the global tokens."""
+    def has_bounded_reach(self) -> bool:
+        """Whether no query sees keys further back than its window, except global tokens."""
         return self.causal and self.window is not None and not self.random_blocks
 
     def sees(self, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-        """bool, of positions that broadcast; none is negative. Elementwise, so it serves one pair as well as many."""
+        """Bool tensor for positions that broadcast and are not negative. Elementwise: flex calls it on single pairs."""
         distance = q_pos - k_pos
         seen = distance >= 0 if self.causal else distance == distance
         if not self.is_full:
@@ -50,16 +51,16 @@ class Pattern:
             if self.global_tokens:
                 local = local | (k_pos < self.global_tokens)
             if self.random_blocks:
-                local = local | self._drawn(q_pos // self.block_size, k_pos // self.block_size)
+                local = local | self._in_random_block(q_pos // self.block_size, k_pos // self.block_size)
             seen = seen & local
         return seen if self.see_self else seen & ((distance != 0) | (q_pos == 0))
 
-    def _drawn(self, q_block: Tensor, k_block: Tensor) -> Tensor:
-        """Whether a hash of the pair and the seed, of 31 bits, is below the share that is wanted."""
-        bits = (q_block * 73856093) ^ (k_block * 19349663) ^ ((self.seed * 83492791) & HASH)
+    def _in_random_block(self, q_block: Tensor, k_block: Tensor) -> Tensor:
+        """Whether the 31-bit hash of the pair and the seed is below the share `random_blocks`."""
+        bits = (q_block * 73856093) ^ (k_block * 19349663) ^ ((self.seed * 83492791) & HASH_BITS)
         for _ in range(3):
-            bits = ((bits & HASH) ^ ((bits & HASH) >> 16)) * 0x45D9F3B + 1
-        return (bits & HASH) < int(self.random_blocks * HASH)
+            bits = ((bits & HASH_BITS) ^ ((bits & HASH_BITS) >> 16)) * 0x45D9F3B + 1
+        return (bits & HASH_BITS) < int(self.random_blocks * HASH_BITS)
 
 
 CAUSAL = Pattern()
@@ -67,48 +68,54 @@ CAUSAL = Pattern()
 
 @dataclass(frozen=True)
 class Mask:
-    """A query sees the keys that the pattern lets its position see, in its own document only, where several are packed
-    into one sequence.
+    """The attention mask of one call: a query sees the keys that the pattern shows its position, and in packed
+    sequences only those of its own document.
 
-    Negative positions are padding: as keys they are never visible; as queries they see every key there is, so that no
-    softmax row is empty and no NaN is born, whatever the window.
+    Negative positions are padding: as keys they are never visible; as queries they see every key, so that no softmax
+    row is empty and none gives NaN, whatever the window.
 
-    `plain` is a statement by whoever made the positions: they are 0..T-1 for queries and keys alike (with nothing but
-    padding behind), and nothing was cached before. Only then may a kernel use what it knows of indices.
+    `contiguous` is stated by whoever made the positions: they are 0..T-1 for queries and keys alike (with nothing but
+    padding behind), and nothing was cached before. Only then may a kernel tell positions from indices.
     """
 
     q_pos: Tensor  # (B, T) or (1, T)
     k_pos: Tensor  # (B, S) or (1, S)
     contiguous: bool
     pattern: Pattern = CAUSAL
-    q_doc: Tensor | None = None  # (B, T) which document each token belongs to, in packed sequences
+    q_doc: Tensor | None = None  # (B, T) document of each token, if packed
     k_doc: Tensor | None = None  # (B, S)
 
     @property
     def is_plain_causal(self) -> bool:
-        """Indices say who sees whom: a query sees the keys up to its own. (Without `causal` they do not tell the
-        padding that may stand behind.)"""
+        """Whether query i sees exactly the keys 0..i, by index: the mask of a kernel's causal fast path. (Without
+        `causal`, indices cannot hide the padding that may stand behind.)"""
         return self.contiguous and self.pattern.is_full and self.pattern.causal
 
     def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-        """(B, t, s) bool, for the queries in `rows` and the keys in `keys`."""
+        """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`."""
         q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
         k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
         return self.sees(*q, *k)
 
     def sees(self, q_pos: Tensor, q_doc: Tensor | None, k_pos: Tensor, k_doc: Tensor | None) -> Tensor:
-        """Of positions and documents that broadcast: elementwise, so it serves one pair as well as many."""
+        """Bool tensor for positions and documents that broadcast. Elementwise: flex calls it on single pairs."""
         seen = (k_pos >= 0) & self.pattern.sees(q_pos, k_pos)
         if q_doc is not None:
             seen = seen & (k_doc == q_doc)
         return seen | (q_pos < 0)
 
     def span(self, rows: slice) -> slice:
-        """The keys that the queries in `rows` (a start and a stop) may see at most; all, where indices say nothing."""
+        """A range of keys that holds all those visible to the queries in `rows` (a start and a stop), so that a kernel
+        can leave out the others; all keys where positions are not contiguous."""
         if not self.contiguous:
             return slice(0, self.k_pos.shape[1])
         pattern = self.pattern
-        near = pattern.window is not None and not pattern.random_blocks and not pattern.global_tokens
-        start = max(0, rows.start - pattern.window + 1) if near else 0
-        reach = rows.stop if pattern.causal else rows.stop + pattern.window - 1 if near else self.k_pos.shape[1]
-        return slice(start, min(reach, self.k_pos.shape[1]))
+        n_keys = self.k_pos.shape[1]
+        only_window = pattern.window is not None and not pattern.random_blocks and not pattern.global_tokens
+        start = max(0, rows.start - pattern.window + 1) if only_window else 0
+        stop = n_keys
+        if pattern.causal:
+            stop = rows.stop
+        elif only_window:
+            stop = rows.stop + pattern.window - 1
+        return slice(start, min(stop, n_keys))

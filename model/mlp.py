@@ -1,4 +1,4 @@
-"""The position-wise part of a block."""
+"""MLP (feed-forward network) of a transformer block: SwiGLU, or one hidden layer with ReLU, ReLU² or GELU."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,24 +12,24 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from common.settings import FrozenSettings
-from model.dimensions import LARGEST, Dimensions
+from model.dimensions import MAX_SIZE, Dimensions
 from model.linear import Linear
 
 
 class MLPConfig(FrozenSettings, ABC):
-    d_ff: int | None = Field(None, ge=1, le=4 * LARGEST)  # hidden width; unset, it derives from d_model
+    d_ff: int | None = Field(None, ge=1, le=4 * MAX_SIZE)  # hidden width; unset: derived from d_model
 
     @abstractmethod
     def derive(self, dimensions: Dimensions) -> Self:
-        """The same choice with d_ff filled in."""
+        """Return this config with d_ff filled in."""
 
     @abstractmethod
     def build(self, dimensions: Dimensions) -> nn.Module:
-        """The module; call it on a derived config. Its last matrix, to the residual stream, is named `down_proj`."""
+        """Build the module; call it on a derived config. `down_proj` writes to the residual stream."""
 
 
 class SwiGLUConfig(MLPConfig):
-    """d_ff: 8/3 d_model rounded up to a multiple of 32, for as many parameters as a plain MLP of 4 d_model."""
+    """Unset d_ff: 8/3 d_model rounded up to a multiple of 32: as many parameters as a PlainMLP of 4 d_model."""
 
     def derive(self, dimensions: Dimensions) -> Self:
         return self.model_copy(update={"d_ff": self.d_ff or -(-8 * dimensions.d_model // 96) * 32})
@@ -39,7 +39,7 @@ class SwiGLUConfig(MLPConfig):
 
 
 class PlainMLPConfig(MLPConfig):
-    """d_ff: 4 d_model."""
+    """Unset d_ff: 4 d_model."""
 
     def derive(self, dimensions: Dimensions) -> Self:
         return self.model_copy(update={"d_ff": self.d_ff or 4 * dimensions.d_model})
@@ -56,7 +56,7 @@ class ReLU2Config(PlainMLPConfig):
 
 
 class GELUConfig(PlainMLPConfig):
-    approximate: Literal["none", "tanh"] = "none"  # x · Φ(x), or GPT-2's formula for it
+    approximate: Literal["none", "tanh"] = "none"  # x · Φ(x), or GPT-2's tanh approximation
 
     def build(self, dimensions: Dimensions) -> nn.Module:
         activation = partial(F.gelu, approximate=self.approximate)
@@ -64,7 +64,7 @@ class GELUConfig(PlainMLPConfig):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) · up x) (Shazeer 2020, arXiv:2002.05202)."""
+    """Gated MLP: down(silu(gate x) · up x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, d_model: int, d_ff: int, bias: bool):
         super().__init__()
@@ -77,8 +77,8 @@ class SwiGLU(nn.Module):
 
 
 class PlainMLP(nn.Module):
-    """down(activation(up x)), with ReLU, ReLU² (So et al. 2021, arXiv:2109.08668) or GELU (Hendrycks & Gimpel 2016,
-    arXiv:1606.08415)."""
+    """MLP with one hidden layer, down(activation(up x)): ReLU, ReLU² (So et al. 2021, arXiv:2109.08668) or GELU
+    (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 
     def __init__(self, d_model: int, d_ff: int, activation: Callable[[Tensor], Tensor], bias: bool):
         super().__init__()
@@ -91,7 +91,7 @@ class PlainMLP(nn.Module):
 
 
 class _ReLU2(torch.autograd.Function):
-    """max(x, 0)². PyTorch would differentiate the square as 2 · x^1, a power and a copy besides the products."""
+    """max(x, 0)². PyTorch would differentiate the square as 2 · x^1, with an extra power and an extra copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

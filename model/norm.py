@@ -1,4 +1,4 @@
-"""Normalisation over the last dimension, in float32 whatever comes in; the caller's dtype goes out."""
+"""RMSNorm and LayerNorm over the last dimension, computed in float32; they return the dtype of their input."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from torch.autograd.function import once_differentiable
 
 from model.dimensions import Dimensions
 
-EPS = 1e-6  # of RMSNorm
+RMS_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
     """x · weight / sqrt(mean(x²) + 1e-6) (Zhang & Sennrich 2019, arXiv:1910.07467). On CUDA it is one kernel; elsewhere
-    PyTorch differentiates it a product at a time, in up to three times the time of the formula below."""
+    PyTorch differentiates each product of it, which takes up to three times as long as the formula in _RMSNorm."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -22,12 +22,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=EPS).to(x.dtype)
+            return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS).to(x.dtype)
         return _RMSNorm.apply(x, self.weight)
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w ∘ u, where u = x · inv and inv = 1 / sqrt(mean(x²) + eps). Keeps x as it came and inv, a number per row.
+    """y = w ∘ u, where u = x · inv and inv = 1 / sqrt(mean(x²) + eps). Saves x in its dtype and inv, one value per row.
 
     dw = Σ over rows of inv · p        dx = inv · w ∘ dy - x · inv³ · (p · w) / d        where p = dy ∘ x
     """
@@ -36,7 +36,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         exact = x.to(torch.float32, copy=True)
         square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
-        inverse = square.div_(x.shape[-1]).add_(EPS).rsqrt_()
+        inverse = square.div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         return exact.mul_(inverse).mul_(weight).to(x.dtype)
 
@@ -54,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean(x)) · weight / sqrt(var(x) + 1e-5) + bias (Ba et al. 2016, arXiv:1607.06450); var is the biased one."""
+    """(x - mean(x)) · weight / sqrt(var(x) + 1e-5) + bias (Ba et al. 2016, arXiv:1607.06450); var divides by n."""
 
     def __init__(self, dim: int, bias: bool):
         super().__init__()
@@ -68,7 +68,7 @@ class LayerNorm(nn.Module):
 class GroupedRMSNorm(nn.Module):
     """RMSNorm of heads (..., H, n) with one root mean square for each of G groups of neighbouring heads, and one weight
     (n,) for all heads: x[h] · weight · inv[g(h)], inv[g] = 1 / sqrt(mean over the group's heads and dims of x² + 1e-6).
-    With G = H it is RMSNorm of every head. `inverse_rms` alone is all that makes it more than a constant matrix."""
+    With G = H it is RMSNorm of each head. Given `inverse_rms` it is linear in x, which is what absorbed MLA uses."""
 
     def __init__(self, dim: int, groups: int):
         super().__init__()
@@ -76,9 +76,9 @@ class GroupedRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def inverse_rms(self, x: Tensor) -> Tensor:
-        """(..., H, n) -> (..., G) in float32."""
+        """inv of each group: (..., H, n) -> (..., G) in float32."""
         grouped = x.float().unflatten(-2, (self.groups, -1))
-        return (grouped.square().mean((-2, -1)) + EPS).rsqrt()
+        return (grouped.square().mean((-2, -1)) + RMS_EPS).rsqrt()
 
     def forward(self, x: Tensor) -> Tensor:
         inverse = self.inverse_rms(x).repeat_interleave(x.shape[-2] // self.groups, dim=-1)[..., None]  # (..., H, 1)
@@ -89,8 +89,8 @@ NORMS = (RMSNorm, LayerNorm, GroupedRMSNorm)
 
 
 def residual_norm(dimensions: Dimensions) -> nn.Module:
-    """Of the residual stream: what each part of a block reads, and what the head reads. Norms within an attention (of
-    queries, keys and latents) are RMSNorms always, as their papers have them."""
+    """Build a norm of the residual stream, ahead of an attention, an MLP or the LM head. Norms within an attention (of
+    queries, keys and latents) are always RMSNorms, as in their papers."""
     if dimensions.norm == "layer":
         return LayerNorm(dimensions.d_model, dimensions.bias)
     return RMSNorm(dimensions.d_model)

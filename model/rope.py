@@ -1,5 +1,5 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), the rotation of queries and keys by their position, and
-the ways to stretch it over longer texts than it was trained on."""
+"""Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864): queries and keys rotate by their position. With
+linear, NTK and YaRN scaling for texts longer than those trained on."""
 
 import math
 from dataclasses import dataclass
@@ -10,12 +10,14 @@ from torch import Tensor
 
 Layout = Literal["half", "interleaved"]
 Scaling = Literal["none", "linear", "ntk", "yarn"]
-BETA_FAST, BETA_SLOW = 32, 1  # turns within the original context, which YaRN ramps between; the paper's, for Llama
+# YaRN ramps between pairs that make so many turns within the original context; the paper's values for Llama.
+BETA_FAST = 32
+BETA_SLOW = 1
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotates pairs of coordinates by position · theta^(-2i/dim).
+    """Rotation of pairs of coordinates by position · theta^(-2i/dim).
 
     The layout says which coordinates make pair i: `half` takes (i, i + dim/2) as Llama does, `interleaved` takes
     (2i, 2i + 1) as the paper and DeepSeek do. The two are one model up to a permutation of weight rows.
@@ -25,8 +27,8 @@ class Rope:
         linear   positions / factor (Chen et al. 2023, arXiv:2306.15595)
         ntk      theta · factor^(dim/(dim-2)): the fastest pair turns as before, the slowest factor times slower
         yarn     pairs that turn often within the original context as before, those that do not turn once factor times
-                 slower, a ramp in between (Peng et al. 2023, arXiv:2309.00071, section 3.2); its sharper scores are
-                 the attention's affair
+                 slower, a ramp in between (Peng et al. 2023, arXiv:2309.00071, section 3.2); the attention multiplies
+                 its softmax scale by PositionConfig.softmax_scale_factor
     """
 
     dim: int
@@ -37,8 +39,8 @@ class Rope:
     original_context: int | None = None  # tokens; yarn only
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions (B, T) -> cos, sin, each (B, T, 1, dim) in float32: bfloat16 loses positions beyond 256. Every
-        coordinate has its pair's, and the sine's sign is minus in the first of the two."""
+        """positions (B, T) -> cos, sin, each (B, T, 1, dim) in float32: bfloat16 loses positions beyond 256. Both
+        coordinates of a pair have its angle; the sine of the first is negated."""
         angles = positions[..., None, None].float() * self._frequencies(positions.device)
         cos, sin = angles.cos(), angles.sin()
         if self.layout == "half":
@@ -54,7 +56,7 @@ class Rope:
         return torch.addcmul(exact * cos, self._partners(exact), sin).to(x.dtype)
 
     def _partners(self, x: Tensor) -> Tensor:
-        """Each coordinate's other one of the pair."""
+        """For each coordinate, the other one of its pair."""
         if self.layout == "half":
             return x.roll(self.dim // 2, -1)
         return x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -69,13 +71,17 @@ class Rope:
         if self.scaling == "linear":
             return frequencies / self.factor
         if self.scaling == "yarn":
-            first, last = math.floor(self._pair_that_turns(BETA_FAST)), math.ceil(self._pair_that_turns(BETA_SLOW))
-            first, last = max(first, 0), min(last, self.dim - 1)
-            pairs = torch.arange(self.dim // 2, device=device, dtype=torch.float32)
-            slowed = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+            slowed = self._yarn_ramp(device)
             return frequencies / self.factor * slowed + frequencies * (1 - slowed)
         return frequencies
 
+    def _yarn_ramp(self, device: torch.device) -> Tensor:
+        """(dim/2,) float32, how far each pair is slowed: 0 for the fast ones, 1 for the slow ones."""
+        first = max(math.floor(self._pair_that_turns(BETA_FAST)), 0)
+        last = min(math.ceil(self._pair_that_turns(BETA_SLOW)), self.dim - 1)
+        pairs = torch.arange(self.dim // 2, device=device, dtype=torch.float32)
+        return ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+
     def _pair_that_turns(self, times: float) -> float:
-        """The i, not whole, for which original_context · theta^(-2i/dim) is that many full turns."""
+        """Fractional index i of the pair that turns `times` times: original_context · theta^(-2i/dim) = 2π · times."""
         return self.dim * math.log(self.original_context / (times * 2 * math.pi)) / (2 * math.log(self.theta))

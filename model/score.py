@@ -1,4 +1,4 @@
-"""How well a model predicts text: nats per token and bits per byte."""
+"""Score of a text under a model: loss in nats per token, and bits per byte."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,29 +11,29 @@ from model.loss import chunked_losses
 
 
 class Score(NamedTuple):
-    """Of some text under a model."""
+    """Negative log-likelihood of a text under a model."""
 
     nats: float
     tokens: int
-    text_bytes: int  # of the tokens predicted; a separator's loss counts, but it has no bytes
+    text_bytes: int  # bytes of the predicted tokens; a separator counts as a token of no bytes
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean cross-entropy in nats per token."""
         return self.nats / self.tokens
 
     @property
     def bpb(self) -> float:
-        """Bits per byte."""
+        """Bits per byte: comparable across tokenizers."""
         return self.nats / (math.log(2) * self.text_bytes)
 
     def plus(self, other: "Score") -> "Score":
-        """Of both texts."""
+        """Score of both texts together."""
         return Score(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
 def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, **where: Tensor) -> Tensor:
-    """Nats of each token, (B, T). where: positions and documents of packed windows, as the model takes them."""
+    """Nats of each token, (B, T). where: `positions` and `docs` of packed documents, as the model takes them."""
     return chunked_losses(model(inputs, **where, logits=False).hidden, model.lm_head, targets)
 
 
@@ -44,10 +44,12 @@ def score_batches(
     byte_lengths: Tensor,
     losses: Callable[[nn.Module, Tensor, Tensor], Tensor] = token_losses,
 ) -> Score:
-    """The score of inputs and targets, each (B, T) on the CPU; every token weighs the same, whatever the batch size.
-    byte_lengths: (V,) bytes of text that each token stands for. losses: nats of each token, (B, T)."""
+    """Score batches of (inputs, targets), each (B, T) on the CPU; every token has the same weight in any batch size.
+    byte_lengths: (V,) bytes of text that each token stands for. losses: the function for nats per token, (B, T)."""
     device = next(model.parameters()).device
-    nats, tokens, text_bytes = 0.0, 0, 0
+    nats = 0.0
+    tokens = 0
+    text_bytes = 0
     for inputs, targets in batches:
         tokens += targets.numel()
         text_bytes += int(byte_lengths[targets].sum())

@@ -1,9 +1,9 @@
-"""The causal language model: blocks of attention and MLP on a residual stream."""
+"""Transformer language model: embedding, pre-norm blocks of attention and MLP on a residual stream, LM head."""
 
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.settings import Change
 from model.attention.base import AttentionChoice, Context
 from model.cache import Cache
 from model.dimensions import Dimensions
@@ -20,16 +21,17 @@ from model.mlp import MLPConfig
 from model.norm import residual_norm
 from model.positions import position_embedding
 
-VOCAB_MULTIPLE = 64  # matrix units want aligned widths
+VOCAB_MULTIPLE = 64  # tensor cores and AMX need aligned widths
+# matrices that write to the residual stream
 RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
 
 
 class ModelConfig(Dimensions):
-    """The dimensions, and what is built with them."""
+    """Model configuration: dimensions, and the choices of attention, MLP and kernel."""
 
     attention: AttentionChoice
     mlp: MLPConfig
-    kernel: Kernel
+    kernel: Annotated[Kernel, Change.FINE_TUNING]
 
     @field_validator("attention", "mlp")
     @classmethod
@@ -39,23 +41,27 @@ class ModelConfig(Dimensions):
 
     @property
     def positions(self) -> str:
-        """What tells where a token stands, as in `rope`."""
-        ways = [self.position_embedding, *(self.attention.of_layer(i).position for i in range(self.n_layers))]
-        return " and ".join(way for way in dict.fromkeys(ways) if way != "none") or "the causal mask alone"
+        """Name the positional encodings in use, as in `rope`."""
+        encodings = [self.position_embedding, *(self.attention.of_layer(i).position for i in range(self.n_layers))]
+        return " and ".join(name for name in dict.fromkeys(encodings) if name != "none") or "the causal mask alone"
 
     def check_training(self, device: torch.device) -> None:
-        """Raises Unsupported where the kernel cannot train this model there."""
+        """Raise Unsupported if the kernel cannot train this model on the device."""
         dropout = any(self.attention.of_layer(i).dropout for i in range(self.n_layers))
         self.kernel.check(device, training=True, dropout=dropout)
 
 
 class Output(NamedTuple):
-    logits: Tensor | None  # (B, T, V), or (B, K, V) where K tokens were asked for; None where no logits were
-    aux: dict[str, Tensor]  # what layers had to say, as "layers.3.name"
-    hidden: Tensor  # (B, T, d) or (B, K, d), normed: what logits are made of
+    """Logits, final hidden states and auxiliary outputs of a forward pass."""
+
+    logits: Tensor | None  # (B, T, V), or (B, K, V) for the K tokens of `only`; None with logits=False
+    aux: dict[str, Tensor]  # auxiliary outputs of the layers, as "layers.3.name"
+    hidden: Tensor  # (B, T, d) or (B, K, d) after the final norm: the input of the LM head
 
 
 class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), with dropout on both outputs."""
+
     def __init__(self, config: ModelConfig, index: int, causal: bool):
         super().__init__()
         self.attention_norm = residual_norm(config)
@@ -65,14 +71,14 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        attended, aux = self.attention(self.attention_norm(x), ctx, cache)
-        x = x + ctx.drop(attended, self.dropout)
+        y, aux = self.attention(self.attention_norm(x), ctx, cache)
+        x = x + ctx.drop(y, self.dropout)
         return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), aux
 
 
 class PaddedEmbedding(nn.Module):
-    """One row per token. Rows beyond the vocabulary pad it to a multiple of 64: they are zero and stay zero (nothing
-    reads them, so their gradient is zero), and the state dict does not know them."""
+    """Token embedding or LM head matrix, its vocabulary padded to a multiple of 64. The padding rows are zero and stay
+    zero (nothing reads them, so their gradient is zero), and the state dict leaves them out."""
 
     def __init__(self, vocab_size: int, d_model: int):
         super().__init__()
@@ -82,7 +88,7 @@ class PaddedEmbedding(nn.Module):
         self.register_load_state_dict_pre_hook(_with_padding)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The embedding: (B, T) -> (B, T, d)."""
+        """Look up embeddings: (B, T) -> (B, T, d)."""
         return F.embedding(tokens, self.weight)
 
 
@@ -97,37 +103,41 @@ def _with_padding(module: PaddedEmbedding, state: dict, prefix: str, *_) -> None
 
 
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
-    """cap · tanh(logits / cap), in float32: none is beyond the cap (Gemma 2, arXiv:2408.00118, section 2). Returns the
-    caller's dtype; without a cap, the logits themselves."""
+    """Logit softcapping in float32, cap · tanh(logits / cap), which bounds them by the cap (Gemma 2, arXiv:2408.00118,
+    section 2). Returns the caller's dtype; without a cap, the logits unchanged."""
     return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
 
 
 class LMHead(NamedTuple):
-    """What makes logits of hidden states."""
+    """LM head: projects hidden states to logits over the vocabulary."""
 
-    weight: Tensor  # (V', d): rows beyond the vocabulary are padding
+    weight: Tensor  # (V', d), with padding rows behind the vocabulary
     vocab_size: int
     softcap: float | None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, d), normed -> (B, T, V): the real vocabulary only."""
+        """Hidden states (B, T, d) after the final norm -> logits (B, T, V), without the padding of the vocabulary."""
         return softcapped(F.linear(hidden, self.weight)[..., : self.vocab_size], self.softcap)
 
 
 class TransformerLM(nn.Module):
-    """Pre-norm decoder. The same seed gives the same float32 weights whatever kernel, device or precision."""
+    """Pre-norm decoder. The same seed gives the same float32 weights on every kernel, device and precision."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, causal: bool = True):
-        """Without `causal` every token sees those after it too: an encoder, which has no caches."""
+        """causal=False makes an encoder: tokens also see those after them, and there are no KV caches."""
         # causal=False is reached by no setting yet: it is for an encoder to come.
         super().__init__()
-        self.config, self.vocab_size, self.causal = config, vocab_size, causal
+        self.config = config
+        self.vocab_size = vocab_size
+        self.causal = causal
         self.embedding = PaddedEmbedding(vocab_size, config.d_model)
         self.position_embedding = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = residual_norm(config)
         self.head = None if config.tie_embeddings else PaddedEmbedding(vocab_size, config.d_model)
-        self.ropes = {block.attention.rope for block in self.layers} - {None}
+        # Distinct rotations in order of first use: in a set the order, and so the traced graph, would change with
+        # PYTHONHASHSEED.
+        self.ropes = tuple(dict.fromkeys(b.attention.rope for b in self.layers if b.attention.rope is not None))
         self._initialise(seed)
 
     def forward(
@@ -147,33 +157,25 @@ class TransformerLM(nn.Module):
     ) -> Output:
         """tokens (B, T) int64 -> logits (B, T, V).
 
-        positions: (B, T) or (1, T) of the tokens; negative is padding. Without them: 0..T-1, which is contiguous. With
-            caches they are required: a decoder that forgot them would restart at 0 in silence.
-        contiguous: the caller's word that the positions given are 0..T-1, with nothing but padding behind, and that the
+        positions: (B, T) or (1, T) of the tokens; negative is padding. Default: 0..T-1, which is contiguous. Required
+            with caches: a decoder that forgot them would restart at 0 unnoticed.
+        contiguous: the caller states that the positions given are 0..T-1, with nothing but padding behind, and that the
             caches are empty (a prefill).
-        docs: (B, T) the document each token belongs to; its positions begin at 0 in each. For training: caches hold one
-            document, so they cannot go with it.
-        caches: one per layer, from `make_caches`; written in place.
+        docs: (B, T) document of each token, in packed sequences; positions begin at 0 in each document. For training
+            only: a cache row holds one document.
+        caches: KV caches, one per layer, from `make_caches`; written in place.
         kv_len: how many cache rows may be visible, if fewer than the capacity.
-        only: (B, K) indices of the tokens whose logits are wanted.
-        logits: false for whoever makes them of the hidden states, a piece at a time, as the loss does.
+        only: (B, K) indices of the tokens to compute hidden states and logits for.
+        logits: false to leave the LM head to the caller, as the chunked loss does.
         training: dropout is on, and draws from PyTorch's global generator.
-        activation_checkpointing: keep only the input of each block for the backward pass, which recomputes the rest to
+        activation_checkpointing: save only the input of each block for the backward pass, which recomputes the rest to
             the same bits (Chen et al. 2016, arXiv:1604.06174).
-        collect: names of what layers shall say besides; it comes as aux.
+        collect: names of the auxiliary outputs that layers shall return, in Output.aux.
         """
-        if docs is not None and (positions is None or contiguous or caches is not None):
-            raise ValueError("packed documents need positions, which are not contiguous, and no caches")
-        if caches is not None and not self.causal:
-            raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
-        if caches is not None and activation_checkpointing:
-            raise ValueError(
-                "activation_checkpointing is for training: with caches nothing is kept for a backward pass"
-            )
+        self._check_arguments(positions, contiguous, docs, caches, activation_checkpointing)
         if positions is None:
-            if caches is not None:
-                raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
-            positions, contiguous = torch.arange(tokens.shape[1], device=tokens.device)[None], True
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            contiguous = True
         rotary = {rope: rope.table(positions) for rope in self.ropes}
         ctx = Context(
             positions=positions,
@@ -187,61 +189,90 @@ class TransformerLM(nn.Module):
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions).to(x.dtype)
-        x = ctx.drop(x, self.config.dropout)
-        aux = {}
-        for i, block in enumerate(self.layers):
-            if activation_checkpointing:
-                x, said = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=training)
-            else:
-                x, said = block(x, ctx, None if caches is None else caches[i])
-            aux |= {f"layers.{i}.{name}": value for name, value in said.items()}
+        x, aux = self._run_blocks(ctx.drop(x, self.config.dropout), ctx, caches, activation_checkpointing)
         if only is not None:
             x = x.take_along_dim(only[..., None], dim=1)
         hidden = self.norm(x)
         return Output(self.lm_head.logits(hidden) if logits else None, aux, hidden)
 
+    def _check_arguments(
+        self,
+        positions: Tensor | None,
+        contiguous: bool,
+        docs: Tensor | None,
+        caches: Sequence[Cache] | None,
+        activation_checkpointing: bool,
+    ) -> None:
+        """Raise ValueError for arguments of `forward` that contradict each other."""
+        if docs is not None and (positions is None or contiguous or caches is not None):
+            raise ValueError("packed documents need positions, which are not contiguous, and no caches")
+        if caches is None:
+            return
+        if not self.causal:
+            raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
+        if activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing is for training: with caches nothing is saved for a backward pass"
+            )
+        if positions is None:
+            raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
+
+    def _run_blocks(
+        self, x: Tensor, ctx: Context, caches: Sequence[Cache] | None, activation_checkpointing: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run all layers on x (B, T, d); returns the residual stream and the auxiliary outputs by layer."""
+        aux = {}
+        for i, block in enumerate(self.layers):
+            if activation_checkpointing:
+                x, layer_aux = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=ctx.training)
+            else:
+                x, layer_aux = block(x, ctx, None if caches is None else caches[i])
+            aux |= {f"layers.{i}.{name}": value for name, value in layer_aux.items()}
+        return x, aux
+
     @property
     def lm_head(self) -> LMHead:
-        """With the head's matrix, or the embedding's that it is tied to."""
+        """LM head with its own matrix, or with the embedding's if tied."""
         return LMHead((self.head or self.embedding).weight, self.vocab_size, self.config.logit_softcap)
 
     def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
-        """One empty cache per layer; the caller owns them."""
+        """Create one empty KV cache per layer; the caller owns them."""
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
 
     def param_layout(self) -> dict[str, MatrixLayout]:
-        """The logical matrices within each matrix of the layers, by parameter name. Embeddings and head are not among
-        them: their rows are looked up or compared with, one by one."""
-        found = {}
+        """Layout of each matrix in the layers, by parameter name. Embedding and LM head are left out: they are tables
+        of token vectors rather than matrices for Muon."""
+        layouts = {}
         for i, block in enumerate(self.layers):
-            for name, split in block.attention.param_layout().items():
-                found[f"layers.{i}.attention.{name}"] = split
+            for name, layout in block.attention.param_layout().items():
+                layouts[f"layers.{i}.attention.{name}"] = layout
             for name, parameter in block.mlp.named_parameters():
                 if parameter.ndim >= 2:
-                    found[f"layers.{i}.mlp.{name}"] = single_matrix(name, parameter.shape[0])
-        return found
+                    layouts[f"layers.{i}.mlp.{name}"] = single_matrix(name, parameter.shape[0])
+        return layouts
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
-        """Each matrix draws from a generator of (seed, its name), so models that differ in one part share the rest.
+        """Initialise weights, each matrix from a generator seeded by (seed, its name): models that differ in one part
+        share the weights of the rest.
 
-        The std is 1/sqrt(width of the input): fan-in for matrices, d_model for embeddings, so that a tied head begins
-        with logits of about unit size. Biases start at zero. So do the matrices that write to the residual stream, and
+        The std is 1/sqrt(fan-in) for matrices and 1/sqrt(d_model) for embeddings, so that a tied LM head begins with
+        logits of about unit size. Biases start at zero. So do the matrices that write to the residual stream, and
         every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321); without `zero_init` their std is
-        divided by sqrt(2 · n_layers), so that all of them together add about as much as one would (Radford et al. 2019,
+        divided by sqrt(2 · n_layers), so that together they add about as much as one alone would (Radford et al. 2019,
         section 2.3).
         """
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
-                continue  # without memory there is nothing to draw
-            writes = name.endswith(RESIDUAL_OUTPUTS)
-            if name.endswith(".bias") or (writes and self.config.zero_init):
+                continue  # has no memory to fill
+            is_residual_output = name.endswith(RESIDUAL_OUTPUTS)
+            if name.endswith(".bias") or (is_residual_output and self.config.zero_init):
                 parameter.zero_()
             elif parameter.ndim >= 2:  # norms start at one
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                drawn = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
-                parameter.copy_(drawn / math.sqrt(2 * self.config.n_layers) if writes else drawn)
+                weight = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+                parameter.copy_(weight / math.sqrt(2 * self.config.n_layers) if is_residual_output else weight)
         for matrix in (self.embedding, self.head):
             if matrix is not None:
                 matrix.weight[matrix.vocab_size :] = 0

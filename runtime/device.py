@@ -13,14 +13,7 @@ from runtime.fast_startup import use_deterministic_algorithms
 def choose_device(device: str) -> torch.device:
     """`auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine lacks."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = _existing(device)
-    if chosen.type != "cpu":
-        warn_experimental(f"device={chosen.type}")
-    return chosen
-
-
-def _existing(device: str) -> torch.device:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
         raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
     chosen = torch.device(device)
@@ -28,8 +21,10 @@ def _existing(device: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
             raise UserError(f"device={device}: PyTorch sees {count} CUDA devices here: choose device=cpu or auto")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
+    if chosen.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
+        warn_experimental("device=mps")
     return chosen
 
 

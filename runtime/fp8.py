@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from common.invocation import refuse_no_package
+from common.invocation import check_package
 
 log = logging.getLogger("headroom")
 MIN_CAPABILITY = (8, 9)  # compute capability: Ada, and Hopper after it
@@ -20,7 +20,7 @@ MULTIPLE = 16  # of which both sides of a matrix must be one
 
 def check_fp8(device: torch.device) -> None:
     """Raises UserError where nothing multiplies float8 here."""
-    refuse_no_package("torchao", "precision=fp8", "fp8")
+    check_package("torchao", "precision=fp8", "fp8")
     if device.type != "cuda":
         raise UserError(f"precision=fp8: this {device.type} has no float8 products: choose precision=auto")
     found = torch.cuda.get_device_capability(device)
@@ -38,7 +38,7 @@ def multiply_in_fp8(model: nn.Module) -> nn.Module:
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     fit = {name for name, module in linear.items() if not any(side % MULTIPLE for side in module.weight.shape)}
     device = next(model.parameters()).device
-    refuse_no_package("torchao", "precision=fp8", "fp8")
+    check_package("torchao", "precision=fp8", "fp8")
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig(pad_inner_dim=True, emulate=device.type != "cuda")

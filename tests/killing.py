@@ -17,14 +17,14 @@ UNDER_FIRE += ["save_every=20", "eval_every=50", "eval_tokens=512", "tune_malloc
 # Dies in the middle of writing its n-th checkpoint: when the n-th file of weights is whole and the manifest is not.
 DIES_WRITING = """
 import os, runpy, signal, sys, training.run.checkpoint as checkpoint
-n, sealed = int(sys.argv.pop(1)), checkpoint.sealed
+n, with_checksum = int(sys.argv.pop(1)), checkpoint.with_checksum
 def counted(content):
     global n
     n -= 1
     if n == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    return sealed(content)
-checkpoint.sealed = counted
+    return with_checksum(content)
+checkpoint.with_checksum = counted
 sys.argv[0] = "train.py"
 runpy.run_path({program!r}, run_name="__main__")
 """

@@ -147,7 +147,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
         if not drawn:
-            patch.setattr("training.monitor.report.plot_loss", lambda folder: None)
+            patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)
         try:
             importlib.import_module(program).main()
         except SystemExit as stop:

@@ -9,19 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from common.invocation import command
-from common.overrides import readable
+from common.overrides import hydra_arguments
 from generation import decode as generate
 from generation.text_stream import TextStream
 from model.kernels.base import _log_once
 from tests.support import ROOT, SMOKE, call
 from training.run import load as trained
 from training.run.metrics_file import read_metrics
+
+HEADROOM = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +55,7 @@ def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, ca
     assert f"runs/{run.name}" in out and "The key" in out.split("validation")[0]
     assert f"next         {command('sample.py', 'a beginning of yours', '--run')}" in out
     assert "4 heads, positions by rope, 119,424 parameters on cpu" in err
-    assert "step 30/30" in err and re.search(r"1 micro-batches of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
+    assert "step 30/30" in err and re.search(r"1 micro-batch of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
     assert err.count("The key") >= 1  # the preview at step 20
 
 
@@ -145,6 +148,47 @@ def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
     (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", *arguments)
     assert one["prompt"] == prompt and one["prompt_tokens"] == len(prompt.encode())
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "The key"], ["--prompt=The key"]], ids=["", "with ="])
+def test_a_prompt_may_be_a_flag(place, monkeypatch, capsys, arguments):
+    common = ["--max-new-tokens", "3"]
+    assert sample(place, monkeypatch, capsys, *arguments, *common)[0] == sample(
+        place, monkeypatch, capsys, "The key", *common
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [["--", "run=runs/gqa"], ["--prompt", "run=runs/gqa"]], ids=["--", "--prompt"])
+def test_a_prompt_that_looks_like_a_setting_is_one_where_it_cannot_be_meant_otherwise(
+    place, monkeypatch, capsys, arguments
+):
+    (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", *arguments)
+    assert one["prompt"] == "run=runs/gqa"
+
+
+@pytest.mark.parametrize("prompt", ["_", "a_b", "seed = 5", "x=1", "run="])
+def test_a_prompt_with_an_underscore_or_an_equals_sign_is_a_prompt(place, monkeypatch, capsys, prompt):
+    (one,) = samples(place, monkeypatch, capsys, prompt, "--max_new_tokens", "1", "--top_k=3")
+    assert (one["prompt"], one["tokens"]) == (prompt, 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["The key"], ["The key", "--json"], ["--interactive"], ["--score", "-"], ["The", "--attention-map", "map.png"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("kernel", ["auto", "naive", "online"])
+def test_kernels_are_announced_only_with_stats(place, monkeypatch, capsys, tmp_path, arguments, kernel):
+    _log_once.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The query\n")))
+    arguments = [str(tmp_path / word) if word == "map.png" else word for word in arguments]
+    _, err = sample(place, monkeypatch, capsys, *arguments, "--kernel", kernel)
+    assert "run runs/mla" in err and "\nkernel " not in f"\n{err}"
+
+
+def test_sampling_tells_the_versions(monkeypatch, capsys):
+    assert call("sample", ["--version"], monkeypatch) == 0
+    assert re.fullmatch(r"Headroom \d+\.\d+\.\d+, PyTorch \d+\.\S+\n", capsys.readouterr().out)
 
 
 @pytest.fixture
@@ -386,6 +430,15 @@ BAD_SAMPLES = {
     "greedy min-p": (["x", "--temperature", "0", "--min-p", "0.5"], "--temperature 0 with --min-p"),
     "greedy samples": (["x", "--temperature", "0", "--num-samples", "2"], "all would be the same text"),
     "two prompts": (["x", "--prompt-file", "empty.txt"], "--prompt-file with a prompt"),
+    "two prompts, one a flag": (["x", "--prompt", "y"], "--prompt with a prompt: there is one prompt; leave one"),
+    "a file and a flag": (["--prompt", "y", "--prompt-file", "empty.txt"], "--prompt-file with a prompt"),
+    "underscores, of no flag": (["x", "--max_new_tokns", "3"], "unrecognized arguments: --max_new_tokns 3"),
+    "a setting": (["temperature=0.5"], "temperature=0.5: settings are flags here: write --temperature 0.5; a prompt"),
+    "a setting of two words": (["x", "max_new_tokens=3"], "are flags here: write --max-new-tokens 3; a prompt"),
+    "a run as a setting": (["run=it's"], "run=it's: settings are flags here: write --run 'it'\"'\"'s'"),
+    "a run as train.py names it": (["--interactive", "run_dir=runs/gqa"], "are flags here: write --run runs/gqa; a"),
+    "the newest run": (["resume=latest"], "resume=latest: settings are flags here: leave it out, the newest run is"),
+    "a switch as a setting": (["x", "--stats", "json=true"], "json=true: settings are flags here: write --json; a"),
     "no prompt file": (["--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
     "binary prompt": (["--prompt-file", "binary.txt"], "binary.txt is not UTF-8 text: byte 2"),
     "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),
@@ -498,6 +551,27 @@ BAD_RUNS = {
     "a choice twice in a sweep": (["-m", "optim=adamw,muon", "optim=muon"], "optim=adamw,muon and optim=muon give"),
     "two beginnings": (["init_from=a", "resume=b"], "resume=b with init_from: a run that goes on has weights already"),
     "a flag": (["--foo"], "unrecognized arguments: --foo"),
+    "a flag without its value": (["--cfg"], "--cfg/-c: expected one argument"),
+    "a setting as a flag": (["--steps", "100"], "--steps: settings have no dashes: write steps=100"),
+    "a setting and its value as a flag": (["--steps=100"], "--steps=100: settings have no dashes: write steps=100"),
+    "a choice as a flag": (["--attention", "mla"], "--attention: settings have no dashes: write attention=mla"),
+    "a dashed setting as a flag": (["--batch-tokens", "64", "seed=1"], "no dashes: write batch_tokens=64"),
+    "a group's setting as a flag": (["--lr", "0.1"], "--lr: settings have no dashes: write optim.lr=0.1"),
+    "a switch as a flag": (["--compile", "seed=1"], "--compile: settings have no dashes: write compile=..."),
+    "a group's setting at the top": (["lr=0.01"], "lr: no such setting; did you mean optim.lr?"),
+    "another": (["n_layers=2"], "n_layers: no such setting; did you mean model.n_layers?"),
+    "several groups' setting at the top": (["dropout=0.1"], "did you mean attention.dropout or model.dropout?"),
+    "nearly a group's setting at the top": (["n_layer=2"], "did you mean model.n_layers?"),
+    "a setting by its old name": (["most_skipped=3"], "is called max_skipped_updates now: write max_skipped_updates="),
+    "added by its old name": (["+checkpoint_activations=true"], "called activation_checkpointing now: write"),
+    "in a group by its old name": (
+        ["optim.logical_blocks=false"],
+        "is called optim.per_head now: write optim.per_head=",
+    ),
+    "the newest run by another name": (["resume=last"], "there is no such folder; did you mean resume=latest?"),
+    "the newest base by another name": (["init_from=last"], "did you mean init_from=latest?"),
+    "no threads": (["threads=0"], "threads=0: give at least 1 and at most 1024"),
+    "no evaluation and less": (["eval_every=-1"], "eval_every=-1: give at least 0"),
 }
 
 
@@ -519,6 +593,37 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
     assert set(workplace.rglob("*")) == before
 
 
+@pytest.mark.parametrize("settings", ["most_skipped: 3", "optim: {logical_blocks: false}"])
+def test_an_experiment_with_a_setting_by_its_old_name_is_told_the_new_one(workplace, monkeypatch, capsys, settings):
+    (workplace / "experiment").mkdir()
+    (workplace / "experiment/ours.yaml").write_text(f"# @package _global_\n{settings}\n")
+    assert call("train", ["experiment=ours", f"hydra.searchpath=[file://{workplace}]"], monkeypatch) == 2
+    assert re.fullmatch(r"error: \S+ is called (\S+) now: write \1=\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("program", ["train"])
+def test_the_version_is_ours(workplace, monkeypatch, capsys, program):
+    assert call(program, ["--version"], monkeypatch) == 0
+    assert capsys.readouterr().out == f"Headroom {HEADROOM}, PyTorch {torch.__version__}\n"
+
+
+def test_threads_are_set_and_told(workplace, monkeypatch, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert call("train", [*SMOKE, "steps=1", "threads=2", "run_dir=run"], monkeypatch) == 0
+        assert "parameters on cpu, 2 threads\n" in capsys.readouterr().err
+        assert call("train", ["resume=run", "steps=2", "threads=1"], monkeypatch) == 0
+        assert "parameters on cpu, 1 thread\n" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_without_evaluations_on_the_way_there_is_the_last(workplace, monkeypatch):
+    assert call("train", [*SMOKE, "steps=1e1", "eval_every=0", "run_dir=run"], monkeypatch) == 0
+    rows = read_metrics(workplace / "run/metrics.jsonl")
+    assert [row["step"] for row in rows if "val_loss" in row] == [10]
+
+
 TYPED = [
     "<|endoftext|>",
     "book [v1].txt",
@@ -536,7 +641,7 @@ TYPED = [
 @pytest.mark.parametrize("key", ["data.path", "data.document"])
 @pytest.mark.parametrize("value", TYPED)
 def test_paths_and_separators_are_taken_as_they_are_typed(key, value):
-    (quoted,) = readable([f"{key}={value}"])
+    (quoted,) = hydra_arguments([f"{key}={value}"])
     assert OverridesParser.create().parse_override(quoted).value() == value
 
 
@@ -561,7 +666,7 @@ def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeyp
 
 
 def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypatch, capsys):
-    sweep = ["-m", *SMOKE, "steps=3", "optim.lr=1e30,1e-3", "clip_norm=0", "most_skipped=1"]
+    sweep = ["-m", *SMOKE, "steps=3", "optim.lr=1e30,1e-3", "clip_norm=0", "max_skipped_updates=1"]
     assert call("train", sweep, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert err.count("error: ") == 1 and "training has diverged" in err
@@ -571,7 +676,13 @@ def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypat
 
 @pytest.mark.parametrize(
     "command",
-    ["train.py --help", "sample.py --help", "sample.py --interactive --json", "sample.py --score no.txt"],
+    [
+        "train.py --help",
+        "sample.py --help",
+        "sample.py --version",
+        "sample.py --interactive --json",
+        "sample.py --score no.txt",
+    ],
 )
 def test_help_and_refusals_answer_without_loading_torch(command):
     code = f"import sys, runpy; sys.argv = {command.split()!r}\n"
@@ -581,6 +692,8 @@ def test_help_and_refusals_answer_without_loading_torch(command):
     assert result.returncode == 0, result.stderr
     if "--help" in command:
         assert "attention" in result.stdout.lower()
+    elif "--version" in command:
+        assert result.stdout.startswith("Headroom ")
     else:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 

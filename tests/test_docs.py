@@ -11,7 +11,7 @@ from benchmarks.attention_by_numbers import SECTIONS, show
 from model.transformer import ModelConfig
 from tests.support import ROOT, small_model
 from training.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
-from training.run.folder import BEGINNINGS
+from training.run.folder import FILES_BEFORE_CONFIG
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = {"crossover"}  # times, which no other run gives again
@@ -77,5 +77,5 @@ def _sizes(config: ModelConfig) -> dict[str, float]:
 
 def test_the_page_on_a_runs_files_names_the_files_and_the_manifests_keys():
     named = set(re.findall(r"`([\w./]+)`", RUN_FORMAT))
-    assert named >= {*BEGINNINGS, "config.yaml", "metrics.jsonl", "loss.png", MODEL, OPTIMIZER, MANIFEST}
+    assert named >= {*FILES_BEFORE_CONFIG, "config.yaml", "metrics.jsonl", "loss.png", MODEL, OPTIMIZER, MANIFEST}
     assert named >= Manifest.model_fields.keys()

@@ -1,4 +1,4 @@
-"""torch.compile where it works; eager, and a word about it, where it does not."""
+"""torch.compile, with a fallback to eager execution and a warning where it does not work."""
 
 import logging
 from collections.abc import Callable
@@ -12,10 +12,12 @@ AUTOTUNED = "max-autotune-no-cudagraphs"  # as torch.compile calls it
 
 
 def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) -> Callable:
-    """function(model, ...), compiled if enabled. autotune: of several kernels for a product, the one that is fastest
-    when tried; without CUDA graphs, which PyTorch's max-autotune records besides. What cannot be compiled runs eagerly,
-    as is announced at the first call: the backward pass too is compiled by then, since its compiler would otherwise
-    speak up in the midst of it."""
+    """Compile a function(model, ...) -> tensor, or tuple of tensors with the loss first, if enabled.
+
+    autotune: of several kernels for a matrix product, the one that is fastest when tried; without CUDA graphs, which
+    PyTorch's max-autotune records besides. What cannot be compiled runs eagerly, after a warning at the first call: the
+    backward pass too is compiled by then, since its compiler would otherwise fail in the midst of a step.
+    """
     if not enabled:
         return function
     if autotune:
@@ -27,11 +29,7 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
         if chosen is None:
             try:
                 chosen = torch.compile(function, dynamic=False, mode=AUTOTUNED if autotune else None)
-                with torch.random.fork_rng():  # this call, too, would draw dropout masks
-                    first = chosen(model, *inputs)
-                    loss = first[0] if isinstance(first, tuple) else first
-                    if loss.requires_grad:
-                        torch.autograd.grad(loss, list(model.parameters()))
+                _try_once(chosen, model, *inputs)
             except Exception as error:
                 reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
                 logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")
@@ -39,3 +37,12 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
         return chosen(model, *inputs)
 
     return call
+
+
+def _try_once(function: Callable, model: nn.Module, *inputs: Tensor) -> None:
+    """Run forward and backward once, which compiles both, and leave gradients and random generators as they were."""
+    with torch.random.fork_rng():  # dropout masks would be drawn
+        first = function(model, *inputs)
+        loss = first[0] if isinstance(first, tuple) else first
+        if loss.requires_grad:
+            torch.autograd.grad(loss, list(model.parameters()))

@@ -12,11 +12,11 @@ from common.cli import out_of_memory
 from common.console import clock
 from common.errors import UserError
 from common.streams import print_line
-from data.batches import refuse_short
+from data.batches import check_split_lengths
 from data.shards.prepare import Prepared, missing, prepare
 from model import cost
 from runtime.memory import free_memory
-from training.epochs import epochs, repetitions, tokens_of_epoch
+from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
 from training.step_memory import memory
@@ -67,7 +67,7 @@ def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | No
         corpus = prepare(run.data, run.tokenizer, cache_dir, download=False)
     except UserError as error:
         return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
-    refuse_short(corpus, run.model.context_length)
+    check_split_lengths(corpus, run.model.context_length)
     check(corpus)
     return corpus, []
 
@@ -99,9 +99,9 @@ def _shapes(
 
 def _otherwise(run: Run, vocab_size: int, device: torch.device) -> str:
     """What the activations would take with the other choice of what is kept of them."""
-    other = run.model_copy(update={"checkpoint_activations": not run.checkpoint_activations})
+    other = run.model_copy(update={"activation_checkpointing": not run.activation_checkpointing})
     activations = memory(other, vocab_size, device)["activations"]
-    return f"checkpoint_activations={str(not run.checkpoint_activations).lower()}: activations {size(activations)}"
+    return f"activation_checkpointing={str(not run.activation_checkpointing).lower()}: activations {size(activations)}"
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
@@ -109,8 +109,8 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
     behind = f" ({done:,} are done)" if done else ""
     read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
     yield f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
-    for warning in repetitions(run, corpus, done) if corpus else ():
-        yield f"warning      {warning}"
+    if corpus:
+        yield from repetition_warnings(run, corpus, done)
 
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:
@@ -144,7 +144,7 @@ def _usual_duration(run: Run, steps: int, flops: cost.Flops, device: torch.devic
         return (
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
-    per_token = flops.training() + (flops.forward() if run.checkpoint_activations else 0)
+    per_token = flops.training() + (flops.forward() if run.activation_checkpointing else 0)
     seconds = steps * run.batch_tokens * per_token / (USUAL_MFU * peak)
     return (
         f"time         about {clock(seconds)} for {steps:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "

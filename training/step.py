@@ -1,4 +1,4 @@
-"""One optimizer step."""
+"""One optimizer step: gradient accumulation over micro-batches, clipping, update."""
 
 import functools
 import hashlib
@@ -35,8 +35,8 @@ def mean_loss(
     end_of_text: int | None = None,
     activation_checkpointing: bool = False,
 ) -> Tensor:
-    """Mean nats per token, a scalar. end_of_text: the token that begins a document, where documents are kept apart.
-    activation_checkpointing: activations are recomputed in the backward pass."""
+    """Mean cross-entropy in nats per token, a scalar. end_of_text: the token that begins a document, with a document
+    mask. activation_checkpointing: activations are recomputed in the backward pass."""
     out = model(
         inputs,
         **places(inputs, end_of_text),
@@ -54,14 +54,15 @@ def mean_loss_and_scores(
     end_of_text: int | None = None,
     activation_checkpointing: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """mean_loss, and the largest score of each head, (layers, heads) float32."""
-    how = {
-        "logits": False,
-        "training": True,
-        "activation_checkpointing": activation_checkpointing,
-        "collect": MAX_LOGIT,
-    }
-    out = model(inputs, **places(inputs, end_of_text), **how)
+    """mean_loss, and the largest attention score of each head, (layers, heads) float32."""
+    out = model(
+        inputs,
+        **places(inputs, end_of_text),
+        logits=False,
+        training=True,
+        activation_checkpointing=activation_checkpointing,
+        collect=MAX_LOGIT,
+    )
     return chunked_mean(out.hidden, model.lm_head, targets), torch.stack(list(out.aux.values()))
 
 
@@ -71,14 +72,18 @@ def train_step(
     batches: Iterable[tuple[Tensor, Tensor]],
     lr: float,
     clip_norm: float,
+    *,
     seeds: tuple[int, int] = (0, 0),
     loss: Callable = mean_loss,
     clip: QKClip | None = None,
     between: Between = go_on,
 ) -> StepResult:
-    """One update from equally large micro-batches. seeds: the run's, and the step. clip_norm 0 does not clip. loss:
-    mean_loss; with `clip`, which acts on the updated weights, mean_loss_and_scores. between: may give the step up by an
-    exception, which leaves weights and optimizer as they were."""
+    """One update from equally large micro-batches. A loss or gradient that is not finite skips it.
+
+    seeds: the run's, and the step. clip_norm 0 does not clip. loss: mean_loss; with `clip`, which acts on the updated
+    weights, mean_loss_and_scores. between: may give the step up by an exception, which leaves weights and optimizer as
+    they were.
+    """
     try:
         mean, max_logits = accumulate(mixed, batches, seeds, loss, between)
     except Exception:
@@ -103,34 +108,40 @@ def accumulate(
     loss: Callable = mean_loss,
     between: Between = go_on,
 ) -> tuple[Tensor, Tensor | None]:
-    """Adds the gradients of the mean loss to the float32 parameters -> the mean loss, a scalar, and the largest score
-    of each head where the loss says them.
+    """Gradient accumulation: adds the gradients of the mean loss over all micro-batches to the float32 parameters ->
+    that loss, a scalar, and the largest attention score of each head where the loss function returns them.
 
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
     mixed.copy_master_weights()
     batches = list(batches)
-    total, largest = torch.zeros((), device=mixed.parameters[0].device), None
+    total = torch.zeros((), device=mixed.parameters[0].device)
+    max_logits = None
     for micro_step, (inputs, targets) in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
-        digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-        said = loss(mixed.model, inputs, targets)
-        mean, scores = said if isinstance(said, tuple) else (said, None)
+        _seed_micro_step(seeds, micro_step)
+        found = loss(mixed.model, inputs, targets)
+        mean, scores = found if isinstance(found, tuple) else (found, None)
         share = mean / len(batches)
         mixed.backward(share)
         total += share.detach()
         if scores is not None:
-            largest = scores if largest is None else torch.maximum(largest, scores)
+            max_logits = scores if max_logits is None else torch.maximum(max_logits, scores)
     mixed.unscale()
-    return total, largest
+    return total, max_logits
+
+
+def _seed_micro_step(seeds: tuple[int, int], micro_step: int) -> None:
+    digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Fused optimizers take the word of a tensor, as they do from PyTorch's own gradient scaler; for others the device
-    is waited for."""
+    """Update the parameters, if `skipped` (scalar bool) is false. Fused optimizers read it on the device, as they do
+    with PyTorch's own gradient scaler; for others the device is waited for."""
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        optimizer.grad_scale = None
+        optimizer.found_inf = skipped.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
     elif not skipped:
@@ -144,11 +155,13 @@ def losses_of(
     activation_checkpointing: bool = False,
     compilation: tuple[bool, bool] = (False, False),
 ) -> tuple[Callable, Callable]:
-    """What to train by and each_loss, as the corpus wants its documents read. compilation: whether they are compiled,
-    and autotuned."""
-    mean, each = mean_loss if clip is None else mean_loss_and_scores, each_loss
+    """The loss functions of training (mean_loss, or with `clip` mean_loss_and_scores) and of evaluation (each_loss),
+    with the corpus's document mask. compilation: whether they are compiled, and autotuned."""
+    mean = mean_loss if clip is None else mean_loss_and_scores
+    each = each_loss
     if activation_checkpointing:
         mean = functools.partial(mean, activation_checkpointing=True)
     if corpus.document_mask:
-        mean, each = (functools.partial(function, end_of_text=end_of_text) for function in (mean, each))
+        mean = functools.partial(mean, end_of_text=end_of_text)
+        each = functools.partial(each, end_of_text=end_of_text)
     return maybe_compiled(mean, *compilation), maybe_compiled(each, *compilation)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from common.console import clock
 from model.cost import Flops
-from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
-from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
 from training.run.config import Run
+from training.state import TrainState
 from training.step import losses_of, train_step
 
 MAX_TIMED = 10  # micro-batches, or as many as fit into
@@ -57,15 +56,15 @@ class _Step:
     def __init__(self, run: Run, vocab_size: int, device: torch.device):
         if device.type == "cpu" and run.tune_malloc:
             keep_buffers()
-        model = TransformerLM(run.model, vocab_size, run.seed).to(device)
+        state = TrainState.create(run, vocab_size, device)
         self.settings = run
         self.device = device
         self.count = run.sequences // run.micro_batch_size  # micro-batches of a step
-        self.mixed = MixedPrecision(model, run.precision)
+        self.mixed = state.mixed
         self.mixed.copy_master_weights()
-        self.optimizer = run.optim.build(model)
+        self.optimizer = state.optimizer
         end_of_text = vocab_size - 1  # the last token of every vocabulary
-        self.eager = losses_of(run.data, end_of_text, activation_checkpointing=run.checkpoint_activations)[0]
+        self.eager = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
         draw = torch.Generator().manual_seed(run.seed)
         shape = (run.micro_batch_size, run.model.context_length)
         self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)

@@ -1,1 +1,1 @@
-"""Token files: built, read, looked up."""
+"""Token files: build, read, and an index of documents."""

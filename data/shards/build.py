@@ -1,8 +1,8 @@
-"""Shards in the making: in parts, so that no corpus has to fit into memory and a killed build loses one part at most.
+"""Build shards part by part: no corpus has to fit into memory, and a killed build loses one part at most.
 
-A part is the documents that begin in so many bytes of text. Several threads encode it into a shard of each split, in a
-folder of its own that stands whole or not at all. When all are there, their shards are what the build is. Which tokens
-stand where depends on the documents and the tokenizer alone, not on the threads or on kills.
+A part is the documents that begin within PART_BYTES of text. Several threads encode it into a shard of each split, in
+an atomic folder of its own. When all parts exist, their shards together are the build. Which tokens stand where depends
+on the documents and the tokenizer alone, not on the threads or on kills.
 """
 
 import itertools
@@ -23,21 +23,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from common.atomic_io import exists, make_folder, names_in, remove, sweep, whole_folder
+from common.atomic_io import atomic_folder, exists, make_folder, names_in, remove, remove_unfinished
 from common.errors import UserError
 from common.lock import lock
-from data.shards.document_index import line, names_file
+from data.shards.document_index import index_entry, index_path
 from data.shards.token_files import Shard, ShardWriter, shard_paths
 from data.sources.contents import Contents
 from data.sources.corpus import Corpus, Document, Split, hash_sample
+from data.tokenizers.base import Tokenizer, TokenizerConfig
+from data.tokenizers.load import load_tokenizer
 from data.tokenizers.patterns import last_cut
-from data.tokenizers.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
 SPLITS: tuple[Split, Split] = ("train", "val")
-PART_BYTES = 2**28  # of text: what a kill costs at most, and a shard per split
+PART_BYTES = 2**28  # text in one part, which has one shard per split: a kill costs at most this much
 BATCH_BYTES = 2**18  # of text that a thread encodes at one time
-PASSAGE = 2**12  # characters that a tokenizer is trained on together, where it does not read all
-DAYS = 14  # that parts wait for somebody to continue them
+PASSAGE = 2**12  # characters in one sample of a long corpus for training the tokenizer
+MAX_IDLE_DAYS = 14  # after which parts of an unfinished build are removed
 WORKERS = min(16, os.cpu_count() or 1)
 log = logging.getLogger("headroom")
 
@@ -48,155 +49,182 @@ class Size(NamedTuple):
     train: int | None
     val: int | None
 
+    @property
+    def megabytes(self) -> float | None:
+        return None if self.train is None else (self.train + self.val) / 1e6
+
 
 def measure(corpus: Corpus) -> Size:
-    """Reads all there is once, where that costs no download: what is wrong with the last document is said before the
-    first is encoded, and what there is in a line. Raises UserError for what is wrong, and for a split without
-    documents."""
+    """Read the corpus once, unless that is a download, so that a fault of its last document is reported before the
+    first is encoded. Logs what the corpus contains. Raises UserError for a fault, and for a split without documents."""
     if corpus.remote:
         return Size(None, None)
     found = Contents()
     for document in corpus.read():
         found.add(document)
-    _refuse_empty(corpus, found)
-    _say(corpus, found)
+    _check_no_split_empty(corpus, found)
+    _log_contents(corpus, found)
     return Size(found.bytes["train"], found.bytes["val"])
 
 
 def build(
     corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path, size: Size, workers: int = WORKERS
 ) -> None:
-    """Makes `folder`. Call it under a lock. Raises UserError for documents that cannot be read, and OSError; finished
-    parts are kept then, and the next call goes on after them."""
-    parts, began = _parts_of(folder), time.monotonic()
+    """Build `folder`; the caller holds its lock. Raises UserError for documents that cannot be read, and OSError:
+    finished parts stay then, and the next call continues after them."""
+    parts = _parts_folder(folder)
+    start = time.monotonic()
     make_folder(parts)
-    sweep(parts)
-    total = None if size.train is None else (size.train + size.val) / 1e6
+    remove_unfinished(parts)
     try:
-        with _progress() as progress:
-            task = progress.add_task(f"training the {config.name} tokenizer", total=None)
-            tokenizer = _tokenizer(corpus, config, parts, size)
-            kept = len(_finished(parts))
-            progress.reset(task, description="encoding" + f" (after {kept} finished parts)" * bool(kept), total=total)
-            contents = _encode(corpus, tokenizer, parts, workers, lambda done: progress.advance(task, done / 1e6))
+        contents = _make_parts(corpus, config, parts, size, workers)
         if corpus.fingerprint() != fingerprint:
             discard_parts(folder)
             raise UserError(f"the documents of data={corpus.name} changed while they were read: run again")
-        with whole_folder(folder) as building:
+        with atomic_folder(folder) as building:
             _assemble(parts, building)
-            contents_file(building).write_text(contents.described(len(corpus.sources())))
+            contents_path(building).write_text(contents.summary(len(corpus.sources())))
     except BaseException:
-        with suppress(OSError):  # unknown: then they are kept
-            if not _finished(parts):
+        with suppress(OSError):  # unknown whether any is finished: keep them
+            if not _finished_parts(parts):
                 discard_parts(folder)
         raise
     if corpus.remote:
-        _say(corpus, contents)
-    megabytes, seconds = sum(contents.bytes.values()) / 1e6, time.monotonic() - began
+        _log_contents(corpus, contents)
+    megabytes = sum(contents.bytes.values()) / 1e6
+    seconds = time.monotonic() - start
     log.info(f"prepared {megabytes:.1f} MB in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s): {folder}")
 
 
-def contents_file(folder: Path) -> Path:
-    """A line that says what the documents are."""
+def _make_parts(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size, workers: int) -> Contents:
+    """Train the tokenizer and encode the corpus, with a progress bar."""
+    with _progress() as progress:
+        task = progress.add_task(f"training the {config.name} tokenizer", total=None)
+        tokenizer = _tokenizer(corpus, config, parts, size)
+        finished = len(_finished_parts(parts))
+        description = f"encoding (after {finished} finished parts)" if finished else "encoding"
+        progress.reset(task, description=description, total=size.megabytes)
+        return _encode(corpus, tokenizer, parts, workers, lambda done: progress.advance(task, done / 1e6))
+
+
+def contents_path(folder: Path) -> Path:
+    """The file with `Contents.summary`."""
     return folder / "contents.txt"
 
 
 def discard_parts(folder: Path) -> None:
-    """Of a build that is done, or has no use for them; what cannot be removed is left."""
+    """Remove the parts of a build that is done, or cannot use them; leaves what cannot be removed."""
     with suppress(OSError):
-        for parts in _all_parts(folder.parent):
-            if parts.name.split("-", 2)[-1] == folder.name:
+        for parts in _parts_folders(folder.parent):
+            if _build_name(parts) == folder.name:
                 remove(parts)
 
 
 def discard_abandoned(cache_dir: Path) -> None:
-    """Parts of builds that ended midway and were not continued for DAYS, whichever documents they are of."""
+    """Remove parts of any build that ended midway and was not continued for MAX_IDLE_DAYS."""
     try:
-        all_parts = _all_parts(cache_dir)
-    except OSError:  # then whether they are abandoned cannot be told
+        parts_folders = _parts_folders(cache_dir)
+    except OSError:  # unknown: keep them
         return
-    for parts in all_parts:
-        name = parts.name.split("-", 2)[-1]
+    for parts in parts_folders:
         with suppress(OSError, UserError):  # gone in between, not ours to remove, or being built right now
-            age = (time.time() - parts.stat().st_mtime) / 86400  # the folder changes with every part that ends
-            if age > DAYS:
+            days = (time.time() - parts.stat().st_mtime) / 86400  # the folder changes with every part that ends
+            if days > MAX_IDLE_DAYS:
+                name = _build_name(parts)
                 with lock(lock_file(cache_dir / name), "in use"):
-                    sweep(cache_dir, name)
+                    remove_unfinished(cache_dir, name)
                     shutil.rmtree(parts)
-                log.info(f"removed {parts}: parts of a build that ended midway and was left for {age:.0f} days")
+                log.info(f"removed {parts}: parts of a build that ended midway and was left for {days:.0f} days")
 
 
 def lock_file(folder: Path) -> Path:
-    """Of whoever builds `folder`."""
+    """Locked by the process that builds `folder`."""
     return folder.with_name(f".{folder.name}.lock")
 
 
-def _parts_of(folder: Path) -> Path:
+def _parts_folder(folder: Path) -> Path:
     return folder.with_name(f".parts-{PART_BYTES}-{folder.name}")  # parts of another size do not fit these
 
 
-def _all_parts(cache_dir: Path) -> list[Path]:
-    """As `_parts_of` names them: the cache may lie in a folder with other things in it."""
+def _build_name(parts: Path) -> str:
+    """The name of the folder that these parts become."""
+    return parts.name.split("-", 2)[-1]
+
+
+def _parts_folders(cache_dir: Path) -> list[Path]:
+    """The parts folders of all builds; the name is checked because the cache folder may contain other things."""
     return [cache_dir / name for name in names_in(cache_dir) if re.match(r"\.parts-\d+-.", name)]
 
 
-def _finished(parts: Path) -> list[Path]:
+def _finished_parts(parts: Path) -> list[Path]:
     return [parts / name for name in names_in(parts) if name.startswith("part_")]
 
 
 def _tokenizer(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size) -> Tokenizer:
-    """The one that the parts there are encoded with, or a new one."""
+    """The tokenizer that finished parts were encoded with, or a newly trained one."""
     saved = parts / "tokenizer.json"
     if exists(saved):
         return load_tokenizer(saved)
-    share = 1.0 if size.train is None else config.share(size.train)
+    fraction = 1.0 if size.train is None else config.sample_fraction(size.train)
     texts = (document.text for document in corpus.documents("train"))
-    tokenizer = config.train(texts if share == 1 else _sample(texts, share))
+    tokenizer = config.train(texts if fraction == 1 else _sample(texts, fraction))
     tokenizer.save(saved)
     return tokenizer
 
 
-def _sample(texts: Iterable[str], share: float) -> Iterator[str]:
+def _sample(texts: Iterable[str], fraction: float) -> Iterator[str]:
     """Passages from all over the text, whether it comes in many documents or in one."""
     passages = (text[i : i + PASSAGE] for text in texts for i in range(0, len(text), PASSAGE))
-    return (passage for i, passage in enumerate(passages) if hash_sample(i, share, "tokenizer"))
+    return (passage for i, passage in enumerate(passages) if hash_sample(i, fraction, "tokenizer"))
 
 
 def _encode(
     corpus: Corpus, tokenizer: Tokenizer, parts: Path, workers: int, advance: Callable[[int], None]
 ) -> Contents:
-    """Makes the parts that are not there yet -> what all of them are of."""
-    totals, contents = dict.fromkeys(SPLITS, 0), Contents()
+    """Encode the corpus into the parts that do not exist yet -> the contents of the whole corpus."""
+    totals = dict.fromkeys(SPLITS, 0)  # tokens of each split so far
+    contents = Contents()
     read = contents.counting(corpus.read())
-    documents = _Ending(_cut_between_words(read) if tokenizer.cut == "exact" else read)
-    for number, part in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
+    documents = _EndOfIteration(_cut_between_words(read) if tokenizer.cut == "exact" else read)
+    for number, numbered in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
         folder = parts / f"part_{number:05d}"
+        part = (document for _, document in numbered)
         if exists(folder):
-            for _, document in part:
+            for document in part:
                 advance(_bytes(document))
             totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
             continue
-        with whole_folder(folder) as building:
+        with atomic_folder(folder) as building:
             kind = (tokenizer.dtype, tokenizer.hash, 2**62, number)
             writers = {split: ShardWriter(building, split, *kind, totals[split]) for split in SPLITS}
-            with names_file(building, "train").open("w") as train, names_file(building, "val").open("w") as val:
-                for document, tokens in _encoded((document for _, document in part), tokenizer, workers):
-                    writer = writers[document.split]
-                    if not document.is_continuation:
-                        names = val if document.held_out else train
-                        names.write(line(writer.total, document.name))
-                        writer.write(np.array([tokenizer.end_of_text]))
-                    writer.write(tokens)
-                    advance(_bytes(document))
+            _write_part(building, writers, _encoded(part, tokenizer, workers), tokenizer.end_of_text, advance)
             for split, writer in writers.items():
                 writer.close(last=documents.ended)
                 totals[split] = writer.total
-    _refuse_empty(corpus, contents)
+    _check_no_split_empty(corpus, contents)
     return contents
 
 
+def _write_part(
+    building: Path,
+    writers: dict[Split, ShardWriter],
+    encoded: Iterable[tuple[Document, np.ndarray]],
+    end_of_text: int,
+    advance: Callable[[int], None],
+) -> None:
+    with index_path(building, "train").open("w") as train, index_path(building, "val").open("w") as val:
+        indices = {"train": train, "val": val}
+        for document, tokens in encoded:
+            writer = writers[document.split]
+            if not document.is_continuation:
+                indices[document.split].write(index_entry(writer.total, document.name))
+                writer.write(np.array([end_of_text]))
+            writer.write(tokens)
+            advance(_bytes(document))
+
+
 def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
-    """The parts of long documents, cut where no token changes. A part without such a place is one with the next."""
+    """Move the cuts of long documents to where no token changes. A part without such a place is joined to the next."""
     before = None
     for document in documents:
         if before and document.is_continuation:
@@ -211,23 +239,26 @@ def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
         yield before
 
 
-class _Ending:
-    """Documents, and whether the last of them has been taken."""
+class _EndOfIteration:
+    """An iterable of documents that knows whether the last one has been taken."""
 
     def __init__(self, documents: Iterator[Document]):
-        self.documents, self.ended = documents, False
+        self.documents = documents
+        self.ended = False
 
     def __iter__(self) -> Iterator[Document]:
         yield from self.documents
         self.ended = True
 
 
-def _numbered(documents: Iterable[Document], most: int) -> Iterator[tuple[int, Document]]:
-    """Each with the number of its part: a part is full when it has `most` bytes."""
-    number, filled = 0, 0
+def _numbered(documents: Iterable[Document], part_bytes: int) -> Iterator[tuple[int, Document]]:
+    """(number of its part, document): a part is full when it has `part_bytes`."""
+    number = 0
+    filled = 0
     for document in documents:
-        if filled >= most:
-            number, filled = number + 1, 0
+        if filled >= part_bytes:
+            number += 1
+            filled = 0
         filled += _bytes(document)
         yield number, document
 
@@ -235,7 +266,8 @@ def _numbered(documents: Iterable[Document], most: int) -> Iterator[tuple[int, D
 def _encoded(
     documents: Iterable[Document], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[Document, np.ndarray]]:
-    """Documents and their tokens, in order. Threads do: tiktoken leaves Python's lock to others while it encodes."""
+    """Documents and their tokens, in order. In threads, not processes: tiktoken releases Python's lock while it
+    encodes."""
     waiting = deque()
     with ThreadPoolExecutor(workers) as pool:
         for batch in _batches(documents):
@@ -252,13 +284,15 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[np.ndarra
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, filled = [], 0
+    batch = []
+    filled = 0
     for document in documents:
         batch.append(document)
         filled += _bytes(document)
         if filled >= BATCH_BYTES:
             yield batch
-            batch, filled = [], 0
+            batch = []
+            filled = 0
     if batch:
         yield batch
 
@@ -268,28 +302,28 @@ def _last_shard(folder: Path, split: Split) -> Shard:
 
 
 def _assemble(parts: Path, building: Path) -> None:
-    """The shards of all parts, as links: they stay where they are on the disk."""
+    """Hard-link the shards of all parts, so that no token is copied, and concatenate their indices."""
     shutil.copyfile(parts / "tokenizer.json", building / "tokenizer.json")
-    for folder in _finished(parts):
+    for folder in _finished_parts(parts):
         for split in SPLITS:
             for path in shard_paths(folder, split):
                 try:
                     os.link(path, building / path.name)
-                except OSError:  # a file system without links, or without space, which copying says
+                except OSError:  # a file system without links, or without space, which copying reports
                     shutil.copyfile(path, building / path.name)
-            with names_file(building, split).open("ab") as names, names_file(folder, split).open("rb") as part:
-                shutil.copyfileobj(part, names)
+            with index_path(building, split).open("ab") as whole, index_path(folder, split).open("rb") as part:
+                shutil.copyfileobj(part, whole)
 
 
-def _say(corpus: Corpus, contents: Contents) -> None:
-    log.info(f"data={corpus.name}: {contents.described(len(corpus.sources()))}")
+def _log_contents(corpus: Corpus, contents: Contents) -> None:
+    log.info(f"data={corpus.name}: {contents.summary(len(corpus.sources()))}")
     contents.warn_of_markers()
 
 
-def _refuse_empty(corpus: Corpus, contents: Contents) -> None:
+def _check_no_split_empty(corpus: Corpus, contents: Contents) -> None:
     for split in SPLITS:
         if split not in contents.bytes:
-            found = f", of {contents.described(len(corpus.sources()))}" * bool(contents.bytes)
+            found = f", of {contents.summary(len(corpus.sources()))}" * bool(contents.bytes)
             raise UserError(f"the {split} split of data={corpus.name} is empty{found}: more or longer text is needed")
 
 

@@ -1,7 +1,7 @@
-"""Which document a token belongs to: a line per document, in the order of the stream: [its first token, its name].
+"""An index from tokens to documents: a line per document, in the order of the stream: [its first token, its name].
 
-The file grows with the corpus to gigabytes, and is asked for a few documents in the midst of training. So it is never
-read as a whole: its lines are in the order of their tokens, and a search in halves finds one of them by its place.
+The file grows with the corpus to gigabytes, and is asked for a few documents during training. So it is never read as a
+whole: its lines are in the order of their tokens, and a binary search over its bytes finds one of them.
 """
 
 import bisect
@@ -11,24 +11,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-BLOCK = 512  # bytes read at one time: a few lines
+READ_BYTES = 512  # at one time: a few lines
 
 
-def names_file(folder: Path, split: str) -> Path:
+def index_path(folder: Path, split: str) -> Path:
     return folder / f"{split}_documents.jsonl"
 
 
-def line(start: int, name: str) -> str:
-    """start: where the document's first token, the end-of-text before it, stands in the stream."""
+def index_entry(start: int, name: str) -> str:
+    """start: the index in the stream of the document's first token, the end-of-text token before it."""
     return json.dumps([start, name]) + "\n"  # escapes the line ends of a name
 
 
-def names_of(file: BinaryIO, size: int, spans: Iterable[tuple[int, int]]) -> list[str]:
-    """Names of the documents that tokens start ... stop - 1 of each span belong to, in order. file: of `size` bytes.
-    Raises OSError, ValueError and TypeError where it is not what was written."""
-    found: dict[int, str] = {}  # by where their lines begin
+def document_names(file: BinaryIO, size: int, spans: Iterable[tuple[int, int]]) -> list[str]:
+    """Names of the documents that tokens start ... stop - 1 of each span belong to, in order. size: of the file, in
+    bytes. Raises OSError, ValueError and TypeError where the file is damaged."""
+    found: dict[int, str] = {}  # by the byte where their line begins
     for start, stop in spans:
-        # After the byte where the line wanted begins, all lines are of later tokens; up to it, this one is left.
+        # The first byte after which only lines of later tokens begin: the line wanted begins one byte before it.
         after = bisect.bisect_right(range(size), start, key=lambda byte: _first_token_from(file, byte))
         file.seek(after - 1)
         while (at := file.tell()) < size:
@@ -40,12 +40,12 @@ def names_of(file: BinaryIO, size: int, spans: Iterable[tuple[int, int]]) -> lis
 
 
 def _first_token_from(file: BinaryIO, byte: int) -> float:
-    """Of the first document whose line begins at this byte or later."""
+    """The first token of the first document whose line begins at this byte or later; infinite where there is none."""
     if byte:
         file.seek(byte - 1)
-        file.readline()  # the rest of the line before, or its end only
+        file.readline()  # the rest of the previous line, or only its end
     else:
         file.seek(0)
-    found = file.readline()
-    first, _ = json.loads(found) if found else (math.inf, None)
+    line = file.readline()
+    first, _ = json.loads(line) if line else (math.inf, None)
     return first

@@ -1,22 +1,23 @@
-"""From a corpus to shards, once: later runs find them in the cache folder."""
+"""Prepare a corpus: tokens in shards, built once and found by later runs in the cache folder."""
 
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.atomic_io import exists, make_folder, names_in, open_regular, read_regular, sweep
+from common.atomic_io import exists, make_folder, names_in, open_regular, read_regular, remove_unfinished
 from common.checksummed_json import digest
 from common.errors import UserError, reason
 from common.lock import lock
-from common.paths import refuse_unreadable
-from data.shards.build import build, contents_file, discard_abandoned, discard_parts, lock_file, measure
-from data.shards.document_index import BLOCK, names_file, names_of
+from common.paths import raise_unreadable
+from data.shards.build import build, contents_path, discard_abandoned, discard_parts, lock_file, measure
+from data.shards.document_index import READ_BYTES, document_names, index_path
 from data.shards.token_files import VERSION, TokenStream, open_stream
 from data.sources.corpus import Corpus
-from data.tokenizers.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
+from data.tokenizers.base import Tokenizer, TokenizerConfig
+from data.tokenizers.load import load_tokenizer
 
-LARGEST_CONTENTS = 2**16  # bytes of a line
+MAX_CONTENTS_BYTES = 2**16  # it is a line
 log = logging.getLogger("headroom")
 
 
@@ -25,53 +26,52 @@ class Prepared:
     """A corpus as tokens."""
 
     folder: Path
-    fingerprint: str  # of the corpus
+    fingerprint: str  # Corpus.fingerprint()
     tokenizer: Tokenizer
     train: TokenStream
     val: TokenStream
 
     @property
     def contents(self) -> str | None:
-        """A line: how many files and documents there are, and how many of these are identical to an earlier one. None
-        where that cannot be read, as of what was prepared before it was counted."""
+        """`Contents.summary`, a line. None where it cannot be read, as for shards of versions that did not write it."""
         try:
-            return read_regular(contents_file(self.folder), LARGEST_CONTENTS).decode()
+            return read_regular(contents_path(self.folder), MAX_CONTENTS_BYTES).decode()
         except (OSError, ValueError):
             return None
 
     def training_documents(self, spans: Iterable[tuple[int, int]]) -> list[str]:
         """Names of the documents that training tokens start ... stop - 1 of each span belong to, in order; [] where
-        the list of names cannot be read, which is there for messages only."""
-        path = names_file(self.folder, "train")
+        the index cannot be read: it is for messages only."""
+        path = index_path(self.folder, "train")
         try:
-            with open_regular(path, buffering=BLOCK) as file:
-                return names_of(file, path.stat().st_size, spans)
+            with open_regular(path, buffering=READ_BYTES) as file:
+                return document_names(file, path.stat().st_size, spans)
         except (OSError, ValueError, TypeError):
             return []
 
 
 def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, download: bool = True) -> Prepared:
-    """Opens the shards of this corpus under this tokenizer, building them first where they are not there yet.
+    """Open the shards of this corpus under this tokenizer, after building them where they do not exist yet.
 
-    A build takes its place when it is whole, so that nothing half-built is ever used; a second process that wants the
-    same waits for it. One that was killed is continued after its last finished part. Raises UserError for documents
+    A build appears atomically, so that nothing half-built is ever used; a second process that wants the same waits for
+    it. A killed build is continued after its last finished part. Raises UserError for documents
     that cannot be read, a cache folder that cannot be written, or damaged shards; and, unless download, where only a
     download could build them.
     """
     if not _prepared_before(cache_dir, f"{corpus.name}-{tokenizer.name}-"):
-        tokenizer.refuse_missing()  # before the corpus is read, which may take minutes
+        tokenizer.check_available()  # before the corpus is read, which may take minutes
     fingerprint = corpus.fingerprint()
     documents = corpus.cache_key()
     identity = [VERSION, fingerprint, documents, tokenizer.name, tokenizer.cache_key()]
     key = digest({"identity": identity})[:12]
     folder = cache_dir / f"{corpus.name}-{tokenizer.name}-{key}"
     if not _exists(folder):
-        tokenizer.refuse_missing()
+        tokenizer.check_available()
         if not download:
-            refuse_download(corpus, cache_dir)
+            check_downloaded(corpus, cache_dir)
         _build_once(corpus, fingerprint, tokenizer, folder)
-    discard_parts(folder)  # which a kill right after its build has left
-    _refuse_unreadable(folder / "tokenizer.json")
+    discard_parts(folder)  # left by a kill right after the build
+    _check_readable(folder / "tokenizer.json")
     try:
         trained = load_tokenizer(folder / "tokenizer.json")
     except UserError as error:
@@ -84,18 +84,18 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
 
 
 def missing(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> list[str]:
-    """What stands between these settings and documents that are not prepared yet, a line each."""
+    """The obstacles to preparing documents with these settings, a line each; [] where there is none."""
     found = []
-    for refuse in (tokenizer.refuse_missing, corpus.fingerprint, lambda: refuse_download(corpus, cache_dir)):
+    for check in (tokenizer.check_available, corpus.fingerprint, lambda: check_downloaded(corpus, cache_dir)):
         try:
-            refuse()
+            check()
         except UserError as error:
             found.append(str(error))
     return found
 
 
-def refuse_download(corpus: Corpus, cache_dir: Path) -> None:
-    """Raises UserError where documents that are not prepared yet can only be had by a download."""
+def check_downloaded(corpus: Corpus, cache_dir: Path) -> None:
+    """Raises UserError where documents that are not prepared yet would have to be downloaded."""
     if corpus.remote:
         raise UserError(f"the documents of data={corpus.name} are not in {cache_dir} yet: a run downloads them")
 
@@ -112,7 +112,7 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         ) from None
     discard_abandoned(folder.parent)  # before more room is needed
     with guard:
-        sweep(folder.parent, folder.name)
+        remove_unfinished(folder.parent, folder.name)
         if not _exists(folder):
             try:
                 build(corpus, fingerprint, config, folder, size)
@@ -123,10 +123,10 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
                 ) from None
 
 
-def _prepared_before(cache_dir: Path, beginning: str) -> bool:
+def _prepared_before(cache_dir: Path, prefix: str) -> bool:
     try:
-        return any(name.startswith(beginning) for name in names_in(cache_dir))
-    except OSError:  # which is said where it matters
+        return any(name.startswith(prefix) for name in names_in(cache_dir))
+    except OSError:  # reported where it matters
         return False
 
 
@@ -135,14 +135,14 @@ def _exists(folder: Path) -> bool:
         return exists(folder)
     except OSError as error:
         advice = "make it readable, or give another folder as cache_dir="
-        refuse_unreadable(f"cache_dir={folder.parent}", error, advice)
+        raise_unreadable(f"cache_dir={folder.parent}", error, advice)
 
 
-def _refuse_unreadable(path: Path) -> None:
-    """Raises UserError where the file is there, or may be there, but does not open: no reason to rebuild anything."""
+def _check_readable(path: Path) -> None:
+    """Raises UserError where the file exists, or may exist, but does not open: no reason to rebuild anything."""
     try:
         open_regular(path).close()
     except FileNotFoundError:
         return
     except OSError as error:
-        refuse_unreadable(path, error, "make it readable, then run again")
+        raise_unreadable(path, error, "make it readable, then run again")

@@ -1,4 +1,4 @@
-"""Token files: a header that is checked, then the tokens.
+"""Token files: a header with a checksum, then the tokens.
 
 0    8   16                4096
 | magic | header length | header (JSON), zero-padded | tokens, little-endian ... |
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from common.atomic_io import names_in, open_regular
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 
 MAGIC = b"HEADROOM"
@@ -25,8 +25,8 @@ DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 
 class ShardWriter:
-    """Writes `<folder>/<split>_00000.tokens`, `..._00001.tokens`, and so on; or those after the first `shards`, which
-    hold `total` tokens."""
+    """Writes `<folder>/<split>_00000.tokens`, `..._00001.tokens`, and so on; with `shards`, continues after that many
+    shards of `total` tokens."""
 
     def __init__(
         self,
@@ -38,9 +38,13 @@ class ShardWriter:
         shards: int = 0,
         total: int = 0,
     ):
-        self.folder, self.split, self.dtype, self.tokenizer_hash = folder, split, np.dtype(dtype), tokenizer_hash
+        self.folder = folder
+        self.split = split
+        self.dtype = np.dtype(dtype)
+        self.tokenizer_hash = tokenizer_hash
         self.shard_tokens = shard_tokens
-        self.shards, self.total = shards, total
+        self.shards = shards
+        self.total = total
         self._open()
 
     def write(self, tokens: np.ndarray) -> None:
@@ -62,7 +66,7 @@ class ShardWriter:
     def _finish(self, last: bool) -> None:
         header = {
             "version": VERSION,
-            "name": _name(self.split, self.shards),
+            "name": _file_name(self.split, self.shards),
             "dtype": self.dtype.name,
             "tokens": self.written,
             "end": self.total,  # of the stream, after this shard
@@ -70,16 +74,17 @@ class ShardWriter:
             "tokenizer": self.tokenizer_hash,
             "sha256": self.digest.hexdigest(),
         }
-        encoded = sealed(header).encode()
+        encoded = with_checksum(header).encode()
         self.file.seek(0)
         self.file.write(MAGIC + len(encoded).to_bytes(8, "little") + encoded)
         self.file.close()
         self.shards += 1
 
     def _open(self) -> None:
-        self.file = open(self.folder / _name(self.split, self.shards), "xb")  # noqa: SIM115
+        self.file = open(self.folder / _file_name(self.split, self.shards), "xb")  # noqa: SIM115
         self.file.write(bytes(HEADER_BYTES))
-        self.digest, self.written = hashlib.sha256(), 0
+        self.digest = hashlib.sha256()
+        self.written = 0
 
 
 class Shard:
@@ -89,8 +94,9 @@ class Shard:
     """
 
     def __init__(self, path: Path):
+        self.path = path
         try:
-            self.path, self.file = path, open_regular(path)
+            self.file = open_regular(path)
             self.opened = self._signature()
             head = self.file.read(HEADER_BYTES)
         except OSError as error:
@@ -107,7 +113,8 @@ class Shard:
         count = max(0, stop - start) * self.dtype.itemsize
         try:
             self.file.seek(HEADER_BYTES + start * self.dtype.itemsize)
-            content, unchanged = self.file.read(count), self._signature() == self.opened
+            content = self.file.read(count)
+            unchanged = self._signature() == self.opened
         except OSError as error:
             raise UserError(
                 f"the shard {self.path} cannot be read: {reason(error)}; what was saved stands: make it readable, "
@@ -130,7 +137,7 @@ class Shard:
         return status.st_size, status.st_mtime_ns
 
 
-def _name(split: str, number: int) -> str:
+def _file_name(split: str, number: int) -> str:
     return f"{split}_{number:05d}.tokens"
 
 
@@ -142,7 +149,7 @@ def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
     if len(head) < HEADER_BYTES or not head.startswith(MAGIC):
         raise UserError(f"{path} is not a shard, or its header is damaged: {_rebuild(path)}")
     try:
-        header = unsealed(head[16 : 16 + int.from_bytes(head[8:16], "little")].decode())
+        header = parse_verified(head[16 : 16 + int.from_bytes(head[8:16], "little")].decode())
         if header["version"] != VERSION:
             raise UserError(
                 f"{path} has format version {header['version']}, this program reads {VERSION}: {_rebuild(path)}"
@@ -159,7 +166,7 @@ def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
 
 
 def open_shard(path: Path, tokenizer_hash: str) -> Shard:
-    """Raises UserError for a file that is not whole, or not of this tokenizer."""
+    """Raises UserError for a damaged file, and for one written with another tokenizer."""
     shard = Shard(path)
     written_by = shard.header["tokenizer"]
     if written_by != tokenizer_hash:
@@ -189,7 +196,8 @@ class TokenStream:
             part = self.shards[shard][offset : offset + count]
             parts.append(part)
             count -= len(part)
-            shard, offset = shard + 1, 0
+            shard += 1
+            offset = 0
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
@@ -207,13 +215,14 @@ def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
         raise UserError(f"the shards in {folder} cannot be read: {reason(error)}") from None
     if not paths:
         raise UserError(f"{folder} holds no {split} shard: {_rebuild(folder / split)}")
-    shards, total, last = [], 0, False
+    shards = []
+    total = 0
     for path in paths:
         shard = open_shard(path, tokenizer_hash)
-        total, last = total + len(shard), shard.header["last"]
+        total += len(shard)
         if shard.header["end"] != total:
             raise UserError(f"a shard before {path} is missing: {_rebuild(path)}")
         shards.append(shard)
-    if not last:
+    if not shards[-1].header["last"]:
         raise UserError(f"a shard after {paths[-1]} is missing: {_rebuild(paths[-1])}")
     return TokenStream(shards)

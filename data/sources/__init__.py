@@ -1,1 +1,1 @@
-"""Where documents come from."""
+"""Corpora: sources of documents."""

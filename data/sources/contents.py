@@ -1,4 +1,4 @@
-"""What there is in a corpus, counted while it is read."""
+"""Count the files, documents and duplicates of a corpus while it is read."""
 
 import hashlib
 import logging
@@ -9,23 +9,25 @@ import numpy as np
 
 from data.sources.corpus import Document, Split
 
-MARKERS = ("<|endoftext|>", "<|end_of_text|>")  # what others write between documents
-COMPARED = 2**23  # documents, 16 bytes of memory each
+MARKERS = ("<|endoftext|>", "<|end_of_text|>")  # separators that other programs write between documents
+MAX_COMPARED = 2**23  # documents, 16 bytes of memory each
 log = logging.getLogger("headroom")
 
 
 class Contents:
-    """Bytes of text of each split, documents, and how many of them have the text of an earlier one.
+    """Bytes of text of each split, number of documents, and how many repeat the text of an earlier one.
 
-    A document is what has one name: the part of a file that is held out belongs to the document that the rest is.
-    Texts are compared by hashes of 8 bytes, up to COMPARED of them; n million differing ones would be counted as one
-    too many with a probability of n²/37 million.
+    Text of one name is one document: the held-out part of a file belongs to the same document as the rest. Texts are
+    compared by hashes of 8 bytes, for the first MAX_COMPARED; with n million different texts, the probability of a
+    false duplicate is n²/37 million.
     """
 
     def __init__(self):
         self.bytes: dict[Split, int] = {}
-        self.names, self.texts, self.running = array("Q"), array("Q"), b""
-        self.markers: dict[str, tuple[int, str]] = {}  # how many, and the name of the first document with one
+        self.names = array("Q")  # hashes
+        self.texts = array("Q")
+        self.running = b""  # hash of the current document's text so far
+        self.markers: dict[str, tuple[int, str]] = {}  # count, and the name of the first document with one
 
     def add(self, document: Document) -> None:
         text = document.text.encode()
@@ -34,22 +36,22 @@ class Contents:
             if marker in document.text:
                 count, first = self.markers.get(marker, (0, document.name))
                 self.markers[marker] = (count + document.text.count(marker), first)
-        if len(self.names) < COMPARED:
-            before = self.running if document.is_continuation else b""
-            self.running = _hash(before + text) if text else before
+        if len(self.names) < MAX_COMPARED:
+            previous = self.running if document.is_continuation else b""
+            self.running = _hash(previous + text) if text else previous
             self.names.append(_number(_hash(document.name.encode(errors="surrogatepass"))))
             self.texts.append(_number(self.running) if text else 0)
 
     def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """The documents, each added as it is taken."""
+        """Pass documents through, adding each as it is taken."""
         for document in documents:
             self.add(document)
             yield document
 
-    def described(self, files: int) -> str:
-        """For a line. files: 0 where the documents come from none."""
+    def summary(self, files: int) -> str:
+        """A line with the counts. files: 0 where the documents do not come from files."""
         documents, identical = self._documents()
-        first = "the first " if len(self.names) == COMPARED else ""
+        first = "the first " if len(self.names) == MAX_COMPARED else ""
         parts = [f"{files:,} file{'s' * (files != 1)}"] * bool(files)
         parts.append(f"{first}{documents:,} document{'s' * (documents != 1)}")
         return ", ".join(parts) + f", {identical:,} of them identical to an earlier one" * bool(identical)
@@ -62,7 +64,7 @@ class Contents:
             )
 
     def _documents(self) -> tuple[int, int]:
-        """How many there are, and how many have the text of an earlier one; those without text are like no other."""
+        """(number of documents, duplicates); documents without text are not compared."""
         names, place = np.unique(np.frombuffer(self.names, np.uint64), return_inverse=True)
         texts = np.zeros(len(names), np.uint64)
         np.add.at(texts, place, np.frombuffer(self.texts, np.uint64))  # the parts of one document, in any order

@@ -1,4 +1,4 @@
-"""Where documents come from. A corpus is a frozen description; asking it for documents reads them."""
+"""The interface of a corpus: a frozen description, which reads documents when it is asked for them."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -14,8 +14,8 @@ HeldOutBy = Literal["content", "index"]
 class Document(NamedTuple):
     name: str
     text: str
-    held_out: bool  # of the validation split
-    is_continuation: bool = False  # where the one before it in its split ended: a long document comes in parts
+    held_out: bool  # in the validation split
+    is_continuation: bool = False  # continues the previous document of its split: a long one comes in parts
 
     @property
     def split(self) -> Split:
@@ -23,16 +23,16 @@ class Document(NamedTuple):
 
 
 class SplitRule(NamedTuple):
-    """Two corpora of equal rules that read one file hold out the same documents of it."""
+    """How documents are split. Two corpora with equal rules that read one file hold out the same documents of it."""
 
-    of_files: Any  # how files become documents, and which of those are held out
-    of_texts: float | None  # the share of documents that a hash of their text holds out; None where no hash does
+    of_files: Any  # settings by which files become documents and documents are held out
+    of_texts: float | None  # fraction of documents held out by a hash of their text; None: not by a hash
 
 
 class Corpus(FrozenSettings, ABC):
-    """Reads the same documents in the same order for as long as its fingerprint and its settings stay the same."""
+    """Reads the same documents in the same order as long as its fingerprint and its settings stay the same."""
 
-    document_mask: bool = False  # tokens see their own document only; says nothing of the documents themselves
+    document_mask: bool = False  # tokens attend within their document only; a setting of training, not of the documents
 
     @property
     @abstractmethod
@@ -41,23 +41,23 @@ class Corpus(FrozenSettings, ABC):
 
     @property
     def remote(self) -> bool:
-        """Reading is a download, so it is not done just to look."""
+        """Whether reading downloads, so that it is not done only to check."""
         return False
 
     def cache_key(self) -> dict[str, Any]:
-        """The settings that the documents depend on, besides what the fingerprint tells."""
+        """The settings that the documents depend on, except those that the fingerprint covers."""
         return self.model_dump(exclude={"document_mask"})
 
-    def pinned(self) -> Self:
-        """The same documents, whatever becomes of the name they were found under: what a run keeps."""
+    def with_fixed_revision(self) -> Self:
+        """The same corpus with its branch or tag replaced by a commit, so that a resumed run reads the same data."""
         return self
 
     def sources(self) -> list[str]:
-        """The files of this machine that the documents are read from."""
+        """The local files that the documents are read from."""
         return []
 
-    def split_rule(self) -> "SplitRule | None":
-        """By which documents are held out; None where it is not a function of the document alone."""
+    def split_rule(self) -> SplitRule | None:
+        """The rule by which documents are held out; None where it depends on more than the document."""
         return None
 
     @abstractmethod
@@ -66,20 +66,19 @@ class Corpus(FrozenSettings, ABC):
 
     @abstractmethod
     def read(self) -> Iterator[Document]:
-        """The documents of both splits, in one pass and never all in memory. Raises UserError, naming the place, where
-        one cannot be read as text."""
+        """The documents of both splits, in one pass and never all in memory. Raises UserError, with the file and the
+        line, where one cannot be read as text."""
 
     def documents(self, split: Split) -> Iterator[Document]:
         return (document for document in self.read() if document.split == split)
 
 
 def is_held_out(by: HeldOutBy, index: int, text: str, share: float) -> bool:
-    """Whether a document of many is one of the share that is held out. By content, documents of the same text are on
-    the same side, wherever they stand; by index, they need not be."""
+    """Whether a hash puts a document into the held-out fraction. By content, documents with the same text are in the
+    same split, wherever they stand; by index, they need not be."""
     return hash_sample(index if by == "index" else hashlib.sha256(text.encode()).hexdigest(), share)
 
 
 def hash_sample(index: int | str, share: float, purpose: str = "validation") -> bool:
-    """Whether the document of this index is one of the share that is drawn: a hash decides, so it depends neither on
-    how many follow nor on what they hold."""
+    """Whether a hash puts this index into a sample of fraction `share`: it does not depend on any other index."""
     return int.from_bytes(hashlib.sha256(f"{purpose}/{index}".encode()).digest()[:8], "big") < share * 2**64

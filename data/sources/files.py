@@ -1,4 +1,4 @@
-"""Files of the user's own: text, and tables with a column of text."""
+"""The user's own files: text, and tables with a column of text."""
 
 import codecs
 import difflib
@@ -12,35 +12,37 @@ from typing import Any, BinaryIO, Literal
 from pydantic import Field, field_validator
 
 from common.errors import UserError
-from common.paths import is_folder, matching, refuse_unreadable, working_folder
+from common.paths import is_folder, matching_files, raise_unreadable, working_folder
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
-from data.sources.kinds import AS_IT_IS, HEAD, MARK, WAY_OUT, refuse_markup, refuse_nul, refuse_other_kind
-from data.sources.tables import cells, format_of, refuse_no_column
+from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
+from data.sources.tables import cells, check_column, format_of
 
-PART = 2**24  # bytes of a long file in memory at one time
+PART_BYTES = 2**24  # how much of a long file is in memory at one time
 DEFAULT_COLUMN = "text"
 UNITS = ("file", "line", "row")
-ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # as they can be typed
+ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # how users type them
 
 
 class FilesCorpus(Corpus):
-    """Where a file is one document, the last part of each is held out, cut after a line's end: it works for one file as
-    for a thousand. Where a line, a row or what stands between separators is one, a hash of it holds it out (or of its
-    index, counted through all files).
+    """Documents from files that a pattern matches.
 
-    Fingerprint: of the bytes of the files. The settings are compared by themselves wherever fingerprints are.
+    Where a file is one document, the last part of each file is held out, cut after a line end, so that it works for one
+    file as for a thousand. Where a line, a row or the text between separators is one, a hash of its text holds it out
+    (or a hash of its index, counted through all files).
+
+    Fingerprint: SHA-256 over the bytes of the files. Settings are compared separately wherever fingerprints are.
     """
 
     path: str = Field(min_length=1)
     column: str | None = None
-    document: str | None = Field(None, min_length=1)  # of UNITS, or a separator
+    document: str | None = Field(None, min_length=1)  # one of UNITS, or a separator
     val_fraction: float = Field(0.1, gt=0, lt=1)
     held_out_by: HeldOutBy = "content"
     reading: Literal[2, 3] = 3  # the version of the rules by which files become documents
 
     @field_validator("document")
     @classmethod
-    def _no_slip(cls, document: str | None) -> str | None:
+    def _check_typo(cls, document: str | None) -> str | None:
         meant = difflib.get_close_matches((document or "").lower(), UNITS, n=1, cutoff=0.75)
         if meant and document not in UNITS and document.isalpha():
             raise ValueError(
@@ -54,9 +56,9 @@ class FilesCorpus(Corpus):
         return "files"
 
     def cache_key(self) -> dict[str, Any]:
-        """Without what is as it was before it was a setting, so that what was prepared then is found."""
-        before = {"held_out_by": "index", "reading": 2}.items()
-        return {name: value for name, value in super().cache_key().items() if (name, value) not in before}
+        """Without values that older versions used and had no key for, so that their shards are found."""
+        older = {"held_out_by": "index", "reading": 2}.items()
+        return {name: value for name, value in super().cache_key().items() if (name, value) not in older}
 
     def sources(self) -> list[str]:
         return self._files()
@@ -71,29 +73,30 @@ class FilesCorpus(Corpus):
     def fingerprint(self) -> str:
         files = self._files()
         for path in files:
-            self._refuse_unfit(path)
+            self._check_file(path)
         digest = hashlib.sha256(b"2")
         for path in files:
             digest.update(_hash(path))
         return digest.hexdigest()
 
     def read(self) -> Iterator[Document]:
-        index, files = 0, self._files()
+        index = 0
+        files = self._files()
         for path in files:
             if self._unit(path) == "file":
-                yield from self._file(path)
+                yield from self._file_documents(path)
                 continue
             for name, text in self._texts(path):
                 yield Document(name, text, is_held_out(self.held_out_by, index, text, self.val_fraction))
                 index += 1
         if self.document not in (None, *UNITS) and index <= len(files):
-            self._refuse_no_separator(files)
+            self._check_separator_found(files)
 
     def _unit(self, path: str) -> str:
         return self.document or ("row" if self._is_table(path) else "file")
 
     def _is_table(self, path: str) -> bool:
-        """A .json file is one unless it is asked for as text."""
+        """By its suffix; a .json file is not where it is asked for as text."""
         if format_of(path) == "json":
             return self.reading > 2 and self.document in (None, "row")
         return format_of(path) is not None
@@ -107,47 +110,48 @@ class FilesCorpus(Corpus):
 
     @property
     def _separator(self) -> str:
-        found = self.document
+        separator = self.document
         for typed, meant in ESCAPES.items():
-            found = found.replace(typed, meant)
-        return found
+            separator = separator.replace(typed, meant)
+        return separator
 
-    def _file(self, path: str) -> Iterator[Document]:
+    def _file_documents(self, path: str) -> Iterator[Document]:
         with _open(path) as file:
-            size, start = os.fstat(file.fileno()).st_size, len(_mark(file, path)) if self.reading > 2 else 0
+            size = os.fstat(file.fileno()).st_size
+            start = len(_mark(file, path)) if self.reading > 2 else 0
             cut = max(start, _cut(file, path, size, int(size * (1 - self.val_fraction))))
             for validation, first, stop in ((False, start, cut), (True, cut, size)):
                 for i, text in enumerate(_parts(file, path, first, stop)):
                     yield Document(path, text, validation, is_continuation=i > 0)
 
-    def _refuse_unfit(self, path: str) -> None:
+    def _check_file(self, path: str) -> None:
         with _open(path) as file:
-            head = _read(file, path, HEAD)
+            head = _read(file, path, HEAD_BYTES)
         if not (head.removeprefix(MARK) if self.reading > 2 else head):
             raise UserError(f"{path} is empty: remove it, or exclude it from data.path")
         if format_of(path) != "parquet":
-            refuse_other_kind(path, head)
+            check_is_text(path, head)
         if self._is_table(path):
             if self._unit(path) != "row":
                 raise UserError(f"data.document={self.document} does not fit {path}, a table: choose row")
-            self._refuse_no_column(path)
+            self._check_column(path)
         elif self.document == "row":
             raise UserError(f"data.document=row does not fit {path}, which is no table: choose file or line")
         elif self.column is not None:
             raise UserError(f"data.column={self.column} does not fit {path}, which is no table: leave it out")
         elif self.document is None and self.reading > 2:
-            refuse_markup(path, head)
+            check_no_markup(path, head)
 
-    def _refuse_no_column(self, path: str) -> None:
+    def _check_column(self, path: str) -> None:
         try:
-            refuse_no_column(path, self.column or DEFAULT_COLUMN)
+            check_column(path, self.column or DEFAULT_COLUMN)
         except UserError as error:
             if format_of(path) != "json":
                 raise
             raise UserError(f"{error}; or, {AS_IT_IS}") from None
 
-    def _refuse_no_separator(self, files: list[str]) -> None:
-        """Where each file came as one document at most, though it was to be several."""
+    def _check_separator_found(self, files: list[str]) -> None:
+        """Raises UserError where the separator splits none of the files."""
         if not any(len(list(itertools.islice(_split(path, self._separator), 2))) > 1 for path in files):
             raise UserError(
                 f"data.document={self.document!r} is no separator in data.path={self.path!r}: it stands in none of the "
@@ -155,7 +159,7 @@ class FilesCorpus(Corpus):
             )
 
     def _files(self) -> list[str]:
-        found = matching(self.path)
+        found = matching_files(self.path)
         if found:
             return found
         path = os.path.expanduser(self.path)
@@ -175,20 +179,24 @@ def _open(path: str) -> BinaryIO:
     try:
         return Path(path).open("rb")
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
 
 
 def _hash(path: str) -> bytes:
     """SHA-256 of the file. Raises UserError where it should be text and is not."""
-    digest, text = hashlib.sha256(), format_of(path) != "parquet"
-    start, rest = 0, b""  # bytes decoded so far, and those of half a character after them
+    digest = hashlib.sha256()
+    is_text = format_of(path) != "parquet"
+    start = 0  # bytes decoded so far
+    rest = b""  # half a character after them
     with _open(path) as file:
         while True:
-            block = _read(file, path, PART)
+            block = _read(file, path, PART_BYTES)
             digest.update(block)
-            if text:
-                used = len(_decoded(path, start, rest + block, final=not block)[1])
-                start, rest = start + used, (rest + block)[used:]
+            if is_text:
+                rest += block
+                used = len(_decoded(path, start, rest, final=not block)[1])
+                start += used
+                rest = rest[used:]
             if not block:
                 return digest.digest()
 
@@ -197,7 +205,7 @@ def _read(file: BinaryIO, path: str, count: int) -> bytes:
     try:
         return file.read(count)
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
 
 
 def _mark(file: BinaryIO, path: str) -> bytes:
@@ -207,8 +215,8 @@ def _mark(file: BinaryIO, path: str) -> bytes:
 
 
 def _decoded(path: str, start: int, content: bytes, final: bool) -> tuple[str, bytes]:
-    """The text, and the bytes it is of: all where they are the final ones, else without half a character at the end."""
-    refuse_nul(path, start, content)
+    """The text, and the bytes it was decoded from: all of the final ones, else without half a character at the end."""
+    check_no_nul(path, start, content)
     try:
         text, used = codecs.utf_8_decode(content, "strict", final)
     except UnicodeDecodeError as error:
@@ -217,10 +225,10 @@ def _decoded(path: str, start: int, content: bytes, final: bool) -> tuple[str, b
 
 
 def _cut(file: BinaryIO, path: str, size: int, goal: int) -> int:
-    """The first byte of a line after `goal`; in one long line, the first byte of a character at or before it."""
+    """The byte where the first line after `goal` begins; in one long line, where the character at `goal` begins."""
     file.seek(goal)
     found = goal
-    while block := _read(file, path, PART):
+    while block := _read(file, path, PART_BYTES):
         end = block.find(b"\n")
         if end >= 0:
             found += end + 1
@@ -237,22 +245,23 @@ def _cut(file: BinaryIO, path: str, size: int, goal: int) -> int:
 
 
 def _parts(file: BinaryIO, path: str, start: int, stop: int) -> Iterator[str]:
-    """Bytes start ... stop - 1 as texts of at most PART bytes, cut after line ends where there are any."""
+    """Decode bytes start ... stop - 1 as texts of at most PART_BYTES, cut after line ends where there are any."""
     file.seek(start)
     rest = b""
     while start < stop:
-        block = rest + _read(file, path, min(PART - len(rest), stop - start - len(rest)))
+        block = rest + _read(file, path, min(PART_BYTES - len(rest), stop - start - len(rest)))
         final = start + len(block) >= stop or not block
         cut = len(block) if final else block.rfind(b"\n") + 1 or len(block)
         text, used = _decoded(path, start, block[:cut], final)
         if not used:
             raise UserError(f"{path} changed while it was read: run again")
         yield text
-        start, rest = start + len(used), block[len(used) :]
+        start += len(used)
+        rest = block[len(used) :]
 
 
 def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> Iterator[tuple[str, str]]:
-    """(path:line, its text without the line's end) of every line that has any. ends: None for \\n, \\r\\n and \\r."""
+    """(path:line, text without the line end) of every line that has text. ends: None for \\n, \\r\\n and \\r."""
     try:
         with open(path, encoding=encoding, newline=ends) as file:
             for number, line in enumerate(file, 1):
@@ -260,24 +269,25 @@ def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> I
                 if text:
                     yield f"{path}:{number}", text
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text any more: {WAY_OUT}") from None
 
 
 def _separated(path: str, separator: str) -> Iterator[tuple[str, str]]:
-    """(path:number, text) of what stands between separators, without the line ends around it, where that is more than
-    white space."""
+    """(path:number, text) of every text between separators, without the line ends around it; those of white space alone
+    are skipped."""
     for number, text in enumerate(_split(path, separator), 1):
         if text.strip():
             yield f"{path}:{number}", text.strip("\r\n")
 
 
 def _split(path: str, separator: str) -> Iterator[str]:
-    """As str.split would, with no more in memory than a part of the file and the text that it ends."""
+    """str.split of a file's text, with only a part of the file and the text that it ends in memory."""
     with _open(path) as file:
-        rest, start, size = "", len(_mark(file, path)), os.fstat(file.fileno()).st_size
-        for part in _parts(file, path, start, size):
+        size = os.fstat(file.fileno()).st_size
+        rest = ""
+        for part in _parts(file, path, len(_mark(file, path)), size):
             *texts, rest = (rest + part).split(separator)
             yield from texts
         yield rest

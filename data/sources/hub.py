@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub, streamed; or a folder on this machine that the same library reads."""
+"""Datasets of the Hugging Face hub, streamed; or a local folder, read by the same library."""
 
 import functools
 import hashlib
@@ -13,19 +13,27 @@ from typing import Any, Self, TypeVar
 from pydantic import Field
 
 from common.errors import UserError, reason
-from common.paths import files_below, is_folder, refuse_unreadable
+from common.paths import files_below, is_folder, raise_unreadable
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
-from data.sources.tables import cells, format_of, listed, no_column, no_text, refuse_lacking, refuse_no_column
+from data.sources.tables import (
+    cells,
+    check_column,
+    check_rows_have_column,
+    format_of,
+    list_names,
+    no_column_message,
+    not_text_message,
+)
 
-PATIENCE = 5  # seconds for the hub to answer; the library alone would try for half a minute
+TIMEOUT = 5  # seconds for the hub to answer; the library alone would retry for half a minute
 T = TypeVar("T")
 
 
 class HubCorpus(Corpus):
     """One row is one document; a hash of its text (or of its index) holds it out.
 
-    Fingerprint: of the hub, the commit that data.revision names at the time; of a folder, the names and bytes of its
-    files. The other settings are compared by themselves wherever fingerprints are.
+    Fingerprint: on the hub, the commit that data.revision names at the time; of a folder, the names and bytes of its
+    files. Settings are compared separately wherever fingerprints are.
     """
 
     path: str = Field(min_length=1)
@@ -51,12 +59,13 @@ class HubCorpus(Corpus):
         return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
 
     def cache_key(self) -> dict[str, Any]:
-        """Without what the fingerprint tells, and what is as it was before it was a setting."""
-        tree = super().cache_key()
-        del tree["revision"]
+        """Without the revision, which the fingerprint covers, and without held_out_by=index: older versions, which
+        split by it, had no key."""
+        settings = super().cache_key()
+        del settings["revision"]
         if self.held_out_by == "index":
-            del tree["held_out_by"]
-        return tree
+            del settings["held_out_by"]
+        return settings
 
     def sources(self) -> list[str]:
         return [str(path) for path in files_below(Path(self._place))] if self._folder else []
@@ -66,28 +75,31 @@ class HubCorpus(Corpus):
             return None
         return SplitRule(["hub", self.config, self.split, self.column, self.val_fraction], self.val_fraction)
 
-    def pinned(self) -> Self:
+    def with_fixed_revision(self) -> Self:
         return self.model_copy(update={"revision": self._commit})
 
     def read(self) -> Iterator[Document]:
-        rows, index, complete = self._open(), 0, self.remote  # of a folder, rows that lack the column are refused
+        rows = self._open()
+        index = 0
+        columns_checked = self.remote  # only the files of a folder can be checked
         while True:
-            row = self._asked(lambda: next(rows, None), f" (after {index} documents)")
+            row = self._ask(lambda: next(rows, None), f" (after {index} documents)")
             if row is None:
                 return
-            text, name = row[self.column], f"{self.path}:{index + 1}"  # rows are counted from 1, as in tables
+            text = row[self.column]
+            name = f"{self.path}:{index + 1}"  # rows are counted from 1, as in tables
             if text is not None and not isinstance(text, str):
-                raise UserError(no_text(name, self.column, text))
+                raise UserError(not_text_message(name, self.column, text))
             if text:
                 yield Document(name, text, is_held_out(self.held_out_by, index, text, self.val_fraction))
-            elif text is None and not complete:
-                self._refuse_lacking()
-                complete = True
+            elif text is None and not columns_checked:
+                self._check_rows_have_column()
+                columns_checked = True
             index += 1
 
     @property
     def _place(self) -> str:
-        """Of a folder, also one written with ~; a name on the hub has none."""
+        """The path with ~ expanded; a name on the hub has none."""
         return os.path.expanduser(self.path)
 
     @property
@@ -99,113 +111,116 @@ class HubCorpus(Corpus):
         return None if self._folder else _commit_of(self.path, self.revision)
 
     def _open(self) -> Iterator[dict[str, Any]]:
-        """Raises UserError, listing what there is, for a config, split or column that is not there."""
-        import datasets  # half a second, and needed only here
+        """Open the stream of rows. Raises UserError, listing the choices, for a missing config, split or column."""
+        import datasets  # imported here: it takes half a second
 
         if self.remote:
-            _refuse_unreachable(self.path)
+            _check_reachable(self.path)
         else:
-            _refuse_several_formats(Path(self._place))
+            _check_one_format(Path(self._place))
         datasets.disable_progress_bars()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it has to say comes as an error, too
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs is also raised as an error
         where = {"path": self._place, "revision": self._commit}
-        configs = self._asked(lambda: datasets.get_dataset_config_names(**where))
+        configs = self._ask(lambda: datasets.get_dataset_config_names(**where))
         config = self.config or (configs[0] if len(configs) == 1 else None)
         if config not in configs:
             problem = f"data.config={self.config}" if self.config else "data.config is not set"
-            raise UserError(f"{problem}: {self.path} has {listed(configs)}: give one of them as data.config=")
-        splits = self._asked(lambda: datasets.get_dataset_split_names(**where, config_name=config))
+            raise UserError(f"{problem}: {self.path} has {list_names(configs)}: give one of them as data.config=")
+        splits = self._ask(lambda: datasets.get_dataset_split_names(**where, config_name=config))
         if self.split not in splits:
-            raise UserError(f"data.split={self.split}: {self.path} has {listed(splits)}: choose one of them")
-        stream = self._asked(lambda: datasets.load_dataset(**where, name=config, split=self.split, streaming=True))
-        columns = stream.column_names or list(self._asked(lambda: next(iter(stream), {})))
+            raise UserError(f"data.split={self.split}: {self.path} has {list_names(splits)}: choose one of them")
+        stream = self._ask(lambda: datasets.load_dataset(**where, name=config, split=self.split, streaming=True))
+        columns = stream.column_names or list(self._ask(lambda: next(iter(stream), {})))
         if self.column not in columns:
-            raise UserError(no_column(self.path, self.column, columns))
+            raise UserError(no_column_message(self.path, self.column, columns))
         stream = stream.select_columns([self.column])
         return iter(stream.take(self.limit) if self.limit else stream)
 
-    def _refuse_lacking(self) -> None:
-        """Raises UserError for a row of a JSON file that lacks the column, as data=files does: the library gives null
-        for it. Of the hub's files nobody can tell."""
+    def _check_rows_have_column(self) -> None:
+        """Raises UserError for a row of a local JSON file that lacks the column, as data=files does: the library gives
+        null for it. Files on the hub cannot be checked."""
         import datasets
 
-        if (Path(self._place) / "README.md").is_file():  # whose head may say to read them in another way
+        if (Path(self._place) / "README.md").is_file():  # its header may configure how files are read
             return
-        builder, left = self._asked(lambda: datasets.load_dataset_builder(self._place, self.config)), self.limit
+        builder = self._ask(lambda: datasets.load_dataset_builder(self._place, self.config))
+        left = self.limit
         for path in builder.config.data_files[self.split]:
             if format_of(path) in ("json", "json lines"):
-                looked_at = refuse_lacking(path, self.column, left)
-                left = left and max(0, left - looked_at)
+                checked = check_rows_have_column(path, self.column, left)
+                left = left and max(0, left - checked)
 
-    def _asked(self, question: Callable[[], T], when: str = "") -> T:
+    def _ask(self, question: Callable[[], T], when: str = "") -> T:
         try:
             return question()
-        except Exception as error:  # whatever reads the network, archives and formats underneath has its own
+        except Exception as error:  # each library for network, archives and formats raises its own
             if self._folder:
-                _refuse_bad_table(Path(self._place), self.column)  # theirs seldom say which file it was
+                _check_tables(Path(self._place), self.column)  # their errors seldom name the file
             raise UserError(f"data.path={self.path!r} cannot be read{when}: {_reason(error)}") from None
 
 
 @functools.cache
 def _commit_of(path: str, revision: str | None) -> str:
-    """The commit that a branch, a tag or nothing stands for. One that is given whole needs no network."""
+    """The commit that a branch, a tag or None (the newest) names. A full commit hash needs no network."""
     if revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef"):
         return revision
-    _refuse_no_name(path)
-    _refuse_unreachable(path)
+    _check_hub_name(path)
+    _check_reachable(path)
     from huggingface_hub import HfApi
 
     try:
-        return HfApi().dataset_info(path, revision=revision, timeout=PATIENCE).sha
-    except Exception as error:  # theirs for what is missing, private, or malformed, and their HTTP library's
-        raise UserError(f"{_no_folder(path)}, nor does the hub have it: {_reason(error)}") from None
+        return HfApi().dataset_info(path, revision=revision, timeout=TIMEOUT).sha
+    except Exception as error:  # for missing, private or malformed names, and of their HTTP library
+        raise UserError(f"{_no_folder_message(path)}, nor does the hub have it: {_reason(error)}") from None
 
 
-def _refuse_no_name(path: str) -> None:
-    """Before the hub is asked. It redirects a few old names without an owner, so those pass."""
+def _check_hub_name(path: str) -> None:
+    """Raises UserError for a path that cannot name a dataset. The hub redirects a few old names without an owner, so
+    those pass."""
     if os.path.isfile(path):
         raise UserError(f"data.path={path!r} is a file: data=files reads it, data=hub its folder")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
         raise UserError(f"data.path={path!r} is no folder, nor named owner/name as a dataset of the hub is: give one")
 
 
-def _no_folder(path: str) -> str:
+def _no_folder_message(path: str) -> str:
     hint = "" if "/" in path else " (a dataset of the hub is named owner/name)"
     return f"data.path={path!r} is no folder{hint}"
 
 
-def _refuse_unreachable(path: str) -> None:
+def _check_reachable(path: str) -> None:
     way_out = "give a folder of this machine, or a whole commit as data.revision= for what is prepared already"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"{_no_folder(path)}, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
+        raise UserError(f"{_no_folder_message(path)}, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=PATIENCE).close()
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError:
-        pass  # an answer
+        pass  # it answers
     except (OSError, ValueError) as error:
         fault = f"{endpoint} does not answer: {_reason(error)}"
-        raise UserError(f"{_no_folder(path)}, and {fault}: {way_out}") from None
+        raise UserError(f"{_no_folder_message(path)}, and {fault}: {way_out}") from None
 
 
-def _refuse_several_formats(folder: Path) -> None:
-    """The library would take the most common one, and leave the others out without a word."""
+def _check_one_format(folder: Path) -> None:
+    """Raises UserError for tables of several formats: the library would read the most common one and silently skip the
+    others."""
     found = {format_of(path.name): path.name for path in files_below(folder)}
-    for other in (None, "json"):  # .json files may be there to describe the others
+    for other in (None, "json"):  # .json files may only describe the others
         found.pop(other, None)
-    if len(found) > 1 and not (folder / "README.md").is_file():  # whose head may say which files are meant
+    if len(found) > 1 and not (folder / "README.md").is_file():  # its header may select files
         raise UserError(
             f"data.path={str(folder)!r} holds tables of several formats, such as {' and '.join(found.values())}: "
             "give a folder with one of them"
         )
 
 
-def _refuse_bad_table(folder: Path, column: str) -> None:
-    """Raises UserError with the file and the line of the first table in the folder that cannot be read, if one is of a
-    format known here."""
+def _check_tables(folder: Path, column: str) -> None:
+    """Raises UserError with the file and the line of the first table in the folder that cannot be read, among those in
+    formats that this program reads."""
     for path in map(str, files_below(folder)):
         if format_of(path) not in (None, "json"):
-            refuse_no_column(path, column)
+            check_column(path, column)
             for _ in cells(path, column):
                 pass
 
@@ -229,6 +244,6 @@ def _hash(folder: Path) -> str:
             with path.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         except OSError as error:
-            refuse_unreadable(path, error)
+            raise_unreadable(path, error)
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + content)
     return digest.hexdigest()

@@ -1,20 +1,19 @@
-"""The JSON values of a text, decoded one at a time: a file need not fit into memory."""
+"""Stream JSON values from a file, decoded one at a time, so that the file need not fit into memory."""
 
 import json
 import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-BLOCK = 2**16  # characters read at one time, and more where a value is longer
+READ_CHARS = 2**16  # at one time, and more where a value is longer
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\r\n]*")
-LONGEST_WORD = 16  # characters: more than -Infinity or the escape of a character take
+MAX_WORD = 16  # characters: more than -Infinity or an escape has
 
 
 def values(file: TextIO) -> Iterator[Any]:
-    """The elements of the array that a file is, or the values that stand in it one after another, whether each is on
-    a line of its own or on several. Raises ValueError and RecursionError where it is not JSON, and what reading
-    raises."""
+    """The elements of a file's array, or its values one after another, each on one line or on several. Raises
+    ValueError and RecursionError where it is not JSON, and the OSError and UnicodeDecodeError of reading."""
     text = _Text(file)
     if text.next() != "[":
         while text.next():
@@ -34,13 +33,15 @@ def values(file: TextIO) -> Iterator[Any]:
 
 
 class _Text:
-    """What is left of a file, read as far as it is needed."""
+    """A buffer over a file, read as far as it is needed."""
 
     def __init__(self, file: TextIO):
-        self.file, self.text, self.at = file, "", 0
+        self.file = file
+        self.text = ""
+        self.at = 0
 
     def next(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             self.at = SPACE.match(self.text, self.at).end()
             if self.at < len(self.text) or not self._read():
@@ -58,11 +59,12 @@ class _Text:
                 value, self.at = DECODER.raw_decode(self.text, self.at)
                 return value
             except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - LONGEST_WORD
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - MAX_WORD
                 if not (cut and self._read()):
                     raise
 
     def _read(self) -> bool:
-        more = self.file.read(max(BLOCK, len(self.text) - self.at))
-        self.text, self.at = self.text[self.at :] + more, 0
+        more = self.file.read(max(READ_CHARS, len(self.text) - self.at))
+        self.text = self.text[self.at :] + more
+        self.at = 0
         return bool(more)

@@ -1,5 +1,4 @@
-"""What kind of file one is, as far as its name and its first bytes tell: files that would be trained on as the syntax
-of a format are refused, with the way out."""
+"""Detect the kind of a file by its name and first bytes, and refuse files whose format would be trained on as text."""
 
 import codecs
 from pathlib import Path
@@ -7,9 +6,9 @@ from pathlib import Path
 from common.errors import UserError
 from data.sources.tables import FORMATS
 
-HEAD = 2**12  # bytes looked at
-MARK = codecs.BOM_UTF8  # a byte order mark, which is no part of the text
-BEGINNINGS = {  # of files that look like text, or whose kind says more than the byte that cannot be text
+HEAD_BYTES = 2**12  # that are checked
+MARK = codecs.BOM_UTF8  # the byte order mark, which is not part of the text
+MAGIC = {  # first bytes of files that may look like text, or whose kind explains more than "not UTF-8" does
     b"%PDF-": "a PDF",
     b"{\\rtf": "RTF",
     b"PK\x03\x04": "a zip archive (as .docx and .epub are)",
@@ -33,16 +32,16 @@ WAY_OUT = f"convert or exclude it; what is read is UTF-8 text, and tables named 
 AS_IT_IS = "to train on it as it is, give data.document=file"
 
 
-def refuse_other_kind(path: str, head: bytes) -> None:
-    """Raises UserError where a file that should be text shows that it is none. head: its first HEAD bytes."""
-    for beginning, kind in BEGINNINGS.items():
-        if head.startswith(beginning):
+def check_is_text(path: str, head: bytes) -> None:
+    """Raises UserError where the first bytes show that a file is not text. head: its first HEAD_BYTES bytes."""
+    for magic, kind in MAGIC.items():
+        if head.startswith(magic):
             raise UserError(f"{path} is {kind}, as its first bytes say: {WAY_OUT}")
-    refuse_nul(path, 0, head)
+    check_no_nul(path, 0, head)
 
 
-def refuse_nul(path: str, start: int, content: bytes) -> None:
-    """Raises UserError for NUL bytes. start: the place of the content in the file."""
+def check_no_nul(path: str, start: int, content: bytes) -> None:
+    """Raises UserError for NUL bytes. start: the offset of the content in the file."""
     if b"\0" in content:
         place = start + content.index(b"\0")
         raise UserError(
@@ -51,8 +50,8 @@ def refuse_nul(path: str, start: int, content: bytes) -> None:
         )
 
 
-def refuse_markup(path: str, head: bytes) -> None:
-    """Raises UserError for pages and notebooks: their tags and braces would be learned beside what they say."""
+def check_no_markup(path: str, head: bytes) -> None:
+    """Raises UserError for pages and notebooks: a model would learn their tags and braces."""
     kind = MARKUP.get(Path(path).suffix.lower())
     if kind is None and head.removeprefix(MARK).lstrip().lower().startswith((b"<!doctype html", b"<html")):
         kind = "an HTML page, as it begins"

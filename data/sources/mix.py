@@ -1,4 +1,4 @@
-"""Several corpora as one, in fixed proportions."""
+"""Mix several corpora in fixed proportions."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ class Part(FrozenSettings):
     corpus: SerializeAsAny[Corpus]
 
     @model_validator(mode="after")
-    def _masked_as_a_whole(self) -> Self:
+    def _check_mask(self) -> Self:
         if self.corpus.document_mask:
             raise ValueError("document_mask is the mix's, not a part's: data.document_mask=true")
         return self
@@ -32,15 +32,15 @@ class Part(FrozenSettings):
 
 
 class MixCorpus(Corpus):
-    """The next document is of the part that is furthest behind its quota, counted in bytes of training text; it ends
-    with the first part that does, so the quotas hold from the beginning to the end, to within a document. What the
-    parts hold out on the way is held out. The order is a function of the settings and the documents alone."""
+    """The next document comes from the part that is furthest behind its quota, in bytes of training text. The mix ends
+    with the first part that ends, so the quotas are met from the beginning to the end, to within a document. Documents
+    that the parts hold out on the way are held out. The order is a function of the settings and the documents alone."""
 
     parts: dict[str, Part]  # quotas count relative to their sum
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _some(cls, parts: Any) -> Any:
+    def _check_not_empty(cls, parts: Any) -> Any:
         if not isinstance(parts, dict) or not parts:
             given = "null" if parts is None else parts
             example = "'data.parts={sympy: 0.7, stdlib: 0.3}'"
@@ -57,22 +57,24 @@ class MixCorpus(Corpus):
 
     def fingerprint(self) -> str:
         found = {name: [part.quota, part.corpus.fingerprint()] for name, part in self.parts.items()}
-        self._refuse_two_splits()
+        self._check_splits_agree()
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
     def cache_key(self) -> dict[str, Any]:
         return {name: [part.quota, part.name, part.corpus.cache_key()] for name, part in self.parts.items()}
 
-    def pinned(self) -> Self:
-        parts = {name: Part(quota=part.quota, corpus=part.corpus.pinned()) for name, part in self.parts.items()}
+    def with_fixed_revision(self) -> Self:
+        parts = {
+            name: Part(quota=part.quota, corpus=part.corpus.with_fixed_revision()) for name, part in self.parts.items()
+        }
         return self.model_copy(update={"parts": parts})
 
     def sources(self) -> list[str]:
         return list(file_ids(path for part in self.parts.values() for path in part.corpus.sources()).values())
 
-    def _refuse_two_splits(self) -> None:
-        """Raises UserError where one part might train on a document that another holds out: a file that both read, and
-        hold out by different rules, or texts that are held out by their hashes, but more of them by one."""
+    def _check_splits_agree(self) -> None:
+        """Raises UserError where one part might train on a document that another holds out: both read one file but
+        split it by different rules, or both split by hashes of texts but in different fractions."""
         rules = {name: part.corpus.split_rule() for name, part in sorted(self.parts.items())}
         rules = {name: rule for name, rule in rules.items() if rule is not None}
         first = next((name for name, rule in rules.items() if rule.of_texts is not None), None)
@@ -94,7 +96,7 @@ class MixCorpus(Corpus):
                     )
 
     def read(self) -> Iterator[Document]:
-        names = sorted(self.parts)  # not as they were written: settings that are equal give equal documents
+        names = sorted(self.parts)  # sorted, so that equal settings give equal documents
         readers = {name: _Reader(self.parts[name].corpus) for name in names}
         while True:
             name = min(names, key=lambda name: readers[name].taken / self.parts[name].quota)
@@ -107,13 +109,16 @@ class MixCorpus(Corpus):
 
 
 class _Reader:
-    """A part as it is read."""
+    """The reading position of a part."""
 
     def __init__(self, corpus: Corpus):
-        self.documents, self.ahead, self.taken, self.ended = corpus.read(), None, 0, False  # taken: bytes
+        self.documents = corpus.read()
+        self.ahead: Document | None = None  # read, but not yet returned
+        self.taken = 0  # bytes of training text
+        self.ended = False
 
     def next_training(self) -> Iterator[Document]:
-        """One training document, in all its parts, after what is held out before it."""
+        """One training document with all its continuations, after the held-out documents before it."""
         began = False
         while True:
             document = self.ahead or next(self.documents, None)

@@ -1,4 +1,4 @@
-"""Python source that every machine has: SymPy's, which is installed with this program, and the standard library's."""
+"""Python source on every machine: of SymPy, which is installed with this program, and of the standard library."""
 
 import hashlib
 import importlib.util
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UserError
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from data.sources.corpus import Corpus, Document, SplitRule
 
 log = logging.getLogger("headroom")
@@ -23,8 +23,8 @@ class SourceCorpus(Corpus):
     def _root() -> Path: ...
 
     @abstractmethod
-    def _belongs(self, path: Path) -> bool:
-        """path: within the root."""
+    def _includes(self, path: Path) -> bool:
+        """Whether a file is part of the corpus. path: relative to the root."""
 
     def sources(self) -> list[str]:
         root = self._root()
@@ -34,7 +34,8 @@ class SourceCorpus(Corpus):
         return SplitRule(of_files=self.name, of_texts=None)
 
     def fingerprint(self) -> str:
-        digest, root = hashlib.sha256(), self._root()
+        digest = hashlib.sha256()
+        root = self._root()
         for path in self._files():
             digest.update(path.encode() + b"\0" + _content(root / path) + b"\0")
         return digest.hexdigest()
@@ -52,14 +53,14 @@ class SourceCorpus(Corpus):
     def _files(self) -> list[str]:
         root = self._root()
         paths = (path.relative_to(root) for path in root.rglob("*.py"))
-        return sorted(path.as_posix() for path in paths if self._belongs(path))
+        return sorted(path.as_posix() for path in paths if self._includes(path))
 
 
 def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
 
 
 class SympyCorpus(SourceCorpus):
@@ -80,12 +81,12 @@ class SympyCorpus(SourceCorpus):
 
     @staticmethod
     def _root() -> Path:
-        spec = importlib.util.find_spec("sympy")  # finds the folder without importing the package
+        spec = importlib.util.find_spec("sympy")  # without importing the package
         if spec is None or not spec.submodule_search_locations:
             raise UserError("data=sympy: SymPy is not installed: pip install sympy==1.14.0")
         return Path(spec.submodule_search_locations[0])
 
-    def _belongs(self, path: Path) -> bool:
+    def _includes(self, path: Path) -> bool:
         return "tests" not in path.parts
 
 
@@ -93,8 +94,8 @@ SYMPY_FINGERPRINT = "33724875dc4043e96838048b2c1c258c7d73e235592f49113a54b94cdc4
 
 
 class StdlibCorpus(SourceCorpus):
-    """The standard library of the Python that runs, another one with every release; without tests, what is installed
-    beside it, and what building it recorded of the machine."""
+    """The standard library of the running Python, which differs between releases; without tests, installed packages,
+    and the record of how Python was built on this machine."""
 
     @property
     def name(self) -> str:
@@ -109,6 +110,6 @@ class StdlibCorpus(SourceCorpus):
     def _root() -> Path:
         return Path(sysconfig.get_paths()["stdlib"])
 
-    def _belongs(self, path: Path) -> bool:
-        beside = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        return not beside & set(path.parts) and not path.name.startswith("_sysconfigdata")
+    def _includes(self, path: Path) -> bool:
+        excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+        return not excluded & set(path.parts) and not path.name.startswith("_sysconfigdata")

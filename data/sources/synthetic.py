@@ -1,4 +1,4 @@
-"""Text that is made up, for tests and first trials."""
+"""Generated text, for tests and first trials."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ from data.sources.corpus import Corpus, Document
 
 
 class SyntheticCorpus(Corpus):
-    """Sentences of a small grammar, drawn by a seeded generator; every tenth document is held out."""
+    """Sentences of a small grammar from a seeded random generator; every tenth document is held out."""
 
     size: int = Field(200, ge=10)  # documents
     seed: int = Field(0, ge=0)
@@ -24,13 +24,13 @@ class SyntheticCorpus(Corpus):
 
     def read(self) -> Iterator[Document]:
         for i in range(self.size):
-            draw = random.Random(f"{self.seed}/{i}")
-            sentences = (self._sentence(draw) for _ in range(draw.randint(5, 30)))
+            rng = random.Random(f"{self.seed}/{i}")
+            sentences = (self._sentence(rng) for _ in range(rng.randint(5, 30)))
             yield Document(f"synthetic/{i}", "".join(sentences), held_out=i % 10 == 9)
 
     @staticmethod
-    def _sentence(draw: random.Random) -> str:
+    def _sentence(rng: random.Random) -> str:
         noun = ("query", "key", "value", "head", "token", "cache", "mask", "layer")
         verb = ("reads", "writes", "sees", "rotates", "keeps")
         adjective = ("narrow ", "latent ", "causal ", "", "")
-        return f"The {draw.choice(adjective)}{draw.choice(noun)} {draw.choice(verb)} a {draw.choice(noun)}.\n"
+        return f"The {rng.choice(adjective)}{rng.choice(noun)} {rng.choice(verb)} a {rng.choice(noun)}.\n"

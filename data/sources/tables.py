@@ -1,4 +1,4 @@
-"""Tables: one column of JSON, JSON lines, CSV and Parquet, row by row and never as a whole."""
+"""Tables: read one column of JSON, JSON lines, CSV or Parquet row by row, never as a whole."""
 
 import csv
 import functools
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from data.sources.json_values import values
 
 FORMATS = {
@@ -22,41 +22,41 @@ FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-ROWS = 256  # of a Parquet file, decoded at one time
+PARQUET_ROWS = 256  # decoded at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book
 log = logging.getLogger("headroom")
 
 
 def format_of(path: str) -> str | None:
-    """By the end of its name; None for what is not a table."""
+    """The table format by the file's suffix; None for other files."""
     return FORMATS.get(Path(path).suffix.lower())
 
 
-def refuse_no_column(path: str, column: str) -> None:
-    """Raises UserError where a table's head shows that it has no such column of text. Reads nothing more."""
-    _refuse_unknown(path, column, _columns(path))
+def check_column(path: str, column: str) -> None:
+    """Raises UserError where a table's header or first row has no such column. Reads nothing more."""
+    _check_known(path, column, _columns(path))
 
 
 def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
     """(place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
     kinds = {"json lines": _json_cells, "json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}
     rows = kinds[format_of(path)]
-    with _one_line(path):
+    with _user_errors(path):
         for number, cell in rows(path, column):
             if cell is not None and cell != "":
                 yield f"{path}:{number}", _text(f"{path}:{number}", column, cell)
 
 
-def refuse_lacking(path: str, column: str, rows: int | None) -> int:
-    """Raises UserError for the first of so many rows (None: all) of JSON or JSON lines that lacks the column, instead
-    of holding null in it. -> the rows looked at."""
-    with _one_line(path):
+def check_rows_have_column(path: str, column: str, rows: int | None) -> int:
+    """Raises UserError for the first row of JSON or JSON lines that lacks the column, unlike one with null in it.
+    rows: how many are checked; None: all. -> the number of rows checked."""
+    with _user_errors(path):
         return sum(1 for _ in itertools.islice(_json_cells(path, column), rows))
 
 
 def _text(place: str, column: str, cell: Any) -> str:
     if not isinstance(cell, str):
-        raise UserError(no_text(place, column, cell))
+        raise UserError(not_text_message(place, column, cell))
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -64,7 +64,7 @@ def _text(place: str, column: str, cell: Any) -> str:
     return cell
 
 
-def no_text(place: str, column: str, cell: Any) -> str:
+def not_text_message(place: str, column: str, cell: Any) -> str:
     return (
         f"{place} holds {type(cell).__name__} in column {column}, not text: choose a column of strings as data.column= "
         "(null and empty ones are passed over)"
@@ -74,7 +74,7 @@ def no_text(place: str, column: str, cell: Any) -> str:
 def _columns(path: str) -> list[str]:
     if format_of(path) == "parquet":
         return _open_parquet(path).schema_arrow.names
-    with _one_line(path):
+    with _user_errors(path):
         if format_of(path) == "csv":
             with open(path, encoding="utf-8-sig", newline="") as file:
                 return next(_csv_rows(path, file), [])
@@ -82,39 +82,39 @@ def _columns(path: str) -> list[str]:
 
 
 @contextmanager
-def _one_line(path: str) -> Iterator[None]:
-    """Around reading: turns what the system and the encoding raise into a UserError that names the file."""
+def _user_errors(path: str) -> Iterator[None]:
+    """A context for reading: turns OSError and UnicodeDecodeError into a UserError that names the file."""
     try:
         yield
     except OSError as error:
-        refuse_unreadable(path, error)
+        raise_unreadable(path, error)
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UserError(f"{path} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert or exclude it") from None
 
 
-def _refuse_unknown(place: str, column: str, columns: list[str]) -> None:
+def _check_known(place: str, column: str, columns: list[str]) -> None:
     if column not in columns:
-        raise UserError(no_column(place, column, columns))
+        raise UserError(no_column_message(place, column, columns))
     if columns.count(column) > 1:
         _warn_once(f"{place} has {columns.count(column)} columns named {column}: the first is read")
 
 
-def no_column(place: str, column: str, columns: list[str]) -> str:
-    """What is to be said, also where nobody has set data.column."""
+def no_column_message(place: str, column: str, columns: list[str]) -> str:
+    """The error message for a missing column, also where data.column is not set."""
     if len(columns) == 1 and ";" in columns[0] and place.lower().endswith(".csv"):
         return f"{place} has one column, {columns[0]}: separate its cells by commas instead of semicolons"
-    return f"{place} has no column {column}, it has {listed(columns)}: give one as data.column="
+    return f"{place} has no column {column}, it has {list_names(columns)}: give one as data.column="
 
 
-def listed(names: list[str]) -> str:
-    """For a message: a table may have thousands."""
+def list_names(names: list[str]) -> str:
+    """At most 20 names, for a message: a table may have thousands."""
     shown = ", ".join(map(str, names[:20])) or "none"
     return f"{shown}, and {len(names) - 20} more" if len(names) > 20 else shown
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of every row: the line that it is, in a .json file its place among the rows."""
+    """(number, row) of every row: its line number, or, in a .json file, its index from 1."""
     for number, row in _json_lines(path) if format_of(path) == "json lines" else enumerate(_json_values(path), 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove it")
@@ -143,14 +143,15 @@ def _json_values(path: str) -> Iterator[Any]:
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
-            reason, place = str(error).partition(":")[0], f" after row {number}" * bool(number)
+            reason = str(error).partition(":")[0]
+            place = f" after row {number}" if number else ""
             raise UserError(f"{path} is not JSON{place} ({reason}): mend or exclude it") from None
 
 
 def _json_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
     for number, row in _json_rows(path):
         if column not in row:
-            raise UserError(f"{no_column(f'{path}:{number}', column, list(row))}, or mend or remove the row")
+            raise UserError(f"{no_column_message(f'{path}:{number}', column, list(row))}, or mend or remove the row")
         yield number, row[column]
 
 
@@ -166,16 +167,17 @@ def _csv_cells(path: str, column: str) -> Iterator[tuple[int, str]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         rows = _csv_rows(path, file)
         head = next(rows, [])
-        _refuse_unknown(path, column, head)
-        place, tabs, warned = head.index(column), path.lower().endswith(".tsv"), False
+        _check_known(path, column, head)
+        place = head.index(column)
+        warn_of_tabs = path.lower().endswith(".tsv")
         for number, row in enumerate(rows, 1):
             if row and len(row) != len(head):
                 raise UserError(
                     f"{path}, row {number} after the head, has {len(row)} cells, the head has {len(head)}: mend the row"
                 )
             if row:
-                if tabs and not warned and set(row[place]) & set("\t\r\n"):
-                    warned = True
+                if warn_of_tabs and set(row[place]) & set("\t\r\n"):
+                    warn_of_tabs = False
                     _warn_once(
                         f"{path}:{number} has tabs or line ends within quotes in column {column}, read as one cell: "
                         "where a quote is text, double and enclose it, or give the table as .jsonl"
@@ -186,8 +188,9 @@ def _csv_cells(path: str, column: str) -> Iterator[tuple[int, str]]:
 def _parquet_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
     from pyarrow import ArrowException
 
-    file, number = _open_parquet(path), 0
-    _refuse_unknown(path, column, file.schema_arrow.names)
+    file = _open_parquet(path)
+    number = 0
+    _check_known(path, column, file.schema_arrow.names)
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     if leaves.count(column) > file.schema_arrow.names.count(column):
         struct, _, field = column.partition(".")
@@ -196,8 +199,8 @@ def _parquet_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
             f"another text, which can be read from a file where it has a column of its own"
         )
     try:
-        for batch in file.iter_batches(batch_size=ROWS, columns=[column]):
-            # Not the first: columns= also selects the field text of a struct a by the name a.text.
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
+            # By name, not the first: columns=["a.text"] also selects the field text of a struct a.
             for cell in batch.column(batch.schema.names.index(column)):
                 number += 1
                 yield number, cell.as_py()
@@ -216,7 +219,7 @@ def _warn_once(line: str) -> None:
 
 
 def _open_parquet(path: str):
-    from pyarrow import ArrowException  # a tenth of a second, and only for those who have such files
+    from pyarrow import ArrowException  # imported here: it takes a tenth of a second, and few have such files
     from pyarrow.parquet import ParquetFile
 
     try:

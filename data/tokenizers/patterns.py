@@ -40,8 +40,10 @@ CL100K = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
     r"|\s+(?!\S)|\s"
 )
-_LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
-_BEGIN, _END = r"[^\r\n\p{L}\p{N}]?", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_BEGIN = r"[^\r\n\p{L}\p{N}]?"
+_END = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 O200K = (
     f"{_BEGIN}{_UPPER}*{_LOWER}+{_END}|{_BEGIN}{_UPPER}+{_LOWER}*{_END}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -49,7 +51,7 @@ O200K = (
 KNOWN = (PATTERN, GPT2, CL100K, O200K)
 
 PIECE = 25_000  # characters after which a cut is looked for
-LONG_RUN = 100_000  # of white space: the engine fails at ten times as much
+LONG_RUN = 100_000  # characters of white space: the engine fails at ten times as many
 # Python's white space includes four control characters that the patterns do not count: that only leaves out some cuts.
 LETTERS = r"A-Za-z\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
 MARKS = r"!-&(-@\[-`{-~\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f"
@@ -62,9 +64,9 @@ class Piece(NamedTuple):
     one_word: bool = False  # the pattern is not to split it
 
 
-def pieces(text: str, pattern: str) -> Iterator[Piece]:
-    """Of about PIECE characters where the text allows it, with the words that one of the KNOWN patterns finds in the
-    whole text."""
+def exact_pieces(text: str, pattern: str) -> Iterator[Piece]:
+    """Cut a text into pieces of about PIECE characters, longer where it has no exact cut, that together have the words
+    that `pattern`, one of KNOWN, finds in the whole text."""
     start = 0
     while start < len(text):
         cut = CUT.search(text, start + PIECE)
@@ -74,9 +76,9 @@ def pieces(text: str, pattern: str) -> Iterator[Piece]:
 
 
 def last_cut(text: str) -> int:
-    """The last place in it that changes no word, whatever follows; 0 where there is none."""
+    """The last exact cut of a text: no word changes there, whatever follows. 0 where there is none."""
     last = 0
-    for width in (1000, len(text)):  # the end alone, where it has one
+    for width in (1000, len(text)):  # most often a cut is near the end
         for cut in CUT.finditer(text, max(0, len(text) - width)):
             last = cut.start()
         if last:
@@ -97,7 +99,7 @@ def _around_long_runs(text: str, pattern: str) -> Iterator[Piece]:
 
 
 def _long_words(text: str, pattern: str) -> Iterator[tuple[int, int]]:
-    """Where words begin and end that `\\s+(?!\\S)` would find, of LONG_RUN characters and more."""
+    """(begin, end) of words of LONG_RUN characters and more that `\\s+(?!\\S)` would find."""
     blanks = BLANKS if r"[\r\n]" in pattern else BLANKS + r"\r\n"
     for run in re.finditer(f"[{blanks}]+", text):
         begin, end = run.span()
@@ -110,13 +112,13 @@ def _long_words(text: str, pattern: str) -> Iterator[tuple[int, int]]:
 
 
 def portable(pattern: str) -> str:
-    """The same words from Oniguruma, which `tokenizers` uses: there {1,3}+ is no possessive quantifier and $ matches at
-    each line's end. In the KNOWN patterns no possessive quantifier changes what matches: what follows one never matches
-    a character that it could give back."""
+    """A pattern that finds the same words in Oniguruma, the engine of `tokenizers`: there {1,3}+ is no possessive
+    quantifier and $ matches at each line's end. In the KNOWN patterns no possessive quantifier changes what matches:
+    what follows one never matches a character that it could give back."""
     return re.sub(r"(?<=[+*?])\+|(?<=\d\})\+", "", pattern).replace("$", r"\z")
 
 
-def bounded(pattern: str, most: int) -> str:
-    """The same words where no run of characters of one kind is longer than `most`; there, parts of them. Of a pattern
-    without possessive quantifiers."""
-    return re.sub(r"(?<=[\]}s])[+*]", lambda found: f"{{{int(found[0] == '+')},{most}}}", pattern)
+def bounded(pattern: str, max_word: int) -> str:
+    """A pattern that finds the same words, except that it splits runs of more than `max_word` characters of one kind.
+    `pattern` has no possessive quantifiers."""
+    return re.sub(r"(?<=[\]}s])[+*]", lambda found: f"{{{int(found[0] == '+')},{max_word}}}", pattern)

@@ -1,4 +1,4 @@
-"""Published vocabularies, read from a file of this machine: never fetched behind anyone's back."""
+"""Published vocabularies in tiktoken's file format, read from a local file. Nothing is downloaded without the user."""
 
 import base64
 import binascii
@@ -12,26 +12,27 @@ from pydantic import Field
 
 from common.atomic_io import read_regular
 from common.errors import UserError, reason
+from data.tokenizers.base import Tokenizer, TokenizerConfig
+from data.tokenizers.bpe import BPETokenizer
 from data.tokenizers.patterns import CL100K, GPT2, O200K
-from data.tokenizers.tokenizer import BPETokenizer, Tokenizer, TokenizerConfig
-from data.tokenizers.vocabulary import fault_of
+from data.tokenizers.vocabulary import vocabulary_fault
 
-LARGEST = 2**26  # bytes of a vocabulary
+MAX_BYTES = 2**26  # of a vocabulary file
 SOURCE = "https://openaipublic.blob.core.windows.net/encodings"
 
 
 class Published(NamedTuple):
-    """A vocabulary: in the folder it is called `<name>.tiktoken`."""
+    """A published vocabulary; its file is `<name>.tiktoken`."""
 
     name: str
     url: str
-    sha256: str | None  # None does not check
-    tokens: int  # with the one that ends a text
+    sha256: str | None  # of the file; None skips the check
+    tokens: int  # with the end of text
     pattern: str
 
 
 class PublishedConfig(TokenizerConfig):
-    """The end of a text is our own last token, as everywhere here: GPT-2's has the same number, those of the others are
+    """The end-of-text token is the last one, as in every tokenizer here: that is GPT-2's own id, and for the others
     one below theirs."""
 
     folder: str = Field("cache/tokenizers", min_length=1)
@@ -52,7 +53,7 @@ class PublishedConfig(TokenizerConfig):
     def cache_key(self) -> dict[str, Any]:
         return {"sha256": self.published.sha256} | ({} if self.cut == "words" else {"cut": self.cut})
 
-    def refuse_missing(self) -> None:
+    def check_available(self) -> None:
         self._content()
 
     def train(self, texts: Iterable[str]) -> Tokenizer:
@@ -64,7 +65,7 @@ class PublishedConfig(TokenizerConfig):
 
     def _content(self) -> bytes:
         try:
-            content = read_regular(self._path, LARGEST)
+            content = read_regular(self._path, MAX_BYTES)
         except FileNotFoundError:
             raise UserError(
                 f"tokenizer={self.name}: there is no {self._path}: fetch {self.published.url} and put it into "
@@ -127,7 +128,8 @@ def _tokens(path: Path, content: bytes) -> list[bytes]:
         except (ValueError, binascii.Error):
             raise UserError(f"{path}, line {number}, is not a token and its rank: fetch the file again") from None
     tokens = [found[rank] for rank in sorted(found)]
-    fault = fault_of(tokens) if sorted(found) == list(range(len(tokens))) else "it lacks a rank or has one below 0"
+    complete = sorted(found) == list(range(len(tokens)))
+    fault = vocabulary_fault(tokens) if complete else "it lacks a rank or has one below 0"
     if fault:
         raise UserError(f"{path} is not a whole vocabulary: {fault}")
     return tokens

@@ -1,4 +1,4 @@
-"""A vocabulary of byte strings as the tokenizer.json that Hugging Face's `tokenizers` and `transformers` open."""
+"""tokenizer.json: a vocabulary of byte strings, in the format of Hugging Face's `tokenizers` and `transformers`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -7,34 +7,35 @@ from typing import Any
 from common.checksummed_json import digest
 from data.tokenizers.patterns import portable
 
-END_OF_TEXT = "<|endoftext|>"  # precedes each document; as plain text it is text like any other
-OURS = "headroom"  # holds what only this program reads, in `model`: `tokenizers` refuses unknown keys at the top level
+END_OF_TEXT = "<|endoftext|>"  # precedes each document; spelled out in a text it is text like any other
+OURS = "headroom"  # the key, in `model`, of our own values: at the top level `tokenizers` refuses unknown keys
+MAX_WORK = 2**29  # sum of squared token lengths; the time to derive merges is proportional to it
 
 
-MOST_WORK = 2**29  # sum of the squares of the tokens' lengths, as which the time to find merges grows
-
-
-def fault_of(tokens: Sequence[bytes]) -> str | None:
+def vocabulary_fault(tokens: Sequence[bytes]) -> str | None:
     """Why these tokens cannot spell every text, each in one way; None where they can."""
-    lacking = {bytes([byte]) for byte in range(256)}.difference(tokens)
-    if lacking:
-        return f"it lacks {len(lacking)} of the 256 bytes, such as 0x{min(lacking).hex()}"
+    missing = {bytes([byte]) for byte in range(256)}.difference(tokens)
+    if missing:
+        return f"it lacks {len(missing)} of the 256 bytes, such as 0x{min(missing).hex()}"
     if len(set(tokens)) < len(tokens):
         return "it names a token twice"
     if b"" in tokens:
         return "it has a token without bytes"
-    if sum(len(token) ** 2 for token in tokens) > MOST_WORK:
+    if sum(len(token) ** 2 for token in tokens) > MAX_WORK:
         return f"its tokens are too long, such as one of {max(map(len, tokens)):,} bytes"
     if END_OF_TEXT.encode() in tokens:
         return f"its text can spell the token {END_OF_TEXT}"
     return None
 
 
-def written(
+def tokenizer_json(
     tokens: Sequence[bytes], merges: Iterable[tuple[bytes, bytes]], pattern: str | None, rules: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The file's content. pattern: splits text into words; None does not split. rules: plain JSON values, which `read`
-    gives back."""
+    """Build the content of tokenizer.json.
+
+    pattern: splits text into words; None does not split.
+    rules: JSON values, which `parse_tokenizer_json` gives back.
+    """
     split = {"type": "Split", "pattern": {"Regex": portable(pattern or "")}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -66,15 +67,16 @@ def written(
     return content
 
 
-def read(content: dict[str, Any]) -> tuple[list[bytes], list[tuple[bytes, bytes]], dict[str, Any]]:
-    """The tokens, merges and rules of what `written` gave. Raises ValueError, KeyError, TypeError or AttributeError
-    where it is something else, or anything has changed."""
+def parse_tokenizer_json(content: dict[str, Any]) -> tuple[list[bytes], list[tuple[bytes, bytes]], dict[str, Any]]:
+    """The tokens, merges and rules in the content that `tokenizer_json` built. Raises ValueError, KeyError, TypeError
+    or AttributeError where it is something else, or any of it has changed."""
     if OURS not in content["model"]:
         raise ValueError("Headroom did not write it")
     rules = content["model"][OURS]
     if rules.pop("hash") != digest(content):
         raise ValueError("its hash does not match its content")
-    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    vocab = content["model"]["vocab"]
+    merges = content["model"]["merges"]
     if not all(type(rank) is int for rank in vocab.values()) or sorted(vocab.values()) != list(range(len(vocab))):
         raise ValueError("its tokens are not numbered from 0 without a gap")
     if not all(left in vocab and right in vocab and left + right in vocab for left, right in merges):
@@ -83,8 +85,8 @@ def read(content: dict[str, Any]) -> tuple[list[bytes], list[tuple[bytes, bytes]
     return tokens, [(spelled_bytes(left), spelled_bytes(right)) for left, right in merges], rules
 
 
-def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """The pairs that `tokenizers` is to merge, in order, to give the tokens that tiktoken finds by ranks alone.
+def derive_merges(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    """Derive the merges that make `tokenizers` give the tokens that tiktoken finds by ranks alone, in order.
 
     tiktoken merges any two neighbours that together are a token, the lowest rank first. A token's bytes are merged by
     the tokens before it in the same way wherever they stand, unless a merge reaches across their ends: so they have
@@ -95,7 +97,7 @@ def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     merges = []
     for rank, token in enumerate(tokens):
         if len(token) > 1:
-            parts = _parts(token, ranks, rank)
+            parts = _split_by_ranks(token, ranks, rank)
             if len(parts) == 2:
                 merges.append((parts[0], parts[1]))
             else:
@@ -104,17 +106,18 @@ def merges_of(tokens: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     return merges
 
 
-def _parts(token: bytes, ranks: Mapping[bytes, int], end: int) -> list[bytes]:
-    """What the ranks below `end` leave of it."""
+def _split_by_ranks(token: bytes, ranks: Mapping[bytes, int], end: int) -> list[bytes]:
+    """The parts of a token after all merges of ranks below `end`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        found = [ranks.get(left + right, end) for left, right in pairwise(parts)]
-        lowest = min(found)
+        pair_ranks = [ranks.get(left + right, end) for left, right in pairwise(parts)]
+        lowest = min(pair_ranks)
         if lowest >= end:
             break
-        merged, i = [], 0
+        merged = []
+        i = 0
         while i < len(parts):
-            width = 2 if i < len(found) and found[i] == lowest else 1
+            width = 2 if i < len(pair_ranks) and pair_ranks[i] == lowest else 1
             merged.append(b"".join(parts[i : i + width]))
             i += width
         parts = merged

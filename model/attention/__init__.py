@@ -1,1 +1,1 @@
-"""One file per attention. A new one is a config class and a module here, and a file under conf/attention/."""
+"""Attention variants, one file each. A new one is a config class and a module here, and a file in conf/attention/."""

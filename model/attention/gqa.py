@@ -1,6 +1,6 @@
-"""Multi-head, multi-query and grouped-query attention: one class, told apart by the number of key/value heads.
+"""Multi-head, multi-query and grouped-query attention: one class that differs in the number of KV heads.
 
-MHA (Vaswani et al. 2017, arXiv:1706.03762) has as many key heads as query heads, MQA (Shazeer 2019,
+MHA (Vaswani et al. 2017, arXiv:1706.03762) has as many KV heads as query heads, MQA (Shazeer 2019,
 arXiv:1911.02150) has one, GQA (Ainslie et al. 2023, arXiv:2305.13245) a divisor in between.
 """
 
@@ -28,9 +28,9 @@ from model.stats import collect_stats
 
 class GQAConfig(AttentionConfig):
     n_kv_heads: Size | Literal["all"] | None = None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
-    head_dim: Size | None = None  # d_model / n_heads
-    qk_norm: bool = True  # RMSNorm over each query and key head, before the rotation
-    rope_dim: Size | None = None  # the first so many of each head rotate: head_dim
+    head_dim: Size | None = None  # unset: d_model / n_heads
+    qk_norm: bool = True  # RMSNorm on each query and key head, before RoPE
+    rope_dim: Size | None = None  # leading dimensions of each head that rotate (partial RoPE); unset: head_dim
 
     def derive(self, dimensions: Dimensions) -> Self:
         n_heads = dimensions.n_heads
@@ -86,19 +86,21 @@ class GQAConfig(AttentionConfig):
 
 
 class GQA(Attention):
-    """y = softmax(q kᵀ / sqrt(head_dim)) v, each key head shared by n_heads / n_kv_heads query heads."""
+    """y = softmax(q kᵀ / sqrt(head_dim)) v, each KV head shared by n_heads / n_kv_heads query heads."""
 
     def __init__(self, config: GQAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
         super().__init__()
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
-        self.head_dim, self.n_kv_heads = config.head_dim, config.n_kv_heads
-        self.attend, self.dropout = kernel, config.dropout
+        self.head_dim = config.head_dim
+        self.n_kv_heads = config.n_kv_heads
+        self.attend = kernel
+        self.dropout = config.dropout
         self.pattern = config.pattern(causal)
         self.rope = config.rope(config.rope_dim)
-        self.scale = config.head_dim**-0.5 * config.sharpening
-        self.biased = config.distance_bias(causal)
+        self.scale = config.head_dim**-0.5 * config.softmax_scale_factor
+        self.add_position_bias = config.position_bias(causal)
         self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns)
-        # What all keys have in common adds the same to all scores of a query, unless keys are turned or normed then.
+        # Without RoPE or a norm behind it, a key bias adds the same to all scores of a query, which softmax ignores.
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
         self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)
         self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias or k_bias)
@@ -112,9 +114,9 @@ class GQA(Attention):
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
-        q, k, left_out = self.biased(q, k, mask, self.scale)
+        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), collect_stats(ctx.collect, q, k, mask, self.scale, left_out)
+        return self.o_proj(y.flatten(2)), collect_stats(ctx.collect, q, k, mask, self.scale, row_offset)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)

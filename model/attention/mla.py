@@ -1,32 +1,33 @@
 """Multi-head latent attention with decoupled RoPE (DeepSeek-V2, arXiv:2405.04434, section 2.1).
 
-Keys and values of all heads are read from one narrow latent per token, which is all that decoding has to keep.
-A rotation depends on the position and so cannot be folded into constant matrices; hence the position goes into a
-few dimensions of its own, rotated, shared by all heads and kept beside the latent.
+Keys and values of all heads are projected up from one narrow latent per token, so decoding needs a latent KV cache
+only. A rotation depends on the position and so cannot be folded into constant matrices; hence the position
+goes into a few dimensions of its own, rotated, shared by all heads and cached beside the latent.
 
     q_nope | q_rope  per head      = q_proj x,  or  q_up norm(q_down x)
     latent | k_rope                = kv_down x;     latent = norm(latent)
     k_nope | v       per head      = kv_up latent
     score                          = (q_nope · k_nope + q_rope · k_rope) / sqrt(n + r)
 
-With qk_bias, what makes q and k_rope has a bias, kv_down whole; with model.bias, kv_down, q_down and o_proj do, as with
-DeepSeek's attention_bias. One of kv_up would say nothing new: its part in k_nope adds the same to all scores of a
-query, which softmax ignores, and its part in v reaches the output as a constant, which o_proj's bias is already.
+qk_bias adds a bias to the projections to q and to k_rope, the latter being part of kv_down, which gets one for all its
+rows; model.bias adds one to kv_down, q_down and o_proj, as DeepSeek's attention_bias does. kv_up needs none: in k_nope
+it would add the same to all scores of a query, which softmax ignores, and in v a constant to the output, as o_proj's
+bias does.
 
-With qk_norm=head the queries and keys of the heads are normed too, before the rotation; N is RMSNorm with a weight:
+qk_norm=head also norms the queries and keys of the heads, before the rotation; N is RMSNorm with a weight:
 
     q_nope = N q_nope,  q_rope = N q_rope   per head;     k_rope = N k_rope
     k_nope[h] = w ∘ k_nope[h] · inv[g(h)],  inv[g] = 1 / sqrt(mean of k_nope² over the heads and dims of group g + eps)
 
-A norm of every head's keys cannot be folded into constant matrices, but what is not constant in it is one number per
-token and group of heads, inv: it is kept beside the latent (c + r + groups numbers). With as many groups as heads the
-norm is the usual one of each head; with one group, the default, the cache grows by a single number.
+A norm of every head's keys cannot be folded into constant matrices, but its only factor that is not constant is inv,
+one value per token and group of heads: it is cached beside the latent (c + r + groups elements per token). With as many
+groups as heads the norm is the usual one of each head; with one group, the default, the cache grows by one element.
 
-The same parameters run in three ways:
+The same parameters run in three ways (`execution`):
 
-    naive      keeps the keys and values of every head: the reference
-    expanded   keeps the latent, and reads keys and values from it for all visible tokens
-    absorbed   keeps the latent, and moves kv_up to the query's side:
+    naive      caches the keys and values of every head: the reference
+    expanded   caches the latent, and projects keys and values up from it for all visible tokens
+    absorbed   caches the latent, and moves kv_up to the query's side:
                q_nope · (W_uk latent) = (W_ukᵀ q_nope) · latent,  and  sum p (W_uv latent) = W_uv (sum p latent);
                the latent then is the one wide key and value head of a multi-query attention.
                With qk_norm=head: q_nope · (w ∘ W_uk latent · inv) = (W_ukᵀ (w ∘ q_nope)) · (inv latent), so there is
@@ -53,7 +54,7 @@ from model.attention.base import (
     update_cache,
 )
 from model.cache import Cache, cache_for
-from model.dimensions import LARGEST, Dimensions, Size
+from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import MatrixLayout, single_matrix
 from model.linear import Linear
@@ -62,23 +63,25 @@ from model.norm import GroupedRMSNorm, RMSNorm
 from model.stats import collect_stats
 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
-Said = tuple[Tensor, dict[str, Tensor]]  # what attention gives per head, and what it says besides
+AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, v), and auxiliary outputs
 
 
 class MLAConfig(AttentionConfig):
-    """Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide (n + r = v) and
-    the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512, n 128, r 64,
-    v 128, q_lora_rank 1536."""
+    """Settings of MLA. Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide
+    (n + r = v) and the absorbed key (c + r) stays narrow: the shapes flash kernels take. DeepSeek-V3 itself has c 512,
+    n 128, r 64, v 128, q_lora_rank 1536."""
 
-    q_lora_rank: int | None = Field(None, ge=0, le=LARGEST)  # 0 and None: queries straight from the hidden state
-    kv_lora_rank: Size | None = None  # c: d_model / 4
-    qk_nope_head_dim: Size | None = None  # n: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int | None = Field(None, ge=0, le=LARGEST)  # r: head_dim / 4, made even; 0 if nothing rotates
-    v_head_dim: Size | None = None  # v: head_dim
-    k_rope_from: Literal["hidden", "latent"] = "hidden"  # the rope key is a projection of
-    qk_norm: Literal["latent", "head"] = "latent"  # the latents are normed always; head: queries and keys as well
-    qk_norm_groups: Size = 1  # groups of heads whose keys share one root mean square: n_heads norms each head
-    execution: Execution = "auto"  # auto: expanded to train, and where expanding costs less than absorbing
+    q_lora_rank: int | None = Field(None, ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
+    kv_lora_rank: Size | None = None  # c; unset: d_model / 4
+    qk_nope_head_dim: Size | None = None  # n; unset: head_dim - qk_rope_head_dim
+    qk_rope_head_dim: int | None = Field(None, ge=0, le=MAX_SIZE)  # r; unset: head_dim / 4, made even; 0 without RoPE
+    v_head_dim: Size | None = None  # v; unset: head_dim
+    k_rope_from: Literal["hidden", "latent"] = "hidden"  # what the rope key is projected from
+    qk_norm: Literal["latent", "head"] = (
+        "latent"  # latents are always normed; head: so are queries and keys of each head
+    )
+    qk_norm_groups: Size = 1  # groups of heads whose keys share one root mean square; n_heads: each its own
+    execution: Execution = "auto"  # auto: absorbed with a cache and few queries (break_even), else expanded
 
     def derive(self, dimensions: Dimensions) -> Self:
         if self.qk_norm_groups > 1 and self.qk_norm == "latent":
@@ -156,34 +159,28 @@ class MLAConfig(AttentionConfig):
 
 
 class MLA(Attention):
-    """Letters in comments: H heads, n and r the key dims without and with rotation, v the value dim, c the latent."""
+    """Multi-head latent attention; the formulas stand at the top. Letters: H heads, n and r the key dimensions
+    without and with rotation, v the value dimension, c the latent's width (kv_lora_rank)."""
 
     def __init__(self, config: MLAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
         super().__init__()
-        d_model, n_heads = dimensions.d_model, dimensions.n_heads
-        n, r, v, c = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, config.kv_lora_rank
-        self.n_heads, self.nope_dim, self.rope_dim, self.v_dim, self.rank = n_heads, n, r, v, c
-        self.scale = (n + r) ** -0.5 * config.sharpening  # in absorbed form too, though its keys are c + r wide
-        self.attend, self.dropout = kernel, config.dropout
+        self.n_heads = dimensions.n_heads
+        self.nope_dim = config.qk_nope_head_dim
+        self.rope_dim = config.qk_rope_head_dim
+        self.v_dim = config.v_head_dim
+        self.rank = config.kv_lora_rank
+        key_dim = self.nope_dim + self.rope_dim
+        self.scale = key_dim**-0.5 * config.softmax_scale_factor  # also when absorbed, whose keys are c + r wide
+        self.attend = kernel
+        self.dropout = config.dropout
         self.pattern = config.pattern(causal)
-        self.rope = config.rope(r)
-        self.biased = config.distance_bias(causal)
-        # Rows of a head: nope | rope
-        self.q_proj = _query(d_model, config.q_lora_rank, n_heads * (n + r), config.qk_bias, dimensions.bias)
-        own, k_bias = config.k_rope_from == "latent", config.qk_bias and r > 0
-        down = c if own else c + r  # rows: latent | rope key
-        self.kv_down = Linear(d_model, down, dimensions.bias or (k_bias and not own))
-        self.kv_norm = RMSNorm(c)
-        self.k_rope_proj = Linear(c, r, k_bias) if own else None
-        heads, rotates = config.qk_norm == "head", r > 0
-        self.q_nope_norm = RMSNorm(n) if heads else nn.Identity()
-        self.q_rope_norm = RMSNorm(r) if heads and rotates else nn.Identity()
-        self.k_rope_norm = RMSNorm(r) if heads and rotates else nn.Identity()
-        self.k_nope_norm = GroupedRMSNorm(n, config.qk_norm_groups) if heads else None
-        self.kv_up = Linear(c, n_heads * (n + v), bias=False)  # rows of a head: k_nope | v
-        self.o_proj = Linear(n_heads * v, d_model, dimensions.bias)
-        # Expanding costs c(n+v) products per visible token and head, once; absorbing costs 2c-n-v more per query.
-        self.break_even = c * (n + v) / (2 * c - n - v) if 2 * c > n + v else math.inf  # queries
+        self.rope = config.rope(self.rope_dim)
+        self.add_position_bias = config.position_bias(causal)
+        self._add_down_projections(config, dimensions)
+        self._add_qk_norms(config)
+        self.kv_up = Linear(self.rank, self.n_heads * (self.nope_dim + self.v_dim), bias=False)  # per head: k_nope | v
+        self.o_proj = Linear(self.n_heads * self.v_dim, dimensions.d_model, dimensions.bias)
+        self.break_even = break_even(self.rank, self.nope_dim + self.v_dim)
         self.execute = {
             "auto": self._cheaper,
             "naive": self._naive,
@@ -191,11 +188,39 @@ class MLA(Attention):
             "absorbed": self._absorbed,
         }[config.execution]
         self.caches_heads = config.execution == "naive"
-        # The latent row is the absorbed value, and its rope columns are multiplied before they are dropped.
-        width = 2 * (c + r) if config.execution == "absorbed" else n + r + v
-        self.macs_per_pair = n_heads * (width + config.bias_columns)
-        if heads and config.execution == "absorbed":
-            self.extra_macs_per_token = n_heads * n * c  # k_nope, for the norm
+        self.macs_per_pair = self._macs_per_pair(config)
+        if self.k_nope_norm is not None and config.execution == "absorbed":
+            self.extra_macs_per_token = self.n_heads * self.nope_dim * self.rank  # k_nope, for the norm
+
+    def _macs_per_pair(self, config: MLAConfig) -> int:
+        """Multiply-adds per query and key in training. Absorbed, the latent row is the value too, and its rope columns
+        are multiplied before they are dropped."""
+        absorbed = config.execution == "absorbed"
+        width = 2 * (self.rank + self.rope_dim) if absorbed else self.nope_dim + self.rope_dim + self.v_dim
+        return self.n_heads * (width + config.bias_columns)
+
+    def _add_down_projections(self, config: MLAConfig, dimensions: Dimensions) -> None:
+        """Add the projections to queries, latent and rope key."""
+        d_model, c, r = dimensions.d_model, self.rank, self.rope_dim
+        q_width = self.n_heads * (self.nope_dim + r)  # rows of a head: nope | rope
+        self.q_proj = _query(d_model, config.q_lora_rank, q_width, config.qk_bias, dimensions.bias)
+        k_bias = config.qk_bias and r > 0
+        k_rope_from_latent = config.k_rope_from == "latent"
+        if k_rope_from_latent:
+            self.kv_down = Linear(d_model, c, dimensions.bias)
+        else:
+            self.kv_down = Linear(d_model, c + r, dimensions.bias or k_bias)  # rows: latent | rope key
+        self.kv_norm = RMSNorm(c)
+        self.k_rope_proj = Linear(c, r, k_bias) if k_rope_from_latent else None
+
+    def _add_qk_norms(self, config: MLAConfig) -> None:
+        """Add the norms of the heads' queries and keys, which only qk_norm=head has."""
+        per_head = config.qk_norm == "head"
+        rope_norm = per_head and self.rope_dim > 0
+        self.q_nope_norm = RMSNorm(self.nope_dim) if per_head else nn.Identity()
+        self.q_rope_norm = RMSNorm(self.rope_dim) if rope_norm else nn.Identity()
+        self.k_rope_norm = RMSNorm(self.rope_dim) if rope_norm else nn.Identity()
+        self.k_nope_norm = GroupedRMSNorm(self.nope_dim, config.qk_norm_groups) if per_head else None
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
@@ -205,49 +230,57 @@ class MLA(Attention):
         latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
         if self.k_rope_proj is not None:
             k_rope = self.k_rope_proj(latent)
-        # One row per token, all that a latent cache keeps (but for inv): (B, T, 1, c + r)
+        # One row per token, which is what a latent KV cache stores (besides inv): (B, T, 1, c + r)
         row = torch.cat((latent, ctx.rotated(self.k_rope_norm(k_rope), self.rope)), dim=-1)
-        y, said = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
-        return self.o_proj(y.flatten(2)), said
+        y, aux = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
+        return self.o_proj(y.flatten(2)), aux
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
-        columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
-        if self.k_nope_norm is not None:
-            columns["inverse_rms"] = (self.k_nope_norm.groups, 1)
         if self.caches_heads:
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
+        else:
+            columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
+            if self.k_nope_norm is not None:
+                columns["inverse_rms"] = (self.k_nope_norm.groups, 1)
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
     def param_layout(self) -> dict[str, MatrixLayout]:
-        n, r, v, c, h = self.nope_dim, self.rope_dim, self.v_dim, self.rank, self.n_heads
-        rotates, own = r > 0, self.k_rope_proj is not None
-        query = MatrixLayout(h, {"q_nope": n} | ({"q_rope": r} if rotates else {}))
-        found = {"q_proj.weight": query}
+        q_parts = {"q_nope": self.nope_dim}
+        down_parts = {"latent": self.rank}
+        if self.rope_dim:
+            q_parts["q_rope"] = self.rope_dim
+        if self.rope_dim and self.k_rope_proj is None:
+            down_parts["k_rope"] = self.rope_dim
+        query = MatrixLayout(self.n_heads, q_parts)
+        layout = {"q_proj.weight": query}
         if isinstance(self.q_proj, nn.Sequential):
-            found = {
-                "q_proj.down.weight": single_matrix("q_latent", self.q_proj.down.out_features),
-                "q_proj.up.weight": query,
-            }
-        return found | {
-            "kv_down.weight": MatrixLayout(1, {"latent": c} | ({"k_rope": r} if rotates and not own else {})),
-            "kv_up.weight": MatrixLayout(h, {"k_nope": n, "v": v}),
-            "o_proj.weight": single_matrix("o", self.o_proj.out_features),
-            **({"k_rope_proj.weight": single_matrix("k_rope", r)} if own else {}),
-        }
+            q_latent = single_matrix("q_latent", self.q_proj.down.out_features)
+            layout = {"q_proj.down.weight": q_latent, "q_proj.up.weight": query}
+        layout["kv_down.weight"] = MatrixLayout(1, down_parts)
+        layout["kv_up.weight"] = MatrixLayout(self.n_heads, {"k_nope": self.nope_dim, "v": self.v_dim})
+        layout["o_proj.weight"] = single_matrix("o", self.o_proj.out_features)
+        if self.k_rope_proj is not None:
+            layout["k_rope_proj.weight"] = single_matrix("k_rope", self.rope_dim)
+        return layout
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
+    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> AttentionOutput:
         k, v = self._expand(row)
         (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _expanded(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
-        kept = {"latent_and_k_rope": row} if cache is None else self._kept(row)
-        (row, *_), mask = update_cache(self.pattern, ctx, cache, **kept)
+    def _expanded(
+        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
+    ) -> AttentionOutput:
+        # inv is for the cache alone: _expand norms k_nope by itself
+        entries = {"latent_and_k_rope": row} if cache is None else self._cache_entries(row)
+        (row, *_), mask = update_cache(self.pattern, ctx, cache, **entries)
         k, v = self._expand(row)
         return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
 
-    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
-        (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._kept(row))
+    def _absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
+    ) -> AttentionOutput:
+        (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._cache_entries(row))
         w_uk, w_uv = self._up_per_head()
         key = row
         if self.k_nope_norm is not None:
@@ -257,20 +290,22 @@ class MLA(Attention):
             key = torch.cat((latent * inverse[0], k_rope), -1)  # (B, S, G, c + r)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
         # The row serves as value too, without a copy; its rope columns are dropped from the output.
-        y, said = self._attend(q, key, row, mask, ctx)
-        return torch.einsum("bthc,hvc->bthv", y[..., : self.rank], w_uv), said
+        y, aux = self._attend(q, key, row, mask, ctx)
+        return torch.einsum("bthc,hvc->bthv", y[..., : self.rank], w_uv), aux
 
-    def _cheaper(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> Said:
+    def _cheaper(
+        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
+    ) -> AttentionOutput:
         absorb = cache is not None and row.shape[1] <= self.break_even
         return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> Said:
-        q, k, left_out = self.biased(q, k, mask, self.scale)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> AttentionOutput:
+        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
         y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))
-        return y, collect_stats(ctx.collect, q, k, mask, self.scale, left_out)
+        return y, collect_stats(ctx.collect, q, k, mask, self.scale, row_offset)
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
+        """Project latents up: (B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
         latent, k_rope = row.split([self.rank, self.rope_dim], -1)
         k_nope, v = (
             self.kv_up(latent.squeeze(2)).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
@@ -279,8 +314,8 @@ class MLA(Attention):
             k_nope = self.k_nope_norm(k_nope)
         return torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1), v
 
-    def _kept(self, row: Tensor) -> dict[str, Tensor]:
-        """What a latent cache keeps of these tokens. inv needs their k_nope, computed for it alone."""
+    def _cache_entries(self, row: Tensor) -> dict[str, Tensor]:
+        """Entries of these tokens for the latent KV cache. inv needs their k_nope, which is computed for it alone."""
         if self.k_nope_norm is None:
             return {"latent_and_k_rope": row}
         w_uk, _ = self._up_per_head()
@@ -288,12 +323,22 @@ class MLA(Attention):
         return {"latent_and_k_rope": row, "inverse_rms": self.k_nope_norm.inverse_rms(k_nope)[..., None].to(row.dtype)}
 
     def _up_per_head(self) -> tuple[Tensor, Tensor]:
-        """kv_up as W_uk (H, n, c) and W_uv (H, v, c)."""
+        """Split kv_up into W_uk (H, n, c) and W_uv (H, v, c)."""
         return self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
 
 
+def break_even(rank: int, head_rows: int) -> float:
+    """The number of queries up to which absorbed execution costs less than expanded, for a long cache.
+
+    With c = rank, and n + v = head_rows, the rows of kv_up per head: for each visible token and head, expanding costs
+    c(n + v) products, however many queries there are, and absorbing 2c - n - v more per query.
+    """
+    extra = 2 * rank - head_rows
+    return rank * head_rows / extra if extra > 0 else math.inf
+
+
 def _query(d_model: int, rank: int, width: int, bias: bool, down_bias: bool) -> nn.Module:
-    """d_model -> width: one matrix, or through a normed latent of its own (then `down`, `norm` and `up`)."""
+    """Query projection, d_model -> width: one matrix, or with a rank through a normed latent (`down`, `norm`, `up`)."""
     if not rank:
         return Linear(d_model, width, bias)
     down, up = Linear(d_model, rank, down_bias), Linear(rank, width, bias)

@@ -1,7 +1,7 @@
-"""A stack of layers with different attentions, such as two with a window and then one without.
+"""Stack of layers with different attentions, as in local-global attention: two layers with a window, then one without.
 
-Each layer keeps the cache of its own attention, so a stack of local layers with a few global ones decodes long texts in
-little memory (Gemma 2, arXiv:2408.00118, section 2.2).
+Each layer has the KV cache of its own attention, so a stack of local layers with a few global ones decodes long texts
+in little memory (Gemma 2, arXiv:2408.00118, section 2.2).
 """
 
 import logging
@@ -15,12 +15,14 @@ from model.positions import Position
 
 
 class StackConfig(AttentionChoice):
-    pattern: tuple[str, ...] = Field(min_length=1)  # names of parts, one per layer, again from the start when they end
-    position: Position = "rope"  # of the parts that were typed without one: the border has handed it down
-    parts: dict[str, SerializeAsAny[AttentionConfig]]  # those the pattern does not name are left out
+    """A list of part names that repeats over the layers, and the attention of each part."""
+
+    pattern: tuple[str, ...] = Field(min_length=1)  # names of parts, one per layer; repeats until the last layer
+    position: Position = "rope"  # for parts that set none; the config loader has already applied it
+    parts: dict[str, SerializeAsAny[AttentionConfig]]  # unused ones are dropped with a warning
 
     @model_validator(mode="after")
-    def _names_its_parts(self) -> Self:
+    def _check_part_names(self) -> Self:
         for name in self.pattern:
             if name not in self.parts:
                 raise ValueError(

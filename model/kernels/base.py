@@ -1,4 +1,4 @@
-"""The contract of an attention kernel."""
+"""Base class of attention kernels, and the log line that says which one ran."""
 
 import functools
 import logging
@@ -13,12 +13,12 @@ from model.mask import Mask
 
 
 class Kernel(FrozenSettings, ABC):
-    """A frozen callable, handed to an attention at construction."""
+    """Attention kernel: a frozen callable, passed to an attention at construction."""
 
-    compiles_itself: ClassVar[bool] = False  # and so is none for torch.compile
+    compiles_itself: ClassVar[bool] = False  # and so stays out of torch.compile
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
-        """Raises Unsupported where this kernel cannot serve, so that it is said before a run has made anything.
+        """Raise Unsupported if this kernel cannot run there, before a run has created anything.
         dropout: whether attention weights will be dropped."""
 
     @abstractmethod
@@ -26,12 +26,12 @@ class Kernel(FrozenSettings, ABC):
         """softmax(scale · q kᵀ | mask) v, each weight of the softmax dropped with probability `dropout`.
 
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); G divides H, and query head i attends to
-        key head i // (H / G). Raises Unsupported where this device, dtype or shape lacks the kernel.
+        KV head i // (H / G). Raises Unsupported if this device, dtype or shape lacks the kernel.
         """
 
 
 def group_queries(q: Tensor, n_kv_heads: int) -> Tensor:
-    """(B, T, H, D) -> (B, T, G, H/G, D): the query heads that share a key head, side by side."""
+    """Group query heads by the KV head they share: (B, T, H, D) -> (B, T, G, H/G, D)."""
     return q.unflatten(2, (n_kv_heads, -1))
 
 
@@ -39,20 +39,25 @@ _log_once = functools.cache(logging.getLogger("headroom").log)
 
 
 def say_once(level: int, message: str) -> None:
-    """While compiling, it speaks when the call is traced."""
+    """Log a message once per process. In compiled code it is logged when the call is traced."""
     _log_once(level, message)
 
 
-# What torch.compiler.assume_constant_result does, without the three seconds that its import of dynamo takes.
+# Sets what torch.compiler.assume_constant_result sets, without its import of dynamo, which takes three seconds.
 say_once._dynamo_marked_constant = True
 
 
+def _heads(x: Tensor, kind: str) -> str:
+    count = x.shape[2]
+    return f"{count} {kind} {'head' if count == 1 else 'heads'}"
+
+
 def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """Say once per shape which kernel ran. Sequence lengths are left out: decoding meets them all."""
+    """Log once per shape which kernel ran. Sequence lengths are left out, because decoding has all of them."""
     phase = "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions"
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
     say_once(
         logging.INFO,
-        f"kernel {name}: {q.shape[2]} query heads on {k.shape[2]} key heads of {q.shape[3]}, "
+        f"kernel {name}: {_heads(q, 'query')} on {_heads(k, 'key')} of {q.shape[3]}, "
         f"values of {v.shape[3]}, {phase} mask, {str(q.dtype).removeprefix('torch.')} on {q.device.type}{grad}",
     )

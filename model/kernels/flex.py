@@ -1,13 +1,12 @@
-"""FlexAttention (Dong et al. 2024, arXiv:2412.05496): PyTorch compiles the mask into the kernel, and a block of keys
-that no query of a block sees is not computed. For windows, packed documents and block-sparse patterns.
+"""FlexAttention (Dong et al. 2024, arXiv:2412.05496): PyTorch compiles the mask into the kernel, and skips tiles of 128
+keys that no query in a tile of 128 sees. For windows, packed documents and block-sparse patterns.
 
-A compiled program serves one pattern and one shape, and takes seconds to make; so lengths are rounded up to few.
+A compiled program serves one pattern and one shape, and takes seconds to compile; so lengths are rounded up to a few
+sizes.
 """
 
 import dataclasses
 import functools
-import types
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,12 +18,13 @@ from model.kernels.base import Kernel, announce
 from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern
 
-BLOCK = 128  # queries, and keys, that are skipped together
-FEW = SDPA()
+BLOCK = 128  # queries, and keys, skipped together: flex_attention's block size
+SHORT_QUERY_KERNEL = SDPA()
+MAX_PROGRAMS = 10_000  # compiled in a process, for all patterns and shapes
 
 
 class Flex(Kernel):
-    """Fewer queries than a block have nothing to skip, as in decoding: the fused kernel takes them."""
+    """FlexAttention for 128 queries or more. Fewer have nothing to skip, as in decoding: the fused kernel runs them."""
 
     compiles_itself: ClassVar[bool] = True
 
@@ -39,44 +39,50 @@ class Flex(Kernel):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         t = q.shape[1]
         if t < BLOCK:
-            return FEW(q, k, v, mask, scale, dropout)
+            return SHORT_QUERY_KERNEL(q, k, v, mask, scale, dropout)
         self.check(q.device, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)), dropout > 0)
         announce("flex", q, k, v, mask)
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, _length(x.shape[1]) - x.shape[1])).transpose(1, 2) for x in (q, k, v))
-        if mask.contiguous and mask.pattern.causal:  # indices say all, and what is padded behind is seen by none
+        if _by_index(mask):
             blocks = _blocks_of(mask.pattern, q.shape[2], q.device)
         else:
             blocks = _blocks(_lengthened(mask, q.shape[0]))
-        kind = (mask.pattern, mask.contiguous, mask.q_doc is None, q.shape, k.shape, v.shape, q.dtype, q.device)
-        return _program(kind)(q, k, v, blocks, scale).transpose(1, 2)[:, :t]
+        return _run_compiled(q, k, v, blocks, scale).transpose(1, 2)[:, :t]
 
 
 def _length(tokens: int) -> int:
-    """Blocks of tokens, as many as the next of 1, 2, 3, 4, 6, 8, 12, 16, ... holds."""
+    """Round up to 1, 2, 3, 4, 6, 8, 12, 16, ... times 128 tokens."""
     blocks = -(-tokens // BLOCK)
     power = 1 << (blocks - 1).bit_length()
     return BLOCK * (power * 3 // 4 if power >= 4 and blocks <= power * 3 // 4 else power)
 
 
 def _lengthened(mask: Mask, batch: int) -> Mask:
-    """Padding behind, for every sequence: what flex looks up by batch and index."""
+    """Pad the mask's positions and documents to the rounded length, for every sequence: flex looks them up by batch and
+    index."""
 
-    def longer(x: Tensor | None) -> Tensor | None:
+    def padded(x: Tensor | None) -> Tensor | None:
         return None if x is None else F.pad(x, (0, _length(x.shape[1]) - x.shape[1]), value=-1).expand(batch, -1)
 
-    places = {name: longer(getattr(mask, name)) for name in ("q_pos", "k_pos", "q_doc", "k_doc")}
-    return dataclasses.replace(mask, **places)
+    fields = {name: padded(getattr(mask, name)) for name in ("q_pos", "k_pos", "q_doc", "k_doc")}
+    return dataclasses.replace(mask, **fields)
+
+
+def _by_index(mask: Mask) -> bool:
+    """Whether indices are positions, padding behind included: no causal query sees it."""
+    return mask.contiguous and mask.pattern.causal
 
 
 @functools.lru_cache(maxsize=16)
 def _blocks_of(pattern: Pattern, length: int, device: torch.device) -> Any:
+    """The BlockMask of contiguous positions, cached: training asks for the same one in each step."""
     positions = torch.arange(length, device=device)[None]
     return _blocks(Mask(positions, positions, contiguous=True, pattern=pattern))
 
 
 def _blocks(mask: Mask) -> Any:
-    """The BlockMask of whole blocks: which are seen at all, and which wholly. Looked at a row of blocks at a time, so
-    that no mask of T × S exists."""
+    """Build the BlockMask: which blocks are visible in part, and which as a whole. Works on one row of blocks at a
+    time, so that no T × S mask is in memory."""
     from torch.nn.attention.flex_attention import BlockMask
 
     sequences, queries, keys = mask.q_pos.shape[0], mask.q_pos.shape[1] // BLOCK, mask.k_pos.shape[1] // BLOCK
@@ -87,8 +93,10 @@ def _blocks(mask: Mask) -> Any:
         span = mask.span(rows)
         near = slice(span.start // BLOCK, -(-span.stop // BLOCK))
         visible = mask.visible(rows, slice(near.start * BLOCK, near.stop * BLOCK)).unflatten(-1, (-1, BLOCK))
-        some[:, i, near], whole[:, i, near] = visible.any(-1).any(1), visible.all(-1).all(1)
+        some[:, i, near] = visible.any(-1).any(1)
+        whole[:, i, near] = visible.all(-1).all(1)
 
+    # flex_attention traces tensors in a closure, but not those within the Mask
     q_pos, q_doc, k_pos, k_doc = mask.q_pos, mask.q_doc, mask.k_pos, mask.k_doc
 
     def by_index(_b: Tensor, _h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -102,38 +110,40 @@ def _blocks(mask: Mask) -> Any:
         *_listed(some & ~whole),
         *_listed(whole),
         BLOCK_SIZE=BLOCK,
-        mask_mod=by_index if mask.contiguous and mask.pattern.causal else by_position,
+        mask_mod=by_index if _by_index(mask) else by_position,
     )
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, queries, keys) bool -> how many of each row, and their indices in front: (B, 1, queries) and with keys."""
+    """(B, queries, keys) bool -> how many are set in each row, (B, 1, queries), and their indices in front, (B, 1,
+    queries, keys)."""
     indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None].contiguous()
 
 
-@functools.lru_cache(maxsize=64)
-def _program(kind: Any) -> Callable[..., Tensor]:
-    """The kernel compiled, for one pattern and one shape. Each has a code object of its own: dynamo counts
-    recompilations by code object, and beyond a few it would run without compiling, tens of times slower."""
-    own = types.FunctionType(_attend.__code__.replace(co_name=f"flex_{abs(hash(kind)):x}"), globals())
-    compiled = torch.compile(own, dynamic=False)
+def _run_compiled(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float) -> Tensor:
+    """Run the program for this pattern and these shapes, compiling it first if it is new."""
+    # By default dynamo compiles a function for 8 patterns and shapes, and would run any other uncompiled, tens of times
+    # slower, with no more than a log line.
+    limits = {"recompile_limit": MAX_PROGRAMS, "accumulated_recompile_limit": MAX_PROGRAMS}
+    try:
+        with torch._dynamo.config.patch(limits):
+            return _compiled()(q, k, v, blocks, scale)
+    except RuntimeError as error:
+        from torch._dynamo.exc import BackendCompilerFailed
 
-    def call(*inputs: Any) -> Tensor:
-        try:
-            return compiled(*inputs)
-        except RuntimeError as error:
-            from torch._dynamo.exc import BackendCompilerFailed  # seconds of imports, which are done by now
+        if not isinstance(error, BackendCompilerFailed):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise Unsupported(f"kernel=flex cannot be compiled here, choose kernel=auto: {reason}") from None
 
-            if not isinstance(error, BackendCompilerFailed):
-                raise
-            reason = str(error).strip().splitlines()[0]
-            raise Unsupported(f"kernel=flex cannot be compiled here, choose kernel=auto: {reason}") from None
 
-    return call
+@functools.cache
+def _compiled() -> Any:
+    return torch.compile(_attend, dynamic=False)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention  # a second of imports, for who wants it
+    from torch.nn.attention.flex_attention import flex_attention  # a second of imports, only for runs that use flex
 
     return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

@@ -1,5 +1,5 @@
-"""Attention as a few matrix products and a softmax, with a backward pass written out: for short texts on a CPU, where
-PyTorch's fused kernel is slow in bfloat16, most of all backward.
+"""Attention as matrix products and a softmax, with its own backward pass: for short sequences on a CPU, where PyTorch's
+fused kernel is slow in bfloat16, especially backward.
 
 Forward and backward in bfloat16 it takes less than half the time of kernel=sdpa at T 64 and 128, and 50 to 60 % at 256
 and 512; in float32 it is no faster (benchmarks/README.md).
@@ -21,10 +21,10 @@ from model.mask import Mask
 
 
 class Matmul(Kernel):
-    """Products in the caller's dtype: scores and probabilities are rounded to it, and a softmax row is computed in
-    float32. The probabilities are kept for the backward pass, so memory grows as T × S (half of it where causal)."""
+    """Computes products in the caller's dtype: scores and probabilities are rounded to it, softmax rows are computed in
+    float32. Probabilities are saved for the backward pass, so memory grows as T × S (half of it if causal)."""
 
-    query_tile: Size = 128  # queries computed together: keys that none of them sees are left out
+    query_tile: Size = 128  # queries computed together; keys that none of them sees are skipped
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         announce("matmul", q, k, v, mask)
@@ -45,38 +45,39 @@ class _Attention(torch.autograd.Function):
         spans: list[tuple[slice, slice]],
         *biases: Tensor,
     ) -> Tensor:
-        """spans: the queries of each tile, and the keys they may see. biases: what is added to the scores of each tile,
+        """spans: the queries of each tile, and the keys they may see. biases: each tile's mask as a term of the scores,
         (B or 1, t, s)."""
         (batch, _, groups, _), repeats = k.shape, q.shape[2] // k.shape[2]
-        out, kept = q.new_empty(*q.shape[:3], v.shape[3]), []
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        saved = []
         k, v = _by_key_head(k, groups), _by_key_head(v, groups)  # (B·G, S, D), (B·G, S, Dv)
         for (rows, keys), bias in zip(spans, biases, strict=True):
             q_i = _by_key_head(q[:, rows], groups)  # (B·G, R·t, D)
             x = bias[:, None, None].expand(batch, groups, repeats, -1, -1).clone(memory_format=torch.contiguous_format)
             x = x.view(*q_i.shape[:2], -1).baddbmm_(q_i, k[:, keys].mT, alpha=scale)
             p = x.softmax(-1)  # (B·G, R·t, s)
-            drawn = torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
-            out[:, rows] = _by_token(_thinned(p, drawn) @ v[:, keys], out[:, rows].shape)
-            kept += [q_i, p, drawn]
-        ctx.save_for_backward(k, v, *kept)
+            keep = torch.empty_like(p).bernoulli_(1 - dropout).div_(1 - dropout) if dropout else None
+            out[:, rows] = _by_token(_dropped(p, keep) @ v[:, keys], out[:, rows].shape)
+            saved += [q_i, p, keep]
+        ctx.save_for_backward(k, v, *saved)
         ctx.shape, ctx.groups, ctx.scale, ctx.spans = q.shape, groups, scale, spans
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        """With X = scale · QKᵀ, P = softmax(X), and M what dropout multiplies P by:
+        """With X = scale · QKᵀ, P = softmax(X), and M dropout's factors of P:
 
         dV = (M ∘ P)ᵀ dO      dP = M ∘ dO Vᵀ      dX = P ∘ (dP - rowsum(P ∘ dP))
         dQ = scale · dX K     dK = scale · dXᵀ Q
         """
-        k, v, *kept = ctx.saved_tensors
+        k, v, *saved = ctx.saved_tensors
         d_q, d_k, d_v = d_out.new_empty(ctx.shape), torch.zeros_like(k), torch.zeros_like(v)
         for i, (rows, keys) in enumerate(ctx.spans):
-            q_i, p, drawn = kept[3 * i : 3 * i + 3]
+            q_i, p, keep = saved[3 * i : 3 * i + 3]
             do_i = _by_key_head(d_out[:, rows], ctx.groups)  # (B·G, R·t, Dv)
-            d_v[:, keys].baddbmm_(_thinned(p, drawn).mT, do_i)
-            d_p = _thinned(do_i @ v[:, keys].mT, drawn)
+            d_v[:, keys].baddbmm_(_dropped(p, keep).mT, do_i)
+            d_p = _dropped(do_i @ v[:, keys].mT, keep)
             d_x = torch._softmax_backward_data(d_p, p, -1, p.dtype)  # (B·G, R·t, s)
             d_q[:, rows] = _by_token(d_x @ k[:, keys], d_q[:, rows].shape)
             d_k[:, keys].baddbmm_(d_x.mT, q_i)
@@ -85,19 +86,20 @@ class _Attention(torch.autograd.Function):
 
 
 def _bias(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0, or -∞ where the mask hides a key."""
+    """The mask as a term of the scores: 0, or -∞ for a hidden key."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
 
-def _thinned(p: Tensor, drawn: Tensor | None) -> Tensor:
-    return p if drawn is None else p * drawn
+def _dropped(p: Tensor, keep: Tensor | None) -> Tensor:
+    """Apply dropout: keep is 0 or 1 / (1 - dropout) for each weight."""
+    return p if keep is None else p * keep
 
 
 def _by_key_head(x: Tensor, groups: int) -> Tensor:
-    """(B, t, H, D) -> (B·G, R·t, D): the query heads that share a key head become rows of one matrix."""
+    """(B, t, H, D) -> (B·G, R·t, D): the query heads that share a KV head become rows of one matrix."""
     return group_queries(x, groups).permute(0, 2, 3, 1, 4).reshape(x.shape[0] * groups, -1, x.shape[3])
 
 
 def _by_token(x: Tensor, shape: torch.Size) -> Tensor:
-    """The same back: (B·G, R·t, D) -> (B, t, H, D), which is the shape."""
+    """Inverse of _by_key_head: (B·G, R·t, D) -> (B, t, H, D), which is `shape`."""
     return x.view(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)

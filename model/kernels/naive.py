@@ -1,4 +1,4 @@
-"""The definition of attention, written down. Every other kernel is held against this one."""
+"""Naive attention kernel: the definition, written down. Every other kernel is tested against this one."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from model.mask import Mask
 
 
 class Naive(Kernel):
-    """All scores at once, in float32. Memory grows as T × S: for reading, testing and small shapes."""
+    """Computes all scores at once, in float32. Memory grows as T × S: for reading, testing and small shapes."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
         announce("naive", q, k, v, mask)

@@ -1,12 +1,12 @@
-"""FlashAttention in plain PyTorch: what the fused kernels compute, in the order in which they compute it.
+"""FlashAttention (online softmax) written out in PyTorch: the computation of the fused kernels, in their order.
 
-A softmax needs its whole row: the largest score, not to overflow, and the sum of all. Both can be kept up to date while
-the scores go by, a tile of keys at a time (Milakov & Gimelshein 2018, arXiv:1805.02867): when a tile brings a larger
+A softmax needs its whole row: the largest score, not to overflow, and the sum of all. Both can be updated as one goes
+through the scores, a tile of keys at a time (Milakov & Gimelshein 2018, arXiv:1805.02867): when a tile brings a larger
 maximum, all that was summed under the old one shrinks by e^(m_old - m_new). The output is such a sum too, so neither
 the scores nor the probabilities, which are T × S, ever exist at once (FlashAttention: Dao et al. 2022,
 arXiv:2205.14135). This follows FlashAttention-2 (Dao 2023, arXiv:2307.08691, algorithms 1 and 2): the output is
-divided once, at the end, and of the softmax only L = log Σ e^x is kept, from which the backward pass computes each tile
-of probabilities anew, P = e^(x - L).
+divided once, at the end, and of the softmax only L = log Σ e^x is saved, from which the backward pass recomputes each
+tile of probabilities, P = e^(x - L).
 
 Slower than kernel=sdpa, which does the same in fast memory. Letters: B batch, T queries, S keys, G key heads, R = H / G
 query heads that share one, D width of keys, Dv of values; t and s are T and S of one tile.
@@ -24,11 +24,11 @@ from model.dimensions import Size
 from model.kernels.base import Kernel, announce, group_queries
 from model.mask import Mask
 
-LOWEST = torch.finfo(torch.float32).min  # where a maximum begins: from -∞, a tile that a row sees nothing of gives NaN
+LOWEST = torch.finfo(torch.float32).min  # initial maximum; -∞ would give NaN in a tile where a row sees no key
 
 
 class Online(Kernel):
-    """Memory grows as T + S, forward and backward. Computes in float32."""
+    """FlashAttention in float32. Memory grows as T + S, forward and backward."""
 
     query_tile: Size = 128
     key_tile: Size = 128
@@ -77,14 +77,14 @@ class _Attention(torch.autograd.Function):
             dV = Pᵀ dO        dP = dO Vᵀ        dA = scale · P ∘ (dP - D)        dQ = dA K        dK = dAᵀ Q
 
         where D = rowsum(P ∘ dP), through the sum that a softmax divides by, is rowsum(dO ∘ O): no pass over the keys.
-        FlashAttention-2 puts the loop over keys outside, so that blocks of threads need not add to the same dK and dV;
-        here one after the other does.
+        FlashAttention-2 has the loop over keys outside, so that thread blocks need not add to the same dK and dV; here
+        tiles run one after another.
         """
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         n_groups, scale = k.shape[2], ctx.scale
         d_q, d_k, d_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
         for rows in tiles(slice(0, q.shape[1]), ctx.query_tile):
-            # views all: what is added to d_q_i is added to d_q
+            # all are views: adding to d_q_i adds to d_q
             q_i, do_i, o_i, d_q_i = (group_queries(x[:, rows], n_groups) for x in (q, d_out, out, d_q))
             do_i = do_i.float()  # (B, t, G, R, Dv)
             lse_i = log_sum_exp[:, rows].unflatten(2, (n_groups, -1))  # (B, t, G, R)
@@ -101,19 +101,19 @@ class _Attention(torch.autograd.Function):
 
 
 def tiles(span: slice, size: int) -> Iterator[slice]:
-    """Cuts a span into pieces of `size`; the last is as long as what is left."""
+    """Cut a span into pieces of `size`; the last may be shorter."""
     for start in range(span.start, span.stop, size):
         yield slice(start, min(start + size, span.stop))
 
 
 def scores_of_tile(q_i: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice, keys: slice) -> Tensor:
-    """x = scale · q kᵀ, -∞ where the mask hides it: q_i (B, t, G, R, D), the queries in `rows`, against the keys in
-    `keys` of k (B, S, G, D) -> (B, t, G, R, s). A key head meets all its query heads at once: none is repeated."""
+    """Masked scores of one tile, x = scale · q kᵀ or -∞: q_i (B, t, G, R, D), the queries in `rows`, with the keys in
+    `keys` of k (B, S, G, D) -> (B, t, G, R, s). KV heads are not repeated for the query heads that share them."""
     x = scale * torch.einsum("btgrd,bsgd->btgrs", q_i.float(), k[:, keys].float())
     return x.masked_fill(~mask.visible(rows, keys)[:, :, None, None], float("-inf"))
 
 
 def rescale(m: Tensor, m_new: Tensor) -> Tensor:
-    """What a sum under the maximum m is multiplied by to be one under m_new >= m. (Printed the other way round in more
-    than one text, where it overflows.)"""
+    """Factor e^(m - m_new) that turns a sum relative to the maximum m into one relative to m_new >= m. (Several texts
+    misprint its sign, which overflows.)"""
     return (m - m_new).exp()

@@ -21,23 +21,31 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-# What PyTorch says where a backend has no kernel for a call; cuDNN's has words of its own.
-REFUSALS = ("no available kernel", "no viable backend", "no valid engine", "no execution plan", "cudnn frontend error")
-ACTIVATED: set[str] = set()  # flash kernels that took the place of PyTorch's own at our word
-PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's glue to each imports
-DEVICES = ("cpu", "cuda")  # where the list above is what PyTorch obeys
-QUERY_TILE = 256  # queries whose boolean mask exists at one time
-KEPT_KEYS = 1024  # how wide a tile's mask may be to be kept for the backward pass
+# Error messages of PyTorch, and of cuDNN, if a backend has no kernel for a call.
+NO_KERNEL_MESSAGES = (
+    "no available kernel",
+    "no viable backend",
+    "no valid engine",
+    "no execution plan",
+    "cudnn frontend error",
+)
+ACTIVATED: set[str] = set()  # flash kernels that this process activated in place of PyTorch's own
+PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's adapter for each imports
+DEVICES = ("cpu", "cuda")  # where sdpa_kernel(BACKENDS) is obeyed
+QUERY_TILE = 256  # queries whose boolean mask is in memory at one time
+MAX_SAVED_MASK_KEYS = 1024  # width up to which a tile's mask is saved for the backward pass
 
 
 class SDPA(Kernel):
-    # The only one that may train on whole contexts in low precision. Elsewhere, as in a float32 preview that decodes
-    # under a mask, PyTorch chooses, which it does everywhere if this is unset.
+    """torch.nn.functional.scaled_dot_product_attention, restricted to its fused backends."""
+
+    # Forces the backend for causal attention in low precision. Elsewhere, as in a float32 preview that decodes under a
+    # mask, and everywhere if this is unset, PyTorch chooses.
     backend: Literal["flash", "efficient", "cudnn"] | None = None
-    flash: Literal["FA3", "FA4"] | None = None  # on a GPU, what takes the place of PyTorch's own flash kernel
+    flash: Literal["FA3", "FA4"] | None = None  # on a GPU, replaces PyTorch's own flash kernel
 
     @model_validator(mode="after")
-    def _flash_may_run(self) -> Self:
+    def _check_flash_backend(self) -> Self:
         if self.flash and self.backend not in (None, "flash"):
             raise ValueError(f"kernel.flash={self.flash} does nothing with kernel.backend={self.backend}: unset one")
         return self
@@ -50,7 +58,7 @@ class SDPA(Kernel):
         if self.flash and device.type != "cuda":
             raise Unsupported(f"kernel.flash={self.flash} runs on a GPU, not on {device.type}: leave it unset")
         if self.flash:
-            _refuse_missing(self.flash)
+            _check_flash_available(self.flash)
         if self.backend not in (None, "flash") and device.type == "cpu":
             raise Unsupported(f"kernel.backend={self.backend} runs on a GPU, not on cpu: leave it unset")
         if self.backend == "cudnn" and not torch.backends.cudnn.is_available():
@@ -64,43 +72,46 @@ class SDPA(Kernel):
         self.check(q.device, q.requires_grad, dropout > 0)
         if q.device.type == "cuda":
             _activate(self.flash)
-        asked, value_dim = (q, k, v), v.shape[-1]
-        # The fused kernels want q, k and v equally wide. Zero columns change neither scores (the scale is explicit)
-        # nor the values that are kept.
+        inputs = (q, k, v)
+        value_dim = v.shape[-1]
+        # Fused kernels need q, k and v equally wide. Zero columns change neither scores (the scale is explicit) nor the
+        # output columns that are returned.
         width = max(q.shape[-1], value_dim)
         q, k, v = (widened(x, width) for x in (q, k, v))
-        fused = _Fused(self.backend if mask.is_plain_causal and q.dtype != torch.float32 else None)
+        fused = FusedSDPA(self.backend if mask.is_plain_causal and q.dtype != torch.float32 else None)
         if mask.is_plain_causal:
             out = _causal(q, k, v, scale, dropout, fused)
         else:
             out = by_positions(q, k, v, mask, scale, dropout, fused)
-        announce(f"sdpa ({fused.ran})", *asked, mask)
+        announce(f"sdpa ({fused.ran})", *inputs, mask)
         return out[..., :value_dim]
 
 
 def widened(x: Tensor, width: int) -> Tensor:
+    """Pad the last dimension with zeros to `width`."""
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: Callable[..., Tensor]) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type == "cuda" and q.dtype == torch.float32:
-        # float32 has the memory-efficient kernel only, which does not know groups
+        # in float32 only the memory-efficient kernel runs, which does not support grouped heads
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         grouped = False
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    how = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
-    return fused(*heads_first, **how).transpose(1, 2)
+    options = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
+    return fused(*heads_first, **options).transpose(1, 2)
 
 
 def by_positions(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float, fused: Callable[..., Tensor]
 ) -> Tensor:
-    """With a boolean mask, a tile of queries at a time, against the keys that the tile may see at most: with a window,
-    neither memory nor time grows as T × S. Memory does not without one either: a mask wider than KEPT_KEYS is not kept
-    for the backward pass, where the tile is computed anew.
+    """Attention with a boolean mask from positions, a tile of queries at a time against the span of keys they may see.
 
-    The query heads that share a key head become rows of one head, so keys are read once and never repeated.
+    With a window, neither memory nor time grows as T × S. Without one memory does not either: a mask wider than
+    MAX_SAVED_MASK_KEYS is not saved for the backward pass, which recomputes the tile.
+
+    The query heads that share a KV head become rows of one head, so keys are read once and never repeated.
 
     fused(q, k, v, attn_mask=, scale=, dropout_p=): (B, heads, rows, D) each, as F.scaled_dot_product_attention.
     """
@@ -123,15 +134,15 @@ def by_positions(
         rows = slice(start, min(start + QUERY_TILE, q.shape[1]))
         keys = mask.span(rows)
         inputs = q[:, rows], k[:, :, keys], v[:, :, keys], rows, keys
-        if trains and keys.stop - keys.start > KEPT_KEYS:
+        if trains and keys.stop - keys.start > MAX_SAVED_MASK_KEYS:
             outputs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
         else:
             outputs.append(tile(*inputs))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-class _Fused:
-    """F.scaled_dot_product_attention where it is fused; `ran` says which of its kernels that was."""
+class FusedSDPA:
+    """F.scaled_dot_product_attention with fused backends only; `ran` names the one that ran."""
 
     ran = "fused"
 
@@ -139,55 +150,57 @@ class _Fused:
         self.backend = backend
         self.allowed = list(BACKENDS.values()) if backend is None else [BACKENDS[backend]]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **how: Any) -> Tensor:
-        """(B, heads, rows, D) each. Refuses, where PyTorch would fall to its slow math path in silence."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        """q, k, v: (B, heads, rows, D). Raises Unsupported where PyTorch would silently take its slow math path."""
         try:
             with sdpa_kernel(self.allowed):
-                if not torch.compiler.is_compiling():  # which would trip over a tile that is computed anew
-                    self.ran = _chosen(q, k, v, how)
-                return F.scaled_dot_product_attention(q, k, v, **how)
+                if not torch.compiler.is_compiling():  # setting an attribute breaks the trace of a recomputed tile
+                    self.ran = _chosen(q, k, v, options)
+                return F.scaled_dot_product_attention(q, k, v, **options)
         except RuntimeError as error:
-            if not any(refusal in str(error).lower() for refusal in REFUSALS):
+            if not any(message in str(error).lower() for message in NO_KERNEL_MESSAGES):
                 raise
-            asked, way_out = "no fused kernel", "choose kernel=naive, or a smaller head dim"
+            missing = "no fused kernel"
+            way_out = "choose kernel=naive, or a smaller head dim"
             if self.backend is not None:
-                asked, way_out = f"no {self.backend} kernel", "leave kernel.backend unset, and PyTorch chooses another"
+                missing = f"no {self.backend} kernel"
+                way_out = "leave kernel.backend unset, and PyTorch chooses another"
             raise Unsupported(
-                f"kernel=sdpa has {asked} for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: {way_out}"
+                f"kernel=sdpa has {missing} for head dim {q.shape[-1]}, {q.dtype} on {q.device.type}: {way_out}"
             ) from None
 
 
-def _chosen(q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> str:
-    """Which kernel PyTorch takes, where it tells."""
+def _chosen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> str:
+    """Name the backend that PyTorch chooses for this call; "fused" if it does not tell."""
     if q.device.type == "cpu":
         return "flash"
     if not hasattr(torch, "_fused_sdp_choice"):
         return "fused"
-    taken = torch._fused_sdp_choice(q, k, v, **how)
-    name = next((name for name, backend in BACKENDS.items() if int(backend) == taken), "fused")
+    choice = torch._fused_sdp_choice(q, k, v, **options)
+    name = next((name for name, backend in BACKENDS.items() if int(backend) == choice), "fused")
     active = _current_flash()
     return f"{name}, {active}" if name == "flash" and active else name
 
 
 def _activate(flash: str | None) -> None:
-    """For the whole process: PyTorch has one flash kernel at a time. None brings its own back, if another was activated
-    here. Raises Unsupported where it cannot be."""
+    """Activate a flash kernel for the whole process: PyTorch has one at a time. None restores its own, if this process
+    activated another. Raises Unsupported if it cannot be activated."""
     if _current_flash() == flash:
         return
     if flash is None:
         if _current_flash() in ACTIVATED:
             fused_attention.restore_flash_attention_impl()
         return
-    _refuse_missing(flash)
+    _check_flash_available(flash)
     try:
         fused_attention.activate_flash_attention_impl(flash)
         ACTIVATED.add(flash)
-    except Exception as error:  # whatever the package raises where it does not fit
-        raise _lacks_package(flash, error) from None
+    except Exception as error:  # whatever an incompatible package raises
+        raise _unusable_package(flash, error) from None
 
 
-def _refuse_missing(flash: str) -> None:
-    """Raises Unsupported where it could not be activated, as far as is known before."""
+def _check_flash_available(flash: str) -> None:
+    """Raise Unsupported if PyTorch does not offer this flash kernel or its package cannot be imported."""
     if flash not in _offered_flash():
         raise Unsupported(
             f"kernel.flash={flash}: PyTorch {torch.__version__} offers {', '.join(_offered_flash()) or 'none'} beside "
@@ -196,14 +209,14 @@ def _refuse_missing(flash: str) -> None:
     try:
         importlib.import_module(PACKAGES[flash])
     except Exception as error:
-        raise _lacks_package(flash, error) from None
+        raise _unusable_package(flash, error) from None
 
 
-# While compiling, they act when the call is traced, as say_once does.
-_activate._dynamo_marked_constant = _refuse_missing._dynamo_marked_constant = True
+# In compiled code they run when the call is traced, as say_once does.
+_activate._dynamo_marked_constant = _check_flash_available._dynamo_marked_constant = True
 
 
-def _lacks_package(flash: str, error: Exception) -> Unsupported:
+def _unusable_package(flash: str, error: Exception) -> Unsupported:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return Unsupported(
         f"kernel.flash={flash} needs the package {PACKAGES[flash]}, of FlashAttention: {reason}: install it, or "
@@ -212,10 +225,12 @@ def _lacks_package(flash: str, error: Exception) -> Unsupported:
 
 
 def _offered_flash() -> list[str]:
+    """Flash kernels that PyTorch can activate beside its own; older versions have none."""
     known = hasattr(fused_attention, "list_flash_attention_impls")
     return fused_attention.list_flash_attention_impls() if known else []
 
 
 def _current_flash() -> str | None:
+    """The flash kernel that replaces PyTorch's own now, if any."""
     known = hasattr(fused_attention, "current_flash_attention_impl")
     return fused_attention.current_flash_attention_impl() if known else None

@@ -1,4 +1,4 @@
-"""Whole or not at all, whatever goes wrong in between."""
+"""Atomic writes: whole or not at all, whatever fails in between. And locks and checksums."""
 
 import errno
 import json
@@ -9,30 +9,30 @@ import sys
 import pytest
 
 from common.atomic_io import (
-    Irregular,
-    discard,
+    NotRegularFile,
+    atomic_folder,
     exists,
     make_folder,
     names_in,
     read_regular,
-    sweep,
-    whole_folder,
-    write_whole,
+    remove_atomic,
+    remove_unfinished,
+    write_atomic,
 )
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError
 from common.lock import lock
 from tests.support import ROOT
 
 
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_write_atomic_failure_keeps_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a"
-    write_whole(path, b"one")
+    write_atomic(path, b"one")
     assert path.read_bytes() == b"one"
     for call in ("os.fsync", "os.replace"):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
             patch.setattr(call, fail)
-            write_whole(path, b"two")
+            write_atomic(path, b"two")
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
         assert path.read_bytes() == b"one"
 
@@ -42,14 +42,14 @@ def fail(*_):
 
 
 def fail_with(rename, source, target):
-    """Where a new folder would take its name."""
+    """Fail where a new folder is renamed to its final name."""
     fail() if source.name.startswith(".writing-") else rename(source, target)
 
 
 @pytest.mark.parametrize("fault", [None, "block", "os.fsync", "os.rename", "second rename"])
-def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fault):
+def test_atomic_folder_failure_keeps_old_folder(tmp_path, monkeypatch, fault):
     final = tmp_path / "f"
-    with whole_folder(final) as writing:
+    with atomic_folder(final) as writing:
         (writing / "a").write_text("one")
         assert not final.exists()
     if fault is not None:
@@ -58,13 +58,13 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
                 patch.setattr("os.rename", lambda *paths, rename=os.rename: fail_with(rename, *paths))
             elif fault != "block":
                 patch.setattr(fault, fail)
-            with whole_folder(final) as writing:
+            with atomic_folder(final) as writing:
                 (writing / "a").write_text("two")
                 if fault == "block":
                     fail()
         assert (final / "a").read_text() == "one"
     else:
-        with whole_folder(final) as writing:
+        with atomic_folder(final) as writing:
             (writing / "b").write_text("two")
         assert [p.name for p in final.iterdir()] == ["b"]
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
@@ -72,9 +72,9 @@ def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch, fau
 
 @pytest.mark.parametrize("name", ["", "f"])
 @pytest.mark.parametrize("killed_after", [0, 1, 2])
-def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, monkeypatch, killed_after, name):
+def test_atomic_folder_killed_in_replacement_leaves_old_or_new(tmp_path, monkeypatch, killed_after, name):
     final, renamed, rename = tmp_path / "f", [], os.rename
-    with whole_folder(final) as writing:
+    with atomic_folder(final) as writing:
         (writing / "a").write_text("old")
 
     def killed(*paths):
@@ -86,48 +86,48 @@ def test_a_kill_while_a_folder_is_replaced_leaves_the_old_or_the_new(tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr("os.rename", killed)
         # A kill unwinds nothing.
-        patch.setattr("common.atomic_io._settle", fail if killed_after == 2 else lambda *_: None)
-        with pytest.raises(OSError, match="full"), whole_folder(final) as writing:
+        patch.setattr("common.atomic_io._finish_replacement", fail if killed_after == 2 else lambda *_: None)
+        with pytest.raises(OSError, match="full"), atomic_folder(final) as writing:
             (writing / "a").write_text("new")
-    sweep(tmp_path, "other")
+    remove_unfinished(tmp_path, "other")
     assert len([*tmp_path.iterdir()]) == (2 if killed_after == 2 else 1)
-    sweep(tmp_path, name)
+    remove_unfinished(tmp_path, name)
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     assert (final / "a").read_text() == ("new" if killed_after == 2 else "old")
 
 
-def test_everything_reaches_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
-    """In this order, or a power cut leaves an empty file under the final name."""
+def test_atomic_folder_syncs_before_rename(tmp_path, monkeypatch):
+    """Otherwise a power failure leaves an empty file under the final name."""
     calls = []
     monkeypatch.setattr("common.atomic_io._sync", lambda path: calls.append(path.name.split("-")[0]))
     monkeypatch.setattr("os.rename", lambda *_: calls.append("rename"))
-    with whole_folder(tmp_path / "f") as writing:
+    with atomic_folder(tmp_path / "f") as writing:
         (writing / "a").touch()
         (writing / "b").touch()
     assert sorted(calls[:2]) == ["a", "b"]
     assert calls[2:] == [".writing", "rename", tmp_path.name.split("-")[0]]
 
 
-def test_what_is_made_obeys_the_umask(tmp_path):
+def test_atomic_io_respects_umask(tmp_path):
     before = os.umask(0o077)
     try:
-        write_whole(tmp_path / "a", b"")
+        write_atomic(tmp_path / "a", b"")
         make_folder(tmp_path / "x/y")
-        with whole_folder(tmp_path / "f") as writing:
+        with atomic_folder(tmp_path / "f") as writing:
             (writing / "b").touch()
     finally:
         os.umask(before)
     assert all(path.stat().st_mode & 0o077 == 0 for path in tmp_path.rglob("*"))
 
 
-def test_leftovers_are_swept_and_what_is_discarded_is_gone(tmp_path):
+def test_remove_unfinished_removes_leftovers_of_name(tmp_path):
     for name in (".writing-a-1", ".writing-b-1", "a"):
         (tmp_path / name).mkdir()
     (tmp_path / ".writing-file").touch()
-    sweep(tmp_path, "a")
+    remove_unfinished(tmp_path, "a")
     assert sorted(p.name for p in tmp_path.iterdir()) == [".writing-b-1", ".writing-file", "a"]
-    sweep(tmp_path)
-    discard(tmp_path / "a")
+    remove_unfinished(tmp_path)
+    remove_atomic(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
@@ -140,21 +140,21 @@ IRREGULAR = {
 
 
 @pytest.mark.parametrize("stand", IRREGULAR.values(), ids=IRREGULAR)
-def test_only_regular_files_of_a_stated_size_are_read(tmp_path, stand):
+def test_read_regular_other_files_raise_not_regular_file(tmp_path, stand):
     (tmp_path / "whole").write_bytes(b"1234")
     assert read_regular(tmp_path / "whole", 4) == b"1234"
     stand(tmp_path / "a")
-    with pytest.raises(Irregular) as refused:
+    with pytest.raises(NotRegularFile) as refused:
         read_regular(tmp_path / "a", 4)
     assert refused.value.strerror
 
 
-def test_what_cannot_be_told_is_not_missing(tmp_path, monkeypatch):
+def test_exists_unknown_path_raises_os_error(tmp_path, monkeypatch):
     (tmp_path / "a").touch()
     assert exists(tmp_path / "a") and not exists(tmp_path / "b") and not exists(tmp_path / "a/c")
     assert names_in(tmp_path) == ["a"] and names_in(tmp_path / "b") == []
     (tmp_path / "link").symlink_to(tmp_path / "disk that is away")
-    for look in (exists, names_in, lambda path: write_whole(path, b"anew")):
+    for look in (exists, names_in, lambda path: write_atomic(path, b"anew")):
         with pytest.raises(OSError, match="it is a link that leads nowhere"):
             look(tmp_path / "link")
     assert names_in(tmp_path) == ["a", "link"]
@@ -171,7 +171,7 @@ def denied(*_, **__):
 
 
 @pytest.mark.parametrize("stand", [*IRREGULAR.values()][:3], ids=[*IRREGULAR][:3])
-def test_a_lock_empties_nothing_that_a_link_leads_to(tmp_path, stand):
+def test_lock_on_link_leaves_target_untouched(tmp_path, stand):
     (tmp_path / "precious").write_text("kept")
     os.symlink(tmp_path / "precious", tmp_path / ".lock")
     stand(tmp_path / "other")
@@ -181,7 +181,7 @@ def test_a_lock_empties_nothing_that_a_link_leads_to(tmp_path, stand):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
+def test_lock_is_released_when_process_is_killed(tmp_path):
     code = "import sys, time; from pathlib import Path; from common.lock import lock\n"
     code += "held = lock(Path('.lock'), 'busy'); print('held', flush=True); time.sleep(60)"
     process = subprocess.Popen(
@@ -198,14 +198,14 @@ def test_a_lock_holds_until_its_process_ends_in_whatever_way(tmp_path):
         pass
 
 
-def test_what_is_sealed_is_noticed_when_it_changes():
+def test_parse_verified_any_changed_character_raises_error():
     content = {"a": [1, 2.5, None], "b": {"é": "x"}}
-    text = sealed(content)
-    assert unsealed(text) == content
+    text = with_checksum(content)
+    assert parse_verified(text) == content
     for i, character in enumerate(text):
         changed = text[:i] + ("7" if character != "7" else "8") + text[i + 1 :]
         with pytest.raises(ValueError):
-            unsealed(changed)
+            parse_verified(changed)
     for nonsense in ("", "[]", "3", "{}", json.dumps(content), "[" * 100_000, '{"hash": {}}'):
         with pytest.raises(ValueError):
-            unsealed(nonsense)
+            parse_verified(nonsense)

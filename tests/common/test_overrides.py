@@ -12,14 +12,14 @@ from omegaconf import OmegaConf
 from common import invocation
 from common.errors import UserError
 from common.invocation import command, interpreter, quoted
-from common.overrides import override, readable
+from common.overrides import format_override, hydra_arguments
 from tests.support import ROOT, SMOKE, call
 from training.run.folder import resume_command
 
 
 def value_of(word: str):
     """What a setting is after Hydra, and OmegaConf, have read it."""
-    (read,) = readable([word])
+    (read,) = hydra_arguments([word])
     return OmegaConf.create({"key": OverridesParser.create().parse_override(read).value()}).key
 
 
@@ -33,7 +33,7 @@ NAMES += ["b\udcff", "${x}", "a\\${x}", "$${oc.env:HOME}", '"${a${b}\\', "C:\\",
 
 
 @pytest.mark.parametrize("value", VERBATIM)
-def test_a_path_is_read_as_it_is_typed(value):
+def test_hydra_arguments_path_of_any_characters_is_taken_verbatim(value):
     assert value_of(f"data.path={value}") == value
 
 
@@ -51,21 +51,31 @@ def test_a_path_is_read_as_it_is_typed(value):
         ("data.parts={sympy: 2, texts: {path: '*.txt'}}", {"sympy": 2, "texts": {"path": "*.txt"}}),
         ("run_dir=~/my runs", str(Path("~/my runs").expanduser())),
         ("steps=3;", "3;"),
+        ("steps=1e3", 1000),
+        ("+seed=1.5e3", 1500),
+        ("steps=2.0", 2),
+        ("steps=1.5", 1.5),
+        ("optim.eps=1e-8", 1e-8),
+        ("logger.project='1e3,b'", "1e3,b"),
+        ("steps=1e999", float("inf")),
     ],
 )
-def test_what_is_no_text_stays_what_it_is(word, value):
+def test_hydra_arguments_other_value_keeps_its_type(word, value):
     assert value_of(word) == value
 
 
-def test_a_sweep_over_any_texts_and_flags_amid_settings():
-    assert readable(["-m", "data.path=~/a,Ä b", "attention=mha,mla"]) == [
+def test_hydra_arguments_sweep_and_flags_are_quoted_and_moved_last():
+    assert hydra_arguments(["-m", "data.path=~/a,Ä b", "attention=mha,mla"]) == [
         'data.path="~/a","Ä b"',
         "attention=mha,mla",
         "-m",
     ]
-    assert readable(["--multi", "seed=1,2"]) == ["seed=1,2", "--multi"]
-    assert readable(["--cfg", "job", "steps=3"]) == ["steps=3", "--cfg", "job"]
-    assert readable(["+attention=mla"]) == ["attention=mla"]
+    assert hydra_arguments(["--multi", "seed=1,2"]) == ["seed=1,2", "--multi"]
+    assert hydra_arguments(["--cfg", "job", "steps=3"]) == ["steps=3", "--cfg", "job"]
+    assert hydra_arguments(["+attention=mla"]) == ["attention=mla"]
+    assert hydra_arguments(["-m", "steps=1e3,2e3"]) == ["steps=1000,2000", "-m"]
+    assert hydra_arguments(["--help"]) == ["--help"]
+    assert hydra_arguments(["-cn", "train", "--info"]) == ["-cn", "train", "--info"]
 
 
 REFUSED = {
@@ -83,41 +93,41 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("word", REFUSED)
-def test_what_cannot_be_read_is_answered_in_one_line(word):
+def test_hydra_arguments_unreadable_word_is_refused_in_one_line(word):
     with pytest.raises(UserError) as refused:
-        readable([word])
+        hydra_arguments([word])
     assert str(refused.value).startswith(REFUSED[word]) and "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize("word", SUGGESTED)
-def test_what_is_said_to_be_typed_instead_gives_the_text(word):
+def test_hydra_arguments_suggested_word_gives_the_text(word):
     with pytest.raises(UserError) as refused:
-        readable([word])
+        hydra_arguments([word])
     key, _, value = word.partition("=")
     *_, suggested = [part for part in shlex.split(str(refused.value)) if part.startswith(f'{key}="')]
     assert value_of(suggested) == value
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_printed_command_resumes_a_run_of_any_name(name):
+def test_resume_command_of_any_run_name_survives_the_shell(name):
     printed = resume_command(Path(name))
     assert printed.isprintable()
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {printed}"], capture_output=True).stdout.split(b"\0")
     word = words[2].decode(errors="surrogateescape")
     assert words[1].decode() == invocation.shortest(str(ROOT / "train.py"))
     if "\udcff" in name:  # which Hydra cannot be given
-        assert word == override("resume", name)
+        assert word == format_override("resume", name)
     else:
         assert Path(value_of(word)) == Path(name)
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.parts.a.corpus.path", "logger.project"])
-def test_a_setting_is_printed_as_it_is_read_again(key):
+def test_format_override_of_any_value_is_read_back(key):
     for value in (name for name in NAMES if "\udcff" not in name):
-        assert value_of(override(key, value)) == value
+        assert value_of(format_override(key, value)) == value
 
 
-def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeypatch, capsys):
+def test_train_with_a_strange_run_name_makes_and_resumes_it(workplace, monkeypatch, capsys):
     name = "my [v1] ~ü's\x1b run"
     assert call("train", [*SMOKE, "steps=1", f"run_dir={name}"], monkeypatch) == 0
     out = capsys.readouterr().out
@@ -131,7 +141,7 @@ def test_a_run_of_a_strange_name_is_made_and_resumed_as_typed(workplace, monkeyp
     assert again in capsys.readouterr().err
 
 
-def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
+def test_command_in_any_environment_names_the_running_python(tmp_path, monkeypatch):
     base, venv = tmp_path / "base", tmp_path / ".venv/bin"
     for folder in (base, venv):
         folder.mkdir(parents=True)
@@ -159,7 +169,7 @@ def test_a_command_is_typed_with_the_python_that_runs(tmp_path, monkeypatch):
     assert command("train.py") == f"{base}/python3.11 {tmp_path}/train.py"
 
 
-def test_words_of_any_characters_come_through_a_shell():
+def test_quoted_word_of_any_characters_survives_the_shell():
     for word in ("a b", "it's", "\x1b[1m'\\x", "a\nb", "\u202eé", "b\udcff"):
         printed = quoted(word)
         assert printed.isprintable()

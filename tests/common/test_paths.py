@@ -1,4 +1,4 @@
-"""Each file once, however many ways a pattern reaches it, and an end to every pattern."""
+"""Glob patterns: each file once, by whatever links a pattern reaches it, and no pattern without end."""
 
 import errno
 import glob
@@ -7,7 +7,7 @@ import os
 import pytest
 
 from common.errors import UserError
-from common.paths import files_below, matching
+from common.paths import files_below, matching_files
 from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.python_source import SympyCorpus
@@ -26,50 +26,50 @@ PATTERNS = ["d/*.txt", "d/**/*.txt", "d/**", "**/*.txt", "*/*/*.txt", "d/[ab].tx
 
 
 @pytest.mark.parametrize("pattern", [*PATTERNS, "./d/*.txt", "d/../e/*", "d", "d/a.txt", "nothing/*", "d/a.txt/*"])
-def test_patterns_mean_what_they_do_elsewhere(tree, pattern):
+def test_matching_files_agrees_with_glob(tree, pattern):
     for prefix in ("", f"{tree}/"):
         expected = sorted(path for path in glob.glob(prefix + pattern, recursive=True) if os.path.isfile(path))
-        assert matching(prefix + pattern) == expected
+        assert matching_files(prefix + pattern) == expected
 
 
 @pytest.mark.parametrize("pattern", ["d/**/*.txt", "d/**/**/*.txt", "d/**", "d/**/**", "**/[a-z].txt"])
-def test_each_file_is_read_once_and_links_to_folders_have_no_loops(tree, pattern):
-    expected = [path for path in matching(pattern) if path.startswith("d/")]
+def test_matching_files_with_link_cycles_gives_each_file_once(tree, pattern):
+    expected = [path for path in matching_files(pattern) if path.startswith("d/")]
     for link, target in {"self": ".", "again": ".", "sub/up": "..", "sub/deep/root": str(tree)}.items():
         (tree / "d" / link).symlink_to(target)
     (tree / "d" / "z.txt").symlink_to("a.txt")
     os.link(tree / "d" / "b.txt", tree / "d" / "y.txt")
-    assert [path for path in matching(pattern) if path.startswith("d/")] == expected
+    assert [path for path in matching_files(pattern) if path.startswith("d/")] == expected
     documents = list(FilesCorpus(path="d/**/*.txt").read())
     train, val = ([d.name for d in documents if d.held_out == side] for side in (False, True))
     assert train == val == ["d/a.txt", "d/b.txt", "d/sub/c.txt", "d/sub/deep/a.txt"]
 
 
-def test_links_are_read_where_they_are_named(tree):
-    """A folder elsewhere is often put into place with a link: as in a shell, only ** stays out of it."""
+def test_matching_files_follows_named_links(tree):
+    """Folders on other disks are often linked: as in a shell, only ** does not enter links."""
     (tree / "link").symlink_to("d/sub")
     (tree / "one.txt").symlink_to("d/a.txt")
     (tree / "gone.txt").symlink_to("nothing")
     (tree / "loop.txt").symlink_to("loop.txt")
-    assert matching("link/*.txt") == matching("l*k/*.txt") == ["link/c.txt"]
-    assert matching("link/**/*.txt") == ["link/c.txt", "link/deep/a.txt"]
-    assert matching("*.txt") == ["one.txt"]
+    assert matching_files("link/*.txt") == matching_files("l*k/*.txt") == ["link/c.txt"]
+    assert matching_files("link/**/*.txt") == ["link/c.txt", "link/deep/a.txt"]
+    assert matching_files("*.txt") == ["one.txt"]
 
 
-def test_what_is_there_is_taken_literally(tree, monkeypatch):
+def test_matching_files_existing_name_is_literal(tree, monkeypatch):
     for name in ("book [v1].txt", "book 1.txt", "vol [2]/a.txt", "vol 2/a.txt"):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text("x")
-    assert matching("book [v1].txt") == ["book [v1].txt"]
-    assert matching("vol [2]/*.txt") == ["vol [2]/a.txt"]
-    assert matching("book [12].txt") == ["book 1.txt"]
+    assert matching_files("book [v1].txt") == ["book [v1].txt"]
+    assert matching_files("vol [2]/*.txt") == ["vol [2]/a.txt"]
+    assert matching_files("book [12].txt") == ["book 1.txt"]
     monkeypatch.setenv("HOME", str(tree / "d"))
-    assert matching("~/[a]*.txt") == [f"{tree}/d/a.txt"]
+    assert matching_files("~/[a]*.txt") == [f"{tree}/d/a.txt"]
 
 
-def test_pipes_and_devices_are_never_opened(tree):
+def test_matching_files_skips_pipes_and_devices(tree):
     os.mkfifo(tree / "d" / "pipe.txt")
-    assert matching("d/*.txt") == ["d/a.txt", "d/b.txt"]
+    assert matching_files("d/*.txt") == ["d/a.txt", "d/b.txt"]
     assert "pipe.txt" not in {path.name for path in files_below(tree / "d")}
     for path in ("d/pipe.txt", "/dev/zero"):
         with pytest.raises(UserError, match=r"is a pipe or a device, .*: write what it gives to a file"):
@@ -97,7 +97,7 @@ def failing(function, path: str, code: int):
         ("stat", "d", lambda: HubCorpus(path="d").fingerprint()),
     ],
 )
-def test_what_may_not_be_looked_at_is_named(tree, monkeypatch, function, path, read, code):
+def test_paths_unreadable_folder_raises_error_with_name(tree, monkeypatch, function, path, read, code):
     monkeypatch.setattr(os, function, failing(getattr(os, function), path, code))
     with pytest.raises(UserError, match=rf"^{path} cannot be read: {os.strerror(code)}"):
         read()
@@ -105,7 +105,7 @@ def test_what_may_not_be_looked_at_is_named(tree, monkeypatch, function, path, r
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EISDIR])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"])
-def test_a_file_that_cannot_be_read_is_named(workplace, monkeypatch, name, code):
+def test_files_unreadable_file_raises_error_with_name(workplace, monkeypatch, name, code):
     (workplace / name).write_text("x\n")
     error = OSError(code, os.strerror(code))
     for place in ("data.sources.files.Path.open", "data.sources.tables.open"):
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_be_read_is_named(workplace, monkeypatch, name, code)
         SympyCorpus().fingerprint()
 
 
-def test_a_working_directory_that_is_gone_is_one_line(workplace):
+def test_files_deleted_working_directory_raises_user_error(workplace):
     (workplace / "gone").mkdir()
     os.chdir(workplace / "gone")
     (workplace / "gone").rmdir()

@@ -1,8 +1,9 @@
-"""Streams that are closed, full or of another encoding, signals from the first moment, and what is shown of the texts
-of others: mostly small processes that load nothing heavy."""
+"""Standard streams that are closed, full or in another encoding, signals from the first moment on, and control
+characters in text of other programs: mostly in small processes that import nothing heavy."""
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ STARTED = "from common import process, streams; process.start(); from common.cli
 
 
 def shell(line: str, cwd, **environment: str) -> tuple[int, str, str]:
-    """-> exit code, stdout and stderr of a line in which the streams can be redirected."""
+    """-> exit code, stdout and stderr of a shell command, which can redirect its streams."""
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment}
     found = subprocess.run(["bash", "-c", line], cwd=cwd, env=environment, capture_output=True, stdin=subprocess.PIPE)
     return found.returncode, found.stdout.decode(), found.stderr.decode()
@@ -46,7 +47,7 @@ STREAMS = {
 
 @pytest.mark.parametrize("how", STREAMS)
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["", "unbuffered"])
-def test_a_text_that_is_lost_is_said_and_a_message_that_is_lost_is_not(tmp_path, how, unbuffered):
+def test_streams_lost_stdout_is_error_and_lost_stderr_is_ignored(tmp_path, how, unbuffered):
     code = "with one_line_errors():\n    streams.print_stderr('a message')\n    print('text')\n"
     line = f"{script(tmp_path, code)} {how}"
     returned, err = STREAMS[how]
@@ -66,32 +67,51 @@ def test_a_text_that_is_lost_is_said_and_a_message_that_is_lost_is_not(tmp_path,
         ("-m training.monitor.plot --help", ">&-", 2, CLOSED),
     ],
 )
-def test_so_do_the_programs(tmp_path, program, how, code, complaint):
+def test_programs_lost_stdout_is_error(tmp_path, program, how, code, complaint):
     returned, out, err = shell(f"set -o pipefail; {sys.executable} {program} {how}", ROOT)
     assert (returned, err) == (code, complaint) and len(out) == (3 if "head" in how else 0)
 
 
-def test_a_file_does_not_take_the_place_of_a_stream(tmp_path):
+def test_streams_closed_at_start_are_not_reused_by_files(tmp_path):
     code = "import os, subprocess\nwith open('file', 'w') as file:\n"
     code += "    subprocess.run(['sh', '-c', 'echo text; echo text >&2'])\n    os.write(2, b'text')\n"
     assert shell(f"{script(tmp_path, code)} <&- >&- 2>&-", tmp_path) == (0, "", "")
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_what_is_no_product_may_be_lost(tmp_path):
+def test_write_if_possible_lost_stdout_is_no_error(tmp_path):
     code = "with one_line_errors():\n    streams.print_stderr(str(streams.write_if_possible('x')))\n    print('y')\n"
     assert shell(f"{script(tmp_path, code)} >/dev/full", tmp_path) == (0, "", "[Errno 28] No space left on device\n")
 
 
+@pytest.mark.parametrize("blocking", [True, False])
+def test_stdin_of_a_parent_that_made_it_non_blocking_blocks_until_the_end(tmp_path, blocking):
+    script(tmp_path, "import os, sys\nprint(os.get_blocking(0), sys.stdin.read())\n")
+    reader, writer = os.pipe()
+    try:
+        os.set_blocking(reader, blocking)
+        here = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+        command = [sys.executable, tmp_path / "script.py"]
+        program = subprocess.Popen(command, env=here, stdin=reader, stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            program.wait(1)
+        os.write(writer, b"late")
+        os.close(writer)
+        assert program.communicate()[0] == "True late\n"
+        assert os.get_blocking(reader) == blocking
+    finally:
+        os.close(reader)
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:strict"])
-def test_no_character_ends_a_program(tmp_path, encoding):
+def test_streams_unencodable_characters_become_escapes(tmp_path, encoding):
     code = "import sys\nprint('é\\u6f22')\nprint('\\u6f22', file=sys.stderr)\n"
     expected = "\xe9" if encoding == "latin-1" else "\\xe9"
     line = f"{script(tmp_path, code)} | iconv -f latin1 -t utf8"
     assert shell(line, tmp_path, PYTHONIOENCODING=encoding) == (0, f"{expected}\\u6f22\n", "\\u6f22\n")
 
 
-def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
+def test_start_deleted_working_directory_is_one_line(tmp_path):
     line = f"mkdir gone; cd gone; rmdir ../gone; {PYTHON} {ROOT / 'train.py'}"
     returned, out, err = shell(line, tmp_path)
     assert (returned, out) == (2, "") and err.startswith("error: the working directory is gone (")
@@ -101,7 +121,7 @@ PROGRAMS = ["train.py", "sample.py x", "-m training.monitor.plot x", "-m trainin
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_package_that_is_missing_is_one_line(program):
+def test_start_missing_package_is_one_line(program):
     returned, out, err = shell(f"{PYTHON} -S {program}", ROOT)
     assert (returned, out, err.count("\n")) == (2, "", 1)
     assert " has no package " in err and f"-m pip install -e {ROOT}\n" in err
@@ -133,7 +153,7 @@ sys.argv = {words!r}
         ("training.run.replay", "torch"),
     ],
 )
-def test_a_signal_amid_imports_ends_a_program_in_a_word(program, package, number):
+def test_signal_during_imports_ends_program_without_traceback(program, package, number):
     run = f"runpy.run_path({program!r}, run_name='__main__')"
     if "training" in program:
         run = f"runpy.run_module({program!r}, run_name='__main__', alter_sys=True)"
@@ -148,14 +168,14 @@ def hear() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_later_a_signal_lets_files_be_removed(tmp_path, number):
+def test_signal_after_imports_runs_cleanup(tmp_path, number):
     code = "import os, signal\nprocess.end_by_unwinding()\nwith one_line_errors():\n"
     code += f"    try:\n        signal.raise_signal({int(number)})\n    finally:\n        print('removed')\n"
     word = "interrupted\n" if number == signal.SIGINT else ""
     assert shell(script(tmp_path, code), tmp_path) == (128 + number, "removed\n", word)
 
 
-def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
+def test_signal_ignored_by_parent_stays_ignored(tmp_path):
     code = "import signal\nsignal.raise_signal(signal.SIGINT)\nprint('here')\n"
     assert shell(f"trap '' INT; {script(tmp_path, code)}", tmp_path) == (0, "here\n", "")
 
@@ -164,7 +184,7 @@ CONTROLLED = "a\x1b[31m\x07\x00\x7f\x9b\u202e\u2066\udcff\n\r\tb\u2028c[red]é�
 AS_SHOWN = "a\\x1b[31m\\x07\\x00\\x7f\\x9b\\u202e\\u2066\\udcff\\n\\r\\tb\\u2028c[red]é漢🙂"
 
 
-def test_controls_are_escapes_in_all_that_is_said(capsys):
+def test_messages_show_control_characters_as_escapes(capsys):
     assert escaped(CONTROLLED) == str(UserError(CONTROLLED)) == AS_SHOWN
     assert escaped(AS_SHOWN) == AS_SHOWN and str(UserError(str(UserError(CONTROLLED)))) == AS_SHOWN
     streams.print_stderr(CONTROLLED)
@@ -175,7 +195,7 @@ def test_controls_are_escapes_in_all_that_is_said(capsys):
     assert capsys.readouterr() == (f"{AS_SHOWN}\n", f"{AS_SHOWN}\n{AS_SHOWN}\ntwo\nlines\\x1b\n")
 
 
-def test_a_sampled_text_is_raw_but_on_a_terminal(monkeypatch):
+def test_show_text_is_escaped_only_on_terminal(monkeypatch):
     for terminal, shown in ((False, "a\x1b\t\nb\x9b\r"), (True, "a\\x1b\t\nb\\x9b\\r")):
         out = io.StringIO()
         monkeypatch.setattr(out, "isatty", lambda terminal=terminal: terminal, raising=False)
@@ -184,11 +204,11 @@ def test_a_sampled_text_is_raw_but_on_a_terminal(monkeypatch):
         assert out.getvalue() == shown
 
 
-def test_json_has_escapes_that_mean_the_same():
+def test_json_line_with_controls_decodes_to_same_value():
     line = streams.json_line({"text": CONTROLLED})
     assert json.loads(line) == {"text": CONTROLLED} and escaped(line) == line and "é漢🙂" in line
 
 
-def test_a_word_that_nobody_would_read_is_shortened(capsys):
+def test_print_stderr_long_word_is_shortened(capsys):
     streams.print_stderr("error: " + "x" * 100_000 + " is long")
     assert capsys.readouterr().err == f"error: {'x' * 100}[...]{'x' * 100} is long\n"

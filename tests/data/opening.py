@@ -1,4 +1,4 @@
-"""tokenizer.json as others read it."""
+"""Open tokenizer.json with Hugging Face's libraries."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-from data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.vocabulary import END_OF_TEXT
 
 
 def assert_opened(path: Path, ours: Tokenizer, texts: Iterable[str]) -> None:

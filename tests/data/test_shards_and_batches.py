@@ -1,4 +1,4 @@
-"""Tokens on disk: whole or refused. Tokens in batches: each once per epoch, whatever the batch."""
+"""Shards are complete or rejected; batches use each token once per epoch, for any batch size."""
 
 import errno
 import os
@@ -11,12 +11,20 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.batches import document_positions, documents_of_step, micro_batches, refuse_short, training_batch, windows
+from data.batches import (
+    check_split_lengths,
+    count_windows,
+    document_positions,
+    documents_of_step,
+    micro_batches,
+    training_batch,
+)
 from data.shards.prepare import prepare
 from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import BPEConfig, ByteConfig
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
 from tests.support import ROOT
 
 T = 16
@@ -35,7 +43,7 @@ def stream(tmp_path):
     return open_stream(tmp_path, "train", "hash")
 
 
-def test_several_shards_read_as_one(stream):
+def test_stream_of_several_shards_reads_as_one(stream):
     assert len(stream.shards) == 10
     assert len(stream) == 1000
     for start, count in ((0, 1000), (99, 2), (100, 100), (250, 333), (999, 1)):
@@ -43,7 +51,7 @@ def test_several_shards_read_as_one(stream):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip token", "flip header", "magic", "empty", "append"])
-def test_a_damaged_shard_is_named(tmp_path, damage):
+def test_open_stream_damaged_shard_raises_error_with_path(tmp_path, damage):
     write(tmp_path, np.arange(500), shard_tokens=1000)
     path = tmp_path / "train_00000.tokens"
     content = bytearray(path.read_bytes())
@@ -66,28 +74,28 @@ def test_a_damaged_shard_is_named(tmp_path, damage):
 
 
 @pytest.mark.parametrize("missing", ["train_00004.tokens", "train_00009.tokens"])
-def test_a_missing_shard_is_noticed(stream, tmp_path, missing):
+def test_open_stream_missing_shard_raises_error(stream, tmp_path, missing):
     (tmp_path / missing).unlink()
     with pytest.raises(UserError, match="is missing"):
         open_stream(tmp_path, "train", "hash")
 
 
 @pytest.mark.parametrize("taken_for", ["train_00000.tokens", "train_00002.tokens", "val_00000.tokens"])
-def test_a_shard_is_not_taken_for_another(tmp_path, taken_for):
+def test_open_stream_renamed_shard_raises_error(tmp_path, taken_for):
     write(tmp_path, np.arange(250))
     shutil.copy(tmp_path / "train_00001.tokens", tmp_path / taken_for)
     with pytest.raises(UserError, match=r"holds what was written as train_00001\.tokens"):
         open_shard(tmp_path / taken_for, "hash")
 
 
-def test_a_shard_of_another_tokenizer_is_refused(tmp_path):
+def test_open_shard_of_other_tokenizer_raises_error(tmp_path):
     write(tmp_path, np.arange(10))
     with pytest.raises(UserError, match="another tokenizer"):
         open_stream(tmp_path, "train", "other")
 
 
-def test_windows_predict_every_token_once_and_drop_the_tail(stream):
-    n = windows(stream, T)
+def test_training_batch_epoch_predicts_every_token_once_and_drops_tail(stream):
+    n = count_windows(stream, T)
     assert n == (1000 - 1) // T
     inputs, targets = training_batch(stream, T, seed=0, first=0, count=n)
     assert sorted(targets.flatten().tolist()) == list(range(1, n * T + 1))
@@ -98,12 +106,12 @@ def test_windows_predict_every_token_once_and_drop_the_tail(stream):
     assert not torch.equal(training_batch(stream, T, seed=1, first=0, count=n)[0], inputs)
 
 
-def test_the_order_is_the_same_on_every_machine(stream):
+def test_training_batch_order_is_fixed(stream):
     first = [int(row[0]) // T for row in training_batch(stream, T, seed=0, first=0, count=8)[0]]
     assert first == [28, 54, 24, 15, 0, 50, 61, 11]
 
 
-def test_steps_take_consecutive_sequences_whatever_the_micro_batch(stream):
+def test_micro_batches_of_any_size_give_consecutive_sequences(stream):
     whole, _ = training_batch(stream, T, seed=3, first=0, count=24)
     for micro_batch in (1, 4, 12):
         steps = [micro_batches(stream, T, 3, step, 12, micro_batch, torch.device("cpu")) for step in (0, 1)]
@@ -111,7 +119,7 @@ def test_steps_take_consecutive_sequences_whatever_the_micro_batch(stream):
         assert torch.equal(torch.cat([inputs for step in steps for inputs, _ in step]), whole)
 
 
-def test_prepared_once_and_found_again(workplace):
+def test_prepare_again_finds_shards(workplace):
     corpus, config = SyntheticCorpus(size=20), BPEConfig(vocab_size=300)
     first = prepare(corpus, config, workplace / "cache")
     written = {path: path.stat().st_mtime_ns for path in first.folder.iterdir()}
@@ -122,7 +130,7 @@ def test_prepared_once_and_found_again(workplace):
     assert prepare(corpus, ByteConfig(), workplace / "cache").folder != first.folder
 
 
-def test_a_vocabulary_that_the_text_cannot_fill_is_said_each_time(workplace, caplog):
+def test_prepare_vocabulary_larger_than_text_yields_warns_each_time(workplace, caplog):
     corpus = SyntheticCorpus(size=20)
     for _ in range(2):
         made = prepare(corpus, BPEConfig(vocab_size=5000), workplace / "cache")
@@ -135,7 +143,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_said_each_time(workplace, cap
     assert not caplog.records or "vocab_size" not in caplog.text
 
 
-def test_the_end_of_text_precedes_each_document(workplace):
+def test_prepare_puts_end_of_text_before_each_document(workplace):
     corpus = SyntheticCorpus(size=20)
     made = prepare(corpus, ByteConfig(), workplace / "cache")
     for split, stream in (("train", made.train), ("val", made.val)):
@@ -146,21 +154,21 @@ def test_the_end_of_text_precedes_each_document(workplace):
 
 
 @pytest.mark.parametrize("fault", ["tokenizer", "killed"])
-def test_nothing_half_built_is_left_or_used(workplace, monkeypatch, fault):
+def test_prepare_after_failed_build_starts_clean(workplace, monkeypatch, fault):
     corpus = SyntheticCorpus(size=20)
 
     def fail(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(
-        "data.shards.build._encode" if fault == "killed" else "data.tokenizers.tokenizer.ByteConfig.train", fail
+        "data.shards.build._encode" if fault == "killed" else "data.tokenizers.byte.ByteConfig.train", fail
     )
     with pytest.raises(KeyboardInterrupt):
         prepare(corpus, ByteConfig(), workplace / "cache")
     assert all(path.name.endswith(".lock") for path in (workplace / "cache").iterdir())
 
 
-def test_a_tokenizer_that_is_not_the_shards_is_refused(workplace):
+def test_prepare_tokenizer_not_of_shards_raises_error(workplace):
     corpus = SyntheticCorpus(size=20)
     made = prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
     BPEConfig(vocab_size=290).train(["other text " * 50]).save(made.folder / "tokenizer.json")
@@ -168,38 +176,38 @@ def test_a_tokenizer_that_is_not_the_shards_is_refused(workplace):
         prepare(corpus, BPEConfig(vocab_size=300), workplace / "cache")
 
 
-def test_too_little_text_is_refused_before_a_run(workplace):
+def test_check_split_lengths_too_little_text_raises_error(workplace):
     (workplace / "a.txt").write_text("a short text\n" * 12)
     made = prepare(FilesCorpus(path="a.txt"), ByteConfig(), workplace / "cache")
     with pytest.raises(UserError, match="validation split holds 14 tokens"):
-        refuse_short(made, 32)
+        check_split_lengths(made, 32)
 
 
-def test_a_cache_folder_that_cannot_be_written_is_one_line(workplace):
+def test_prepare_unwritable_cache_folder_raises_user_error(workplace):
     (workplace / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cache_dir=.*: give a folder to write to as cache_dir="):
         prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
 
 
-def test_places_in_packed_documents():
+def test_document_positions_of_packed_documents():
     tokens = torch.tensor([[5, 6, 9, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
     positions, docs = document_positions(tokens, end_of_text=9)
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
     assert docs.tolist() == [[0, 0, 1, 1, 2, 3, 3], [1] * 7]
 
 
-def test_the_document_mask_shares_the_shards(workplace):
+def test_prepare_with_document_mask_shares_shards(workplace):
     plain, masked = SyntheticCorpus(size=20), SyntheticCorpus(size=20, document_mask=True)
     folders = {prepare(corpus, ByteConfig(), workplace / "cache").folder for corpus in (plain, masked)}
     assert len(folders) == 1
 
 
-def test_an_empty_stream_has_no_windows():
-    assert windows(TokenStream([np.array([], np.uint16)]), 4) == 0
+def test_count_windows_of_empty_stream_is_zero():
+    assert count_windows(TokenStream([np.array([], np.uint16)]), 4) == 0
 
 
 @pytest.mark.parametrize("change", ["cut", "edit"])
-def test_a_shard_that_changes_in_use_is_one_line(stream, tmp_path, change):
+def test_shard_changed_while_open_raises_user_error(stream, tmp_path, change):
     path = tmp_path / "train_00003.tokens"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -209,7 +217,7 @@ def test_a_shard_that_changes_in_use_is_one_line(stream, tmp_path, change):
         stream.read(290, 20)
 
 
-def test_a_shard_that_cannot_be_read_is_one_line_and_no_reason_to_rebuild(stream, tmp_path, monkeypatch):
+def test_shard_unreadable_raises_user_error_without_rebuild(stream, tmp_path, monkeypatch):
     class Failing:
         def seek(self, _):
             raise OSError(errno.EIO, "Input/output error")
@@ -223,7 +231,7 @@ def test_a_shard_that_cannot_be_read_is_one_line_and_no_reason_to_rebuild(stream
     assert "delete" not in str(refused.value)
 
 
-def test_documents_are_found_by_their_tokens(workplace):
+def test_documents_of_step_are_found_by_their_tokens(workplace):
     (workplace / "a.txt").write_text("a line of the first\n" * 50)
     (workplace / "b.txt").write_text("a line of the second\n" * 50)
     made = prepare(FilesCorpus(path="*.txt"), ByteConfig(), workplace / "cache")
@@ -239,7 +247,7 @@ def test_documents_are_found_by_their_tokens(workplace):
     assert made.training_documents([(0, 5)]) == []
 
 
-def test_what_a_killed_build_left_is_removed_by_the_next(workplace):
+def test_prepare_removes_leftovers_of_killed_build(workplace):
     corpus = SyntheticCorpus(size=20)
     made = prepare(corpus, ByteConfig(), workplace / "cache")
     left = made.folder.with_name(f".writing-{made.folder.name}-abc")
@@ -248,7 +256,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(workplace):
     assert not left.exists() and made.folder.exists()
 
 
-def test_a_text_that_changes_while_it_is_read_is_not_taken_for_the_one_before(workplace, monkeypatch):
+def test_prepare_text_changed_while_read_raises_error(workplace, monkeypatch):
     path, read = workplace / "a.txt", FilesCorpus.read
     path.write_text("the old text\n" * 50)
 
@@ -264,12 +272,12 @@ def test_a_text_that_changes_while_it_is_read_is_not_taken_for_the_one_before(wo
     assert "new" not in made.tokenizer.decode(made.train.read(0, 500).tolist())
 
 
-def test_two_processes_build_once(workplace):
+def test_prepare_in_two_processes_builds_once(workplace):
     """The second waits for the first, and uses what it built."""
     code = (
         "import sys, time; from pathlib import Path; import data.shards.prepare as p;"
         "from data.sources.synthetic import SyntheticCorpus;"
-        "from data.tokenizers.tokenizer import ByteConfig; build = p.build;"
+        "from data.tokenizers.byte import ByteConfig; build = p.build;"
         "p.build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
         "p.prepare(SyntheticCorpus(size=20), ByteConfig(), Path('cache'))"
     )

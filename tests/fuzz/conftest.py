@@ -1,4 +1,4 @@
-"""One property, two modes: a few fixed examples in `make test`, and 10,000 random cases in all under
+"""Property tests in two modes: a few fixed examples in `make test`, and 10,000 random cases in total with
 
 pytest -m long tests/fuzz                   # about four minutes on one core, or with -n auto
 pytest -m long tests/fuzz -k text --hypothesis-seed=3
@@ -17,7 +17,8 @@ from tests.support import ROOT
 
 # Hypothesis also tries the constants it finds in the project's imported modules: for the fixed examples to be the same
 # whichever tests ran before, all are imported.
-for path in sorted(path for folder in ("model", "data", "training") for path in (ROOT / folder).rglob("*.py")):
+ROOMS = ("common", "runtime", "model", "data", "training", "generation")
+for path in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
     importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"))
 for program in ("train", "sample"):
     importlib.import_module(program)
@@ -25,12 +26,12 @@ for program in ("train", "sample"):
 
 @pytest.fixture(params=["short", pytest.param("long", marks=pytest.mark.long)])
 def fuzz(request, record_property):
-    """fuzz(check, drawn, short=40, long=2000) hands that many drawn values to `check`, which raises AssertionError
-    or says in a word what became of the value: `refused`, `legal`, ... A failing value is made smaller, unless
-    shrink=False: for checks that take long."""
+    """fuzz(check, values, short=40, long=2000) passes that many sampled values to `check`, which raises AssertionError
+    or returns the outcome as a word: `refused`, `legal`, ... A failing value is shrunk, unless shrink=False: for slow
+    checks."""
     is_long = request.param == "long"
 
-    def run(check: Callable[[Any], str], drawn: SearchStrategy, *, short: int, long: int, shrink: bool = True) -> None:
+    def run(check: Callable[[Any], str], values: SearchStrategy, *, short: int, long: int, shrink: bool = True) -> None:
         outcomes = Counter()
 
         @settings(
@@ -41,20 +42,20 @@ def fuzz(request, record_property):
             deadline=None,
             suppress_health_check=list(HealthCheck),
         )
-        @given(drawn)
+        @given(values)
         def example(value):
             outcomes[check(value)] += 1
 
         try:
             example()
         finally:
-            record_property("outcomes", dict(outcomes))  # travels with the report, from a worker process too
+            record_property("outcomes", dict(outcomes))  # part of the report, also from a worker process
 
     return run
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """What became of the cases of the long mode."""
+    """Print the outcomes of the long mode."""
     reports = [
         report
         for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed"))

@@ -1,4 +1,4 @@
-"""Configurations, legal and not: each is refused in one line, or builds a model that trains and decodes right."""
+"""Random configurations: each raises a one-line error, or builds a model that trains and decodes correctly."""
 
 import copy
 import functools
@@ -134,7 +134,7 @@ def cases(draw) -> Case:
 
 
 def spoil(draw, tree: dict[Any, Any]) -> None:
-    """Replaces, removes or adds a setting, anywhere."""
+    """Replace, remove or add a setting anywhere."""
     inner = [value for value in tree.values() if isinstance(value, dict)]
     place = draw(st.sampled_from([tree, *inner]))
     how = draw(st.sampled_from(["replace", "replace", "replace", "remove", "add"]))
@@ -151,7 +151,7 @@ def spoil(draw, tree: dict[Any, Any]) -> None:
 
 @st.composite
 def one_extreme(draw) -> Case:
-    """What can be trained, but for one setting."""
+    """A valid configuration except for one setting."""
     tree = copy.deepcopy(smallest(draw(st.sampled_from(choices("attention")))))
     places = [tree, *(value for value in tree.values() if isinstance(value, dict))]
     place, key = draw(st.sampled_from([(i, key) for i, inner in enumerate(places) for key in inner]))
@@ -180,7 +180,9 @@ def check_training(run: Run, spoilt: bool) -> None:
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
     batches = [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
-    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, (run.seed, 0))
+    result = train_step(
+        MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, seeds=(run.seed, 0)
+    )
     assert result.loss.isfinite()
     after = model.state_dict()
     changed = any(not torch.equal(tensor, before[name]) for name, tensor in after.items())
@@ -252,9 +254,9 @@ def check(case: Case) -> str:
     return "legal"
 
 
-def test_a_configuration_is_refused_in_one_line_or_trains_and_decodes(fuzz):
+def test_config_random_settings_raise_user_error_or_train_and_decode(fuzz):
     fuzz(check, cases(), short=60, long=1800)
 
 
-def test_so_is_one_with_a_single_extreme_setting(fuzz):
+def test_config_single_extreme_setting_raises_user_error_or_trains_and_decodes(fuzz):
     fuzz(check, one_extreme(), short=100, long=1200)

@@ -1,4 +1,4 @@
-"""Damaged files: what is read from them is exactly what was written, or they are named in one line."""
+"""Damaged files: they are read exactly as written, or named in a one-line error."""
 
 import logging
 import shutil
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from common.errors import UserError
 from data.shards.prepare import prepare
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import BPEConfig
+from data.tokenizers.bpe import BPEConfig
 from tests.support import assert_one_line, call
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
@@ -61,7 +61,7 @@ def files_of(folder: Path) -> Files:
 
 
 def put(folder: Path, files: Files) -> None:
-    """The folder holds these files and nothing else, each a new one: an old one may still be mapped."""
+    """Make the folder contain exactly these files, each newly created: an old one may still be memory-mapped."""
     shutil.rmtree(folder, ignore_errors=True)
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +80,7 @@ def damaged(files: Files, damage: Damage) -> Files:
 
 @st.composite
 def damages(draw, files: Files) -> Damage:
-    """One fault of one of these files, often near its beginning or its end, where headers are."""
+    """A fault in one of these files, often near its beginning or end, where headers are."""
     name, kind = draw(st.sampled_from(sorted(files))), draw(st.sampled_from(KINDS))
     size = len(files[name])
     last = max(0, size - 1)
@@ -162,7 +162,7 @@ def final_tensors(run: Path) -> Files:
     return {path.name: path.read_bytes() for path in run.glob("checkpoints/step_00000004/*.safetensors")}
 
 
-def test_a_damaged_run_loads_exactly_or_is_refused(fuzz, trained):
+def test_load_damaged_run_is_exact_or_raises_user_error(fuzz, trained):
     run = trained.place / "run"
     read = {name: content for name, content in trained.files.items() if is_read(name)}
 
@@ -189,7 +189,7 @@ def is_read(name: str) -> bool:
     return name in ("config.yaml", "tokenizer.json") or name.startswith("checkpoints/")
 
 
-def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(fuzz, trained, monkeypatch, capsys):
+def test_resume_damaged_run_gives_same_bits_or_raises_user_error(fuzz, trained, monkeypatch, capsys):
     run = trained.place / "run"
     monkeypatch.chdir(trained.place)
     read = {name: content for name, content in trained.files.items() if is_read(name) and name != "config.yaml"}
@@ -213,8 +213,8 @@ def test_a_damaged_run_resumes_to_the_same_bits_or_is_refused(fuzz, trained, mon
     fuzz(check, damages(read), short=12, long=200, shrink=False)
 
 
-def test_damaged_metrics_keep_the_rows_before(fuzz, tmp_path_factory, trained):
-    """A changed digit cannot be seen, and a lost end is what a kill leaves; all before the damage must be right."""
+def test_metrics_file_damaged_keeps_rows_before(fuzz, tmp_path_factory, trained):
+    """A changed digit cannot be detected, and a kill leaves a lost end; all rows before the damage must be right."""
     folder = tmp_path_factory.mktemp("metrics")
     path = folder / "metrics.jsonl"
     line = trained.files["metrics.jsonl"].splitlines(keepends=True)[0]
@@ -241,7 +241,7 @@ def test_damaged_metrics_keep_the_rows_before(fuzz, tmp_path_factory, trained):
     fuzz(check, damages({path.name: content}), short=40, long=300)
 
 
-def test_a_damaged_cache_gives_the_same_tokens_or_is_refused(fuzz, tmp_path_factory):
+def test_prepare_damaged_cache_gives_same_tokens_or_raises_user_error(fuzz, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     corpus, config = SyntheticCorpus(size=20), BPEConfig(vocab_size=300)
     expected = tokens_of(corpus, config, cache)

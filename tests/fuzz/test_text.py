@@ -1,4 +1,4 @@
-"""Any text comes back from tokens; any file comes back as text, or is named in one line."""
+"""Random texts round-trip through tokens; random files are read exactly, or named in a one-line error."""
 
 from collections import defaultdict
 from itertools import chain
@@ -12,8 +12,10 @@ from tokenizers import Regex, pre_tokenizers
 from common.errors import UserError
 from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.patterns import KNOWN, pieces, portable
-from data.tokenizers.tokenizer import END_OF_TEXT, PIECE, BPEConfig, ByteConfig
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
+from data.tokenizers.patterns import KNOWN, PIECE, exact_pieces, portable
+from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.support import assert_one_line
 
 FRAGMENTS = st.sampled_from([END_OF_TEXT, "<|", "\r\n", "\n", " ", "\t", "\0", "the query", "123", "é", "漢字", "🙂🏽"])
@@ -35,7 +37,7 @@ def check_round_trip(tokenizers, text: str) -> None:
         assert tokenizer.end_of_text not in tokens
 
 
-def test_any_text_round_trips(fuzz, tokenizers):
+def test_tokenizer_random_text_round_trips(fuzz, tokenizers):
     def check(text: str) -> str:
         check_round_trip(tokenizers, text)
         return "identical"
@@ -43,8 +45,8 @@ def test_any_text_round_trips(fuzz, tokenizers):
     fuzz(check, TEXTS, short=60, long=1000)
 
 
-def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
-    """With a cut wherever there may be one: of any text the words are those of the whole, for every pattern."""
+def test_exact_pieces_random_text_keeps_words(fuzz, monkeypatch):
+    """With a cut in every possible place, for every pattern."""
     monkeypatch.setattr("data.tokenizers.patterns.PIECE", 1)
     monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 3)
     splits = {pattern: pre_tokenizers.Split(Regex(portable(pattern)), "isolated") for pattern in KNOWN}
@@ -54,7 +56,8 @@ def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
 
     def check(text: str) -> str:
         for pattern in KNOWN:
-            cut = [[piece.text] if piece.one_word else words(pattern, piece.text) for piece in pieces(text, pattern)]
+            pieces = exact_pieces(text, pattern)
+            cut = [[piece.text] if piece.one_word else words(pattern, piece.text) for piece in pieces]
             assert list(chain.from_iterable(cut)) == words(pattern, text)
         return "identical"
 
@@ -66,8 +69,8 @@ def test_a_text_that_is_cut_keeps_its_words(fuzz, monkeypatch):
     fuzz(check, st.integers(0, 10**9).map(of_few_characters) | TEXTS, short=400, long=1000)
 
 
-def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):
-    """A regular expression or a merge loop may give up, or take forever, where nothing ends a word."""
+def test_tokenizer_long_run_of_one_character_round_trips(fuzz, tokenizers):
+    """A regular expression or a merge loop may fail, or take forever, where nothing ends a word."""
     lengths = st.integers(0, 6).flatmap(lambda power: st.integers(1, 10**power)) | st.integers(PIECE - 2, PIECE + 2)
     runs = st.tuples(st.sampled_from(" \n\r\ta7.漢\u0301\0") | st.characters(exclude_categories=["Cs"]), lengths)
 
@@ -78,7 +81,7 @@ def test_long_runs_of_one_character_round_trip(fuzz, tokenizers):
     fuzz(check, st.lists(runs, min_size=1, max_size=2), short=10, long=400)
 
 
-def test_lone_surrogates_are_refused(fuzz, tokenizers):
+def test_encode_lone_surrogate_raises_user_error(fuzz, tokenizers):
     surrogates = st.characters(categories=["Cs"])
 
     def check(drawn: tuple[str, str, str]) -> str:
@@ -96,7 +99,7 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("texts")
 
 
-def test_files_come_back_byte_exactly_or_are_named(fuzz, folder):
+def test_files_random_bytes_are_read_exactly_or_raise_error_with_name(fuzz, folder):
     names = st.sampled_from(["a.txt", "b c.md", "d[1].py", "e::f.gz", ".g", "ünï"])
     contents = TEXTS.map(lambda text: text.encode()) | st.binary(max_size=100)
     files = st.dictionaries(names, contents, min_size=1, max_size=3)

@@ -7,7 +7,7 @@ import torch
 
 from common.errors import UserError
 from common.signals import Interruptible
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from generation import repl
 from generation.decode import generate
 from generation.repl import Conversation
@@ -15,19 +15,20 @@ from generation.sampler import Sampler
 from generation.state import GenerationState
 from tests.support import ATTENTIONS, CASES, small_model
 
-GREEDY, TOKENIZER = Sampler(temperature=0), ByteTokenizer()
+GREEDY = Sampler(temperature=0)
+TOKENIZER = ByteTokenizer()
 
 
 def conversation(model, *, slide=False, cached=True, **options) -> Conversation:
-    def begin(tokens):
+    def new_state(tokens):
         return GenerationState(model, [tokens], [0], slide=slide, cached=cached)
 
     options = {"max_new_tokens": 10, **options}
-    return Conversation(model, TOKENIZER, GREEDY, begin=begin, **options)
+    return Conversation(model, TOKENIZER, GREEDY, new_state=new_state, **options)
 
 
 def written(conversation: Conversation) -> list[int]:
-    return conversation.texts.tokens[0, : conversation.texts.lengths[0]].tolist()
+    return conversation.state.tokens[0, : conversation.state.lengths[0]].tolist()
 
 
 def ignore(_: str) -> None:
@@ -39,9 +40,10 @@ def ignore(_: str) -> None:
     [*((case, True) for case in CASES), *((case, False) for case in CASES[: len(ATTENTIONS)])],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "sliding" if value else "",
 )
-def test_a_second_turn_is_what_an_uncached_run_on_the_whole_text_writes(case, slide):
+def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(case, slide):
     model = small_model(*case, vocab_size=257)  # a context of 64
-    talk, whole = conversation(model, slide=slide), []
+    talk = conversation(model, slide=slide)
+    whole = []
     for line in ("The qüery", " and the k🙂", "") if not slide else ("The qüery", " and the k🙂", "", "x" * 30, "y"):
         talk.append(line)
         talk.turn(ignore)
@@ -49,13 +51,14 @@ def test_a_second_turn_is_what_an_uncached_run_on_the_whole_text_writes(case, sl
         uncached = GenerationState(model, [whole], [0], cached=False, slide=slide)
         new = [int(step[0]) for step in generate(model, uncached, GREEDY, max_new_tokens=10, end_token=256)]
         whole += new
-        kept = written(talk)
-        assert kept == whole[len(whole) - len(kept) :]
-        assert slide or kept == whole
+        in_context = written(talk)
+        assert in_context == whole[len(whole) - len(in_context) :]
+        assert slide or in_context == whole
 
 
-def test_ctrl_c_ends_the_turn_and_the_text_goes_on_from_what_was_written():
-    model, pieces = small_model("attention=mla", vocab_size=257), []
+def test_turn_after_ctrl_c_continues_what_was_written():
+    model = small_model("attention=mla", vocab_size=257)
+    pieces = []
 
     def write(piece: str) -> None:
         pieces.append(piece)
@@ -76,7 +79,7 @@ def test_ctrl_c_ends_the_turn_and_the_text_goes_on_from_what_was_written():
     assert written(talk) == written(free)
 
 
-def test_a_ctrl_c_that_the_process_was_started_to_ignore_stays_ignored():
+def test_interruptible_with_ctrl_c_ignored_leaves_it_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with Interruptible() as interruption:
@@ -86,20 +89,21 @@ def test_a_ctrl_c_that_the_process_was_started_to_ignore_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_stop_string_ends_a_turn_unseen_and_stays_in_the_text():
+def test_turn_with_a_stop_string_hides_it_and_leaves_it_in_the_text():
     model = small_model("attention=gqa", vocab_size=257)
     free = conversation(model)
     free.append("The ")
     free.turn(ignore)
     new = TOKENIZER.decode(written(free)[4:])
-    pieces, talk = [], conversation(model, stops=[new[3:5]])
+    pieces = []
+    talk = conversation(model, stops=[new[3:5]])
     talk.append("The ")
     assert talk.turn(pieces.append) == ""
     assert "".join(pieces).rstrip("\n") == new[: new.index(new[3:5])].rstrip("\n")
     assert written(talk) == written(free)[: len(written(talk))]
 
 
-def test_a_full_context_is_said_and_a_reset_begins_anew():
+def test_turn_with_a_full_context_says_so_until_a_reset():
     model = small_model("attention=mha", vocab_size=257)  # a context of 64
     talk = conversation(model, max_new_tokens=100)
     with pytest.raises(UserError, match="64 tokens do not fit: 63 do; /reset begins anew"):
@@ -114,15 +118,15 @@ def test_a_full_context_is_said_and_a_reset_begins_anew():
     assert written(talk)[0] == ord("x")
 
 
-def test_a_seed_draws_anew_from_the_next_turn_on_and_in_texts_to_come():
+def test_set_seed_applies_to_the_next_turn_and_to_later_texts():
     model = small_model("attention=mla", vocab_size=257)
     talk = conversation(model)
     talk.set_temperature(1.0)
     for seed, whole in ((0, [*b"The "]), (3, None), (3, None)):
         if whole is None:
-            talk.draw_from(seed)
+            talk.set_seed(seed)
             whole = written(talk)
-        talk.append("" if talk.texts else "The ")
+        talk.append("" if talk.state else "The ")
         talk.turn(ignore)
         alone = generate(model, GenerationState(model, [whole], [seed]), Sampler(), max_new_tokens=10, end_token=256)
         assert written(talk) == whole + [int(step[0]) for step in alone]
@@ -134,19 +138,18 @@ def test_a_seed_draws_anew_from_the_next_turn_on_and_in_texts_to_come():
 
 
 @pytest.mark.parametrize(("line", "shown"), [("", "🙂b\n"), ("x", "\ufffdb\n")])
-def test_a_character_that_a_turn_left_incomplete_is_shown_whole_by_the_next_unless_text_comes_between(
-    monkeypatch, line, shown
-):
+def test_turn_with_an_incomplete_character_completes_it_unless_text_comes_between(monkeypatch, line, shown):
     script = list("a🙂b".encode())
 
-    def recite(model, texts, sampler, *, max_new_tokens, end_token):
+    def recite(model, state, sampler, *, max_new_tokens, end_token):
         for _ in range(max_new_tokens):
             token = torch.tensor([script.pop(0)])
-            texts.add(token)
+            state.append_token(token)
             yield token
 
     monkeypatch.setattr(repl, "generate", recite)
-    talk, pieces = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4), []
+    talk = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4)
+    pieces = []
     talk.append("The ")
     talk.turn(pieces.append)
     assert "".join(pieces) == "a\n"

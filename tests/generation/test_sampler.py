@@ -1,16 +1,16 @@
-"""Samplers as functions, each filter held against its definition."""
+"""Samplers as functions, each filter against its definition."""
 
 import math
 
 import pytest
 import torch
 
-from generation.sampler import NO_TOKEN, Sampler, keep_min_p, keep_top_k, keep_top_p, penalise_seen
+from generation.sampler import NO_TOKEN, Sampler, apply_repetition_penalty, keep_min_p, keep_top_k, keep_top_p
 
 
-def test_samplers_draw_from_the_distribution_they_name():
+def test_sampler_with_each_filter_draws_from_its_distribution():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
-    draws = torch.linspace(0, 1, 20_001)[:-1].double()
+    uniform_grid = torch.linspace(0, 1, 20_001)[:-1].double()
     for sampler, allowed in (
         (Sampler(), [0, 1, 2, 3, 4]),
         (Sampler(temperature=0.5), [0, 1, 2, 3, 4]),
@@ -24,18 +24,19 @@ def test_samplers_draw_from_the_distribution_they_name():
         (Sampler(min_p=1), [0]),
         (Sampler(top_k=2, min_p=0.9), [0]),
     ):
-        kept = torch.full((1, 5), float("-inf"))
-        kept[0, allowed] = logits[0, allowed]
-        expected = (kept / sampler.temperature).softmax(-1)[0]
-        chosen = sampler(logits.expand(len(draws), -1), draws)
-        found = torch.bincount(chosen, minlength=5) / len(draws)
+        filtered = torch.full((1, 5), float("-inf"))
+        filtered[0, allowed] = logits[0, allowed]
+        expected = (filtered / sampler.temperature).softmax(-1)[0]
+        chosen = sampler(logits.expand(len(uniform_grid), -1), uniform_grid)
+        found = torch.bincount(chosen, minlength=5) / len(uniform_grid)
         assert torch.allclose(found, expected, atol=2e-3), sampler
-    assert (Sampler(temperature=1e-308)(logits.expand(len(draws), -1), draws) == 0).all()
+    assert (Sampler(temperature=1e-308)(logits.expand(len(uniform_grid), -1), uniform_grid) == 0).all()
     assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
 
 
-def test_a_repetition_penalty_applies_before_all_else():
-    logits, uniform = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]]), torch.tensor([0.99])
+def test_sampler_with_a_repetition_penalty_applies_it_first():
+    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
+    uniform = torch.tensor([0.99])
     seen = torch.tensor([[True, False, False, True, False]])
     greedy = Sampler(temperature=0, repetition_penalty=1.5)
     assert greedy(logits, uniform, seen).tolist() == [4]  # 2 / 1.5 < 1.5
@@ -45,37 +46,37 @@ def test_a_repetition_penalty_applies_before_all_else():
         greedy(logits, uniform)
 
 
-def test_filters_keep_what_they_promise():
+def test_filters_of_random_logits_keep_the_tokens_of_their_definition():
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     for k in (1, 5, 30, 99):
         assert (keep_top_k(logits, k).isfinite().sum(-1) == min(k, 30)).all()
     for p in (0.1, 0.5, 0.9, 1.0):
-        kept = keep_top_p(logits, p)
+        filtered = keep_top_p(logits, p)
         probs = logits.softmax(-1)
         for row in range(50):
             ordered = probs[row].sort(descending=True).values
             fewest = int((ordered.cumsum(0) < p - 1e-6).sum()) + 1
-            assert int(kept[row].isfinite().sum()) in (fewest, min(30, fewest + 1) if p == 1.0 else fewest)
+            assert int(filtered[row].isfinite().sum()) in (fewest, min(30, fewest + 1) if p == 1.0 else fewest)
 
     for p in (0.0, 0.05, 0.5, 1.0):
-        for row, kept in zip(logits, keep_min_p(logits, p), strict=True):
+        for row, filtered in zip(logits, keep_min_p(logits, p), strict=True):
             probs = row.softmax(-1).tolist()
-            assert [i for i, logit in enumerate(kept) if logit > float("-inf")] == [
+            assert [i for i, logit in enumerate(filtered) if logit > float("-inf")] == [
                 i for i, prob in enumerate(probs) if prob >= p * max(probs)
             ]
-            assert (kept[kept.isfinite()] == row[kept.isfinite()]).all()
+            assert (filtered[filtered.isfinite()] == row[filtered.isfinite()]).all()
 
 
-def test_seen_tokens_are_penalised_whatever_their_sign():
+def test_apply_repetition_penalty_lowers_seen_tokens_of_either_sign():
     logits = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
     seen = torch.rand(20, 30, generator=torch.Generator().manual_seed(1)) < 0.3
-    found = penalise_seen(logits, seen, 1.7)
+    found = apply_repetition_penalty(logits, seen, 1.7)
     for row in range(20):
         for token in range(30):
             logit = float(logits[row, token])
             expected = logit if not seen[row, token] else logit / 1.7 if logit > 0 else logit * 1.7
             assert float(found[row, token]) == pytest.approx(expected)
-    assert torch.equal(penalise_seen(logits, seen, 1), logits)
+    assert torch.equal(apply_repetition_penalty(logits, seen, 1), logits)
 
 
 def naive_distribution(logits: list[float], sampler: Sampler) -> list[float] | None:
@@ -87,21 +88,27 @@ def naive_distribution(logits: list[float], sampler: Sampler) -> list[float] | N
         logits = [0.0 if x == inf else -inf for x in logits]
     if sampler.temperature == 0:
         return [float(i == logits.index(max(logits))) for i in range(len(logits))]
-    weights = [math.exp((x - max(logits)) / sampler.temperature) for x in logits]
+    weights = naive_filters([math.exp((x - max(logits)) / sampler.temperature) for x in logits], sampler)
+    return [w / sum(weights) for w in weights]
+
+
+def naive_filters(weights: list[float], sampler: Sampler) -> list[float]:
+    """The weights of tokens, in proportion to their probabilities, those that a filter takes out being 0."""
     if sampler.top_k is not None:
         least = sorted(weights, reverse=True)[min(sampler.top_k, len(weights)) - 1]
         weights = [w if w >= least else 0.0 for w in weights]
     if sampler.top_p is not None:
-        kept, mass = set(), 0.0
+        nucleus = set()
+        mass = 0.0
         for i in sorted(range(len(weights)), key=lambda i: -weights[i]):
-            if kept and mass >= sampler.top_p * sum(weights):
+            if nucleus and mass >= sampler.top_p * sum(weights):
                 break
-            kept.add(i)
+            nucleus.add(i)
             mass += weights[i]
-        weights = [w if i in kept else 0.0 for i, w in enumerate(weights)]
+        weights = [w if i in nucleus else 0.0 for i, w in enumerate(weights)]
     if sampler.min_p is not None:
         weights = [w if w >= sampler.min_p * max(weights) else 0.0 for w in weights]
-    return [w / sum(weights) for w in weights]
+    return weights
 
 
 INF, NAN = math.inf, math.nan
@@ -122,16 +129,17 @@ SETTINGS = [{}, {"temperature": 0}, {"temperature": 1e-300}, {"temperature": 1e3
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_logits_that_are_not_finite_give_what_a_naive_sampler_gives(settings):
+def test_sampler_with_logits_that_are_not_finite_equals_a_naive_one(settings):
     """+inf is certain, several share it; -inf is impossible; NaN, or nothing possible, is no token."""
-    sampler, draws = Sampler(**settings), torch.linspace(0, 1, 2001)[:-1].double()
+    sampler = Sampler(**settings)
+    uniform_grid = torch.linspace(0, 1, 2001)[:-1].double()
     for row in NOT_FINITE:
-        found = sampler(torch.tensor(row).expand(len(draws), -1), draws)
+        found = sampler(torch.tensor(row).expand(len(uniform_grid), -1), uniform_grid)
         expected = naive_distribution(row, sampler)
         if expected is None:
             assert (found == NO_TOKEN).all(), row
         else:
-            frequencies = torch.bincount(found, minlength=4) / len(draws)
+            frequencies = torch.bincount(found, minlength=4) / len(uniform_grid)
             assert frequencies.tolist() == pytest.approx(expected, abs=2e-3), row
     logits = torch.tensor(NOT_FINITE)  # a row's neighbours do not matter
     uniform = torch.full((len(logits),), 0.3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import BPEConfig, ByteTokenizer
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteTokenizer
 from generation.scoring import score_text
 from tests.support import small_model
 
@@ -15,7 +16,7 @@ TEXT = "The query sees the key, é漢🙂. " * 30
 
 @pytest.mark.parametrize("length", [2, 30, 64, 65, 66, 129, 700])
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_every_token_but_the_first_is_predicted_once(length, kind):
+def test_score_text_of_any_length_predicts_every_token_but_the_first_once(length, kind):
     tokenizer = ByteTokenizer() if kind == "byte" else BPEConfig(vocab_size=270).train([TEXT])
     model = small_model("attention=mla", vocab_size=tokenizer.vocab_size)  # a context of 64
     text = TEXT[:length]
@@ -33,6 +34,6 @@ def test_every_token_but_the_first_is_predicted_once(length, kind):
 
 
 @pytest.mark.parametrize("text", ["", "x"])
-def test_a_text_with_nothing_to_predict_is_refused(text):
+def test_score_text_with_nothing_to_predict_is_refused(text):
     with pytest.raises(UserError, match="nothing to predict"):
         score_text(small_model("attention=mha", vocab_size=257), ByteTokenizer(), text, 64)

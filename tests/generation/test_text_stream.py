@@ -1,9 +1,10 @@
-"""Text as it is streamed, against the plain definition: decode all of it, cut before the first stop string."""
+"""Text as it is streamed, against the definition: decode all of it, cut before the first stop string."""
 
 import random
 
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from generation.text_stream import TextStream
+from tests.generation.test_stop_strings import before_stop
 
 
 class Pieces(ByteTokenizer):
@@ -14,22 +15,15 @@ class Pieces(ByteTokenizer):
         self.tokens = [content[a:b] for a, b in zip([0, *cuts], [*cuts, len(content)], strict=True)]
 
 
-def ending(text: str, stops: list[str]) -> str:
-    """The text before the first stop string to be complete; of two that end together, the longer."""
-    for end in range(len(text) + 1):
-        for stop in sorted(stops, key=len, reverse=True):
-            if text[:end].endswith(stop):
-                return text[: end - len(stop)]
-    return text
-
-
-def test_what_is_shown_is_the_text_before_the_first_stop_string():
+def test_text_stream_with_stop_strings_shows_the_text_before_the_first():
     for seed in range(500):
         draw = random.Random(seed)
         text = "".join(draw.choices("aabé🙂\n", k=draw.randint(0, 30)))
         stops = ["".join(draw.choices("aabé🙂\n", k=draw.randint(1, 5))) for _ in range(draw.randint(0, 3))]
-        tokenizer, shown = Pieces(text.encode(), draw), ""
-        expected, stream = ending(text, stops), TextStream(tokenizer, stops)
+        tokenizer = Pieces(text.encode(), draw)
+        stream = TextStream(tokenizer, stops)
+        expected = before_stop(text, stops)
+        shown = ""
         for token in range(len(tokenizer.tokens)):
             shown += stream.feed(token)
             assert expected.startswith(shown)  # nothing has to be taken back
@@ -39,21 +33,21 @@ def test_what_is_shown_is_the_text_before_the_first_stop_string():
         assert stream.stopped == any(stop in text for stop in stops)
 
 
-def test_what_begins_like_a_stop_string_is_held_back_until_it_is_not_one():
+def test_text_stream_with_a_partial_stop_string_waits_until_it_is_none():
     stream = TextStream(ByteTokenizer(), ["END"])
     assert [stream.feed(byte) for byte in b"aENE"] == ["a", "", "", "EN"]
     assert stream.close() == "E" and not stream.stopped
 
 
-def test_half_a_character_is_left_out_and_may_be_completed_by_another_stream():
+def test_text_stream_with_an_incomplete_character_lets_another_complete_it():
     first = TextStream(ByteTokenizer())
     assert [first.feed(byte) for byte in "a🙂".encode()[:4]] == ["a", "", "", ""]
     assert first.close() == "" and first.text == "a"
-    second = TextStream(ByteTokenizer(), half=first.half)
+    second = TextStream(ByteTokenizer(), incomplete_bytes=first.incomplete_bytes)
     assert [second.feed(byte) for byte in "🙂b".encode()[3:]] == ["🙂", "b"]
-    assert second.half == b""
+    assert second.incomplete_bytes == b""
 
 
-def test_bytes_that_are_no_character_show_as_such():
+def test_text_stream_with_invalid_bytes_shows_replacement_characters():
     stream = TextStream(ByteTokenizer())
     assert "".join(stream.feed(byte) for byte in b"\xc3a") == "\ufffda"

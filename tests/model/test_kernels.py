@@ -9,7 +9,7 @@ import torch
 
 from common.errors import Unsupported
 from model.kernels import base, online, sdpa
-from model.kernels.auto import SHORT, Auto
+from model.kernels.auto import MAX_MATMUL_KEYS, Auto
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -53,7 +53,7 @@ def by_definition(q, k, v, visible, scale):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_naive_is_the_definition(shape):
+def test_naive_equals_the_definition(shape):
     q, k, v = inputs(*shape)
     mask = Mask(positions(0, shape[0]), positions(0, shape[1]), contiguous=True)
     expected = by_definition(q, k, v, mask.visible(), 0.3)
@@ -67,7 +67,7 @@ def test_naive_is_the_definition(shape):
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("situation", ["plain", "chunk", "one query", "ragged"])
-def test_every_kernel_equals_naive_forward_and_backward(kernel, shape, situation):
+def test_kernels_equal_naive_forward_and_backward(kernel, shape, situation):
     t, s, *rest = shape
     if situation == "plain":
         mask = Mask(positions(0, t), positions(0, s), contiguous=True)
@@ -112,7 +112,7 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("tiles", [(1, 1), (3, 4), (5, 2), (16, 7)], ids=str)
-def test_tiles_of_any_size_equal_naive_under_every_mask(monkeypatch, pattern, situation, tiles):
+def test_kernels_with_any_tile_size_equal_naive_under_every_mask(monkeypatch, pattern, situation, tiles):
     """Tiles that some or all of their queries see nothing of, before and after those that they do."""
     mask = mask_of(situation, pattern)
     monkeypatch.setattr(sdpa, "QUERY_TILE", tiles[0])
@@ -120,7 +120,7 @@ def test_tiles_of_any_size_equal_naive_under_every_mask(monkeypatch, pattern, si
         check_against_naive(kernel, inputs(LENGTH, LENGTH, 4, 2, 8, 6), mask)
 
 
-def test_online_is_right_where_scores_are_far_apart():
+def test_online_with_distant_scores_equals_naive():
     """Maxima that rise and fall by a hundred from tile to tile."""
     q, k, v = inputs(16, 16, 4, 2, 8, 8)
     q, k = (x.detach().mul(8).requires_grad_() for x in (q, k))
@@ -129,7 +129,7 @@ def test_online_is_right_where_scores_are_far_apart():
 
 
 @pytest.mark.parametrize("pattern", [CAUSAL, Pattern(window=40)], ids=["causal", "window"])
-def test_memory_of_online_grows_with_the_length_and_not_with_its_square(pattern):
+def test_online_memory_grows_linearly_with_the_length(pattern):
     def peak(kernel, length: int) -> int:
         given, places = inputs(length, length, 4, 2, 8, 8), positions(0, length)
         with PeakTensorBytes() as peak_bytes:
@@ -144,7 +144,7 @@ def test_memory_of_online_grows_with_the_length_and_not_with_its_square(pattern)
     assert large < scores / 20
 
 
-def test_online_skips_the_tiles_that_nobody_sees(monkeypatch):
+def test_online_skips_fully_hidden_tiles(monkeypatch):
     """Of 8 x 8 tiles: those up to the diagonal; with a window of one tile, two per row of them."""
     computed, real = [], online.scores_of_tile
     monkeypatch.setattr(online, "scores_of_tile", lambda *given: (computed.append(given[-2:]), real(*given))[1])
@@ -157,7 +157,7 @@ def test_online_skips_the_tiles_that_nobody_sees(monkeypatch):
         assert len(computed) == 2 * tiles
 
 
-def test_online_has_no_second_derivative_and_says_so():
+def test_online_second_derivative_is_refused():
     given = inputs(4, 4, 1, 1, 4, 4)
     out = Online()(*given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
@@ -165,13 +165,13 @@ def test_online_has_no_second_derivative_and_says_so():
         grad.sum().backward()
 
 
-def test_online_refuses_dropout_of_weights():
+def test_online_with_dropout_is_refused():
     mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
     with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*kernel=auto"):
         Online()(*inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
 
 
-def test_the_products_have_no_second_derivative_and_say_so():
+def test_matmul_second_derivative_is_refused():
     given = inputs(4, 4, 1, 1, 4, 4)
     out = PRODUCTS(*given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
@@ -179,7 +179,7 @@ def test_the_products_have_no_second_derivative_and_say_so():
         grad.sum().backward()
 
 
-def test_the_products_drop_weights_backward_as_forward():
+def test_matmul_dropout_is_the_same_forward_and_backward():
     """With the identity as values, the output is the weights; two calls from one seed drop the same ones."""
     given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
     q, k, v = given
@@ -199,7 +199,7 @@ def test_the_products_drop_weights_backward_as_forward():
         assert relative_error(grad, exact) <= 1e-5
 
 
-def test_auto_takes_the_products_where_a_cpu_trains_on_short_texts_in_bfloat16(caplog):
+def test_auto_on_a_cpu_training_on_short_texts_in_bfloat16_selects_matmul(caplog):
     def taken(length, dtype=torch.bfloat16, dropout=0.0):
         given = inputs(2, length, 5, 5, 6, 6, dtype=dtype)
         mask = Mask(positions(length - 2, 2), positions(0, length), contiguous=False)
@@ -209,21 +209,21 @@ def test_auto_takes_the_products_where_a_cpu_trains_on_short_texts_in_bfloat16(c
             Auto()(*given, mask, 0.5, dropout)
         return caplog.messages[-1].split(":")[0]
 
-    assert taken(SHORT) == "kernel matmul"
-    assert taken(SHORT + 1) == taken(SHORT, torch.float32) == "kernel sdpa (flash)"
-    assert taken(SHORT + 1, torch.float32, dropout=0.1) == "kernel matmul"
+    assert taken(MAX_MATMUL_KEYS) == "kernel matmul"
+    assert taken(MAX_MATMUL_KEYS + 1) == taken(MAX_MATMUL_KEYS, torch.float32) == "kernel sdpa (flash)"
+    assert taken(MAX_MATMUL_KEYS + 1, torch.float32, dropout=0.1) == "kernel matmul"
     with torch.no_grad():
-        assert taken(SHORT) == "kernel sdpa (flash)"
+        assert taken(MAX_MATMUL_KEYS) == "kernel sdpa (flash)"
 
 
-def test_long_chunks_run_in_tiles_of_queries():
+def test_sdpa_on_long_chunks_runs_in_query_tiles():
     t, s = 2 * QUERY_TILE + 7, 2 * QUERY_TILE + 40
     q, k, v = inputs(t, s, 2, 1, 4, 4)
     mask = Mask(positions(33, t), positions(0, s), contiguous=False)
     assert relative_error(SDPA()(q, k, v, mask, 0.5), Naive()(q, k, v, mask, 0.5)) <= 1e-5
 
 
-def test_bfloat16_within_its_rounding():
+def test_kernels_in_bfloat16_are_within_rounding():
     low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
     mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
     expected = Naive()(*(x.float() for x in low), mask, 0.35)
@@ -237,13 +237,13 @@ def test_bfloat16_within_its_rounding():
             assert relative_error(grad, exact) <= 0.04
 
 
-def test_sdpa_refuses_a_device_it_does_not_know():
+def test_sdpa_on_an_unknown_device_is_refused():
     q, k, v = (x.detach().to("meta") for x in inputs(4, 4, 1, 1, 4, 4))
     with pytest.raises(ValueError, match="kernel=naive"):
         SDPA()(q, k, v, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
 
 
-def test_sdpa_refuses_the_math_fallback(monkeypatch):
+def test_sdpa_without_a_fused_backend_is_refused(monkeypatch):
     def no_fused_kernel(*_, **__):
         raise RuntimeError("No available kernel. Aborting execution.")
 
@@ -252,18 +252,18 @@ def test_sdpa_refuses_the_math_fallback(monkeypatch):
         SDPA()(*inputs(4, 4, 1, 1, 4, 4), Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
 
 
-def test_the_kernel_that_runs_is_announced_once_per_shape(caplog):
+def test_announce_logs_each_kernel_once_per_shape(caplog):
     q, k, v = inputs(4, 4, 7, 7, 10, 10)  # a shape no other test uses
     mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(3):
             Auto()(q, k, v, mask, 0.5)
-    said = [record.message for record in caplog.records if "7 query heads" in record.message]
-    assert len(said) == 1
-    assert said[0].startswith("kernel sdpa (flash)")
+    messages = [record.message for record in caplog.records if "7 query heads" in record.message]
+    assert len(messages) == 1
+    assert messages[0].startswith("kernel sdpa (flash)")
 
 
-def test_who_sees_whom():
+def test_mask_visible_follows_positions():
     mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), contiguous=False)
     expected = [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees all there is, and is seen by none
     assert mask.visible().int().tolist() == [expected]
@@ -274,7 +274,7 @@ def test_who_sees_whom():
 @pytest.mark.parametrize("window", [None, 1, 4, 40])
 @pytest.mark.parametrize(("dilation", "global_tokens"), [(1, 0), (3, 0), (1, 2), (2, 3)])
 @pytest.mark.parametrize("see_self", [True, False])
-def test_patterns_are_what_their_words_say(causal, window, dilation, global_tokens, see_self):
+def test_pattern_equals_its_definition(causal, window, dilation, global_tokens, see_self):
     pattern = Pattern(causal, window, dilation, global_tokens, see_self=see_self)
     indices = torch.arange(15)
     found = pattern.sees(indices[:, None], indices)
@@ -288,7 +288,7 @@ def test_patterns_are_what_their_words_say(causal, window, dilation, global_toke
             assert found[q, k] == seen, (q, k)
 
 
-def test_random_blocks_are_whole_drawn_by_the_seed_and_as_many_as_asked():
+def test_random_blocks_follow_the_seed_and_the_share():
     blocks, size = 200, 4
     indices = torch.arange(blocks * size)
     drawn = []
@@ -329,7 +329,7 @@ def gpu(monkeypatch):
     return activated
 
 
-def test_a_check_activates_nothing_and_the_first_use_does(gpu):
+def test_flash_choice_is_activated_by_the_first_call_not_by_check(gpu):
     SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
     assert gpu == []
     for _ in range(3):
@@ -337,7 +337,7 @@ def test_a_check_activates_nothing_and_the_first_use_does(gpu):
     assert gpu == ["FA3"]
 
 
-def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu):
+def test_flash_unset_restores_pytorchs_own_unless_others_activated_it(gpu):
     for flash in ("FA3", None):
         sdpa._activate(flash)
     assert gpu == ["FA3", None]
@@ -346,7 +346,7 @@ def test_without_it_pytorchs_own_is_back_but_what_others_activated_stays(gpu):
     assert torch.nn.attention.current_flash_attention_impl() == "mine"
 
 
-def test_a_compiled_call_activates_when_it_is_traced(gpu):
+def test_flash_choice_in_compiled_code_is_activated_at_tracing(gpu):
     def use(kernel: SDPA, x: torch.Tensor) -> torch.Tensor:
         kernel.check(torch.device("cuda"), training=True, dropout=False)
         sdpa._activate(kernel.flash)
@@ -365,44 +365,48 @@ def test_a_compiled_call_activates_when_it_is_traced(gpu):
         (SDPA(backend="cudnn"), "cuda", "kernel.backend=cudnn: there is no cuDNN here: leave kernel.backend unset"),
     ],
 )
-def test_a_fused_kernel_that_is_not_there_is_refused_in_one_line(gpu, kernel, device, complaint):
+def test_sdpa_with_an_unavailable_kernel_is_refused_in_one_line(gpu, kernel, device, complaint):
     with pytest.raises(Unsupported, match=re.escape(complaint)) as refusal:
         kernel.check(torch.device(device), training=True, dropout=False)
     assert_one_line(refusal.value)
 
 
-REFUSALS = "No available kernel. Aborting execution.", "cuDNN Frontend error: no valid engine configs", "what else?"
+NO_KERNEL_MESSAGES = (
+    "No available kernel. Aborting execution.",
+    "cuDNN Frontend error: no valid engine configs",
+    "what else?",
+)
 
 
-@pytest.mark.parametrize("said", REFUSALS)
-def test_a_backend_that_cannot_is_refused_with_the_way_out_that_helps(monkeypatch, said):
+@pytest.mark.parametrize("message", NO_KERNEL_MESSAGES)
+def test_sdpa_backend_without_a_kernel_is_refused_with_a_way_out(monkeypatch, message):
     def refuse(*_, **__):
-        raise RuntimeError(said)
+        raise RuntimeError(message)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
-    with pytest.raises(RuntimeError if said == REFUSALS[2] else Unsupported) as refusal:
-        sdpa._Fused("cudnn")(q, q, q)
-    assert (complaint in str(refusal.value)) == (said != REFUSALS[2])
+    with pytest.raises(RuntimeError if message == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
+        sdpa.FusedSDPA("cudnn")(q, q, q)
+    assert (complaint in str(refusal.value)) == (message != NO_KERNEL_MESSAGES[2])
 
 
-def test_a_pytorch_that_offers_no_other_flash_kernel_says_so(monkeypatch):
+def test_flash_choice_on_a_pytorch_without_any_is_refused(monkeypatch):
     for name in ("list_flash_attention_impls", "activate_flash_attention_impl", "current_flash_attention_impl"):
         monkeypatch.delattr(torch.nn.attention, name, raising=False)
     with pytest.raises(Unsupported, match=r"offers none beside its own: leave it unset"):
         SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
 
 
-@pytest.mark.parametrize(("taken", "said"), [(1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")])
-def test_which_fused_kernel_a_gpu_took_is_known(monkeypatch, gpu, taken, said):
+@pytest.mark.parametrize(("taken", "expected"), [(1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")])
+def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu, taken, expected):
     sdpa._activate("FA3")
     monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: taken, raising=False)
     there = SimpleNamespace(device=torch.device("cuda"))
-    assert sdpa._chosen(there, there, there, {}) == said
+    assert sdpa._chosen(there, there, there, {}) == expected
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert sdpa._chosen(there, there, there, {}) == "fused"
 
 
-def test_the_flash_kernel_alone_gives_what_any_gives():
+def test_sdpa_backend_flash_equals_default():
     given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
     assert torch.equal(SDPA(backend="flash")(*given, mask, 0.4), SDPA()(*given, mask, 0.4))

@@ -13,7 +13,7 @@ from tests.support import ATTENTIONS, load_composed, relative_error, small_confi
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
-def test_rope_turns_each_pair_by_its_angle(layout):
+def test_rope_rotates_each_pair_by_its_angle(layout):
     """A pair is a complex number; its rotation is a multiplication by e^(i · position · theta^(-2j/dim))."""
     rope = Rope(8, 10000.0, layout)
     x = torch.randn(1, 3, 1, 8, generator=torch.Generator().manual_seed(0))
@@ -26,14 +26,14 @@ def test_rope_turns_each_pair_by_its_angle(layout):
             assert abs(complex(rotated[0, t, 0, a], rotated[0, t, 0, b]) - turned) <= 1e-5 + 1e-7 * position
 
 
-def test_rope_tables_are_float32_for_any_input():
+def test_rope_table_of_any_positions_is_float32():
     rope = Rope(4, 10000.0, "half")
     table = rope.table(torch.tensor([[257]]))
     assert table[0].dtype == torch.float32
     assert rope.rotate(torch.ones(1, 1, 1, 4, dtype=torch.bfloat16), table).dtype == torch.bfloat16
 
 
-def test_rotating_turns_gradients_back():
+def test_rope_gradient_is_rotated_back():
     """A rotation keeps lengths and angles, so what comes back for the output is the input."""
     for layout in ("half", "interleaved"):
         rope, x = Rope(6, 100.0, layout), torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -44,7 +44,7 @@ def test_rotating_turns_gradients_back():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_backward_pass_of_the_norm_is_the_one_that_pytorch_derives(dtype):
+def test_rms_norm_backward_equals_autograd(dtype):
     draw, tolerance = torch.Generator().manual_seed(0), 1e-5 if dtype == torch.float32 else 0.01
     norm = RMSNorm(24)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_the_backward_pass_of_the_norm_is_the_one_that_pytorch_derives(dtype):
         assert relative_error(grad, right) <= tolerance
 
 
-def test_norm_is_computed_in_float32():
+def test_rms_norm_of_low_precision_is_computed_in_float32():
     """In bfloat16 the sum of 512 squares would stop growing at 256, and the result would be sqrt(2)."""
     y = RMSNorm(512)(torch.ones(1, 512, dtype=torch.bfloat16))
     assert y.dtype == torch.bfloat16
@@ -71,7 +71,7 @@ def test_norm_is_computed_in_float32():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_layer_norm_is_the_formula_in_float32(bias):
+def test_layer_norm_equals_its_formula_in_float32(bias):
     """Far from zero, where bfloat16 would lose the deviations in the mean."""
     draw, norm = torch.Generator().manual_seed(0), LayerNorm(512, bias)
     x = (100 + torch.randn(3, 512, generator=draw)).bfloat16()
@@ -87,7 +87,7 @@ def test_a_layer_norm_is_the_formula_in_float32(bias):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-def test_a_grouped_norm_shares_one_root_mean_square_among_neighbouring_heads(groups):
+def test_grouped_rms_norm_shares_one_rms_among_neighbouring_heads(groups):
     x, norm = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(0)), GroupedRMSNorm(8, groups)
     with torch.no_grad():
         norm.weight.uniform_(generator=torch.Generator().manual_seed(1))
@@ -102,7 +102,7 @@ def test_a_grouped_norm_shares_one_root_mean_square_among_neighbouring_heads(gro
         assert torch.allclose(norm(x), each(x), atol=1e-6)
 
 
-def test_a_softcap_bounds_the_logits_and_leaves_small_ones_alone():
+def test_softcap_bounds_large_logits_and_keeps_small_ones():
     free, capped = small_model("attention=gqa"), small_model("attention=gqa", "model.logit_softcap=2")
     logits = free(some_tokens(2, 9)).logits
     assert logits.abs().max() > 3
@@ -113,7 +113,7 @@ def test_a_softcap_bounds_the_logits_and_leaves_small_ones_alone():
     assert torch.equal(softcapped(torch.tensor(100.0).bfloat16(), 30.0), exact)
 
 
-def test_biases_are_where_they_are_said_to_be_and_begin_at_zero():
+def test_model_bias_is_on_the_documented_matrices_and_starts_at_zero():
     model = TransformerLM(small_config("attention=gqa", "model.bias=true", "model.tie_embeddings=false"), 100)
     biases = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
     parts = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.up_proj")
@@ -135,7 +135,7 @@ def test_biases_are_where_they_are_said_to_be_and_begin_at_zero():
         (("attention=mla", "position=none"), {"q_proj"}),
     ],
 )
-def test_by_default_queries_and_the_keys_that_rotate_have_a_bias(choice, biased):
+def test_qk_bias_by_default_is_on_queries_and_rotated_keys(choice, biased):
     model = TransformerLM(small_config(*choice), 100)
     found = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     assert found == {f"layers.{i}.attention.{part}.bias" for i in (0, 1) for part in biased}
@@ -144,7 +144,7 @@ def test_by_default_queries_and_the_keys_that_rotate_have_a_bias(choice, biased)
     assert torch.equal(model(tokens).logits, without(tokens).logits)  # they begin at zero
 
 
-def test_without_zero_init_what_writes_to_the_residual_stream_begins_small():
+def test_residual_outputs_without_zero_init_start_small():
     size = ("model.d_model=256", "model.n_layers=8", "attention=mla")
     zero, small = (TransformerLM(small_config(*size, f"model.zero_init={init}"), 100) for init in ("true", "false"))
     for name, parameter in small.named_parameters():
@@ -169,7 +169,7 @@ def test_without_zero_init_what_writes_to_the_residual_stream_begins_small():
     ],
     ids=lambda choice: " ".join(choice) if isinstance(choice, tuple) else "",
 )
-def test_a_plain_mlp_is_its_formula(choice, activation):
+def test_plain_mlp_equals_its_formula(choice, activation):
     mlp = small_model(*choice, "model.bias=true").layers[0].mlp
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     hidden = activation(x @ mlp.up_proj.weight.T + mlp.up_proj.bias)
@@ -195,13 +195,13 @@ def test_learned_positions_are_rows_added_to_the_embedding():
     assert relative_error(model(swapped).logits[:, 5:], model(tokens).logits[:, 5:]) <= 1e-5
 
 
-def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
+def test_full_cache_stores_positions_in_rows_and_padding_in_the_spare_row():
     cache = FullCache(2, 4, {"k": (1,)}, like=torch.zeros(()))
     cache.write(torch.tensor([[2, -1], [0, 3]]), k=torch.tensor([[[5.0], [6.0]], [[7.0], [8.0]]]))
     nothing = {"positions": torch.full((2, 1), -1), "k": torch.zeros(2, 1, 1)}
-    (k,), held = cache.extend(kv_len=None, **nothing)
+    (k,), stored = cache.extend(kv_len=None, **nothing)
     assert k[:, :, 0].tolist() == [[0, 0, 5, 0], [7, 0, 0, 8]]
-    assert held.tolist() == [[0, 1, 2, 3]]
+    assert stored.tolist() == [[0, 1, 2, 3]]
     assert cache.extend(kv_len=3, **nothing).columns[0].shape == (2, 3, 1)
     cache.grow(6)
     assert cache.extend(kv_len=None, **nothing).columns[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
@@ -211,7 +211,7 @@ def test_cache_rows_are_positions_and_padding_goes_to_the_spare_row():
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_the_same_seed_gives_the_same_weights_whatever_the_kernel(attention):
+def test_weights_of_one_seed_are_equal_on_every_kernel(attention):
     models = [
         TransformerLM(load_composed(f"attention={attention}", f"kernel={kernel}").model, 300, seed)
         for kernel, seed in (("naive", 1), ("sdpa", 1), ("auto", 2))
@@ -221,7 +221,7 @@ def test_the_same_seed_gives_the_same_weights_whatever_the_kernel(attention):
     assert not torch.equal(first["embedding.weight"], other["embedding.weight"])
 
 
-def test_variants_share_the_weights_of_what_they_have_in_common():
+def test_weights_of_two_attentions_are_equal_in_common_parts():
     mha, mla = (TransformerLM(small_config(f"attention={name}"), 100).state_dict() for name in ("mha", "mla"))
     shared = [name for name in mha if "attention." not in name]
     assert len(shared) == 2 * 4 + 2
@@ -229,7 +229,7 @@ def test_variants_share_the_weights_of_what_they_have_in_common():
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_the_padding_of_the_vocabulary_is_never_scored_saved_or_learned(tied):
+def test_padded_embedding_padding_is_never_scored_saved_or_trained(tied):
     model = TransformerLM(small_config("attention=mha", f"model.tie_embeddings={tied}"), vocab_size=100)
     assert model.embedding.weight.shape[0] == 128
     tokens = some_tokens(2, 8)
@@ -248,7 +248,7 @@ def test_the_padding_of_the_vocabulary_is_never_scored_saved_or_learned(tied):
     assert (again.embedding.weight[100:] == 0).all()
 
 
-def test_a_layer_may_say_more_than_its_output():
+def test_forward_returns_auxiliary_outputs_by_layer():
     model = TransformerLM(small_config("attention=mha"), 100)
     quiet = model(some_tokens(1, 4))
     assert quiet.aux == {}
@@ -258,7 +258,16 @@ def test_a_layer_may_say_more_than_its_output():
     assert model(some_tokens(1, 4)).aux == {"layers.1.max_logit": torch.tensor(2.5)}
 
 
-def test_only_the_wanted_logits_are_computed():
+def test_model_ropes_are_in_order_of_first_use():
+    """As a set they would change order with PYTHONHASHSEED, and with it the graph that a compiler traces."""
+    thetas = {"d": 40.0, "a": 10.0, "c": 30.0, "b": 20.0}
+    parts = [f"+attention.parts.{name}={{attention: gqa, rope_theta: {theta}}}" for name, theta in thetas.items()]
+    pattern = f"attention.pattern=[{','.join([*thetas, 'd'])}]"
+    model = small_model("attention=stack", "model.n_layers=5", pattern, *parts)
+    assert [rope.theta for rope in model.ropes] == list(thetas.values())
+
+
+def test_forward_with_only_computes_those_logits():
     model = TransformerLM(small_config("attention=mla"), 100)
     tokens = some_tokens(2, 6)
     wanted = torch.tensor([[5], [2]])
@@ -269,7 +278,7 @@ def test_only_the_wanted_logits_are_computed():
 
 @pytest.mark.parametrize("size", ["tiny", "small", "gpt2", "gpt2_medium"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_presets_have_kernel_friendly_dimensions_and_the_size_they_claim(size, attention):
+def test_model_presets_have_aligned_dimensions_and_their_stated_size(size, attention):
     config = load_composed(f"model={size}", f"attention={attention}").model
     if attention == "mla":
         mla = config.attention
@@ -282,7 +291,7 @@ def test_presets_have_kernel_friendly_dimensions_and_the_size_they_claim(size, a
         assert parameters == pytest.approx({"gpt2": 124e6, "gpt2_medium": 354e6}.get(size, parameters), rel=0.01)
 
 
-def test_a_latent_cache_larger_than_gqa_is_warned_of(caplog):
+def test_mla_with_a_cache_larger_than_gqa_warns(caplog):
     with caplog.at_level("WARNING", logger="headroom"):
         small_config("attention=mla")
         assert not caplog.records
@@ -290,21 +299,21 @@ def test_a_latent_cache_larger_than_gqa_is_warned_of(caplog):
     assert caplog.text.count("larger than the 64 of grouped-query attention") == 1
 
 
-@pytest.mark.parametrize("kept", [0, 2])
-def test_a_window_cache_holds_the_latest_positions_and_the_first_ones(kept):
-    """Written in chunks of any length, of rows that stand elsewhere: what is held are the values of those positions."""
+@pytest.mark.parametrize("num_global", [0, 2])
+def test_window_cache_holds_the_latest_positions_and_the_first_ones(num_global):
+    """Written in chunks of any length, rows at different positions: the cache holds the values of those positions."""
     window, firsts = 4, torch.tensor([[0], [-3]])  # the second row begins with three tokens of padding
-    cache = WindowCache(2, 3, {"k": ()}, like=torch.zeros(()), window=window, kept=kept)
+    cache = WindowCache(2, 3, {"k": ()}, like=torch.zeros(()), window=window, num_global=num_global)
     start = 0
     for size in (1, 2, 3, 1, 1, 9, 1):
         positions = (firsts + torch.arange(start, start + size)).clamp(min=-1)
         if cache.capacity < start + size:
             cache.grow(start + size)
-        (k,), held = cache.extend(positions, None, k=positions.float())
+        (k,), stored = cache.extend(positions, None, k=positions.float())
         start += size
         for row, last in enumerate(positions[:, -1].tolist()):
-            seen = {int(p): float(value) for p, value in zip(held[row], k[row], strict=True) if 0 <= p <= last}
-            wanted = [p for p in range(last + 1) if p < kept or p > last - window]
+            seen = {int(p): float(value) for p, value in zip(stored[row], k[row], strict=True) if 0 <= p <= last}
+            wanted = [p for p in range(last + 1) if p < num_global or p > last - window]
             assert all(seen[p] == p for p in wanted), (size, row)
             assert all(p == value for p, value in seen.items())
-    assert cache.rows == window + kept
+    assert cache.rows == window + num_global

@@ -26,7 +26,7 @@ def angles(rope: Rope, position: int) -> list[float]:
     return torch.atan2(y, x).tolist()
 
 
-def test_the_dimensions_beyond_rope_dim_pass():
+def test_rope_leaves_dimensions_beyond_rope_dim_unchanged():
     x = torch.randn(2, 5, 3, 10, generator=torch.Generator().manual_seed(0))
     rope, positions = Rope(6, 100.0, "half"), torch.arange(5)[None]
     rotated = rope.rotate(x, rope.table(positions))
@@ -35,11 +35,11 @@ def test_the_dimensions_beyond_rope_dim_pass():
     assert not torch.allclose(rotated[:, 1:, :, :6], x[:, 1:, :, :6], atol=0.1)
 
 
-def test_linear_scaling_divides_positions():
+def test_rope_linear_scaling_divides_positions():
     assert angles(Rope(8, 100.0, "half", "linear", 4.0), 12) == pytest.approx(angles(Rope(8, 100.0, "half"), 3))
 
 
-def test_ntk_scaling_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor():
+def test_rope_ntk_scaling_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor():
     plain, scaled = (angles(Rope(8, 100.0, "half", *how), 2) for how in ((), ("ntk", 4.0)))
     assert scaled[0] == pytest.approx(plain[0])
     assert scaled[-1] == pytest.approx(plain[-1] / 4)
@@ -47,7 +47,7 @@ def test_ntk_scaling_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor(
     assert scaled == pytest.approx([2 * theta ** (-2 * i / 8) for i in range(4)])
 
 
-def test_yarn_keeps_fast_pairs_slows_slow_ones_and_ramps_between():
+def test_rope_yarn_keeps_fast_pairs_slows_slow_ones_and_ramps_between():
     """64 dimensions, theta 10,000, context 4,096: pair 10.5 turns 32 times, pair 22.5 once; rounded outwards."""
     scaled, plain = Rope(64, 10000.0, "half", "yarn", 8.0, 4096), Rope(64, 10000.0, "half")
     ratio = [after / before for after, before in zip(angles(scaled, 1), angles(plain, 1), strict=True)]
@@ -57,7 +57,7 @@ def test_yarn_keeps_fast_pairs_slows_slow_ones_and_ramps_between():
     assert ratio == pytest.approx(expected, rel=1e-4)
 
 
-def test_yarn_sharpens_the_scores_of_every_execution():
+def test_yarn_multiplies_the_softmax_scale_in_every_execution():
     mscale = 0.1 * math.log(4) + 1
     yarn = ("attention.rope_scaling=yarn", "attention.rope_factor=4")
     assert small_model("attention=gqa", *yarn).layers[0].attention.scale == pytest.approx(16**-0.5 * mscale**2)
@@ -78,7 +78,7 @@ SLOPES = {  # powers of 2 of some heads' slopes
 }
 
 
-def test_alibis_slopes_are_those_of_bloom_and_mpt():
+def test_alibi_slopes_equal_those_of_bloom_and_mpt():
     bloom, mpt = (importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in ("bloom", "mpt"))
     for heads in range(1, 25):
         found = slopes(heads)
@@ -91,7 +91,7 @@ def test_alibis_slopes_are_those_of_bloom_and_mpt():
 @pytest.mark.parametrize("kernel", [Naive(), SDPA()], ids=lambda kernel: type(kernel).__name__)
 @pytest.mark.parametrize(("rule", "heads"), SLOPES)
 @pytest.mark.parametrize("start", [0, 5000])
-def test_alibi_is_a_bias_that_falls_with_the_distance(rule, heads, start, kernel):
+def test_alibi_on_every_kernel_equals_the_distance_bias(rule, heads, start, kernel):
     """scores - slope (q_pos - k_pos), written down in float64; three of the keys are unfilled rows of a cache."""
     draw, scale = torch.Generator().manual_seed(0), 0.3
     q, k, v = (torch.randn(2, length, n, 8, generator=draw) for length, n in ((4, heads), (300, 1), (300, 1)))
@@ -111,7 +111,7 @@ def test_alibi_is_a_bias_that_falls_with_the_distance(rule, heads, start, kernel
     assert found.isfinite().all()
 
 
-def test_alibis_distances_are_exact_in_bfloat16():
+def test_alibi_distances_in_bfloat16_are_exact():
     """Of 40,000 keys, each as far as it is: read back from the columns, with slopes that bfloat16 holds."""
     distance = torch.arange(40000)
     mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], contiguous=False)
@@ -123,8 +123,8 @@ def test_alibis_distances_are_exact_in_bfloat16():
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla", "stack"])
-def test_an_older_run_keeps_the_slopes_it_was_trained_with(attention):
-    """Its settings say no rule. Where nothing is ALiBi's, nothing is said of slopes either."""
+def test_alibi_of_an_older_run_keeps_geometric_slopes(attention):
+    """Its settings state no rule for the slopes; those of a run without ALiBi get the default."""
 
     def older(tree):
         return {k: older(v) for k, v in tree.items() if k != "alibi_slopes"} if isinstance(tree, dict) else tree
@@ -134,10 +134,10 @@ def test_an_older_run_keeps_the_slopes_it_was_trained_with(attention):
         found = load(migrate(stored, UNSTATED)).model.attention
         assert {found.of_layer(i).alibi_slopes for i in range(2)} == {rule}
     model = small_model("attention=mha", "position=alibi", "attention.alibi_slopes=geometric", "model.n_heads=2")
-    assert model.layers[0].attention.biased.keywords == {"rule": "geometric"}
+    assert model.layers[0].attention.add_position_bias.keywords == {"rule": "geometric"}
 
 
-def test_alibi_and_no_positions_leave_mla_without_a_rope_key():
+def test_mla_without_rope_has_no_rope_key():
     for position in ("alibi", "none"):
         model = small_model("attention=mla", f"position={position}")
         assert model.config.attention.qk_rope_head_dim == 0
@@ -147,7 +147,7 @@ def test_alibi_and_no_positions_leave_mla_without_a_rope_key():
         assert not model.ropes
 
 
-def test_the_rope_key_comes_from_the_hidden_state_or_from_the_normed_latent():
+def test_mla_rope_key_comes_from_hidden_state_or_normed_latent():
     """What only the hidden state holds, beyond the latent, reaches the cached key in one case and not in the other."""
     for source in ("hidden", "latent"):
         layer = small_model("attention=mla", f"attention.k_rope_from={source}").layers[0].attention
@@ -165,7 +165,7 @@ def test_the_rope_key_comes_from_the_hidden_state_or_from_the_normed_latent():
         assert torch.allclose(found[0][:, 16:], found[1][:, 16:], atol=1e-4) == (source == "latent")
 
 
-def test_sinusoidal_positions_are_those_of_the_formula():
+def test_sinusoidal_positions_equal_the_formula():
     model = small_model("attention=mha", "position=sinusoidal")
     found = model.position_embedding(torch.tensor([[0, 1, 1000, -1]]))
     assert found.dtype == torch.float32
@@ -177,12 +177,12 @@ def test_sinusoidal_positions_are_those_of_the_formula():
     assert small_model("attention=mha", "position=sinusoidal")(some_tokens(1, 100)).logits.isfinite().all()
 
 
-def test_sinusoidal_positions_of_an_odd_width_lack_the_last_cosine():
+def test_sinusoidal_positions_of_odd_width_lack_the_last_cosine():
     model = small_model("position=sinusoidal", "model.d_model=21", "model.n_heads=3", "attention=mha")
     assert model(some_tokens(1, 5)).logits.shape == (1, 5, 100)
 
 
-def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
+def test_learned_positions_are_initialised_like_the_embedding():
     config = small_config("attention=mha", "position=learned")
     model = TransformerLM(config, 100)
     matrix = model.position_embedding.weight
@@ -196,7 +196,7 @@ def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "expected"),
     [
         ([], "rope"),
         (["position=none"], "the causal mask alone"),
@@ -205,11 +205,11 @@ def test_learned_positions_are_rows_of_a_matrix_as_large_as_the_embedding():
         (["attention=stack", "+attention.parts.local.position=alibi"], "alibi and rope"),
     ],
 )
-def test_a_model_says_how_it_tells_positions(overrides, said):
-    assert load_composed(*overrides).model.positions == said
+def test_model_config_positions_names_the_encodings(overrides, expected):
+    assert load_composed(*overrides).model.positions == expected
 
 
-def test_learned_positions_end_with_the_context():
+def test_learned_positions_beyond_the_context_are_refused():
     model = small_model("attention=gqa", "position=learned")
     assert model(some_tokens(1, 64)).logits.isfinite().all()
     with pytest.raises(ValueError, match="65 tokens are more than the context_length=64"):
@@ -220,7 +220,7 @@ def test_learned_positions_end_with_the_context():
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])
-def test_to_look_up_a_position_is_no_product(tied):
+def test_flops_leave_out_learned_position_lookups(tied):
     flops = [
         cost.flops(small_config("attention=mha", f"position={position}", f"model.tie_embeddings={tied}"), 100).per_token
         for position in ("none", "sinusoidal", "learned")

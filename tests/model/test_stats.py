@@ -1,4 +1,4 @@
-"""Statistics of the scores, in tiles, against their definitions; and what an attention says when it is asked."""
+"""Attention statistics in tiles against their definitions, and the auxiliary outputs that attentions return."""
 
 import pytest
 import torch
@@ -51,17 +51,17 @@ def check(q, k, mask, scale=0.4, tile=5):
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
-def test_in_tiles_as_by_definition(pattern, situation, heads):
+def test_statistics_in_tiles_equal_the_definition(pattern, situation, heads):
     check(*inputs(LENGTH, LENGTH, *heads), mask_of(situation, pattern))
 
 
 @pytest.mark.parametrize("tile", [1, 4, 128])
-def test_one_query_against_a_cache(tile):
+def test_statistics_of_one_query_against_a_cache_equal_the_definition(tile):
     positions = torch.tensor([[13], [4]])
     check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], contiguous=False), tile=tile)
 
 
-def test_entropy_of_scores_that_are_far_apart_and_of_equal_ones():
+def test_entropy_of_distant_and_of_equal_scores_is_exact():
     """From certain, 0 nats, to as unsure as can be: log of the number of keys seen."""
     mask = Mask(torch.arange(40)[None], torch.arange(40)[None], contiguous=True)
     check(*inputs(40, 40, 4, 2, spread=100.0), mask, scale=1.0, tile=7)
@@ -70,11 +70,11 @@ def test_entropy_of_scores_that_are_far_apart_and_of_equal_ones():
     torch.testing.assert_close(entropy, torch.arange(1.0, 41).log()[None, :, None].expand(2, -1, 4))
 
 
-def test_memory_grows_with_the_length_and_of_the_head_sum_with_its_square_once():
+def test_statistics_memory_grows_linearly_and_head_summed_by_one_matrix():
     def peak(statistic, length: int) -> int:
-        (q, k), places = inputs(length, length, 8, 2), torch.arange(length)[None]
+        (q, k), positions = inputs(length, length, 8, 2), torch.arange(length)[None]
         with PeakTensorBytes() as peak_bytes:
-            statistic(q, k, Mask(places, places, contiguous=True), 0.4, tile=16)
+            statistic(q, k, Mask(positions, positions, contiguous=True), 0.4, tile=16)
         return peak_bytes.bytes
 
     assert peak(statistics, 1024) < 4.1 * peak(statistics, 256)
@@ -82,7 +82,7 @@ def test_memory_grows_with_the_length_and_of_the_head_sum_with_its_square_once()
     assert one_matrix < peak(head_summed, 1024) < 1.3 * one_matrix  # of eight heads
 
 
-def test_padding_does_not_count():
+def test_collect_stats_ignores_padding():
     """A row padded in front says what the same row says alone."""
     q, k = inputs(12, 12, 4, 2, spread=3.0)
     padded = Mask(torch.arange(12)[None] - 5, torch.arange(12)[None] - 5, contiguous=False)
@@ -100,14 +100,14 @@ def test_padding_does_not_count():
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_every_attention_says_what_it_is_asked_and_computes_the_same(case):
+def test_attention_with_collect_returns_stats_and_equal_logits(case):
     model, tokens = small_model(*case), some_tokens(2, 20)
-    silent, told = model(tokens), model(tokens, collect=ALL)
-    assert silent.aux == {} and torch.equal(silent.logits, told.logits)
-    assert told.aux.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
+    without, with_stats = model(tokens), model(tokens, collect=ALL)
+    assert without.aux == {} and torch.equal(without.logits, with_stats.logits)
+    assert with_stats.aux.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
     for i, block in enumerate(model.layers):
         entropy, largest, probabilities = (
-            told.aux[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
+            with_stats.aux[f"layers.{i}.{name}"] for name in ("entropy", "max_logit", "attention_map")
         )
         assert probabilities.shape == (2, 4, 20, 20) and entropy.shape == largest.shape == (4,)
         assert not any(value.requires_grad for value in (entropy, largest, probabilities))
@@ -120,7 +120,7 @@ def test_every_attention_says_what_it_is_asked_and_computes_the_same(case):
     assert only.keys() == {"layers.0.entropy", "layers.1.entropy"}
 
 
-def test_the_executions_of_mla_say_the_same_with_and_without_a_cache():
+def test_mla_executions_return_equal_stats_with_and_without_a_cache():
     tokens = some_tokens(2, 20)
     expected = small_model("attention=mla", "attention.execution=naive")(tokens, collect=ALL).aux
     for execution in ("auto", "naive", "expanded", "absorbed"):
@@ -136,7 +136,7 @@ def test_the_executions_of_mla_say_the_same_with_and_without_a_cache():
             assert relative_error(last[name], expected[name][:, :, 19:]) <= 1e-5, (execution, name)
 
 
-def test_what_a_layer_says_is_of_what_its_kernel_was_given():
+def test_layer_stats_equal_statistics_of_the_kernels_inputs():
     """The largest score by the definition, of the very queries and keys that the kernel gets."""
     seen = []
 
@@ -154,7 +154,7 @@ def test_what_a_layer_says_is_of_what_its_kernel_was_given():
             assert relative_error(aux[f"layers.{i}.entropy"], exact.entropy.mean((0, 1))) <= 1e-5
 
 
-def test_with_alibi_the_largest_score_is_that_of_the_definition():
+def test_max_logit_with_alibi_equals_the_definition():
     """Not of the columns that kernels are given, which leave out what is the same for all keys of a query."""
     model, length, heads = small_model("attention=mha", "position=alibi", "model.n_layers=1"), 40, 4
     tokens, attention = some_tokens(2, length), model.layers[0].attention
@@ -169,11 +169,11 @@ def test_with_alibi_the_largest_score_is_that_of_the_definition():
     for cached in (False, True):
         caches = model.make_caches(2, length) if cached else None
         where = {"positions": torch.arange(length)[None], "caches": caches} if cached else {}
-        said = model(tokens, collect=ALL, **where).aux["layers.0.max_logit"]
-        assert relative_error(said, largest) <= 1e-5
+        found = model(tokens, collect=ALL, **where).aux["layers.0.max_logit"]
+        assert relative_error(found, largest) <= 1e-5
 
 
-def test_gradients_of_a_forward_that_is_asked_are_the_same():
+def test_gradients_with_collect_are_unchanged():
     model, tokens = small_model("attention=mla"), some_tokens(2, 20)
     gradients = []
     for collect in (frozenset(), ALL):

@@ -27,7 +27,7 @@ def losses(case: tuple[str, str, str], folder: Path, monkeypatch) -> list[float]
     longest, is left out."""
     optim, precision, attention = case
     name = " ".join(case)
-    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: Score(1.0, 1, 1))
+    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: Score(1.0, 1, 1))
     monkeypatch.chdir(folder)
     choice = [f"optim={optim}", f"precision={precision}", f"attention={attention}", f"run_dir={name}"]
     assert call("train", [*OPTIONS, *choice], monkeypatch) == 0

@@ -1,4 +1,4 @@
-"""What is kept for the backward pass: it grows as the text does, and with checkpoint_activations=true there is little
+"""What is kept for the backward pass: it grows as the text does, and with activation_checkpointing=true there is little
 of it, and not a bit else changes."""
 
 import math
@@ -109,12 +109,12 @@ def test_caches_and_recomputation_exclude_each_other():
 def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
     options = [*SMOKE, "steps=6", "save_every=3", "model.dropout=0.1"]
     assert call("train", [*options, "run_dir=kept"], monkeypatch) == 0
-    assert call("train", [*options, "run_dir=anew", "checkpoint_activations=true"], monkeypatch) == 0
+    assert call("train", [*options, "run_dir=anew", "activation_checkpointing=true"], monkeypatch) == 0
     losses = [
         [row["train_loss"] for row in read_metrics(workplace / run / "metrics.jsonl")] for run in ("kept", "anew")
     ]
     assert losses[0] == losses[1]
-    assert call("train", ["resume=kept", "steps=8", "checkpoint_activations=true"], monkeypatch) == 0
+    assert call("train", ["resume=kept", "steps=8", "activation_checkpointing=true"], monkeypatch) == 0
 
 
 PATHS = [
@@ -135,7 +135,7 @@ def test_memory_grows_as_the_text_does(options, precision):
 
 
 def test_memory_that_keeps_every_mask_grows_faster(monkeypatch):
-    monkeypatch.setattr(sdpa, "KEPT_KEYS", math.inf)
+    monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", math.inf)
     assert growth(("attention=mha", "data.document_mask=true"), "fp32", (2048, 4096)) > 1.3
 
 
@@ -158,7 +158,7 @@ def test_a_tile_computed_anew_is_the_same_to_the_bit(monkeypatch, groups):
     docs = (torch.arange(600) // 100)[None].expand(2, -1)
     mask = Mask(positions := torch.arange(600)[None] % 100, positions, contiguous=False, q_doc=docs, k_doc=docs)
     kept = passes(sdpa.SDPA(), q, k, v, mask)
-    monkeypatch.setattr(sdpa, "KEPT_KEYS", 128)
+    monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", 128)
     for found, exact in zip(passes(sdpa.SDPA(), q, k, v, mask), kept, strict=True):
         assert torch.equal(found, exact)
     compiled = torch.compile(passes_of(sdpa.SDPA(), mask), backend="aot_eager", dynamic=False, fullgraph=True)

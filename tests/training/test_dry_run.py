@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from common.console import clock
-from data.batches import windows
+from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
 from tests.support import SMOKE, call, load_composed
@@ -23,7 +23,7 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert "flops        762,624 per token of training, 254,208 forward (7% of it attention, over 32.5 keys" in out
     assert "cache        1,024 bytes per token" in out
     assert "micro-batches of 16 x 64" in out and "optimizer 562 kB" in out
-    both = re.search(r"activations ([\d.]+) MB .*; checkpoint_activations=true: activations ([\d.]+) MB\n", out)
+    both = re.search(r"activations ([\d.]+) MB .*; activation_checkpointing=true: activations ([\d.]+) MB\n", out)
     kept, anew = both.groups()
     assert 0 < float(anew) < 0.8 * float(kept)
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944\n" in out
@@ -138,7 +138,7 @@ def test_dry_run_takes_about_as_long_as_it_says(workplace, monkeypatch, capsys, 
 
 def test_dry_run_without_enough_memory_times_nothing(workplace, monkeypatch, capsys):
     monkeypatch.setattr("runtime.memory.memory_left", lambda: 3_000_000)
-    monkeypatch.setattr("training.step_time.TransformerLM", None)
+    monkeypatch.setattr("training.step_time.TrainState", None)
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "no step can be timed here (it may take" in out and "3 MB are free)" in out
@@ -194,7 +194,7 @@ def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(work
     assert said["gpt2"] == ("32.5", ", an upper bound: pairs across documents are counted")
     run = load_composed(*SMOKE)
     corpus = prepare(run.data, run.tokenizer, workplace / "cache")
-    inputs = corpus.train.read(0, windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
+    inputs = corpus.train.read(0, count_windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
     keys = seen = 0
     for token, first in zip(inputs.flat, itertools.cycle([True] + [False] * 63), strict=False):
         seen = 1 if first or token == 256 else seen + 1

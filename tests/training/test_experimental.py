@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 
+from common.errors import UserError
 from common.experimental import warn_experimental
 from runtime.device import choose_device
 from runtime.precision import choose_precision
@@ -28,12 +29,6 @@ def choose_fp8(monkeypatch) -> None:
     choose_precision("fp8", CUDA)
 
 
-def choose_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert choose_device("auto") == CUDA
-
-
 def choose_mps(monkeypatch) -> None:
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     choose_device("mps")
@@ -45,7 +40,6 @@ def settings(*overrides: str):
 
 CHOICES = {
     "precision=fp8": choose_fp8,
-    "device=cuda": choose_gpu,
     "device=mps": choose_mps,
     "kernel.flash=FA3": settings("kernel=sdpa", "kernel.flash=FA3"),
     "kernel.flash=FA4": settings("kernel=sdpa", "kernel.flash=FA4"),
@@ -63,6 +57,13 @@ def test_experimental_choice_warns_once_and_is_listed(choice, monkeypatch, caplo
     assert re.search(rf"^\| .*`{re.escape(choice)}`", STATUS, re.MULTILINE)
 
 
+def test_device_cuda_without_a_gpu_is_one_error_and_no_warning(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device=cuda: PyTorch sees 0 CUDA devices here: choose device=cpu or auto"):
+        choose_device("cuda")
+    assert not caplog.text
+
+
 def test_experimental_experiment_warns_before_it_needs_anything(workplace, monkeypatch, capsys):
     (experiment,) = EXPERIMENTS
     call("train", [experiment, "dry_run=true", "model.n_layers=1", "model.context_length=64"], monkeypatch)
@@ -70,7 +71,10 @@ def test_experimental_experiment_warns_before_it_needs_anything(workplace, monke
     assert f"`{experiment}`" in STATUS
 
 
-def test_tried_choices_do_not_warn(caplog):
+def test_other_choices_do_not_warn(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert choose_device("auto") == choose_device("cuda") == CUDA
     choose_device("cpu")
     choose_precision("bf16", torch.device("cpu"))
     warn_experimental_settings(load_composed(*SMOKE, "compile=true", "autotune=true"), torch.device("cpu"), SMOKE)

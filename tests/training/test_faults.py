@@ -51,7 +51,7 @@ def whole(workplace, monkeypatch):
     [(500, "cannot be written"), (1800, "metrics.jsonl cannot be written"), (300_000, "checkpoint")],
     ids=["config", "metrics", "weights"],
 )
-def test_a_full_disk_costs_nothing_that_was_saved(whole, workplace, monkeypatch, largest_file, complaint):
+def test_full_disk_while_training_costs_nothing_that_was_saved(whole, workplace, monkeypatch, largest_file, complaint):
     rewind(whole, workplace / "full", step=5)
     before = {path: path.read_bytes() for path in (workplace / "full/checkpoints").rglob("*") if path.is_file()}
     result = train("resume=full", largest_file=largest_file)
@@ -64,7 +64,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(whole, workplace, monkeypatch,
     assert_same_run(whole, workplace / "full", step=20)
 
 
-def test_a_full_disk_while_preparing_leaves_nothing_half_built(workplace):
+def test_full_disk_while_preparing_leaves_nothing_half_built(workplace):
     assert_one_line(train(*OPTIONS, "run_dir=run", largest_file=10_000), "the shards cannot be written")
     assert not [path for path in workplace.rglob("*") if path.is_file() and path.name[0] != "."]
 
@@ -78,7 +78,7 @@ def closed():
     return folder
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, capsys, closed):
+def test_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, capsys, closed):
     assert call("train", [*OPTIONS, f"run_dir={closed}/run"], monkeypatch) == 2
     assert f"run_dir={closed}/run cannot be made" in capsys.readouterr().err
     assert not (workplace / "cache").exists()  # it is said before the corpus is prepared
@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, cap
     assert not (workplace / "run").exists()
 
 
-def test_checkpoints_that_can_no_longer_be_written_end_the_run_in_one_line(workplace):
+def test_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(workplace):
     result = train(*OPTIONS, "run_dir=other", code="import training.run.checkpoint as c\n"
                    "was = c.save\n"
                    "def save(folder, *rest):\n"
@@ -102,7 +102,7 @@ def test_checkpoints_that_can_no_longer_be_written_end_the_run_in_one_line(workp
 TEXT = "".join(f"line {i} of a text\n" for i in range(3000))
 
 
-def test_a_data_file_that_vanishes_is_one_line_and_the_run_goes_on_when_it_is_back(workplace, monkeypatch, capsys):
+def test_data_file_that_vanishes_is_one_line_and_the_run_resumes_when_it_is_back(workplace, monkeypatch, capsys):
     files = [*OPTIONS, "data=files", "data.path=a.txt"]
     Path("a.txt").write_text(TEXT)
     assert call("train", [*files, "run_dir=whole"], monkeypatch) == 0
@@ -118,7 +118,7 @@ def test_a_data_file_that_vanishes_is_one_line_and_the_run_goes_on_when_it_is_ba
 
 
 @pytest.mark.parametrize("change", ["cut", "edit", "delete"])
-def test_a_shard_that_changes_under_a_run(whole, workplace, monkeypatch, change):
+def test_shard_that_changes_during_a_run_is_one_line_or_harmless(whole, workplace, monkeypatch, change):
     """Cut short or edited, one line and a run that resumes; deleted, it is still there for whoever has opened it."""
     how = {"cut": "os.truncate(shard, 5000)", "edit": "open(shard, 'r+b').write(b'x')", "delete": "os.unlink(shard)"}
     code = (
@@ -141,7 +141,7 @@ def test_a_shard_that_changes_under_a_run(whole, workplace, monkeypatch, change)
     assert_same_run(whole, workplace / "run", step=20)
 
 
-def test_nothing_reaches_for_the_network(workplace):
+def test_training_and_sampling_on_local_data_use_no_network(workplace):
     """Neither on import, nor in training and sampling on local data."""
     blocked = (
         "def deny(event, arguments):\n"

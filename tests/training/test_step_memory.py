@@ -26,8 +26,8 @@ CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.c
         "precision=bf16",
         "model.dropout=0.1",
         "kernel=naive",
-        "checkpoint_activations=true",
-        "checkpoint_activations=true precision=bf16",
+        "activation_checkpointing=true",
+        "activation_checkpointing=true precision=bf16",
     ],
 )
 def test_memory_of_a_step_is_what_the_allocator_gives_out(attention, options):
@@ -94,7 +94,7 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
     def step() -> None:
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, vocab), run.precision)
-        loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.checkpoint_activations)[0]
+        loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.activation_checkpointing)[0]
         accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)

@@ -10,7 +10,7 @@ import torch
 from common.errors import UserError
 from data.shards.token_files import TokenStream
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import ByteTokenizer
+from data.tokenizers.byte import ByteTokenizer
 from model.kernels.sdpa import SDPA
 from model.loss import token_losses
 from model.transformer import TransformerLM
@@ -24,7 +24,7 @@ from training.optim.schedule import WSD, Cosine, Linear
 from training.step import losses_of, mean_loss, train_step
 
 
-def test_the_loss_is_cross_entropy_of_the_next_token():
+def test_token_losses_are_cross_entropy_of_the_next_token():
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
     targets = torch.tensor([[0, 1, 2], [3, 4, 0]])
     expected = -logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
@@ -33,7 +33,7 @@ def test_the_loss_is_cross_entropy_of_the_next_token():
     assert torch.allclose(found, expected)
 
 
-def test_training_learns():
+def test_train_step_repeated_lowers_the_loss():
     model = small_model("attention=gqa", kernel=SDPA())
     optimizer, mixed = AdamWConfig(lr=3e-3).build(model), MixedPrecision(model, "fp32")
     data = batches(8, 8)
@@ -42,7 +42,7 @@ def test_training_learns():
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.03)])
-def test_accumulation_changes_nothing_but_rounding(precision, tolerance):
+def test_gradient_accumulation_changes_nothing_but_rounding(precision, tolerance):
     """Plain gradient descent without clipping: the update is the gradient, whose scale neither would let through."""
     updates, losses = [], []
     for micro in (8, 2, 1):
@@ -62,7 +62,7 @@ def test_accumulation_changes_nothing_but_rounding(precision, tolerance):
 @pytest.mark.parametrize(
     "case", [("attention=mla",), ("attention=gqa", "model.bias=true", "model.norm=layer")], ids=" ".join
 )
-def test_bfloat16_copies_leave_the_float32_weights_in_charge(case):
+def test_mixed_precision_in_bfloat16_keeps_float32_master_weights(case):
     model = small_model(*case, kernel=SDPA())
     mixed = MixedPrecision(model, "bf16")
     for master, twin in zip(model.parameters(), mixed.model.parameters(), strict=True):
@@ -85,7 +85,7 @@ def test_bfloat16_copies_leave_the_float32_weights_in_charge(case):
         assert cosine > 0.98, name
 
 
-def test_auto_precision_says_what_it_chose(caplog):
+def test_choose_precision_auto_logs_its_choice(caplog):
     with caplog.at_level("INFO", logger="headroom"):
         chosen = choose_precision("auto", torch.device("cpu"))
     assert caplog.records[-1].message.startswith(f"precision {chosen}")
@@ -93,13 +93,13 @@ def test_auto_precision_says_what_it_chose(caplog):
     assert choose_precision("bf16", torch.device("cpu")) == "bf16"
 
 
-def test_a_device_this_machine_lacks_is_refused():
+def test_choose_device_that_is_missing_is_refused():
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(UserError, match="device=cuda:99"):
         choose_device("cuda:99")
 
 
-def test_clipping_bounds_the_update_and_zero_turns_it_off():
+def test_train_step_clips_the_gradient_norm_unless_zero():
     for clip_norm, expected in ((0.5, 0.5), (0.0, None)):
         model = small_model("attention=mha", kernel=SDPA())
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -110,7 +110,7 @@ def test_clipping_bounds_the_update_and_zero_turns_it_off():
         assert result.grad_norm > 0.5
 
 
-def test_decay_touches_matrices_only():
+def test_weight_decay_applies_to_matrices_only():
     model = small_model("attention=mla")
     decayed, rest = AdamWConfig(lr=1e-3).build(model).param_groups
     assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
@@ -127,7 +127,7 @@ def test_decay_touches_matrices_only():
     assert not any("norm" in name or name.endswith("bias") for name in decayed)
 
 
-def test_the_cosine_schedule_by_its_landmarks():
+def test_cosine_schedule_has_its_landmarks():
     schedule = Cosine(warmup=0.1, final_fraction=0.2)
     rates = [schedule(step, 101) for step in range(101)]
     assert rates[0] == pytest.approx(1 / 11.1)
@@ -138,14 +138,14 @@ def test_the_cosine_schedule_by_its_landmarks():
     assert rates[0] > 0 and Cosine(warmup=0.0)(0, 1) > 0
 
 
-def test_the_linear_schedule_is_a_straight_line_after_its_warmup():
+def test_linear_schedule_after_its_warmup_is_a_straight_line():
     schedule = Linear(warmup=0.1, final_fraction=0.2)
     rates = [schedule(step, 101) for step in range(101)]
     falls = {round(a - b, 9) for a, b in itertools.pairwise(rates[12:])}
     assert len(falls) == 1 and rates[-1] == pytest.approx(0.2) and max(rates) == pytest.approx(1, abs=0.01)
 
 
-def test_the_wsd_schedule_by_its_landmarks():
+def test_wsd_schedule_has_its_landmarks():
     schedule = WSD(warmup_steps=4, cooldown=0.2, final_fraction=0.1).derive(50)
     rates = [schedule(step, 50) for step in range(50)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -158,7 +158,7 @@ def test_the_wsd_schedule_by_its_landmarks():
 
 @pytest.mark.parametrize("schedule", [Cosine(), Linear(), WSD()])
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 30])
-def test_every_schedule_fits_every_run(schedule, steps):
+def test_schedule_of_any_number_of_steps_stays_within_its_limits(schedule, steps):
     schedule = schedule.derive(steps)
     assert all(0 < schedule(step, steps) <= 1 for step in range(steps))
     open_step = schedule.decay_start_step(steps)
@@ -166,7 +166,7 @@ def test_every_schedule_fits_every_run(schedule, steps):
         assert [schedule(s, steps) for s in range(open_step)] == [schedule(s, 2 * steps) for s in range(open_step)]
 
 
-def test_a_wsd_that_does_not_fit_is_refused():
+def test_wsd_schedule_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"schedule.warmup_steps=25 .* steps=30: the cooldown begins at step 24"):
         load_composed("schedule=wsd", "schedule.warmup_steps=25", "steps=30")
 
@@ -177,7 +177,7 @@ def test_settings_that_are_not_finite_are_refused():
             build()
 
 
-def test_evaluation_weighs_tokens_alike_whatever_the_batch():
+def test_evaluate_with_any_batch_size_weighs_tokens_alike():
     model = TransformerLM(small_config("attention=gqa"), 257)
     text = "The mask sees a key — ñ.\n" * 40
     tokens = np.array([256, *text.encode()], np.uint16)
@@ -192,13 +192,13 @@ def test_evaluation_weighs_tokens_alike_whatever_the_batch():
         assert score.tokens == count
         assert score.loss == pytest.approx(nats / count, rel=1e-6)
         assert score.bpb == pytest.approx(nats / math.log(2) / count, rel=1e-6)  # each of these tokens is one byte
-    first, rest = (evaluate(model, stream, 16, 4, lengths, part) for part in (slice(0, 100), slice(100, None)))
+    first, rest = (evaluate(model, stream, 16, 4, lengths, tokens=part) for part in (slice(0, 100), slice(100, None)))
     assert first.tokens == 96
     assert first.plus(rest).loss == pytest.approx(scores[0].loss)
     assert first.plus(rest)[1:] == scores[0][1:]
 
 
-def test_masked_documents_are_scored_as_if_alone():
+def test_losses_with_a_document_mask_are_those_of_documents_alone():
     """In training and in validation."""
     model = small_model("attention=mla", vocab_size=257, kernel=SDPA())
     tokens = torch.tensor([[256, *b"a text", 256, *b"another"]])
@@ -215,14 +215,14 @@ def test_masked_documents_are_scored_as_if_alone():
     assert relative_error(unmasked, expected) > 1e-3
 
 
-def test_a_separator_costs_nats_but_has_no_bytes():
+def test_evaluate_counts_a_separators_nats_but_no_bytes():
     model = TransformerLM(small_config("attention=gqa"), 257)
     tokens = np.array([256, 65, 66, 256, 67], np.uint16)
     score = evaluate(model, TokenStream([tokens]), 4, 1, torch.from_numpy(ByteTokenizer().byte_lengths))
     assert score.bpb == pytest.approx(score.loss * 4 / (math.log(2) * 3))
 
 
-def test_compilation_falls_back_to_eager_and_says_so(caplog, monkeypatch):
+def test_maybe_compiled_that_fails_runs_eagerly_with_a_warning(caplog, monkeypatch):
     def broken(function, **_):
         def call(*_):
             raise RuntimeError("no compiler here\nsecond line")
@@ -237,7 +237,7 @@ def test_compilation_falls_back_to_eager_and_says_so(caplog, monkeypatch):
     assert maybe_compiled(mean_loss, enabled=False) is mean_loss
 
 
-def test_a_backward_pass_that_does_not_compile_falls_back_too(caplog, monkeypatch):
+def test_maybe_compiled_with_a_failing_backward_runs_eagerly(caplog, monkeypatch):
     class NoBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -256,7 +256,7 @@ def test_a_backward_pass_that_does_not_compile_falls_back_too(caplog, monkeypatc
     assert "running eagerly: the backward does not compile" in caplog.text
 
 
-def test_compiled_training_computes_the_same():
+def test_compiled_loss_has_the_same_gradients():
     model = small_model("attention=mla", kernel=SDPA())
     ((inputs, targets),) = batches(4, 4)
     expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))

@@ -1,1 +1,1 @@
-"""Where metrics go besides metrics.jsonl."""
+"""Loggers: metrics elsewhere than in metrics.jsonl."""

@@ -1,4 +1,4 @@
-"""TensorBoard."""
+"""TensorBoard logger."""
 
 import functools
 from collections.abc import Mapping
@@ -7,23 +7,23 @@ from typing import Any, ClassVar
 
 import yaml
 
-from common.invocation import refuse_no_package
+from common.invocation import check_package
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 from training.run.metrics_file import UNSCORED
 
 
 class TensorboardLogger(Logger):
-    """Event files in the run's folder. Their failures never stop training."""
+    """Writes TensorBoard event files into the run's folder. Failures never stop training."""
 
-    def refuse_missing(self) -> None:
-        refuse_no_package("tensorboard", "logger=tensorboard", "tensorboard")
+    def check_installed(self) -> None:
+        check_package("tensorboard", "logger=tensorboard", "tensorboard")
 
     def open(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
         return FaultTolerantSink("tensorboard", lambda: TensorboardSink(folder / "tensorboard", config))
 
 
 class TensorboardSink(MetricSink):
-    """Scalars in groups, named in words, and the run's settings as a text."""
+    """Writes scalars in groups with readable names, and the run's settings as text."""
 
     TAGS: ClassVar = {
         "tokens": "train/tokens",
@@ -42,11 +42,12 @@ class TensorboardSink(MetricSink):
 
         folder.mkdir(exist_ok=True)
         self.config = config
-        self.start, self.writer = functools.partial(SummaryWriter, str(folder)), None
+        self.open_writer = functools.partial(SummaryWriter, str(folder))
+        self.writer: SummaryWriter | None = None  # opened at the first row, whose step it needs to know
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self.writer is None:  # what an earlier process wrote from this step on, it wrote for nothing
-            self.writer = self.start(purge_step=row["step"])
+        if self.writer is None:  # rows of an earlier process from this step on are recomputed
+            self.writer = self.open_writer(purge_step=row["step"])
             lines = yaml.safe_dump(dict(self.config), sort_keys=False).splitlines()
             self.writer.add_text("config", "\n".join(f"    {line}" for line in lines), row["step"])  # Markdown's code
         for key, value in known(row).items():

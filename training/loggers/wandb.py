@@ -1,4 +1,4 @@
-"""Weights & Biases."""
+"""Weights & Biases logger."""
 
 import logging
 import netrc
@@ -10,26 +10,26 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from common.atomic_io import exists, read_regular, write_whole
+from common.atomic_io import exists, read_regular, write_atomic
 from common.errors import UserError
-from common.invocation import installed, refuse_no_package
+from common.invocation import check_package, installed
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
 
 log = logging.getLogger("headroom")
-WANDB_SECONDS = 30.0  # to wait for a server that does not answer
-LONGEST_ID = 200  # characters
+MAX_WAIT_SECONDS = 30.0  # for a server that does not answer
+MAX_ID_LENGTH = 200  # characters
 
 
 class WandbLogger(Logger):
-    """Weights & Biases. Offline unless asked; the mode is always stated and a login looked for before, so that it never
-    prompts. Its failures never stop training."""
+    """Logs to Weights & Biases, offline by default. The mode is always passed and a login looked for before, so that it
+    never prompts. Failures never stop training."""
 
     project: str = "headroom"
     mode: Literal["online", "offline", "disabled"] = "offline"
 
-    def refuse_missing(self) -> None:
+    def check_installed(self) -> None:
         if self.mode != "disabled":
-            refuse_no_package("wandb", "logger=wandb")
+            check_package("wandb", "logger=wandb")
         if self.mode == "online" and not _wandb_login():
             raise UserError(
                 "logger.mode=online needs a login, and there is no WANDB_API_KEY and no netrc entry: "
@@ -42,26 +42,26 @@ class WandbLogger(Logger):
     def _start(self, folder: Path, config: Mapping[str, Any]) -> MetricSink:
         import wandb
 
-        remembered = folder / "wandb-id.txt"
-        if not exists(remembered):
-            write_whole(remembered, secrets.token_hex(4).encode())
+        id_file = folder / "wandb-id.txt"
+        if not exists(id_file):
+            write_atomic(id_file, secrets.token_hex(4).encode())
         remote = wandb.init(
             project=self.project,
             mode=self.mode,
             dir=folder,
             name=folder.name,
-            # A run that is resumed goes on in the run it has there.
-            id=read_regular(remembered, LONGEST_ID).decode().strip(),
+            # A resumed run continues the one it has there.
+            id=read_regular(id_file, MAX_ID_LENGTH).decode().strip(),
             resume="allow",
             config=dict(config),
             reinit="create_new",  # one process may train several runs, which must not merge
-            settings=wandb.Settings(silent=True, init_timeout=WANDB_SECONDS),
+            settings=wandb.Settings(silent=True, init_timeout=MAX_WAIT_SECONDS),
         )
         if self.mode == "offline":
-            kept = Path(remote.dir).parent.parent  # a folder for each process that trained the run, of one id
-            parts = len(list(kept.glob("offline-run-*")))
+            root = Path(remote.dir).parent.parent  # a folder for each process that trained the run, of one id
+            parts = len(list(root.glob("offline-run-*")))
             several = f"; its {parts} parts become one run there, in the order of their times" if parts > 1 else ""
-            log.info(f"logger=wandb is offline; to upload the run: {installed('wandb', 'sync', str(kept))}{several}")
+            log.info(f"logger=wandb is offline; to upload the run: {installed('wandb', 'sync', str(root))}{several}")
         return WandbSink(remote)
 
 
@@ -82,6 +82,8 @@ def _wandb_login() -> bool:
 
 
 class WandbSink(MetricSink):
+    """Logs the rows to a run of Weights & Biases."""
+
     def __init__(self, remote: Any):
         self.remote = remote
 

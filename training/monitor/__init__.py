@@ -1,1 +1,1 @@
-"""What is observed of a run while it trains: metrics, progress, statistics, pictures."""
+"""Monitoring of a training run: metrics, progress, statistics, loss curves."""

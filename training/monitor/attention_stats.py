@@ -1,8 +1,9 @@
-"""What attention looks like while a model learns: how sharp each layer's is, and how large its scores grow."""
+"""Attention statistics during training: how sharp each layer's softmax is, and how large its scores grow."""
 
 import torch
+from torch import Tensor
 
-from data.batches import stack, windows
+from data.batches import count_windows, read_windows
 from data.shards.token_files import TokenStream
 from model.stats import MONITORED_STATS
 from model.transformer import TransformerLM
@@ -13,24 +14,31 @@ from training.evaluate import places
 def attention_stats(
     model: TransformerLM, stream: TokenStream, length: int, batch_size: int, end_of_text: int | None = None
 ) -> dict[str, float]:
-    """Of the stream's first windows, as many as evaluation reads at once. Per layer, as `attention/layer_0/entropy`:
+    """Statistics over the stream's first windows, as many as evaluation reads at once. Per layer, as
+    `attention/layer_0/entropy`:
 
     entropy           in nats, the mean over queries and heads: log n for even attention to n keys, 0 for a single one
     lowest_entropy    of the head where it is lowest: near 0, that head hardly learns any more
     max_logit         the largest score before the softmax; where it keeps growing, training becomes unstable
     """
-    inputs, _ = stack(stream, length, list(range(min(batch_size, windows(stream, length)))))
+    inputs, _ = read_windows(stream, length, list(range(min(batch_size, count_windows(stream, length)))))
     inputs = inputs.to(next(model.parameters()).device)
     no_logits = inputs[:, :0]
     aux = model(inputs, **places(inputs, end_of_text), only=no_logits, collect=MONITORED_STATS).aux
-    seen = {}
+    stats = _by_layer(aux)
+    values = torch.stack(list(stats.values())).tolist()  # one wait for the device
+    return dict(zip(stats, values, strict=True))
+
+
+def _by_layer(aux: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics of heads, as `layers.0.entropy` -> scalars of layers."""
+    stats = {}
     for name, of_heads in aux.items():
         _, layer, statistic = name.split(".")
         layer = f"attention/layer_{layer}"
         if statistic == "entropy":
-            seen[f"{layer}/entropy"] = of_heads.mean()
-            seen[f"{layer}/lowest_entropy"] = of_heads.amin()
+            stats[f"{layer}/entropy"] = of_heads.mean()
+            stats[f"{layer}/lowest_entropy"] = of_heads.amin()
         else:
-            seen[f"{layer}/max_logit"] = of_heads.amax()
-    numbers = torch.stack(list(seen.values())).tolist()  # one wait for the device
-    return dict(zip(seen, numbers, strict=True))
+            stats[f"{layer}/max_logit"] = of_heads.amax()
+    return stats

@@ -1,5 +1,5 @@
-"""MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): what a model computes, as a
-fraction of what a device could compute at most."""
+"""MFU, model FLOPs utilization (Chowdhery et al. 2022, arXiv:2204.02311, appendix B): the FLOPs that a model needs,
+as a fraction of the device's peak."""
 
 import re
 
@@ -29,22 +29,24 @@ PEAKS = {
 
 
 def flops_of(config: ModelConfig, corpus: Prepared, document_mask: bool) -> cost.Flops:
-    """FLOPs of a run on this corpus. With document_mask, pairs of query and key count within documents only, as a
-    sample of the training windows has them: a kernel that computes the others and hides them reaches a lower MFU."""
+    """FLOPs per token of a model on this corpus. With document_mask, pairs of query and key count within documents
+    only, as a sample of the training windows holds them: a kernel that computes the others and hides them reaches a
+    lower MFU."""
     tokenizer, length = corpus.tokenizer, config.context_length
     documents = sampled_positions(corpus.train, length, tokenizer.end_of_text) if document_mask else None
     return cost.flops(config, tokenizer.vocab_size, documents)
 
 
 def peak_flops(device: torch.device, precision: str, stated: float | None) -> float | None:
-    """FLOPs per second: as stated; else as the table knows this GPU in this precision (fp8, bf16, fp16 or fp32); else
-    None, as for every CPU."""
+    """Peak FLOPs per second of a device: as stated; else as the table knows this GPU in this precision (fp8, bf16, fp16
+    or fp32); else None, as for every CPU."""
     if stated is not None or device.type != "cuda":
         return stated
     return peak_of(torch.cuda.get_device_name(device), precision)
 
 
 def peak_of(gpu: str, precision: str) -> float | None:
+    """Peak FLOPs per second by the GPU's name; None where the table does not have it."""
     for name, peaks in PEAKS.items():
         if re.fullmatch(name, gpu) and precision in peaks:
             return peaks[precision] * 1e12

@@ -1,4 +1,4 @@
-"""Loss curves, as pictures: one run's own, and several runs in one.
+"""Loss curves as pictures: of one run, and of several runs in one.
 
 python -m training.monitor.plot runs/A runs/B                 # in the checkout; writes losses.png
 python -m training.monitor.plot runs/* --x tokens -o all.svg
@@ -20,9 +20,9 @@ from common import process
 from common.atomic_io import exists
 from common.cli import Parser, one_line_errors
 from common.errors import UserError, escaped
-from common.figures import refuse_unwritable, save
+from common.figures import check_writable, save
 from common.invocation import command
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 from common.streams import show
 from training.run.metrics_file import PICTURE, read_metrics
 
@@ -31,7 +31,7 @@ WINDOW = 10  # steps that a running mean is over at most, about
 
 
 def plot_loss(folder: Path) -> None:
-    """Draws metrics.jsonl into loss.png: every step's training loss, its running mean, and the validation losses."""
+    """Draw metrics.jsonl as loss.png: the training loss of every step, its running mean, and the validation losses."""
     rows = read_metrics(folder / "metrics.jsonl")
     train, val = _curves(rows, "step")
     figure, axes = empty_axes(folder.name, "step")
@@ -49,10 +49,12 @@ def plot_loss(folder: Path) -> None:
 
 
 def plot_runs(folders: Sequence[Path], path: Path, x: str) -> None:
-    """Draws the runs over each other: a line is the running mean of a run's training losses, its points are validation
-    losses. x: step or tokens. Raises UserError for what is no run, or has no rows yet, and for a path that cannot be
-    written."""
-    refuse_unwritable(path, "-o")
+    """Draw several runs over each other: a line is the running mean of a run's training losses, its points are
+    validation losses.
+
+    x: step or tokens. Raises UserError for what is no run, or has no rows yet, and for a path that cannot be written.
+    """
+    check_writable(path, "-o")
     folders = [folder for folder in folders if not os.path.isfile(folder)]  # runs/* has the settings of sweeps, too
     if not folders:
         raise UserError(f"there is no run among what was given: {command(PROGRAM, 'runs/A', 'runs/B')}")
@@ -79,7 +81,7 @@ def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
     try:
         there = exists(metrics)
     except OSError as error:
-        refuse_unreadable(metrics, error)
+        raise_unreadable(metrics, error)
     if not there:
         raise UserError(f"{folder} is not a run: it has no metrics.jsonl")
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get(x) is not None]
@@ -89,13 +91,13 @@ def _rows_of(folder: Path, x: str) -> list[dict[str, Any]]:
 
 
 def _labels(folders: Sequence[Path]) -> list[str]:
-    """The runs' names; where two are the same, all paths as given."""
+    """Legend labels: the runs' names; where two are the same, all paths as given."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
 
 
 def _curves(rows: Sequence[dict[str, Any]], x: str) -> tuple[list[tuple[float, float]], list[tuple[float, float, int]]]:
-    """(place, loss) in training, and (place, loss, tokens scored) in validation."""
+    """(x, loss) in training, and (x, loss, tokens scored) in validation."""
     train = [(row[x], row["train_loss"]) for row in rows if row["train_loss"] is not None]
     val = [(row[x], row["val_loss"], row.get("val_tokens") or 0) for row in rows if row.get("val_loss") is not None]
     return train, val
@@ -116,7 +118,7 @@ def empty_axes(title: str, x: str) -> tuple[Any, Any]:
 
 
 def save_axes(figure: Any, axes: Any, path: Path) -> None:
-    """With a legend of what has a label, if anything was drawn."""
+    """Save the figure, with a legend of what has a label, if anything was drawn."""
     from matplotlib import pyplot as plt
 
     named = [line for line in axes.lines if not line.get_label().startswith("_child")]  # what matplotlib calls the rest
@@ -129,7 +131,7 @@ def save_axes(figure: Any, axes: Any, path: Path) -> None:
 
 
 def _markers(val: Sequence[tuple[float, float, int]]) -> dict[int, str]:
-    """For each number of tokens scored, of a prefix or of the whole validation set, a marker of its own."""
+    """A marker for each number of tokens scored: those of a prefix, and of the whole validation set."""
     return dict(zip(sorted({tokens for *_, tokens in val}), itertools.cycle("os^Dv")))
 
 
@@ -138,7 +140,7 @@ def _scored(tokens: int) -> str:
 
 
 def _window(steps: int) -> float:
-    """WINDOW, or a twentieth of the steps: in a short run, a longer mean would lag behind all of it."""
+    """Steps of the running mean: WINDOW, or a twentieth of the run: in a short one, a longer mean would lag behind."""
     return min(WINDOW, max(1.0, steps / 20))
 
 

@@ -1,4 +1,4 @@
-"""Profiler: a trace of some training steps, which operations ran, when, and for how long."""
+"""Profiling: a trace of some training steps, with torch.profiler: which operations ran, when, and for how long."""
 
 import logging
 import os
@@ -14,9 +14,8 @@ log = logging.getLogger("headroom")
 
 
 class Profile:
-    """Records `steps` steps after the first 3 by torch.profiler, into the run's folder, as Chrome's trace format has
-    it. It never stops training: a failure is a warning. 0 steps do nothing. A process that resumes a run records again.
-    """
+    """Records `steps` steps after SKIPPED of them, into a file of the run's folder in Chrome's trace format. It never
+    stops training: what fails is a warning. 0 steps do nothing. A process that resumes a run records again."""
 
     def __init__(self, steps: int, folder: Path, device: torch.device, done: int, last: int):
         """done: steps before the first of this process. last: the number of the run's last one."""
@@ -24,20 +23,25 @@ class Profile:
         self.folder = folder
         self.device = device
         self.done = done
+        self.last = last
         self.begun = 0  # steps of this process
         self.profiler: torch.profiler.profile | None = None
-        shown = max(0, last - done - SKIPPED)
-        if shown < steps:
+
+    def start(self) -> None:
+        """Call before the first step. Warns where fewer steps are left than are to be recorded."""
+        left = self.last - self.done
+        recorded = max(0, left - SKIPPED)
+        if recorded < self.steps:
             log.warning(
-                f"profile_steps={steps}: this process has {last - done} steps, the first {SKIPPED} of which are not "
-                f"recorded, so the trace will show {shown or 'none'}"
+                f"profile_steps={self.steps}: this process has {left} steps, the first {SKIPPED} of which are not "
+                f"recorded, so the trace will show {recorded or 'none'}"
             )
-            self.steps = steps if shown else 0
+            self.steps = self.steps if recorded else 0
 
     def step(self) -> None:
         """Call before every step."""
         if self.steps and not self.begun:
-            self._attempt(self._start)
+            self._attempt(self._start_profiler)
         elif self.profiler is not None:
             self._attempt(self.profiler.step)
         self.begun += 1
@@ -48,7 +52,7 @@ class Profile:
         if self.profiler is not None:
             self._attempt(self.profiler.stop)
 
-    def _start(self) -> None:
+    def _start_profiler(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would announce itself on stderr
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
@@ -60,7 +64,8 @@ class Profile:
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         """Called by the profiler: before the step that follows the last one shown, or at the end."""
-        first, last = self.done + SKIPPED + 1, self.done + min(self.begun, SKIPPED + self.steps)
+        first = self.done + SKIPPED + 1
+        last = self.done + min(self.begun, SKIPPED + self.steps)
         path = self.folder / f"trace_steps_{first}-{last}.json"
         unfinished = path.with_name(f"{UNFINISHED}{path.name}")
         profiler.export_chrome_trace(str(unfinished))

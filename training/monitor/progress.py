@@ -1,68 +1,92 @@
-"""How far a run is, for whoever watches: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run on stderr: a live line on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-from common.console import clock, percent
+from common.console import clock
 from common.errors import escaped
+from training.run.metrics_file import MetricRow
 
 LIVE_AFTER = 1.0  # seconds into a step, after which the live line tells how far it is
 PLAIN_EVERY = 30.0  # seconds, after each of which a plain line does
+MIN_WIDTH_WITH_BAR = 80  # columns; a narrower terminal has room for the numbers only
+BAR_WIDTH = 20
+DROPPED_IN_TURN = ("mfu", "bpb", "speed")  # where the line is too narrow for all
+
+
+def progress_text(row: MetricRow, steps: int, seconds_left: float, width: int | None = None) -> str:
+    """Step, loss, speed and remaining time in one line, without the less important numbers where they do not fit into
+    `width` columns."""
+    parts = {
+        "step": f"step {row['step']}/{steps}",
+        "loss": f"loss {row['train_loss']:.3f}",
+        "bpb": f"bpb {row['train_bpb']:.3f}",
+        "speed": f"{row['tokens_per_second']:,.0f} tokens/s",
+    }
+    if row["mfu"] is not None:
+        parts["mfu"] = f"MFU {row['mfu']:.1%}"
+    parts["eta"] = f"ETA {clock(seconds_left)}"
+    for name in DROPPED_IN_TURN:
+        if width is None or len("  ".join(parts.values())) <= width:
+            break
+        parts.pop(name, None)
+    return "  ".join(parts.values())
 
 
 class ProgressLine:
-    """The live line on a terminal that can move its cursor; elsewhere, a plain line every tenth of the way. All on
-    stderr."""
+    """The live line on a terminal that can move its cursor; elsewhere, a plain line every tenth of the way. It is shown
+    from `start` to `stop`."""
 
     def __init__(self, first_step: int, steps: int):
-        columns = BarColumn(bar_width=20), TaskProgressColumn(), TextColumn("{task.description}")
+        self.steps = steps
         self.console = Console(stderr=True)
         self.live = self.console.is_terminal and not self.console.is_dumb_terminal
+        wide = self.console.width >= MIN_WIDTH_WITH_BAR
+        columns = [BarColumn(bar_width=BAR_WIDTH)] if wide else []
+        columns += [TaskProgressColumn(), TextColumn("{task.description}")]
         self.progress = Progress(*columns, console=self.console, disable=not self.live)
-        self.task = self.progress.add_task(f"step {first_step}/{steps}", total=steps, completed=first_step)
-        self.steps, self.said = steps, first_step
-        self.description, self.told = f"step {first_step}/{steps}", time.monotonic()
+        self.text_width = self.console.width - len("100% ") - (BAR_WIDTH + 1 if wide else 0)
+        self.description = f"step {first_step}/{steps}"
+        self.task = self.progress.add_task(self.description, total=steps, completed=first_step)
+        self.last_plain_step = first_step
+        self.last_report = time.monotonic()
+
+    def start(self) -> None:
         self.progress.start()
-
-    def step(self, row: Mapping[str, Any], seconds_left: float) -> None:
-        """row: as in metrics.jsonl."""
-        step = row["step"]
-        line = (
-            f"step {step}/{self.steps}  loss {row['train_loss']:.3f}  bpb {row['train_bpb']:.3f}  "
-            f"{row['tokens_per_second']:,.0f} tokens/s  MFU {percent(row['mfu'])}  ETA {clock(seconds_left)}"
-        )
-        self.description = line
-        self.progress.update(self.task, completed=step, description=line)
-        if not self.live and (step - self.said >= self.steps / 10 or step == self.steps):
-            self.say(line)
-            self.said = step
-
-    def within(self, step: int, what: str, index: int, count: int) -> None:
-        """Call before part `index`, of 0 to count - 1, of a step: how far it is, unless it is quick."""
-        now = time.monotonic()
-        if index == 0:
-            self.told = now
-            self.progress.update(self.task, description=self.description)
-            return
-        done = f"{what} {index + 1}/{count}"
-        if self.live and now - self.told >= LIVE_AFTER:
-            self.progress.update(self.task, description=f"{self.description}  {done}")
-        elif not self.live and now - self.told >= PLAIN_EVERY:
-            self.told = now
-            self.say(f"step {step}/{self.steps}: {done}")
-
-    def say(self, line: str) -> None:
-        """Above the live line."""
-        self.show(escaped(line))
-
-    def show(self, text: str) -> None:
-        """The same for a text of several lines."""
-        self.console.print(Text(escaped(text, keep="\t\n")), soft_wrap=True)
 
     def stop(self) -> None:
         self.progress.stop()
+
+    def step(self, row: MetricRow, seconds_left: float) -> None:
+        """Call with the row of the last step done."""
+        step = row["step"]
+        self.description = progress_text(row, self.steps, seconds_left, self.text_width if self.live else None)
+        self.progress.update(self.task, completed=step, description=self.description)
+        if not self.live and (step - self.last_plain_step >= self.steps / 10 or step == self.steps):
+            self.say(self.description)
+            self.last_plain_step = step
+
+    def within(self, step: int, what: str, index: int, count: int) -> None:
+        """Call before part `index`, of 0 to count - 1, of a step: shows how far it is, unless it is quick."""
+        now = time.monotonic()
+        if index == 0:
+            self.last_report = now
+            self.progress.update(self.task, description=self.description)
+            return
+        done = f"{what} {index + 1}/{count}"
+        if self.live and now - self.last_report >= LIVE_AFTER:
+            self.progress.update(self.task, description=f"{self.description}  {done}")
+        elif not self.live and now - self.last_report >= PLAIN_EVERY:
+            self.last_report = now
+            self.say(f"step {step}/{self.steps}: {done}")
+
+    def say(self, line: str) -> None:
+        """Print a line above the live one."""
+        self.show(escaped(line))
+
+    def show(self, text: str) -> None:
+        """Print a text of several lines above the live one."""
+        self.console.print(Text(escaped(text, keep="\t\n")), soft_wrap=True)

@@ -29,7 +29,7 @@ class MuonConfig(AdamWConfig):
     muon_lr: float = Field(0.02, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1)
     momentum_warmup: int = Field(300, ge=0)  # updates until the momentum, from 0.85 on, is that
-    logical_blocks: bool = True  # orthogonalise each logical matrix (a head's queries, ...); false: each stored matrix
+    per_head: bool = True  # orthogonalise each logical matrix (a head's queries, ...); false: each stored matrix
 
     def derive(self, d_model: int) -> Self:
         return self.model_copy(update={"lr": self.lr or 2 / d_model})
@@ -40,7 +40,7 @@ class MuonConfig(AdamWConfig):
 
     def build(self, model: TransformerLM) -> "Muon":
         splits, named = model.param_layout(), dict(model.named_parameters())
-        if not self.logical_blocks:
+        if not self.per_head:
             splits = {name: single_matrix(name, named[name].shape[0]) for name in splits}
         others = [parameter for name, parameter in named.items() if name not in splits]
         common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}

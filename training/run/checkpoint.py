@@ -1,4 +1,4 @@
-"""Saving and loading without pickle: tensors as safetensors, the rest as JSON.
+"""Checkpoints: saving and loading without pickle, tensors as safetensors, the rest as JSON.
 
 checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors once, the real vocabulary only
                           optimizer.safetensors  its tensors, as "<parameter>/<state>"
@@ -22,45 +22,39 @@ from torch import Tensor
 
 from common.atomic_io import (
     NOT_THERE,
-    Irregular,
-    discard,
+    NotRegularFile,
+    atomic_folder,
     make_folder,
     open_regular,
     read_regular,
-    whole_folder,
-    write_whole,
+    remove_atomic,
+    write_atomic,
 )
-from common.checksummed_json import sealed, unsealed
+from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 from common.settings import FrozenSettings
 from data.shards.prepare import Prepared
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
 from runtime.precision import LossScale
 from training.optim.base import StateTensor
 from training.run.config import Run, dump, load
-from training.run.folder import read_config, refuse_other_format, resume_command, saved, step_of, write_config
-from training.run.metrics_file import MOST_STEPS, PICTURE, read_metrics
+from training.run.folder import check_format, read_config, resume_command, saved, step_of, write_config
+from training.run.metrics_file import MAX_STEPS, PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
-from training.run.resume import refuse_other_settings, refuse_other_steps
+from training.run.resume import check_same_settings, check_steps
+from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
-LARGEST_MANIFEST = 2**24  # bytes
-ATTEMPTS = 20  # to read a checkpoint before the run in training removes it
-SHOWN = 80  # characters of a value
-STATED = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
+MAX_MANIFEST_BYTES = 2**24
+MAX_READ_ATTEMPTS = 20  # to read a checkpoint before the run in training removes it
+MAX_SHOWN = 80  # characters of a value
+SAFETENSORS_DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 log = logging.getLogger("headroom")
-
-
-class TrainState(NamedTuple):
-    """All that a step changes."""
-
-    model: TransformerLM
-    optimizer: torch.optim.Optimizer
-    loss_scale: LossScale | None
 
 
 class FileMark(FrozenSettings):
@@ -69,10 +63,10 @@ class FileMark(FrozenSettings):
 
 
 class Manifest(FrozenSettings):
-    """What a checkpoint holds besides tensors."""
+    """The manifest of a checkpoint: all but its tensors."""
 
     format: int
-    step: int = Field(ge=1, le=MOST_STEPS)  # updates done
+    step: int = Field(ge=1, le=MAX_STEPS)  # updates done
     # Nats per token on the first eval_tokens of the validation set, where it was scored:
     val_loss: float | None = Field(ge=0)
     loss_scale: LossScale.State | None
@@ -98,38 +92,38 @@ class Removed(UserError):
 
 
 def save(folder: Path, run: Run, corpus: Prepared, training: TrainState, step: int, val_loss: float | None) -> None:
-    """Writes checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then removes all but the last
+    """Write checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then remove all but the last
     run.keep_last and the best."""
     path = folder / "checkpoints" / f"step_{step:08d}"
     files = {MODEL: training.model.state_dict(), OPTIMIZER: _optimizer_tensors(training)}
     try:
         write(path, run, corpus, training, step, files, val_loss)
     except OSError as error:
-        raise _unwritable(folder, path, error) from None
+        raise _write_error(folder, path, error) from None
     try:
-        others = superfluous(folder, step, run.keep_last)
+        others = checkpoints_to_remove(folder, step, run.keep_last)
     except UserError as fault:
         others = []
         log.warning(f"{fault}; so none is removed")
     for other in others:
         try:
-            discard(other)
+            remove_atomic(other)
         except OSError as error:
             log.warning(f"{other} cannot be removed: {reason(error)}")
 
 
 def score(folder: Path, step: int, val_loss: float) -> None:
-    """Gives the checkpoint of a step the validation loss (nats per token) that it was saved without. Its tensors stay
+    """Give the checkpoint of a step the validation loss (nats per token) that it was saved without. Its tensors stay
     as they are, so that nothing can be lost of them. Raises UserError where its manifest cannot be read or written."""
     path = next(path for path in saved(folder) if step_of(path) == step)
     manifest = _read_manifest(path).model_copy(update={"format": FORMAT, "val_loss": _finite(val_loss)})
     try:
-        write_whole(path / MANIFEST, sealed(manifest.model_dump()).encode())
+        write_atomic(path / MANIFEST, with_checksum(manifest.model_dump()).encode())
     except OSError as error:
-        raise _unwritable(folder, path, error) from None
+        raise _write_error(folder, path, error) from None
 
 
-def _unwritable(folder: Path, path: Path, error: OSError) -> UserError:
+def _write_error(folder: Path, path: Path, error: OSError) -> UserError:
     return UserError(
         f"the checkpoint {path} cannot be written: {reason(error)}; what was saved before stands, if anything was: "
         f"make room, then {resume_command(folder)}"
@@ -149,9 +143,9 @@ def write(
     files: Mapping[str, Mapping[str, Tensor]],
     val_loss: float | None = None,
 ) -> None:
-    """Tensors by file, and the manifest. Raises OSError, and leaves no trace."""
+    """Write tensors by file, and the manifest. Raises OSError, and then leaves no trace."""
     make_folder(path.parent)
-    with whole_folder(path) as writing:
+    with atomic_folder(path) as writing:
         marks = {}
         for name, tensors in files.items():
             content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
@@ -168,18 +162,18 @@ def write(
             machine=_machine(training.model),
             files=marks,
         )
-        (writing / MANIFEST).write_text(sealed(manifest.model_dump()))
+        (writing / MANIFEST).write_text(with_checksum(manifest.model_dump()))
 
 
 def steps_done(folder: Path) -> int:
-    """Of a run, as its newest checkpoint's name says; 0 where it has none. Raises UserError where they cannot be
-    listed."""
+    """The steps that a run has done, by its newest checkpoint's name; 0 where it has none. Raises UserError where they
+    cannot be listed."""
     return max(map(step_of, saved(folder)), default=0)
 
 
 def read(path: Path, names: Collection[str]) -> Checkpoint:
-    """A checkpoint with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not what
-    was written, and UserError where one cannot be read, or was written in another format."""
+    """Read a checkpoint, with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not
+    what was written, and UserError where one cannot be read, or was written in another format."""
     manifest = _read_manifest(path)
     return Checkpoint(path, manifest, {name: _read_tensors(path / name, manifest.files.get(name)) for name in names})
 
@@ -190,7 +184,7 @@ def _read_tensors(file: Path, mark: FileMark | None) -> dict[str, Tensor]:
     free = free_memory(torch.device("cpu"))
     if free is not None and mark.size > free:
         raise UserError(f"{file} takes {mark.size:,} bytes of memory, {free:,} are free: take a machine with more")
-    content = _content(file, mark.size)  # no map of the file: whoever overwrites it would overwrite the tensors
+    content = _file_content(file, mark.size)  # no map of the file: whoever overwrites it would overwrite the tensors
     if len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
         raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
     try:
@@ -199,18 +193,18 @@ def _read_tensors(file: Path, mark: FileMark | None) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged: {error}") from None
 
 
-def _content(file: Path, limit: int) -> bytes:
-    """Of at most `limit` bytes. Raises what `_fault` says."""
+def _file_content(file: Path, limit: int) -> bytes:
+    """Read a file of at most `limit` bytes. Raises what `_read_error` returns."""
     try:
         return read_regular(file, limit)
     except OSError as error:
-        raise _fault(file, error) from None
+        raise _read_error(file, error) from None
 
 
-def _fault(file: Path, error: OSError) -> UserError:
-    """Damaged where there is no such file, Removed where its folder has gone too, and another UserError where it cannot
-    be read: what it holds may be whole."""
-    if isinstance(error, Irregular):
+def _read_error(file: Path, error: OSError) -> UserError:
+    """The exception to raise: Damaged where there is no such file, Removed where its folder has gone too, and another
+    UserError where it cannot be read: what it holds may be whole."""
+    if isinstance(error, NotRegularFile):
         return Damaged(f"{file} is damaged: {reason(error)}")
     if error.errno in NOT_THERE and not any(map(os.path.islink, (file, file.parent))):  # whose disk may be away
         kind = Damaged if os.path.lexists(file.parent) else Removed
@@ -225,7 +219,7 @@ def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
     """The newest checkpoint of a run whose files, of those named, are whole; the damaged ones that were passed over are
     named in a warning. None where there is no checkpoint. Raises UserError where all are damaged, or one cannot be
     read."""
-    return _undisturbed(lambda: _newest(folder, names))
+    return _retried(lambda: _newest(folder, names))
 
 
 def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
@@ -247,7 +241,7 @@ def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
 def best(folder: Path, names: Collection[str] = ()) -> Checkpoint | None:
     """The checkpoint with the lowest validation loss, of those saved where it was scored. A damaged manifest is named
     in a warning and passed over. Raises UserError where one cannot be read, or a file named is damaged."""
-    return _undisturbed(lambda: _best(folder, names))
+    return _retried(lambda: _best(folder, names))
 
 
 def _best(folder: Path, names: Collection[str]) -> Checkpoint | None:
@@ -266,15 +260,15 @@ def _lowest(losses: Mapping[Path, float | None]) -> Path | None:
     return min(scored, key=scored.get, default=None)
 
 
-def _undisturbed(look: Callable[[], T]) -> T:
-    """look(), again where a checkpoint was removed while it was read, as a run in training does."""
-    for _ in range(ATTEMPTS):
+def _retried(look: Callable[[], T]) -> T:
+    """Call look(), again where a checkpoint was removed while it was read, as a run in training does."""
+    for _ in range(MAX_READ_ATTEMPTS):
         with suppress(Removed):
             return look()
     return look()
 
 
-def superfluous(folder: Path, step: int, keep_last: int) -> list[Path]:
+def checkpoints_to_remove(folder: Path, step: int, keep_last: int) -> list[Path]:
     """The checkpoints, up to that of `step`, that are neither of the last keep_last nor the best. One whose loss cannot
     be told may be the best, so it is none of them. Raises UserError where they cannot be listed."""
     old, losses = [path for path in saved(folder) if step_of(path) <= step][:-keep_last], {}
@@ -288,17 +282,17 @@ def superfluous(folder: Path, step: int, keep_last: int) -> list[Path]:
     return [path for path in old if path in losses and path != lowest]
 
 
-def refuse_unfit(folder: Path, run: Run) -> None:
-    """Raises UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
+def check_fits(folder: Path, run: Run) -> None:
+    """Raise UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
     before anything is prepared or built in the size that its config.yaml says. Raises it too where all are damaged."""
     tokenizer, faults = load_tokenizer(folder / "tokenizer.json"), []
     for path in reversed(saved(folder)):
         try:
-            manifest, weights = _read_manifest(path), _stated(path / MODEL)
+            manifest, weights = _read_manifest(path), _tensor_shapes(path / MODEL)
         except Damaged as fault:
             faults.append(fault)
             continue
-        refuse_other_settings(folder, run, settings_of(path, manifest))
+        check_same_settings(folder, run, settings_of(path, manifest))
         shaped(path / MODEL, weights, run.model, tokenizer.vocab_size)
         return
     if faults:
@@ -309,33 +303,34 @@ def _none_whole(faults: Sequence[Damaged]) -> UserError:
     return UserError(f"{faults[0]}, and no older checkpoint is whole: bring one back, or start a new run")
 
 
-def _stated(file: Path) -> dict[str, Tensor]:
-    """What a file of tensors says that it holds: tensors without content. Raises Damaged where that cannot be."""
+def _tensor_shapes(file: Path) -> dict[str, Tensor]:
+    """Read the header of a safetensors file -> meta tensors of its shapes and dtypes. Raises Damaged where that cannot
+    be."""
     try:
         open_regular(file).close()
         with safe_open(file, "pt") as tensors:
             parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
             stated = {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
-        dtypes = {name: STATED.get(dtype, torch.uint8) for name, (_, dtype) in stated.items()}
+        dtypes = {name: SAFETENSORS_DTYPES.get(dtype, torch.uint8) for name, (_, dtype) in stated.items()}
         return {name: torch.empty(stated[name][0], dtype=dtype, device="meta") for name, dtype in dtypes.items()}
     except OSError as error:
-        raise _fault(file, error) from None
+        raise _read_error(file, error) from None
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise Damaged(f"{file} is damaged: {error}") from None
 
 
 def resume(folder: Path, run: Run, corpus: Prepared, training: TrainState) -> int:
-    """Fills `training` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there is
-    none yet. Raises UserError, and leaves the run as it was, where data or settings are not what the run began with,
-    every checkpoint is damaged, or nothing is left to do."""
-    refuse_other_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
+    """Restore `training` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there
+    is none yet. Raises UserError, and then leaves the run as it was, where data or settings are not what the run began
+    with, every checkpoint is damaged, or nothing is left to do."""
+    check_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
     if found is None:
-        refuse_lost_checkpoints(folder)
+        check_no_checkpoint_lost(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _refuse_other_run(folder, run, corpus, training, found)
-        refuse_not_finite(found)
+        _check_same_run(folder, run, corpus, training, found)
+        check_finite(found)
         load_weights(found, training.model)
         _load_optimizer(found, training)
         if training.loss_scale is not None:
@@ -349,7 +344,7 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: TrainState) -> in
 
 
 def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> TransformerLM:
-    """The model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
+    """Build the model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
     file = found.path / MODEL
     model = shaped(file, found.tensors[MODEL], config, vocab_size)
     model = allocate_empty(model)
@@ -358,8 +353,8 @@ def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> Trans
 
 
 def shaped(file: Path, weights: Mapping[str, Tensor], config: ModelConfig, vocab_size: int) -> TransformerLM:
-    """A model on the meta device, without content. Raises UserError where the file's weights are not of its shapes;
-    first of all, where they are not of its size, which could take minutes to build even so."""
+    """Build a model on the meta device, without content. Raises UserError where the file's weights are not of its
+    shapes; first of all, where they are not of its size, which could take minutes to build even so."""
     layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
     embedding = weights.get("embedding.weight", torch.empty(0, 0, device="meta"))
     width = embedding.shape[-1] if embedding.ndim else 0
@@ -370,18 +365,18 @@ def shaped(file: Path, weights: Mapping[str, Tensor], config: ModelConfig, vocab
         )
     with torch.device("meta"):
         model = TransformerLM(config, vocab_size)
-    _refuse_other_tensors(file, weights, model)
+    _check_tensors(file, weights, model)
     return model
 
 
-def refuse_other_weights(found: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
-    """Raises UserError where the weights of a checkpoint are not those of such a model. Builds none."""
+def check_weights(found: Checkpoint, config: ModelConfig, vocab_size: int) -> None:
+    """Raise UserError where the weights of a checkpoint are not those of such a model. Builds none."""
     shaped(found.path / MODEL, found.tensors[MODEL], config, vocab_size)
 
 
-def refuse_lost_checkpoints(folder: Path) -> None:
-    """Raises UserError where a run without a checkpoint has written metrics beyond the step that the first is saved
-    at: starting anew would leave nothing of them."""
+def check_no_checkpoint_lost(folder: Path) -> None:
+    """Raise UserError where a run without a checkpoint has written metrics beyond the step that the first is saved
+    at: starting again would leave nothing of them."""
     rows, stored = read_metrics(folder / "metrics.jsonl"), read_config(folder)[0]
     every = stored["save_every"]
     if rows and (rows[-1]["step"] > every or rows[-1]["step"] == stored["steps"]):
@@ -392,13 +387,13 @@ def refuse_lost_checkpoints(folder: Path) -> None:
 
 
 def load_weights(found: Checkpoint, model: TransformerLM) -> None:
-    """Raises UserError where they are not those of this model."""
-    _refuse_other_tensors(found.path / MODEL, found.tensors[MODEL], model)
+    """Load a checkpoint's weights into the model. Raises UserError where they are not those of such a model."""
+    _check_tensors(found.path / MODEL, found.tensors[MODEL], model)
     model.load_state_dict(found.tensors[MODEL])
 
 
-def refuse_not_finite(found: Checkpoint) -> None:
-    """Raises UserError where weights are not finite: whatever is trained from them stays so."""
+def check_finite(found: Checkpoint) -> None:
+    """Raise UserError where weights are not finite: whatever is trained from them stays so."""
     for name, tensor in found.tensors[MODEL].items():
         if not tensor.isfinite().all():
             raise UserError(
@@ -407,7 +402,7 @@ def refuse_not_finite(found: Checkpoint) -> None:
             )
 
 
-def _refuse_other_tensors(file: Path, weights: Mapping[str, Tensor], model: TransformerLM) -> None:
+def _check_tensors(file: Path, weights: Mapping[str, Tensor], model: TransformerLM) -> None:
     expected = model.state_dict()
     for name in {**expected, **weights}:
         if name not in weights:
@@ -424,15 +419,16 @@ def _refuse_other_tensors(file: Path, weights: Mapping[str, Tensor], model: Tran
 
 
 def settings_of(path: Path, manifest: Manifest) -> Run:
-    """What a checkpoint was trained with. Raises UserError where that is nothing that this program trains."""
+    """The settings that a checkpoint was trained with. Raises UserError where that is nothing that this program
+    trains."""
     try:
         return load(manifest.config)
     except UserError as error:
         raise UserError(f"{error} (in {path / MANIFEST})") from None
 
 
-def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) -> None:
-    """Raises UserError where a run's tokenizer.json is not the tokenizer its tokens were made with."""
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) -> None:
+    """Raise UserError where a run's tokenizer.json is not the tokenizer its tokens were made with."""
     if tokenizer.hash != expected:
         raise UserError(
             f"{folder}/tokenizer.json ({tokenizer.hash[:12]}) is not the tokenizer of its tokens ({expected[:12]}): "
@@ -442,11 +438,11 @@ def refuse_other_tokenizer(folder: Path, tokenizer: Tokenizer, expected: str) ->
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / MANIFEST
-    content = _content(file, LARGEST_MANIFEST)
+    content = _file_content(file, MAX_MANIFEST_BYTES)
     try:
-        content = unsealed(content.decode())
+        content = parse_verified(content.decode())
         format = stated_format(content)
-        refuse_other_format(path, format)
+        check_format(path, format)
         if not isinstance(content["config"], dict):
             raise ValueError("its config holds no settings")
         migrated = migrate(content["config"], format)
@@ -454,7 +450,7 @@ def _read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where, value = ".".join(map(str, first["loc"])), first["input"]
-        shown = str(value)[:SHOWN] if isinstance(value, str | int | float) else type(value).__name__
+        shown = str(value)[:MAX_SHOWN] if isinstance(value, str | int | float) else type(value).__name__
         raise Damaged(f"{file} is damaged: {where}={shown}: {first['msg']}") from None
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise Damaged(f"{file} is damaged: {error}") from None
@@ -463,17 +459,17 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: TrainState, found: Checkpoint) -> None:
+def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainState, found: Checkpoint) -> None:
     manifest = found.manifest
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
             f"the documents of {folder} have changed since it was trained (fingerprint {manifest.corpus[:12]}, now "
             f"{corpus.fingerprint[:12]}): bring them back, say with data.path= where they are now, or start a new run"
         )
-    refuse_other_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
+    check_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
-    refuse_other_settings(folder, run, trained)
-    refuse_other_steps(folder, run, trained.steps, manifest.step, ended(folder))
+    check_same_settings(folder, run, trained)
+    check_steps(folder, run, trained.steps, manifest.step, ended(folder))
     if (manifest.loss_scale is None) != (training.loss_scale is None):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
     for name, now in _machine(training.model).items():
@@ -483,7 +479,7 @@ def _refuse_other_run(folder: Path, run: Run, corpus: Prepared, training: TrainS
 
 
 def _machine(model: TransformerLM) -> dict[str, str | int]:
-    """What the bits depend on besides the settings."""
+    """What the bits of a run depend on besides the settings."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
@@ -505,7 +501,7 @@ def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
         for part, kept in training.optimizer.state_layout(parameters[name]).items()
     }
     for key in {**expected, **tensors}:
-        fault = _unfit(key, tensors.get(key), expected.get(key), found.manifest.step)
+        fault = _state_fault(key, tensors.get(key), expected.get(key), found.manifest.step)
         if fault:
             raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {fault}")
     state = {i: {} for i in range(len(names))}
@@ -516,8 +512,8 @@ def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _unfit(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
-    """Why a tensor is not what an optimizer has after `step` steps, if it is not."""
+def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
+    """Return why a tensor is not what an optimizer has after `step` steps; None where it is."""
     if tensor is None:
         return f"it lacks {key}"
     if kept is None:
@@ -534,7 +530,7 @@ def _unfit(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int)
 
 
 def _parameter_names(training: TrainState) -> list[str]:
-    """Names in the optimizer's own order, which its state is indexed by."""
+    """The parameters' names in the optimizer's own order, which its state is indexed by."""
     name_of = {parameter: name for name, parameter in training.model.named_parameters()}
     return [name_of[parameter] for group in training.optimizer.param_groups for parameter in group["params"]]
 

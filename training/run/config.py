@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -19,10 +19,11 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from common.errors import UserError
 from common.invocation import ROOT
-from common.settings import FrozenSettings
+from common.settings import Change, FrozenSettings
+from common.suggestions import RENAMED, renamed
 from data.sources.corpus import Corpus
 from data.sources.mix import MixCorpus, Part
-from data.tokenizers.tokenizer import TokenizerConfig
+from data.tokenizers.base import TokenizerConfig
 from model.attention.base import AttentionChoice, AttentionConfig, divisors
 from model.attention.stack import StackConfig
 from model.kernels.base import Kernel
@@ -52,41 +53,43 @@ MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
 
 
 class Run(FrozenSettings):
-    """Everything one training run depends on. The comments in conf/train.yaml describe each setting."""
+    """Everything one training run depends on. The comments in conf/train.yaml describe each setting; the marks say when
+    it may change."""
 
-    steps: int = Field(ge=1, le=2**40)  # before the parts that derive from it
-    model: ModelConfig
-    data: Corpus
-    tokenizer: TokenizerConfig
-    optim: OptimConfig
-    schedule: Schedule
-    logger: Logger
-    batch_tokens: int = Field(ge=1, le=2**40)
-    micro_batch_size: int = Field(ge=1)
-    clip_norm: float = Field(ge=0)
-    most_skipped: int = Field(ge=1)
-    eval_every: int = Field(ge=1)
-    eval_tokens: int = Field(ge=1)
-    eval_before: bool | None = None
-    save_every: int = Field(ge=1)
-    keep_last: int = Field(ge=1)
-    sample_every: int = Field(ge=0)
-    sample_prompt: str | None
-    seed: int = Field(ge=0, lt=2**63)
-    device: str
-    deterministic: bool
-    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"]
-    compile: bool
-    autotune: bool = False
-    tune_malloc: bool
-    init_from: str | None
-    peak_flops: float | None = Field(None, gt=0)  # with defaults: runs made before these were settings resume too
-    profile_steps: int = Field(0, ge=0, le=1000)
-    log_attention: bool = False
-    checkpoint_activations: bool = False
-    dry_run: bool = False
-    run_dir: str | None = Field(min_length=1)
-    cache_dir: str = Field(min_length=1)
+    steps: Annotated[int, Change.ON_RESUME] = Field(ge=1, le=2**40)  # before the parts that derive from it
+    model: Annotated[ModelConfig, Change.NEVER]
+    data: Annotated[Corpus, Change.FINE_TUNING]
+    tokenizer: Annotated[TokenizerConfig, Change.NEVER]
+    optim: Annotated[OptimConfig, Change.FINE_TUNING]
+    schedule: Annotated[Schedule, Change.FINE_TUNING]
+    logger: Annotated[Logger, Change.ON_RESUME]
+    batch_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=2**40)
+    micro_batch_size: Annotated[int, Change.FINE_TUNING] = Field(ge=1)
+    clip_norm: Annotated[float, Change.FINE_TUNING] = Field(ge=0)
+    max_skipped_updates: Annotated[int, Change.ON_RESUME] = Field(ge=1)
+    eval_every: Annotated[int, Change.ON_RESUME] = Field(ge=0)
+    eval_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1)
+    eval_before: Annotated[bool | None, Change.FINE_TUNING] = None
+    save_every: Annotated[int, Change.ON_RESUME] = Field(ge=1)
+    keep_last: Annotated[int, Change.ON_RESUME] = Field(ge=1)
+    sample_every: Annotated[int, Change.ON_RESUME] = Field(ge=0)
+    sample_prompt: Annotated[str | None, Change.FINE_TUNING]
+    seed: Annotated[int, Change.FINE_TUNING] = Field(ge=0, lt=2**63)
+    device: Annotated[str, Change.ON_RESUME]
+    deterministic: Annotated[bool, Change.FINE_TUNING]
+    precision: Annotated[Literal["auto", "bf16", "fp16", "fp32", "fp8"], Change.FINE_TUNING]
+    compile: Annotated[bool, Change.FINE_TUNING]
+    autotune: Annotated[bool, Change.FINE_TUNING] = False
+    tune_malloc: Annotated[bool, Change.FINE_TUNING]
+    init_from: Annotated[str | None, Change.FINE_TUNING]
+    peak_flops: Annotated[float | None, Change.ON_RESUME] = Field(None, gt=0)
+    profile_steps: Annotated[int, Change.ON_RESUME] = Field(0, ge=0, le=1000)
+    log_attention: Annotated[bool, Change.ON_RESUME] = False
+    activation_checkpointing: Annotated[bool, Change.ON_RESUME] = False
+    threads: Annotated[int | None, Change.ON_RESUME] = Field(ge=1, le=1024)
+    dry_run: Annotated[bool, Change.ON_RESUME] = False
+    run_dir: Annotated[str | None, Change.FINE_TUNING] = Field(min_length=1)
+    cache_dir: Annotated[str, Change.ON_RESUME] = Field(min_length=1)
 
     @field_validator("optim")
     @classmethod
@@ -305,6 +308,8 @@ def _build(cls: type, key: str, settings: Mapping[str, Any], parts: Mapping[str,
     unknown = [name for name in settings if name not in cls.model_fields]
     if unknown:
         name, valid = unknown[0], [field for field in cls.model_fields if field not in parts]
+        if _dotted(key, name) in RENAMED:
+            raise UserError(renamed(_dotted(key, name)))
         close = difflib.get_close_matches(str(name), valid, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(

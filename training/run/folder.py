@@ -1,4 +1,4 @@
-"""The folder a run writes to: how it is named, found again, and what it records about its origin."""
+"""Run folders: how they are named, locked and found again, and their config.yaml and environment.yaml."""
 
 import logging
 import os
@@ -20,41 +20,41 @@ import yaml
 from common.atomic_io import (
     NOT_THERE,
     UNFINISHED,
-    Irregular,
+    NotRegularFile,
     exists,
     make_folder,
     names_in,
     read_regular,
-    sweep,
-    write_whole,
+    remove_unfinished,
+    write_atomic,
 )
 from common.errors import UserError, reason
-from common.invocation import command
+from common.invocation import ROOT, command
 from common.lock import lock
-from common.overrides import override
-from common.paths import entering, is_folder, refuse_unreadable
-from data.tokenizers.tokenizer import Tokenizer
-from training.run.config import ROOT, Run, dump
+from common.overrides import format_override
+from common.paths import entering, is_folder, raise_unreadable
+from data.tokenizers.base import Tokenizer
+from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.run.origin import signature
 
 RUNS = Path("runs")
 log = logging.getLogger("headroom")
-LARGEST_CONFIG = 2**18  # bytes of config.yaml; a usual one has 2,000
-LONGEST_NUMBER = 100  # characters
-BEGINNINGS = {".lock", "environment.yaml", "tokenizer.json"}  # what a run's folder holds before its config.yaml
+MAX_CONFIG_BYTES = 2**18  # a usual one has 2,000
+MAX_NUMBER_LENGTH = 100  # characters
+FILES_BEFORE_CONFIG = {".lock", "environment.yaml", "tokenizer.json"}  # made before config.yaml
 ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
 ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
 
 
-def refuse_unmakeable(run_dir: str | None) -> None:
-    """Raises UserError where no new run's folder can be made: nothing can be written there, which only trying shows
+def check_makeable(run_dir: str | None) -> None:
+    """Raise UserError where no new run's folder can be made: nothing can be written there, which only trying shows
     (root may write where its access bits say no), or run_dir is there, with more in it than what a process left that
     was killed while it made one."""
     folder = Path(run_dir or RUNS)
     try:
         names = {path.name for path in folder.iterdir()} if run_dir and folder.is_dir() else set()
-        ours = ".lock" in names and all(name in BEGINNINGS or name.startswith(UNFINISHED) for name in names)
+        ours = ".lock" in names and all(name in FILES_BEFORE_CONFIG or name.startswith(UNFINISHED) for name in names)
         taken = bool(names) and not ours
         if run_dir and (taken or folder.is_file()):
             others = f", or continue it with {resume_command(folder)}" if "config.yaml" in names else ""
@@ -63,84 +63,85 @@ def refuse_unmakeable(run_dir: str | None) -> None:
         with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=there):
             pass
     except OSError as error:
-        raise _unmakeable(run_dir, folder, error) from None
+        raise _not_makeable(run_dir, folder, error) from None
 
 
-def _unmakeable(run_dir: str | None, folder: Path, error: OSError) -> UserError:
+def _not_makeable(run_dir: str | None, folder: Path, error: OSError) -> UserError:
     named = f"run_dir={folder}" if run_dir else f"the run's folder {folder}"
     return UserError(f"{named} cannot be made: {reason(error)}: give a folder to write to as run_dir=")
 
 
 def acquire_run_lock(folder: Path) -> AbstractContextManager:
-    """Holds the run for this process. Raises UserError where another one trains in it."""
+    """Lock the run's folder for this process, and remove what a killed one left half-written. Raises UserError where
+    another one trains in it."""
     try:
-        held = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
-    except Irregular as error:
+        run_lock = lock(folder / ".lock", f"another process is training in {folder}: wait for it, or stop it first")
+    except NotRegularFile as error:
         raise UserError(f"{folder}/.lock cannot be held: {reason(error)}: remove it") from None
     except OSError as error:
         raise UserError(
             f"the run's folder {folder} cannot be written: {reason(error)}: let this user write to it"
         ) from None
     for place in (folder, folder / "checkpoints", folder / "failures"):
-        sweep(place)
-    return held
+        remove_unfinished(place)
+    return run_lock
 
 
 def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager]:
-    """A new folder, run_dir or runs/<time>-<words>, claimed, with all that is known before the first step."""
-    refuse_unmakeable(run.run_dir)
+    """Make and lock a new folder, run_dir or runs/<time>-<words>, with all that is known before the first step."""
+    check_makeable(run.run_dir)
     folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
     try:
         while not run.run_dir and exists(folder):
             folder = folder.with_name(f"{folder.name}-{_words()}")
         make_folder(folder, exist_ok=bool(run.run_dir))
         run_lock = acquire_run_lock(folder)
-        write_whole(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
+        write_atomic(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
-        raise _unmakeable(run.run_dir, folder, error) from None
+        raise _not_makeable(run.run_dir, folder, error) from None
     return folder, run_lock
 
 
 def write_config(folder: Path, run: Run) -> None:
-    """config.yaml, with every derived value filled in, signed. Replaced as a whole or not at all."""
+    """Write config.yaml, with every derived value filled in, signed. Replaced as a whole or not at all."""
     tree = {"format": FORMAT, "signature": signature(run)} | dump(run)
     content = yaml.safe_dump(tree, sort_keys=False).encode()
-    if len(content) > LARGEST_CONFIG:
+    if len(content) > MAX_CONFIG_BYTES:
         raise UserError(
-            f"the settings are {len(content):,} bytes of config.yaml, {LARGEST_CONFIG:,} are read: give fewer parts"
+            f"the settings are {len(content):,} bytes of config.yaml, {MAX_CONFIG_BYTES:,} are read: give fewer parts"
         )
     try:
-        write_whole(folder / "config.yaml", content)
+        write_atomic(folder / "config.yaml", content)
     except OSError as error:
         raise UserError(f"{folder}/config.yaml cannot be written: {reason(error)}") from None
 
 
-class PlainLoader(yaml.SafeLoader):
-    """YAML as config.yaml is written: without aliases, by which a short file can stand for an endless tree, and
-    without numbers that take minutes to read."""
+class ConfigLoader(yaml.SafeLoader):
+    """A YAML loader for what config.yaml is written as: without aliases, by which a short file can stand for an endless
+    tree, and without numbers that take minutes to read."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it holds an alias")
         node = super().compose_node(parent, index)
         text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
-        if not text and len(node.value) > LONGEST_NUMBER:
+        if not text and len(node.value) > MAX_NUMBER_LENGTH:
             raise yaml.YAMLError(f"it holds {node.value[:20]}..., which is no number")
         return node
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
-    """The tree in a run's config.yaml, migrated, for `load`, and its signature, if any. Raises UserError where there
-    is none."""
-    refuse_no_run(folder)
+    """Read a run's config.yaml -> the tree in it, migrated, for `load`, and its signature, if any. Raises UserError
+    where there is none."""
+    check_is_run(folder)
     try:
-        tree = yaml.load(read_regular(folder / "config.yaml", LARGEST_CONFIG).decode(), PlainLoader)
+        tree = yaml.load(read_regular(folder / "config.yaml", MAX_CONFIG_BYTES).decode(), ConfigLoader)
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
         signed, format = tree.pop("signature", None), stated_format(tree)
-        refuse_other_format(folder / "config.yaml", format)
+        check_format(folder / "config.yaml", format)
         return migrate(tree, format), signed
     except RecursionError:
         fault = "it is nested too deeply"
@@ -151,8 +152,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
     raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own back, as a file to be read")
 
 
-def refuse_other_format(path: Path, format: Any) -> None:
-    """Raises UserError where a file was written in a format that this program does not know."""
+def check_format(path: Path, format: Any) -> None:
+    """Raise UserError where a file was written in a format that this program does not know."""
     if type(format) is not int or not UNSTATED <= format <= FORMAT:
         raise UserError(
             f"{path} has format {format}, this program reads {UNSTATED} to {FORMAT}: take the Headroom that wrote it"
@@ -160,12 +161,12 @@ def refuse_other_format(path: Path, format: Any) -> None:
 
 
 def resume_command(folder: Path) -> str:
-    """What continues a run, for a shell."""
-    return command("train.py", override("resume", str(folder)))
+    """Return the shell command that resumes a run."""
+    return command("train.py", format_override("resume", str(folder)))
 
 
-def refuse_no_run(folder: Path) -> None:
-    """Raises UserError where the folder is not a run's, or may not be entered."""
+def check_is_run(folder: Path) -> None:
+    """Raise UserError where the folder is not that of a run, or may not be entered."""
     with entering(folder):
         if exists(folder / "config.yaml"):
             return
@@ -175,13 +176,24 @@ def refuse_no_run(folder: Path) -> None:
     raise UserError(f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says")
 
 
+def find_run(setting: str, name: str, with_checkpoint: bool = False) -> Path:
+    """Find the folder that resume= or init_from= names: its path, or `latest`. Raises UserError where it names none."""
+    if not name:
+        raise UserError(f"{setting}= names no run: give a run's folder, or latest")
+    if name == "latest":
+        return newest(with_checkpoint)
+    if name in ("last", "newest") and not os.path.lexists(name):
+        raise UserError(f"{setting}={name}: there is no such folder; did you mean {setting}=latest?")
+    return Path(name)
+
+
 def newest(with_checkpoint: bool = False) -> Path:
     """The run under runs/ that was begun or resumed last; or, with_checkpoint, that saved last. One that cannot be read
     is named in a warning and passed over. Raises UserError where there is none, or runs/ cannot be read."""
     try:
         folders = [RUNS / name for name in names_in(RUNS)]
     except OSError as error:
-        refuse_unreadable(RUNS.resolve(), error)
+        raise_unreadable(RUNS.resolve(), error)
     touched = {}
     for folder in folders:
         try:
@@ -201,7 +213,8 @@ def newest(with_checkpoint: bool = False) -> Path:
 
 
 def _touched(path: Path) -> float:
-    """0 where there is no such file: it may be no run, or one in training, which removes its old checkpoints."""
+    """Return a file's time of modification; 0 where there is no such file: it may be no run, or one in training, which
+    removes its old checkpoints."""
     try:
         return os.stat(path).st_mtime
     except OSError as error:
@@ -221,7 +234,7 @@ def saved(folder: Path) -> list[Path]:
     try:
         paths = [folder / "checkpoints" / name for name in names_in(folder / "checkpoints")]
     except OSError as error:
-        refuse_unreadable(f"{folder}/checkpoints", error, "make it a folder that this user may read")
+        raise_unreadable(f"{folder}/checkpoints", error, "make it a folder that this user may read")
     return sorted((path for path in paths if step_of(path) >= 0), key=step_of)
 
 

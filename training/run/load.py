@@ -1,4 +1,4 @@
-"""A trained model, for sampling, scripts and notebooks."""
+"""Loading a trained model, for sampling, scripts and notebooks."""
 
 from pathlib import Path
 from typing import Any
@@ -6,16 +6,17 @@ from typing import Any
 import torch
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training.run import checkpoint
-from training.run.folder import refuse_no_run, resume_command
+from training.run.folder import check_is_run, resume_command
 
 
 def load_run(
     folder: Path | str, device: torch.device | str = "cpu", which: str = "latest", **changes: Any
 ) -> tuple[TransformerLM, Tokenizer]:
-    """A run's weights, in float32, and its tokenizer.
+    """Load a run's weights, in float32, and its tokenizer.
 
     which: `latest` or `best`, which has the lowest validation loss of those kept. changes: `kernel`, a Kernel;
     `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has no such checkpoint, a file of
@@ -25,16 +26,16 @@ def load_run(
     choose = checkpoint.newest if which == "latest" else checkpoint.best
     found = choose(folder, (checkpoint.MODEL,))
     if found is None:
-        refuse_no_run(folder)
+        check_is_run(folder)
         raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     config = changed(checkpoint.settings_of(found.path, found.manifest).model, **changes)
     return checkpoint.load_model(found, config, tokenizer.vocab_size).to(device), tokenizer
 
 
 def changed(config: ModelConfig, kernel=None, execution: str | None = None) -> ModelConfig:
-    """The same weights, run in another way."""
+    """Change the kernel or the execution of a model; its weights stay as they are."""
     if kernel is not None:
         config = config.model_copy(update={"kernel": kernel})
     if execution is not None:

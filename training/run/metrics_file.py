@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a run writes down while it trains, a row for each step."""
+"""The metrics of a run: metrics.jsonl, a row for each training step."""
 
 import json
 import logging
@@ -7,70 +7,100 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Required, TypedDict
 
-from common.atomic_io import exists, open_regular, write_whole
+from common.atomic_io import exists, open_regular, write_atomic
 from common.errors import UserError, reason
-from common.paths import refuse_unreadable
+from common.paths import raise_unreadable
 
 log = logging.getLogger("headroom")
-MOST_STEPS = 2**40  # of a run
-LONGEST_ROW = 2**20  # bytes; what is longer is no row of metrics
-LARGEST_METRICS = 2**34  # bytes
-LARGEST_NUMBER = 1e100  # in a row
-PICTURE = "loss.png"  # the curve of these, drawn last of all, so that it tells a complete run
-UNSCORED = "unscored"  # in a row: true where its validation score is still to come
+MAX_STEPS = 2**40  # of a run
+MAX_ROW_BYTES = 2**20
+MAX_FILE_BYTES = 2**34
+MAX_NUMBER = 1e100  # in a row
+PICTURE = "loss.png"  # the loss curve, drawn last of all: a run that has it is complete
+UNSCORED = "unscored"  # the key of a row whose evaluation is still to come
+
+
+class MetricRow(TypedDict, total=False):
+    """A line of metrics.jsonl. A number that is not finite, or not known, is null; a key that is not Required may be
+    missing.
+
+    With log_attention=true, rows with a validation loss also have attention/layer_<i>/entropy, lowest_entropy and
+    max_logit (training/monitor/attention_stats.py).
+    """
+
+    step: Required[int]  # updates done, from 1; 0 for an evaluation before training
+    train_loss: Required[float | None]  # nats per token: the mean over the step's batch
+    train_bpb: float | None  # bits per byte of the same text
+    tokens: int  # trained on so far, this step's included
+    lr: float  # learning rate of the update; of AdamW's parameters, where Muon has others
+    muon_lr: float  # learning rate of Muon's matrices
+    grad_norm: float | None  # of the whole gradient, before clipping
+    skipped: bool  # true where loss or gradient were not finite, and nothing was updated
+    max_logit: float | None  # with optim.qk_clip: the largest attention score of the step
+    clipped_heads: int  # with optim.qk_clip: heads whose scores were above it
+    val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
+    val_bpb: float | None  # bits per byte of the same text
+    val_tokens: int  # eval_tokens; after the last step, those of the whole validation set
+    unscored: bool  # true where a signal cut the evaluation short: a resumed run makes up for it
+    tokens_per_second: float  # of training alone, over the steps since the last look at the clock
+    flops_per_second: float  # tokens_per_second times the model's FLOPs per token of training
+    mfu: float | None  # model FLOPs utilization, a fraction of the device's peak
+    data_seconds: float  # waited for the step's batch
+    memory_bytes: int | None  # peak memory of the process, or of the GPU
 
 
 class MetricsFile:
-    """metrics.jsonl: one object per step, in order, each step once; before them, where validation came before training,
-    one of step 0. A number that is not finite, or not known, is null."""
+    """metrics.jsonl: one object per step, in order, each step once; before them, where evaluation came before training,
+    one of step 0."""
 
     def __init__(self, path: Path, resume_after: int):
-        """Rows after the step a run resumes from belong to a future that is computed anew: they are dropped."""
+        """Rows after the step a run resumes from are dropped: their steps are recomputed."""
         self.path = path
-        kept = read_metrics(path, resume_after) if resume_after else []
-        self.past = [row for row in kept if row["step"]]  # of training; step 0 is what was there before
+        rows = read_metrics(path, resume_after) if resume_after else []
+        self.past: list[MetricRow] = [row for row in rows if row["step"]]  # of training
+        self.before: MetricRow | None = next((row for row in rows if not row["step"]), None)
         try:
-            write_whole(path, "".join(map(_line, kept)).encode())
+            write_atomic(path, "".join(map(_line, rows)).encode())
             self.file = open(path, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {reason(error)}") from None
-        self.before = next((row for row in kept if not row["step"]), None)
         if len(self.past) < resume_after:
             log.warning(f"{path} has lost rows: it holds {len(self.past)} of the {resume_after} steps done")
 
     def close(self) -> None:
-        with suppress(OSError):  # what could not be written has been said
+        with suppress(OSError):  # what could not be written was reported when it was
             self.file.close()
 
-    def write(self, row: Mapping[str, Any]) -> None:
-        with self._complaint():
+    def write(self, row: MetricRow) -> None:
+        with self._writing():
             self.file.write(_line(row))
             self.file.flush()
 
-    def begin(self, row: Mapping[str, Any]) -> None:
-        """What was measured before the first step."""
-        self.before = dict(row)
+    def begin(self, row: MetricRow) -> None:
+        """Write the row of step 0: the evaluation before training."""
+        self.before = row
         self.write(row)
 
-    def complete(self, scored: Mapping[str, Any]) -> dict[str, Any]:
-        """Gives the last of the past rows the validation score that it lacks, before others follow -> the row."""
+    def complete(self, scored: Mapping[str, Any]) -> MetricRow:
+        """Add the validation scores that the last of the past rows lacks, before others follow -> the row."""
         self.past[-1] = {key: value for key, value in self.past[-1].items() if key != UNSCORED} | dict(scored)
-        with self._complaint():
+        with self._writing():
             self.file.close()
             before = [] if self.before is None else [self.before]
-            write_whole(self.path, "".join(map(_line, before + self.past)).encode())
+            write_atomic(self.path, "".join(map(_line, before + self.past)).encode())
             self.file = open(self.path, "a")  # noqa: SIM115
         return self.past[-1]
 
     def sync(self) -> None:
-        """All rows are on the disk when it returns."""
-        with self._complaint():
+        """Flush to the disk: all rows are there when it returns."""
+        with self._writing():
             os.fsync(self.file.fileno())
 
     @contextmanager
-    def _complaint(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
+        """Raises UserError where the file cannot be written."""
         try:
             yield
         except OSError as error:
@@ -84,27 +114,27 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_metrics(path: Path, last: int = MOST_STEPS) -> list[dict[str, Any]]:
-    """The rows written so far, in order, up to that of step `last`, each step once; what is not a row is left out, such
-    as a line that a kill cut short. Raises UserError where the file cannot be read."""
+def read_metrics(path: Path, last: int = MAX_STEPS) -> list[MetricRow]:
+    """Rows written so far, in order, up to that of step `last`, each step once; what is not a row is left out, such as
+    a line that a kill cut short. Raises UserError where the file cannot be read."""
     rows = []
     try:
         if not exists(path):
             return []
         with open_regular(path) as file:
-            if os.fstat(file.fileno()).st_size > LARGEST_METRICS:
-                raise UserError(f"{path} is larger than {LARGEST_METRICS:,} bytes, which the metrics of no run are")
-            while line := file.readline(LONGEST_ROW):  # a longer one comes in pieces, none of which is a row
+            if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES:
+                raise UserError(f"{path} is larger than {MAX_FILE_BYTES:,} bytes, which the metrics of no run are")
+            while line := file.readline(MAX_ROW_BYTES):  # a longer one comes in pieces, none of which is a row
                 row = _row(line)
                 if row is not None and (rows[-1]["step"] if rows else -1) < row["step"] <= last:
                     rows.append(row)
     except OSError as error:
-        refuse_unreadable(path, error, "make it readable, or move it away")
+        raise_unreadable(path, error, "make it readable, or move it away")
     return rows
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
-    """None for what no run writes."""
+def _row(line: bytes) -> MetricRow | None:
+    """Parse a line -> None for what no run writes."""
     if not line.startswith(b"{"):  # seen at once, where a line is long
         return None
     try:
@@ -119,10 +149,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Or null. Not what arithmetic or a picture would fail at: no float32 is as large."""
-    return value is None or (isinstance(value, int | float) and abs(value) < LARGEST_NUMBER)
+    """Whether it is a number or null. Not one that arithmetic or a picture would fail at: no float32 is as large."""
+    return value is None or (isinstance(value, int | float) and abs(value) < MAX_NUMBER)
 
 
-def unscored(rows: Sequence[Mapping[str, Any]], step: int) -> bool:
-    """Whether a signal cut the evaluation after that step short, which is to be made when the run goes on."""
+def unscored(rows: Sequence[MetricRow], step: int) -> bool:
+    """Whether a signal cut the evaluation after that step short: a resumed run makes up for it."""
     return any(row["step"] == step and UNSCORED in row for row in rows)

@@ -1,4 +1,4 @@
-"""Stored settings of older runs, in the terms of this program: the one place that knows old keys and old defaults.
+"""Migration of the stored settings of older runs: the one place that knows old keys, classes and defaults.
 
 What a run's config.yaml and the manifests of its checkpoints hold was written by the Headroom of its day. A key that it
 lacks had no setting then, and the value below is how the program behaved. What is typed is never migrated.
@@ -7,8 +7,8 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 3  # of config.yaml and manifest.json
-DEEPEST = 32  # how far settings are nested at most; mixes within mixes are the deepest
+FORMAT = 4  # of config.yaml and manifest.json
+MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
 
 RUN_2 = {
@@ -63,7 +63,9 @@ PARTS_2 = {  # by class
 }
 ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
 
-
+RUN_3 = {"threads": None}
+RUN_RENAMED_4 = {"most_skipped": "max_skipped_updates", "checkpoint_activations": "activation_checkpointing"}
+PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head"}}  # by class
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -71,9 +73,9 @@ MOVED_4 = {  # classes, to where they are now
     "data.files.FilesCorpus": "data.sources.files.FilesCorpus",
     "data.hub.HubCorpus": "data.sources.hub.HubCorpus",
     "data.mix.MixCorpus": "data.sources.mix.MixCorpus",
-    "data.tokenizer.ByteConfig": "data.tokenizers.tokenizer.ByteConfig",
-    "data.tokenizer.BPEConfig": "data.tokenizers.tokenizer.BPEConfig",
-    "data.tokenizer.StoredConfig": "data.tokenizers.tokenizer.StoredConfig",
+    "data.tokenizer.ByteConfig": "data.tokenizers.byte.ByteConfig",
+    "data.tokenizer.BPEConfig": "data.tokenizers.bpe.BPEConfig",
+    "data.tokenizer.StoredConfig": "data.tokenizers.load.StoredConfig",
     "data.published.GPT2Config": "data.tokenizers.tiktoken_files.GPT2Config",
     "data.published.CL100KConfig": "data.tokenizers.tiktoken_files.CL100KConfig",
     "training.optim.AdamWConfig": "training.optim.adamw.AdamWConfig",
@@ -89,28 +91,28 @@ MOVED_4 = {  # classes, to where they are now
 
 
 def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
-    """A run's stored settings, as written in `format`, as this program writes them. What is not of the form that was
-    written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to walk
-    through."""
+    """Convert a run's stored settings from `format` to the one that this program writes. What is not of the form that
+    was written then is left for the border to refuse. Raises ValueError for what is nested too deeply for any code to
+    walk through."""
     tree = dict(tree)
-    _refuse_deep(tree)
+    _check_depth(tree)
     if format < 3:
         tree = _each_part(RUN_2 | tree, _to_3)
         if isinstance(tree.get("model"), Mapping):
             tree["model"] = MODEL_2 | tree["model"]
-    if format <= 3:
-        tree = _each_part(tree, _moved)
+    if format < 4:
+        tree = _renamed(RUN_3 | _each_part(tree, _to_4), RUN_RENAMED_4)
     return tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
-    """Takes out of what a config.yaml or a manifest holds the format that it says, which may be none that there is."""
+    """Pop the format from the content of a config.yaml or a manifest; it may be one that does not exist."""
     return content.pop("format" if "format" in content else "version", UNSTATED)
 
 
-def _refuse_deep(tree: Any) -> None:
+def _check_depth(tree: Any) -> None:
     level = [tree]
-    for _ in range(DEEPEST):
+    for _ in range(MAX_DEPTH):
         level = [value for node in level if isinstance(node, Mapping | list | tuple) for value in _within(node)]
     if level:
         raise ValueError("it is nested too deeply")
@@ -130,13 +132,21 @@ def _to_3(part: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-def _moved(part: dict[str, Any]) -> dict[str, Any]:
+def _to_4(part: dict[str, Any]) -> dict[str, Any]:
     target = part.get("_target_")
-    return {**part, "_target_": MOVED_4[target]} if isinstance(target, str) and target in MOVED_4 else part
+    if not isinstance(target, str):
+        return part
+    target = MOVED_4.get(target, target)
+    return _renamed(part, PART_RENAMED_4.get(target, {})) | {"_target_": target}
+
+
+def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Rename keys. Where the new one is there as well, it stays as it is."""
+    return {names.get(key, key): value for key, value in part.items() if names.get(key) not in part}
 
 
 def _each_part(tree: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    """The tree with every mapping in it changed, those within before those around them."""
+    """Apply `change` to every mapping of the tree, inner ones first."""
     if not isinstance(tree, Mapping):
         return tree
     return change({key: _each_part(value, change) for key, value in tree.items()})

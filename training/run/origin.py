@@ -1,4 +1,4 @@
-"""Which stored settings of a run reach out of its folder, and whether this user has given them.
+"""Signed configurations: the stored settings of a run that reach out of its folder, and whether they are this user's.
 
 A run that is resumed reads and writes what its config.yaml names. Where the folder is somebody else's, that is somebody
 else's choice. So config.yaml carries a signature of those settings, made with a key that every user has outside of all
@@ -20,7 +20,7 @@ from typing import Any
 from common.atomic_io import make_folder, read_regular
 from common.errors import UserError
 from common.invocation import quoted
-from common.overrides import override
+from common.overrides import format_override
 from training.run.config import Run, dump
 
 KEY_BYTES = 32
@@ -29,12 +29,12 @@ log = logging.getLogger("headroom")
 
 
 def is_place(key: str) -> bool:
-    """Whether a setting says where something is that its hash or its fingerprint tells from all else."""
+    """Whether a setting is a location, of something that a hash or a fingerprint identifies."""
     return (key.startswith("data.") and key.endswith(".path")) or key in ("tokenizer.folder", "tokenizer.path")
 
 
-def reaching_out(run: Run) -> dict[str, Any]:
-    """Of a run's settings, those that decide what is read, written or sent outside of its folder."""
+def external_settings(run: Run) -> dict[str, Any]:
+    """The settings that decide what is read, written or sent outside of the run's folder."""
     settings = flatten_config(dump(run))
     settings.pop("tokenizer.path", None)  # is read from the run's own folder
     online = settings.get("logger.mode") == "online"
@@ -46,22 +46,23 @@ def reaching_out(run: Run) -> dict[str, Any]:
 
 
 def signature(run: Run) -> str | None:
-    """Of this user, for `reaching_out`; None where there is no key, and none can be made."""
+    """Sign `external_settings` with this user's key; None where there is no key, and none can be made."""
     key = _key()
-    return key and hmac.new(key, json.dumps(reaching_out(run), sort_keys=True).encode(), hashlib.sha256).hexdigest()
+    content = json.dumps(external_settings(run), sort_keys=True).encode()
+    return hmac.new(key, content, hashlib.sha256).hexdigest() if key else None
 
 
-def refuse_foreign(
+def check_foreign(
     folder: Path, stored: Run, run: Run, signed: Any, typed: Collection[str], usual: Mapping[str, Any], begun: bool
 ) -> None:
-    """Raises UserError where settings of a run to resume reach out of its folder and are not this user's: neither
+    """Raise UserError where settings of a run to resume reach out of its folder and are not this user's: neither
     `signed`, nor typed, nor what a new run would have too.
 
     stored: as its config.yaml says. run: with what was typed. typed: keys of the command line. usual: the composed
     settings. begun: it has a checkpoint, and needs nothing of the run it began from. Links in place of the folders that
     it writes to reach out, too.
     """
-    settings = reaching_out(run)
+    settings = external_settings(run)
     usual_places = {"cache_dir": usual["cache_dir"], "tokenizer.folder": f"{usual['cache_dir']}/tokenizers"}
     foreign = {
         key: value
@@ -91,7 +92,7 @@ def refuse_foreign(
     lasting = " (there is no key: set XDG_STATE_HOME to a folder that lasts, to be asked once)" if mine is None else ""
     raise UserError(
         f"{folder}/config.yaml is not signed by this user{lasting} and reaches out of the run's folder: repeat what "
-        f"you agree to: {' '.join(_override(key, value) for key, value in foreign.items())}"
+        f"you agree to: {' '.join(_shell_word(key, value) for key, value in foreign.items())}"
     )
 
 
@@ -100,24 +101,24 @@ def _is_signature(signed: Any) -> bool:
 
 
 def _covers(given: str, key: str) -> bool:
-    """Whether what is typed for `given` decides `key`. Of the logger, one setting that is typed decides all."""
+    """Whether an override of `given` decides `key`. Of the logger, one setting that is typed decides all."""
     return key == given or key.startswith(f"{given}.") or given.split(".")[0] == key.split(".")[0] == "logger"
 
 
-def _override(key: str, value: Any) -> str:
-    """As it is typed in a shell."""
+def _shell_word(key: str, value: Any) -> str:
+    """Format an override for a shell."""
     group = "logger=wandb " if key == "logger.mode" else ""
-    return group + quoted(override(key, str(value)))
+    return group + quoted(format_override(key, str(value)))
 
 
 def _key() -> bytes | None:
-    """This user's, made where there is none yet; None where it can neither be read nor made."""
+    """Read this user's key, made where there is none yet; None where it can neither be read nor made."""
     with suppress(OSError, ValueError, RuntimeError):  # no home, or one that cannot be written
         path = _key_file()
         try:
             found = read_regular(path, 2 * KEY_BYTES)
         except FileNotFoundError:
-            _make(path)
+            _write_key(path)
             found = read_regular(path, 2 * KEY_BYTES)
         key = bytes.fromhex(found.decode())
         return key if len(key) == KEY_BYTES else None
@@ -128,8 +129,8 @@ def _key_file() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "headroom" / "key"
 
 
-def _make(path: Path) -> None:
-    """Whole or not at all, and never in the place of one that another process has made meanwhile."""
+def _write_key(path: Path) -> None:
+    """Write a new key, whole or not at all, and never over one that another process has made meanwhile."""
     make_folder(path.parent)
     temporary = path.with_name(f"{path.name}-{secrets.token_hex(4)}")
     try:
@@ -145,7 +146,7 @@ def _make(path: Path) -> None:
 
 
 def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A tree of settings as `group.key`: value."""
+    """Flatten a tree of settings to `group.key`: value."""
     found = {}
     for key, value in tree.items():
         found |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}

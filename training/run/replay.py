@@ -1,4 +1,4 @@
-"""A step whose loss or gradients were not finite, kept with its batch, and computed anew to see where it begins.
+"""Replaying a step whose loss or gradients were not finite: stored with its batch, recomputed to see where it begins.
 
 python -m training.run.replay runs/NAME/failures/step_00000012      # in the checkout
 """
@@ -23,21 +23,21 @@ from common.invocation import command
 from common.paths import entering
 from common.streams import print_line
 from data.shards.prepare import Prepared
-from data.tokenizers.tokenizer import load_tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import Output
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
 from training.run import checkpoint
 from training.run.config import Run
-from training.run.folder import refuse_no_run
+from training.run.folder import check_is_run
 from training.step import accumulate, losses_of
 
 BATCH = "batch.safetensors"
-SHOWN = 120  # characters of each text
-NAMED = 6  # parameters
+MAX_TEXT_SHOWN = 120  # characters of each text
+MAX_PARAMETERS_NAMED = 6  # parameters
 
 
-def keep(
+def save_failed_step(
     folder: Path,
     run: Run,
     corpus: Prepared,
@@ -46,35 +46,35 @@ def keep(
     in_a_row: int,
     batches: list[tuple[Tensor, Tensor]],
 ) -> UserError:
-    """Writes the step to failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
+    """Store the step in failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
     weights are still those it met."""
     path = folder / "failures" / f"step_{step:08d}"
     rates = ", or ".join(f"optim.{name} than {rate:.3g}" for name, rate in run.optim.base_lrs.items())
     diverged = (
-        f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start anew with a smaller "
-        f"{rates}"
+        f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start again with "
+        f"a smaller {rates}"
     )
     inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
     files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
     try:
         checkpoint.write(path, run, corpus, training, step, files)
     except OSError as error:
-        return UserError(f"{diverged} (the step cannot be kept in {path}: {reason(error)})")
+        return UserError(f"{diverged} (the step cannot be stored in {path}: {reason(error)})")
     return UserError(f"{diverged}, or see where it begins: {command('-m training.run.replay', str(path))}")
 
 
 def replay(path: Path) -> None:
-    """Prints what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
+    """Print what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
     folder = path.resolve().parent.parent
     with entering(path):
-        kept = exists(path / BATCH)
-    if not kept:
-        raise UserError(f"{path} is not a step that was kept: give a folder of a run's failures/")
-    refuse_no_run(folder)
+        has_batch = exists(path / BATCH)
+    if not has_batch:
+        raise UserError(f"{path} is not a stored step: give a folder of a run's failures/")
+    check_is_run(folder)
     found = checkpoint.read(path, (checkpoint.MODEL, BATCH))
     run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
     tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
-    checkpoint.refuse_other_tokenizer(folder, tokenizer, found.manifest.tokenizer)
+    checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     inputs, targets = _batches(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
     precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
@@ -88,7 +88,7 @@ def replay(path: Path) -> None:
 
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = mean_loss(model, inputs, targets)
-        beginning = tokenizer.decode(inputs[0].tolist())[:SHOWN]
+        beginning = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
         return loss
 
@@ -96,14 +96,15 @@ def replay(path: Path) -> None:
     print_line(f"forward      {first.where or 'finite everywhere'}")
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
-    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    print_line(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:NAMED]) or 'none'}{more}")
+    more = f" and {len(bad) - MAX_PARAMETERS_NAMED} more" if len(bad) > MAX_PARAMETERS_NAMED else ""
+    print_line(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:MAX_PARAMETERS_NAMED]) or 'none'}{more}")
     largest = max(model.named_parameters(), key=lambda item: item[1].abs().max().nan_to_num(torch.inf))
     print_line(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
 
 
 def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (micro-steps, B, T) int64. Raises UserError where they are not tokens of this run."""
+    """Check the batch -> inputs and targets, (micro-steps, B, T) int64. Raises UserError where they are not tokens of
+    this run."""
     shape = (run.sequences // run.micro_batch_size, run.micro_batch_size, run.model.context_length)
     tensors = found.tensors[BATCH]
     for name in ("inputs", "targets"):
@@ -116,7 +117,7 @@ def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[T
 
 
 class FirstNotFinite:
-    """Watches the outputs of all modules, inner ones first, and remembers the first that is not finite."""
+    """Forward hooks on all modules, inner ones first, that record the first output that is not finite."""
 
     def __init__(self, model: nn.Module):
         self.where: str | None = None

@@ -1,4 +1,4 @@
-"""Resuming: which settings of a run may change when it goes on, and which may not."""
+"""Resuming a run: its stored settings, and the few that may change."""
 
 import logging
 from collections.abc import Mapping
@@ -7,51 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from common.settings import Change
 from data.sources.tables import format_of
+from training.run.changes import RESUMABLE, change_of, forbidden_differences
 from training.run.config import Run, dump, load
-from training.run.folder import acquire_run_lock, newest, read_config, saved
-from training.run.origin import flatten_config, is_place, refuse_foreign
+from training.run.folder import acquire_run_lock, find_run, read_config, saved
+from training.run.origin import check_foreign, flatten_config, is_place
 
-# What may change when a run is resumed.
-RESUMABLE = [
-    "steps",
-    "eval_every",
-    "save_every",
-    "keep_last",
-    "sample_every",
-    "most_skipped",
-    "logger",
-    "device",
-    "cache_dir",
-    "peak_flops",
-    "profile_steps",
-    "log_attention",
-    "checkpoint_activations",
-    "dry_run",
-]
 log = logging.getLogger("headroom")
 
 
-def refuse_other_settings(folder: Path, run: Run, trained: Run) -> None:
-    """Raises UserError where `run` is not the run whose settings were `trained`. Places may differ: what is found there
+def check_same_settings(folder: Path, run: Run, trained: Run) -> None:
+    """Raise UserError where `run` is not the run whose settings were `trained`. Places may differ: what is found there
     is known by its fingerprint, and by the format that a file's name tells, which no fingerprint does."""
     now, before = flatten_config(dump(run)), flatten_config(dump(trained))
-    for key in {**now, **before}:
-        if is_place(key) and key in now and key in before:
-            if format_of(str(now[key])) != format_of(str(before[key])):
-                raise UserError(
-                    f"{key}={now[key]} is read in another way than {before[key]}, which {folder} was trained with: "
-                    "give it a name that ends alike"
-                )
-        elif key.split(".")[0] not in RESUMABLE and now.get(key) != before.get(key):
+    for key in filter(is_place, now.keys() & before.keys()):
+        if format_of(str(now[key])) != format_of(str(before[key])):
             raise UserError(
-                f"{folder}/config.yaml says {key}: {now.get(key)}, the run was trained with {before.get(key)}: "
-                "bring the run's own config.yaml back, or start a new run"
+                f"{key}={now[key]} is read in another way than {before[key]}, which {folder} was trained with: "
+                "give it a name that ends alike"
             )
+    for different in forbidden_differences(trained, run, Change.ON_RESUME):
+        raise UserError(
+            f"{folder}/config.yaml says {different.key}: {different.now}, the run was trained with {different.before}: "
+            "bring the run's own config.yaml back, or start a new run"
+        )
 
 
-def refuse_other_steps(folder: Path, run: Run, before: int, done: int, ended: bool) -> None:
-    """Raises UserError where a run that was to have `before` steps, and has done `done`, cannot have those of `run`, or
+def check_steps(folder: Path, run: Run, before: int, done: int, ended: bool) -> None:
+    """Raise UserError where a run that was to have `before` steps, and has done `done`, cannot have those of `run`, or
     nothing is left to do. ended: the last thing that a run does was done after its last step."""
     if done > run.steps:
         raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
@@ -72,62 +56,75 @@ def refuse_other_steps(folder: Path, run: Run, before: int, done: int, ended: bo
             )
 
 
-def resumed(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path, AbstractContextManager]:
-    """The run to resume, a folder or `latest`, with its own stored settings and the few that may change; claimed.
+def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path, AbstractContextManager]:
+    """Open the run to resume, a folder or `latest` -> the run, with its own stored settings and the few that may
+    change; its folder; and the lock on it.
 
     tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that would
     change what may not.
     """
-    if resume == "":
-        raise UserError("resume= names no run: give a run's folder, or latest")
     keys = [word.lstrip("+").partition("=")[0] for word in typed]
-    if "init_from" in keys:
+    if resume and "init_from" in keys:
         raise UserError(
             f"resume={resume} with init_from: a run that goes on has weights already, its own; leave one of them out"
         )
-    folder = newest() if resume == "latest" else Path(str(resume))
+    folder = find_run("resume", resume)
     stored, signed = read_config(folder)
-    try:
-        own = load(stored)
-    except UserError as error:
-        raise UserError(f"{error} (in {folder}/config.yaml)") from None
-    stored = dump(own)
-    for key in keys:
-        if key.split(".")[0] in (*RESUMABLE, "resume"):
-            continue
-        if not _is_so(key, tree, stored):
-            places = [place for place in flatten_config(stored) if is_place(place) and place != "tokenizer.path"]
-            moved = f", and where the same data has moved to ({', '.join(places)})" if places else ""
-            raise UserError(
-                f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may{moved}; the rest is the run's own, so "
-                "leave it out"
-            )
-        if key.split(".")[0] in ("data", "tokenizer"):
-            stored = _with(stored, tree, key.split("."))
-    if "path" in stored["tokenizer"]:
-        stored["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
-    changed = {key.split(".")[0] for key in keys} & {*RESUMABLE}
-    try:
-        run = load(stored | {key: tree[key] for key in changed})
-    except UserError as error:
-        raise UserError(f"{error} (in {folder}/config.yaml, or on the command line)") from None
-    refuse_foreign(folder, own, run, signed, keys, tree, begun=bool(saved(folder)))
+    own = _load(stored, f"in {folder}/config.yaml")
+    repeated = [key for key in keys if key != "resume" and change_of(own, key) < Change.ON_RESUME]
+    settings = dump(_with_repeated(own, tree, repeated))
+    if "path" in settings["tokenizer"]:
+        settings["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
+    changed = {key.partition(".")[0] for key in keys if key not in repeated} - {"resume"}
+    run = _load(settings | {key: tree[key] for key in changed}, f"in {folder}/config.yaml, or on the command line")
+    check_foreign(folder, own, run, signed, keys, tree, begun=bool(saved(folder)))
     return run, folder, acquire_run_lock(folder)
 
 
-def _is_so(key: str, tree: Mapping[str, Any], stored: Mapping[str, Any]) -> bool:
-    """Whether a setting or a choice that was typed is the one that the run was made with, but for where things are."""
+def _load(tree: Mapping[str, Any], where: str) -> Run:
     try:
-        return _placeless(load(_with(stored, tree, key.split(".")))) == _placeless(load(stored))
-    except (UserError, KeyError, TypeError):
-        return False
+        return load(tree)
+    except UserError as error:
+        raise UserError(f"{error} ({where})") from None
 
 
-def _placeless(run: Run) -> dict[str, Any]:
-    return {key: None if is_place(key) else value for key, value in flatten_config(dump(run)).items()}
+def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:
+    """Apply overrides of settings that may not change: they repeat what the run was made with, or say where its data is
+    now. Raises UserError where one would change it."""
+    stored = dump(own)
+    for key in keys:
+        if key.partition(".")[0] not in stored:  # such as experiment, which sets others
+            raise _unchangeable(key, stored)
+    try:
+        settings = stored
+        for key in keys:
+            settings = _replaced(settings, tree, key.split("."))
+        repeated = load(settings) if keys else own
+        different = [one.key for one in forbidden_differences(own, repeated, Change.ON_RESUME)]
+    except (UserError, KeyError, TypeError):  # in this run they make no sense: so they are not its own
+        different = [key for key in keys if _at(tree, key) != _at(stored, key)] or keys
+    if different:
+        typed = (key for key in keys if any(f"{one}.".startswith(f"{key}.") for one in different))
+        raise _unchangeable(next(typed, keys[0]), stored)
+    return repeated
 
 
-def _with(stored: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
-    """`stored`, but at `path` what `tree` has there."""
+def _unchangeable(key: str, stored: Mapping[str, Any]) -> UserError:
+    places = [place for place in flatten_config(stored) if is_place(place) and place != "tokenizer.path"]
+    moved = f", and where the same data has moved to ({', '.join(places)})" if places else ""
+    return UserError(
+        f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may{moved}; the rest is the run's own, "
+        "so leave it out"
+    )
+
+
+def _replaced(settings: Mapping[str, Any], tree: Mapping[str, Any], path: list[str]) -> dict[str, Any]:
+    """Replace the settings at `path` by those that `tree` has there."""
     name, *rest = path
-    return {**stored, name: _with(stored[name], tree[name], rest) if rest else tree[name]}
+    return {**settings, name: _replaced(settings[name], tree[name], rest) if rest else tree[name]}
+
+
+def _at(tree: Mapping[str, Any], key: str) -> Any:
+    for name in key.split("."):
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree

@@ -1,4 +1,4 @@
-"""Which run this process trains: a new one, one that goes on, or one that begins with another's weights."""
+"""Starting a run: a new one, one that is resumed, or one that begins with the weights of another (fine-tuning)."""
 
 import logging
 from collections.abc import Mapping
@@ -7,88 +7,95 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from data.tokenizers.tokenizer import load_tokenizer
+from common.settings import Change
+from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from model.transformer import TransformerLM
 from training.run import checkpoint
+from training.run.changes import change_of
 from training.run.config import Run, dump, load
-from training.run.folder import newest, refuse_no_run, refuse_unmakeable, resume_command
-from training.run.resume import resumed
+from training.run.folder import check_is_run, check_makeable, find_run, resume_command
+from training.run.origin import flatten_config
+from training.run.resume import open_run
 
 log = logging.getLogger("headroom")
-OWNED = ("model", "attention", "mlp", "tokenizer")  # what weights depend on
-STRETCH = ("attention.rope_scaling", "attention.rope_factor", "attention.rope_original_context")
-ADJUSTABLE = ("model.dropout", "attention.dropout", "model.context_length", *STRETCH)  # and what of it they do not
 
 
 def resolve_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
-    """The run, and its folder, claimed, if it has one already.
+    """Determine the run; and its folder, and the lock on it, if it has one already.
 
     tree: the composed configuration; typed: the overrides on the command line.
     """
     resume = tree.pop("resume")
     if resume is not None:
-        run, folder, run_lock = resumed(resume, tree, typed)
-        checkpoint.refuse_unfit(folder, run)
+        run, folder, run_lock = open_run(str(resume), tree, typed)
+        checkpoint.check_fits(folder, run)
         return run, folder, run_lock
     if tree["init_from"] is not None:
-        base = str(tree["init_from"])
-        if not base:
-            raise UserError("init_from= names no run: give a run's folder, or latest")
-        base = str(newest(with_checkpoint=True)) if base == "latest" else base
-        tree = {**config_from_base_run(Path(base), tree, typed), "init_from": base}
+        base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
+        tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
     run = load(tree)
     if not run.dry_run:
-        refuse_unmakeable(run.run_dir)
+        check_makeable(run.run_dir)
     return run, None, None
 
 
 def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
-    """The composed settings of a run that begins with the weights of `base`, whose model and tokenizer it takes over.
+    """Replace the model and the tokenizer of the composed settings by those of `base`, whose weights the run begins
+    with.
 
     typed: the overrides on the command line. Raises UserError for one that would make another model or vocabulary.
     """
-    found = checkpoint.newest(base, (checkpoint.MODEL,))
-    if found is None:
-        refuse_no_run(base)
-        raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
-    checkpoint.refuse_not_finite(found)
-    tokenizer = load_tokenizer(base / "tokenizer.json")
-    checkpoint.refuse_other_tokenizer(base, tokenizer, found.manifest.tokenizer)
-    their_run = checkpoint.settings_of(found.path, found.manifest)
-    checkpoint.refuse_other_weights(found, their_run.model, tokenizer.vocab_size)
-    theirs, trained_on = {group: dump(their_run)[group] for group in OWNED}, their_run.model.context_length
+    base_run, tokenizer = _base_run(base)
+    settings = dump(base_run)
+    owned = {group: settings[group] for group in settings if change_of(base_run, group) == Change.NEVER}
     for key in (override.lstrip("+~").partition("=")[0] for override in typed):
         group, _, name = key.partition(".")
-        if key == "model.context_length" and theirs["model"].get("position_embedding") == "learned":
-            raise UserError(
-                f"{key} cannot be chosen with init_from={base}: its learned positions are the "
-                f"{theirs['model']['context_length']} of its context"
-            )
-        if key in ADJUSTABLE and name in theirs[group]:
-            theirs[group][name] = tree[group][name]
-        elif group == "tokenizer":
-            raise UserError(
-                f"{key} cannot be chosen with init_from={base}: its weights know the {tokenizer.vocab_size:,} tokens "
-                f"of {base}/tokenizer.json"
-            )
-        elif group in (*OWNED, "position"):
-            may = [key for key in ADJUSTABLE if key.partition(".")[2] in theirs[key.partition(".")[0]]]
-            raise UserError(
-                f"{key} cannot be chosen with init_from={base}: the model is that run's; {' and '.join(may)} may change"
-            )
-    attention = theirs["attention"]
+        if group in owned or group == "position":  # which sets what the model owns
+            _check_changeable(key, base, base_run, tokenizer.vocab_size)
+            owned[group][name] = tree[group][name]
+    attention = owned["attention"]
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
-        attention["rope_original_context"] = trained_on  # which only the base knows
-    theirs["tokenizer"] = {
-        "_target_": "data.tokenizers.tokenizer.StoredConfig",
+        attention["rope_original_context"] = base_run.model.context_length  # which only the base knows
+    owned["tokenizer"] = {
+        "_target_": "data.tokenizers.load.StoredConfig",
         "path": str(base / "tokenizer.json"),
         "hash": tokenizer.hash,
     }
-    return {**tree, **theirs}
+    return {**tree, **owned}
+
+
+def _base_run(base: Path) -> tuple[Run, Tokenizer]:
+    """Read what the newest whole checkpoint was trained with. Raises UserError where nothing can begin with its
+    weights."""
+    found = checkpoint.newest(base, (checkpoint.MODEL,))
+    if found is None:
+        check_is_run(base)
+        raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
+    checkpoint.check_finite(found)
+    tokenizer = load_tokenizer(base / "tokenizer.json")
+    checkpoint.check_tokenizer(base, tokenizer, found.manifest.tokenizer)
+    run = checkpoint.settings_of(found.path, found.manifest)
+    checkpoint.check_weights(found, run.model, tokenizer.vocab_size)
+    return run, tokenizer
+
+
+def _check_changeable(key: str, base: Path, base_run: Run, vocab_size: int) -> None:
+    """Raise UserError where a setting of the model or the tokenizer must be as it is in the base run."""
+    refused = f"{key} cannot be chosen with init_from={base}"
+    if key == "model.context_length" and base_run.model.position_embedding == "learned":
+        raise UserError(f"{refused}: its learned positions are the {base_run.model.context_length} of its context")
+    if change_of(base_run, key) >= Change.FINE_TUNING:
+        return
+    if key.partition(".")[0] == "tokenizer":
+        raise UserError(f"{refused}: its weights know the {vocab_size:,} tokens of {base}/tokenizer.json")
+    settings = flatten_config({group: dump(base_run)[group] for group in ("model", "attention")})
+    may = [name for name in settings if change_of(base_run, name) >= Change.FINE_TUNING]
+    raise UserError(f"{refused}: the model is that run's; {', '.join(may)} may change")
 
 
 def load_pretrained_weights(base: Path, model: TransformerLM) -> None:
-    """Those of its newest whole checkpoint."""
+    """Give the model the weights of the base run's newest whole checkpoint."""
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")

@@ -1,4 +1,4 @@
-"""Shards in the making: the same bytes whatever the threads, the parts and the kills; bounded memory; full disks."""
+"""Shard builds: the same bytes for any threads, parts and kills; bounded memory; full disks."""
 
 import errno
 import os
@@ -13,11 +13,12 @@ import pytest
 from common.errors import UserError
 from common.lock import lock
 from data.shards import build
-from data.shards.document_index import names_file
+from data.shards.document_index import index_path
 from data.shards.prepare import prepare
 from data.sources.files import FilesCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import BPEConfig, ByteConfig
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
 from tests.support import ROOT
 
 CORPUS, CONFIG = SyntheticCorpus(size=60), BPEConfig(vocab_size=300)
@@ -30,9 +31,9 @@ def expected(tmp_path):
 
 
 def contents(made) -> list:
-    """All that was prepared, wherever its shards begin and end."""
+    """Hash, tokens and indices of prepared documents, however they are divided into shards."""
     tokens = [stream.read(0, len(stream)).tolist() for stream in (made.train, made.val)]
-    names = [names_file(made.folder, split).read_text() for split in build.SPLITS]
+    names = [index_path(made.folder, split).read_text() for split in build.SPLITS]
     return [made.tokenizer.hash, *tokens, *names]
 
 
@@ -41,12 +42,12 @@ def files(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("text", ["some words\n\n',\n\n  in lines\n", "漢字"], ids=["cuts", "none"])
-def test_a_file_that_is_read_in_parts_has_the_tokens_of_the_whole(text, workplace, monkeypatch):
+def test_prepare_file_read_in_parts_gives_tokens_of_whole_text(text, workplace, monkeypatch):
     for name in ("a.txt", "b.txt"):
         (workplace / name).write_text(text * 60)
     config = BPEConfig(vocab_size=300)
     whole = prepare(FilesCorpus(path="*.txt"), config, workplace / "whole")
-    monkeypatch.setattr("data.sources.files.PART", 100)
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 100)
     monkeypatch.setattr(build, "PART_BYTES", 350)
     parts = prepare(FilesCorpus(path="*.txt"), config, workplace / "parts")
     assert len([*parts.folder.glob("train_*.tokens")]) > 1 or text == "漢字"  # which is one unbroken word
@@ -61,7 +62,7 @@ def test_a_file_that_is_read_in_parts_has_the_tokens_of_the_whole(text, workplac
     assert tokens[: len(expected)] == expected and len(tokens) == 2 * len(expected)
 
 
-def test_the_bytes_do_not_depend_on_the_threads(workplace, monkeypatch, expected):
+def test_build_any_number_of_workers_gives_same_bytes(workplace, monkeypatch, expected):
     monkeypatch.setattr(build, "PART_BYTES", PART)
     monkeypatch.setattr(build, "BATCH_BYTES", 700)
     found = []
@@ -75,7 +76,7 @@ def test_the_bytes_do_not_depend_on_the_threads(workplace, monkeypatch, expected
     assert contents(prepare(CORPUS, CONFIG, workplace / "other")) == expected
 
 
-def test_a_build_that_ends_midway_is_continued_after_its_last_part(workplace, monkeypatch, expected):
+def test_prepare_after_interrupt_continues_after_last_finished_part(workplace, monkeypatch, expected):
     monkeypatch.setattr(build, "PART_BYTES", PART)
     writing, encoded = build.ShardWriter.close, []
 
@@ -98,11 +99,11 @@ def test_a_build_that_ends_midway_is_continued_after_its_last_part(workplace, mo
     assert not parts.exists()
 
 
-def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monkeypatch, expected):
+def test_prepare_after_kill_at_any_sync_gives_same_bytes(workplace, monkeypatch, expected):
     code = (
         "import os, signal, sys; from pathlib import Path; from common import atomic_io; from data.shards import build;"
         "from data.sources.synthetic import SyntheticCorpus; from data.shards.prepare import prepare;"
-        "from data.tokenizers.tokenizer import BPEConfig;"
+        "from data.tokenizers.bpe import BPEConfig;"
         f"build.PART_BYTES = {PART}; fsync = atomic_io._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
         "atomic_io._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
         f"prepare(SyntheticCorpus(size=60), BPEConfig(vocab_size=300), Path('cache'))"
@@ -120,10 +121,10 @@ def test_killed_at_any_moment_the_next_ends_with_the_same_bytes(workplace, monke
     assert [path.name[0] for path in sorted((workplace / "cache").iterdir())] == [".", "s"]  # the lock, the shards
 
 
-def test_parts_that_nobody_continues_are_removed_in_the_end(workplace, monkeypatch, caplog):
-    """Of other documents: with others' builds untouched, that are under way or not old yet."""
+def test_prepare_removes_abandoned_parts_of_other_builds(workplace, monkeypatch, caplog):
+    """Builds in progress and recent parts are untouched."""
     caplog.set_level("INFO")
-    cache, old = workplace / "cache", time.time() - (build.DAYS + 1) * 86400
+    cache, old = workplace / "cache", time.time() - (build.MAX_IDLE_DAYS + 1) * 86400
     for name, touched in {"old": old, "held": old, "young": time.time()}.items():
         parts = cache / f".parts-{build.PART_BYTES}-synthetic-byte-{name}"
         (parts / "part_00000").mkdir(parents=True)
@@ -136,10 +137,10 @@ def test_parts_that_nobody_continues_are_removed_in_the_end(workplace, monkeypat
     assert {path.name.rpartition("-")[2] for path in cache.glob(".parts-*")} == {"held", "young", "list"}
     assert not list(cache.glob(".writing-*"))
     (line,) = (record.message for record in caplog.records if "removed" in record.message)
-    assert "synthetic-byte-old" in line and f"left for {build.DAYS + 1} days" in line
+    assert "synthetic-byte-old" in line and f"left for {build.MAX_IDLE_DAYS + 1} days" in line
 
 
-def test_parts_that_a_kill_right_after_their_build_left_are_removed(workplace):
+def test_prepare_removes_parts_left_after_finished_build(workplace):
     made = prepare(SyntheticCorpus(size=20), ByteConfig(), workplace / "cache")
     left = workplace / f"cache/.parts-2000-{made.folder.name}"
     other = workplace / f"cache/.parts-2000-{made.folder.name}-of-another"
@@ -149,7 +150,7 @@ def test_parts_that_a_kill_right_after_their_build_left_are_removed(workplace):
     assert not left.exists() and other.exists()
 
 
-def test_parts_are_kept_where_it_cannot_be_told_whether_one_is_whole(workplace, monkeypatch):
+def test_build_failed_with_unlistable_parts_keeps_them(workplace, monkeypatch):
     monkeypatch.setattr(build, "PART_BYTES", PART)
 
     def unlisted(folder):
@@ -165,7 +166,7 @@ def test_parts_are_kept_where_it_cannot_be_told_whether_one_is_whole(workplace, 
     assert len(list((workplace / "cache").glob(".parts-*/part_*"))) > 5
 
 
-def test_a_full_disk_keeps_the_parts_that_are_whole(workplace, monkeypatch, expected):
+def test_build_on_full_disk_keeps_finished_parts(workplace, monkeypatch, expected):
     monkeypatch.setattr(build, "PART_BYTES", PART)
     write, written = build.ShardWriter.write, []
 
@@ -184,7 +185,7 @@ def test_a_full_disk_keeps_the_parts_that_are_whole(workplace, monkeypatch, expe
     assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
 
 
-def test_a_damaged_part_is_named(workplace, monkeypatch):
+def test_build_damaged_part_raises_error_with_its_path(workplace, monkeypatch):
     monkeypatch.setattr(build, "PART_BYTES", PART)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(build, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -195,7 +196,7 @@ def test_a_damaged_part_is_named(workplace, monkeypatch):
         prepare(CORPUS, CONFIG, workplace / "cache")
 
 
-def test_links_are_copies_where_there_are_none(workplace, monkeypatch, expected):
+def test_build_without_hard_links_copies_shards(workplace, monkeypatch, expected):
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
 
@@ -205,8 +206,8 @@ def test_links_are_copies_where_there_are_none(workplace, monkeypatch, expected)
 
 @pytest.mark.parametrize("documents", [1000, 1])
 @pytest.mark.parametrize("train_bytes", [2**16, 10**9])
-def test_the_tokenizer_learns_from_a_sample_of_all(train_bytes, documents, monkeypatch, workplace):
-    """Of many short documents as of a long one."""
+def test_build_trains_tokenizer_on_sample_of_whole_corpus(train_bytes, documents, monkeypatch, workplace):
+    """For many short documents and for a long one."""
     heard, train = [], BPEConfig.train
     monkeypatch.setattr(BPEConfig, "train", lambda self, texts: train(self, (heard.append(t) or t for t in texts)))
     lines = [f"{i} {'abcdefgh'[i % 8]}{i * i}\n" for i in range(20_000)]
@@ -232,11 +233,11 @@ class Endless(SyntheticCorpus):
             yield document._replace(text=document.text[:500] * 1300)
 
 
-def test_a_corpus_need_not_fit_into_memory(workplace):
+def test_prepare_large_corpus_uses_bounded_memory(workplace):
     code = (
         "import resource; from pathlib import Path; from tests.data.shards.test_build import Endless;"
         "from data.shards import build; build.PART_BYTES = 2**22; from data.shards.prepare import prepare;"
-        "from data.tokenizers.tokenizer import ByteConfig;"
+        "from data.tokenizers.byte import ByteConfig;"
         "prepare(Endless(size=10), ByteConfig(), Path('first'));"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; made = prepare(Endless(size=100), ByteConfig(), "
         "Path('second')); print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
@@ -247,8 +248,8 @@ def test_a_corpus_need_not_fit_into_memory(workplace):
     assert tokens > 40e6 and megabytes < 32
 
 
-def test_documents_of_several_parts_have_one_beginning(workplace, monkeypatch):
-    monkeypatch.setattr("data.sources.files.PART", 256)
+def test_prepare_document_in_several_parts_has_one_end_of_text(workplace, monkeypatch):
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 256)
     monkeypatch.setattr(build, "PART_BYTES", 1000)
     for name in "ab":
         (workplace / f"{name}.txt").write_text(f"a line of {name}\n" * 400)
@@ -258,7 +259,7 @@ def test_documents_of_several_parts_have_one_beginning(workplace, monkeypatch):
     assert len(made.train.shards) > 5 and made.training_documents([(4000, 5000)]) == ["a.txt", "b.txt"]
 
 
-def test_nothing_is_encoded_where_the_last_document_is_bad(workplace, monkeypatch):
+def test_prepare_bad_last_document_raises_before_encoding(workplace, monkeypatch):
     (workplace / "a.jsonl").write_text('{"text": "x"}\n' * 500 + "{\n")
     monkeypatch.setattr(build, "build", None)
     with pytest.raises(UserError, match=r"a\.jsonl:501 is not JSON"):

@@ -1,4 +1,4 @@
-"""The documents of a few tokens are found among hundreds of thousands, without reading their names."""
+"""The document index: names for a few tokens among hundreds of thousands of documents, without reading all of it."""
 
 import bisect
 import io
@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from data.shards import document_index as names
+from data.shards import document_index as index
 
 DOCUMENTS = 200_000
 SPANS = 50
@@ -26,13 +26,13 @@ class Counted(io.FileIO):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """A names file, and the documents it names: uneven ones, some with long and strange names."""
+    """An index, and its documents of different lengths, some with long and strange names."""
     draw, start, documents = random.Random(0), 0, []
-    path = names.names_file(tmp_path_factory.mktemp("corpus"), "train")
+    path = index.index_path(tmp_path_factory.mktemp("corpus"), "train")
     for i in range(DOCUMENTS):
         documents.append((start, f"rows/ü\n{'long ' * 300}{i}" if i % 1000 == 7 else f"rows/{i}"))
         start += draw.choice((1, 2, 30, 5000))
-    path.write_text("".join(names.line(*document) for document in documents))
+    path.write_text("".join(index.index_entry(*document) for document in documents))
     return path, documents, start
 
 
@@ -52,30 +52,30 @@ def spans_of(documents, total):
     return [*anywhere, *edges, (0, 1), (0, 200), (total - 1, total), (total - 9000, total)]
 
 
-def test_names_are_those_that_reading_all_finds(corpus):
+def test_document_names_equal_those_of_full_scan(corpus):
     path, documents, total = corpus
     spans = spans_of(documents, total)
-    with path.open("rb", buffering=names.BLOCK) as file:
-        assert names.names_of(file, path.stat().st_size, spans) == found_by_reading_all(documents, spans)
+    with path.open("rb", buffering=index.READ_BYTES) as file:
+        assert index.document_names(file, path.stat().st_size, spans) == found_by_reading_all(documents, spans)
         for span in spans:
-            assert names.names_of(file, path.stat().st_size, [span]) == found_by_reading_all(documents, [span])
+            assert index.document_names(file, path.stat().st_size, [span]) == found_by_reading_all(documents, [span])
 
 
-def test_a_span_costs_a_few_blocks_however_many_documents_there_are(corpus, monkeypatch):
+def test_document_names_of_one_span_reads_few_bytes(corpus, monkeypatch):
     path, documents, total = corpus
     decoded, loads = [], json.loads
-    monkeypatch.setattr(names.json, "loads", lambda text: decoded.append(text) or loads(text))
+    monkeypatch.setattr(index.json, "loads", lambda text: decoded.append(text) or loads(text))
     raw, size = Counted(path), path.stat().st_size
-    with io.BufferedReader(raw, names.BLOCK) as file:
-        (name,) = names.names_of(file, size, [(total // 3, total // 3 + 1)])
+    with io.BufferedReader(raw, index.READ_BYTES) as file:
+        (name,) = index.document_names(file, size, [(total // 3, total // 3 + 1)])
     assert name == found_by_reading_all(documents, [(total // 3, total // 3 + 1)])[0]
     assert size > 3e6 and len(decoded) < 30
-    assert raw.taken < 30 * (2 * names.BLOCK + 2000)  # lines of 1600 bytes are among those met
+    assert raw.taken < 30 * (2 * index.READ_BYTES + 2000)  # lines of 1600 bytes are among those met
 
 
-def test_a_list_of_names_that_was_cut_or_emptied_is_an_error_that_callers_know(tmp_path):
+def test_document_names_damaged_index_raises_documented_errors(tmp_path):
     path = tmp_path / "train_documents.jsonl"
     for content in (b"", b'[0, "a"]\n[5, "b', b"{}\n", b"[]\n", b"7\n", b"\xff\n"):
         path.write_bytes(content)
         with path.open("rb") as file, pytest.raises((OSError, ValueError, TypeError)):
-            names.names_of(file, len(content), [(6, 7)])
+            index.document_names(file, len(content), [(6, 7)])

@@ -1,4 +1,4 @@
-"""What is said of documents when they are prepared, and afterwards."""
+"""The summary of a corpus and the warnings about it."""
 
 import os
 
@@ -12,7 +12,7 @@ from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import SympyCorpus
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import ByteConfig
+from data.tokenizers.byte import ByteConfig
 
 STORY = "once upon a time\n"
 
@@ -34,7 +34,7 @@ def stories(workplace):
     return workplace
 
 
-def test_files_documents_and_identical_ones_are_counted(stories, caplog):
+def test_summary_counts_files_documents_and_duplicates(stories, caplog):
     caplog.set_level("INFO")
     corpus = FilesCorpus(path="*.*")
     made = prepare(corpus, ByteConfig(), stories / "cache")
@@ -49,37 +49,37 @@ def test_files_documents_and_identical_ones_are_counted(stories, caplog):
     assert made.contents is None and made.training_documents([(0, 9)]) == []  # no pipe is waited for
 
 
-def test_a_document_in_parts_is_one(stories, monkeypatch):
-    monkeypatch.setattr("data.sources.files.PART", 50)
+def test_summary_document_in_parts_counts_once(stories, monkeypatch):
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 50)
     books, words = FilesCorpus(path="*.txt"), SyntheticCorpus(size=10)
-    assert counted(books).described(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
+    assert counted(books).summary(3) == "3 files, 3 documents, 1 of them identical to an earlier one"
     mix = MixCorpus(parts={"words": Part(quota=1, corpus=words), "books": Part(quota=1, corpus=books)})
     names = {document.name for document in mix.read()}
-    assert counted(mix).described(3) == f"3 files, {len(names)} documents, 1 of them identical to an earlier one"
+    assert counted(mix).summary(3) == f"3 files, {len(names)} documents, 1 of them identical to an earlier one"
     assert {"books/a.txt", "books/b.txt", "books/c.txt", "words/synthetic/0"} <= names
 
 
-def test_the_default_corpus_has_no_two_of_a_text():
+def test_summary_default_corpus_has_no_duplicates():
     corpus = SympyCorpus()
     files = len(corpus.sources())
-    assert counted(corpus).described(files) == f"{files} files, {files} documents"
+    assert counted(corpus).summary(files) == f"{files} files, {files} documents"
 
 
-def test_so_many_are_compared_at_most(stories, monkeypatch):
-    monkeypatch.setattr(contents, "COMPARED", 39)
+def test_summary_compares_at_most_max_compared_documents(stories, monkeypatch):
+    monkeypatch.setattr(contents, "MAX_COMPARED", 39)
     found = counted(FilesCorpus(path="rows.csv"))
-    assert found.described(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
+    assert found.summary(1) == "1 file, the first 39 documents, 1 of them identical to an earlier one"
     assert sum(found.bytes.values()) == sum(len(f"row {i % 38}") for i in range(40))
 
 
-def test_an_empty_split_says_what_there_was(stories):
+def test_measure_empty_split_raises_error_with_summary(stories):
     (stories / "one.csv").write_text("text\n" + "the same\n" * 500)
     with pytest.raises(build.UserError, match=r"is empty, of 1 file, 500 documents, 499 of them identical to an"):
         build.measure(FilesCorpus(path="one.csv"))
 
 
 @pytest.mark.parametrize("marker", contents.MARKERS)
-def test_markers_between_documents_are_pointed_out(workplace, caplog, marker):
+def test_measure_text_with_end_of_text_marker_warns(workplace, caplog, marker):
     (workplace / "a.txt").write_text("".join(f"{STORY}{i}\n{marker}\n" for i in range(300)))
     build.measure(FilesCorpus(path="a.txt"))
     warning = next(r.message for r in caplog.records if r.levelname == "WARNING")

@@ -1,4 +1,4 @@
-"""What documents come out of, and what is refused."""
+"""Corpora: the documents they read, and the files they reject."""
 
 import bz2
 import gzip
@@ -13,7 +13,7 @@ from data.sources.python_source import SYMPY_FINGERPRINT, StdlibCorpus, SympyCor
 from data.sources.synthetic import SyntheticCorpus
 
 
-def test_sympy_is_the_pinned_source_split_by_file():
+def test_sympy_has_known_fingerprint_and_is_split_by_file():
     corpus = SympyCorpus()
     assert corpus.fingerprint() == SYMPY_FINGERPRINT
     train, val = ({document.name for document in corpus.documents(split)} for split in ("train", "val"))
@@ -23,7 +23,7 @@ def test_sympy_is_the_pinned_source_split_by_file():
     assert "core/add.py" in train | val
 
 
-def test_the_standard_library_is_python_without_its_tests():
+def test_stdlib_is_python_source_without_tests():
     corpus = StdlibCorpus()
     train, val = ({document.name for document in corpus.documents(split)} for split in ("train", "val"))
     assert 0.02 < len(val) / len(train) < 0.1
@@ -33,20 +33,20 @@ def test_the_standard_library_is_python_without_its_tests():
     assert corpus.fingerprint() == StdlibCorpus().fingerprint()
 
 
-def test_a_python_without_its_source_is_one_line(monkeypatch, tmp_path):
+def test_stdlib_without_source_raises_user_error(monkeypatch, tmp_path):
     monkeypatch.setattr(StdlibCorpus, "_root", staticmethod(lambda: tmp_path))
     with pytest.raises(UserError, match="holds no Python source"):
         StdlibCorpus().fingerprint()
 
 
-def test_another_sympy_is_warned_of(caplog, monkeypatch, tmp_path):
+def test_sympy_other_version_warns(caplog, monkeypatch, tmp_path):
     (tmp_path / "one.py").write_text("x = 1\n")
     monkeypatch.setattr(SympyCorpus, "_root", staticmethod(lambda: tmp_path))
     SympyCorpus().fingerprint()
     assert "is not the source of sympy==1.14.0" in caplog.text
 
 
-def test_files_hold_out_the_last_part_of_each_after_a_line_end(tmp_path):
+def test_files_hold_out_last_part_of_each_cut_after_line_end(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} line {i}\n" for i in range(100)))
     (tmp_path / "sub").mkdir()
@@ -62,7 +62,7 @@ def test_files_hold_out_the_last_part_of_each_after_a_line_end(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["one long line " * 100, "one long line " * 100 + "\n"])
-def test_a_file_of_one_line_has_both_parts(tmp_path, text):
+def test_files_with_one_line_are_split(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)
     corpus = FilesCorpus(path=f"{tmp_path}/a.txt")
     (train,), (val,) = (list(corpus.documents(split)) for split in ("train", "val"))
@@ -70,8 +70,8 @@ def test_a_file_of_one_line_has_both_parts(tmp_path, text):
     assert 0.05 < len(val.text) / len(text) < 0.15
 
 
-def test_files_are_read_as_they_are_whatever_their_names(tmp_path):
-    """Line ends stay; a name is not an archive's, a pattern's or a path's within another."""
+def test_files_with_unusual_names_are_read_unchanged(tmp_path):
+    """Line ends are kept; names that look like archives, patterns or nested paths are names of files."""
     texts = {"crlf.txt": "a\r\nb\rc\n" * 50, "a::b.txt": "x\n" * 50, "a[1].txt": "y\n" * 50, "b.gz": "z\n" * 50}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
@@ -81,7 +81,7 @@ def test_files_are_read_as_they_are_whatever_their_names(tmp_path):
     assert found == texts
 
 
-def test_the_fingerprint_follows_the_files(tmp_path):
+def test_files_fingerprint_changes_with_content_only(tmp_path):
     (tmp_path / "a.txt").write_text("one\n")
     corpus = FilesCorpus(path=f"{tmp_path}/*.txt")
     before = corpus.fingerprint()
@@ -114,8 +114,8 @@ def test_the_fingerprint_follows_the_files(tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["a.txt", "b txt.jsonl", "c txt.json", "d txt.csv"])
-def test_files_that_are_not_text_are_named(tmp_path, name, content, complaint):
-    """Whatever they are called."""
+def test_files_not_text_raise_error_with_name(tmp_path, name, content, complaint):
+    """For any suffix."""
     if content is not None:
         (tmp_path / name).write_bytes(content)
     if name != "a.txt" and content and content.endswith((b">\n", b"\xfe")):
@@ -143,7 +143,7 @@ def test_files_that_are_not_text_are_named(tmp_path, name, content, complaint):
         ("a.json", "words\n", r"a\.json is not JSON \(Expecting value\)"),
     ],
 )
-def test_syntax_is_trained_on_only_where_it_is_asked_for(tmp_path, name, content, complaint):
+def test_files_with_markup_need_document_file(tmp_path, name, content, complaint):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=f"{complaint}.* as it is, give data.document=file"):
         FilesCorpus(path=f"{tmp_path}/*").fingerprint()
@@ -154,7 +154,7 @@ def test_syntax_is_trained_on_only_where_it_is_asked_for(tmp_path, name, content
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.5, 0.999])
 @pytest.mark.parametrize("text", ["a\n", "words\n", "line of words\n" * 100])
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, text, val_fraction):
+def test_files_byte_order_mark_is_not_part_of_text(tmp_path, text, val_fraction):
     (tmp_path / "a.txt").write_text("\ufeff" + text)
     for document in (None, "line", "\\n"):
         corpus = FilesCorpus(path=f"{tmp_path}/a.txt", document=document, val_fraction=val_fraction)
@@ -162,7 +162,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, text, val_fraction):
         assert "".join(d.text for d in corpus.read()) == (text.replace("\n", "") if document else text)
 
 
-def test_synthetic_text_is_seeded():
+def test_synthetic_same_seed_gives_same_documents():
     first, again, other = (
         [list(SyntheticCorpus(size=20, seed=seed).documents(split)) for split in ("train", "val")] for seed in (0, 0, 1)
     )

@@ -1,4 +1,4 @@
-"""Datasets through the library that reads the hub's, here from a folder; and what is said where there is no hub."""
+"""Hub datasets, here through the library from a local folder; and the errors where there is no hub."""
 
 import json
 import urllib.request
@@ -21,7 +21,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_rows_are_documents_and_a_part_is_held_out(folder):
+def test_hub_rows_are_documents_and_a_fraction_is_held_out(folder):
     found = list(HubCorpus(path=str(folder), val_fraction=0.2).read())
     assert [d.text for d in found] == TEXTS
     assert [d.name for d in found] == [f"{folder}:{i}" for i in range(1, 51)]
@@ -40,13 +40,13 @@ def test_rows_are_documents_and_a_part_is_held_out(folder):
     ],
     ids=["config", "split", "column", "type"],
 )
-def test_what_is_not_there_lists_what_is(folder, settings, complaint):
+def test_hub_missing_choice_raises_error_with_choices(folder, settings, complaint):
     with pytest.raises(UserError) as caught:
         list(HubCorpus(path=str(folder), **settings).read())
     assert complaint.format(folder=folder) in str(caught.value)
 
 
-def test_several_configs_want_a_choice(folder):
+def test_hub_several_configs_without_choice_raises_error(folder):
     head = (
         "---\nconfigs:\n- config_name: a\n  data_files: train.jsonl\n- config_name: b\n  data_files: test.jsonl\n---\n"
     )
@@ -56,7 +56,7 @@ def test_several_configs_want_a_choice(folder):
     assert [d.text for d in HubCorpus(path=str(folder), config="b").read()] == ["x"]
 
 
-def test_the_fingerprint_follows_the_files(folder):
+def test_hub_folder_fingerprint_changes_with_files(folder):
     corpus = HubCorpus(path=str(folder))
     before = corpus.fingerprint()
     (folder / "test.jsonl").touch()
@@ -75,20 +75,20 @@ def test_the_fingerprint_follows_the_files(folder):
     ],
     ids=["JSON", "bytes", "columns", "formats"],
 )
-def test_a_file_that_does_not_belong_is_named_in_one_line(folder, caplog, name, content, complaint):
+def test_hub_folder_with_bad_file_raises_error_with_name(folder, caplog, name, content, complaint):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=complaint) as caught:
         list(HubCorpus(path=str(folder)).read())
     assert "\n" not in str(caught.value) and not caplog.records
 
 
-def test_a_csv_file_that_is_no_utf8_far_down_is_named(tmp_path):
+def test_hub_csv_not_utf8_far_down_raises_error_with_name(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"text\n" + b"words\n" * 30_000 + b"\xff\n")
     with pytest.raises(UserError, match=r"a\.csv is not UTF-8 text \(it holds the byte 0xff\): convert or exclude it"):
         list(HubCorpus(path=str(tmp_path)).read())
 
 
-def test_a_row_that_lacks_the_column_is_refused_as_data_files_does(folder):
+def test_hub_row_without_column_raises_same_error_as_files(folder):
     rows = [{"text": None}, {"text": "x"}, {"n": 2}, {"text": "y"}]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for corpus in (HubCorpus(path=str(folder)), FilesCorpus(path=f"{folder}/train.jsonl")):
@@ -97,7 +97,7 @@ def test_a_row_that_lacks_the_column_is_refused_as_data_files_does(folder):
     assert [d.text for d in HubCorpus(path=str(folder), limit=2).read()] == ["x"]  # null is no text, and not refused
 
 
-def test_a_folder_may_be_at_home_and_hold_links_to_itself(folder, monkeypatch):
+def test_hub_folder_in_home_with_links_to_itself_is_read(folder, monkeypatch):
     (folder / "self").symlink_to(".")
     monkeypatch.setenv("HOME", str(folder.parent))
     corpus = HubCorpus(path=f"~/{folder.name}")
@@ -105,7 +105,7 @@ def test_a_folder_may_be_at_home_and_hold_links_to_itself(folder, monkeypatch):
     assert [path.rpartition("/")[2] for path in corpus.sources()] == ["test.jsonl", "train.jsonl"]
 
 
-def test_a_format_that_only_the_library_reads_is_one_line(folder):
+def test_hub_damaged_file_in_library_format_raises_user_error(folder):
     (folder / "train.jsonl").unlink()
     (folder / "test.jsonl").unlink()
     (folder / "train.json").write_text("[{oops")
@@ -114,15 +114,15 @@ def test_a_format_that_only_the_library_reads_is_one_line(folder):
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_folder_is_said(folder):
+def test_hub_empty_folder_raises_user_error(folder):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="is an empty folder"):
         HubCorpus(path=str(folder / "empty")).fingerprint()
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["forbidden", "unreachable"])
-def test_without_a_hub_one_line_and_one_question_at_most(monkeypatch, offline):
-    """The library alone would ask for half a minute."""
+def test_hub_unreachable_raises_user_error_after_one_request(monkeypatch, offline):
+    """The library alone would retry for half a minute."""
     monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setattr("huggingface_hub.HfApi", None)
@@ -134,14 +134,14 @@ def test_without_a_hub_one_line_and_one_question_at_most(monkeypatch, offline):
         expected = "HF_HUB_OFFLINE" if offline else r"127\.0\.0\.1:9 does not answer: Connection refused: give"
         with pytest.raises(UserError, match=expected):
             corpus.fingerprint()
-    assert asked == [] if offline else asked == [hub.PATIENCE] * 2
+    assert asked == [] if offline else asked == [hub.TIMEOUT] * 2
     with pytest.raises(
         UserError, match=r"^data\.path='nonsense' is no folder \(a dataset .* is named owner/name\), and "
     ):
         HubCorpus(path="nonsense").fingerprint()
 
 
-def test_a_name_that_no_hub_has_is_not_asked_for(folder, monkeypatch):
+def test_hub_invalid_name_raises_without_request(folder, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", None)
     for path, complaint in {
         "a/b/c": "nor named owner/name",
@@ -152,7 +152,7 @@ def test_a_name_that_no_hub_has_is_not_asked_for(folder, monkeypatch):
             HubCorpus(path=path).fingerprint()
 
 
-def test_a_whole_commit_needs_no_hub_until_it_is_read(monkeypatch):
+def test_hub_full_commit_needs_no_request_for_fingerprint(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     first, second = (HubCorpus(path="owner/name", revision=digit * 40) for digit in "ab")
     assert first.fingerprint() != second.fingerprint()
@@ -160,13 +160,13 @@ def test_a_whole_commit_needs_no_hub_until_it_is_read(monkeypatch):
         list(first.read())
 
 
-def test_the_hub_is_asked_for_the_commit_and_read_at_it(folder, monkeypatch):
-    """A hub of this test: what a name stands for is held fixed from then on, and a failure midway is one line."""
+def test_hub_branch_is_resolved_and_read_at_its_commit(folder, monkeypatch):
+    """With a fake hub: the commit of a name is resolved once, and a failure midway is a one-line error."""
     import datasets
 
     asked, commit = [], "c" * 40
     rows = datasets.IterableDataset.from_generator(failing_rows)
-    monkeypatch.setattr(hub, "_refuse_unreachable", lambda path: None)
+    monkeypatch.setattr(hub, "_check_reachable", lambda path: None)
     monkeypatch.setattr(hub, "_commit_of", lambda path, revision: commit)
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda **how: asked.append(how) or ["default"])
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda **how: asked.append(how) or ["train"])
@@ -185,16 +185,19 @@ def failing_rows():
     raise ConnectionError("the line is dead")
 
 
-def test_a_run_keeps_the_commit_it_found(monkeypatch):
-    """A branch moves on; the run's documents do not. The shards are the same under either name."""
+def test_with_fixed_revision_keeps_commit_and_fingerprint(monkeypatch):
+    """A branch moves on; the documents of a run do not. Both names find the same shards."""
     heads = {None: "a" * 40, "main": "a" * 40}
     commit_of = hub._commit_of
     monkeypatch.setattr(hub, "_commit_of", lambda path, revision: heads.get(revision, revision))
     corpus = HubCorpus(path="owner/name")
-    pinned, fingerprint = corpus.pinned(), corpus.fingerprint()
+    pinned, fingerprint = corpus.with_fixed_revision(), corpus.fingerprint()
     assert pinned.revision == "a" * 40 and pinned.cache_key() == corpus.cache_key()
     mix = MixCorpus(parts={"web": Part(quota=1, corpus=corpus)})
-    assert mix.pinned().parts["web"].corpus == pinned and mix.pinned().cache_key() == mix.cache_key()
+    assert (
+        mix.with_fixed_revision().parts["web"].corpus == pinned
+        and mix.with_fixed_revision().cache_key() == mix.cache_key()
+    )
     heads[None] = "b" * 40
     assert corpus.fingerprint() != fingerprint
     monkeypatch.setattr(hub, "_commit_of", commit_of)  # which asks nobody about a whole commit

@@ -1,4 +1,4 @@
-"""Any JSON comes as json.loads reads it, however few characters are in memory at one time."""
+"""Streamed JSON equals json.loads, however few characters are in memory at one time."""
 
 import io
 import json
@@ -19,16 +19,16 @@ FORMS = {
 
 @pytest.fixture(params=[1, 7, 100, 2**16], autouse=True)
 def block(request, monkeypatch):
-    monkeypatch.setattr(json_values, "BLOCK", request.param)
+    monkeypatch.setattr(json_values, "READ_CHARS", request.param)
 
 
 @pytest.mark.parametrize("text", FORMS.values(), ids=FORMS)
-def test_all_values_come_in_order(text):
+def test_values_are_yielded_in_order(text):
     assert list(json_values.values(io.StringIO(text))) == ROWS
 
 
 @pytest.mark.parametrize("text", ["[]", " [ ] ", "", " \n"])
-def test_there_may_be_none(text):
+def test_values_of_empty_file_yields_nothing(text):
     assert list(json_values.values(io.StringIO(text))) == []
 
 
@@ -46,13 +46,13 @@ BAD = [
 
 
 @pytest.mark.parametrize("text", [*BAD, '[{"a": tru}]', '{"a": 1} x', '{"a": "\\u12"}'])
-def test_what_is_no_json_is_an_error(text):
+def test_values_not_json_raises_error(text):
     with pytest.raises(ValueError, match=r"."):
         list(json_values.values(io.StringIO(text)))
 
 
-def test_a_mistake_at_the_beginning_does_not_read_the_rest():
+def test_values_error_at_start_reads_no_more():
     file = io.StringIO('[{"text": "x" "n": 1},' + FORMS["array"][1:-1] * 200 + "]")
     with pytest.raises(ValueError, match="delimiter"):
         list(json_values.values(file))
-    assert file.tell() <= 2 * max(json_values.BLOCK, 100)
+    assert file.tell() <= 2 * max(json_values.READ_CHARS, 100)

@@ -1,4 +1,4 @@
-"""Several corpora in fixed proportions: what is where depends on the settings alone."""
+"""Mixes: fixed proportions, in an order that depends on the settings alone."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from data.shards.prepare import prepare
 from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.tokenizer import ByteConfig
+from data.tokenizers.byte import ByteConfig
 
 
 def mix(**parts) -> MixCorpus:
@@ -22,7 +22,7 @@ def books(tmp_path):
     return FilesCorpus(path=f"{tmp_path}/*.txt")
 
 
-def test_quotas_hold_from_the_beginning_to_the_end(books):
+def test_mix_meets_quotas_at_every_document(books):
     words = SyntheticCorpus(size=100)
     found = [d for d in mix(a=(3, words), b=(1, books)).read() if not d.held_out]
     taken, longest = {"a": 0, "b": 0}, max(len(d.text) for d in found)
@@ -32,7 +32,7 @@ def test_quotas_hold_from_the_beginning_to_the_end(books):
     assert taken["b"] > 4 * longest
 
 
-def test_each_part_is_read_in_its_order_with_all_that_it_holds_out(books):
+def test_mix_keeps_order_and_held_out_documents_of_each_part(books):
     words = SyntheticCorpus(size=30)
     found = list(mix(a=(1, words), b=(100, books)).read())
     for name, corpus in (("a", words), ("b", books)):
@@ -43,7 +43,7 @@ def test_each_part_is_read_in_its_order_with_all_that_it_holds_out(books):
     assert sum(d.name.startswith("a/") for d in found) < 30
 
 
-def test_the_order_is_a_function_of_the_settings(books):
+def test_mix_order_depends_on_settings_only(books):
     words = SyntheticCorpus(size=50)
     first, second = mix(a=(1, words), b=(2, books)), mix(b=(2, books), a=(1, words))
     assert list(first.read()) == list(second.read())
@@ -52,8 +52,8 @@ def test_the_order_is_a_function_of_the_settings(books):
     assert first.fingerprint() != mix(a=(1, SyntheticCorpus(size=50, seed=1)), b=(2, books)).fingerprint()
 
 
-def test_a_document_in_parts_stays_together(books, tmp_path, monkeypatch):
-    monkeypatch.setattr("data.sources.files.PART", 64)
+def test_mix_document_in_parts_stays_together(books, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.files.PART_BYTES", 64)
     found = list(mix(a=(1, SyntheticCorpus(size=30)), b=(1, books)).read())
     for before, document in pairwise(found):
         assert not document.is_continuation or before.name == document.name
@@ -63,7 +63,7 @@ def test_a_document_in_parts_stays_together(books, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quota", [0, -1, float("nan"), float("inf")])
-def test_quotas_are_positive(quota):
+def test_mix_invalid_quota_raises_error(quota):
     with pytest.raises(ValueError, match="quota"):
         Part(quota=quota, corpus=SyntheticCorpus())
     with pytest.raises(ValueError, match="names no corpus"):

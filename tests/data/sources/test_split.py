@@ -1,5 +1,5 @@
-"""No document is trained on and validated on as well: identical ones are on one side, in a file, in several, in a mix;
-and what older runs hold out stays what it was."""
+"""No document is in both splits: identical documents are in the same one, in a file, in several, in a mix; and older
+runs keep their held-out documents."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.python_source import StdlibCorpus, SympyCorpus
-from data.tokenizers.tokenizer import ByteConfig
+from data.tokenizers.byte import ByteConfig
 from training.run.migrate import migrate
 
 TEXTS = [f"text {i % 150}" for i in range(600)]
@@ -51,21 +51,21 @@ def sides(corpus) -> tuple[set[str], set[str]]:
     ],
     ids=["rows", "lines", "separated", "hub", "mix"],
 )
-def test_identical_documents_are_on_one_side(folder, corpus):
+def test_split_identical_documents_are_in_one_split(folder, corpus):
     corpus.fingerprint()
     train, val = sides(corpus)
     assert not train & val and train | val == set(TEXTS) and 5 < len(val) < 30
 
 
-def test_the_source_of_the_default_corpora_is_on_one_side():
-    """Held out by a hash of their paths; only empty files are alike on both sides."""
+def test_split_default_corpora_share_no_text():
+    """Files are split by a hash of their path, so texts could be in both; only empty ones are."""
     for corpus in (SympyCorpus(), StdlibCorpus()):
         train, val = sides(corpus)
         assert train & val <= {""}
 
 
 def older(**settings) -> FilesCorpus | HubCorpus:
-    """As a run of format 2 stored it."""
+    """The corpus of settings that a run of format 2 stored."""
     hub = settings.pop("hub", False)
     kind = "data.hub.HubCorpus" if hub else "data.files.FilesCorpus"
     stored = migrate({"data": {"_target_": kind, "document_mask": False} | settings}, 2)["data"]
@@ -74,7 +74,7 @@ def older(**settings) -> FilesCorpus | HubCorpus:
     return cls(**stored)
 
 
-def test_older_runs_keep_their_documents_and_their_split(folder):
+def test_split_settings_of_older_runs_give_same_documents(folder):
     (folder / "bom.txt").write_bytes(b"\xef\xbb\xbfa\rb\r\n\nc\n")
     (folder / "rows.json").write_text('[{"text": "x"}]\n')
     (folder / "page.html").write_text("<html>\n</html>\n")
@@ -88,8 +88,8 @@ def test_older_runs_keep_their_documents_and_their_split(folder):
     assert [d.text for d in older(path="bom.txt", document="line").read()] == ["\ufeffa\rb", "c"]
 
 
-def test_older_runs_find_what_was_prepared_for_them(folder):
-    """The key of the shards is a hash of these."""
+def test_cache_key_settings_of_older_runs_is_unchanged(folder):
+    """The name of prepared shards contains a hash of them."""
     assert older(path="a.txt", document="line").cache_key() == {
         "path": "a.txt",
         "column": None,
@@ -138,13 +138,13 @@ CLASHES = {
 
 
 @pytest.mark.parametrize(("parts", "complaint"), CLASHES.values(), ids=CLASHES)
-def test_parts_of_a_mix_that_would_train_on_what_another_holds_out_are_refused(folder, parts, complaint):
+def test_mix_parts_with_conflicting_splits_raise_error(folder, parts, complaint):
     (folder / "link.txt").symlink_to("a.txt")
     with pytest.raises(UserError, match=complaint):
         mix(**parts).fingerprint()
 
 
-def test_parts_that_hold_out_alike_may_read_the_same_file(folder):
+def test_mix_parts_with_same_split_may_share_files(folder):
     mix(a=FilesCorpus(path="a.txt"), b=FilesCorpus(path="*.txt"), c=FilesCorpus(path="a.jsonl")).fingerprint()
     by_index = older(path="a.jsonl", val_fraction=0.2)  # of an older mix, which goes on as it began
     mix(a=FilesCorpus(path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")).fingerprint()

@@ -1,4 +1,4 @@
-"""Rows of tables and lines of text as documents: each once, in order, with a name that finds it again."""
+"""Rows of tables and lines of text as documents: each once, in order, with a name that locates it."""
 
 import csv
 import json
@@ -50,7 +50,7 @@ def refusal(**settings) -> str:
     return str(caught.value)
 
 
-def test_every_row_is_a_document_once_and_in_order(table):
+def test_table_every_row_is_one_document_in_order(table):
     found = read(path=str(table))
     assert [document.text for document in found] == TEXTS
     assert len({document.name for document in found}) == len(TEXTS)
@@ -60,19 +60,19 @@ def test_every_row_is_a_document_once_and_in_order(table):
     assert [d.held_out for d in by_index] == [hash_sample(i, 0.1) for i in range(len(TEXTS))]
 
 
-def test_what_is_held_out_stays_so_when_rows_are_added(tmp_path):
+def test_table_split_is_stable_when_rows_are_added(tmp_path):
     write_table(tmp_path / "a.jsonl", TEXTS)
     before = read(path=f"{tmp_path}/a.jsonl")
     write_table(tmp_path / "a.jsonl", TEXTS + TEXTS)
     assert read(path=f"{tmp_path}/a.jsonl")[: len(before)] == before
 
 
-def test_a_wrong_column_lists_those_there_are(table):
+def test_table_unknown_column_raises_error_with_columns(table):
     assert " has no column body, it has " in refusal(path=str(table), column="body")
     assert "a." in refusal(path=str(table), column="body") and "has n, text" in refusal(path=str(table), column="body")
 
 
-def test_rows_without_text_are_passed_over(tmp_path):
+def test_table_rows_without_text_are_skipped(tmp_path):
     for path in (tmp_path / f"a.{kind}" for kind in ("jsonl", "json", "parquet", "csv")):
         write_table(path, ["one", None, "", "two"])
         found = read(path=str(path))
@@ -101,13 +101,13 @@ BAD_TABLES = {
 
 
 @pytest.mark.parametrize(("name", "content", "complaint"), BAD_TABLES.values(), ids=BAD_TABLES)
-def test_a_bad_table_is_named_in_one_line(tmp_path, name, content, complaint):
+def test_table_damaged_raises_error_with_name(tmp_path, name, content, complaint):
     (tmp_path / name).write_text(content)
     found = refusal(path=f"{tmp_path}/*")
     assert complaint.format(folder=tmp_path) in found and "\n" not in found
 
 
-def test_a_damaged_parquet_file_is_named(tmp_path):
+def test_parquet_damaged_raises_error_with_name(tmp_path):
     write_table(tmp_path / "a.parquet", [f"{i} " * 200 for i in range(300)])
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[200:1200] = bytes(1000)
@@ -115,12 +115,12 @@ def test_a_damaged_parquet_file_is_named(tmp_path):
     assert "a.parquet is damaged after row" in refusal(path=f"{tmp_path}/*")
 
 
-def test_parquet_columns_that_are_not_text_are_named(tmp_path):
+def test_parquet_column_not_text_raises_error(tmp_path):
     write_table(tmp_path / "a.parquet", TEXTS)
     assert "holds int in column n, not text" in refusal(path=f"{tmp_path}/*", column="n")
 
 
-def test_a_column_is_the_one_of_that_name_also_beside_a_struct_with_such_a_field(tmp_path, caplog):
+def test_parquet_column_name_wins_over_struct_field(tmp_path, caplog):
     rows = [{"a": {"text": f"nested {i}"}, "a.text": f"flat {i}"} for i in range(5)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
     found = read(path=f"{tmp_path}/a.parquet", column="a.text")
@@ -130,7 +130,7 @@ def test_a_column_is_the_one_of_that_name_also_beside_a_struct_with_such_a_field
     assert "holds dict in column a, not text" in refusal(path=f"{tmp_path}/a.parquet", column="a")
 
 
-def test_a_parquet_row_that_is_no_utf8_is_named(tmp_path):
+def test_parquet_row_not_utf8_raises_error_with_row(tmp_path):
     cells = pa.array([b"ab", b"caf\xc3\xa9", b"\xff\xfe", b"cd"])
     text = pa.Array.from_buffers(pa.string(), len(cells), cells.buffers())
     pq.write_table(pa.table({"text": text}), tmp_path / "a.parquet")
@@ -148,12 +148,12 @@ def test_a_parquet_row_that_is_no_utf8_is_named(tmp_path):
         ("a.txt", {"column": "text"}, "is no table: leave it out"),
     ],
 )
-def test_a_document_that_does_not_fit_the_file_is_refused(tmp_path, name, settings, complaint):
+def test_files_document_setting_not_fitting_file_raises_error(tmp_path, name, settings, complaint):
     (tmp_path / name).write_text("text\nx\n")
     assert complaint in refusal(path=f"{tmp_path}/*", **settings)
 
 
-def test_lines_are_documents_without_their_ends(tmp_path):
+def test_files_lines_are_documents_without_line_ends(tmp_path):
     (tmp_path / "a.txt").write_bytes("one\n\ntwo\r\nthree é".encode())
     found = read(path=f"{tmp_path}/a.txt", document="line")
     assert [d.text for d in found] == ["one", "two", "three é"]
@@ -161,7 +161,7 @@ def test_lines_are_documents_without_their_ends(tmp_path):
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_line_ends_as_any_system_ends_it(tmp_path, end):
+def test_files_lines_end_at_any_line_end(tmp_path, end):
     lines = [f"line {i}\x0b\x85\u2028 é" for i in range(300)]
     (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
     assert [d.text for d in read(path=f"{tmp_path}/a.txt", document="line")] == lines
@@ -183,8 +183,8 @@ SEPARATED = {
 
 @pytest.mark.parametrize("part", [4, 16, 2**24])
 @pytest.mark.parametrize(("separator", "text", "expected"), SEPARATED.values(), ids=SEPARATED)
-def test_documents_stand_between_separators(tmp_path, monkeypatch, part, separator, text, expected):
-    monkeypatch.setattr(files, "PART", part)
+def test_files_separator_splits_documents(tmp_path, monkeypatch, part, separator, text, expected):
+    monkeypatch.setattr(files, "PART_BYTES", part)
     (tmp_path / "a.txt").write_bytes(text.encode())
     if expected is None:
         assert f"data.document={separator!r} is no separator in" in refusal(path=f"{tmp_path}/*", document=separator)
@@ -193,18 +193,18 @@ def test_documents_stand_between_separators(tmp_path, monkeypatch, part, separat
 
 
 @pytest.mark.parametrize("slip", ["lines", "Line", "rows", "files"])
-def test_a_slip_is_no_separator(slip):
+def test_files_document_with_typo_raises_error(slip):
     with pytest.raises(ValueError, match=rf"data\.document={slip}: did you mean {slip.lower().rstrip('s')}\?"):
         FilesCorpus(path="a.txt", document=slip)
 
 
 @pytest.mark.parametrize("text", ["ünï 🙂 line\n" * 40, "ünï🙂" * 90, "a\n" * 200, "é" + "\n" * 90])
 @pytest.mark.parametrize("part", [4, 7, 64])
-def test_a_long_file_comes_in_parts_that_are_its_text(tmp_path, monkeypatch, text, part):
-    """However small a part of it is in memory at one time."""
+def test_files_long_file_comes_in_parts_of_its_text(tmp_path, monkeypatch, text, part):
+    """For any size of the part in memory."""
     (tmp_path / "a.txt").write_text(text)
     whole = read(path=f"{tmp_path}/a.txt")
-    monkeypatch.setattr(files, "PART", part)
+    monkeypatch.setattr(files, "PART_BYTES", part)
     found = read(path=f"{tmp_path}/a.txt")
     for held_out in (False, True):
         pieces = [d for d in found if d.held_out == held_out]
@@ -214,14 +214,14 @@ def test_a_long_file_comes_in_parts_that_are_its_text(tmp_path, monkeypatch, tex
 
 
 @pytest.mark.parametrize("content", [b"\x80" * 50, b"ab\xff", b"abc\xc3", b"x" * 30 + b"\xf0\x9f"])
-def test_bytes_that_are_not_text_are_found_wherever_a_part_ends(tmp_path, monkeypatch, content):
-    monkeypatch.setattr(files, "PART", 8)
+def test_files_invalid_bytes_are_located_across_parts(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(files, "PART_BYTES", 8)
     (tmp_path / "a.txt").write_bytes(content)
     good = content.decode(errors="ignore").encode()
     assert f"is not UTF-8 text (at byte {len(good)})" in refusal(path=f"{tmp_path}/a.txt")
 
 
-def test_what_is_read_otherwise_than_it_looks_is_said(workplace, caplog):
+def test_table_ambiguous_content_warns(workplace, caplog):
     (workplace / "a.tsv").write_text('id\ttext\n1\t"Hello he said\n2\tfine\n3\tsaid he"\n4\tz\n')
     assert [text for _, text in cells("a.tsv", "text")] == ["Hello he said\n2\tfine\n3\tsaid he", "z"]
     assert "a.tsv:1 has tabs or line ends within quotes in column text, read as one cell" in caplog.text

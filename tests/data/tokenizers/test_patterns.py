@@ -1,4 +1,4 @@
-"""A long text has the tokens that it has in one piece, wherever it is cut."""
+"""A long text that is cut has the tokens that it has in one piece."""
 
 import random
 import re
@@ -11,8 +11,8 @@ import tiktoken
 from tokenizers import Regex, pre_tokenizers
 
 from data.sources.python_source import StdlibCorpus
-from data.tokenizers.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, pieces, portable
-from data.tokenizers.tokenizer import BPEConfig, BPETokenizer
+from data.tokenizers.bpe import BPEConfig, BPETokenizer
+from data.tokenizers.patterns import BLANKS, CL100K, GPT2, KNOWN, O200K, PATTERN, PIECE, bounded, exact_pieces, portable
 
 NAMES = {PATTERN: "ours", GPT2: "gpt2", CL100K: "cl100k", O200K: "o200k"}
 SOURCE = "".join(document.text for document in islice(StdlibCorpus().read(), 30))[:300_000]
@@ -57,24 +57,24 @@ def whole(pattern: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:
 
 
 def split(regex: str) -> Callable[[str], list[str]]:
-    """Into the words that Oniguruma finds."""
+    """Split a text into the words that Oniguruma finds."""
     words = pre_tokenizers.Split(Regex(regex), "isolated")
     return lambda text: [word for word, _ in words.pre_tokenize_str(text)]
 
 
-def test_long_texts_have_the_tokens_of_the_text_in_one_piece(pattern, tokens):
+def test_encode_long_text_gives_tokens_of_one_piece(pattern, tokens):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
     for name, text in TEXTS.items():
         assert len(text) > 2 * PIECE
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), name
 
 
-def test_natural_text_is_cut_into_pieces_of_about_one_size(pattern):
+def test_exact_pieces_natural_text_has_similar_sizes(pattern):
     for name in ("source", "carriage returns", "minified", "base64", "Chinese", "Chinese lines"):
-        assert all(len(piece.text) < 1.1 * PIECE for piece in pieces(TEXTS[name], pattern)), name
+        assert all(len(piece.text) < 1.1 * PIECE for piece in exact_pieces(TEXTS[name], pattern)), name
 
 
-def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, monkeypatch):
+def test_encode_long_white_space_gives_words_of_pattern(pattern, tokens, monkeypatch):
     ours, theirs = BPETokenizer(tokens, pattern, "exact"), whole(pattern, tokens)
     monkeypatch.setattr("data.tokenizers.patterns.LONG_RUN", 200)
     words = split(portable(pattern))
@@ -82,20 +82,20 @@ def test_long_runs_of_white_space_are_cut_as_short_ones_are(pattern, tokens, mon
     for before, run, after in product(("", "x", "!\n", "x\n\n "), runs, ("", "x", "\n", "\nx", " x", "/")):
         text = before + run + after
         assert ours.encode(text).tolist() == theirs.encode_ordinary(text), (before, run[:3], after)
-        cut = [[piece.text] if piece.one_word else words(piece.text) for piece in pieces(text, pattern)]
+        cut = [[piece.text] if piece.one_word else words(piece.text) for piece in exact_pieces(text, pattern)]
         assert [*chain.from_iterable(cut)] == words(text), (before, run[:3], after)
 
 
-def test_runs_that_tiktoken_fails_on_have_their_tokens(pattern):
-    """A million characters: its engine holds an entry for each, and panics."""
+def test_encode_run_beyond_tiktoken_limit_gives_tokens(pattern):
+    """A million characters: its engine keeps an entry for each, and panics."""
     spaces = [b" " * 2**i for i in range(1, 7)]
     ours = BPETokenizer([*BYTES, *spaces], pattern, "exact")
     text = "x" + " " * (64 * 2**14 + 1) + "x"
     assert ours.encode(text).tolist() == [ord("x"), *[len(BYTES) + 5] * 2**14, ord(" "), ord("x")]
 
 
-def test_oniguruma_finds_the_same_words(pattern):
-    """tiktoken does not tell its words; here each word is a token."""
+def test_portable_pattern_finds_same_words_in_oniguruma(pattern):
+    """tiktoken does not return words; here each word is a token."""
     text = TEXTS["runs"][:5000] + TEXTS["contractions"][:5000] + "\n  "
     words = split(portable(pattern))(text)
     vocabulary = [*BYTES, *{word.encode(): None for word in words if len(word.encode()) > 1}]
@@ -103,13 +103,13 @@ def test_oniguruma_finds_the_same_words(pattern):
     assert [vocabulary[token].decode() for token in found] == words
 
 
-def test_the_blanks_are_the_white_space_of_tiktoken():
+def test_blanks_equal_white_space_of_tiktoken():
     every = "".join(chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000)
     found = bytes(whole(r"\s", BYTES).encode_ordinary(every)).decode()  # it leaves out what does not match
     assert set(found) == {"\r", "\n", *re.findall(f"[{BLANKS}]", every)}
 
 
-def test_training_takes_long_words_in_parts():
+def test_bounded_pattern_splits_long_words():
     words, plain = split(bounded(PATTERN, 256)), split(PATTERN)
     assert [*map(len, words("a" * 600 + "," + " " * 300))] == [256, 256, 88, 1, 256, 44]
     assert words(SOURCE[:50_000]) == plain(SOURCE[:50_000])

@@ -1,4 +1,4 @@
-"""Published vocabularies: read from a file or refused, and then the tokens are those of tiktoken itself."""
+"""Published vocabularies: read from a file or rejected, with the tokens of tiktoken itself."""
 
 import base64
 import hashlib
@@ -13,8 +13,11 @@ import tiktoken_ext.openai_public as theirs
 from common.errors import UserError
 from data.shards.prepare import prepare
 from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.load import load_tokenizer
+from data.tokenizers.patterns import PIECE
 from data.tokenizers.tiktoken_files import CL100KConfig, GPT2Config, O200KConfig, Published
-from data.tokenizers.tokenizer import END_OF_TEXT, PIECE, BPEConfig, load_tokenizer
+from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.data.opening import assert_opened
 
 TEXTS = [document.text for document in SyntheticCorpus(size=20).documents("train")]
@@ -24,7 +27,7 @@ CONFIGS = [GPT2Config, CL100KConfig, O200KConfig]
 
 
 class Small(GPT2Config):
-    """A vocabulary of this test's under GPT-2's pattern."""
+    """A small vocabulary for tests, with GPT-2's pattern."""
 
     @property
     def published(self) -> Published:
@@ -38,7 +41,7 @@ def folder(tmp_path):
     return str(tmp_path / "vocabularies")
 
 
-def test_names_patterns_and_hashes_are_those_published(monkeypatch):
+def test_published_vocabularies_match_tiktoken_definitions(monkeypatch):
     loaded = []
     monkeypatch.setattr(theirs, "load_tiktoken_bpe", lambda url, expected_hash: loaded.append((url, expected_hash)))
     for config, name in zip(CONFIGS, ("r50k_base", "cl100k_base", "o200k_base"), strict=True):
@@ -51,7 +54,7 @@ def test_names_patterns_and_hashes_are_those_published(monkeypatch):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_the_tokens_are_those_of_tiktoken_and_of_hugging_face(config, folder, tmp_path):
+def test_published_tokens_match_tiktoken_and_hugging_face(config, folder, tmp_path):
     class Ours(config):
         @property
         def published(self) -> Published:
@@ -69,21 +72,21 @@ def test_the_tokens_are_those_of_tiktoken_and_of_hugging_face(config, folder, tm
     assert_opened(tmp_path / "tokenizer.json", tokenizer, texts)
 
 
-def test_older_settings_find_their_shards():
+def test_cache_key_published_settings_of_older_runs_is_unchanged():
     for config in CONFIGS:
         identity = {"sha256": config().published.sha256}  # as recorded before there was a cut
         assert config(cut="words").cache_key() == identity
         assert config().cache_key() == identity | {"cut": "exact"}
 
 
-def test_the_end_of_text_is_the_last_token_and_never_comes_out_of_text(folder):
+def test_published_end_of_text_is_last_and_never_encoded(folder):
     tokenizer = Small(folder=folder).train([])
     assert tokenizer.vocab_size == len(VOCABULARY) + 1 and tokenizer.end_of_text == len(VOCABULARY)
     assert tokenizer.end_of_text not in tokenizer.encode(f"a {END_OF_TEXT} b")
     assert tokenizer.decode(tokenizer.encode(END_OF_TEXT)) == END_OF_TEXT
 
 
-def test_a_run_keeps_all_of_it(folder, tmp_path):
+def test_published_saved_tokenizer_needs_no_vocabulary_file(folder, tmp_path):
     tokenizer = Small(folder=folder).train([])
     tokenizer.save(tmp_path / "tokenizer.json")
     os.remove(f"{folder}/small.tiktoken")
@@ -92,14 +95,14 @@ def test_a_run_keeps_all_of_it(folder, tmp_path):
     assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
 
 
-def test_prepared_once_the_file_is_not_needed(folder, tmp_path):
+def test_prepare_again_needs_no_vocabulary_file(folder, tmp_path):
     corpus = SyntheticCorpus(size=20)
     first = prepare(corpus, Small(folder=folder), tmp_path / "cache")
     again = prepare(corpus, Small(folder="elsewhere"), tmp_path / "cache")
     assert again.folder == first.folder and again.folder.name.startswith("synthetic-small-")
 
 
-def test_what_is_missing_is_named_with_its_address_before_anything_is_read(tmp_path, monkeypatch):
+def test_prepare_missing_vocabulary_raises_error_with_url_before_reading(tmp_path, monkeypatch):
     monkeypatch.setattr(SyntheticCorpus, "fingerprint", None)
     with pytest.raises(UserError) as caught:
         prepare(SyntheticCorpus(), GPT2Config(folder="none"), tmp_path / "cache")
@@ -121,7 +124,7 @@ def test_what_is_missing_is_named_with_its_address_before_anything_is_read(tmp_p
     ],
     ids=["cut", "empty", "pipe", "nonsense", "rank twice", "rank lacking", "token twice", "negative"],
 )
-def test_a_wrong_file_is_refused_by_name(folder, content, complaint):
+def test_published_wrong_file_raises_error_with_name(folder, content, complaint):
     path = Path(folder) / "small.tiktoken"
     if content is None:
         path.unlink()
@@ -140,7 +143,7 @@ def test_a_wrong_file_is_refused_by_name(folder, content, complaint):
     assert "small.tiktoken" in str(caught.value)
 
 
-def test_many_tokens_take_a_wider_type():
+def test_published_large_vocabulary_uses_uint32():
     tokens = [bytes([i]) for i in range(256)] + [b"a" * n for n in range(2, 70)]
     tokens += [bytes([97 + i // 676 % 26, 97 + i // 26 % 26, 97 + i % 26, 65 + i // 17576]) for i in range(66_000)]
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))

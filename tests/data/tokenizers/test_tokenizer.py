@@ -1,4 +1,4 @@
-"""Any text comes back exactly; the same text makes the same tokenizer."""
+"""Tokenizers: every text round-trips, training is deterministic, and stored files are verified."""
 
 import base64
 import json
@@ -10,11 +10,14 @@ from random import Random
 import numpy as np
 import pytest
 
-from common.checksummed_json import digest, sealed
+from common.checksummed_json import digest, with_checksum
 from common.errors import UserError
 from data.sources.synthetic import SyntheticCorpus
-from data.tokenizers.patterns import GPT2, PATTERN
-from data.tokenizers.tokenizer import END_OF_TEXT, MOST_BYTES, PIECE, BPEConfig, ByteConfig, load_tokenizer
+from data.tokenizers.bpe import BPEConfig
+from data.tokenizers.byte import ByteConfig
+from data.tokenizers.load import MAX_JSON_BYTES, load_tokenizer
+from data.tokenizers.patterns import GPT2, PATTERN, PIECE
+from data.tokenizers.vocabulary import END_OF_TEXT
 from tests.data.opening import assert_opened
 from tests.support import assert_one_line
 from training.run.migrate import migrate
@@ -38,20 +41,20 @@ def tokenizer(request):
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=["empty", "mixed", "control", "spaces", "runs", "special", "range"])
-def test_round_trip(tokenizer, text):
+def test_tokenizer_any_text_round_trips(tokenizer, text):
     tokens = tokenizer.encode(text)
     assert tokenizer.decode_bytes(tokens.tolist()).decode() == text
     assert tokens.dtype == np.uint16
     assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
 
 
-def test_the_end_of_text_never_comes_out_of_plain_text(tokenizer):
+def test_encode_spelled_end_of_text_gives_no_special_token(tokenizer):
     assert tokenizer.end_of_text not in tokenizer.encode(END_OF_TEXT)
     assert tokenizer.decode_bytes([tokenizer.end_of_text]) == b""
     assert tokenizer.byte_lengths[tokenizer.end_of_text] == 0
 
 
-def test_bpe_is_deterministic_and_compresses():
+def test_bpe_training_is_deterministic_and_compresses():
     first, second = BPEConfig(vocab_size=400).train(TEXTS), BPEConfig(vocab_size=400).train(iter(TEXTS))
     assert first.hash == second.hash
     assert first.hash != BPEConfig(vocab_size=300).train(TEXTS).hash
@@ -60,7 +63,7 @@ def test_bpe_is_deterministic_and_compresses():
     assert first.vocab_size <= 400
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
+def test_load_tokenizer_gives_saved_tokenizer(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert again.hash == tokenizer.hash
@@ -76,8 +79,8 @@ OLDER_FILES = [{"kind": "byte"}] + [
 
 
 @pytest.mark.parametrize("described", OLDER_FILES, ids=["byte", "bpe", "published"])
-def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path):
-    (tmp_path / "tokenizer.json").write_text(sealed(described))
+def test_load_tokenizer_of_older_run_keeps_hash_and_cut(described, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(with_checksum(described))
     found = load_tokenizer(tmp_path / "tokenizer.json")
     assert found.hash == digest(described)
     found.save(tmp_path / "again.json")
@@ -90,7 +93,7 @@ def test_files_of_older_runs_keep_their_hash_and_their_cuts(described, tmp_path)
         assert found.encode(text).tolist() != BPE.encode(text).tolist() == BPE.encoding.encode_ordinary(text)
 
 
-def test_older_settings_train_what_they_trained_and_find_their_shards():
+def test_bpe_settings_of_older_runs_give_same_tokenizer_and_cache_key():
     older = BPEConfig(vocab_size=400, cut="line_ends")
     assert older.cache_key() == {"vocab_size": 400, "train_bytes": 100_000_000}  # as recorded before there was a cut
     assert older.train(TEXTS).hash == "a276b2b55160ffcfd5df22c50663a1535c9d269f1f87b7fac2cc9b3544f9d68f"
@@ -101,19 +104,19 @@ def test_older_settings_train_what_they_trained_and_find_their_shards():
     ("target", "cut"),
     [("data.tokenizer.BPEConfig", "line_ends"), ("data.published.GPT2Config", "words")],
 )
-def test_stored_settings_of_older_runs_have_the_older_cut(target, cut):
+def test_migrate_tokenizer_of_older_run_sets_older_cut(target, cut):
     assert migrate({"tokenizer": {"_target_": target}}, 2)["tokenizer"]["cut"] == cut
     assert "cut" not in migrate({"tokenizer": {"_target_": "data.tokenizer.ByteConfig"}}, 2)["tokenizer"]
 
 
-def test_hugging_face_opens_the_file_and_finds_the_same_tokens(tokenizer, tmp_path):
+def test_tokenizer_json_opens_in_hugging_face_with_same_tokens(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     assert_opened(path, tokenizer, [TEXTS[0], *AWKWARD[:3], AWKWARD[4], AWKWARD[6], "x\n  y \r\n\n  "])
 
 
-def test_words_trained_on_are_of_any_length_and_in_time():
-    """A word of n characters takes a time of n²: a text of one word would take minutes."""
+def test_bpe_training_on_long_words_is_fast():
+    """Training time grows by the square of a word's length: a text of one word would take minutes."""
     text = "".join(Random(0).choices("abcdefgh", k=300_000)) + "7" * 100_000 + " " * 200_000
     began = time.monotonic()
     trained = BPEConfig(vocab_size=1000).train([text])
@@ -121,17 +124,17 @@ def test_words_trained_on_are_of_any_length_and_in_time():
     assert trained.decode(trained.encode(text)) == text
 
 
-def test_a_lone_surrogate_in_training_text_is_refused():
+def test_bpe_training_on_lone_surrogate_raises_error():
     with pytest.raises(UserError, match="surrogate at character 2"):
         BPEConfig(vocab_size=300).train(["ab\ud800"])
 
 
 def older(**changes) -> str:
-    return sealed(OLDER_FILES[1] | changes)
+    return with_checksum(OLDER_FILES[1] | changes)
 
 
 def newer(change) -> str:
-    """What a tokenizer saves, changed, with the hash that belongs to it."""
+    """A changed tokenizer.json with a valid hash."""
     content = BPE.content()
     del content["model"]["headroom"]["hash"]
     change(content["model"])
@@ -141,7 +144,9 @@ def newer(change) -> str:
 
 OLDER_TOKENS = OLDER_FILES[1]["tokens"]
 FOREIGN = {
-    "endless token": sealed(OLDER_FILES[1] | {"tokens": [*OLDER_TOKENS, base64.b64encode(b"ab" * 100_000).decode()]}),
+    "endless token": with_checksum(
+        OLDER_FILES[1] | {"tokens": [*OLDER_TOKENS, base64.b64encode(b"ab" * 100_000).decode()]}
+    ),
     "empty": "",
     "cut": newer(lambda model: None)[:-40],
     "list": "[]",
@@ -162,7 +167,7 @@ FOREIGN = {
     "pattern does not compile": older(pattern="(["),
     "pattern takes forever": older(pattern="(a+)+$"),
     "pattern is a number": older(pattern=3),
-    "no pattern": sealed({"kind": "bpe", "tokens": OLDER_TOKENS}),
+    "no pattern": with_checksum({"kind": "bpe", "tokens": OLDER_TOKENS}),
     "no tokens": older(tokens=[]),
     "a byte lacking": older(tokens=OLDER_TOKENS[1:]),
     "a token twice": older(tokens=[*OLDER_TOKENS, OLDER_TOKENS[-1]]),
@@ -188,12 +193,12 @@ FOREIGN = {
     "facts are text": '{"model": {"headroom": "bpe"}}',
     "model is a list": '{"model": []}',
     "somebody else's": '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}',
-    "too large": " " * (MOST_BYTES + 1),
+    "too large": " " * (MAX_JSON_BYTES + 1),
 }
 
 
 @pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN)
-def test_a_foreign_or_damaged_file_is_refused_in_one_line(content, tmp_path):
+def test_load_tokenizer_foreign_or_damaged_file_raises_user_error(content, tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
@@ -203,13 +208,13 @@ def test_a_foreign_or_damaged_file_is_refused_in_one_line(content, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
-def test_what_is_not_a_file_is_refused(kind, tmp_path):
+def test_load_tokenizer_not_a_file_raises_user_error(kind, tmp_path):
     path = tmp_path / "tokenizer.json"
     {"missing": lambda path: None, "folder": os.mkdir, "pipe": os.mkfifo}[kind](path)
     with pytest.raises(UserError, match="json cannot be read"):
         load_tokenizer(path)
 
 
-def test_lone_surrogates_are_refused(tokenizer):
+def test_encode_lone_surrogate_raises_error(tokenizer):
     with pytest.raises(UserError, match="surrogate at character 2"):
         tokenizer.encode("ab\ud800")

@@ -1,4 +1,4 @@
-"""The merges that tokenizer.json lists are those that give tiktoken's tokens."""
+"""The merges in tokenizer.json give tiktoken's tokens."""
 
 import json
 from random import Random
@@ -7,16 +7,16 @@ import pytest
 import tiktoken
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from data.tokenizers.bpe import BPETokenizer
 from data.tokenizers.patterns import PATTERN
-from data.tokenizers.tokenizer import BPETokenizer
-from data.tokenizers.vocabulary import fault_of, merges_of, spelled_bytes
+from data.tokenizers.vocabulary import derive_merges, spelled_bytes, vocabulary_fault
 
 BYTES = [bytes([byte]) for byte in range(256)]
 
 
 @pytest.mark.parametrize("letters", ["a", "ab", "abcd"])
-def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters):
-    """Few letters, so that one token can be had from several pairs."""
+def test_derive_merges_equals_trained_merges_and_tiktoken_words(letters):
+    """Text of few letters, so that several pairs give one token."""
     chance = Random(len(letters))
     words = ["".join(chance.choices(letters, k=chance.randint(1, 30))) for _ in range(300)]
     trainee = Tokenizer(models.BPE(ignore_merges=True))
@@ -25,7 +25,7 @@ def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters)
     trainee.train_from_iterator(words, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
     trained = [tuple(map(spelled_bytes, pair)) for pair in json.loads(trainee.to_str())["model"]["merges"]]
     tokens = [*BYTES, *dict.fromkeys(left + right for left, right in trained)]
-    assert merges_of(tokens) == trained
+    assert derive_merges(tokens) == trained
     ours = Tokenizer.from_str(json.dumps(BPETokenizer(tokens, PATTERN, "exact").content()))
     ranks = {token: rank for rank, token in enumerate(tokens)}
     theirs = tiktoken.Encoding("words", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={})
@@ -34,18 +34,18 @@ def test_merges_are_those_that_were_trained_and_words_those_of_tiktoken(letters)
         assert ours.encode(word).ids == theirs.encode_ordinary(word)
 
 
-def test_a_token_that_others_do_not_lead_to_is_found_as_a_word():
+def test_derive_merges_unreachable_token_is_found_as_word():
     tokens = [*BYTES, b"ab", b"cd", b"xyz"]
-    assert merges_of(tokens) == [(b"a", b"b"), (b"c", b"d")]
+    assert derive_merges(tokens) == [(b"a", b"b"), (b"c", b"d")]
     tokenizer = BPETokenizer(tokens, PATTERN, "exact")
     theirs = Tokenizer.from_str(json.dumps(tokenizer.content()))
     for text, found in (("xyz", [258]), ("wxyz", [*b"wxyz"]), ("abcd", [256, 257])):
         assert tokenizer.encode(text).tolist() == theirs.encode(text).ids == found
 
 
-def test_a_token_of_very_many_bytes_is_parted_in_time():
+def test_derive_merges_very_long_token_is_fast():
     tokens = [*BYTES, *(b"a" * 2**power for power in range(1, 17))]
-    assert merges_of(tokens) == [(b"a" * 2**power, b"a" * 2**power) for power in range(16)]
+    assert derive_merges(tokens) == [(b"a" * 2**power, b"a" * 2**power) for power in range(16)]
 
 
 @pytest.mark.parametrize(
@@ -60,5 +60,5 @@ def test_a_token_of_very_many_bytes_is_parted_in_time():
         ([*BYTES, b"<|endoftext|>"], "its text can spell the token <|endoftext|>"),
     ],
 )
-def test_faults_of_a_vocabulary(tokens, fault):
-    assert fault_of(tokens) == fault
+def test_vocabulary_fault_names_each_fault(tokens, fault):
+    assert vocabulary_fault(tokens) == fault

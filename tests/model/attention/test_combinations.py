@@ -85,12 +85,12 @@ def check(overrides: list[str], kernel) -> None:
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(overrides=combinations(), kernel=st.sampled_from(KERNELS))
-def test_the_laws_hold_for_combinations(overrides, kernel):
+def test_laws_for_pairwise_combinations_hold(overrides, kernel):
     check(overrides, kernel)
 
 
 @pytest.mark.long
 @settings(max_examples=1000, deadline=None)
 @given(overrides=combinations(), kernel=st.sampled_from(KERNELS))
-def test_the_laws_hold_for_many_combinations(overrides, kernel):
+def test_laws_for_many_combinations_hold(overrides, kernel):
     check(overrides, kernel)

@@ -62,27 +62,27 @@ def oracle_for(case: tuple[str, ...]) -> TransformerLM:
 
 
 @every_case
-def test_causality(case):
+def test_logits_of_a_causal_model_have_no_gradient_from_later_tokens(case):
     laws.check_causality(small_model(*case, "model.tie_embeddings=false"))
 
 
 @on_kernels(KERNELS)
-def test_cached_equals_uncached(case, kernel):
+def test_logits_with_kv_cache_equal_uncached(case, kernel):
     laws.check_cached(small_model(*case, kernel=kernel), oracle_for(case))
 
 
 @on_kernels(KERNELS)
-def test_ragged_batch_equals_each_row_alone(case, kernel):
+def test_logits_of_a_ragged_batch_equal_each_row_alone(case, kernel):
     laws.check_ragged(small_model(*case, kernel=kernel), oracle_for(case))
 
 
 @on_kernels(KERNELS)
-def test_packed_documents_equal_each_alone(case, kernel):
+def test_logits_of_packed_documents_equal_each_document_alone(case, kernel):
     laws.check_packed_documents(small_model(*case, kernel=kernel))
 
 
 @on_kernels(KERNELS[1:])
-def test_kernels_agree_and_so_do_their_gradients(case, kernel):
+def test_kernels_on_one_model_agree_with_gradients(case, kernel):
     tokens = some_tokens(2, 24)
     naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=kernel)
     for model in (naive, fused):
@@ -96,12 +96,12 @@ def test_kernels_agree_and_so_do_their_gradients(case, kernel):
 @pytest.mark.parametrize(
     "case", [case for case in CASES if not any(name in part for name in ANCHORED for part in case)], ids=" ".join
 )
-def test_scores_depend_on_differences_of_positions(case):
+def test_logits_at_shifted_positions_are_unchanged(case):
     laws.check_relative_positions(small_model(*case))
 
 
 @every_case
-def test_cache_holds_what_the_formula_says(case):
+def test_cache_bytes_per_token_equal_the_formula(case):
     model = small_model(*case)
     caches = model.make_caches(1, 8)
     laws.decode_in_chunks(model, some_tokens(1, 8), [8], caches)
@@ -114,7 +114,7 @@ def test_cache_holds_what_the_formula_says(case):
 
 
 @every_case
-def test_blocks_tile_every_matrix(case):
+def test_param_layout_covers_every_row_of_every_matrix(case):
     """Each matrix of an attention is published, its parts in their heads are all of its rows, each once."""
     model = small_model(*case)
     for block in model.layers:
@@ -129,7 +129,7 @@ def test_blocks_tile_every_matrix(case):
     assert model.param_layout().keys() == hidden
 
 
-def test_blocks_are_the_rows_that_the_forward_pass_reads():
+def test_param_layout_names_the_rows_the_forward_pass_reads():
     """Zeroing the keys of a head, as the blocks name them, leaves that head without scores, and no other."""
     seen = {}
     for attention, part in (("gqa", "k"), ("mla", "k_nope")):
@@ -147,7 +147,7 @@ def test_blocks_are_the_rows_that_the_forward_pass_reads():
     assert seen == {"gqa": [True, True, False, False], "mla": [True, False, True, True]}
 
 
-def test_cache_sizes_by_hand():
+def test_cache_bytes_per_token_equal_hand_computed_sizes():
     """d_model 64, 4 heads of 16; latent 16 + rope key 4. Elements per token of one layer."""
     expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
     for name, elements in expected.items():
@@ -157,7 +157,7 @@ def test_cache_sizes_by_hand():
         assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4 + groups)
 
 
-def test_a_window_bounds_the_cache():
+def test_window_cache_of_a_long_text_is_bounded_by_the_window():
     """However long the text: 5 rows, beside 2 for the global tokens; none, where random blocks lead back anywhere."""
     window, tokens = ("attention=mla", "attention.window=5"), some_tokens(1, 60)
     for more, rows in (((), 5), (("attention.global_tokens=2",), 7), (("attention.random_blocks=0.5",), 64)):
@@ -168,7 +168,7 @@ def test_a_window_bounds_the_cache():
 
 
 @on_kernels(KERNELS, [case for case in CASES if "position=alibi" not in case])
-def test_an_encoder_sees_both_sides(case, kernel):
+def test_encoder_reads_tokens_on_both_sides(case, kernel):
     encoder = sharpened(
         TransformerLM(small_config(*case, "model.tie_embeddings=false", kernel=kernel), 100, causal=False)
     )
@@ -177,19 +177,19 @@ def test_an_encoder_sees_both_sides(case, kernel):
     assert relative_error(encoder(some_tokens(2, 20)).logits, twin(some_tokens(2, 20)).logits) <= 1e-5
 
 
-def test_an_encoder_does_not_decode():
+def test_encoder_with_caches_is_refused():
     encoder = TransformerLM(small_config("attention=gqa"), 100, causal=False)
     with pytest.raises(ValueError, match="causal=True"):
         encoder(some_tokens(1, 3), positions=torch.arange(3)[None], caches=encoder.make_caches(1, 8))
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_an_encoder_has_no_bias_that_would_favour_what_comes_later(attention):
+def test_encoder_with_alibi_is_refused(attention):
     with pytest.raises(ValueError, match="position=alibi is for causal models"):
         TransformerLM(small_config(f"attention={attention}", "position=alibi"), 100, causal=False)
 
 
-def test_a_latent_cache_never_holds_a_tensor_per_head():
+def test_latent_cache_holds_no_tensor_per_head():
     for execution in ("auto", "expanded", "absorbed"):
         model = small_model("attention=mla", f"attention.execution={execution}")
         for column in model.make_caches(2, 8)[0].columns.values():
@@ -197,7 +197,7 @@ def test_a_latent_cache_never_holds_a_tensor_per_head():
 
 
 @on_kernels([SDPA(), Online(), Matmul()])
-def test_decode_step_compiles_once(case, kernel):
+def test_decode_step_compiled_traces_once(case, kernel):
     model = small_model(*case, *(() if "attention=stack" in case else ("model.n_layers=1",)), kernel=kernel)
     torch._dynamo.reset()
     step = torch.compile(decode_step, backend="eager", fullgraph=True)
@@ -223,7 +223,7 @@ def test_decode_step_compiles_once(case, kernel):
     ],
     ids=" ".join,
 )
-def test_absorbed_expanded_and_naive_are_one_function(changed):
+def test_mla_executions_give_equal_logits(changed):
     tokens = some_tokens(2, 20)
     common = ("attention=mla", *changed)
     models = {
@@ -237,7 +237,7 @@ def test_absorbed_expanded_and_naive_are_one_function(changed):
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_norms_of_heads_by_their_formula(groups):
+def test_mla_qk_norm_of_heads_equals_its_formula(groups):
     """One layer and all positions at once, against the formula written with loops over heads and groups."""
     model = small_model("attention=mla", "attention.qk_norm=head", f"attention.qk_norm_groups={groups}")
     layer: MLA = model.layers[0].attention
@@ -272,7 +272,7 @@ def test_norms_of_heads_by_their_formula(groups):
     assert relative_error(found, expected) <= 1e-5
 
 
-def test_prefused_matrices_are_the_same_function_too():
+def test_mla_with_prefused_matrices_gives_equal_logits():
     """W_uq W_uk and W_uv W_o multiplied out ahead: an identity, here for one layer and all positions at once."""
     model = small_model("attention=mla", "attention.q_lora_rank=24")
     layer: MLA = model.layers[0].attention
@@ -297,7 +297,7 @@ def test_prefused_matrices_are_the_same_function_too():
     assert relative_error(found, expected) <= 1e-5
 
 
-def test_auto_execution_absorbs_below_the_break_even_point_and_expands_above():
+def test_mla_auto_execution_absorbs_up_to_break_even_and_expands_above():
     layer: MLA = small_model("attention=mla", "attention.kv_lora_rank=48").layers[0].attention
     n, v, c = layer.nope_dim, layer.v_dim, layer.rank
     assert layer.break_even == c * (n + v) / (2 * c - n - v)
@@ -311,7 +311,7 @@ def test_auto_execution_absorbs_below_the_break_even_point_and_expands_above():
 
 
 @every_case
-def test_bfloat16_stays_near_float32(case):
+def test_logits_in_bfloat16_are_near_float32(case):
     tokens = some_tokens(2, 20)
     exact = small_model(*case)
     low = small_model(*case, kernel=SDPA())
@@ -325,7 +325,7 @@ def test_bfloat16_stays_near_float32(case):
 
 
 @every_case
-def test_what_tells_positions_apart_is_needed(case):
+def test_last_logits_after_swapped_tokens_change_unless_position_is_none(case):
     """Two tokens before the last one change places: the last one's logits notice, but with no positions at all, where a
     single layer cannot (further ones can, by what the causal mask showed to each)."""
     model = small_model(
@@ -353,13 +353,13 @@ class TopLeftCausal(SDPA):
         return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, contiguous=True), scale)
 
 
-def test_a_scale_from_the_wrong_dimension_is_caught():
+def test_law_of_executions_catches_a_scale_from_the_key_width():
     case = ("attention=mla", "attention.execution=absorbed")
     with pytest.raises(AssertionError):
         laws.check_cached(small_model(*case, kernel=ScaleFromKeyDim()), oracle_for(case))
 
 
-def test_a_top_left_causal_mask_in_decoding_is_caught():
+def test_law_of_caches_catches_a_top_left_causal_mask():
     with pytest.raises(AssertionError):
         laws.check_cached(small_model("attention=gqa", kernel=TopLeftCausal()), oracle_for(("attention=gqa",)))
 
@@ -369,7 +369,7 @@ def test_a_top_left_causal_mask_in_decoding_is_caught():
     [lambda m, m_new: (m_new - m).exp().clamp(max=1e30), lambda m, m_new: torch.ones_like(m)],
     ids=["the other sign", "never"],
 )
-def test_a_wrong_rescaling_of_the_running_softmax_is_caught(monkeypatch, misprint):
+def test_law_of_kernels_catches_a_misprinted_online_softmax(monkeypatch, misprint):
     model, expected = (
         small_model("attention=gqa", kernel=Online(query_tile=4, key_tile=1)),
         oracle_for(("attention=gqa",)),
@@ -380,7 +380,7 @@ def test_a_wrong_rescaling_of_the_running_softmax_is_caught(monkeypatch, misprin
         laws.check_cached(model, expected)
 
 
-def test_positions_restarted_at_zero_are_caught():
+def test_law_of_caches_catches_positions_restarted_at_zero():
     class Forgetful(TransformerLM):
         def forward(self, tokens, *, positions=None, **rest):
             restarted = None if positions is None else torch.arange(tokens.shape[1])[None].expand_as(tokens)
@@ -393,7 +393,7 @@ def test_positions_restarted_at_zero_are_caught():
 
 
 @pytest.mark.parametrize("forgotten", ["documents", "positions"])
-def test_documents_that_see_each_other_or_positions_that_run_on_are_caught(monkeypatch, forgotten):
+def test_law_of_packed_documents_catches_a_missing_mask_or_reset(monkeypatch, forgotten):
     model, real = small_model("attention=gqa"), TransformerLM.forward
 
     def forgetful(self, tokens, positions=None, docs=None, **rest):
@@ -408,7 +408,7 @@ def test_documents_that_see_each_other_or_positions_that_run_on_are_caught(monke
         laws.check_packed_documents(model)
 
 
-def test_packed_documents_without_positions_or_with_caches_are_refused():
+def test_forward_of_packed_documents_without_positions_or_with_caches_is_refused():
     model, tokens = small_model("attention=mla"), some_tokens(1, 4)
     docs, positions = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None]
     caches = model.make_caches(1, 4)
@@ -417,7 +417,7 @@ def test_packed_documents_without_positions_or_with_caches_are_refused():
             model(tokens, docs=docs, **how)
 
 
-def test_a_look_ahead_is_caught():
+def test_law_of_causality_catches_a_look_ahead():
     class SeesAll(Naive):
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
             everywhere = torch.full_like(mask.q_pos, 10**6)
@@ -427,7 +427,7 @@ def test_a_look_ahead_is_caught():
         laws.check_causality(small_model("attention=mha", "model.tie_embeddings=false", kernel=SeesAll()))
 
 
-def test_a_forward_with_caches_but_without_positions_is_refused():
+def test_forward_with_caches_without_positions_is_refused():
     model = small_model("attention=mha")
     with pytest.raises(ValueError, match="positions"):
         model(some_tokens(1, 3), caches=model.make_caches(1, 8))

@@ -89,7 +89,7 @@ def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
 
 
 @pytest.mark.parametrize(("kv_heads", "attention"), [(4, "mha"), (2, "gqa"), (1, "mqa")])
-def test_llama(kv_heads, attention):
+def test_gqa_with_llamas_weights_gives_its_logits(kv_heads, attention):
     config = transformers.LlamaConfig(**SHAPE, num_key_value_heads=kv_heads)
     check_parity(transformers.LlamaForCausalLM(config), f"attention={attention}", "attention.qk_norm=false")
 
@@ -98,7 +98,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 
 
 @pytest.mark.parametrize("scaling", ["linear", "yarn"])
-def test_llama_stretched(scaling):
+def test_gqa_with_llamas_scaled_rope_gives_its_logits(scaling):
     """Theirs multiplies cos and sin by YaRN's mscale, ours the scores by its square."""
     rope = YARN if scaling == "yarn" else {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     shape = {**SHAPE, "rope_parameters": rope, "rope_scaling": rope}
@@ -113,13 +113,13 @@ def test_llama_stretched(scaling):
     )
 
 
-def test_llama_with_biases():
+def test_gqa_with_llamas_biases_gives_its_logits():
     config = transformers.LlamaConfig(**SHAPE | {"attention_bias": True}, mlp_bias=True, num_key_value_heads=2)
     theirs = transformers.LlamaForCausalLM(config)
     check_parity(theirs, "attention=gqa", "attention.qk_norm=false", "model.bias=true")
 
 
-def test_qwen3_with_norms_on_queries_and_keys():
+def test_gqa_with_qwen3s_qk_norms_gives_its_logits():
     config = transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)
     check_parity(transformers.Qwen3ForCausalLM(config), "attention=gqa")
 
@@ -127,7 +127,7 @@ def test_qwen3_with_norms_on_queries_and_keys():
 @pytest.mark.parametrize("q_lora_rank", [None, 24])
 @pytest.mark.parametrize("execution", ["naive", "absorbed"])
 @pytest.mark.parametrize(("scaling", "bias"), [("none", False), ("yarn", False), ("none", True)])
-def test_deepseek_v3(q_lora_rank, execution, scaling, bias):
+def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, scaling, bias):
     rope = {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}
     stretched = ("attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.rope_original_context=16")
     config = transformers.DeepseekV3Config(
@@ -186,7 +186,7 @@ def from_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_new", "tanh")])
-def test_gpt2(activation, approximate):
+def test_mha_with_gpt2s_weights_gives_its_logits(activation, approximate):
     shape = {"n_layer": LAYERS, "n_embd": WIDTH, "n_head": HEADS, "n_positions": 64, "n_inner": HIDDEN}
     config = transformers.GPT2Config(vocab_size=VOCAB, activation_function=activation, **shape)
     theirs = transformers.GPT2LMHeadModel(config).eval()

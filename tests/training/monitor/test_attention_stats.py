@@ -27,7 +27,7 @@ def told_run(workplace, monkeypatch):
     return workplace
 
 
-def test_each_evaluation_tells_it_and_no_bit_of_training_changes(told_run, monkeypatch):
+def test_attention_stats_are_logged_at_each_evaluation_and_change_no_bit(told_run, monkeypatch):
     for row in read_metrics(told_run / "told/metrics.jsonl"):
         assert told(row).keys() == (NAMES if row["step"] in (4, 8, 12) else set())
         for i in range(2 if told(row) else 0):
@@ -38,7 +38,7 @@ def test_each_evaluation_tells_it_and_no_bit_of_training_changes(told_run, monke
     assert_same_run(told_run / "told", told_run / "silent", step=12)
 
 
-def test_a_resumed_run_tells_the_same(told_run, monkeypatch):
+def test_attention_stats_of_a_resumed_run_are_the_same(told_run, monkeypatch):
     rewind(told_run / "told", told_run / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert_same_run(told_run / "told", told_run / "killed", step=12)
@@ -46,7 +46,7 @@ def test_a_resumed_run_tells_the_same(told_run, monkeypatch):
     assert [told(row) for row in found] == [told(row) for row in expected]
 
 
-def test_a_run_made_before_it_was_a_setting_resumes_and_may_begin_to_tell(workplace, monkeypatch):
+def test_attention_stats_can_be_turned_on_for_a_run_older_than_the_setting(workplace, monkeypatch):
     assert call("train", [*SMOKE, "steps=5", "run_dir=run"], monkeypatch) == 0
     tree = yaml.safe_load((workplace / "run/config.yaml").read_text())
     assert tree.pop("log_attention") is False
@@ -55,7 +55,7 @@ def test_a_run_made_before_it_was_a_setting_resumes_and_may_begin_to_tell(workpl
     assert told(read_metrics(workplace / "run/metrics.jsonl")[-1]).keys() == NAMES
 
 
-def test_it_is_of_the_first_windows_and_of_each_document_by_itself():
+def test_attention_stats_cover_the_first_windows_and_documents_apart():
     model, tokens = small_model("attention=gqa"), some_tokens(1, 16 * 5 + 1)[0]
     tokens[::5] = 99  # begins a document
     stream = TokenStream([tokens.numpy()])
@@ -73,7 +73,7 @@ def test_it_is_of_the_first_windows_and_of_each_document_by_itself():
     assert all(found[f"attention/layer_{i}/entropy"] > apart[f"attention/layer_{i}/entropy"] for i in range(2))
 
 
-def test_a_model_that_diverged_is_told_of_as_not_a_number():
+def test_attention_stats_of_a_diverged_model_are_nan():
     model, stream = small_model("attention=mla"), TokenStream([some_tokens(1, 40)[0].numpy()])
     with torch.no_grad():
         model.layers[1].attention.o_proj.weight.fill_(math.nan)

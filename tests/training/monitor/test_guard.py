@@ -30,7 +30,7 @@ def sometimes_nan(model, inputs, targets):
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_that_is_not_finite_changes_nothing(precision, fused):
+def test_train_step_with_a_nan_loss_changes_nothing(precision, fused):
     model = small_model("attention=mla", kernel=SDPA())
     optimizer, mixed = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), MixedPrecision(model, precision)
     good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
@@ -45,7 +45,7 @@ def test_a_step_that_is_not_finite_changes_nothing(precision, fused):
     assert not all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
-def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
+def test_train_step_with_an_infinite_gradient_is_skipped():
     model = small_model("attention=gqa", kernel=SDPA())
     optimizer = AdamWConfig(lr=1e-3).build(model)
 
@@ -59,7 +59,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
-def test_the_loss_scale_follows_pytorchs_own():
+def test_loss_scale_equals_pytorchs_grad_scaler():
     ours, theirs = LossScale(torch.device("cpu")), torch.amp.GradScaler("cpu", growth_interval=LossScale.GROWTH_STEPS)
     theirs._lazy_init_scale_growth_tracker(torch.device("cpu"))
     draw = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def test_the_loss_scale_follows_pytorchs_own():
     assert ours.scale != LossScale.INITIAL
 
 
-def test_the_loss_scale_has_an_end_and_comes_back_from_it(monkeypatch):
+def test_loss_scale_stays_within_its_limits_and_recovers(monkeypatch):
     monkeypatch.setattr(LossScale, "GROWTH_STEPS", 2)
     scale = LossScale(torch.device("cpu"))
     for _ in range(2 * 12):  # 2^16 would have become 2^28
@@ -89,7 +89,7 @@ def test_the_loss_scale_has_an_end_and_comes_back_from_it(monkeypatch):
         assert (scale.scale, scale.good_steps) == (expected, 7)
 
 
-def test_float16_gradients_are_those_of_float32():
+def test_float16_gradients_equal_those_of_float32():
     """The smallest would be lost without the scale."""
     model = small_model("attention=gqa", kernel=SDPA())
     ((inputs, targets),) = batches(8, 8)
@@ -101,7 +101,7 @@ def test_float16_gradients_are_those_of_float32():
         assert (parameter.grad - exact).norm() < 0.01 * exact.norm(), name
 
 
-def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed_alike(workplace, monkeypatch, capsys):
+def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed(workplace, monkeypatch, capsys):
     monkeypatch.setattr("training.step.mean_loss", sometimes_nan)
     options = [*SMOKE, "steps=30", "save_every=9", "micro_batch_size=8", "keep_last=9"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
@@ -118,8 +118,8 @@ def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed_a
     assert_same_run(workplace / "whole", workplace / "killed", step=30)
 
 
-def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "most_skipped=5"]
+def test_updates_skipped_in_a_row_stop_the_run_and_the_printed_command_replays_it(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "max_skipped_updates=5"]
     options += ["model.dropout=0.1", "run_dir='a run'", "save_every=2"]
     assert call("train", options, monkeypatch) == 2
     err = capsys.readouterr().err
@@ -150,10 +150,10 @@ def test_updates_skipped_in_a_row_stop_the_run_which_a_printed_command_replays(w
     assert "updates in a row were skipped up to step 7" in said[0] and said[0] == said[1]
 
 
-def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypatch, capsys):
+def test_resume_of_a_diverged_run_continues_when_losses_are_finite(workplace, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
-        assert call("train", [*SMOKE, "most_skipped=3", "run_dir=run"], patch) == 2
+        assert call("train", [*SMOKE, "max_skipped_updates=3", "run_dir=run"], patch) == 2
     capsys.readouterr()
     stopped = len(losses(workplace / "run"))
     assert call("train", ["resume=run"], monkeypatch) == 0
@@ -161,9 +161,9 @@ def test_a_run_that_stopped_goes_on_when_its_trouble_is_over(workplace, monkeypa
     assert len(rows) == 30 and all(row[-1] for row in rows[:stopped]) and not any(row[-1] for row in rows[stopped:])
 
 
-def test_a_validation_loss_that_is_not_finite_costs_nothing(workplace, monkeypatch, capsys):
+def test_validation_loss_that_is_not_finite_is_null_and_never_best(workplace, monkeypatch, capsys):
     scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
-    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: next(scores))
     assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
     assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
     assert checkpoint.best(workplace / "run").path.name == "step_00000020"
@@ -178,7 +178,7 @@ BATCHES = {
 
 
 @pytest.mark.parametrize(("change", "complaint"), BATCHES.values(), ids=BATCHES)
-def test_a_batch_that_is_none_of_the_runs_is_not_replayed(tmp_path, change, complaint):
+def test_replay_of_a_batch_that_does_not_fit_is_refused(tmp_path, change, complaint):
     run, shape = load_composed(*SMOKE), (1, 16, 64)
     tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inputs", "targets")}
     kept = checkpoint.Checkpoint(tmp_path, None, {replay.BATCH: tensors})
@@ -196,8 +196,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize(("name", "place"), PLACES.items(), ids=PLACES)
-def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, name, place):
-    options = [*SMOKE, "steps=3", "most_skipped=1", "model.tie_embeddings=false", "run_dir=run"]
+def test_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch, capsys, name, place):
+    options = [*SMOKE, "steps=3", "max_skipped_updates=1", "model.tie_embeddings=false", "run_dir=run"]
     real = checkpoint.write
 
     def spoilt(path, run, corpus, training, step, files, *rest):
@@ -215,42 +215,52 @@ def test_a_replay_names_the_first_module_that_is_not_finite(workplace, monkeypat
     assert f"first not finite in the output of {place}" in capsys.readouterr().out
 
 
-def test_a_replay_of_nothing_is_one_line(workplace):
+def test_replay_of_a_missing_folder_is_one_line(workplace):
     result = subprocess.run(
         [sys.executable, "-m", "training.run.replay", "nothing"],
         capture_output=True,
         text=True,
         env={"PYTHONPATH": ROOT},
     )
-    assert (
-        result.returncode == 2
-        and result.stderr.count("\n") == 1
-        and "nothing is not a step that was kept" in result.stderr
-    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "nothing is not a stored step" in result.stderr
 
 
 def rows_of(*train_losses):
     return [{"step": i + 1, "train_loss": loss} for i, loss in enumerate(train_losses)]
 
 
-def test_a_spike_is_noticed_once_and_falling_or_noisy_losses_are_not():
+def test_guard_reports_a_spike_once_and_no_falling_or_noisy_losses():
     draw = torch.Generator().manual_seed(0)
     noisy = [6 * math.exp(-i / 80) + 3 + 0.3 * torch.randn((), generator=draw).item() for i in range(600)]
-    guard = Guard([])
+    guard = Guard([], 3)
     assert not any(guard.see(row) for row in rows_of(*noisy))
     assert [guard.see(row) for row in rows_of(9.0, 9.5, 3.0, 8.0)] == [True, False, False, True]
     assert guard.usual_loss == pytest.approx(3, abs=0.3)
 
 
-def test_a_guard_made_from_the_past_is_the_guard_that_saw_it():
+def test_guard_from_past_rows_counts_as_if_it_had_seen_them():
     rows = rows_of(*[3.0] * SPIKE_WINDOW) + [{"step": 65, "train_loss": None, "skipped": True}] * 3
-    guard = Guard(rows)
+    guard = Guard(rows, 3)
     assert (guard.skipped, guard.in_a_row) == (3, 3)
     assert guard.see({"train_loss": 4.0})
     assert guard.in_a_row == 0 and guard.skipped == 3
 
 
-def test_a_spike_in_a_run_is_said(workplace, monkeypatch, capsys):
+def test_guard_of_a_resumed_run_that_had_diverged_waits_for_a_step_of_its_own():
+    bad = {"train_loss": None, "skipped": True}
+    guard = Guard([bad, bad], 2)
+    assert guard.diverged_before and not guard.diverged
+    guard.see(bad)
+    assert guard.diverged_before and guard.diverged
+    guard.see({"train_loss": 3.0})
+    assert not guard.diverged_before and not guard.diverged
+    for _ in range(2):
+        assert not guard.diverged
+        guard.see(bad)
+    assert guard.diverged and not guard.diverged_before
+
+
+def test_spike_in_a_run_is_reported_with_its_documents(workplace, monkeypatch, capsys):
     calls = []
 
     def spiking(*arguments):

@@ -44,7 +44,7 @@ def drawn(monkeypatch) -> list:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_run_of_any_name_is_drawn_under_it(runs, monkeypatch, capsys):
+def test_plot_of_a_run_with_any_name_is_titled_with_it(runs, monkeypatch, capsys):
     names, found = ["_a", "$x_$", "$\\oops$", "a\x1b[31m\n", "漢", "b\udcff"], drawn(monkeypatch)
     for name in names:
         shutil.copytree(runs / "runs/one", runs / name)
@@ -56,7 +56,7 @@ def test_a_run_of_any_name_is_drawn_under_it(runs, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_runs_are_overlaid_under_their_names(runs, monkeypatch, capsys):
+def test_plot_of_several_runs_labels_them_by_name(runs, monkeypatch, capsys):
     found = drawn(monkeypatch)
     assert call(monkeypatch, "runs/one", "runs/two") == 0
     assert capsys.readouterr().out == "losses.png\n" and (runs / "losses.png").read_bytes().startswith(PNG)
@@ -67,7 +67,7 @@ def test_runs_are_overlaid_under_their_names(runs, monkeypatch, capsys):
     assert [4] in [list(line.get_xdata()) for line in found[0].lines]  # where it was scored
 
 
-def test_over_tokens_runs_of_other_batches_can_be_compared(runs, monkeypatch):
+def test_plot_over_tokens_compares_runs_of_different_batches(runs, monkeypatch):
     found = drawn(monkeypatch)
     assert call(monkeypatch, "runs/one", "runs/two", "other/two", "--x", "tokens", "-o", "all.svg") == 0
     assert b"<svg" in (runs / "all.svg").read_bytes()
@@ -83,7 +83,7 @@ def run_of(folder, losses, **last) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_short_runs_are_drawn_as_they_were_and_long_ones_smoothed(workplace, monkeypatch):
+def test_plot_smooths_long_runs_only(workplace, monkeypatch):
     """A mean of ten steps would show the end of a run of ten steps at half its fall."""
     found = drawn(monkeypatch)
     run_of(workplace / "10", [9.0 - s for s in range(10)])
@@ -96,7 +96,7 @@ def test_short_runs_are_drawn_as_they_were_and_long_ones_smoothed(workplace, mon
     assert labels == ["training", "training (running mean over about 10 steps)"]
 
 
-def test_runs_in_one_picture_are_smoothed_alike(workplace, monkeypatch):
+def test_plot_of_several_runs_smooths_them_alike(workplace, monkeypatch):
     """A run that ended early lies on the one it was so far the same as."""
     found = drawn(monkeypatch)
     losses = [3 + 2 / s + (-1) ** s * 0.2 for s in range(1, 121)]
@@ -108,7 +108,7 @@ def test_runs_in_one_picture_are_smoothed_alike(workplace, monkeypatch):
     assert "training (running mean over about 1.5 steps)" in [t.get_text() for t in found[0].get_legend().get_texts()]
 
 
-def test_the_legend_says_how_much_was_scored(workplace, monkeypatch):
+def test_plot_legend_says_how_many_tokens_were_scored(workplace, monkeypatch):
     """The whole set of one run is never taken for the prefix of another."""
     found = drawn(monkeypatch)
     run_of(workplace / "a", [3.0, 2.0], val_loss=2.5, val_tokens=9000)
@@ -134,7 +134,7 @@ def test_the_legend_says_how_much_was_scored(workplace, monkeypatch):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_nonsense_is_refused_in_one_line(runs, monkeypatch, capsys, arguments, complaint):
+def test_plot_with_invalid_arguments_is_refused_in_one_line(runs, monkeypatch, capsys, arguments, complaint):
     assert call(monkeypatch, *arguments) == 2
     out, err = capsys.readouterr()
     assert complaint in err and err.count("\n") == 1 and err.startswith("error: ") and out == ""

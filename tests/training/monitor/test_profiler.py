@@ -14,6 +14,7 @@ from training.monitor.profiler import Profile
 def test_profile_of_two_steps_shows_those_after_the_first_three(tmp_path, caplog, begun, shown):
     """Of a process that resumed after step 10 and ended after so many steps."""
     profile = Profile(2, tmp_path, torch.device("cpu"), done=10, last=100)
+    profile.start()
     with caplog.at_level(logging.INFO, logger="headroom"):
         for _ in range(begun):
             profile.step()
@@ -25,6 +26,7 @@ def test_profile_of_two_steps_shows_those_after_the_first_three(tmp_path, caplog
 
 def test_profile_that_cannot_write_warns_and_goes_on(tmp_path, caplog):
     profile = Profile(1, tmp_path / "gone", torch.device("cpu"), done=0, last=10)
+    profile.start()
     for _ in range(8):
         profile.step()
     profile.close()
@@ -33,6 +35,7 @@ def test_profile_that_cannot_write_warns_and_goes_on(tmp_path, caplog):
 
 def test_profile_of_no_steps_makes_nothing(tmp_path, caplog):
     profile = Profile(0, tmp_path, torch.device("cpu"), done=0, last=10)
+    profile.start()
     profile.step()
     profile.close()
     assert not list(tmp_path.iterdir()) and not caplog.text

@@ -103,7 +103,7 @@ def test_muon_update_equals_the_formula(attention, monkeypatch):
 @pytest.mark.parametrize(("rounded", "tolerance"), [(False, 1e-4), (True, 0.05)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
 def test_muon_with_whole_matrices_equals_that_of_pytorch(attention, rounded, tolerance, monkeypatch):
-    """logical_blocks=false, no warmup of the momentum. Then learning rate, its factor sqrt(max(1, rows/cols)), decay,
+    """per_head=false, no warmup of the momentum. Then learning rate, its factor sqrt(max(1, rows/cols)), decay,
     Nesterov momentum, coefficients and steps are those of torch.optim.Muon. Two differences remain, both of rounding:
     PyTorch always iterates in bfloat16, ours where the device multiplies it natively; and its norm is one in bfloat16,
     ours in float32. So both are compared in float32 closely, and in bfloat16 as far as that rounds."""
@@ -111,7 +111,7 @@ def test_muon_with_whole_matrices_equals_that_of_pytorch(attention, rounded, tol
     if not rounded:
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     model, twin = (small_model(f"attention={attention}", "model.n_layers=2") for _ in range(2))
-    settings = PLAIN | {"weight_decay": 0.5, "momentum": 0.9, "logical_blocks": False}
+    settings = PLAIN | {"weight_decay": 0.5, "momentum": 0.9, "per_head": False}
     optimizer, names = MuonConfig(**settings).build(model), model.param_layout().keys()
     mine, its = dict(model.named_parameters()), dict(twin.named_parameters())
     reference = torch.optim.Muon([its[name] for name in names], lr=0.02, weight_decay=0.5, momentum=0.9)
@@ -126,12 +126,12 @@ def test_muon_with_whole_matrices_equals_that_of_pytorch(attention, rounded, tol
         assert relative_error(mine[name] - start[name], its[name] - start[name]) <= tolerance, name
 
 
-def test_muon_with_logical_blocks_moves_each_by_an_orthogonal_matrix():
-    """With logical_blocks=false those that are parts of a tall matrix do not."""
+def test_muon_per_head_moves_each_logical_matrix_by_an_orthogonal_matrix():
+    """With per_head=false those that are parts of a tall matrix do not."""
     near = {}
     for logical in (True, False):
         model = small_model("attention=mla", "attention.q_lora_rank=24")
-        optimizer, before = MuonConfig(**PLAIN, logical_blocks=logical).build(model), {}
+        optimizer, before = MuonConfig(**PLAIN, per_head=logical).build(model), {}
         for i, (name, p) in enumerate(model.named_parameters()):
             before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)
         optimizer.step()
@@ -210,7 +210,7 @@ def test_muon_state_bytes_equal_what_it_keeps_by_name():
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
-    names = set(_optimizer_tensors(TrainState(model, optimizer, None)))
+    names = set(_optimizer_tensors(TrainState(model, None, optimizer)))
     assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names
 
 
@@ -235,7 +235,15 @@ def test_muon_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
 def test_muon_run_with_skipped_float16_steps_resumes_bit_exactly(workplace, monkeypatch):
     monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
-    options = [*SMOKE, "optim=muon", "precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9"]
+    options = [
+        *SMOKE,
+        "optim=muon",
+        "precision=fp16",
+        "steps=20",
+        "max_skipped_updates=30",
+        "save_every=5",
+        "keep_last=9",
+    ]
     options += ["batch_tokens=256"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     for step in (5, 15):

@@ -77,8 +77,8 @@ def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
     model.zero_grad()
     threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
     result = train_step(
-        mixed, AdamWConfig(lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, (0, 0), mean_loss_and_scores,
-        QKClip(model, threshold),
+        mixed, AdamWConfig(lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, loss=mean_loss_and_scores,
+        clip=QKClip(model, threshold),
     )  # fmt: skip
     assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0
     assert relative_error(model.layers[0].attention.kv_up.weight, before) > 1e-3

@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from common.checksummed_json import digest, unsealed
+from common.checksummed_json import digest, parse_verified
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, call, relative_error, some_tokens
@@ -26,7 +26,7 @@ from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
 from training.run.config import load
 from training.run.load import load_run
 from training.run.metrics_file import read_metrics
-from training.run.resume import resumed
+from training.run.resume import open_run
 
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
@@ -130,7 +130,7 @@ def test_an_optimizers_state_is_what_it_keeps_and_nothing_else(trained, name, ch
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
-    training = checkpoint.TrainState(model, settings.optim.build(model), None)
+    training = checkpoint.TrainState(model, None, settings.optim.build(model))
     checkpoint._load_optimizer(found, training)
     found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
     with pytest.raises(UserError, match=complaint):
@@ -158,7 +158,7 @@ def test_weights_are_those_of_the_model_and_float32(run, change, complaint):
         load_run(run)
     config, _ = run_folder.read_config(run)
     with pytest.raises(UserError, match=complaint):
-        checkpoint.refuse_unfit(run, load(config))
+        checkpoint.check_fits(run, load(config))
 
 
 @pytest.mark.parametrize("setting", ["n_layers", "d_model", "context_length"])
@@ -169,9 +169,9 @@ def test_nothing_is_built_of_a_size_that_the_weights_do_not_have(run, monkeypatc
     batches = {"batch_tokens": 2**20, "eval_tokens": 2**20, "micro_batch_size": 1}
     claimed = config | {"model": model} | (batches if "context" in setting else {})
     with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
-        checkpoint.refuse_unfit(run, load(claimed))
+        checkpoint.check_fits(run, load(claimed))
     reseal(last(run), config=claimed)
-    for look in (lambda: load_run(run), lambda: checkpoint.refuse_unfit(run, load(claimed))):
+    for look in (lambda: load_run(run), lambda: checkpoint.check_fits(run, load(claimed))):
         with pytest.raises(UserError, match=r"does not fit the run's settings: it (holds 2 layers|lacks position)"):
             look()
 
@@ -232,10 +232,10 @@ def test_a_checkpoint_that_cannot_be_judged_is_never_removed(run, unreadable, ca
     for step in (1, 2, 4, 5):
         shutil.copytree(run / "checkpoints/step_00000003", run / f"checkpoints/step_{step:08d}")
         reseal(run / f"checkpoints/step_{step:08d}", step=step, val_loss=step / 100)
-    names = [path.name[-1] for path in checkpoint.superfluous(run, 6, 1)]
+    names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
     assert names == ["2", "3", "4", "5"]  # the first is the best
     unreadable(run / "checkpoints/step_00000001/manifest.json", number)
-    names = [path.name[-1] for path in checkpoint.superfluous(run, 6, 1)]
+    names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
     assert "1" not in names and len(names) == 3  # of the others, the best is kept as well
     assert "step_00000001/manifest.json cannot be read" in caplog.text and "so it is kept" in caplog.text
 
@@ -291,7 +291,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr("os.stat", denied)
     with pytest.raises(UserError, match="run cannot be entered: Permission denied"):
-        run_folder.refuse_no_run(run)
+        run_folder.check_is_run(run)
 
 
 def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(run, monkeypatch, caplog):
@@ -328,7 +328,7 @@ def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, mon
 
 def reseal(checkpoint, *names, **changes):
     """Writes the manifest anew, as whoever crafts a checkpoint would."""
-    manifest = unsealed((checkpoint / "manifest.json").read_text()) | changes
+    manifest = parse_verified((checkpoint / "manifest.json").read_text()) | changes
     for name in names:
         content = (checkpoint / name).read_bytes()
         manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -445,14 +445,14 @@ def test_a_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
 )
 def test_a_config_that_names_something_else_is_refused(run, target):
     """In a checkpoint's manifest, as in config.yaml."""
-    config = unsealed((last(run) / "manifest.json").read_text())["config"]
+    config = parse_verified((last(run) / "manifest.json").read_text())["config"]
     config["attention"] |= {"_target_": target}
     reseal(last(run), config=config)
     with pytest.raises(UserError, match="does not name a AttentionChoice"):
         load_run(run)
     (run / "config.yaml").write_text(json.dumps(config))
     with pytest.raises(UserError, match="does not name a AttentionChoice"):
-        resumed("run", {}, [])
+        open_run("run", {}, [])
 
 
 def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
@@ -464,7 +464,7 @@ def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
 
 
 def test_a_second_process_in_one_run_folder_is_refused(run, monkeypatch, capsys):
-    with run_folder.claim(run):
+    with run_folder.acquire_run_lock(run):
         assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
         assert "another process is training in run" in capsys.readouterr().err
         assert newest(run, (MODEL,)).manifest.step == 6  # reading is free
@@ -478,7 +478,7 @@ def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, mon
     def spy(folder, run, corpus, training, step, *rest):
         seen.append((step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
 
-    monkeypatch.setattr("training.monitor.report.FLUSH_SECONDS", 1e9)
+    monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 1e9)
     monkeypatch.setattr("training.run.checkpoint.save", spy)
     assert call("train", [*SMOKE, "steps=7", "save_every=3", "eval_every=100", "run_dir=run"], monkeypatch) == 0
     assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]
@@ -535,7 +535,7 @@ FAULTS = {
     "no weights": (lambda run: spoil(run, Path.unlink), "model.safetensors cannot be read"),
     "no manifest": (lambda run: spoil(run, Path.unlink, "manifest.json"), "manifest.json cannot be read"),
     "manifest cut short": (lambda run: spoil(run, cut, "manifest.json"), "manifest.json is damaged"),
-    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 3"),
+    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 4"),
     "tokenizer edited": (
         lambda run: (run / "tokenizer.json").write_text('{"kind": "byte", "hash": "0"}'),
         "tokenizer.json is damaged",
@@ -569,7 +569,7 @@ def test_a_run_that_cannot_be_resumed_is_one_line(run, content, complaint, monke
 
 
 def reshape(checkpoint):
-    config = unsealed((checkpoint / "manifest.json").read_text())["config"]
+    config = parse_verified((checkpoint / "manifest.json").read_text())["config"]
     config["model"]["d_model"] = 32
     reseal(checkpoint, config=config)
 

@@ -12,7 +12,7 @@ from common.invocation import command
 from model.score import Score
 from tests.support import SMOKE, call, changed, load_composed
 from tests.training.runs import assert_same_run, losses, rewind
-from training.epochs import repetitions
+from training.epochs import repetition_warnings
 from training.run import checkpoint
 from training.run.load import load_run
 
@@ -38,7 +38,7 @@ def base(trained, workplace):
     return workplace / "base"
 
 
-def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsys):
+def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkeypatch, capsys):
     assert call("train", [*TUNED, "optim.lr=1e-30", "optim.muon_lr=1e-30", "run_dir=still"], monkeypatch) == 0
     out, err = capsys.readouterr()
     assert "beginning with the weights of base/checkpoints/step_00000030" in err
@@ -55,9 +55,9 @@ def test_it_begins_where_the_other_run_ended(base, workplace, monkeypatch, capsy
         assert torch.allclose(tensor, before.state_dict()[name], atol=1e-6), name
 
 
-def test_the_best_checkpoint_is_kept_and_named_where_it_is_not_the_last(workplace, monkeypatch, capsys):
+def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monkeypatch, capsys):
     scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
-    monkeypatch.setattr("training.evaluate.evaluate", lambda *_: next(scores))
+    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: next(scores))
     assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert (
@@ -70,9 +70,9 @@ def test_the_best_checkpoint_is_kept_and_named_where_it_is_not_the_last(workplac
     assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
 
 
-def test_a_text_that_is_read_too_often_is_said_with_the_steps_that_are_enough():
+def test_repetitions_of_a_short_text_name_the_steps_that_are_enough():
     def said(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
-        return list(repetitions(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
+        return list(repetition_warnings(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
 
     assert said("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
     (line,) = said("steps=25_000")
@@ -84,14 +84,14 @@ def test_a_text_that_is_read_too_often_is_said_with_the_steps_that_are_enough():
     assert "is read 5.25 times" in often and "steps=3," in often
 
 
-def test_what_was_learned_helps(base, workplace, monkeypatch):
+def test_fine_tuning_starts_with_a_lower_loss_than_the_base(base, workplace, monkeypatch):
     tuned = [*SMOKE, "init_from=base", "data.seed=7", "steps=3", "run_dir=tuned"]
     assert call("train", tuned, monkeypatch) == 0
     first = losses(workplace / "tuned")[1][1]
     assert first < losses(base)[0][1] / 2
 
 
-def test_it_resumes_bit_for_bit_even_without_a_checkpoint(base, workplace, monkeypatch):
+def test_fine_tuning_with_or_without_checkpoint_resumes_bit_for_bit(base, workplace, monkeypatch):
     assert call("train", [*TUNED, "run_dir=whole", "model.dropout=0.1"], monkeypatch) == 0
     for step in (5, 0):
         rewind(workplace / "whole", workplace / f"killed{step}", step)
@@ -99,19 +99,19 @@ def test_it_resumes_bit_for_bit_even_without_a_checkpoint(base, workplace, monke
         assert_same_run(workplace / "whole", workplace / f"killed{step}", step=12)
 
 
-def test_a_shorter_context_is_allowed(base, workplace, monkeypatch):
+def test_fine_tuning_with_a_shorter_context_is_allowed(base, workplace, monkeypatch):
     assert call("train", [*TUNED, "model.context_length=32", "run_dir=short"], monkeypatch) == 0
     assert load_run("short")[0].config.context_length == 32
 
 
-def test_a_longer_context_is_allowed_with_the_rotation_stretched_over_it(base, workplace, monkeypatch):
+def test_fine_tuning_with_a_longer_context_stretches_the_rotation(base, workplace, monkeypatch):
     longer = ["model.context_length=128", "attention.rope_scaling=yarn", "attention.rope_factor=2"]
     assert call("train", [*TUNED, *longer, "run_dir=long"], monkeypatch) == 0
     attention = load_run("long")[0].config.attention
     assert (attention.rope_scaling, attention.rope_factor, attention.rope_original_context) == ("yarn", 2.0, 64)
 
 
-def test_another_context_is_refused_where_positions_are_learned(workplace, monkeypatch, capsys):
+def test_fine_tuning_with_learned_positions_refuses_another_context(workplace, monkeypatch, capsys):
     Path("a.txt").write_text(TEXT)
     assert call("train", [*BASE, "position=learned", "steps=1"], monkeypatch) == 0
     assert call("train", [*TUNED, "model.context_length=32", "run_dir=no"], monkeypatch) == 2
@@ -119,7 +119,7 @@ def test_another_context_is_refused_where_positions_are_learned(workplace, monke
     assert call("train", changed(TUNED, "steps=1", "run_dir=yes"), monkeypatch) == 0
 
 
-def test_it_resumes_without_the_run_it_began_with(base, workplace, monkeypatch):
+def test_fine_tuning_resumes_without_its_base(base, workplace, monkeypatch):
     assert call("train", [*TUNED, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", 5)
     shutil.rmtree("base")
@@ -143,7 +143,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("change", "complaint"), REFUSED.items(), ids=REFUSED)
-def test_another_model_or_vocabulary_is_refused(base, workplace, monkeypatch, capsys, change, complaint):
+def test_fine_tuning_with_another_model_or_vocabulary_is_refused(
+    base, workplace, monkeypatch, capsys, change, complaint
+):
     assert call("train", changed(TUNED, change, "run_dir=no"), monkeypatch) == 2
     err = capsys.readouterr().err
     assert complaint in err.splitlines()[-1] and err.count("error:") == 1

@@ -9,7 +9,7 @@ from common.cli import with_stored_choices
 from common.errors import UserError
 from tests.support import SMOKE, compose, load_composed
 from training.run.folder import write_config
-from training.run.resume import resumed
+from training.run.resume import open_run
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def made(workplace):
 
 def resume(*typed: str, folder: str = "run"):
     typed = with_stored_choices([f"resume={folder}", *typed])
-    run, _, run_lock = resumed(folder, compose(*typed[1:]), typed)
+    run, _, run_lock = open_run(folder, compose(*typed[1:]), typed)
     with run_lock:
         return run
 
@@ -55,7 +55,7 @@ FOREIGN = {
 }
 
 
-def test_a_link_in_a_strangers_run_is_not_written_through(made, workplace):
+def test_resuming_a_foreign_run_with_links_is_refused(made, workplace):
     made()
     (workplace / "mine").mkdir()
     (workplace / "run/checkpoints").symlink_to(workplace / "mine")
@@ -67,7 +67,9 @@ def test_a_link_in_a_strangers_run_is_not_written_through(made, workplace):
 
 
 @pytest.mark.parametrize(("made_with", "repeat", "instead"), FOREIGN.values(), ids=FOREIGN)
-def test_a_stranger_repeats_once_what_reaches_out(made, monkeypatch, tmp_path, made_with, repeat, instead):
+def test_resuming_a_foreign_run_asks_once_to_repeat_external_settings(
+    made, monkeypatch, tmp_path, made_with, repeat, instead
+):
     made(*made_with)
     shutil.copytree("run", "copied")
     assert resume("steps=99", folder="copied").steps == 99  # the user's own, wherever it lies
@@ -81,13 +83,13 @@ def test_a_stranger_repeats_once_what_reaches_out(made, monkeypatch, tmp_path, m
 
 
 @pytest.mark.parametrize("made_with", [(), ("logger=wandb",), ("tokenizer=gpt2",), ("attention=mla", "data=stdlib")])
-def test_what_stays_within_the_folder_and_the_defaults_needs_no_signature(made, monkeypatch, tmp_path, made_with):
+def test_resuming_a_foreign_run_with_default_settings_needs_no_signature(made, monkeypatch, tmp_path, made_with):
     made(*made_with)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
     resume()
 
 
-def test_an_edited_setting_is_not_what_was_signed_nor_is_an_unsigned_run(made, tmp_path):
+def test_resuming_an_edited_or_unsigned_run_is_refused(made, tmp_path):
     made(*FILES)
     tree = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     for edited in (
@@ -97,7 +99,7 @@ def test_an_edited_setting_is_not_what_was_signed_nor_is_an_unsigned_run(made, t
         tree | {"signature": "é"},
         tree | {"signature": "\ud800"},
         tree | {"signature": tree["signature"].upper()},
-        {key: value for key, value in tree.items() if key not in ("signature", "format")},  # of a run from before
+        {key: value for key, value in tree.items() if key != "signature"},  # as runs had none once
     ):
         (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(edited))
         with pytest.raises(UserError, match="not signed by this user"):
@@ -106,7 +108,7 @@ def test_an_edited_setting_is_not_what_was_signed_nor_is_an_unsigned_run(made, t
 
 
 @pytest.mark.parametrize("state", ["a file", "nowhere/\0"])
-def test_without_a_lasting_key_runs_are_made_and_resumed_but_repeat(made, monkeypatch, tmp_path, state):
+def test_resuming_without_a_lasting_key_asks_to_repeat(made, monkeypatch, tmp_path, state):
     (tmp_path / "a file").touch()
     monkeypatch.setattr("training.run.origin._key_file", lambda: tmp_path / state / "key")
     made(*FILES)
@@ -115,7 +117,7 @@ def test_without_a_lasting_key_runs_are_made_and_resumed_but_repeat(made, monkey
     resume("data.path=a.txt")
 
 
-def test_a_strangers_run_without_a_checkpoint_begins_with_no_weights_of_this_users(made, monkeypatch, tmp_path):
+def test_resuming_a_foreign_run_without_checkpoint_refuses_init_from(made, monkeypatch, tmp_path):
     made("init_from=base")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
     with pytest.raises(UserError, match=r"begins with the weights of base: begin a run of your own with init_from="):
@@ -124,7 +126,7 @@ def test_a_strangers_run_without_a_checkpoint_begins_with_no_weights_of_this_use
     resume()
 
 
-def test_the_keys_that_say_where_a_runs_data_are_named_where_another_is_refused(made):
+def test_resuming_with_another_setting_names_the_locations_that_may_change(made):
     for made_with, named in (
         (FOREIGN["mix"][0], "has moved to (data.parts.a.corpus.path)"),
         (("tokenizer=gpt2", *FILES), "has moved to (data.path, tokenizer.folder)"),
@@ -136,7 +138,7 @@ def test_the_keys_that_say_where_a_runs_data_are_named_where_another_is_refused(
         assert named in str(refused.value)
 
 
-def test_data_that_moved_may_be_named_anew_and_nothing_else_of_it(made):
+def test_resuming_with_moved_data_changes_its_location_only(made):
     made(*FILES, "data.val_fraction=0.2")
     assert resume("data.path=new/b.txt").data.path == "new/b.txt"
     assert resume("data=files", "data.path=b.txt", "data.val_fraction=0.2").data.path == "b.txt"

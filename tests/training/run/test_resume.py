@@ -118,7 +118,14 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
     monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
-    options = ["precision=fp16", "steps=20", "most_skipped=30", "save_every=5", "keep_last=9", "batch_tokens=256"]
+    options = [
+        "precision=fp16",
+        "steps=20",
+        "max_skipped_updates=30",
+        "save_every=5",
+        "keep_last=9",
+        "batch_tokens=256",
+    ]
     options = changed(BUSY, *options)
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     skipped = [row["step"] for row in read_metrics(workplace / "whole/metrics.jsonl") if row.get("skipped")]
@@ -254,7 +261,7 @@ def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, m
         assert kept.val_loss == losses(workplace / "whole")[7][4]
 
 
-@pytest.mark.parametrize("killed_in", ["training.monitor.report.Report.complete", "training.run.checkpoint.score"])
+@pytest.mark.parametrize("killed_in", ["training.monitor.monitor.Monitor.complete", "training.run.checkpoint.score"])
 def test_a_kill_while_a_run_makes_up_for_an_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
     options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
     undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"

@@ -1,0 +1,87 @@
+"""Each setting says whether it may change on resume, for fine-tuning, or never; the documents say the same."""
+
+import re
+
+import pytest
+
+import training.run.resume
+from common.errors import UserError
+from common.settings import Change
+from tests.support import ROOT, SMOKE, changed, compose, load_composed
+from training.run.changes import RESUMABLE, change_of, forbidden_differences
+from training.run.config import Run, load
+from training.run.folder import write_config
+from training.run.resume import open_run
+
+
+def test_run_fields_all_carry_one_mark():
+    for name, field in Run.model_fields.items():
+        assert sum(isinstance(mark, Change) for mark in field.metadata) == 1, name
+
+
+def test_documented_resumable_settings_are_those_of_the_fields():
+    text = (ROOT / "docs/reliability.md").read_text()
+    (listed,) = re.findall(r"before a run is resumed; only (.*?) may differ", text, re.DOTALL)
+    assert re.findall(r"`(\w+)`", listed) == RESUMABLE
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("steps", Change.ON_RESUME),
+        ("logger.mode", Change.ON_RESUME),
+        ("seed", Change.FINE_TUNING),
+        ("data.val_fraction", Change.FINE_TUNING),
+        ("optim.lr", Change.FINE_TUNING),
+        ("kernel", Change.FINE_TUNING),
+        ("model.dropout", Change.FINE_TUNING),
+        ("model.context_length", Change.FINE_TUNING),
+        ("attention.rope_factor", Change.FINE_TUNING),
+        ("model.d_model", Change.NEVER),
+        ("attention", Change.NEVER),
+        ("attention.window", Change.NEVER),
+        ("mlp.d_ff", Change.NEVER),
+        ("tokenizer.vocab_size", Change.NEVER),
+        ("position", Change.NEVER),
+        ("no.such", Change.NEVER),
+    ],
+)
+def test_change_of_a_setting_is_its_fields_or_its_groups(key, change):
+    assert change_of(load_composed("attention=mla", "tokenizer=bpe"), key) == change
+
+
+def test_forbidden_differences_depend_on_the_change_and_pass_over_places():
+    before = load_composed("data=files", "data.path=a.txt")
+    changes = ["steps=9", "optim.beta2=0.5", "attention.dropout=0.1", "mlp=gelu"]
+    now = load_composed("data=files", "data.path=b.txt", *changes)
+
+    def keys(change):
+        return {different.key for different in forbidden_differences(before, now, change)}
+
+    assert keys(Change.FINE_TUNING) == {"mlp._target_", "mlp.approximate"}
+    assert keys(Change.ON_RESUME) == keys(Change.FINE_TUNING) | {"optim.beta2", "attention.dropout"}
+
+
+def test_resuming_reads_the_configuration_a_fixed_number_of_times(workplace, monkeypatch):
+    settings = [*SMOKE, "attention=gqa", "attention.window=5", "model.d_model=64", "optim.beta2=0.9", "seed=3"]
+    (workplace / "run").mkdir()
+    write_config(workplace / "run", load_composed(*settings))
+    loads = []
+    monkeypatch.setattr(training.run.resume, "load", lambda tree: loads.append(1) or load(tree))
+    typed = ["resume=run", *settings[2:], "steps=77"]
+    run, _, lock = open_run("run", compose(*settings, "steps=77"), typed)
+    with lock:
+        assert run.steps == 77 and len(loads) == 3
+
+
+CHANGES = ["attention.n_kv_heads=3", "attention=mha", "position=rope", "experiment=smoke", "optim=adamw"]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resuming_names_the_setting_that_was_typed(workplace, change):
+    settings = ["attention=gqa", "attention.window=5", "optim=muon"]
+    (workplace / "run").mkdir()
+    write_config(workplace / "run", load_composed(*settings))
+    key = change.partition("=")[0]
+    with pytest.raises(UserError, match=rf"^{key} cannot change on resume: only steps, "):
+        open_run("run", compose(*changed(settings, change)), ["resume=run", "attention.window=5", change])

@@ -1,0 +1,287 @@
+"""The observer of a training run. It is told what happened, and decides nothing."""
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError, escaped, reason
+from common.streams import escaped_for_terminal, print_stderr, write_if_possible
+from data.batches import documents_of_step
+from data.shards.prepare import Prepared
+from model.score import Score
+from model.transformer import TransformerLM
+from runtime.memory import peak_memory
+from training.evaluate import Evaluation
+from training.monitor import summary
+from training.monitor.guard import Guard
+from training.monitor.mfu import flops_of, peak_flops
+from training.monitor.plot import plot_loss
+from training.monitor.profiler import Profile
+from training.monitor.progress import ProgressLine
+from training.monitor.timer import TrainingTimer
+from training.run.checkpoint import best, saved, step_of
+from training.run.config import Run, dump
+from training.run.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
+from training.step import StepResult
+
+log = logging.getLogger("headroom")
+MAX_DOCUMENTS_NAMED = 4
+FLUSH_SECONDS = 0.5  # reading a loss waits for the device, so it is not done at every step
+
+
+class PendingRow(NamedTuple):
+    """A step whose numbers are still on the device."""
+
+    row: MetricRow
+    numbers: Tensor  # loss, gradient norm, bytes of text, skipped, and with QK-clip its two
+
+
+class Monitor:
+    """Writes metrics.jsonl and the logger's rows, shows progress, watches for divergence, and times training. Within
+    its `with` block its files are open and its live line is shown."""
+
+    def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, device: torch.device):
+        """done: steps before the first of this process."""
+        self.run = run
+        self.folder = folder
+        self.corpus = corpus
+        self.model = model
+        self.device = device
+        self.byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths).to(device)  # (V,)
+        self.done = done
+        self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
+        self.unscored = unscored(self.metrics.past, done)  # a signal cut the evaluation after the last step short
+        self.last_reported_step = done - self.unscored
+        self.guard = Guard(self.metrics.past, run.max_skipped_updates)
+        self.sink = run.logger.open(folder, dump(run))
+        self.progress = ProgressLine(done, run.steps)
+        self.profile = Profile(run.profile_steps, folder, device, done, run.steps)
+        self.timer = TrainingTimer(device)
+        self.pending: list[PendingRow] = []
+        self.flops_per_token = flops_of(run.model, corpus, run.data.document_mask).training()
+        self.peak_flops = peak_flops(device, run.precision, run.peak_flops)  # per second
+
+    def __enter__(self) -> Self:
+        if self.done < self.run.steps:
+            with suppress(OSError):  # such as a folder, which is no picture
+                (self.folder / PICTURE).unlink()  # as whoever finds one at the end takes the run for complete
+        self.progress.start()
+        self.profile.start()
+        for line in self._opening_lines():
+            self.say(line)
+        self.timer.restart()
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> None:
+        try:
+            if kind is None:
+                self.flush()
+            if kind not in (None, KeyboardInterrupt) and self.done < self.run.steps:
+                self._plot()
+        finally:
+            self.progress.stop()
+            self.profile.close()
+            self.metrics.close()
+            self.sink.close()
+
+    def _opening_lines(self) -> Iterator[str]:
+        val = self.corpus.val
+        text_bytes = self.corpus.tokenizer.byte_lengths[val.read(0, len(val))].sum()
+        measured = summary.Measured(
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            cache_bytes=sum(layer.bytes_per_token for layer in self.model.make_caches(1, 1)),
+            bytes_per_token=text_bytes / len(val),
+        )
+        return summary.opening_lines(self.run, self.folder, self.corpus, self.device, self.done, measured)
+
+    def before(self, evaluation: Evaluation) -> None:
+        """Call before the first step, with the evaluation of the weights that training begins with."""
+        row = MetricRow(step=0, tokens=0, train_loss=None, **evaluation.columns())
+        self.metrics.begin(row)
+        self.sink.write(row)
+        self.say(summary.score_line("before step 1", evaluation.reported))
+        self.timer.restart()
+
+    def complete(self, evaluation: Evaluation) -> None:
+        """Call before other steps, with the evaluation that the last one lacks."""
+        row = self.metrics.complete(evaluation.columns())
+        self.sink.write(row)
+        self.unscored = False
+        self.last_reported_step = row["step"]
+        self.say(summary.score_line(f"step {row['step']}", evaluation.reported))
+        self.timer.restart()
+
+    @contextmanager
+    def timing_data(self) -> Iterator[None]:
+        """Around the wait for a batch, with which every step begins."""
+        if self.run.profile_steps:
+            with self.paused_timer():  # which waits for the device, as no other step does
+                self.profile.step()
+        with self.timer.waiting_for_data():
+            yield
+
+    def paused_timer(self) -> AbstractContextManager[None]:
+        """Around whatever is not training: its time does not count."""
+        return self.timer.paused()
+
+    def within(self, what: str, index: int, count: int) -> None:
+        """Call before each part of a step or an evaluation (training.evaluate.Between)."""
+        self.progress.within(self.last_reported_step + 1, what, index, count)
+
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        batches: list[tuple[Tensor, Tensor]],
+        evaluation: Evaluation | None = None,
+        unscored: bool = False,
+    ) -> None:
+        """Call after every step, with the evaluation if one was due; unscored: if a signal cut it short."""
+        self.done = step
+        self.last_reported_step = step
+        self.unscored = unscored
+        targets = torch.cat([targets for _, targets in batches])
+        row = MetricRow(step=step, tokens=step * targets.numel(), **self.run.learning_rates(step - 1))
+        row["data_seconds"] = self.timer.step(targets.numel())
+        if evaluation is not None:
+            row |= evaluation.columns()
+        if unscored:
+            row[UNSCORED] = True
+        self.pending.append(PendingRow(row, self._numbers(result, targets)))
+        if self._flush_is_due(result, evaluation is not None):
+            self.flush()
+        if evaluation is not None:
+            self.say(summary.score_line(f"step {step}", evaluation.reported))
+
+    def _numbers(self, result: StepResult, targets: Tensor) -> Tensor:
+        """(numbers,) of a step, on the device."""
+        text_bytes = self.byte_lengths[targets].sum()
+        numbers = (result.loss, result.grad_norm, text_bytes, result.skipped, *(result.clipped or ()))
+        return torch.stack([number.to(result.loss) for number in numbers])
+
+    def _flush_is_due(self, result: StepResult, evaluated: bool) -> bool:
+        free_to_read = self.device.type == "cpu"
+        due = evaluated or self.done == self.run.steps or self.timer.elapsed >= FLUSH_SECONDS
+        return due or bool(free_to_read and result.skipped)
+
+    def flush_to_disk(self) -> None:
+        """Call before a checkpoint: all steps so far are on the disk when it returns."""
+        self.flush()
+        self.metrics.sync()
+        self.sink.sync()
+
+    def flush(self) -> None:
+        """Write the rows of the steps since the last time. Waits for the device."""
+        if not self.pending:
+            return
+        pending = self.pending
+        self.pending = []
+        numbers = torch.stack([each.numbers for each in pending]).tolist()
+        shared = self._speed_columns(self.timer.close_interval())
+        for (row, _), of_step in zip(pending, numbers, strict=True):
+            row |= self._step_columns(shared, *of_step)
+            self.metrics.write(row)
+            self.sink.write(row)
+            self._report_trouble(row)
+        last = pending[-1].row
+        left = (self.run.steps - last["step"]) * self.run.batch_tokens
+        self.progress.step(last, left / self.timer.tokens_per_second)
+
+    def _speed_columns(self, tokens_per_second: float) -> MetricRow:
+        return MetricRow(
+            tokens_per_second=tokens_per_second,
+            flops_per_second=tokens_per_second * self.flops_per_token,
+            mfu=self._mfu(tokens_per_second),
+            memory_bytes=peak_memory(self.device),
+        )
+
+    def _step_columns(
+        self, shared: MetricRow, loss: float, grad_norm: float, text_bytes: float, skipped: float, *clipped: float
+    ) -> MetricRow:
+        bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
+        columns = MetricRow(train_loss=loss, train_bpb=bpb, grad_norm=grad_norm, **shared)
+        if skipped:
+            columns["skipped"] = True
+        if clipped:
+            max_logit, heads = clipped
+            columns["max_logit"] = max_logit
+            columns["clipped_heads"] = int(heads)
+        return columns
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        return self.peak_flops and tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def _report_trouble(self, row: MetricRow) -> None:
+        spike = self.guard.see(row)
+        if row.get("skipped") and self.guard.in_a_row <= self.run.max_skipped_updates:
+            self.say(summary.skipped_line(row, self.guard.skipped, self.run.precision, self._documents(row["step"])))
+        elif spike:
+            self.say(summary.spike_line(row, self.guard.usual_loss, self._documents(row["step"])))
+
+    def _documents(self, step: int) -> str:
+        """Names of the documents that a step trained on, or of some of them."""
+        run = self.run
+        names = documents_of_step(self.corpus, run.model.context_length, run.seed, step - 1, run.sequences)
+        more = len(names) - MAX_DOCUMENTS_NAMED
+        some = ", ".join(names[:MAX_DOCUMENTS_NAMED]) or "names are lost"
+        return f"{some} and {more} more" if more > 0 else some
+
+    def say(self, line: str) -> None:
+        """Print a line above the live one."""
+        self.progress.say(line)
+
+    def show(self, text: str) -> None:
+        """Print a text of several lines above the live one."""
+        self.progress.show(text)
+
+    def stopped(self, line: str) -> None:
+        """Call with the last words of a run that a signal stopped."""
+        self.progress.stop()
+        print_stderr(line)
+
+    def end(self, evaluation: Evaluation, sample: str) -> None:
+        """Print the last words of a run on stdout, whether or not anybody reads them; then draw its picture, the last
+        thing it does: where that is missing, a run that is resumed says its last words again."""
+        lines = "\n".join(map(escaped, self._last_words(evaluation)))
+        lost = write_if_possible(f"\n{escaped_for_terminal(sample)}\n\n{lines}")
+        if lost is not None:
+            log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
+        self._plot()
+
+    def _last_words(self, evaluation: Evaluation) -> Iterator[str]:
+        yield summary.validation_line(evaluation.reported)
+        yield from summary.before_line(self.metrics.before, evaluation.prefix)
+        yield from self._best_line(evaluation.prefix)
+        if self.timer.tokens:
+            speed = self.timer.tokens_per_second
+            yield summary.speed_line(speed, self._mfu(speed), self.timer.data_share)
+        yield from summary.next_lines(self.folder, self._longer_run())
+
+    def _best_line(self, prefix: Score) -> Iterator[str]:
+        try:
+            found = best(self.folder)
+        except UserError as fault:
+            log.warning(f"{fault}; so which checkpoint is the best is not known")
+            return
+        if found is not None and found.manifest.step != self.run.steps:
+            yield summary.best_line(self.folder, found.manifest.step, found.manifest.val_loss, prefix.tokens)
+
+    def _longer_run(self) -> str:
+        start = summary.cooldown_start(self.run)
+        try:
+            before = [] if start is None else [path.name for path in saved(self.folder) if step_of(path) <= start]
+        except UserError as fault:
+            return f"(whether a longer run can go on from here is not known: {fault})"
+        return summary.longer_run(self.run, self.folder, before[-1] if before else None)
+
+    def _plot(self) -> None:
+        try:
+            plot_loss(self.folder)
+        except Exception as error:  # a picture is not worth a run's last words
+            log.warning(f"{self.folder}/loss.png cannot be drawn: {error}")

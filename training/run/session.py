@@ -1,0 +1,168 @@
+"""One process's part of a run: evaluating, saving, and stopping where a signal asks for it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from common.signals import Stopped, StopRequest
+from common.streams import print_stderr
+from data.shards.prepare import Prepared
+from model.score import Score
+from runtime.allocator import keep_buffers
+from training.evaluate import Evaluation, evaluate
+from training.monitor import summary
+from training.monitor.attention_stats import attention_stats
+from training.monitor.monitor import Monitor
+from training.run import checkpoint
+from training.run import folder as run_folder
+from training.run.config import Run
+from training.run.start import load_pretrained_weights
+from training.state import TrainState
+
+
+def begin_or_resume(
+    run: Run, corpus: Prepared, device: torch.device, folder: Path | None, run_lock: AbstractContextManager | None
+) -> tuple[TrainState, int, Path, AbstractContextManager]:
+    """The training state of a run, from its newest checkpoint if it has one, the steps done, its folder and the lock on
+    it. folder, run_lock: None for a new run."""
+    if device.type == "cpu" and run.tune_malloc:
+        keep_buffers()
+    state = TrainState.create(run, corpus.tokenizer.vocab_size, device)
+    if folder is None:
+        folder, run_lock = run_folder.create(run, corpus.tokenizer)
+        done = 0
+    else:
+        done = checkpoint.resume(folder, run, corpus, state)
+    if run.init_from and not done:
+        load_pretrained_weights(Path(run.init_from), state.model)
+    return state, done, folder, run_lock
+
+
+@dataclass
+class Session:
+    """Evaluates, saves and stops, for the training loop between its steps."""
+
+    run: Run
+    folder: Path
+    corpus: Prepared
+    state: TrainState
+    losses: Callable  # cross-entropy of each token, as training.step.losses_of makes it
+    monitor: Monitor
+    stop: StopRequest
+    saved_step: int  # the step of the newest checkpoint
+
+    def between(self, what: str, index: int, count: int) -> None:
+        """Call between two parts of a step or an evaluation. Raises Stopped where a signal came."""
+        self.stop.raise_if_stopped()
+        self.monitor.within(what, index, count)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """The evaluation after a step: on the first eval_tokens of the validation set, and after the last step on all
+        of it. None where a signal came: a resumed run makes up for it."""
+        try:
+            with self.monitor.paused_timer():
+                return self._evaluation(whole=step == self.run.steps)
+        except Stopped:
+            return None
+
+    def evaluate_before_steps(self, done: int) -> Evaluation | None:
+        """The evaluation that is due before the first step of this process, if any: one that a signal cut short, that
+        of a run whose steps are all done, or that of the weights that training begins with."""
+        due = self.monitor.unscored or done == self.run.steps or (self.run.evaluates_before and not done)
+        if not due:
+            return None
+        evaluation = self.evaluate(done)
+        if evaluation is None:
+            self.leave(done)
+        if self.monitor.unscored:
+            # First the checkpoint: a kill between the two leaves the row's mark, which says that it is due.
+            checkpoint.score(self.folder, done, evaluation.prefix.loss)
+            self.monitor.complete(evaluation)
+        elif not done:
+            self.monitor.before(evaluation)
+        return evaluation
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether a step is followed by a checkpoint."""
+        last = step == self.run.steps
+        return last or step % self.run.save_every == 0 or self.monitor.guard.diverged
+
+    def save(self, step: int, evaluation: Evaluation | None) -> None:
+        """Write the rows of metrics, then the checkpoint of a step. evaluation: that after the same step."""
+        self.monitor.flush_to_disk()
+        # A resumed run that had diverged, and does still, has nothing new; but float16's loss scale has halved.
+        if not self.monitor.guard.diverged_before or self.run.precision == "fp16":
+            with self.monitor.paused_timer():
+                val_loss = None if evaluation is None else evaluation.prefix.loss
+                checkpoint.save(self.folder, self.run, self.corpus, self.state, step, val_loss)
+        self.saved_step = step
+
+    def leave(self, step: int) -> NoReturn:
+        """End the process after a step that is saved, as a signal asked."""
+        self._leave(step, within=False)
+
+    def leave_within(self, step: int, evaluation: Evaluation | None) -> NoReturn:
+        """End the process in the midst of a step, the one after `step`. evaluation: that after `step`."""
+        if step > self.saved_step:
+            self.save(step, evaluation)
+        self._leave(step, within=True)
+
+    def _leave(self, step: int, within: bool) -> NoReturn:
+        self.monitor.stopped(
+            summary.stopped_line(
+                self.stop.signal.name,
+                step,
+                within=within,
+                unscored=self.monitor.unscored,
+                complete=step == self.run.steps,
+                go_on=how_to_continue(self.folder),
+            )
+        )
+        sys.exit(self.stop.exit_code)
+
+    def _evaluation(self, whole: bool) -> Evaluation:
+        run = self.run
+        self.state.mixed.copy_master_weights()
+        prefix = self._score(slice(0, run.eval_tokens))
+        reported = prefix.plus(self._score(slice(run.eval_tokens, None))) if whole else prefix
+        return Evaluation(prefix, reported, self._attention_stats() if run.log_attention else {})
+
+    def _score(self, tokens: slice) -> Score:
+        return evaluate(
+            self.state.mixed.model,
+            self.corpus.val,
+            self.run.model.context_length,
+            self.run.micro_batch_size,
+            torch.from_numpy(self.corpus.tokenizer.byte_lengths),
+            tokens=tokens,
+            losses=self.losses,
+            between=self.between,
+        )
+
+    def _attention_stats(self) -> dict[str, float]:
+        run = self.run
+        end_of_text = self.corpus.tokenizer.end_of_text if run.data.document_mask else None
+        return attention_stats(
+            self.state.model, self.corpus.val, run.model.context_length, run.micro_batch_size, end_of_text
+        )
+
+
+@contextmanager
+def second_signal_ends(folder: Path) -> Iterator[None]:
+    """Around a StopRequest's loop: its second signal ends the process at once, in one line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print_stderr(f"stopped at once; {how_to_continue(folder)}")
+        sys.exit(130)
+
+
+def how_to_continue(folder: Path) -> str:
+    """The command that resumes a run, or begins it again where nothing is saved."""
+    verb = "continue" if run_folder.saved(folder) else "begin again"
+    return f"{verb} with: {run_folder.resume_command(folder)}"
