@@ -74,6 +74,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from runtime.device import choose_device, set_determinism
     from runtime.precision import choose_precision
     from training.dry_run import dry_run
+    from training.experimental import warn_experimental_settings
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
     from training.run.session import Session, begin_or_resume, second_signal_ends
@@ -90,6 +91,7 @@ def train(tree: dict, typed: list[str]) -> None:
     device = choose_device(run.device)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
+    warn_experimental_settings(run, device, typed)
     length = run.model.context_length
     if run.dry_run:
         done = checkpoint.steps_done(folder) if folder else 0

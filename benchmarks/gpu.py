@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
@@ -45,11 +46,13 @@ from model.kernels.online import Online
 from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.transformer import ModelConfig, TransformerLM
+from runtime.memory import PeakTensorBytes
 from runtime.precision import MixedPrecision, choose_precision
 from training.compile import maybe_compiled
 from training.monitor.mfu import peak_flops
 from training.run.config import compose
 from training.step import mean_loss, train_step
+from training.step_memory import traceable
 
 DEADLINE = 8.5 * 60  # seconds of a section: a row that may take longer than is left of them is not begun
 VOCAB, PADDED_VOCAB = 50257, 50304  # ours pads what it multiplies by; nanoGPT is given the padded number
@@ -359,11 +362,11 @@ def _mfu(scale: Scale, precision: str, flops_per_second: float) -> float | None:
 
 
 def _predicted(config: ModelConfig, scale: Scale) -> int:
-    mixed = MixedPrecision(cost.on_meta(config, VOCAB), "bf16")
-    tokens = torch.zeros(scale.micro_batch, config.context_length, dtype=torch.int64, device="meta")
-    with cost.LivePeak() as live:
+    with FakeTensorMode(), scale.device, PeakTensorBytes() as peak:
+        mixed = MixedPrecision(TransformerLM(traceable(config), VOCAB), "bf16")
+        tokens = torch.zeros(scale.micro_batch, config.context_length, dtype=torch.int64)
         mixed.backward(mean_loss(mixed.model, tokens, tokens))
-    return live.bytes
+    return peak.bytes
 
 
 def _batch(config: ModelConfig, scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:

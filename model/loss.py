@@ -1,9 +1,10 @@
-"""The one loss: cross-entropy of the next token, in float32.
+"""Cross-entropy loss of the next token, in float32, computed in chunks of logits.
 
-Of a large vocabulary the logits are the largest tensor there is: 8192 tokens of GPT-2's take 1.6 GB in float32, as do
-their probabilities and their gradient. Here they exist a chunk of tokens at a time, in the dtype of the weights, and in
-float32 a few rows at a time. A gradient needs nothing of a chunk but the chunk, so it is computed along with the loss
-(Hsu et al. 2024, arXiv:2410.10989, section 3.2) and multiplied in the backward pass by what came in.
+With a large vocabulary the logits are the largest tensor there is: 8192 tokens with GPT-2's vocabulary take 1.6 GB in
+float32, as do their probabilities and their gradient. Here they exist a chunk of tokens at a time, in the dtype of the
+weights, and in float32 a few rows at a time. The gradient of a chunk needs only that chunk, so it is computed along
+with the loss (Hsu et al. 2024, arXiv:2410.10989, section 3.2) and multiplied in the backward pass by the incoming
+gradient.
 
 F.linear_cross_entropy of PyTorch 2.13 would do so too, but knows no softcap, leaves compiled code, adds up a bfloat16
 loss in bfloat16, and on a CPU takes two to five times as long (benchmarks/README.md).
@@ -21,28 +22,30 @@ from torch.autograd.function import once_differentiable
 
 from model.transformer import LMHead, softcapped
 
-CHUNK = {"cpu": 2**26, "meta": 2**26}  # bytes of logits that exist at one time;
+CHUNK = {"cpu": 2**26}  # bytes of logits that exist at one time;
 LARGE_CHUNK = 2**29  # fewer chunks where each costs a launch, or a compiler's time
-MOST_TOKENS = 4096  # in a chunk,
-MOST_FLOAT16 = 1024  # whose sums over more of them could overflow
-TILE = {"cpu": 2**18, "meta": 2**18}  # numbers in float32 at one time: what a cache holds,
+MAX_TOKENS = 4096  # in a chunk,
+MAX_FLOAT16_TOKENS = 1024  # whose sums over more of them could overflow
+TILE = {"cpu": 2**18}  # logits in float32 at one time: what a cache holds,
 LARGE_TILE = 2**23  # or what keeps a GPU busy
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (B, T, V), targets (B, T) -> nats of each token, (B, T) float32. By definition, all at once."""
+    """Cross-entropy by its definition, all at once: logits (B, T, V), targets (B, T) -> nats of each token, (B, T)
+    float32."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
     return losses.view_as(targets)
 
 
 def chunked_losses(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
-    """hidden (B, T, d), targets (B, T) -> what token_losses says of their logits, without a gradient."""
+    """Cross-entropy in chunks, as token_losses of the logits, without a gradient: hidden (B, T, d), targets (B, T) ->
+    nats of each token, (B, T) float32."""
     with torch.no_grad():
         return _losses(hidden.flatten(0, 1), lm_head, targets.flatten()).view_as(targets)
 
 
 def chunked_mean(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
-    """Its mean, a scalar, with its gradient."""
+    """Mean cross-entropy in chunks, a scalar, with its gradient."""
     if not torch.is_grad_enabled():
         return chunked_losses(hidden, lm_head, targets).mean()
     return _Mean.apply(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), lm_head.vocab_size, lm_head.softcap)
@@ -52,7 +55,8 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
         """x (N, d), weight (V', d), targets (N) -> scalar."""
-        d_x, d_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)
+        d_x = torch.empty_like(x)
+        d_weight = torch.zeros_like(weight, dtype=torch.float32)
         losses = _losses(x, LMHead(weight, vocab_size, softcap), targets, (d_x, d_weight))
         ctx.save_for_backward(d_x, d_weight)
         ctx.tokens, ctx.dtype = len(x), weight.dtype
@@ -61,26 +65,26 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
-        """What was kept is the gradient of the sum, which float16 holds whatever the number of tokens."""
+        """The saved gradient is that of the sum, which float16 can represent whatever the number of tokens."""
         d_x, d_weight = ctx.saved_tensors
         share = d_mean / ctx.tokens
         return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None
 
 
 def _losses(x: Tensor, lm_head: LMHead, targets: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """x (N, d), targets (N) -> nats of each token, (N) float32. gradients: of their sum, to be filled: those of x, and
-    those of the weight (zeros, float32)."""
+    """Losses in chunks: x (N, d), targets (N) -> nats of each token, (N) float32. gradients: buffers for the gradients
+    of their sum, with respect to x and to the weight (zeros, float32)."""
     weight, vocab_size, softcap = lm_head
     losses = x.new_empty(len(x), dtype=torch.float32)
     compiling = torch.compiler.is_compiling()
     chunk_bytes = LARGE_CHUNK if compiling else CHUNK.get(x.device.type, LARGE_CHUNK)
-    most = MOST_FLOAT16 if weight.dtype == torch.float16 else MOST_TOKENS
-    most = min(most, chunk_bytes // (len(weight) * weight.element_size()))
-    for chunk in _cut(len(x), most, x.is_meta):
+    tokens = MAX_FLOAT16_TOKENS if weight.dtype == torch.float16 else MAX_TOKENS
+    tokens = min(tokens, chunk_bytes // (len(weight) * weight.element_size()))
+    for chunk in _cut(len(x), tokens):
         logits = x[chunk] @ weight.mT  # (n, V')
         # a compiler makes its own tiles, and would write ours out one after the other
         tile = len(logits) if compiling else TILE.get(x.device.type, LARGE_TILE) // len(weight)
-        for rows in _cut(len(logits), tile, x.is_meta):
+        for rows in _cut(len(logits), tile):
             part = logits[rows, :vocab_size]
             losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)
         if gradients is None:
@@ -96,15 +100,17 @@ def _losses(x: Tensor, lm_head: LMHead, targets: Tensor, gradients: tuple[Tensor
 
 
 def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentiate: bool) -> Tensor:
-    """logits (t, V), targets (t) -> nats (t) float32. If asked to, puts the gradient in place of the logits:
+    """Losses of a tile: logits (t, V), targets (t) -> nats (t) float32. With `differentiate`, replaces the logits by
+    their gradient:
 
     loss = log Σ e^z - z[target]      dz = softmax(z) - onehot(target)      dlogits = dz · (1 - (z / cap)²)
 
-    with z = cap · tanh(logits / cap), or the logits themselves. Of the softmax's own division by its sum, the sum is
-    read from the largest: log Σ e^z = max z - log max softmax(z).
+    with z = cap · tanh(logits / cap), or the logits themselves. The largest
+    probability gives the sum that softmax divides by: log Σ e^z = max z - log max softmax(z).
     """
     z = softcapped(logits.float().contiguous(), softcap)  # where rows are padded, softmax would copy them unseen
-    p, at_target = z.softmax(-1), targets[:, None]
+    p = z.softmax(-1)
+    at_target = targets[:, None]
     losses = z.amax(-1) - p.amax(-1).log() - z.gather(1, at_target)[:, 0]
     if differentiate:
         p.scatter_add_(1, at_target, torch.full_like(p[:, :1], -1))
@@ -112,8 +118,7 @@ def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentia
     return losses
 
 
-def _cut(length: int, size: int, first_only: bool) -> Iterator[slice]:
-    """first_only: on the meta device the others would only be the same shapes again."""
+def _cut(length: int, size: int) -> Iterator[slice]:
     size = max(1, size)
-    for start in range(0, size if first_only else length, size):
+    for start in range(0, length, size):
         yield slice(start, min(start + size, length))

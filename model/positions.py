@@ -92,7 +92,7 @@ class PositionConfig(FrozenSettings):
 
     @property
     def bias_columns(self) -> int:
-        """Columns by which the position bias widens queries and keys (0 without one)."""
+        """Columns that position_bias adds to queries and keys."""
         return ALIBI_COLUMNS if self.position == "alibi" else 0
 
     def position_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], "BiasedQK"]:

@@ -57,6 +57,7 @@ def statistics(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: int = TILE)
 def head_summed(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: int = TILE) -> Tensor:
     """Attention weights summed over the heads, (B, T, S) float32. The sum takes T × S memory; weights per head exist a
     tile at a time."""
+    # No setting reaches this yet: it is the target of an indexer to come, which learns where attention looks.
     summed = q.new_zeros(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
     log_sum_exp = statistics(q, k, mask, scale, tile).log_sum_exp.unflatten(2, (k.shape[2], -1))  # (B, T, G, R)
     for rows in tiles(slice(0, q.shape[1]), tile):

@@ -125,6 +125,7 @@ class TransformerLM(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, causal: bool = True):
         """causal=False makes an encoder: tokens also see those after them, and there are no KV caches."""
+        # causal=False is reached by no setting yet: it is for an encoder to come.
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size

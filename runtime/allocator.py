@@ -1,4 +1,4 @@
-"""Keeps large buffers between steps, where the system's allocator would return them and fault them in again.
+"""Allocator settings that keep large buffers between steps, instead of returning them to the system.
 
 glibc gives every block over 32 MB back to the kernel when it is freed. Training frees and asks for the same blocks at
 every step, and on CPUs the page faults cost as much as the arithmetic.

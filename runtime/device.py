@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""Choice of the device, and of deterministic algorithms."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import re
 import torch
 
 from common.errors import UserError
+from common.experimental import warn_experimental
+from runtime.fast_startup import use_deterministic_algorithms
 
 
 def choose_device(device: str) -> torch.device:
@@ -19,8 +21,10 @@ def choose_device(device: str) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:
             raise UserError(f"device={device}: PyTorch sees {count} CUDA devices here: choose device=cpu or auto")
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
+    if chosen.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
+        warn_experimental("device=mps")
     return chosen
 
 
@@ -29,6 +33,5 @@ def set_determinism(wanted: bool) -> None:
     Call it before the first CUDA operation: cuBLAS reads its setting then."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler, for a second
-        torch.use_deterministic_algorithms(wanted)
+    use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory

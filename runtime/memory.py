@@ -1,4 +1,4 @@
-"""How much memory there is, and how much was used.
+"""Memory: how much there is, how much was used, and how much a piece of code uses.
 
 Limits are those of a control group of Linux, too: containers and batch systems set them, and beyond one the kernel
 kills the process, however much the machine has free.
@@ -6,9 +6,14 @@ kills the process, however much the machine has free.
 
 import re
 import sys
+import weakref
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # Of version 2 and 1: limit, usage, and which line of memory.stat says how much of it are files kept for convenience.
 UNIFIED = ("memory.max", "memory.current", "inactive_file")
@@ -73,3 +78,33 @@ def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     except (OSError, ValueError):  # not there, or "max"
         return None
     return max(0, allowed - used + int(counts.get(reclaimable, 0)))
+
+
+class PeakTensorBytes(TorchDispatchMode):
+    """Within its `with` block: `bytes`, the most that the storages of tensors made there took at one time. Around code
+    that runs on fake tensors it predicts what the same code holds on real ones. It sees what operators return; not what
+    a kernel allocates and frees within itself, nor what an allocator wastes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._alive = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return result
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive += storage.nbytes()
+            self.bytes = max(self.bytes, self._alive)
+            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.remove(key)
+        self._alive -= size

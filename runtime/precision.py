@@ -1,4 +1,5 @@
-"""Float32 is the truth: what the optimizer updates and what is saved. Matrix products may run on copies of it."""
+"""Mixed precision with float32 master weights. The optimizer updates and checkpoints float32; forward and backward use
+bfloat16 or float16 copies of the matrices."""
 
 import copy
 import logging
@@ -7,15 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from common.experimental import warn_experimental
 from common.settings import FrozenSettings
-from runtime.fp8 import multiply_in_fp8, refuse_unfit
+from runtime.fp8 import check_fp8, multiply_in_fp8
 
 log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of the copies
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Natively; some that do not imitate it, slowly."""
+    """Whether the device multiplies bfloat16 natively. Some that do not imitate it, slowly."""
     return {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
@@ -23,10 +25,11 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and says which. Another
-    choice is kept, with a word where the device only imitates it."""
+    """`auto` takes bf16 where the device multiplies it natively, else fp16 on a GPU, else fp32, and logs which. Another
+    choice stays as it is, with a warning where the device only imitates it."""
     if precision == "fp8":
-        refuse_unfit(device)
+        check_fp8(device)
+        warn_experimental("precision=fp8")
     native_bf16 = multiplies_bf16(device)
     if precision == "auto":
         chosen = "bf16" if native_bf16 else "fp16" if device.type == "cuda" else "fp32"
@@ -39,17 +42,17 @@ def choose_precision(precision: str, device: torch.device) -> str:
 
 
 class LossScale:
-    """Keeps float16 gradients from underflowing: the loss is multiplied by a scale that doubles after GROWTH_STEPS
-    good steps and halves after a bad one (Micikevicius et al. 2018, arXiv:1710.03740). It lives on the device and is
-    never read there, so that no step has to wait.
+    """Loss scaling, which keeps float16 gradients from underflowing: the loss is multiplied by a scale that doubles
+    after GROWTH_STEPS good steps and halves after a bad one (Micikevicius et al. 2018, arXiv:1710.03740). It lives on
+    the device and is never read there, so that no step has to wait.
 
-    It grows up to LARGEST, as in NVIDIA's Apex: float16 then holds gradients down to 2^-48, and a model whose gradients
-    are all smaller has nothing to learn from them. Without an end it would double to infinity, from which no halving
-    leads back. It shrinks down to SMALLEST, where gradients of 2^40 still fit into float16: what is not finite then is
-    not for want of a smaller scale, and without an end it would halve to 0.
+    It grows up to MAX_SCALE, as in NVIDIA's Apex: float16 then holds gradients down to 2^-48, and a model whose
+    gradients are all smaller has nothing to learn from them. Without an end it would double to infinity, from which no
+    halving leads back. It shrinks down to MIN_SCALE, where gradients of 2^40 still fit into float16: a smaller scale
+    would not make finite what is not finite then, and without an end it would halve to 0.
     """
 
-    INITIAL, GROWTH_STEPS, SMALLEST, LARGEST = 2.0**16, 2000, 2.0**-24, 2.0**24
+    INITIAL, GROWTH_STEPS, MIN_SCALE, MAX_SCALE = 2.0**16, 2000, 2.0**-24, 2.0**24
 
     class State(FrozenSettings):
         scale: float = Field(gt=0, le=2.0**127)
@@ -64,30 +67,31 @@ class LossScale:
         good = self.good_steps + 1
         grown = good == self.GROWTH_STEPS
         self.good_steps = torch.where(skipped | grown, 0, good)
-        larger = torch.where(grown, (self.scale * 2).clamp(max=self.LARGEST), self.scale)
-        self.scale = torch.where(skipped, (self.scale / 2).clamp(min=self.SMALLEST), larger)
+        larger = torch.where(grown, (self.scale * 2).clamp(max=self.MAX_SCALE), self.scale)
+        self.scale = torch.where(skipped, (self.scale / 2).clamp(min=self.MIN_SCALE), larger)
 
     def state(self) -> State:
         return self.State(scale=self.scale.item(), good_steps=self.good_steps.item())
 
     def load(self, state: State) -> None:
-        """A scale beyond SMALLEST or LARGEST, of a run from before there were these, is brought to them."""
-        self.scale.fill_(min(max(state.scale, self.SMALLEST), self.LARGEST))
+        """Restores a saved state. A scale beyond the limits, from a run before there were any, is clamped to them."""
+        self.scale.fill_(min(max(state.scale, self.MIN_SCALE), self.MAX_SCALE))
         self.good_steps.fill_(state.good_steps)
 
 
 class MixedPrecision:
-    """The model that forward and backward run on.
+    """The model that forward and backward run on, `model`, beside its float32 master weights.
 
-    In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and holds copies of
-    the matrices, made once per step; their gradients are added up in float32, micro-batch by micro-batch.
+    In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and has
+    low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by
+    micro-batch.
     """
 
     def __init__(self, model: nn.Module, precision: str):
         dtype = DTYPES[precision]
         self.parameters = list(model.parameters())  # float32
         self.master_weights, self.copies = [], []
-        twins = {}  # what deepcopy shall put in place of a parameter: the vector itself, or a matrix's copy
+        twins = {}  # what deepcopy puts in the place of a parameter: the vector itself, or a matrix's copy
         for parameter in self.parameters:
             twins[id(parameter)] = parameter
             if dtype != torch.float32 and parameter.ndim >= 2:

@@ -1,15 +1,12 @@
-"""What a run would cost, without the run: from shapes, and from parts of a step of the real model, on whose speed the
-time depends. Nothing is written but the prepared corpus, and nothing is downloaded."""
+"""Dry run: parameters, FLOPs, KV cache, memory, epochs and time of a run, without the run. Nothing is written but the
+prepared corpus, and nothing is downloaded."""
 
-import logging
 import math
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from common.cli import out_of_memory
 from common.console import clock
@@ -18,22 +15,15 @@ from common.streams import print_line
 from data.batches import check_split_lengths
 from data.shards.prepare import Prepared, missing, prepare
 from model import cost
-from runtime.allocator import keep_buffers
 from runtime.memory import free_memory
-from runtime.precision import MixedPrecision
-from training.compile import maybe_compiled
 from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
-from training.state import TrainState
-from training.step import accumulate, losses_of, train_step
+from training.step_memory import memory
+from training.step_time import time_step
 
-TIMED = 10  # micro-batches, or as many as fit into
-DEADLINE = 5.0  # seconds for them; a micro-batch that alone takes longer is never run,
-PART = 128  # but so many tokens
-HELD = 1.8  # times the bytes of its tensors, what a process holds on a CPU, whose allocator leaves gaps: 1.75 was seen
+OVERHEAD = 1.8  # bytes of the process to bytes of its tensors on a CPU, whose allocator leaves gaps: 1.75 was seen
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
-log = logging.getLogger("headroom")
 
 
 def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared], Any]) -> None:
@@ -82,25 +72,6 @@ def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | No
     return corpus, []
 
 
-def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:
-    """Bytes of tensors at the peak of a training step, by what they are. Activations are all that is neither of the
-    others: what the backward pass needs of a micro-batch, and what is alive for a moment. The step's own code is run on
-    the meta device for it, eagerly: a compiled one takes less."""
-    micro_steps = min(2, run.sequences // run.micro_batch_size)  # the second meets the gradients of the first
-    batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
-    with cost.LivePeak() as live:
-        mixed = MixedPrecision(cost.on_meta(run.model, vocab_size, device=device), run.precision)
-        accumulate(mixed, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
-    weights = sum(p.nbytes for p in mixed.parameters)
-    known = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": run.optim.state_bytes(cost.on_meta(run.model, vocab_size)),
-        "copies": sum(copy.nbytes for copy in mixed.copies),
-    }
-    return known | {"activations": max(0, live.bytes - 2 * weights - known["copies"])}
-
-
 def _shapes(
     run: Run, vocab_size: int, flops: cost.Flops, keys: str, parts: dict[str, int], device: torch.device
 ) -> Iterator[str]:
@@ -144,98 +115,41 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
 
 def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device: torch.device, done: int) -> str:
     """needed: bytes of memory. Where they are not free, nothing is timed: a system that runs out of memory kills."""
-    left, free, held = run.steps - done, free_memory(device), needed * (HELD if device.type == "cpu" else 1)
-    reason = f"it may take {size(held)}, {size(free)} are free" if free is not None and held > free else None
+    steps = run.steps - done
+    reason = _too_large(needed, device)
     if reason is None:
         try:
-            seconds, measured = _timed(run, vocab_size, flops, device)
+            seconds, measured = time_step(run, vocab_size, flops, device)
             return (
-                f"time         about {clock(left * seconds)} for {left:,} steps, reading, evaluating and saving not "
+                f"time         about {clock(steps * seconds)} for {steps:,} steps, reading, evaluating and saving not "
                 f"counted: {run.batch_tokens / seconds:,.0f} tokens per second on this {device.type}, from {measured}"
             )
         except Exception as error:
             reason = out_of_memory(error)
             if reason is None:
                 raise
+    return _usual_duration(run, steps, flops, device, reason)
+
+
+def _too_large(needed: int, device: torch.device) -> str | None:
+    free = free_memory(device)
+    taken = needed * (OVERHEAD if device.type == "cpu" else 1)
+    return f"it may take {size(taken)}, {size(free)} are free" if free is not None and taken > free else None
+
+
+def _usual_duration(run: Run, steps: int, flops: cost.Flops, device: torch.device, reason: str) -> str:
+    """From the peak of the device. reason: why nothing was timed."""
     peak = peak_flops(device, run.precision, run.peak_flops)
     if peak is None:
         return (
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
     per_token = flops.training() + (flops.forward() if run.activation_checkpointing else 0)
-    seconds = left * run.batch_tokens * per_token / (USUAL_MFU * peak)
+    seconds = steps * run.batch_tokens * per_token / (USUAL_MFU * peak)
     return (
-        f"time         about {clock(seconds)} for {left:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
+        f"time         about {clock(seconds)} for {steps:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
         f"are reached: no step can be timed here ({reason})"
     )
-
-
-def _timed(run: Run, vocab_size: int, flops: cost.Flops, device: torch.device) -> tuple[float, str]:
-    """Seconds per step of the real model, put together from those of its parts, and which were timed. The tokens are
-    made up: real ones take as long, and may not be there."""
-    if device.type == "cpu" and run.tune_malloc:
-        keep_buffers()
-    state = TrainState.create(run, vocab_size, device)
-    mixed = state.mixed
-    shape, pieces = (run.micro_batch_size, run.model.context_length), run.sequences // run.micro_batch_size
-    tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(run.seed)).to(device)
-
-    def micro_batch(loss: Callable, tokens: Tensor) -> float:
-        return _seconds(device, lambda: mixed.backward(loss(mixed.model, tokens, tokens) / pieces))
-
-    def update() -> float:
-        """With the gradients there are: all that a step does besides its micro-batches."""
-        return _seconds(device, lambda: train_step(mixed, state.optimizer, [], run.lr(0), run.clip_norm))
-
-    def work(tokens: Tensor) -> float:
-        return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
-
-    part = tokens[: max(1, PART // shape[1]), :PART]
-    few = part[:1, : PART // 8]  # whose time is nearly all overhead: what a micro-batch takes whatever its length
-    log.info(f"timing {part.numel():,} tokens")
-    eager = _loss(run, vocab_size)
-    mixed.copy_master_weights()
-    for each in (few, part):
-        micro_batch(eager, each)  # the first one on a device waits for what is loaded once
-    overhead, seconds = micro_batch(eager, few), micro_batch(eager, part)
-    if part.numel() > few.numel():
-        seconds += max(0.0, seconds - overhead) * (work(tokens) - work(part)) / (work(part) - work(few))
-    if seconds > DEADLINE:
-        measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
-        measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"
-    else:
-        loss = maybe_compiled(eager, *run.compilation)
-        micro_batches, seconds = _time_micro_batches(lambda: micro_batch(loss, tokens), update, compiled=run.compile)
-        measured = f"{micro_batches} and one update"
-    updating = update()
-    step = pieces * seconds + updating
-    return step, f"{measured}; the update takes {updating / step:.0%} of a step"
-
-
-def _time_micro_batches(
-    micro_batch: Callable[[], float], update: Callable[[], float], compiled: bool
-) -> tuple[str, float]:
-    """How many were timed, in words, and the mean seconds of one. The first of each warms up and does not count."""
-    log.info(f"timing up to {TIMED} micro-batches, for {DEADLINE:.0f} s{', and compiling' if compiled else ''}")
-    micro_batch()
-    update()
-    times: list[float] = []
-    while len(times) < TIMED and sum(times) < DEADLINE:
-        times.append(micro_batch())
-    return ("a micro-batch" if len(times) == 1 else f"{len(times)} micro-batches"), sum(times) / len(times)
-
-
-def _loss(run: Run, vocab_size: int) -> Callable:
-    end_of_text = vocab_size - 1  # the last token of every vocabulary
-    return losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
-
-
-def _seconds(device: torch.device, what: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    what()
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-    return time.perf_counter() - start
 
 
 def size(count: float) -> str:

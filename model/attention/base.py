@@ -173,6 +173,7 @@ class Attention(nn.Module, ABC):
 
     rope: Rope | None  # None with another positional encoding, or none
     pattern: Pattern
+    macs_per_pair: int  # multiply-adds per query and key in training: heads · (width of keys + width of values)
     extra_macs_per_token: int = 0  # multiply-adds per token, without a cache, beyond applying each matrix once
 
     @abstractmethod

@@ -100,6 +100,7 @@ class GQA(Attention):
         self.rope = config.rope(config.rope_dim)
         self.scale = config.head_dim**-0.5 * config.softmax_scale_factor
         self.add_position_bias = config.position_bias(causal)
+        self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns)
         # Without RoPE or a norm behind it, a key bias adds the same to all scores of a query, which softmax ignores.
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
         self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)

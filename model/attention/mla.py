@@ -198,8 +198,16 @@ class MLA(Attention):
             "absorbed": self._absorbed,
         }[config.execution]
         self.caches_heads = config.execution == "naive"
+        self.macs_per_pair = self._macs_per_pair(config)
         if self.k_nope_norm is not None and config.execution == "absorbed":
             self.extra_macs_per_token = self.n_heads * self.nope_dim * self.rank  # k_nope, for the norm
+
+    def _macs_per_pair(self, config: MLAConfig) -> int:
+        """Multiply-adds per query and key in training. Absorbed, the latent row is the value too, and its rope columns
+        are multiplied before they are dropped."""
+        absorbed = config.execution == "absorbed"
+        width = 2 * (self.rank + self.rope_dim) if absorbed else self.nope_dim + self.rope_dim + self.v_dim
+        return self.n_heads * (width + config.bias_columns)
 
     def _add_down_projections(self, config: MLAConfig, dimensions: Dimensions) -> None:
         """Add the projections to queries, latent and rope key."""

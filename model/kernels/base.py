@@ -53,10 +53,7 @@ def _heads(x: Tensor, kind: str) -> str:
 
 
 def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """Log once per shape which kernel ran. Sequence lengths are left out, because decoding has all of them; on the meta
-    device nothing runs."""
-    if q.is_meta:
-        return
+    """Log once per shape which kernel ran. Sequence lengths are left out, because decoding has all of them."""
     phase = "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions"
     grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
     say_once(

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from common.errors import Unsupported
-from model import cost
 from model.kernels import base, online, sdpa
 from model.kernels.auto import MAX_MATMUL_KEYS, Auto
 from model.kernels.matmul import Matmul
@@ -16,6 +15,7 @@ from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import QUERY_TILE, SDPA
 from model.mask import CAUSAL, Mask, Pattern
+from runtime.memory import PeakTensorBytes
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
 from tests.support import assert_one_line, relative_error
 
@@ -132,9 +132,9 @@ def test_online_with_distant_scores_equals_naive():
 def test_online_memory_grows_linearly_with_the_length(pattern):
     def peak(kernel, length: int) -> int:
         given, places = inputs(length, length, 4, 2, 8, 8), positions(0, length)
-        with cost.LivePeak() as live:
+        with PeakTensorBytes() as peak_bytes:
             kernel(*given, Mask(places, places, True, pattern), 0.4).sum().backward()
-        return live.bytes
+        return peak_bytes.bytes
 
     kernel = Online(query_tile=16, key_tile=16)
     small, large = peak(kernel, 256), peak(kernel, 1024)

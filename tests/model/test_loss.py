@@ -27,14 +27,14 @@ def a_case(dtype=torch.float32, softcap=None, tokens=(3, 17), width=32, vocab=VO
 
 def cut_small(monkeypatch, chunk_tokens: int = 7, tile_tokens: int = 2) -> None:
     """So that a small case has many chunks, and many tiles in each, none of which divides anything."""
-    monkeypatch.setattr(loss, "MOST_TOKENS", chunk_tokens)
+    monkeypatch.setattr(loss, "MAX_TOKENS", chunk_tokens)
     monkeypatch.setattr(loss, "TILE", {"cpu": tile_tokens * 128})
 
 
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(monkeypatch, dtype, softcap, cut):
+def test_chunked_loss_and_gradients_equal_those_of_all_logits_at_once(monkeypatch, dtype, softcap, cut):
     """Of numbers that the dtype holds, in float32: the truth. A gradient comes in as a float16 loss scale does."""
     if cut:
         cut_small(monkeypatch)
@@ -53,7 +53,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits_at_once(monkeypatc
     assert not found[1][VOCAB:].any()
 
 
-def test_the_library_has_the_same_loss_where_it_has_one():
+def test_chunked_mean_equals_linear_cross_entropy_of_pytorch():
     if not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("before PyTorch 2.13")
     hidden, lm_head, targets = a_case(vocab=128)
@@ -67,14 +67,14 @@ def test_the_library_has_the_same_loss_where_it_has_one():
         assert relative_error(found, expected) <= 1e-6
 
 
-def test_logits_of_any_size_have_a_finite_loss():
+def test_chunked_losses_of_huge_logits_are_finite():
     hidden, lm_head, targets = a_case()
     found = loss.chunked_losses(hidden * 1e4, lm_head, targets)
     assert found.isfinite().all() and (found >= 0).all()
     assert relative_error(found, loss.token_losses(lm_head.logits(hidden * 1e4), targets)) <= 1e-6
 
 
-def test_float16_holds_the_gradient_of_a_batch_that_says_one_thing():
+def test_chunked_mean_in_float16_does_not_overflow_with_one_target():
     """70,000 tokens, more than its largest number, all of which pull one way, at the largest that a normed width of 768
     can be."""
     hidden, lm_head = torch.ones(1, 70_000, 2).half(), torch.zeros(64, 2).half().requires_grad_()
@@ -85,7 +85,7 @@ def test_float16_holds_the_gradient_of_a_batch_that_says_one_thing():
     assert torch.allclose(found[0].float(), torch.tensor([-63 / 64, -63 / 64 * 768**0.5]), rtol=2e-3)
 
 
-def test_a_second_backward_pass_is_refused_not_wrong():
+def test_chunked_mean_second_backward_raises():
     """The first one used the gradients that were kept up."""
     hidden, lm_head, targets = a_case()
     mean = loss.chunked_mean(hidden, lm_head, targets)
@@ -96,7 +96,7 @@ def test_a_second_backward_pass_is_refused_not_wrong():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("options", [(), ("model.tie_embeddings=false",), ("model.logit_softcap=3",)], ids=str)
-def test_a_model_learns_by_it_as_by_its_logits(monkeypatch, precision, options):
+def test_mean_loss_gradients_of_a_model_equal_those_by_logits(monkeypatch, precision, options):
     cut_small(monkeypatch)
     model = small_model("attention=mla", *options)
     mixed, ((inputs, targets),) = MixedPrecision(model, precision), batches(4, 4)
@@ -127,7 +127,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_step_holds_the_logits_of_its_batch(monkeypatch, precision):
+def test_mean_loss_never_holds_the_logits_of_a_batch(monkeypatch, precision):
     """In float32, no more than a tile where the weights are bfloat16; a chunk where they are float32."""
     model, tokens = small_model("attention=gqa", vocab_size=5000), some_tokens(4, 64, 5000)
     monkeypatch.setitem(loss.CHUNK, "cpu", 32 * 5056 * (4 if precision == "fp32" else 2))
@@ -144,7 +144,7 @@ def test_no_step_holds_the_logits_of_its_batch(monkeypatch, precision):
     assert naive.of[torch.float32] >= tokens.numel() * 5000
 
 
-def test_it_compiles_whole(monkeypatch):
+def test_chunked_mean_compiles_as_one_graph(monkeypatch):
     cut_small(monkeypatch)
     hidden, lm_head, targets = a_case(torch.bfloat16, softcap=5.0)
     compiled = torch.compile(loss.chunked_mean, backend="aot_eager", dynamic=False, fullgraph=True)

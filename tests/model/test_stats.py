@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from model import cost
 from model.kernels.naive import Naive
 from model.mask import CAUSAL, Mask, Pattern
 from model.stats import Statistics, attention_map, collect_stats, head_summed, statistics
 from model.transformer import TransformerLM
+from runtime.memory import PeakTensorBytes
 from tests.model.attention import laws
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
 from tests.support import CASES, relative_error, small_model, some_tokens
@@ -73,9 +73,9 @@ def test_entropy_of_distant_and_of_equal_scores_is_exact():
 def test_statistics_memory_grows_linearly_and_head_summed_by_one_matrix():
     def peak(statistic, length: int) -> int:
         (q, k), positions = inputs(length, length, 8, 2), torch.arange(length)[None]
-        with cost.LivePeak() as live:
+        with PeakTensorBytes() as peak_bytes:
             statistic(q, k, Mask(positions, positions, contiguous=True), 0.4, tile=16)
-        return live.bytes
+        return peak_bytes.bytes
 
     assert peak(statistics, 1024) < 4.1 * peak(statistics, 256)
     one_matrix = 4 * 2 * 1024 * 1024

@@ -11,7 +11,7 @@ from torch import nn
 
 from common.errors import UserError
 from model.transformer import TransformerLM
-from runtime import fp8, precision
+from runtime import precision
 from runtime.precision import MixedPrecision, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, configured, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
@@ -29,7 +29,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         (True, CUDA, (8, 0), "this GPU's compute capability is 8.0, float8 products need 8.9: choose precision=auto"),
     ],
 )
-def test_where_nothing_multiplies_float8_it_is_refused(monkeypatch, installed, device, capability, complaint):
+def test_fp8_without_float8_products_is_refused(monkeypatch, installed, device, capability, complaint):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there" if installed else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     with pytest.raises(UserError, match="precision=fp8") as refusal:
@@ -38,14 +38,14 @@ def test_where_nothing_multiplies_float8_it_is_refused(monkeypatch, installed, d
     assert_one_line(refusal.value)
 
 
-def test_on_a_gpu_that_can_it_is_kept(monkeypatch):
+def test_fp8_on_a_gpu_that_multiplies_it_is_chosen(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert choose_precision("fp8", CUDA) == "fp8"
 
 
-def test_a_run_that_cannot_is_refused_before_it_leaves_anything(workplace, monkeypatch, capsys):
+def test_fp8_run_on_a_cpu_is_refused_before_it_leaves_anything(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "precision=fp8"], monkeypatch) == 2
     assert "error: precision=fp8" in capsys.readouterr().err.splitlines()[-1]
     assert not list(workplace.iterdir())
@@ -72,7 +72,7 @@ def stand_in(monkeypatch) -> list[SimpleNamespace]:
     return asked
 
 
-def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
+def test_multiply_in_fp8_names_the_layers_that_stay_in_bfloat16(monkeypatch, caplog):
     asked = stand_in(monkeypatch)
     config = small_config("attention=mla")  # whose kv_down has a side of 20
     with caplog.at_level(logging.INFO, logger="headroom"):
@@ -85,19 +85,10 @@ def test_matrices_whose_sides_do_not_fit_stay_and_are_said(monkeypatch, caplog):
     assert [config.emulate for config in asked] == [True]
 
 
-def test_without_the_package_a_run_on_another_machine_is_one_line(monkeypatch):
+def test_multiply_in_fp8_without_torchao_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
         MixedPrecision(TransformerLM(small_config(), 100), "fp8")
-
-
-def test_masters_stay_float32_and_shapes_need_no_package():
-    model = TransformerLM(small_config(), 100)
-    assert precision.DTYPES["fp8"] == torch.bfloat16
-    with torch.device("meta"):
-        meta = TransformerLM(small_config(), 100)
-    assert fp8.multiply_in_fp8(meta) is meta
-    assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -105,7 +96,7 @@ needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, 
 
 @needs_torchao
 @pytest.mark.parametrize("attention", ["mha", "gqa", "mla"])
-def test_gradients_are_those_of_float32_within_the_rounding(attention):
+def test_fp8_gradients_equal_those_of_float32_within_the_rounding(attention):
     """Its naive twin is the same model in float32; torchao imitates the products on a CPU."""
     found = {}
     for name in ("fp32", "fp8"):
@@ -123,7 +114,7 @@ def test_gradients_are_those_of_float32_within_the_rounding(attention):
 
 
 @needs_torchao
-def test_training_in_float8_learns_as_in_float32():
+def test_fp8_training_lowers_the_loss_as_float32_does():
     losses = {}
     for name in ("fp32", "fp8"):
         model = TransformerLM(small_config(), 100)
@@ -134,8 +125,8 @@ def test_training_in_float8_learns_as_in_float32():
 
 
 @needs_torchao
-def test_a_run_in_float8_resumes_bit_for_bit(workplace, monkeypatch):
-    monkeypatch.setattr(precision, "refuse_unfit", lambda device: None)  # a CPU imitates it
+def test_fp8_run_resumed_is_bit_exact(workplace, monkeypatch):
+    monkeypatch.setattr(precision, "check_fp8", lambda device: None)  # a CPU imitates it
     options = [*SMOKE, "precision=fp8", "steps=6", "save_every=3", "eval_every=3"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "again", 3)

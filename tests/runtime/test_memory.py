@@ -23,7 +23,7 @@ def member(root, lines: str) -> None:
     (root / "proc/self/cgroup").write_text(lines)
 
 
-def test_the_tightest_of_the_groups_counts(tmp_path):
+def test_memory_left_in_nested_groups_is_that_of_the_tightest(tmp_path):
     member(tmp_path, "0::/user/job\n")
     group(tmp_path, "user/job", 2, "max", 2 * GIB, 0)
     assert memory_left(tmp_path) is None
@@ -35,7 +35,7 @@ def test_the_tightest_of_the_groups_counts(tmp_path):
     assert memory_left(tmp_path) == 0
 
 
-def test_the_older_version_and_a_container_that_sees_its_own_group_as_the_root(tmp_path):
+def test_memory_left_in_a_version_1_group_of_a_container_is_read(tmp_path):
     member(tmp_path, "5:cpu,cpuacct:/docker/abc\n4:memory:/docker/abc\n0::/\n")
     group(tmp_path, "memory", 1, 8 * GIB, 5 * GIB, 2 * GIB)
     group(tmp_path, "cpu", 1, 1, 1, 0)
@@ -43,13 +43,13 @@ def test_the_older_version_and_a_container_that_sees_its_own_group_as_the_root(t
 
 
 @pytest.mark.parametrize("lines", [None, "", "4:memory:/job\n0::/job\n"])
-def test_where_nothing_is_stated_there_is_no_limit(tmp_path, lines):
+def test_memory_left_without_a_stated_limit_is_none(tmp_path, lines):
     if lines is not None:
         member(tmp_path, lines)
     assert memory_left(tmp_path) is None
 
 
-def test_free_memory_is_never_more_than_the_group_leaves(monkeypatch):
+def test_free_memory_is_at_most_what_the_group_leaves(monkeypatch):
     monkeypatch.setattr(memory, "memory_left", lambda: None)
     free = memory.free_memory(torch.device("cpu"))
     assert free is None or free > 10**6

@@ -1,6 +1,5 @@
-"""What a run is said to cost, held against what it costs."""
+"""The dry run: what it prints, and what it leaves alone."""
 
-import gc
 import itertools
 import re
 
@@ -11,83 +10,13 @@ from common.console import clock
 from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
-from model.transformer import TransformerLM
-from runtime.precision import MixedPrecision
-from tests.support import ATTENTIONS, SMOKE, allocated_peak, call, load_composed, some_tokens
+from tests.support import SMOKE, call, load_composed
 from training import step
-from training.dry_run import memory
-from training.step import accumulate, losses_of
 
 VOCAB, CPU = 100, torch.device("cpu")
 
 
-CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64")
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize(
-    "options",
-    ["precision=fp32", "precision=bf16", "model.dropout=0.1", "kernel=naive", "activation_checkpointing=true"],
-)
-def test_the_peak_memory_is_what_the_allocator_says(attention, options):
-    check_memory(f"attention={attention}", "precision=fp32", options)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("attention=mla", "attention.dropout=0.1", "attention.qk_norm=head"),
-        CLASSIC,
-        (*CLASSIC, "attention.dropout=0", "precision=bf16"),
-    ],
-    ids=" ".join,
-)
-def test_the_peak_memory_where_attention_weights_are_dropped(options):
-    """A CPU's fused kernel does not drop them: all T×T of the products that take its place are counted."""
-    check_memory("precision=fp32", *options)
-
-
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16"])
-def test_the_peak_memory_of_masked_documents_too(attention, options):
-    """In windows of several tiles of queries, whose masks are the larger part of it."""
-    window = ["model.context_length=600", "batch_tokens=4800"]
-    masked = check_memory(f"attention={attention}", options, *window, "data.document_mask=true")
-    plain = memory(load_composed(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
-    assert masked > 1.2 * sum(plain.values())
-
-
-def check_memory(*options: str) -> int:
-    """Within 1 %, asking PyTorch's allocator of a CPU for every block it gave and took back -> the bytes predicted."""
-    run = load_composed(*SMOKE, "micro_batch_size=4", *options)
-    tokens = some_tokens(4, run.model.context_length, VOCAB)
-    predicted = memory(run, VOCAB, CPU)
-    gc.collect()
-    mixed = None
-
-    def step() -> None:
-        nonlocal mixed
-        mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
-        loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.activation_checkpointing)[0]
-        accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
-
-    peak = allocated_peak(step)
-    assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in mixed.parameters)
-    assert sum(predicted.values()) - predicted["optimizer"] == pytest.approx(peak, rel=0.01)
-    return sum(predicted.values())
-
-
-def test_the_state_of_the_optimizer_is_what_it_keeps():
-    run = load_composed(*SMOKE)
-    model = TransformerLM(run.model, VOCAB)
-    optimizer = run.optim.build(model)
-    model(some_tokens(1, 8)).logits.sum().backward()
-    optimizer.step()
-    kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
-    assert run.optim.state_bytes(cost.on_meta(run.model, VOCAB)) == kept
-
-
-def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, capsys):
+def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "dry_run=true", "steps=3000"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "parameters   119,424: embedding 20,480, attention 33,024, mlp 65,536, norms 384, head 0 (tied" in out
@@ -107,7 +36,7 @@ def test_a_dry_run_says_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert [path.name for path in workplace.iterdir()] == ["cache"]
 
 
-def test_a_dry_run_does_not_change_the_run_it_would_resume(workplace, monkeypatch, capsys):
+def test_dry_run_of_a_resumed_run_does_not_change_it(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "steps=20", "run_dir=run"], monkeypatch) == 0
     before = {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
@@ -120,7 +49,7 @@ def test_a_dry_run_does_not_change_the_run_it_would_resume(workplace, monkeypatc
     assert call("train", ["resume=run", "steps=21"], monkeypatch) == 0
 
 
-def test_a_model_beyond_this_machine_is_counted_all_the_same(workplace, monkeypatch, capsys):
+def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch, capsys):
     huge = [*SMOKE, "model.d_model=65536", "precision=bf16", "dry_run=true"]
     assert call("train", huge, monkeypatch) == 0
     out = capsys.readouterr().out
@@ -130,16 +59,16 @@ def test_a_model_beyond_this_machine_is_counted_all_the_same(workplace, monkeypa
     assert "if 40% of 1e+15 FLOPs per second are reached" in capsys.readouterr().out
 
 
-def test_a_dry_run_that_meets_too_little_memory_says_so(workplace, monkeypatch, capsys):
+def test_dry_run_out_of_memory_while_timing_says_so(workplace, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
-    monkeypatch.setattr("training.dry_run.train_step", full)
+    monkeypatch.setattr("training.step_time.train_step", full)
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     assert "n/a: no step can be timed here (CUDA out of memory. Tried" in capsys.readouterr().out
 
 
-def test_times_as_a_person_reads_them():
+def test_clock_formats_hours_minutes_and_seconds():
     assert [clock(seconds) for seconds in (0.4, 65, 3599.7, 100_000)] == ["0:00", "1:05", "1:00:00", "27:46:40"]
 
 
@@ -152,13 +81,13 @@ def counted(monkeypatch, name: str) -> list:
     return shapes
 
 
-def test_a_step_of_many_micro_batches_is_not_run_whole(workplace, monkeypatch, capsys):
+def test_dry_run_of_many_micro_batches_times_ten(workplace, monkeypatch, capsys):
     shapes = counted(monkeypatch, "mean_loss")
     options = [*SMOKE, "dry_run=true", "steps=2", f"batch_tokens={2**20 * 64}", "micro_batch_size=4"]
     assert call("train", options, monkeypatch) == 0
     found = capsys.readouterr()
-    assert "from 10 micro-batches and one update" in found.out and "timing up to 10 micro-batches" in found.err
-    assert [shape[0] for shape in shapes if shape[0] == 4][4:] == [4] * 11  # after those on the meta device
+    assert "from 10 micro-batches and one update" in found.out and "up to 10 micro-batches" in found.err
+    assert [shape[0] for shape in shapes if shape[0] == 4][2:] == [4] * 11  # after those on fake tensors
     (seconds,) = re.findall(r"time +about (\d+):(\d\d):(\d\d) for 2 steps", found.out)
     (speed,) = re.findall(r"([\d,]+) tokens per second on", found.out)
     hours, minutes, rest = map(int, seconds)
@@ -167,9 +96,9 @@ def test_a_step_of_many_micro_batches_is_not_run_whole(workplace, monkeypatch, c
 
 
 @pytest.mark.parametrize("settings", [["optim=adamw", "precision=fp16"], ["optim=muon", "model.n_layers=6"]])
-def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace, monkeypatch, capsys, settings):
+def test_dry_run_beyond_the_deadline_extrapolates_from_a_few_tokens(workplace, monkeypatch, capsys, settings):
     """On a machine where all takes as long as its arithmetic and a second more."""
-    monkeypatch.setattr("training.dry_run.PART", 32)
+    monkeypatch.setattr("training.step_time.PART", 32)
     shapes, counts = counted(monkeypatch, "mean_loss"), cost.flops(load_composed(*SMOKE, *settings).model, 257)
 
     def seconds(device, what):
@@ -177,7 +106,7 @@ def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace
         what()
         return 1.0 + sum(shape.numel() * counts.training((shape[1] + 1) / 2) * 1e-8 for shape in shapes)
 
-    monkeypatch.setattr("training.dry_run._seconds", seconds)
+    monkeypatch.setattr("training.step_time._seconds", seconds)
     assert call("train", [*SMOKE, *settings, "dry_run=true", "steps=1"], monkeypatch) == 0
     out = capsys.readouterr().out
     (speed,) = re.findall(r"([\d,]+) tokens per second on this cpu, from 32 tokens and one update \(a micro-batch", out)
@@ -186,16 +115,37 @@ def test_what_takes_longer_than_the_deadline_is_told_from_a_few_tokens(workplace
     assert f"the update takes {1 / (micro_batch + 1):.0%} of a step" in out
 
 
-def test_nothing_is_timed_where_the_memory_would_not_suffice(workplace, monkeypatch, capsys):
+@pytest.mark.parametrize(("seconds", "timed"), [(0.1, 10), (1.2, 4), (2.4, 2), (2.6, 0)])
+def test_dry_run_takes_about_as_long_as_it_says(workplace, monkeypatch, capsys, seconds, timed):
+    """Five seconds, the first micro-batch included; nothing of which two would take longer."""
+    calls = []
+
+    def fixed(device, what):
+        what()
+        calls.append(seconds)
+        return seconds
+
+    monkeypatch.setattr("training.step_time._seconds", fixed)
+    assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
+    found = capsys.readouterr()
+    measured = f"{timed} micro-batches" if timed else "128 tokens"
+    assert f"from {measured} and one update" in found.out
+    announced = "timing an update, and up to 10 micro-batches for 5 s" if timed else "timing an update"
+    assert announced in found.err
+    updates = 2 if timed and seconds < 1 else 1
+    assert len(calls) == 4 + (timed and 1 + timed) + updates
+
+
+def test_dry_run_without_enough_memory_times_nothing(workplace, monkeypatch, capsys):
     monkeypatch.setattr("runtime.memory.memory_left", lambda: 3_000_000)
-    monkeypatch.setattr("training.dry_run.TrainState", None)
+    monkeypatch.setattr("training.step_time.TrainState", None)
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "no step can be timed here (it may take" in out and "3 MB are free)" in out
     assert "parameters   119,424" in out and "epochs of 90,944" in out
 
 
-def test_without_the_vocabulary_all_else_is_said(workplace, monkeypatch, capsys):
+def test_dry_run_without_the_vocabulary_prints_all_else(workplace, monkeypatch, capsys):
     options = [*SMOKE, "tokenizer=gpt2", "dry_run=true"]
     assert call("train", options, monkeypatch) == 0
     out = capsys.readouterr().out
@@ -211,7 +161,7 @@ def test_without_the_vocabulary_all_else_is_said(workplace, monkeypatch, capsys)
     assert call("train", options[:-1], monkeypatch) == 2  # the run itself does not begin
 
 
-def test_a_dry_run_downloads_nothing(workplace, monkeypatch, capsys):
+def test_dry_run_without_the_documents_downloads_nothing(workplace, monkeypatch, capsys):
     monkeypatch.setattr("data.sources.hub._commit_of", lambda path, revision: "0" * 40)
     monkeypatch.setattr("data.sources.hub.HubCorpus.read", None)
     assert call("train", [*SMOKE, "data=hub", "data.path=owner/name", "dry_run=true"], monkeypatch) == 0
@@ -220,7 +170,7 @@ def test_a_dry_run_downloads_nothing(workplace, monkeypatch, capsys):
     assert "parameters   119,424" in out and "from 10 micro-batches" in out
 
 
-def test_a_dry_run_says_all_that_is_missing(workplace, monkeypatch, capsys):
+def test_dry_run_prints_all_that_is_missing(workplace, monkeypatch, capsys):
     options = [*SMOKE, "data=hub", "data.path=owner/name", "tokenizer=gpt2", "dry_run=true"]
     assert call("train", options, monkeypatch) == 0
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing ")]
@@ -229,13 +179,13 @@ def test_a_dry_run_says_all_that_is_missing(workplace, monkeypatch, capsys):
         assert complaint in line
 
 
-def test_documents_too_short_for_the_run_are_refused_as_by_the_run(workplace, monkeypatch, capsys):
+def test_dry_run_with_too_short_documents_is_refused(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "data.size=10", "model.context_length=2048", "batch_tokens=2048", "dry_run=true"],
                 monkeypatch) == 2  # fmt: skip
     assert "give more text, or a shorter context" in capsys.readouterr().err
 
 
-def test_masked_documents_count_their_own_pairs_and_without_them_an_upper_bound_is_said(workplace, monkeypatch, capsys):
+def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(workplace, monkeypatch, capsys):
     said = {}
     for tokenizer in ("byte", "gpt2"):
         options = [*SMOKE, f"tokenizer={tokenizer}", "data.document_mask=true", "dry_run=true"]

@@ -1,21 +1,25 @@
-"""AdamW."""
+"""AdamW, PyTorch's fused one, and its settings."""
 
-import inspect
 from typing import Self
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from training.optim.base import Kept, OptimConfig, Uncompiled
+from runtime.fast_startup import UncompiledOptimizer, without_compiler_marks
+from training.optim.base import OptimConfig, StateTensor
 
 
-class AdamW(Uncompiled, torch.optim.AdamW):
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+class AdamW(UncompiledOptimizer, torch.optim.AdamW):
+    step = torch.no_grad()(without_compiler_marks(torch.optim.AdamW.step))
 
-    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
-        """What the state of a parameter is after a step."""
-        return {"step": Kept.count(), "exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
+    def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
+        """State tensors of a parameter after a step, by name."""
+        return {
+            "step": StateTensor.count(),
+            "exp_avg": StateTensor(parameter.shape),
+            "exp_avg_sq": StateTensor(parameter.shape, 0.0),
+        }
 
 
 class AdamWConfig(OptimConfig):

@@ -11,24 +11,25 @@ from torch.optim.adamw import adamw
 
 from model.layout import MatrixLayout, single_matrix
 from model.transformer import TransformerLM
+from runtime.fast_startup import UncompiledOptimizer
 from runtime.precision import multiplies_bf16
 from training.optim.adamw import AdamWConfig
-from training.optim.base import Kept, Uncompiled
+from training.optim.base import StateTensor
 from training.optim.newton_schulz import newton_schulz
 
 FIRST_MOMENTUM = 0.85
 
 
 class MuonConfig(AdamWConfig):
-    """Hidden matrices learn by Muon at muon_lr, which need not change with the width: an update's spectral norm is
-    muon_lr · sqrt(max(1, rows/cols)). lr, beta1, beta2 and eps are AdamW's, for embeddings, head and vectors;
-    weight_decay is of all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 / d_model:
-    embeddings bear a larger one than AdamW alone may give the matrices beside them."""
+    """Muon's rate, muon_lr, is for the matrices of the layers and need not change with the width: an update's spectral
+    norm is muon_lr · sqrt(max(1, rows/cols)). lr, beta1, beta2 and eps are AdamW's, for embeddings, head and vectors;
+    weight_decay is for all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 /
+    d_model: embeddings bear a larger one than AdamW alone may give the matrices beside them."""
 
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     momentum_warmup: int = Field(ge=0)  # updates until the momentum, from 0.85 on, is that
-    per_head: bool  # orthogonalise what the attention publishes as matrices; false: what is stored as one
+    per_head: bool  # orthogonalise each logical matrix (a head's queries, ...); false: each stored matrix
 
     def derive(self, d_model: int) -> Self:
         return self.model_copy(update={"lr": self.lr or 2 / d_model})
@@ -61,7 +62,7 @@ class MuonConfig(AdamWConfig):
         return sum((4 if name in hidden else 2 * 4) * p.numel() for name, p in model.named_parameters())
 
 
-class Muon(Uncompiled, torch.optim.Optimizer):
+class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     """For every logical matrix W of the first group (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
     with momentum m, gradient g and rate η = muon_lr · lr / peak_lr, where lr is what the schedule gives
     every group:
@@ -80,19 +81,19 @@ class Muon(Uncompiled, torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale = found_inf = None  # `step` is told by these, which are set for its time
+    grad_scale = found_inf = None  # arguments of `step`, set while it runs, as PyTorch's gradient scaler does
 
     def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, MatrixLayout]):
         super().__init__([hidden, *(group for group in others if group["params"])], {})
         self.splits = splits
 
-    def kept(self, parameter: nn.Parameter) -> dict[str, Kept]:
-        """What the state of a parameter is after a step."""
+    def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
+        """State tensors of a parameter after a step, by name."""
         if parameter in self.splits:
-            moments = {"momentum_buffer": Kept(parameter.shape)}
+            moments = {"momentum_buffer": StateTensor(parameter.shape)}
         else:
-            moments = {"exp_avg": Kept(parameter.shape), "exp_avg_sq": Kept(parameter.shape, 0.0)}
-        return moments | {"updates": Kept.count()}
+            moments = {"exp_avg": StateTensor(parameter.shape), "exp_avg_sq": StateTensor(parameter.shape, 0.0)}
+        return moments | {"updates": StateTensor.count()}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -112,7 +113,7 @@ class Muon(Uncompiled, torch.optim.Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in parameters]
         counts = [self.state[p]["updates"] for p in parameters]
         skipped = torch.zeros_like(counts[0]) if self.found_inf is None else self.found_inf
-        # Of a skipped step nothing counts: its gradients are zeros, the momentum is kept whole, the rate is zero.
+        # A skipped step counts for nothing: zero gradients, a momentum factor of one, a rate of zero.
         momentum = torch.where(skipped > 0, 1.0, momentum_after(counts[0], group["momentum"], group["momentum_warmup"]))
         rate = group["muon_lr"] * (group["lr"] / group["peak_lr"]) * (1 - skipped)
         fresh = [torch.where(skipped > 0, 0.0, p.grad) * (1 - momentum) for p in parameters]
@@ -167,6 +168,6 @@ class Muon(Uncompiled, torch.optim.Optimizer):
 
 
 def momentum_after(updates: Tensor, momentum: float, warmup: int) -> Tensor:
-    """Of the update that comes after so many, a scalar: a straight line from 0.85, or what is less, to `momentum`."""
+    """Momentum of the update that comes after so many, a scalar: linear from 0.85, or `momentum` if that is less."""
     first = min(FIRST_MOMENTUM, momentum)
     return first + (momentum - first) * ((updates + 1) / (warmup + 1)).clamp(max=1)

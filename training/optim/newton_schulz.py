@@ -1,4 +1,4 @@
-"""The nearest semi-orthogonal matrix: U Vᵀ for the singular value decomposition U S Vᵀ."""
+"""Newton-Schulz iteration: the nearest semi-orthogonal matrix, U Vᵀ for the singular value decomposition U S Vᵀ."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 # slope at 0 is as steep as can be while p(p(...)) brings all of (0, 1] to within 0.3 of 1, and no nearer.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-SMALLEST_NORM = 1e-7  # what matrices of zeros are divided by
+MIN_NORM = 1e-7  # what matrices of zeros are divided by
 
 
 def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -16,15 +16,9 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    norms = x.float().flatten(1).norm(dim=1).clamp_min(SMALLEST_NORM)[:, None, None]
+    norms = x.float().flatten(1).norm(dim=1).clamp_min(MIN_NORM)[:, None, None]
     x = (x / norms).to(dtype).contiguous()
     for _ in range(STEPS):
         gram = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
-
-
-def by_svd(matrix: Tensor) -> Tensor:
-    """(rows, cols) -> U Vᵀ in float64, by its definition: the naive twin."""
-    u, _, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return u @ vt

@@ -1,5 +1,5 @@
-"""QK-clip (Kimi K2, arXiv:2507.20534, section 2.1): after an update, queries and keys of heads whose scores have grown
-beyond a threshold shrink, so that attention stays smooth whatever the optimizer does to its matrices."""
+"""QK-clip (Kimi K2, arXiv:2507.20534, section 2.1): after an update, query and key projections shrink in heads whose
+attention logits have grown beyond a threshold, so that attention stays smooth whatever the optimizer does."""
 
 from typing import NamedTuple
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from model.transformer import TransformerLM
 
-# γ to which power each part is scaled, so that every score of the head becomes γ times what it was. The rope key of MLA
-# is no head's own: it stays, and q_rope makes up for it.
+# The power of γ by which each part is scaled, so that every score of the head becomes γ times what it was. The rope key
+# of MLA is no head's own: it stays, and q_rope makes up for it.
 POWERS = {"q": 0.5, "k": 0.5, "q_nope": 0.5, "k_nope": 0.5, "q_rope": 1.0}
 
 
 class Clipped(NamedTuple):
-    """Of one step; scalars on the device."""
+    """Result of one step's QK-clip; scalars on the device."""
 
     max_logit: Tensor  # the largest score of any head, before the update
     heads: Tensor  # how many were beyond the threshold
@@ -41,7 +41,7 @@ class QKClip:
 
     @torch.no_grad()
     def __call__(self, max_logits: Tensor, skipped: Tensor) -> Clipped:
-        """max_logits (layers, heads): the largest of the step, as attention says them. A skipped step clips nothing."""
+        """max_logits (layers, heads): the largest attention logits of the step. A skipped step clips nothing."""
         beyond = (max_logits > self.threshold) & ~skipped
         gamma = torch.where(beyond, self.threshold / max_logits, 1.0)
         shared = [of_layer.unflatten(0, (keys, -1)).amin(1) for of_layer, keys in zip(gamma, self.keys, strict=True)]

@@ -37,9 +37,10 @@ from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
+from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
 from runtime.precision import LossScale
-from training.optim.base import Kept
+from training.optim.base import StateTensor
 from training.run.config import Run, dump, load
 from training.run.folder import check_format, read_config, resume_command, saved, step_of, write_config
 from training.run.metrics_file import MAX_STEPS, PICTURE, read_metrics
@@ -346,7 +347,7 @@ def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> Trans
     """Build the model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
     file = found.path / MODEL
     model = shaped(file, found.tensors[MODEL], config, vocab_size)
-    model = model._apply(lambda p: torch.empty(p.shape, dtype=p.dtype))  # to_empty imports SymPy, for half a second
+    model = allocate_empty(model)
     load_weights(found, model)
     return model
 
@@ -495,7 +496,9 @@ def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
     tensors, names = found.tensors[OPTIMIZER], _parameter_names(training)
     parameters = dict(training.model.named_parameters())
     expected = {
-        f"{name}/{part}": kept for name in names for part, kept in training.optimizer.kept(parameters[name]).items()
+        f"{name}/{part}": kept
+        for name in names
+        for part, kept in training.optimizer.state_layout(parameters[name]).items()
     }
     for key in {**expected, **tensors}:
         fault = _state_fault(key, tensors.get(key), expected.get(key), found.manifest.step)
@@ -509,7 +512,7 @@ def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _state_fault(key: str, tensor: Tensor | None, kept: Kept | None, step: int) -> str | None:
+def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
     """Return why a tensor is not what an optimizer has after `step` steps; None where it is."""
     if tensor is None:
         return f"it lacks {key}"
@@ -519,8 +522,8 @@ def _state_fault(key: str, tensor: Tensor | None, kept: Kept | None, step: int) 
         return f"{key} has shape {tuple(tensor.shape)}, not {tuple(kept.shape)}"
     if tensor.dtype != torch.float32:
         return f"{key} is {tensor.dtype}, not torch.float32"
-    if not (tensor >= kept.least).all():
-        return f"{key} holds a number that is not at least {kept.least}"
+    if not (tensor >= kept.minimum).all():
+        return f"{key} holds a number that is not at least {kept.minimum}"
     if not tensor.ndim and not (tensor <= step and tensor == tensor.floor()):
         return f"{key} is {tensor.item():g}, in a checkpoint of {step} steps"
     return None

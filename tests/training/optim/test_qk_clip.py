@@ -33,7 +33,7 @@ def max_logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
-def test_scores_of_the_heads_beyond_the_threshold_become_gamma_times_themselves(case):
+def test_qk_clip_scales_the_scores_of_heads_beyond_the_threshold_by_gamma(case):
     """In the first layer, whose input does not change; heads that share a key shrink together."""
     model = small_model(*case)
     before = max_logits(model)[0]
@@ -50,7 +50,7 @@ def test_scores_of_the_heads_beyond_the_threshold_become_gamma_times_themselves(
     assert max_logits(model)[0].amax() <= threshold * (1 + 1e-5)
 
 
-def test_heads_below_the_threshold_and_values_keep_their_bits():
+def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
     model, twin = (small_model("attention=mla") for _ in range(2))
     assert QKClip(model, 1e4)(max_logits(model), GOOD).heads == 0
     QKClip(model, 1e-3)(max_logits(model), torch.tensor(True))  # a step that was skipped
@@ -67,7 +67,7 @@ def test_heads_below_the_threshold_and_values_keep_their_bits():
             assert torch.equal(split.views(mine[name])["v"], split.views(its[name])["v"])
 
 
-def test_a_step_clips_by_the_largest_scores_of_its_micro_batches():
+def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
     model = small_model("attention=mla", kernel=Naive())
     mixed = MixedPrecision(model, "fp32")
     each = [accumulate(mixed, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
@@ -84,13 +84,13 @@ def test_a_step_clips_by_the_largest_scores_of_its_micro_batches():
     assert relative_error(model.layers[0].attention.kv_up.weight, before) > 1e-3
 
 
-def test_the_loss_is_the_same_with_scores_beside_it():
+def test_mean_loss_and_scores_has_the_same_loss():
     model, ((inputs, targets),) = small_model("attention=gqa"), batches(4, 4)
     assert torch.equal(mean_loss_and_scores(model, inputs, targets)[0], mean_loss(model, inputs, targets))
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_a_loss_with_scores_beside_it_compiles_whole(attention):
+def test_mean_loss_and_scores_compiles_as_one_graph(attention):
     model, ((inputs, targets),) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
     expected, scores = mean_loss_and_scores(model, inputs, targets)
     compiled = torch.compile(mean_loss_and_scores, backend="aot_eager", dynamic=False, fullgraph=True)
@@ -109,7 +109,7 @@ MUON, ADAMW = ["attention=mla", "optim=muon"], ["attention=gqa", "attention.qk_n
     ("choice", "compiled"),
     [(MUON, False), (ADAMW, False), *(pytest.param(choice, True, marks=pytest.mark.slow) for choice in (MUON, ADAMW))],
 )
-def test_a_clipped_run_says_so_and_resumes_bit_for_bit(workplace, monkeypatch, capsys, choice, compiled):
+def test_qk_clip_run_resumed_is_bit_exact(workplace, monkeypatch, capsys, choice, compiled):
     options = [*SMOKE, *choice, "optim.qk_clip=0.02", "model.n_layers=1", f"compile={compiled}", "steps=12"]
     options += ["data.size=12", "save_every=5", "eval_every=4", "micro_batch_size=4"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
@@ -121,7 +121,7 @@ def test_a_clipped_run_says_so_and_resumes_bit_for_bit(workplace, monkeypatch, c
     assert "running eagerly" not in capsys.readouterr().err
 
 
-def test_a_run_that_does_not_clip_says_nothing_of_it(workplace, monkeypatch):
+def test_run_without_qk_clip_has_no_rows_of_it(workplace, monkeypatch):
     assert call("train", [*SMOKE, "steps=2", "run_dir=run"], monkeypatch) == 0
     assert not any(
         "max_logit" in row or "clipped_heads" in row for row in read_metrics(workplace / "run/metrics.jsonl")

@@ -1,0 +1,114 @@
+"""Memory of a training step as predicted, held against what PyTorch's allocator gives out."""
+
+import gc
+
+import pytest
+import torch
+
+from model import cost
+from model.loss import TILE
+from model.transformer import TransformerLM
+from runtime.precision import MixedPrecision
+from tests.support import ATTENTIONS, SMOKE, allocated_peak, changed, load_composed, some_tokens
+from training.step import accumulate, losses_of
+from training.step_memory import memory
+
+VOCAB = 100
+CPU = torch.device("cpu")
+CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64")
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "precision=fp32",
+        "precision=bf16",
+        "model.dropout=0.1",
+        "kernel=naive",
+        "activation_checkpointing=true",
+        "activation_checkpointing=true precision=bf16",
+    ],
+)
+def test_memory_of_a_step_is_what_the_allocator_gives_out(attention, options):
+    overrides = changed(["precision=fp32"], *options.split())
+    small = len(options.split()) > 1  # so that what a kernel takes for itself shows
+    check_memory(f"attention={attention}", *overrides, tolerance=0.05 if small else 0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("attention=mla", "attention.dropout=0.1", "attention.qk_norm=head"),
+        CLASSIC,
+        (*CLASSIC, "attention.dropout=0", "precision=bf16"),
+    ],
+    ids=" ".join,
+)
+def test_memory_with_attention_dropout_counts_all_products(options):
+    """A CPU's fused kernel does not drop them: all T×T of the products that take its place are counted."""
+    check_memory("precision=fp32", *options)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("options", ["precision=fp32", "precision=bf16"])
+def test_memory_of_masked_documents_counts_the_masks(attention, options):
+    """In windows of several tiles of queries, whose masks are the larger part of it."""
+    window = ["model.context_length=600", "batch_tokens=4800"]
+    masked = check_memory(f"attention={attention}", options, *window, "data.document_mask=true")
+    plain = memory(load_composed(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
+    assert masked > 1.2 * sum(plain.values())
+
+
+def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():
+    """Thousands of tiles of logits would take a dry run longer than all else; larger ones take little more memory."""
+    sizes = dict(TILE)
+    check_memory("precision=fp32", "micro_batch_size=16", vocab=30_000, tolerance=0.1)
+    assert sizes == TILE
+
+
+def test_memory_of_many_micro_batches_is_that_of_two():
+    """The first one meets no gradients, which come as its activations go."""
+    one, two, three = (
+        memory(load_composed(*SMOKE, "precision=fp32", "micro_batch_size=4", f"batch_tokens={n * 256}"), VOCAB, CPU)
+        for n in (1, 2, 3)
+    )
+    assert two == three and one["activations"] < two["activations"]
+
+
+@pytest.mark.parametrize("options", [("precision=fp8",), ("kernel=flex",), ("kernel=sdpa", "kernel.flash=FA3")])
+def test_memory_needs_neither_the_package_nor_the_device(options):
+    """What keeps as much for the backward pass, and runs here, takes their place."""
+    found = memory(load_composed(*SMOKE, *changed(["precision=bf16", "kernel=sdpa"], *options)), VOCAB, CPU)
+    assert found == memory(load_composed(*SMOKE, "precision=bf16", "kernel=sdpa"), VOCAB, CPU)
+
+
+def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> int:
+    """Asks PyTorch's allocator of a CPU for every block it gave and took back -> the bytes predicted."""
+    run = load_composed(*SMOKE, *changed(["micro_batch_size=4"], *options))
+    tokens = some_tokens(run.micro_batch_size, run.model.context_length, vocab)
+    predicted = memory(run, vocab, CPU)
+    gc.collect()
+    mixed = None
+
+    def step() -> None:
+        nonlocal mixed
+        mixed = MixedPrecision(TransformerLM(run.model, vocab), run.precision)
+        loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.activation_checkpointing)[0]
+        accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
+
+    peak = allocated_peak(step)
+    assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in mixed.parameters)
+    assert predicted["copies"] == sum(copy.nbytes for copy in mixed.copies)
+    assert sum(predicted.values()) - predicted["optimizer"] == pytest.approx(peak, rel=tolerance)
+    return sum(predicted.values())
+
+
+def test_state_bytes_of_adamw_equal_what_it_keeps():
+    run = load_composed(*SMOKE)
+    model = TransformerLM(run.model, VOCAB)
+    optimizer = run.optim.build(model)
+    model(some_tokens(1, 8)).logits.sum().backward()
+    optimizer.step()
+    kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
+    assert run.optim.state_bytes(cost.on_meta(run.model, VOCAB)) == kept

@@ -1,0 +1,117 @@
+"""Time of a training step, put together from parts of it that are run and timed: a few tokens, or some micro-batches
+where they are short, and one update."""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.console import clock
+from model.cost import Flops
+from runtime.allocator import keep_buffers
+from training.compile import maybe_compiled
+from training.run.config import Run
+from training.state import TrainState
+from training.step import losses_of, train_step
+
+MAX_TIMED = 10  # micro-batches, or as many as fit into
+DEADLINE = 5.0  # seconds, the first one included; a micro-batch that takes more than half of them is never run,
+PART = 128  # but so many tokens
+SHORT_UPDATE = 1.0  # seconds: one that takes longer is not run twice
+log = logging.getLogger("headroom")
+
+
+class StepTime(NamedTuple):
+    seconds: float  # of a whole step
+    measured: str  # what was run for it, in words
+
+
+def time_step(run: Run, vocab_size: int, flops: Flops, device: torch.device) -> StepTime:
+    """The tokens are made up: real ones take as long, and may not be there."""
+    step = _Step(run, vocab_size, device)
+    part = step.tokens[: max(1, PART // run.model.context_length), :PART]
+    log.info(f"timing {part.numel():,} tokens")
+    seconds = step.estimate(part, flops)
+    if 2 * seconds > DEADLINE:
+        measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
+        measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"
+        log.info("timing an update")
+        updating = step.update()
+    else:
+        compiling = ", and compiling" if run.compile else ""
+        log.info(f"timing an update, and up to {MAX_TIMED} micro-batches for {DEADLINE:.0f} s{compiling}")
+        times, updating = step.run()
+        measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
+        seconds = sum(times) / len(times)
+    whole = step.count * seconds + updating
+    return StepTime(whole, f"{measured}; the update takes {updating / whole:.0%} of a step")
+
+
+class _Step:
+    """The real model and optimizer of a run, of whose step some parts can be timed."""
+
+    def __init__(self, run: Run, vocab_size: int, device: torch.device):
+        if device.type == "cpu" and run.tune_malloc:
+            keep_buffers()
+        state = TrainState.create(run, vocab_size, device)
+        self.settings = run
+        self.device = device
+        self.count = run.sequences // run.micro_batch_size  # micro-batches of a step
+        self.mixed = state.mixed
+        self.mixed.copy_master_weights()
+        self.optimizer = state.optimizer
+        end_of_text = vocab_size - 1  # the last token of every vocabulary
+        self.eager = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
+        draw = torch.Generator().manual_seed(run.seed)
+        shape = (run.micro_batch_size, run.model.context_length)
+        self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)
+
+    def estimate(self, part: Tensor, flops: Flops) -> float:
+        """Seconds of a micro-batch, from part of its tokens and from so few that nearly all their time is overhead,
+        which a micro-batch takes whatever its length."""
+        few = part[:1, : PART // 8]
+        for each in (few, part):
+            self._micro_batch(self.eager, each)  # the first one on a device waits for what is loaded once
+        overhead = self._micro_batch(self.eager, few)
+        seconds = self._micro_batch(self.eager, part)
+        if part.numel() == few.numel():
+            return seconds
+
+        def work(tokens: Tensor) -> float:
+            return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
+
+        per_work = max(0.0, seconds - overhead) / (work(part) - work(few))
+        return seconds + per_work * (work(self.tokens) - work(part))
+
+    def run(self) -> tuple[list[float], float]:
+        """Seconds of each of some micro-batches, and of an update. Of either, the first one takes memory and is
+        compiled, and is not counted; but of an update that takes long there is no other."""
+        loss = maybe_compiled(self.eager, *self.settings.compilation)
+        first = self._micro_batch(loss, self.tokens)
+        updating = self.update()
+        spent = 0.0 if self.settings.compile else first
+        times = []
+        while len(times) < MAX_TIMED and spent < DEADLINE:
+            times.append(self._micro_batch(loss, self.tokens))
+            spent += times[-1]
+        return times or [first], self.update() if updating < SHORT_UPDATE else updating
+
+    def update(self) -> float:
+        """Seconds of all that a step does besides its micro-batches, with the gradients there are."""
+        lr, clip_norm = self.settings.lr(0), self.settings.clip_norm
+        return _seconds(self.device, lambda: train_step(self.mixed, self.optimizer, [], lr, clip_norm))
+
+    def _micro_batch(self, loss: Callable, tokens: Tensor) -> float:
+        mixed = self.mixed
+        return _seconds(self.device, lambda: mixed.backward(loss(mixed.model, tokens, tokens) / self.count))
+
+
+def _seconds(device: torch.device, what: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    what()
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter() - start
