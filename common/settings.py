@@ -4,6 +4,8 @@ from enum import IntEnum
 
 from pydantic import BaseModel, ConfigDict
 
+MAX_COUNT = 2**40  # of steps, tokens, documents or bytes: beyond any run, and exact in a float
+
 
 class FrozenSettings(BaseModel):
     """Raises pydantic.ValidationError for unknown keys, wrong types, infinities and NaN."""

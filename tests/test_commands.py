@@ -526,7 +526,7 @@ BAD_RUNS = {
     "no vocabulary": (["tokenizer=cl100k"], "cache/tokenizers/cl100k.tiktoken: fetch https://"),
     "no hub": (["data=hub", "data.path=nobody/nothing"], "HF_HUB_OFFLINE keeps from asking the hub"),
     "unknown part": (["data=mix", "data.parts={simpy: 1}"], "data.parts.simpy: there is no data=simpy: choose one of"),
-    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: give more than 0"),
+    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: give at least 1e-30"),
     "of a part": (["data=mix", "data.parts={sympy: {quota: 1, sise: 3}}"], "data.parts.sympy.sise=3: no such key"),
     "part without path": (["data=mix", "data.parts={files: 1}"], "data.parts.files.path is not set"),
     "device": (["device=cuda:9"], "device=cuda:9"),

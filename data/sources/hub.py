@@ -14,6 +14,7 @@ from pydantic import Field
 
 from common.errors import UserError, reason
 from common.paths import files_below, is_folder, raise_unreadable
+from common.settings import MAX_COUNT
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.tables import (
     cells,
@@ -41,7 +42,7 @@ class HubCorpus(Corpus):
     split: str = Field("train", min_length=1)
     column: str = Field("text", min_length=1)
     revision: str | None = None
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=1, le=MAX_COUNT)
     val_fraction: float = Field(0.01, gt=0, lt=1)
     held_out_by: HeldOutBy = "content"
 

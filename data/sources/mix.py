@@ -17,7 +17,7 @@ log = logging.getLogger("headroom")
 
 
 class Part(FrozenSettings):
-    quota: float = Field(gt=0)
+    quota: float = Field(ge=1e-30, le=1e30)  # bytes of text over it stay finite
     corpus: SerializeAsAny[Corpus]
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from common.settings import MAX_COUNT
 from data.tokenizers.base import Cut, Tokenizer, TokenizerConfig, encode_utf8
 from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.patterns import PATTERN, PIECE, Piece, bounded, exact_pieces
@@ -80,7 +81,7 @@ class BPETokenizer(Tokenizer):
 
 class BPEConfig(TokenizerConfig):
     vocab_size: int = Field(4096, ge=257, le=65536)  # a small corpus may yield fewer
-    train_bytes: int = Field(100_000_000, ge=2**16)
+    train_bytes: int = Field(100_000_000, ge=2**16, le=MAX_COUNT)
     cut: Literal["exact", "line_ends"] = "exact"  # where long texts are cut, see BPETokenizer
 
     def cache_key(self) -> dict[str, Any]:

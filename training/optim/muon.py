@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from common.settings import MAX_COUNT
 from model.layout import MatrixLayout, single_matrix
 from model.transformer import TransformerLM
 from runtime.precision import multiplies_bf16
@@ -27,7 +28,7 @@ class MuonConfig(AdamWConfig):
 
     muon_lr: float = Field(0.02, gt=0)
     momentum: float = Field(0.95, ge=0, lt=1)
-    momentum_warmup: int = Field(300, ge=0)  # updates until the momentum, from 0.85 on, is that
+    momentum_warmup: int = Field(300, ge=0, le=MAX_COUNT)  # updates until the momentum, from 0.85 on, is that
     per_head: bool = True  # orthogonalise what the attention publishes as matrices; false: what is stored as one
 
     def derive(self, d_model: int) -> Self:
