@@ -1,4 +1,4 @@
-"""Which device a run uses."""
+"""The device a run uses, its CPU threads, and whether its algorithms are deterministic."""
 
 import os
 import re
@@ -6,6 +6,8 @@ import re
 import torch
 
 from common.errors import UserError
+
+DEFAULT_THREADS = torch.get_num_threads()  # as PyTorch chose when this process started
 
 
 def choose_device(device: str) -> torch.device:
@@ -22,6 +24,13 @@ def choose_device(device: str) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
     return chosen
+
+
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads; None: PyTorch's default, which an earlier run of a sweep may have changed."""
+    wanted = threads or DEFAULT_THREADS
+    if wanted != torch.get_num_threads():
+        torch.set_num_threads(wanted)
 
 
 def set_determinism(wanted: bool) -> None:

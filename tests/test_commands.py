@@ -618,6 +618,15 @@ def test_threads_are_set_and_told(workplace, monkeypatch, capsys):
         torch.set_num_threads(before)
 
 
+def test_threads_unset_in_a_sweep_are_the_default_again(workplace, monkeypatch, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert call("train", ["-m", *SMOKE, "steps=1", "threads=2,null"], monkeypatch) == 0
+        assert re.findall(r"parameters on cpu, (\d) thread", capsys.readouterr().err) == ["2", str(before)]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_without_evaluations_on_the_way_there_is_the_last(workplace, monkeypatch):
     assert call("train", [*SMOKE, "steps=1e1", "eval_every=0", "run_dir=run"], monkeypatch) == 0
     rows = read_metrics(workplace / "run/metrics.jsonl")
