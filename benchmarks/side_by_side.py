@@ -130,18 +130,19 @@ def refuse_repeated(values: Sequence[Any], option: str) -> None:
 
 
 def output(text: str) -> Path:
-    """A file that can be written, so that it is said before hours of measuring."""
-    path = Path(text)
+    """The absolute path of a file that can be written, checked before hours of measuring."""
+    path = Path(text).resolve()  # absolute: the smoke test changes the working directory
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in a folder that can be")
     return path
 
 
 def checkout(text: str) -> Path:
-    """Of nanoGPT."""
-    if not (Path(text) / "model.py").is_file():
+    """The absolute path of a checkout of nanoGPT."""
+    path = Path(text).resolve()
+    if not (path / "model.py").is_file():
         raise argparse.ArgumentTypeError(f"{text} holds no model.py: name a checkout of nanoGPT")
-    return Path(text)
+    return path
 
 
 def marked(timing: Timing | Reading) -> str:
