@@ -6,20 +6,24 @@ python -m benchmarks.memory --tokens 1024 2048 4096 --precision bf16 --json benc
 """
 
 import argparse
+import itertools
+import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.side_by_side import count, output, report
 from common.cli import Parser, one_line_errors
 from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
-from tests.support import allocated_peak
 from training.run.config import load_choice
 from training.step import mean_loss
 
@@ -128,6 +132,19 @@ def _measured(
         parameter.grad = None
     start = time.process_time()
     return allocated_peak(step), time.process_time() - start
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Measure the peak of PyTorch's CPU allocator during run() -> bytes, beyond what was allocated before. Buffers that
+    kernels allocate for themselves count; the profiler slows them down a little."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    return max(itertools.accumulate(changes), default=0)
 
 
 def _config(attention: str, settings: dict[str, Any], layers: int, width: int, heads: int, context: int) -> ModelConfig:

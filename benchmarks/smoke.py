@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from safetensors.torch import load_file
 
 import train as program
+from benchmarks.compare_runs import same_run
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -81,18 +81,16 @@ def _whole_way(attention: str, device: torch.device) -> Row:
     shutil.copytree(whole, half)
     shutil.rmtree(half / f"checkpoints/step_{STEPS:08d}")
     _train(f"resume={half}")
-    losses = [[row["train_loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (whole, half)]
-    weights = [load_file(run / f"checkpoints/step_{STEPS:08d}/model.safetensors") for run in (whole, half)]
-    same = losses[0] == losses[1] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [row["train_loss"] for row in read_metrics(whole / "metrics.jsonl")]
     model, tokenizer = load_run(whole, device)
     texts = [_text(model, tokenizer, cached) for cached in (True, False)]
     return {
         "precision": read_config(whole)[0]["precision"],
         "seconds": round(seconds, 2),
-        "first_loss": losses[0][0],
-        "last_loss": losses[0][-1],
-        "learns": losses[0][-1] < losses[0][0] - 1 and all(map(math.isfinite, losses[0])),
-        "resumed_bit_for_bit": same,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "learns": losses[-1] < losses[0] - 1 and all(map(math.isfinite, losses)),
+        "resumed_bit_for_bit": same_run(whole, half, STEPS),
         "cached_text_is_uncached": texts[0] == texts[1],
         "text": texts[0],
     }

@@ -3,11 +3,8 @@
 import copy
 import functools
 import importlib
-import itertools
-import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from torch.profiler import ProfilerActivity, profile
 
 from common.cli import plain_tree
 from common.errors import Unsupported, UserError
@@ -153,16 +149,3 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
         except SystemExit as stop:
             return stop.code or 0
     return 0
-
-
-def allocated_peak(run: Callable[[], Any]) -> int:
-    """Bytes: the most that PyTorch's allocator of a CPU had given out at one time during run(), beyond what it had
-    before. It sees what kernels take for themselves too, and slows them down a little."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
-    return max(itertools.accumulate(changes), default=0)

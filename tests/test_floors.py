@@ -14,6 +14,7 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "generation": {"common", "model", "data", "runtime"},
 }
 DOORS = ("train", "sample")
+BENCHMARKS_WITH_TESTS = {"benchmarks/recipe.py", "benchmarks/train.py"}  # which compose a configuration as tests do
 # Within a room: a file uses only what stands before it in its room's list. Files and folders that are not named are
 # free, as long as no circle comes of it.
 ORDER = {
@@ -86,6 +87,13 @@ def test_rooms_do_not_know_what_is_not_theirs():
         for path in (ROOT / room).rglob("*.py"):
             known = imports_of(path)
             assert not {name for name in known if any(f"{name}.".startswith(f"{one}.") for one in forbidden)}, path
+
+
+def test_benchmarks_import_no_tests():
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        used = {name for name in imports_of(path) if name.partition(".")[0] == "tests"}
+        allowed = {"tests.support", "tests.support.load_composed"}
+        assert used <= (allowed if str(path.relative_to(ROOT)) in BENCHMARKS_WITH_TESTS else set()), path
 
 
 def test_no_top_level_file_shadows_a_standard_module():

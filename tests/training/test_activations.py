@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from benchmarks.memory import allocated_peak
 from model.kernels import sdpa
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
@@ -15,7 +16,6 @@ from runtime.precision import MixedPrecision
 from tests.support import (
     ATTENTIONS,
     SMOKE,
-    allocated_peak,
     batches,
     call,
     load_composed,

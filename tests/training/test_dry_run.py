@@ -7,13 +7,14 @@ import re
 import pytest
 import torch
 
+from benchmarks.memory import allocated_peak
 from common.console import clock
 from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
 from model.transformer import TransformerLM
 from runtime.precision import MixedPrecision
-from tests.support import ATTENTIONS, SMOKE, allocated_peak, call, load_composed, some_tokens
+from tests.support import ATTENTIONS, SMOKE, call, load_composed, some_tokens
 from training import step
 from training.dry_run import memory
 from training.step import accumulate, losses_of

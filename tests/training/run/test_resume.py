@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import training.step
+from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
-from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training.run import checkpoint
