@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import count, output, refuse_repeated, report
-from benchmarks.train import refuse_shared
+from benchmarks.side_by_side import check_no_repeats, count, output, report
+from benchmarks.train import check_not_shared
 from common.cli import Parser, number, one_line_errors
 from data.batches import micro_batches
 from data.shards.prepare import Prepared, prepare
@@ -64,10 +64,10 @@ def main() -> None:
     args = parser.parse_args()
     keep_buffers()
     base = [*args.size, *args.base, f"steps={args.steps}"]
-    refuse_repeated(args.seeds, "--seeds")
-    refuse_repeated([" ".join(added.split()) for added in args.rows], "--rows")
+    check_no_repeats(args.seeds, "--seeds")
+    check_no_repeats([" ".join(added.split()) for added in args.rows], "--rows")
     for added in args.rows:
-        refuse_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
+        check_not_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
         load_composed(*base, *added.split())  # whatever is wrong with one is said before any of them trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:

@@ -122,7 +122,7 @@ def count(text: str) -> int:
     return int(text)
 
 
-def refuse_repeated(values: Sequence[Any], option: str) -> None:
+def check_no_repeats(values: Sequence[Any], option: str) -> None:
     """Raises UserError for one that is there twice: it would be measured twice, and count as two."""
     for value in values:
         if values.count(value) > 1:

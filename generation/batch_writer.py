@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import NotFinite
-from common.signals import Interruptible
+from common.signals import DeferredInterrupt
 from common.streams import json_line, print_stderr, show
 from data.tokenizers.base import Tokenizer
 from generation.decode import ENDED, generate
@@ -75,11 +75,11 @@ def write(
     Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once. A row whose output is not finite
     ends, and only that."""
     steps = generate(model, state, sampler, max_new_tokens=max_new_tokens, end_token=tokenizer.end_of_text)
-    with Interruptible() as interruption:
+    with DeferredInterrupt() as interrupt:
         with suppress(NotFinite):
             for step in steps:
                 yield _feed_step(step, state, samples)
-                if interruption.asked:
+                if interrupt.requested:
                     _mark_interrupted(state, samples, max_new_tokens)
                     break
         for broken, sample in zip(state.not_finite, samples, strict=True):

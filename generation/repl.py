@@ -9,7 +9,7 @@ from contextlib import suppress
 from common.cli import number
 from common.console import deferred_logging
 from common.errors import NotFinite, UserError, reason
-from common.signals import Interruptible
+from common.signals import DeferredInterrupt
 from common.streams import StdoutLost, print_stderr, show
 from data.tokenizers.base import Tokenizer
 from generation.decode import generate
@@ -94,14 +94,14 @@ class Conversation:
         end_token = self.tokenizer.end_of_text
         token = None
         failure = ""
-        with Interruptible() as interruption:
+        with DeferredInterrupt() as interrupt:
             try:
                 for step in generate(
                     self.model, self.state, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end_token
                 ):
                     token = int(step[0])
                     write(stream.feed(token))
-                    if stream.stopped or interruption.asked:
+                    if stream.stopped or interrupt.requested:
                         break
             except NotFinite as error:
                 failure = f"[{error}: /reset begins anew]"
@@ -109,7 +109,7 @@ class Conversation:
         self.incomplete_bytes = b"" if token == end_token else stream.incomplete_bytes
         if not stream.text.endswith("\n"):
             write("\n")
-        return failure or self._ending(token, interrupted=interruption.asked, stopped=stream.stopped)
+        return failure or self._ending(token, interrupted=interrupt.requested, stopped=stream.stopped)
 
     def _ending(self, last_token: int | None, *, interrupted: bool, stopped: bool) -> str:
         """The note on why a turn ended; none where the user asked for that end, by a stop string or a length."""

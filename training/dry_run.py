@@ -26,7 +26,7 @@ from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
 from training.state import TrainState
-from training.step import accumulate, losses_of, train_step
+from training.step import accumulate_gradients, losses_of, train_step
 
 TIMED = 10  # micro-batches, or as many as fit into
 DEADLINE = 5.0  # seconds for them; a micro-batch that alone takes longer is never run,
@@ -90,7 +90,7 @@ def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:
     batch = torch.zeros(run.micro_batch_size, run.model.context_length, dtype=torch.int64, device="meta")
     with cost.LivePeak() as live:
         mixed = MixedPrecision(cost.on_meta(run.model, vocab_size, device=device), run.precision)
-        accumulate(mixed, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
+        accumulate_gradients(mixed, [(batch, batch)] * micro_steps, (0, 0), _loss(run, vocab_size))
     weights = sum(p.nbytes for p in mixed.parameters)
     known = {
         "weights": weights,

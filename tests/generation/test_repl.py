@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.signals import Interruptible
+from common.signals import DeferredInterrupt
 from data.tokenizers.byte import ByteTokenizer
 from generation import repl
 from generation.decode import generate
@@ -82,9 +82,9 @@ def test_turn_after_ctrl_c_continues_what_was_written():
 def test_interruptible_with_ctrl_c_ignored_leaves_it_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Interruptible() as interruption:
+        with DeferredInterrupt() as interrupt:
             signal.raise_signal(signal.SIGINT)
-        assert not interruption.asked and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert not interrupt.requested and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 

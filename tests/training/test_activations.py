@@ -25,7 +25,7 @@ from tests.support import (
 )
 from training import step
 from training.run.metrics_file import read_metrics
-from training.step import accumulate, losses_of, mean_loss, mean_loss_and_scores
+from training.step import accumulate_gradients, losses_of, mean_loss, mean_loss_and_scores
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 
@@ -33,7 +33,7 @@ DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 def gradients(model: TransformerLM, precision: str, activation_checkpointing: bool, loss=mean_loss, end_of_text=None):
     """Of two micro-steps, by the parameter's name, and what the loss said."""
     model.zero_grad()
-    said = accumulate(
+    said = accumulate_gradients(
         MixedPrecision(model, precision),
         batches(4, 2),
         (0, 0),

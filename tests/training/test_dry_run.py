@@ -17,7 +17,7 @@ from runtime.precision import MixedPrecision
 from tests.support import ATTENTIONS, SMOKE, call, load_composed, some_tokens
 from training import step
 from training.dry_run import memory
-from training.step import accumulate, losses_of
+from training.step import accumulate_gradients, losses_of
 
 VOCAB, CPU = 100, torch.device("cpu")
 
@@ -70,7 +70,7 @@ def check_memory(*options: str) -> int:
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
         loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.activation_checkpointing)[0]
-        accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
+        accumulate_gradients(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)
     assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in mixed.parameters)

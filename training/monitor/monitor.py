@@ -25,7 +25,7 @@ from training.monitor.plot import plot_loss
 from training.monitor.profiler import Profile
 from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
-from training.run.checkpoint import best, saved, step_of
+from training.run.checkpoint import best, checkpoint_paths, step_of
 from training.run.config import Run, dump
 from training.run.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.step import StepResult
@@ -275,7 +275,9 @@ class Monitor:
     def _longer_run(self) -> str:
         start = summary.cooldown_start(self.run)
         try:
-            before = [] if start is None else [path.name for path in saved(self.folder) if step_of(path) <= start]
+            before = (
+                [] if start is None else [path.name for path in checkpoint_paths(self.folder) if step_of(path) <= start]
+            )
         except UserError as fault:
             return f"(whether a longer run can go on from here is not known: {fault})"
         return summary.longer_run(self.run, self.folder, before[-1] if before else None)

@@ -30,7 +30,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from training.run import checkpoint
 from training.run.config import Run
 from training.run.folder import check_is_run
-from training.step import accumulate, losses_of
+from training.step import accumulate_gradients, losses_of
 
 BATCH = "batch.safetensors"
 MAX_TEXT_SHOWN = 120  # characters of each text
@@ -92,7 +92,7 @@ def replay(path: Path) -> None:
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
         return loss
 
-    accumulate(mixed, batches, (run.seed, step - 1), watched)
+    accumulate_gradients(mixed, batches, (run.seed, step - 1), watched)
     print_line(f"forward      {first.where or 'finite everywhere'}")
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])

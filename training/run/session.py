@@ -164,5 +164,5 @@ def second_signal_ends(folder: Path) -> Iterator[None]:
 
 def how_to_continue(folder: Path) -> str:
     """The command that resumes a run, or begins it again where nothing is saved."""
-    verb = "continue" if run_folder.saved(folder) else "begin again"
+    verb = "continue" if run_folder.checkpoint_paths(folder) else "begin again"
     return f"{verb} with: {run_folder.resume_command(folder)}"

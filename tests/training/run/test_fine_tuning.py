@@ -66,7 +66,10 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
     )
     assert "best         step 20, 1.0000 nats per token (the first 1 of them): " in out
     assert f"{command('sample.py', '--checkpoint', 'best', '--run', 'a run')}\n" in out
-    assert [path.name for path in checkpoint.saved(workplace / "a run")] == ["step_00000020", "step_00000030"]
+    assert [path.name for path in checkpoint.checkpoint_paths(workplace / "a run")] == [
+        "step_00000020",
+        "step_00000030",
+    ]
     assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
 
 

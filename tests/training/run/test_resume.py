@@ -250,7 +250,7 @@ def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, m
         assert call("train", [*options, f"run_dir=run{i}"], monkeypatch) == code
         undo()
         assert f"{sent.name}: stopped {said}" in capsys.readouterr().err.splitlines()[-1]
-        assert [checkpoint.step_of(path) for path in checkpoint.saved(run)] == saved
+        assert [checkpoint.step_of(path) for path in checkpoint.checkpoint_paths(run)] == saved
         assert len(read_metrics(run / "metrics.jsonl")) == max(saved, default=0)
         assert call("train", [f"resume=run{i}"], monkeypatch) == 0
         assert_same_run(workplace / "whole", run, step=12)
