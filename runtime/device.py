@@ -1,4 +1,4 @@
-"""The device a run uses, its CPU threads, and whether its algorithms are deterministic."""
+"""Which device a run uses."""
 
 import os
 import re
@@ -11,7 +11,8 @@ DEFAULT_THREADS = torch.get_num_threads()  # as PyTorch chose when this process 
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine lacks."""
+    """Choose the device: `auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine
+    lacks."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
@@ -34,8 +35,8 @@ def set_threads(threads: int | None) -> None:
 
 
 def set_determinism(wanted: bool) -> None:
-    """Whether the process uses only algorithms that give the same bits every time; what has none then raises an error.
-    Call it before the first CUDA operation: cuBLAS reads its setting then."""
+    """Set whether the process uses deterministic algorithms only; an operation without one then raises an error. Call
+    it before the first CUDA operation: cuBLAS reads its setting then."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if wanted != torch.are_deterministic_algorithms_enabled():  # the call imports PyTorch's compiler, for a second

@@ -53,7 +53,7 @@ def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, ca
     assert re.search(r"validation +\d\.\d+ nats per token, \d\.\d+ bits per byte", out)
     assert re.search(r"speed +[\d,]+ training tokens per second", out)
     assert f"runs/{run.name}" in out and "The key" in out.split("validation")[0]
-    assert f"next         {command('sample.py', 'a beginning of yours', '--run')}" in out
+    assert f"next         {command('sample.py', 'your prompt', '--run')}" in out
     assert "4 heads, positions by rope, 119,424 parameters on cpu" in err
     assert "step 30/30" in err and re.search(r"1 micro-batch of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
     assert err.count("The key") >= 1  # the preview at step 20
@@ -352,7 +352,7 @@ def test_nor_does_it_break_what_has_no_token_at_all_or_a_conversation(place, mon
     assert out == "The\n" and "prefill_tokens_per_second=n/a\n" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO("The\n/reset\nThe key\n"))
     out, err = sample(place, monkeypatch, capsys, "--interactive")
-    assert out == "\n\n\n" and "[the model's output is not finite after 7 tokens: /reset begins anew]" in err
+    assert out == "\n\n\n" and "[the model's output is not finite after 7 tokens: /reset starts again]" in err
 
 
 def test_scores_and_attention_that_are_not_finite_are_one_line(place, monkeypatch, capsys, tmp_path):
@@ -444,9 +444,12 @@ BAD_SAMPLES = {
     "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),
     "conversation as JSON": (
         ["--interactive", "--json"],
-        "--interactive with --json: an object stands for a text that is",
+        "--interactive with --json: a JSON object holds a finished text",
     ),
-    "conversation with speeds": (["--interactive", "--stats"], "--interactive with --stats: speeds are of one text"),
+    "conversation with speeds": (
+        ["--interactive", "--stats"],
+        "--interactive with --stats: speeds are measured",
+    ),
     "conversations": (["--interactive", "--num-samples", "2"], "--interactive with --num-samples"),
     "conversation with a file": (["--interactive", "--prompt-file", "x"], "--interactive with --prompt-file"),
     "conversation with stdin": (["--interactive", "-"], "--interactive with -: stdin"),

@@ -188,7 +188,7 @@ class TokenStream:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """(count,) tokens from `start`, across shards."""
+        """Read (count,) tokens from `start`, across shards."""
         parts = []
         shard = int(np.searchsorted(self.ends, start, side="right"))
         offset = start - (int(self.ends[shard]) - len(self.shards[shard]))

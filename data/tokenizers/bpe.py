@@ -17,7 +17,7 @@ from data.tokenizers.patterns import PATTERN, PIECE, Piece, bounded, exact_piece
 from data.tokenizers.vocabulary import END_OF_TEXT, derive_merges, spelled_bytes, tokenizer_json
 
 MAX_WORD = 256  # characters of a word in training, where time grows by the square of its length; longer ones are split
-# The older rule "words" cuts at a space before a letter, most often the beginning of a word.
+# The older rule "words" cuts at a space before a letter, most often the first of a word.
 WORD = re.compile(r"(?<=\S)(?= [A-Za-z])")
 LOOK_BACK = 1000  # characters searched for one
 

@@ -41,7 +41,7 @@ class Warmup(Schedule, ABC):
     @staticmethod
     @abstractmethod
     def shape(progress: float) -> float:
-        """From 1 to 0 as progress goes from 0 to 1."""
+        """The decay curve: from 1 to 0 as progress goes from 0 to 1."""
 
 
 class Cosine(Warmup):

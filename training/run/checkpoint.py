@@ -2,7 +2,7 @@
 
 checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors once, the real vocabulary only
                           optimizer.safetensors  its tensors, as "<parameter>/<state>"
-                          manifest.json          what Manifest says, with the size and hash of the other files
+                          manifest.json          the fields of Manifest, with the size and hash of the other files
 """
 
 import hashlib
@@ -478,7 +478,7 @@ def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainSta
 
 
 def _machine(model: TransformerLM) -> dict[str, str | int]:
-    """What the bits of a run depend on besides the settings."""
+    """The machine's properties that the bits of a run depend on."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
@@ -486,8 +486,8 @@ def _machine(model: TransformerLM) -> dict[str, str | int]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run whose steps are all done has drawn its picture, which is the last thing it does: a process that
-    goes on with it removes the picture first."""
+    """Whether a run whose steps are all done has finished: its last act is to draw loss.png, and a process that resumes
+    it removes the picture first."""
     return os.path.isfile(folder / PICTURE)
 
 

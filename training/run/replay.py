@@ -64,7 +64,8 @@ def save_failed_step(
 
 
 def replay(path: Path) -> None:
-    """Print what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
+    """Recompute the step, eagerly and on the run's kind of device, and print the first module whose output is not
+    finite."""
     folder = path.resolve().parent.parent
     with entering(path):
         has_batch = exists(path / BATCH)
@@ -88,8 +89,8 @@ def replay(path: Path) -> None:
 
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = mean_loss(model, inputs, targets)
-        beginning = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
-        print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
+        text = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
+        print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
         return loss
 
     accumulate_gradients(mixed, batches, (run.seed, step - 1), watched)

@@ -36,7 +36,7 @@ def check_same_settings(folder: Path, run: Run, trained: Run) -> None:
 
 def check_steps(folder: Path, run: Run, before: int, done: int, finished: bool) -> None:
     """Raise UserError where a run that was to have `before` steps, and has done `done`, cannot have those of `run`, or
-    nothing is left to do. finished: the last thing that a run does was done after its last step."""
+    nothing is left to do. finished: it also finished, after its last step (checkpoint.is_finished)."""
     if done > run.steps:
         raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
     if done == run.steps == before and finished:

@@ -41,7 +41,7 @@ def base(trained, workplace):
 def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkeypatch, capsys):
     assert call("train", [*TUNED, "optim.lr=1e-30", "optim.muon_lr=1e-30", "run_dir=still"], monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "beginning with the weights of base/checkpoints/step_00000030" in err
+    assert "loaded the weights of base/checkpoints/step_00000030" in err
     first, *_, last = losses(workplace / "still")
     assert first[0] == 0 and first[4] == pytest.approx(last[4], rel=1e-3)  # it was scored before the first step
     assert f"\nbefore step 1: validation {first[4]:.4f} nats per token" in err
