@@ -82,7 +82,7 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def start(arguments: Sequence[str], folder: Path, dies_at_checkpoint: int | None = None) -> subprocess.Popen:
-    """`python train.py` in a folder, on one thread."""
+    """Start `python train.py` in a folder, on one thread."""
     if dies_at_checkpoint is None:
         command = [sys.executable, TRAIN]
     else:
@@ -90,11 +90,11 @@ def start(arguments: Sequence[str], folder: Path, dies_at_checkpoint: int | None
         command = [sys.executable, "-c", code, str(dies_at_checkpoint)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, *arguments], cwd=folder, env=environment, preexec_fn=_hear_signals, **pipes)
+    return subprocess.Popen([*command, *arguments], cwd=folder, env=environment, preexec_fn=_default_signals, **pipes)
 
 
-def _hear_signals() -> None:
-    """Whatever started the tests may ignore some, as nohup does, and children inherit that."""
+def _default_signals() -> None:
+    """Restore default signal handlers: a parent that ignores some, as nohup does, hands that on to its children."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
@@ -128,7 +128,7 @@ def train_under_fire(options: Sequence[str], folder: Path, kills: int, draw: ran
 
 
 def _written(run: Path) -> int | None:
-    """When the run last wrote down a step, as far as one did."""
+    """When the run last wrote a row of metrics; None before the first."""
     metrics = run / "metrics.jsonl"
     return metrics.stat().st_mtime_ns if metrics.exists() else None
 

@@ -1,4 +1,4 @@
-"""Leaves one part out of a recipe at a time, and says what validation loss it costs, over several seeds.
+"""Leaves one part out of a recipe at a time, and measures what validation loss it costs, over several seeds.
 
 python -m benchmarks.recipe                                   # experiment=fast at size (i), three seeds
 python -m benchmarks.recipe --base experiment=fast optim.lr=0.02 --seeds 0 1 --json recipe.json
@@ -68,11 +68,11 @@ def main() -> None:
     check_no_repeats([" ".join(added.split()) for added in args.rows], "--rows")
     for added in args.rows:
         check_not_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
-        load_composed(*base, *added.split())  # whatever is wrong with one is said before any of them trains
+        load_composed(*base, *added.split())  # errors in any row are reported before the first one trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:
         rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
-        print(_said(rows[-1]), flush=True)
+        print(_line(rows[-1]), flush=True)
     report(f"{' '.join(base)}, nats per token on {args.val_tokens} tokens", rows, args.json)
 
 
@@ -95,7 +95,7 @@ def _row(base: list[str], added: str, seeds: list[int], val_tokens: int, first: 
     }
 
 
-def _said(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['added']}: {row['nats']:.4f} nats, {row['than first']:+.4f} than the first (by seed {row['seeds']}), "
         f"{row['CPU ms a step']} ms of CPU time a step"

@@ -1,4 +1,4 @@
-"""Does the whole way work on this machine: train, stop, resume, sample, compile, predict memory. For a GPU, one call.
+"""Smoke test of the whole program on this machine: train, stop, resume, sample, compile, predict memory.
 
 python -m benchmarks.gpu --smoke --out smoke.jsonl
 python -m benchmarks.gpu --smoke --cpu                 # the same in small, to see that it runs
@@ -114,7 +114,7 @@ def _compiled(attention: str, device: torch.device) -> Row:
 
 
 def _memory(attention: str, device: torch.device) -> Row:
-    """What a dry run predicts of a run, and on a GPU what the allocator gave out."""
+    """Peak memory as a dry run predicts it, and on a GPU as the allocator measured it."""
     size, folder = "gpt2" if device.type == "cuda" else "mini", Path(f"{attention}-memory")
     before = 0
     if device.type == "cuda":
@@ -132,7 +132,7 @@ def _memory(attention: str, device: torch.device) -> Row:
 
 
 def verdict(rows: list[Row]) -> Row:
-    """What the rows add up to."""
+    """Summarise the rows: passed, and what failed."""
     failed = [json.dumps(row) for row in rows if "failed" in row or "refused" in row]
     checks = ("learns", "resumed_bit_for_bit", "cached_text_is_uncached")
     failed += [f"{row['attention']}: not {check}" for row in rows for check in checks if row.get(check) is False]

@@ -1,4 +1,4 @@
-"""The plan of the house: which room may use which, and in which order the files of a room stand."""
+"""Imports between packages: which may use which, and the order of the files within one."""
 
 import ast
 import sys

@@ -143,8 +143,8 @@ def cooldown_start(run: Run) -> int | None:
 
 
 def longer_run(run: Run, folder: Path, checkpoint_before: str | None) -> str:
-    """How a complete run becomes a longer one. checkpoint_before: the last one from before the cooldown, if there is
-    one."""
+    """The command that makes a complete run longer. checkpoint_before: the last one from before the cooldown, if there
+    is one."""
     longer = f"{resume_command(folder)} steps={2 * run.steps}"
     start = cooldown_start(run)
     if start is None:

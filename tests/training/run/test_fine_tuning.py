@@ -74,15 +74,15 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
 
 
 def test_repetitions_of_a_short_text_name_the_steps_that_are_enough():
-    def said(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
+    def reported(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
         return list(repetition_warnings(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
 
-    assert said("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
-    (line,) = said("steps=25_000")
+    assert reported("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
+    (line,) = reported("steps=25_000")
     assert "is read 256 times" in line and "give steps=390, which makes 4 epochs, or more text" in line
-    (line,) = said("steps=25_000", done=390)
+    (line,) = reported("steps=25_000", done=390)
     assert line.endswith("gets worse: give more text")
-    batch, often = said("steps=4", "batch_tokens=131072")
+    batch, often = reported("steps=4", "batch_tokens=131072")
     assert "batch_tokens=131072 is more than the 99840 tokens of the training text" in batch
     assert "is read 5.25 times" in often and "steps=3," in often
 
