@@ -32,7 +32,9 @@ def heard():
     """Let log messages reach caplog again after a program in this process sent them to stderr."""
     yield
     logger = logging.getLogger("headroom")
-    logger.handlers[:], logger.propagate = [], True
+    logger.handlers[:] = []
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)  # sample.py leaves WARNING
 
 
 @pytest.fixture(autouse=True)
