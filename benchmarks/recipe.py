@@ -68,7 +68,7 @@ def main() -> None:
     check_no_repeats([" ".join(added.split()) for added in args.rows], "--rows")
     for added in args.rows:
         check_not_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
-        load_composed(*base, *added.split())  # errors in any row are reported before the first one trains
+        load_composed(*base, *added.split())  # whatever is wrong with one is said before any of them trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:
         rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
