@@ -178,7 +178,7 @@ def read(path: Path) -> Text:
 
 def rows_of(curves: dict[str, list[Curve]], target: float | None) -> list[dict[str, Any]]:
     """A row for each recipe and mark: means over the seeds, and the standard deviation of the losses. When the target
-    was reached is said for each seed, as the first mark at which the loss was no higher."""
+    was reached is given for each seed, as the first mark at which the loss was no higher."""
     rows = []
     for name, of in curves.items():
         for marks in _by_mark(of):
