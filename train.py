@@ -63,15 +63,13 @@ def main() -> None:
 
 def train(tree: dict, typed: list[str]) -> None:
     """Train one run. tree: the composed configuration; typed: the overrides on the command line."""
-    import torch
-
     from common import process
     from common.console import to_stderr
     from common.signals import StopRequest
     from data.batches import check_split_lengths
     from data.shards.prepare import prepare
     from generation.preview import continuation, preview_prompt
-    from runtime.device import choose_device, set_determinism
+    from runtime.device import choose_device, set_determinism, set_threads
     from runtime.precision import choose_precision
     from training.dry_run import dry_run
     from training.experimental import warn_experimental_settings
@@ -86,8 +84,7 @@ def train(tree: dict, typed: list[str]) -> None:
     run, folder, run_lock = resolve_run(tree, typed)
     run.logger.check_installed()
     set_determinism(run.deterministic)
-    if run.threads is not None:
-        torch.set_num_threads(run.threads)
+    set_threads(run.threads)
     device = choose_device(run.device)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say

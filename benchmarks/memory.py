@@ -18,8 +18,8 @@ from benchmarks.side_by_side import count, output, report
 from common.cli import Parser, one_line_errors
 from model.loss import token_losses
 from model.transformer import ModelConfig, TransformerLM
+from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
-from tests.support import allocated_peak
 from training.run.config import compose
 from training.step import mean_loss
 

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 
 from benchmarks.nanogpt import autocast_step, nanogpt_of
-from benchmarks.side_by_side import Meter, Reading, checkout, count, marked, output, refuse_repeated, report, settle
-from benchmarks.train import SIZES, Size, refuse_shared, run_of
+from benchmarks.side_by_side import Meter, Reading, check_no_repeats, checkout, count, marked, output, report, settle
+from benchmarks.train import SIZES, Size, check_not_shared, run_of
 from common.cli import Parser, number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
@@ -118,9 +118,9 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     if args.picture:
         check_writable(args.picture, "--picture")
-    refuse_repeated(args.seeds, "--seeds")
-    refuse_repeated([" ".join(overrides.split()) for overrides in args.ours], "--ours")
-    refuse_shared(" ".join(args.ours).split(), "--ours")
+    check_no_repeats(args.seeds, "--seeds")
+    check_no_repeats([" ".join(overrides.split()) for overrides in args.ours], "--ours")
+    check_not_shared(" ".join(args.ours).split(), "--ours")
     text, size = read(args.text), SIZES[args.size]
     runs = [run_of(size, *overrides.split()) for overrides in args.ours]  # which refuses what is wrong with one
     for length in ([size.tokens] if args.nanogpt else []) + [run.model.context_length for run in runs]:
@@ -178,7 +178,7 @@ def read(path: Path) -> Text:
 
 def rows_of(curves: dict[str, list[Curve]], target: float | None) -> list[dict[str, Any]]:
     """A row for each recipe and mark: means over the seeds, and the standard deviation of the losses. When the target
-    was reached is said for each seed, as the first mark at which the loss was no higher."""
+    was reached is given for each seed, as the first mark at which the loss was no higher."""
     rows = []
     for name, of in curves.items():
         for marks in _by_mark(of):

@@ -1,4 +1,4 @@
-"""Leaves one part out of a recipe at a time, and says what validation loss it costs, over several seeds.
+"""Leaves one part out of a recipe at a time, and measures what validation loss it costs, over several seeds.
 
 python -m benchmarks.recipe                                   # experiment=fast at size (i), three seeds
 python -m benchmarks.recipe --base experiment=fast optim.lr=0.02 --seeds 0 1 --json recipe.json
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import count, output, refuse_repeated, report
-from benchmarks.train import refuse_shared
+from benchmarks.side_by_side import check_no_repeats, count, output, report
+from benchmarks.train import check_not_shared
 from common.cli import Parser, number, one_line_errors
 from data.batches import micro_batches
 from data.shards.prepare import Prepared, prepare
@@ -64,15 +64,15 @@ def main() -> None:
     args = parser.parse_args()
     keep_buffers()
     base = [*args.size, *args.base, f"steps={args.steps}"]
-    refuse_repeated(args.seeds, "--seeds")
-    refuse_repeated([" ".join(added.split()) for added in args.rows], "--rows")
+    check_no_repeats(args.seeds, "--seeds")
+    check_no_repeats([" ".join(added.split()) for added in args.rows], "--rows")
     for added in args.rows:
-        refuse_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
+        check_not_shared(f"{' '.join(args.base)} {added}".split(), "recipe")
         compose(*merged(*base, *added.split()))  # whatever is wrong with one is said before any of them trains
     rows: list[dict[str, Any]] = []
     for added in args.rows:
         rows.append(_row(base, added, args.seeds, args.val_tokens, rows[0]["nats"] if rows else None))
-        print(_said(rows[-1]), flush=True)
+        print(_line(rows[-1]), flush=True)
     report(f"{' '.join(base)}, nats per token on {args.val_tokens} tokens", rows, args.json)
 
 
@@ -95,7 +95,7 @@ def _row(base: list[str], added: str, seeds: list[int], val_tokens: int, first: 
     }
 
 
-def _said(row: dict[str, Any]) -> str:
+def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['added']}: {row['nats']:.4f} nats, {row['than first']:+.4f} than the first (by seed {row['seeds']}), "
         f"{row['CPU ms a step']} ms of CPU time a step"

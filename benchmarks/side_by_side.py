@@ -35,7 +35,7 @@ class Reading(NamedTuple):
 
 
 class Meter:
-    """Of the time since it was made."""
+    """Measures wall-clock and CPU time since it was made."""
 
     def __init__(self) -> None:
         self.busy, self.before, self.start = _machine_seconds(), _own_seconds(), time.perf_counter()
@@ -48,7 +48,7 @@ class Meter:
 
 
 class Announced(logging.Handler):
-    """Within its `with` block: which kernel of ours ran, `sdpa` if none said anything, and what was warned of."""
+    """Within its `with` block: the kernel of ours that ran (`sdpa` if none was logged) and the warnings."""
 
     def __enter__(self) -> "Announced":
         self.kernel, self.warnings = "sdpa", []
@@ -90,7 +90,7 @@ def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> di
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on."""
+    """The machine and versions that a measurement depends on."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -116,13 +116,13 @@ def report(title: str, rows: list[dict[str, Any]], path: Path | None) -> None:
 
 
 def count(text: str) -> int:
-    """Of a command line."""
+    """An argparse type: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
     return int(text)
 
 
-def refuse_repeated(values: Sequence[Any], option: str) -> None:
+def check_no_repeats(values: Sequence[Any], option: str) -> None:
     """Raises UserError for one that is there twice: it would be measured twice, and count as two."""
     for value in values:
         if values.count(value) > 1:
@@ -130,22 +130,23 @@ def refuse_repeated(values: Sequence[Any], option: str) -> None:
 
 
 def output(text: str) -> Path:
-    """A file that can be written, so that it is said before hours of measuring."""
-    path = Path(text)
+    """The absolute path of a file that can be written, checked before hours of measuring."""
+    path = Path(text).resolve()  # absolute: the smoke test changes the working directory
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{path} cannot be written: name a file in a folder that can be")
     return path
 
 
 def checkout(text: str) -> Path:
-    """Of nanoGPT."""
-    if not (Path(text) / "model.py").is_file():
+    """The absolute path of a checkout of nanoGPT."""
+    path = Path(text).resolve()
+    if not (path / "model.py").is_file():
         raise argparse.ArgumentTypeError(f"{text} holds no model.py: name a checkout of nanoGPT")
-    return Path(text)
+    return path
 
 
 def marked(timing: Timing | Reading) -> str:
-    """How much others took of the machine, as a column says it."""
+    """Format how much other processes took of the machine."""
     return f"{100 * timing.others:.0f} %" + (" !" if timing.others > NOISY else "")
 
 

@@ -1,4 +1,4 @@
-"""Does the whole way work on this machine: train, stop, resume, sample, compile, predict memory. For a GPU, one call.
+"""Smoke test of the whole program on this machine: train, stop, resume, sample, compile, predict memory.
 
 python -m benchmarks.gpu --smoke --out smoke.jsonl
 python -m benchmarks.gpu --smoke --cpu                 # the same in small, to see that it runs
@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from safetensors.torch import load_file
 
 import train as program
+from benchmarks.compare_runs import same_run
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -82,18 +82,16 @@ def _whole_way(attention: str, device: torch.device) -> Row:
     shutil.copytree(whole, half)
     shutil.rmtree(half / f"checkpoints/step_{STEPS:08d}")
     _train(f"resume={half}")
-    losses = [[row["train_loss"] for row in read_metrics(run / "metrics.jsonl")] for run in (whole, half)]
-    weights = [load_file(run / f"checkpoints/step_{STEPS:08d}/model.safetensors") for run in (whole, half)]
-    same = losses[0] == losses[1] and all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    losses = [row["train_loss"] for row in read_metrics(whole / "metrics.jsonl")]
     model, tokenizer = load_run(whole, device)
     texts = [_text(model, tokenizer, cached) for cached in (True, False)]
     return {
         "precision": read_config(whole)[0]["precision"],
         "seconds": round(seconds, 2),
-        "first_loss": losses[0][0],
-        "last_loss": losses[0][-1],
-        "learns": losses[0][-1] < losses[0][0] - 1 and all(map(math.isfinite, losses[0])),
-        "resumed_bit_for_bit": same,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "learns": losses[-1] < losses[0] - 1 and all(map(math.isfinite, losses)),
+        "resumed_bit_for_bit": same_run(whole, half, STEPS),
         "cached_text_is_uncached": texts[0] == texts[1],
         "text": texts[0],
     }
@@ -117,7 +115,7 @@ def _compiled(attention: str, device: torch.device) -> Row:
 
 
 def _memory(attention: str, device: torch.device) -> Row:
-    """What a dry run predicts of a run, and on a GPU what the allocator gave out."""
+    """Peak memory as a dry run predicts it, and on a GPU as the allocator measured it."""
     size, folder = "gpt2" if device.type == "cuda" else "mini", Path(f"{attention}-memory")
     before = 0
     if device.type == "cuda":
@@ -135,7 +133,7 @@ def _memory(attention: str, device: torch.device) -> Row:
 
 
 def verdict(rows: list[Row]) -> Row:
-    """What the rows add up to."""
+    """Summarise the rows: passed, and what failed."""
     failed = [json.dumps(row) for row in rows if "failed" in row or "refused" in row]
     checks = ("learns", "resumed_bit_for_bit", "cached_text_is_uncached")
     failed += [f"{row['attention']}: not {check}" for row in rows for check in checks if row.get(check) is False]

@@ -100,10 +100,10 @@ def _first_step(place: Path, overrides: list[str], until: str = "metrics.jsonl")
 def _first_token(place: Path, run: Path) -> None:
     command = [sys.executable, ROOT / "sample.py", PROMPT, "--run", run]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        said = process.stdout.read(len(PROMPT) + 1)
+        output = process.stdout.read(len(PROMPT) + 1)
         process.kill()
-    if len(said) <= len(PROMPT):
-        raise SystemExit(f"sample.py wrote nothing after the prompt: {said!r}")
+    if len(output) <= len(PROMPT):
+        raise SystemExit(f"sample.py wrote nothing after the prompt: {output!r}")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def run_of(size: Size, *overrides: str) -> Run:
     return compose(*merged(*shape, *overrides))
 
 
-def refuse_shared(overrides: Sequence[str], where: str) -> None:
+def check_not_shared(overrides: Sequence[str], where: str) -> None:
     """Raises UserError for a setting that recipes which are compared have in common."""
     for override in overrides:
         if re.match(SHARED, override):

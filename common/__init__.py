@@ -1,1 +1,1 @@
-"""What every room may use: errors, files, the command line. Knows no torch."""
+"""Shared by every package: errors, files, the command line. Imports no torch."""

@@ -87,7 +87,7 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write or replace a file atomically. Raises OSError, with the old file untouched; also for a link that leads
+    """Write or replace a file atomically. Raises OSError, and leaves the old file as it was; also for a link that leads
     nowhere, behind which the file may be."""
     exists(path)
     temporary = _temporary(path)

@@ -17,7 +17,7 @@ from common.invocation import CONF, ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
 from common.suggestions import no_such_setting
 
-# What is no fault of the program, whichever file it meets.
+# Errors of files and disks, which are no fault of the program.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE)
 
@@ -29,7 +29,7 @@ def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
     typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
     leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
 
-    failed: around one run of several, which go on after the line: it is added to the list.
+    failed: in a sweep, the list that the line is added to; the other runs go on.
     """
     line = None
     try:
@@ -39,7 +39,7 @@ def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
         process.end_at_once()
         print_stderr("interrupted")
         sys.exit(130)
-    except StdoutLost as error:  # of a sweep, all that follows has lost it as well
+    except StdoutLost as error:  # in a sweep, the runs that follow have lost it as well
         if not error.reader_left:
             fail(f"stdout cannot be written: {reason(error)}")
         sys.exit(0)
@@ -70,7 +70,7 @@ def _user_line(error: Exception) -> str | None:
 
 def check_each_once(typed: Sequence[str]) -> None:
     """Raise UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
-    last in silence."""
+    last silently."""
     given: dict[str, str] = {}
     for override in typed:
         key, equals, _ = override.lstrip("+").partition("=")

@@ -1,4 +1,4 @@
-"""Logging to stderr, and numbers as a person reads them."""
+"""Logging to stderr, and numbers formatted for people."""
 
 import logging
 import sys
@@ -12,12 +12,12 @@ log = logging.getLogger("headroom")
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: 1 step, 2 steps, 1,024 tokens. plural: where it is not the noun with an s."""
+    """Format a number with its noun: 1 step, 2 steps, 1,024 tokens. plural: where it is not the noun with an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def clock(seconds: float) -> str:
-    """A duration, as in 2:05, or 1:02:05."""
+    """Format a duration, as in 2:05, or 1:02:05."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
@@ -44,7 +44,7 @@ def deferred_logging() -> Iterator[None]:
 
 
 def to_stderr() -> None:
-    """Send the program's log messages to stderr, a plain line each."""
+    """Send the program's log messages to stderr, one line each."""
     log.handlers[:] = [_Stderr()]
     log.setLevel(logging.INFO)
     log.propagate = False

@@ -44,13 +44,13 @@ def start(*packages: str) -> None:
 
 
 def end_at_once() -> None:
-    """From here on Ctrl-C and SIGTERM end the process immediately; Ctrl-C prints one word. For imports, when nothing
-    can be lost: there some packages swallow an exception, and others turn it into another error."""
+    """Make Ctrl-C and SIGTERM end the process immediately; Ctrl-C prints one word. For imports, when nothing can be
+    lost: there some packages swallow an exception, and others turn it into another error."""
     _handle(_end)
 
 
 def end_by_unwinding() -> None:
-    """From here on Ctrl-C and SIGTERM raise exceptions, so that temporary files are removed. For after imports."""
+    """Make Ctrl-C and SIGTERM raise exceptions, so that temporary files are removed. Call it after imports."""
     _handle(_unwind)
 
 

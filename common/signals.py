@@ -51,11 +51,11 @@ class StopRequest:
             os.write(2, f"\n{self.signal.name}: stopping and saving; once more ends at once\n".encode())
 
 
-class Interruptible:
+class DeferredInterrupt:
     """A context manager that records the first Ctrl-C, for the generation loop to act on after the token: an exception
     could come between the text and the KV cache."""
 
-    asked = False
+    requested = False
 
     def __enter__(self) -> Self:
         self.before = signal.getsignal(signal.SIGINT)
@@ -67,6 +67,6 @@ class Interruptible:
         signal.signal(signal.SIGINT, self.before)
 
     def _receive(self, *_) -> None:
-        if self.asked:  # the loop does not reach the end of a token
+        if self.requested:  # the loop does not reach the end of a token
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

@@ -103,7 +103,7 @@ def print_stderr(line: str) -> None:
 
 
 def print_line(line: str) -> None:
-    """Print one line of the program's own on stdout."""
+    """Print one line that the program wrote itself on stdout."""
     print(escaped(line), flush=True)
 
 
@@ -113,7 +113,7 @@ def escaped_for_terminal(text: str) -> str:
 
 
 def show(text: str) -> None:
-    """Write such text to stdout and flush."""
+    """Write text that the program did not write itself to stdout, and flush."""
     print(escaped_for_terminal(text), end="", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a setting that does not exist was meant to be ("did you mean"). Imports nothing heavy."""
+"""Suggestions for misspelt settings ("did you mean"). Imports nothing heavy."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from common.invocation import CONF, command
 
-RENAMED = {  # settings, from what they were called once
+RENAMED = {  # settings, by their former names
     "most_skipped": "max_skipped_updates",
     "checkpoint_activations": "activation_checkpointing",
     "optim.logical_blocks": "optim.per_head",
@@ -18,7 +18,7 @@ MAX_SUGGESTED = 3
 
 
 class Known(NamedTuple):
-    """What there is to set."""
+    """The settings and choices that exist."""
 
     choices: dict[str, str | None]  # by group
     settings: list[str]  # as group.name, and the names at the top

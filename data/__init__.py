@@ -1,1 +1,1 @@
-"""Documents -> tokens -> shards on disk -> batches."""
+"""Data: documents -> tokens -> shards on disk -> batches."""

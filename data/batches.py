@@ -1,4 +1,4 @@
-"""Which tokens a step trains on, as a function of the step: nothing to save, nothing to lose on resuming.
+"""Batches: the tokens a step trains on, as a function of seed and step, so that resuming needs no saved position.
 
 Window i of a stream predicts tokens i·T+1 ... i·T+T from tokens i·T ... i·T+T-1; the tail that fills no window is
 dropped. Sequence g, counted over the whole training, is one window: epoch g // N is a permutation of all N of them.
@@ -24,19 +24,19 @@ def count_windows(stream: TokenStream, length: int) -> int:
 
 
 def read_window(stream: TokenStream, length: int, index: int) -> np.ndarray:
-    """(length + 1,) tokens: the inputs are all but the last, the targets all but the first."""
+    """Read one window, (length + 1,) tokens: the inputs are all but the last, the targets all but the first."""
     return stream.read(index * length, length + 1)
 
 
 def training_batch(stream: TokenStream, length: int, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
+    """Read training sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
     return read_windows(stream, length, _window_indices(stream, length, seed, first, count))
 
 
 def micro_batches(
     stream: TokenStream, length: int, seed: int, step: int, sequences: int, micro_batch: int, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Step s trains on sequences s·G ... s·G + G - 1, in pieces of micro_batch, which divides G."""
+    """Read the micro-batches of a step: step s trains on sequences s·G ... s·G + G - 1; micro_batch divides G."""
     batch = training_batch(stream, length, seed, step * sequences, sequences)
     if device.type == "cuda":
         batch = tuple(part.pin_memory() for part in batch)  # or the copy would wait for all work queued on the GPU
@@ -90,7 +90,7 @@ def check_split_lengths(corpus: Prepared, length: int) -> None:
 
 
 def read_windows(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """Indices of windows -> inputs and targets, each (len(indices), length) int64."""
+    """Read windows by index -> inputs and targets, each (len(indices), length) int64."""
     rows = np.stack([read_window(stream, length, i) for i in indices]).astype(np.int64)
     tokens = torch.from_numpy(rows)
     return tokens[:, :-1], tokens[:, 1:]
@@ -104,7 +104,7 @@ def _window_indices(stream: TokenStream, length: int, seed: int, first: int, cou
 
 @functools.lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) the order of the windows in an epoch: sorted by a hash of (seed, epoch, index). Libraries may change
+    """The order of the windows in an epoch, (n,): sorted by a hash of (seed, epoch, index). Libraries may change
     their shuffles; integer arithmetic gives the same order everywhere."""
     key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)
     return np.argsort(_mix(_mix(key) ^ np.arange(n, dtype=np.uint64)), kind="stable")

@@ -15,14 +15,14 @@ from data.tokenizers.base import Tokenizer
 from model.stats import ATTENTION_MAP
 from model.transformer import TransformerLM
 
-MAX_TOKENS = 256  # beyond, a cell is less than a dot
+MAX_TOKENS = 256  # with more, a cell is smaller than a pixel
 MAX_LABELS = 32  # tokens that are written beside the cells
 MAX_LABEL_LENGTH = 10  # characters of a token
 
 
 def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: Path, name: str) -> None:
-    """Draw the attention of every layer (a row of the picture) and head (a column) within the text, which is read
-    verbatim, nothing before or after it. name: of the run, for the title. Raises UserError for a text that is too
+    """Draw the attention map of every layer (a row of the picture) and head (a column) on a text, which is tokenized as
+    it is. name: the run's, for the title. Raises UserError for a text that is too
     short or too long, and NotFinite for attention that is no number."""
     tokens = tokenizer.encode(text).tolist()
     most = min(MAX_TOKENS, model.config.context_length)

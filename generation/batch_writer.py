@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import NotFinite
-from common.signals import Interruptible
+from common.signals import DeferredInterrupt
 from common.streams import json_line, print_stderr, show
 from data.tokenizers.base import Tokenizer
 from generation.decode import ENDED, generate
@@ -28,7 +28,7 @@ class Sample:
         self.stream = TextStream(tokenizer, stops)
         # or stop: a stop string; end: of the document; context: it is full; interrupted; not_finite: the model's output
         self.finish = "length"
-        self.times = [time.perf_counter()]  # of the beginning, and of each token
+        self.times = [time.perf_counter()]  # when generation started, and when each token came
 
     @property
     def text(self) -> str:
@@ -36,11 +36,12 @@ class Sample:
 
     @property
     def num_tokens(self) -> int:
-        """How many were sampled: those of a stop string and an end of text too, which do not show."""
+        """Number of sampled tokens, with those of a stop string and the end of text, which are not shown."""
         return len(self.times) - 1
 
     def feed(self, token: int, *, now: float, alive: bool) -> str:
-        """Add a sampled token -> what is now certain of the text. alive: whether another token may follow."""
+        """Add a sampled token -> the text that no stop string can change any more. alive: whether another token may
+        follow."""
         self.times.append(now)
         piece = self.stream.feed(token)
         if self.stream.stopped:
@@ -71,15 +72,14 @@ def write(
     samples: Sequence[Sample],
     max_new_tokens: int,
 ) -> Generator[str, None, None]:
-    """Generate each row's text into its sample, and yield the first one's piece by piece, as it becomes certain.
-    Ctrl-C ends them after the token, a second one is a KeyboardInterrupt at once. A row whose output is not finite
-    ends, and only that."""
+    """Generate each row's text into its sample, and stream the first one's. The first Ctrl-C ends all after the current
+    token, a second one raises KeyboardInterrupt at once. A row whose output is not finite ends; the others go on."""
     steps = generate(model, state, sampler, max_new_tokens=max_new_tokens, end_token=tokenizer.end_of_text)
-    with Interruptible() as interruption:
+    with DeferredInterrupt() as interrupt:
         with suppress(NotFinite):
             for step in steps:
                 yield _feed_step(step, state, samples)
-                if interruption.asked:
+                if interrupt.requested:
                     _mark_interrupted(state, samples, max_new_tokens)
                     break
         for broken, sample in zip(state.not_finite, samples, strict=True):
@@ -132,15 +132,15 @@ def print_json_samples(prompt: str, pieces: Generator[str, None, None], samples:
 
 
 def print_stats(samples: Sequence[Sample], state: GenerationState) -> None:
-    """Print the speeds, and the size of the KV caches, to stderr."""
+    """Print throughput and KV cache size to stderr."""
     for name, value in speeds(samples).items():
         print_stderr(f"{name}={'n/a' if value is None else value}")
     print_stderr(f"cache_bytes_per_token={sum(cache.bytes_per_token for cache in state.caches or [])}")
 
 
 def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:
-    """Prefill and decode throughput of all samples together. The first token of each comes with its prompt; None where
-    there is none, or no second one."""
+    """Prefill and decode throughput, tokens per second of all samples together. The first token of each belongs to the
+    prefill; None where there is no token, or no second one."""
     written = [sample for sample in samples if sample.num_tokens]
     if not written:
         return {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}

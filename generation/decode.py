@@ -19,13 +19,14 @@ PADDING_POSITION = -1  # of what fills up a row with fewer new tokens: the model
 def generate(
     model: TransformerLM, state: GenerationState, sampler: Sampler, *, max_new_tokens: int, end_token: int | None = None
 ) -> Iterator[Tensor]:
-    """Yield the next token of every row, (B,) int64 on the CPU, up to max_new_tokens times; `state` holds it by then.
+    """Generate text: yield the next token of every row, (B,) int64 on the CPU, up to max_new_tokens times, after
+    appending it to `state`.
 
-    A row's text does not depend on its neighbours (but where two tokens are as likely up to rounding, of which bfloat16
-    has a lot). It ends after `end_token`, which is yielded, when its context is
-    full, or when the caller says so; from then on ENDED stands for it, and when all rows have ended the iteration does.
-    A row after which the model's output is no distribution ends too (`state.not_finite`), its neighbours go on, and
-    where the iteration would end NotFinite is raised.
+    A row's text does not depend on the other rows of the batch (except where two tokens are equally likely up to
+    rounding, which bfloat16 has a lot of). It ends after `end_token`, which is yielded, when its context is full, or
+    when the caller sets `state.alive[row] = False`; from then on ENDED is yielded for it. When all rows have ended, the
+    iteration ends. A row for which the model's output is no distribution ends too (`state.not_finite`); the others go
+    on, and NotFinite is raised at the end of the iteration.
     """
     broken = torch.zeros_like(state.alive)
     for _ in range(max_new_tokens):
@@ -51,8 +52,8 @@ def generate(
 
 
 def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
-    """Logits (B, V) after each live row's last token, computed from the tokens that are not in the KV caches yet; all
-    are in them then."""
+    """Logits (B, V) after each live row's last token, computed from the tokens that are not in the KV caches yet, and
+    cache these."""
     caches = state.caches
     device = next(model.parameters()).device
     longest = int(state.lengths.max())

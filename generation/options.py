@@ -58,8 +58,8 @@ CONTRADICTIONS = (
     ),
     ("attention_map", ("interactive", *WRITING, "json", "stats", "no_cache"), "a prompt is drawn, not continued"),
     ("interactive", ("prompt_file", "num_samples"), "one text is written, as a conversation"),
-    ("interactive", ("json",), "an object stands for a text that is whole, and a conversation goes on"),
-    ("interactive", ("stats",), "speeds are of one text written in one go, and a conversation waits for you"),
+    ("interactive", ("json",), "a JSON object holds a finished text, and a conversation goes on"),
+    ("interactive", ("stats",), "speeds are measured on one text without pauses, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
 SETTING = re.compile(r"(\w+)=(\S+)")  # as train.py takes them
@@ -116,8 +116,8 @@ def _hyphenated(word: str) -> str:
 
 
 def _check_no_setting(words: Sequence[str]) -> None:
-    """Raise UserError for a word such as run=runs/NAME, which is how train.py is told: taken for a prompt, the model
-    would continue it."""
+    """Raise UserError for a word such as run=runs/NAME, the syntax of train.py: as a prompt, the model would continue
+    it."""
     for word in words:
         setting = SETTING.fullmatch(word)
         name = setting and ("run" if setting[1] in SETTINGS_OF_RUN else setting[1])
@@ -126,7 +126,7 @@ def _check_no_setting(words: Sequence[str]) -> None:
 
 
 def _as_flag(name: str, value: str) -> str:
-    """What to do instead of a setting."""
+    """What to write instead of a setting of train.py."""
     if (name, value) == ("run", "latest"):
         return "leave it out, the newest run is taken anyway"
     flag = f"--{name.replace('_', '-')}"
@@ -169,7 +169,7 @@ def read_text(path: Path, what: str) -> str:
 
 def _parser(description: str) -> argparse.ArgumentParser:
     kernels = sorted(path.stem for path in (CONF / "kernel").glob("*.yaml"))
-    # Without defaults, so that what was typed can be told from what was not.
+    # Without defaults, so that flags that were typed can be distinguished from those that were not.
     parser = Parser(
         prog="sample.py",
         usage="python sample.py [PROMPT | -] [options] [-- PROMPT]",
@@ -209,9 +209,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         **_number("makes tokens of the context less likely; default: 1, none", float, 1, 100),
     )
     draw("--temperature", metavar="T", **_number("0 is greedy; default: 0.8", float, 0))
-    draw("--top-k", metavar="K", **_number("sample among the K likeliest tokens", int, 1))
+    draw("--top-k", metavar="K", **_number("sample among the K most likely tokens", int, 1))
     draw("--top-p", metavar="P", **_number("sample among the fewest tokens that reach P", float, 0, 1))
-    draw("--min-p", metavar="P", **_number("leave out what is less likely than P times the likeliest", float, 0, 1))
+    draw("--min-p", metavar="P", **_number("leave out what is less likely than P times the most likely", float, 0, 1))
     draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, MAX_SEED))
     output = parser.add_argument_group("output").add_argument
     output(
@@ -261,13 +261,13 @@ def _check_contradictions(given: dict[str, Any]) -> None:
 
 
 def _check_greedy(given: dict[str, Any]) -> None:
-    """Refuse what has no meaning at temperature 0, which is greedy decoding."""
+    """Raise UserError for options that mean nothing at temperature 0, which is greedy decoding."""
     if given.get("temperature") != 0:
         return
     for other in FILTERS:
         if other in given:
             raise UserError(
-                f"--temperature 0 with {_flag(other)}: the likeliest token is always taken; leave one of them out"
+                f"--temperature 0 with {_flag(other)}: the most likely token is always taken; leave one of them out"
             )
     if given.get("num_samples", 1) > 1:
         raise UserError(f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text")

@@ -1,4 +1,4 @@
-"""Preview of a model in training: a text that it continues, for whoever watches it learn."""
+"""Previews: text sampled from a model while it trains."""
 
 from common.errors import NotFinite
 from data.shards.prepare import Prepared
@@ -14,16 +14,16 @@ DEFAULT_PROMPT_TOKENS = 16
 
 
 def preview_prompt(corpus: Prepared, prompt: str | None, context_length: int) -> list[int]:
-    """The tokens that previews continue: the prompt; unset, the beginning of the validation text. Raises UserError for
-    a prompt that fills the context."""
+    """Tokenize the prompt of previews; unset, take the first tokens of the validation text. Raises UserError for a
+    prompt that fills the context."""
     if prompt is not None:
         return encode_prompt(corpus.tokenizer, prompt, context_length)
     return corpus.val.read(0, min(DEFAULT_PROMPT_TOKENS, context_length // 2)).tolist()
 
 
 def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], seed: int) -> str:
-    """The start and a sampled continuation. It has a random generator of its own, so previews do not change training.
-    An output that is not finite ends it in a line that says so."""
+    """Sample a continuation -> its text, the start included. It uses its own random generator, so previews do not
+    change training. Where the model's output is not finite, the text ends with a line that says so."""
     sampler = Sampler(temperature=0.8, top_k=50)
     state = GenerationState(model, [start], [seed])
     written = [*start]

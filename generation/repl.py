@@ -9,7 +9,7 @@ from contextlib import suppress
 from common.cli import number
 from common.console import deferred_logging
 from common.errors import NotFinite, UserError, reason
-from common.signals import Interruptible
+from common.signals import DeferredInterrupt
 from common.streams import StdoutLost, print_stderr, show
 from data.tokenizers.base import Tokenizer
 from generation.decode import generate
@@ -22,13 +22,13 @@ from model.transformer import TransformerLM
 HELP = """\
 What you type is appended to the text as it stands, and the model continues it.
 An empty line appends nothing: the model just goes on.
-A line that begins with // stands for one that begins with /.
+Type // for a line that begins with /.
   /help           this
-  /reset          forget the text, begin anew
-  /seed N         the next turn samples as with --seed N
-  /temperature T  of the turns from now on; 0 takes the likeliest token
-  /quit           leaves, as Ctrl-D does
-  Ctrl-C          stops the model; what it wrote stays in the text
+  /reset          start again from an empty prompt
+  /seed N         sample the next turn as with --seed N
+  /temperature T  sample the next turns at T; 0 takes the most likely token
+  /quit           leave, as Ctrl-D does
+  Ctrl-C          stop the model; what it wrote stays in the text
 A stop string ends a turn and is not shown, but stays in the text."""
 QUIT = "/quit"
 parse_seed = number(int, 0, MAX_SEED)  # as the command line does
@@ -59,12 +59,12 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the text."""
+        """Empty the text and its KV caches."""
         self.state: GenerationState | None = None
-        self.incomplete_bytes = b""  # of a character that the last turn ended within, for the next one to complete
+        self.incomplete_bytes = b""  # of a character cut off at the end of the last turn; the next one completes it
 
     def set_seed(self, seed: int) -> None:
-        """Sample from now on as in a text that begins here with this seed, and so in those to come."""
+        """Seed the sampling of the next token and all later ones, in this text and in those after a reset."""
         self.seed = seed
         if self.state is not None:
             self.state.reseed(0, seed)
@@ -89,27 +89,28 @@ class Conversation:
             self.incomplete_bytes = b""  # that character will never be whole
 
     def turn(self, write: Callable[[str], None]) -> str:
-        """Continue the text, handing out what is certain of it -> a note for the user on why it ended, or none."""
+        """Generate a turn, writing text as soon as no stop string can change it -> a note on why it ended; empty where
+        the user asked for that end."""
         stream = TextStream(self.tokenizer, self.stops, self.incomplete_bytes)
         end_token = self.tokenizer.end_of_text
         token = None
         failure = ""
-        with Interruptible() as interruption:
+        with DeferredInterrupt() as interrupt:
             try:
                 for step in generate(
                     self.model, self.state, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end_token
                 ):
                     token = int(step[0])
                     write(stream.feed(token))
-                    if stream.stopped or interruption.asked:
+                    if stream.stopped or interrupt.requested:
                         break
             except NotFinite as error:
-                failure = f"[{error}: /reset begins anew]"
+                failure = f"[{error}: /reset starts again]"
             write(stream.close())
         self.incomplete_bytes = b"" if token == end_token else stream.incomplete_bytes
         if not stream.text.endswith("\n"):
             write("\n")
-        return failure or self._ending(token, interrupted=interruption.asked, stopped=stream.stopped)
+        return failure or self._ending(token, interrupted=interrupt.requested, stopped=stream.stopped)
 
     def _ending(self, last_token: int | None, *, interrupted: bool, stopped: bool) -> str:
         """The note on why a turn ended; none where the user asked for that end, by a stop string or a length."""
@@ -118,14 +119,14 @@ class Conversation:
         if last_token == self.tokenizer.end_of_text:
             return "[end of document]"
         if not self.state.alive[0] and not stopped:
-            return f"[the context of {self.state.context_length} tokens is full: /reset begins anew]"
+            return f"[the context of {self.state.context_length} tokens is full: /reset starts again]"
         return ""
 
     def _no_room(self, num_tokens: int) -> str:
         limit = self.model.config.context_length
         free = limit - 1 - (0 if self.state is None else int(self.state.lengths[0]))
         full = f"the context of {limit} tokens is full" if free <= 0 else f"{num_tokens} tokens do not fit: {free} do"
-        return f"{full}; /reset begins anew, --context slide would drop the oldest half"
+        return f"{full}; /reset starts again, --context slide would drop the oldest half"
 
 
 def converse(conversation: Conversation, first: str) -> None:
@@ -164,7 +165,7 @@ def _read_line() -> str | None:
 
 
 def run_command(conversation: Conversation, command: str) -> str:
-    """Run a command, a line that begins with / -> what to tell the user."""
+    """Run a command, a line that begins with / -> the answer to print."""
     try:
         match command.split():
             case ["/help"]:
@@ -188,7 +189,7 @@ def run_command(conversation: Conversation, command: str) -> str:
 
 
 def take_turn(conversation: Conversation, line: str) -> None:
-    """Append the line, show how the model continues it, then what there is to note."""
+    """Append the line, stream the model's continuation, then print the note on why it ended."""
     try:
         conversation.append(line)
     except UserError as error:

@@ -48,7 +48,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
     """Min-p filter (Nguyen et al. 2024, arXiv:2407.01082): the logits (B, V) of tokens less likely than p times the
-    likeliest become -inf."""
+    most likely token become -inf."""
     probs = logits.softmax(-1)
     return logits.masked_fill(probs < p * probs.max(-1, keepdim=True).values, float("-inf"))
 
@@ -58,7 +58,7 @@ class Sampler(FrozenSettings):
     temperature, top-k, nucleus (top-p), min-p; each filter sees the distribution that the ones before it left."""
 
     repetition_penalty: float = Field(1.0, ge=1, le=100)  # 1 is none
-    temperature: float = Field(1.0, ge=0)  # 0 is greedy: the likeliest token, which no filter would remove
+    temperature: float = Field(1.0, ge=0)  # 0 is greedy: the most likely token, which no filter would remove
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, ge=0, le=1)
     min_p: float | None = Field(None, ge=0, le=1)

@@ -16,8 +16,8 @@ BATCH_WINDOWS = 8  # of one forward pass
 
 
 def score_text(model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int) -> Score:
-    """Score the whole text in windows of the context that do not overlap, the last as long as what is left: as
-    validation does, but without dropping the tail. Every token but the first is predicted once, from those before it in
+    """Score a text in consecutive windows of the context length. Unlike validation, it also scores the tail that fills
+    no window. Every token but the first is predicted once, from those before it in
     its window; the first one's bytes do not count. Raises UserError where there is nothing to predict."""
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:
@@ -48,7 +48,7 @@ def check_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text: str
 
 
 def as_line(score: Score) -> str:
-    """The score as a line for a person."""
+    """Format the score as one line of text."""
     return (
         f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte, "
         f"{score.tokens:,} tokens predicted, {score.text_bytes:,} bytes"
@@ -56,7 +56,7 @@ def as_line(score: Score) -> str:
 
 
 def as_json(score: Score) -> dict[str, Any]:
-    """The score as JSON values, not rounded; null for a number that is not finite."""
+    """Convert the score to JSON values, not rounded; null for a number that is not finite."""
     numbers = {"nats_per_token": score.loss, "bpb": score.bpb}
     finite = {name: number if math.isfinite(number) else None for name, number in numbers.items()}
     return finite | {"tokens": score.tokens, "bytes": score.text_bytes}

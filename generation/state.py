@@ -22,9 +22,9 @@ class GenerationState:
     The caller owns it. Between two steps, or two calls of `generate`, it may append to a row, which then goes on, or
     set `alive[row] = False`, which ends it. Only tokens that are not in the KV caches yet are computed.
 
-    A row whose context is full ends; with `slide` it drops its oldest half and goes on, the rest standing at positions
-    from 0 as if it were the whole text. What is dropped depends on the number of tokens alone: a row goes on as an
-    uncached text of the same window would, whoever its neighbours are.
+    A row whose context is full ends; with `slide` it drops its oldest half and goes on, the rest at positions from 0 as
+    if it were the whole text. What is dropped depends on the number of tokens alone, so a row continues as the same
+    window would without a cache, whatever the other rows of the batch are.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class GenerationState:
         return uniform
 
     def reseed(self, row: int, seed: int) -> None:
-        """Sample the row from now on as a text of this seed is sampled from its first token on."""
+        """Restart the row's random generator from a seed."""
         self.generators[row] = torch.Generator().manual_seed(seed)
 
     def _num_dropped(self, total: int) -> int:
-        """The fewest halves of the context, in tokens, whose loss leaves room for one token more."""
+        """Number of tokens to drop, in halves of the context, so that one more token fits."""
         half = self.context_length // 2
         return -(-max(0, total - self.context_length + 1) // half) * half

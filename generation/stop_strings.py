@@ -1,11 +1,11 @@
-"""The search for stop strings in a text that arrives piece by piece."""
+"""Stop strings: find them in text that arrives in pieces."""
 
 from collections.abc import Sequence
 
 
 def find_stop_string(text: str, stops: Sequence[str]) -> int | None:
-    """Where in the text the first stop string to be complete begins; of several that end at the same character, the
-    longest. None where there is none."""
+    """Find the first stop string to be complete -> its index in the text; of several that end at the same character,
+    the longest. None where there is none."""
     found = [(text.find(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
     if not found:
         return None
@@ -14,8 +14,8 @@ def find_stop_string(text: str, stops: Sequence[str]) -> int | None:
 
 
 def split_partial_stop(text: str, stops: Sequence[str]) -> tuple[str, str]:
-    """Split a text without stop strings before its longest end with which a stop string begins: what follows may yet
-    complete it."""
+    """Split a text without stop strings in two; the second part is its longest suffix that a stop string starts with,
+    which later text may complete."""
     longest = max(map(len, stops), default=1) - 1
     for start in range(max(0, len(text) - longest), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):

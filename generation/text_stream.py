@@ -1,4 +1,4 @@
-"""Streaming detokenization: tokens in, whole characters out, and nothing that may yet turn out to be a stop string."""
+"""Streaming detokenization: decode tokens to complete characters, and wait where a stop string may follow."""
 
 import codecs
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ class TextStream:
     what was there before."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), incomplete_bytes: bytes = b""):
-        """incomplete_bytes: the first ones of a character that an earlier text ended within, and this one completes."""
+        """incomplete_bytes: the first bytes of a character that the previous turn cut off and this text completes."""
         self.tokenizer = tokenizer
         self.stops = stops
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # waits for a character's last byte
         self.decoder.decode(incomplete_bytes)
-        self.text = ""  # what was handed out
-        self.pending = ""  # what may be the beginning of a stop string
+        self.text = ""  # returned so far
+        self.pending = ""  # decoded, but may become a stop string
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """Decode one token -> what is now certain to belong to the text, of this token and of those pending."""
+        """Decode one token -> the text that no stop string can change any more, pending text included."""
         return self._advance(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def close(self) -> str:
@@ -35,7 +35,7 @@ class TextStream:
 
     @property
     def incomplete_bytes(self) -> bytes:
-        """The first bytes of a character whose others have not come."""
+        """The first bytes of a character that is not complete yet."""
         return self.decoder.getstate()[0]
 
     def _advance(self, fresh: str) -> str:

@@ -9,9 +9,12 @@ from common.errors import UserError
 from common.experimental import warn_experimental
 from runtime.fast_startup import use_deterministic_algorithms
 
+DEFAULT_THREADS = torch.get_num_threads()  # as PyTorch chose when this process started
+
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine lacks."""
+    """Choose the device: `auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine
+    lacks."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
@@ -28,9 +31,16 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
+def set_threads(threads: int | None) -> None:
+    """Set the number of CPU threads; None: PyTorch's default, which an earlier run of a sweep may have changed."""
+    wanted = threads or DEFAULT_THREADS
+    if wanted != torch.get_num_threads():
+        torch.set_num_threads(wanted)
+
+
 def set_determinism(wanted: bool) -> None:
-    """Whether the process uses only algorithms that give the same bits every time; what has none then raises an error.
-    Call it before the first CUDA operation: cuBLAS reads its setting then."""
+    """Set whether the process uses deterministic algorithms only; an operation without one then raises an error. Call
+    it before the first CUDA operation: cuBLAS reads its setting then."""
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     use_deterministic_algorithms(wanted)

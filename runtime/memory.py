@@ -4,9 +4,13 @@ Limits are those of a control group of Linux, too: containers and batch systems 
 kills the process, however much the machine has free.
 """
 
+import itertools
+import json
 import re
 import sys
+import tempfile
 import weakref
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -78,6 +82,21 @@ def _left(folder: Path, limit: str, usage: str, reclaimable: str) -> int | None:
     except (OSError, ValueError):  # not there, or "max"
         return None
     return max(0, allowed - used + int(counts.get(reclaimable, 0)))
+
+
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Measure the peak of PyTorch's CPU allocator during run() -> bytes, beyond what was allocated before. Buffers that
+    kernels allocate for themselves count; the profiler slows them down a little."""
+    from torch.profiler import ProfilerActivity, profile  # not with this module: it takes long to import
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        recorded.export_chrome_trace(str(trace))
+        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
+    return max(itertools.accumulate(changes), default=0)
 
 
 class PeakTensorBytes(TorchDispatchMode):

@@ -29,10 +29,12 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def heard():
-    """What is announced reaches caplog, though a program that ran in this process before took it to stderr."""
+    """Let log messages reach caplog again after a program in this process sent them to stderr."""
     yield
     logger = logging.getLogger("headroom")
-    logger.handlers[:], logger.propagate = [], True
+    logger.handlers[:] = []
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)  # sample.py leaves WARNING
 
 
 @pytest.fixture(autouse=True)

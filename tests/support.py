@@ -3,17 +3,13 @@
 import copy
 import functools
 import importlib
-import itertools
-import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from torch.profiler import ProfilerActivity, profile
 
 from common.errors import Unsupported, UserError
 from model.kernels.naive import Naive
@@ -160,16 +156,3 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
         except SystemExit as stop:
             return stop.code or 0
     return 0
-
-
-def allocated_peak(run: Callable[[], Any]) -> int:
-    """Bytes: the most that PyTorch's allocator of a CPU had given out at one time during run(), beyond what it had
-    before. It sees what kernels take for themselves too, and slows them down a little."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        recorded.export_chrome_trace(str(trace))
-        events = [event for event in json.loads(trace.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    changes = (event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"]))
-    return max(itertools.accumulate(changes), default=0)

@@ -1,4 +1,4 @@
-"""The two programs as a user meets them: what they print, what they leave, what they refuse."""
+"""train.py and sample.py as commands: their output, their files, and the errors of bad arguments."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def sample(place, monkeypatch, capsys, *arguments: str) -> tuple[str, str]:
     return captured.out, captured.err
 
 
-def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, capsys):
+def test_train_default_options_prints_losses_speed_sample_and_next_commands(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "sample_every=20", "sample_prompt=The key"], monkeypatch) == 0
     out, err = capsys.readouterr()
     (run,) = (workplace / "runs").iterdir()
@@ -53,13 +53,13 @@ def test_training_ends_with_what_a_user_wants_to_know(workplace, monkeypatch, ca
     assert re.search(r"validation +\d\.\d+ nats per token, \d\.\d+ bits per byte", out)
     assert re.search(r"speed +[\d,]+ training tokens per second", out)
     assert f"runs/{run.name}" in out and "The key" in out.split("validation")[0]
-    assert f"next         {command('sample.py', 'a beginning of yours', '--run')}" in out
+    assert f"next         {command('sample.py', 'your prompt', '--run')}" in out
     assert "4 heads, positions by rope, 119,424 parameters on cpu" in err
     assert "step 30/30" in err and re.search(r"1 micro-batch of 16 x 64, muon_lr up to 0\.02 and lr up to \d", err)
     assert err.count("The key") >= 1  # the preview at step 20
 
 
-def test_two_runs_in_one_second_have_two_folders(workplace, monkeypatch):
+def test_train_two_runs_in_one_second_make_two_folders(workplace, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     monkeypatch.setattr("random.choice", lambda words: words[0])
     for _ in range(2):
@@ -67,7 +67,7 @@ def test_two_runs_in_one_second_have_two_folders(workplace, monkeypatch):
     assert len(list((workplace / "runs").glob("*/config.yaml"))) == 2
 
 
-def test_sampling_is_seeded_streams_whole_text_and_takes_the_newest_run(place, monkeypatch, capsys):
+def test_sample_same_seed_writes_same_text_of_newest_run(place, monkeypatch, capsys):
     first, err = sample(place, monkeypatch, capsys, "The query", "--seed", "3", "--max-new-tokens", "30")
     assert first.startswith("The query") and "run runs/mla" in err
     assert sample(place, monkeypatch, capsys, "The query", "--seed", "3", "--max-new-tokens", "30")[0] == first
@@ -76,13 +76,13 @@ def test_sampling_is_seeded_streams_whole_text_and_takes_the_newest_run(place, m
 
 
 @pytest.mark.parametrize("execution", ["naive", "expanded", "absorbed"])
-def test_every_way_to_decode_writes_the_same_text(place, monkeypatch, capsys, execution):
+def test_sample_any_execution_writes_text_of_uncached_naive_kernel(place, monkeypatch, capsys, execution):
     arguments = ["A head = ", "--run", "runs/mla", "--max-new-tokens", "40", "--top-k", "20"]
     expected, _ = sample(place, monkeypatch, capsys, *arguments, "--no-cache", "--kernel", "naive")
     assert sample(place, monkeypatch, capsys, *arguments, "--execution", execution)[0] == expected
 
 
-def test_stats_are_counted(place, monkeypatch, capsys):
+def test_sample_stats_prints_throughput_and_cache_bytes(place, monkeypatch, capsys):
     for run, numbers in (("gqa", 2 * 2 * 16), ("mla", 16 + 4)):
         _, err = sample(place, monkeypatch, capsys, "The", "--run", f"runs/{run}", "--stats", "--max-new-tokens", "5")
         assert f"cache_bytes_per_token={2 * 4 * numbers}\n" in err
@@ -90,12 +90,12 @@ def test_stats_are_counted(place, monkeypatch, capsys):
         assert float(re.search(r"prefill_tokens_per_second=(.*)", err)[1]) > 0
 
 
-def test_a_full_context_is_said(place, monkeypatch, capsys):
+def test_sample_full_context_prints_note(place, monkeypatch, capsys):
     _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--max-new-tokens", "500", "--seed", "1")
     assert "[the context of 64 tokens is full]" in err
 
 
-def test_streaming_never_splits_a_character(workplace, monkeypatch, capsys):
+def test_sample_multibyte_characters_stream_whole(workplace, monkeypatch, capsys):
     """A byte-level model that has learned nothing but one line of two- to four-byte characters."""
     (workplace / "a.txt").write_text("é漢🙂ñ字🦉\n" * 400)
     options = ["experiment=smoke", "data=files", "data.path=a.txt", "steps=40", "optim.lr=1e-2", "run_dir=run"]
@@ -113,7 +113,7 @@ def samples(place, monkeypatch, capsys, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in sample(place, monkeypatch, capsys, "--json", *arguments)[0].splitlines()]
 
 
-def test_several_samples_are_those_of_their_seeds_alone(place, monkeypatch, capsys):
+def test_sample_num_samples_equals_samples_of_single_seeds(place, monkeypatch, capsys):
     common = ["The", "--max-new-tokens", "30", "--min-p", "0.02", "--repetition-penalty", "1.1"]
     together = samples(place, monkeypatch, capsys, *common, "--seed", "5", "--num-samples", "4")
     alone = [samples(place, monkeypatch, capsys, *common, "--seed", str(seed))[0] for seed in range(5, 9)]
@@ -124,7 +124,7 @@ def test_several_samples_are_those_of_their_seeds_alone(place, monkeypatch, caps
     assert "[sample 3 of 4, seed 7]" in err
 
 
-def test_json_says_what_was_written_and_why_it_ended(place, monkeypatch, capsys):
+def test_sample_json_reports_text_counts_and_finish_reason(place, monkeypatch, capsys):
     (one,) = samples(place, monkeypatch, capsys, "The key", "--max-new-tokens", "9", "--seed", "3")
     assert (one["prompt"], one["seed"], one["tokens"], one["prompt_tokens"]) == ("The key", 3, 9, 7)
     assert one["finish"] == "length" and one["decode_tokens_per_second"] > 0 and one["prefill_tokens_per_second"] > 0
@@ -142,7 +142,7 @@ PROMPTS = ["a=b", '"it\'s"', "two\nlines\r\n", "é漢🙂", "--seed", "-", " x "
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("way", ["argument", "file", "stdin"])
-def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way):
+def test_sample_prompt_from_any_source_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way):
     (tmp_path / "prompt").write_bytes(prompt.encode())
     arguments = {"argument": ["--", prompt], "file": ["--prompt-file", str(tmp_path / "prompt")], "stdin": ["-"]}[way]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
@@ -151,7 +151,7 @@ def test_a_prompt_is_verbatim(place, monkeypatch, capsys, tmp_path, prompt, way)
 
 
 @pytest.mark.parametrize("arguments", [["--prompt", "The key"], ["--prompt=The key"]], ids=["", "with ="])
-def test_a_prompt_may_be_a_flag(place, monkeypatch, capsys, arguments):
+def test_sample_prompt_flag_equals_positional_prompt(place, monkeypatch, capsys, arguments):
     common = ["--max-new-tokens", "3"]
     assert sample(place, monkeypatch, capsys, *arguments, *common)[0] == sample(
         place, monkeypatch, capsys, "The key", *common
@@ -159,15 +159,13 @@ def test_a_prompt_may_be_a_flag(place, monkeypatch, capsys, arguments):
 
 
 @pytest.mark.parametrize("arguments", [["--", "run=runs/gqa"], ["--prompt", "run=runs/gqa"]], ids=["--", "--prompt"])
-def test_a_prompt_that_looks_like_a_setting_is_one_where_it_cannot_be_meant_otherwise(
-    place, monkeypatch, capsys, arguments
-):
+def test_sample_setting_after_dashes_or_prompt_flag_is_the_prompt(place, monkeypatch, capsys, arguments):
     (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", *arguments)
     assert one["prompt"] == "run=runs/gqa"
 
 
 @pytest.mark.parametrize("prompt", ["_", "a_b", "seed = 5", "x=1", "run="])
-def test_a_prompt_with_an_underscore_or_an_equals_sign_is_a_prompt(place, monkeypatch, capsys, prompt):
+def test_sample_prompt_with_underscore_or_equals_sign_is_the_prompt(place, monkeypatch, capsys, prompt):
     (one,) = samples(place, monkeypatch, capsys, prompt, "--max_new_tokens", "1", "--top_k=3")
     assert (one["prompt"], one["tokens"]) == (prompt, 1)
 
@@ -178,7 +176,7 @@ def test_a_prompt_with_an_underscore_or_an_equals_sign_is_a_prompt(place, monkey
     ids=" ".join,
 )
 @pytest.mark.parametrize("kernel", ["auto", "naive", "online"])
-def test_kernels_are_announced_only_with_stats(place, monkeypatch, capsys, tmp_path, arguments, kernel):
+def test_sample_without_stats_announces_no_kernel(place, monkeypatch, capsys, tmp_path, arguments, kernel):
     _log_once.cache_clear()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The query\n")))
     arguments = [str(tmp_path / word) if word == "map.png" else word for word in arguments]
@@ -186,7 +184,7 @@ def test_kernels_are_announced_only_with_stats(place, monkeypatch, capsys, tmp_p
     assert "run runs/mla" in err and "\nkernel " not in f"\n{err}"
 
 
-def test_sampling_tells_the_versions(monkeypatch, capsys):
+def test_sample_version_prints_headroom_and_pytorch(monkeypatch, capsys):
     assert call("sample", ["--version"], monkeypatch) == 0
     assert re.fullmatch(r"Headroom \d+\.\d+\.\d+, PyTorch \d+\.\S+\n", capsys.readouterr().out)
 
@@ -210,7 +208,7 @@ def ctrl_c_at(monkeypatch):
     return arrange
 
 
-def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
+def test_sample_ctrl_c_keeps_the_text_written_so_far(place, monkeypatch, capsys, ctrl_c_at):
     whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
     ctrl_c_at(8)
     assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
@@ -218,7 +216,7 @@ def test_ctrl_c_leaves_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
     assert out == whole[: 3 + 8] + "\n" and err.endswith("interrupted\n")
 
 
-def test_a_second_ctrl_c_does_not_wait_for_the_token(place, monkeypatch, capsys, ctrl_c_at):
+def test_sample_second_ctrl_c_ends_before_the_token(place, monkeypatch, capsys, ctrl_c_at):
     whole, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
     ctrl_c_at(8, times=2)
     assert call("sample", ["The", "--max-new-tokens", "20"], monkeypatch) == 130
@@ -226,7 +224,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_token(place, monkeypatch, capsys,
     assert out == whole[: 3 + 7] + "\n" and err.endswith("interrupted\n")
 
 
-def test_ctrl_c_leaves_the_json_of_what_was_written(place, monkeypatch, capsys, ctrl_c_at):
+def test_sample_json_ctrl_c_prints_objects_of_the_text_so_far(place, monkeypatch, capsys, ctrl_c_at):
     """Of two rows, the second ended before at its stop string."""
     common = ["The", "--json", "--num-samples", "2", "--max-new-tokens", "20"]
     whole = samples(place, monkeypatch, capsys, *common)
@@ -239,24 +237,24 @@ def test_ctrl_c_leaves_the_json_of_what_was_written(place, monkeypatch, capsys, 
     assert found == [[whole[0]["text"][:8], 8, "interrupted"], ["", 2, "stop"]] and err.endswith("interrupted\n")
 
 
-def test_ctrl_c_at_the_last_token_interrupts_nothing(place, monkeypatch, capsys, ctrl_c_at):
+def test_sample_ctrl_c_at_last_token_finishes_normally(place, monkeypatch, capsys, ctrl_c_at):
     ctrl_c_at(20)
     (one,) = samples(place, monkeypatch, capsys, "The", "--max-new-tokens", "20")
     assert (one["tokens"], one["finish"]) == (20, "length")
 
 
-def test_nothing_is_announced_amid_the_text(place, monkeypatch, capsys):
+def test_sample_stats_logs_kernels_after_the_text(place, monkeypatch, capsys):
     text, _ = sample(place, monkeypatch, capsys, "The", "--max-new-tokens", "9")
-    said = []
-    monkeypatch.setattr(sys.stdout, "write", said.append)
-    monkeypatch.setattr(sys.stderr, "write", said.append)
+    reported = []
+    monkeypatch.setattr(sys.stdout, "write", reported.append)
+    monkeypatch.setattr(sys.stderr, "write", reported.append)
     _log_once.cache_clear()
     assert call("sample", ["The", "--stats", "--max-new-tokens", "9"], monkeypatch) == 0
-    before, _, after = "".join(said).partition(text)
+    before, _, after = "".join(reported).partition(text)
     assert "run runs/mla" in before and "\nkernel " in "\n" + after and "\ncache_bytes_per_token=" in after
 
 
-def test_a_conversation(place, monkeypatch, capsys):
+def test_interactive_turns_stream_text_and_answer_commands(place, monkeypatch, capsys):
     """Through a pipe: each turn's text, and the words to the user on stderr."""
 
     def talk(*arguments: str) -> tuple[str, str]:
@@ -271,7 +269,7 @@ def test_a_conversation(place, monkeypatch, capsys):
     assert out.startswith(one["text"]) and out.rstrip("\n").endswith(one["text"].rstrip("\n"))
 
 
-def test_a_conversation_takes_another_seed_and_temperature_and_quits(place, monkeypatch, capsys):
+def test_interactive_seed_temperature_and_quit_commands_take_effect(place, monkeypatch, capsys):
     def talk(lines: str, *arguments: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
@@ -282,13 +280,13 @@ def test_a_conversation_takes_another_seed_and_temperature_and_quits(place, monk
     assert out.splitlines() == "\n".join(turns).splitlines()
     assert "[seed 7]\n[temperature 0]\n" in err
     _, err = talk("/seed\n/seed x\n/seed -1\n/temperature nan\n/temperature -2\n/temperature 1 2\n/quit now\n")
-    said = ["/seed takes one number", "/seed x: 'x' is not a whole number of at least 0", "/seed -1: '-1' is not a",
+    reported = ["/seed takes one number", "/seed x: 'x' is not a whole number of at least 0", "/seed -1: '-1' is not a",
             "/temperature nan: 'nan' is not a number", "/temperature -2: '-2'", "/temperature takes one number",
             "/quit now: no such command"]  # fmt: skip
-    assert all(found.startswith(line) for found, line in zip(err.splitlines()[2:], said, strict=True))
+    assert all(found.startswith(line) for found, line in zip(err.splitlines()[2:], reported, strict=True))
 
 
-def test_any_text_is_scored(place, monkeypatch, capsys, tmp_path):
+def test_score_file_or_stdin_prints_nats_and_bits_per_byte(place, monkeypatch, capsys, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"The query sees the key.\r\n" * 8)
     out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
     found = re.fullmatch(r"(.*) nats per token, (.*) bits per byte, 199 tokens predicted, 199 bytes\n", out)
@@ -325,7 +323,7 @@ def no_json(constant: str) -> None:
     raise AssertionError(f"{constant} is no JSON")
 
 
-def test_an_output_that_is_not_finite_is_one_line_after_what_was_written(place, monkeypatch, capsys, nan_after):
+def test_sample_nan_output_ends_in_one_line_after_the_text(place, monkeypatch, capsys, nan_after):
     common = ["The key", "--max-new-tokens", "9"]
     whole = samples(place, monkeypatch, capsys, *common, "--num-samples", "2")
     nan_after(4)
@@ -341,7 +339,7 @@ def test_an_output_that_is_not_finite_is_one_line_after_what_was_written(place, 
     assert (second["text"], second["finish"]) == (whole[1]["text"], "length")
 
 
-def test_nor_does_it_break_what_has_no_token_at_all_or_a_conversation(place, monkeypatch, capsys, nan_after):
+def test_sample_nan_output_at_first_token_or_in_a_conversation_ends_in_one_line(place, monkeypatch, capsys, nan_after):
     nan_after(0)
     monkeypatch.chdir(place)
     assert call("sample", ["The", "--json", "--temperature", "0"], monkeypatch) == 2
@@ -352,10 +350,10 @@ def test_nor_does_it_break_what_has_no_token_at_all_or_a_conversation(place, mon
     assert out == "The\n" and "prefill_tokens_per_second=n/a\n" in err
     monkeypatch.setattr(sys, "stdin", io.StringIO("The\n/reset\nThe key\n"))
     out, err = sample(place, monkeypatch, capsys, "--interactive")
-    assert out == "\n\n\n" and "[the model's output is not finite after 7 tokens: /reset begins anew]" in err
+    assert out == "\n\n\n" and "[the model's output is not finite after 7 tokens: /reset starts again]" in err
 
 
-def test_scores_and_attention_that_are_not_finite_are_one_line(place, monkeypatch, capsys, tmp_path):
+def test_score_and_attention_map_nan_output_end_in_one_line(place, monkeypatch, capsys, tmp_path):
     def spoilt(*arguments, load_run=trained.load_run, **options):
         model, tokenizer = load_run(*arguments, **options)
         with torch.no_grad():
@@ -380,17 +378,17 @@ def test_scores_and_attention_that_are_not_finite_are_one_line(place, monkeypatc
     assert not picture.exists()
 
 
-def test_a_preview_that_is_not_finite_does_not_end_training(workplace, monkeypatch, capsys, nan_after):
+def test_train_nan_preview_does_not_end_training(workplace, monkeypatch, capsys, nan_after):
     nan_after(3)
     assert (
         call("train", [*SMOKE, "steps=4", "sample_every=2", "sample_prompt=The key", "run_dir=run"], monkeypatch) == 0
     )
     out, err = capsys.readouterr()
-    said = "[the model's output is not finite after"
-    assert f"{said} 10 tokens]" in err and f"{said} 7 tokens]\n\nvalidation" in out
+    reported = "[the model's output is not finite after"
+    assert f"{reported} 10 tokens]" in err and f"{reported} 7 tokens]\n\nvalidation" in out
 
 
-def test_help_states_the_limits_of_every_number(monkeypatch, capsys):
+def test_sample_help_states_limits_of_every_number(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert call("sample", ["--help"], monkeypatch) == 0
     numbers = re.findall(r"^  --(\S+) [A-Z]\s+(.*)", capsys.readouterr().out, re.MULTILINE)
@@ -444,9 +442,12 @@ BAD_SAMPLES = {
     "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),
     "conversation as JSON": (
         ["--interactive", "--json"],
-        "--interactive with --json: an object stands for a text that is",
+        "--interactive with --json: a JSON object holds a finished text",
     ),
-    "conversation with speeds": (["--interactive", "--stats"], "--interactive with --stats: speeds are of one text"),
+    "conversation with speeds": (
+        ["--interactive", "--stats"],
+        "--interactive with --stats: speeds are measured",
+    ),
     "conversations": (["--interactive", "--num-samples", "2"], "--interactive with --num-samples"),
     "conversation with a file": (["--interactive", "--prompt-file", "x"], "--interactive with --prompt-file"),
     "conversation with stdin": (["--interactive", "-"], "--interactive with -: stdin"),
@@ -467,7 +468,7 @@ BAD_SAMPLES = {
 
 
 @pytest.mark.parametrize(("arguments", "complaint"), BAD_SAMPLES.values(), ids=BAD_SAMPLES)
-def test_sampling_refuses_in_one_line(place, monkeypatch, capsys, arguments, complaint):
+def test_sample_bad_arguments_exit_with_one_line(place, monkeypatch, capsys, arguments, complaint):
     monkeypatch.chdir(place)
     (place / "empty.txt").touch()
     (place / "folder.png").mkdir(exist_ok=True)
@@ -526,7 +527,7 @@ BAD_RUNS = {
     "no vocabulary": (["tokenizer=cl100k"], "cache/tokenizers/cl100k.tiktoken: fetch https://"),
     "no hub": (["data=hub", "data.path=nobody/nothing"], "HF_HUB_OFFLINE keeps from asking the hub"),
     "unknown part": (["data=mix", "data.parts={simpy: 1}"], "data.parts.simpy: there is no data=simpy: choose one of"),
-    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: give more than 0"),
+    "no quota": (["data=mix", "data.parts={sympy: 0}"], "data.parts.sympy.quota=0: give at least 1e-30"),
     "of a part": (["data=mix", "data.parts={sympy: {quota: 1, sise: 3}}"], "data.parts.sympy.sise=3: no such key"),
     "part without path": (["data=mix", "data.parts={files: 1}"], "data.parts.files.path is not set"),
     "device": (["device=cuda:9"], "device=cuda:9"),
@@ -576,7 +577,7 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize(("overrides", "complaint"), BAD_RUNS.values(), ids=BAD_RUNS)
-def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch, capsys, overrides, complaint):
+def test_train_bad_overrides_exit_with_one_line_and_no_files(workplace, monkeypatch, capsys, overrides, complaint):
     (workplace / "empty.txt").touch()
     (workplace / "binary.txt").write_bytes(bytes(range(256)))
     (workplace / "rows.jsonl").write_text('{"text": "x"}\n{oops\n')
@@ -594,7 +595,7 @@ def test_training_refuses_in_one_line_and_leaves_nothing(workplace, monkeypatch,
 
 
 @pytest.mark.parametrize("settings", ["most_skipped: 3", "optim: {logical_blocks: false}"])
-def test_an_experiment_with_a_setting_by_its_old_name_is_told_the_new_one(workplace, monkeypatch, capsys, settings):
+def test_train_experiment_with_old_setting_name_names_the_new_one(workplace, monkeypatch, capsys, settings):
     (workplace / "experiment").mkdir()
     (workplace / "experiment/ours.yaml").write_text(f"# @package _global_\n{settings}\n")
     assert call("train", ["experiment=ours", f"hydra.searchpath=[file://{workplace}]"], monkeypatch) == 2
@@ -602,12 +603,12 @@ def test_an_experiment_with_a_setting_by_its_old_name_is_told_the_new_one(workpl
 
 
 @pytest.mark.parametrize("program", ["train"])
-def test_the_version_is_ours(workplace, monkeypatch, capsys, program):
+def test_train_version_prints_headroom_and_pytorch(workplace, monkeypatch, capsys, program):
     assert call(program, ["--version"], monkeypatch) == 0
     assert capsys.readouterr().out == f"Headroom {HEADROOM}, PyTorch {torch.__version__}\n"
 
 
-def test_threads_are_set_and_told(workplace, monkeypatch, capsys):
+def test_train_threads_are_set_and_printed(workplace, monkeypatch, capsys):
     before = torch.get_num_threads()
     try:
         assert call("train", [*SMOKE, "steps=1", "threads=2", "run_dir=run"], monkeypatch) == 0
@@ -618,7 +619,16 @@ def test_threads_are_set_and_told(workplace, monkeypatch, capsys):
         torch.set_num_threads(before)
 
 
-def test_without_evaluations_on_the_way_there_is_the_last(workplace, monkeypatch):
+def test_train_sweep_unset_threads_are_the_default_again(workplace, monkeypatch, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert call("train", ["-m", *SMOKE, "steps=1", "threads=2,null"], monkeypatch) == 0
+        assert re.findall(r"parameters on cpu, (\d) thread", capsys.readouterr().err) == ["2", str(before)]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_train_eval_every_0_evaluates_after_the_last_step(workplace, monkeypatch):
     assert call("train", [*SMOKE, "steps=1e1", "eval_every=0", "run_dir=run"], monkeypatch) == 0
     rows = read_metrics(workplace / "run/metrics.jsonl")
     assert [row["step"] for row in rows if "val_loss" in row] == [10]
@@ -640,7 +650,7 @@ TYPED = [
 
 @pytest.mark.parametrize("key", ["data.path", "data.document"])
 @pytest.mark.parametrize("value", TYPED)
-def test_paths_and_separators_are_taken_as_they_are_typed(key, value):
+def test_hydra_arguments_paths_and_separators_are_verbatim(key, value):
     (quoted,) = hydra_arguments([f"{key}={value}"])
     assert OverridesParser.create().parse_override(quoted).value() == value
 
@@ -657,7 +667,7 @@ def test_paths_and_separators_are_taken_as_they_are_typed(key, value):
     ],
     ids=["short file", "long preview", "huge model"],
 )
-def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeypatch, capsys, overrides, complaint):
+def test_train_error_after_preparing_leaves_shards_and_no_run(workplace, monkeypatch, capsys, overrides, complaint):
     (workplace / "short.txt").write_text("short\n" * 20)
     assert call("train", [*overrides, "run_dir=run"], monkeypatch) == 2
     assert complaint in capsys.readouterr().err.splitlines()[-1]
@@ -665,7 +675,7 @@ def test_what_only_the_shards_can_tell_leaves_them_and_no_run(workplace, monkeyp
     assert not (workplace / "run").exists()
 
 
-def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypatch, capsys):
+def test_train_sweep_failed_run_does_not_end_the_sweep(workplace, monkeypatch, capsys):
     sweep = ["-m", *SMOKE, "steps=3", "optim.lr=1e30,1e-3", "clip_norm=0", "max_skipped_updates=1"]
     assert call("train", sweep, monkeypatch) == 2
     out, err = capsys.readouterr()
@@ -684,7 +694,7 @@ def test_a_run_of_a_sweep_that_fails_does_not_end_the_sweep(workplace, monkeypat
         "sample.py --score no.txt",
     ],
 )
-def test_help_and_refusals_answer_without_loading_torch(command):
+def test_help_and_bad_arguments_answer_without_importing_torch(command):
     code = f"import sys, runpy; sys.argv = {command.split()!r}\n"
     code += f"try:\n    runpy.run_path({str(ROOT / command.split()[0])!r}, run_name='__main__')\n"
     code += "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
@@ -723,20 +733,20 @@ runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
 
 
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
-def test_the_first_step_of_a_cached_run_loads_only_what_it_needs(workplace, monkeypatch, optim):
-    """Each of these costs a part of a second or more, which a user would wait for at every beginning."""
+def test_train_cached_corpus_imports_no_heavy_package_before_first_save(workplace, monkeypatch, optim):
+    """Each of these costs a part of a second or more, which a user would wait for at every start."""
     settings = ["experiment=smoke", "tokenizer=bpe", "tokenizer.vocab_size=300", f"optim={optim}", "save_every=1"]
     assert call("train", [*settings, "steps=1", "tune_malloc=false"], monkeypatch) == 0  # fills the cache
     assert loaded_by("train.py", *settings, until="training.run.metrics_file.MetricsFile.sync") == []  # its first save
 
 
-def test_the_first_sampled_token_loads_only_what_it_needs(place, monkeypatch):
+def test_sample_first_token_imports_no_heavy_package(place, monkeypatch):
     monkeypatch.chdir(place)
     for run in ("runs/gqa", "runs/mla"):
         assert loaded_by("sample.py", "The ", "--run", run, until="generation.text_stream.TextStream.feed") == []
 
 
-def test_as_real_processes(tmp_path):
+def test_train_and_sample_processes_survive_closed_streams(tmp_path):
     """The whole way once, through the shell's eyes: train where nobody listens, files being opened while the streams
     are closed, then sample into a pipe that closes early."""
     train = f"{sys.executable} {ROOT / 'train.py'} {' '.join(SMOKE)} steps=3 run_dir=runs/run <&- >&- 2>&-"

@@ -1,4 +1,4 @@
-"""What the pages say is so: their links lead to the lines they name, and their numbers are the ones printed."""
+"""Documentation: links lead to the lines they name, and numbers are the ones that commands print."""
 
 import math
 import re

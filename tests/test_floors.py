@@ -1,4 +1,4 @@
-"""The plan of the house: which room may use which, and in which order the files of a room stand."""
+"""Imports between packages: which may use which, and the order of the files within one."""
 
 import ast
 import sys
@@ -86,6 +86,11 @@ def test_rooms_do_not_know_what_is_not_theirs():
         for path in (ROOT / room).rglob("*.py"):
             known = imports_of(path)
             assert not {name for name in known if any(f"{name}.".startswith(f"{one}.") for one in forbidden)}, path
+
+
+def test_benchmarks_import_no_tests():
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        assert not {name for name in imports_of(path) if name.partition(".")[0] == "tests"}, path
 
 
 def test_no_top_level_file_shadows_a_standard_module():

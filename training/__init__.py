@@ -1,1 +1,1 @@
-"""What turns a model and a corpus into a run. Stands above model/ and data/."""
+"""Training a model on a corpus. Uses common/, model/, data/ and runtime/."""

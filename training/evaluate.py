@@ -1,4 +1,4 @@
-"""Evaluation: the validation loss, on windows read as training reads its own."""
+"""Evaluation: the validation loss, on the same kind of windows as training."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Evaluation(NamedTuple):
     attention: Mapping[str, float] = {}  # attention statistics, as metrics.jsonl names them, where they are asked for
 
     def columns(self) -> dict[str, float]:
-        """Its part of a row of metrics.jsonl."""
+        """The evaluation's columns of metrics.jsonl."""
         score = self.reported
         return {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens, **self.attention}
 

@@ -1,4 +1,4 @@
-"""The training state: what a step changes, and what it needs to change it."""
+"""TrainState: the model, its mixed precision, the optimizer and QK-clip."""
 
 from typing import NamedTuple, Self
 

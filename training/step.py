@@ -85,7 +85,7 @@ def train_step(
     they were.
     """
     try:
-        mean, max_logits = accumulate(mixed, batches, seeds, loss, between)
+        mean, max_logits = accumulate_gradients(mixed, batches, seeds, loss, between)
     except Exception:
         optimizer.zero_grad(set_to_none=True)
         raise
@@ -101,7 +101,7 @@ def train_step(
     return StepResult(mean, grad_norm, skipped, clipped)
 
 
-def accumulate(
+def accumulate_gradients(
     mixed: MixedPrecision,
     batches: Iterable[tuple[Tensor, Tensor]],
     seeds: tuple[int, int],

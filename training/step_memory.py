@@ -19,7 +19,7 @@ from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import PeakTensorBytes
 from runtime.precision import DTYPES, MixedPrecision
 from training.run.config import Run
-from training.step import accumulate, losses_of
+from training.step import accumulate_gradients, losses_of
 
 MAX_TILES = 64  # of logits: the loss goes over them in Python, and a fake operator takes as long as a small real one
 
@@ -53,7 +53,7 @@ def _activations(run: Run, vocab_size: int, device: torch.device) -> int:
             for parameter in mixed.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         batch = torch.zeros(shape, dtype=torch.int64)
-        accumulate(mixed, [(batch, batch)], (0, 0), loss)
+        accumulate_gradients(mixed, [(batch, batch)], (0, 0), loss)
     weights = sum(parameter.nbytes for parameter in mixed.parameters)
     return max(0, peak.bytes - 2 * weights - sum(copy.nbytes for copy in mixed.copies))
 

@@ -124,7 +124,7 @@ def discard_abandoned(cache_dir: Path) -> None:
     """Remove parts of any build that ended midway and was not continued for MAX_IDLE_DAYS."""
     try:
         parts_folders = _parts_folders(cache_dir)
-    except OSError:  # unknown: keep them
+    except OSError:  # they cannot be listed: keep them
         return
     for parts in parts_folders:
         with suppress(OSError, UserError):  # gone in between, not ours to remove, or being built right now
@@ -138,7 +138,7 @@ def discard_abandoned(cache_dir: Path) -> None:
 
 
 def lock_file(folder: Path) -> Path:
-    """Locked by the process that builds `folder`."""
+    """The lock file of the process that builds `folder`."""
     return folder.with_name(f".{folder.name}.lock")
 
 
@@ -173,7 +173,7 @@ def _tokenizer(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size)
 
 
 def _sample(texts: Iterable[str], fraction: float) -> Iterator[str]:
-    """Passages from all over the text, whether it comes in many documents or in one."""
+    """Sample passages evenly from the text, whether it comes in many documents or in one."""
     passages = (text[i : i + PASSAGE] for text in texts for i in range(0, len(text), PASSAGE))
     return (passage for i, passage in enumerate(passages) if hash_sample(i, fraction, "tokenizer"))
 

@@ -60,7 +60,7 @@ class ShardWriter:
             tokens = tokens[len(part) :]
 
     def close(self, last: bool = True) -> None:
-        """last: the stream ends here."""
+        """Finish the current shard. last: the stream ends here."""
         self._finish(last)
 
     def _finish(self, last: bool) -> None:
@@ -166,7 +166,7 @@ def _read_header(path: Path, head: bytes, size: int) -> dict[str, Any]:
 
 
 def open_shard(path: Path, tokenizer_hash: str) -> Shard:
-    """Raises UserError for a damaged file, and for one written with another tokenizer."""
+    """Open and verify a shard. Raises UserError for a damaged file, and for one written with another tokenizer."""
     shard = Shard(path)
     written_by = shard.header["tokenizer"]
     if written_by != tokenizer_hash:
@@ -188,7 +188,7 @@ class TokenStream:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """(count,) tokens from `start`, across shards."""
+        """Read (count,) tokens from `start`, across shards."""
         parts = []
         shard = int(np.searchsorted(self.ends, start, side="right"))
         offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
@@ -208,7 +208,7 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 
 
 def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
-    """All shards of a split. Raises UserError where there is none, or one is damaged."""
+    """Open all shards of a split. Raises UserError where there is none, or one is damaged."""
     try:
         paths = shard_paths(folder, split)
     except OSError as error:

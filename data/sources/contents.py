@@ -64,7 +64,7 @@ class Contents:
             )
 
     def _documents(self) -> tuple[int, int]:
-        """(number of documents, duplicates); documents without text are not compared."""
+        """Count documents and duplicates; documents without text are not compared."""
         names, place = np.unique(np.frombuffer(self.names, np.uint64), return_inverse=True)
         texts = np.zeros(len(names), np.uint64)
         np.add.at(texts, place, np.frombuffer(self.texts, np.uint64))  # the parts of one document, in any order

@@ -23,7 +23,8 @@ class Document(NamedTuple):
 
 
 class SplitRule(NamedTuple):
-    """How documents are split. Two corpora with equal rules that read one file hold out the same documents of it."""
+    """The rule by which documents are split. Two corpora with equal rules that read one file hold out the same
+    documents of it."""
 
     of_files: Any  # settings by which files become documents and documents are held out
     of_texts: float | None  # fraction of documents held out by a hash of their text; None: not by a hash
@@ -37,7 +38,7 @@ class Corpus(FrozenSettings, ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """A short word for folders."""
+        """The corpus's name in the names of cache folders."""
 
     @property
     def remote(self) -> bool:
@@ -62,7 +63,7 @@ class Corpus(FrozenSettings, ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Changes when the documents change. Raises UserError where there is nothing to read."""
+        """A hash that changes when the documents change. Raises UserError where there is nothing to read."""
 
     @abstractmethod
     def read(self) -> Iterator[Document]:

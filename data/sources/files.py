@@ -56,7 +56,8 @@ class FilesCorpus(Corpus):
         return "files"
 
     def cache_key(self) -> dict[str, Any]:
-        """Without values that older versions used and had no key for, so that their shards are found."""
+        """The settings without those at the values of older versions, which had no key for them: their shards are
+        found."""
         older = {"held_out_by": "index", "reading": 2}.items()
         return {name: value for name, value in super().cache_key().items() if (name, value) not in older}
 
@@ -96,7 +97,7 @@ class FilesCorpus(Corpus):
         return self.document or ("row" if self._is_table(path) else "file")
 
     def _is_table(self, path: str) -> bool:
-        """By its suffix; a .json file is not where it is asked for as text."""
+        """Whether the file is a table, by its suffix; a .json file is not one where it is read as text."""
         if format_of(path) == "json":
             return self.reading > 2 and self.document in (None, "row")
         return format_of(path) is not None
@@ -261,7 +262,7 @@ def _parts(file: BinaryIO, path: str, start: int, stop: int) -> Iterator[str]:
 
 
 def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> Iterator[tuple[str, str]]:
-    """(path:line, text without the line end) of every line that has text. ends: None for \\n, \\r\\n and \\r."""
+    """Yield (path:line, text without the line end) of every line that has text. ends: None for \\n, \\r\\n and \\r."""
     try:
         with open(path, encoding=encoding, newline=ends) as file:
             for number, line in enumerate(file, 1):
@@ -275,8 +276,8 @@ def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> I
 
 
 def _separated(path: str, separator: str) -> Iterator[tuple[str, str]]:
-    """(path:number, text) of every text between separators, without the line ends around it; those of white space alone
-    are skipped."""
+    """Yield (path:number, text) of every text between separators, without the line ends around it; those of white space
+    alone are skipped."""
     for number, text in enumerate(_split(path, separator), 1):
         if text.strip():
             yield f"{path}:{number}", text.strip("\r\n")

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from common.errors import UserError, reason
 from common.paths import files_below, is_folder, raise_unreadable
+from common.settings import MAX_COUNT
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.tables import (
     cells,
@@ -41,7 +42,7 @@ class HubCorpus(Corpus):
     split: str = Field(min_length=1)
     column: str = Field(min_length=1)
     revision: str | None
-    limit: int | None = Field(ge=1)
+    limit: int | None = Field(ge=1, le=MAX_COUNT)
     val_fraction: float = Field(gt=0, lt=1)
     held_out_by: HeldOutBy
 
@@ -59,8 +60,8 @@ class HubCorpus(Corpus):
         return hashlib.sha256(f"1/{self.path}/{self._commit}".encode()).hexdigest()
 
     def cache_key(self) -> dict[str, Any]:
-        """Without the revision, which the fingerprint covers, and without held_out_by=index: older versions, which
-        split by it, had no key."""
+        """The settings without the revision, which the fingerprint covers, and without held_out_by=index: older
+        versions, which split by it, had no key."""
         settings = super().cache_key()
         del settings["revision"]
         if self.held_out_by == "index":
@@ -161,7 +162,7 @@ class HubCorpus(Corpus):
 
 @functools.cache
 def _commit_of(path: str, revision: str | None) -> str:
-    """The commit that a branch, a tag or None (the newest) names. A full commit hash needs no network."""
+    """Look up the commit that a branch, a tag or None (the newest) names. A full commit hash needs no network."""
     if revision is not None and len(revision) == 40 and set(revision) <= set("0123456789abcdef"):
         return revision
     _check_hub_name(path)

@@ -17,7 +17,7 @@ log = logging.getLogger("headroom")
 
 
 class Part(FrozenSettings):
-    quota: float = Field(gt=0)
+    quota: float = Field(ge=1e-30, le=1e30)  # bytes of text over it stay finite
     corpus: SerializeAsAny[Corpus]
 
     @model_validator(mode="after")
@@ -33,8 +33,8 @@ class Part(FrozenSettings):
 
 class MixCorpus(Corpus):
     """The next document comes from the part that is furthest behind its quota, in bytes of training text. The mix ends
-    with the first part that ends, so the quotas are met from the beginning to the end, to within a document. Documents
-    that the parts hold out on the way are held out. The order is a function of the settings and the documents alone."""
+    with the first part that ends, so the quotas are met at any point, to within a document. Documents that the parts
+    hold out are held out. The order is a function of the settings and the documents alone."""
 
     parts: dict[str, Part]  # quotas count relative to their sum
 

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 from pydantic import Field
 
+from common.settings import MAX_COUNT
 from data.sources.corpus import Corpus, Document
 
 
 class SyntheticCorpus(Corpus):
     """Sentences of a small grammar from a seeded random generator; every tenth document is held out."""
 
-    size: int = Field(ge=10)  # documents
-    seed: int = Field(ge=0)
+    size: int = Field(ge=10, le=MAX_COUNT)  # documents
+    seed: int = Field(ge=0, lt=2**63)
 
     @property
     def name(self) -> str:

@@ -38,7 +38,7 @@ def check_column(path: str, column: str) -> None:
 
 
 def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
-    """(place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
+    """Yield (place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
     kinds = {"json lines": _json_cells, "json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}
     rows = kinds[format_of(path)]
     with _user_errors(path):
@@ -108,13 +108,13 @@ def no_column_message(place: str, column: str, columns: list[str]) -> str:
 
 
 def list_names(names: list[str]) -> str:
-    """At most 20 names, for a message: a table may have thousands."""
+    """Format at most 20 names for a message: a table may have thousands."""
     shown = ", ".join(map(str, names[:20])) or "none"
     return f"{shown}, and {len(names) - 20} more" if len(names) > 20 else shown
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, row) of every row: its line number, or, in a .json file, its index from 1."""
+    """Yield (number, row) of every row: its line number, or, in a .json file, its index from 1."""
     for number, row in _json_lines(path) if format_of(path) == "json lines" else enumerate(_json_values(path), 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove it")

@@ -1,1 +1,1 @@
-"""Text to tokens and back."""
+"""Tokenizers: text to tokens and back."""

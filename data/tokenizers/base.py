@@ -43,14 +43,14 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:
-        """(n,) of `dtype`. Special tokens never come out of text. Raises UserError for lone surrogates."""
+        """Encode a text -> (n,) of `dtype`, without special tokens. Raises UserError for lone surrogates."""
 
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
-        """The end of text decodes to nothing."""
+        """Decode tokens to bytes; the end of text decodes to nothing."""
         return b"".join(self.tokens[token] for token in tokens if token != self.end_of_text)
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Bytes that are not UTF-8, such as half a character, become U+FFFD."""
+        """Decode tokens to text; bytes that are not UTF-8, such as half a character, become U+FFFD."""
         return self.decode_bytes(tokens).decode(errors="replace")
 
     @abstractmethod
@@ -73,11 +73,12 @@ class TokenizerConfig(FrozenSettings, ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """A short word for folders."""
+        """The tokenizer's name in the names of cache folders."""
 
     @abstractmethod
     def train(self, texts: Iterable[str]) -> Tokenizer:
-        """The same texts in the same order give the same tokenizer. Reads only as many of them as it needs."""
+        """Train the tokenizer; the same texts in the same order give the same one. Reads only as many of them as it
+        needs."""
 
     @property
     @abstractmethod
@@ -103,7 +104,7 @@ class TokenizerConfig(FrozenSettings, ABC):
 
 
 def encode_utf8(text: str) -> bytes:
-    """Raises UserError for lone surrogates."""
+    """Encode as UTF-8. Raises UserError for lone surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -10,13 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
+from common.settings import MAX_COUNT
 from data.tokenizers.base import Cut, Tokenizer, TokenizerConfig, encode_utf8
 from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.patterns import PATTERN, PIECE, Piece, bounded, exact_pieces
 from data.tokenizers.vocabulary import END_OF_TEXT, derive_merges, spelled_bytes, tokenizer_json
 
 MAX_WORD = 256  # characters of a word in training, where time grows by the square of its length; longer ones are split
-# The older rule "words" cuts at a space before a letter, most often the beginning of a word.
+# The older rule "words" cuts at a space before a letter, most often the first of a word.
 WORD = re.compile(r"(?<=\S)(?= [A-Za-z])")
 LOOK_BACK = 1000  # characters searched for one
 
@@ -80,7 +81,7 @@ class BPETokenizer(Tokenizer):
 
 class BPEConfig(TokenizerConfig):
     vocab_size: int = Field(ge=257, le=65536)  # a small corpus may yield fewer
-    train_bytes: int = Field(ge=2**16)
+    train_bytes: int = Field(ge=2**16, le=MAX_COUNT)
     cut: Literal["exact", "line_ends"]  # where long texts are cut, see BPETokenizer
 
     def cache_key(self) -> dict[str, Any]:

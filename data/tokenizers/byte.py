@@ -1,4 +1,4 @@
-"""Bytes as tokens: no training, a vocabulary of 257."""
+"""Byte tokenizer: each byte is a token; no training, a vocabulary of 257."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -45,7 +45,7 @@ class StoredConfig(TokenizerConfig):
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Raises UserError where the file is missing, damaged, or not a tokenizer that gives every text back."""
+    """Load a tokenizer.json. Raises UserError where it is missing, damaged, or cannot represent every text."""
     try:
         return _parse_tokenizer(read_regular(path, MAX_JSON_BYTES).decode())
     except OSError as error:

@@ -24,7 +24,7 @@ Where a text has none of these for long, its piece is longer. tiktoken's engine 
 `\\s*[\\r\\n]` has taken all up to the last line end; GPT-2's pattern has no such alternative, so there on whole runs of
 white space. What it finds there is known without the engine: all of the run but the last character if another one
 follows, all of it at the end of the text. (Where the pattern has `\\s++$`, this takes the run at the end of a text, and
-does not fail.) So a long run becomes a piece that is one word. A cut at its beginning changes no word either: before it
+does not fail.) So a long run becomes a piece that is one word. A cut at its start changes no word either: before it
 stands no white space, or else a line end, and a word goes on from a line end into blanks only up to another line end or
 by `\\s++$`. Nor does one at its end, where that word ends.
 """

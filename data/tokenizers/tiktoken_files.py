@@ -119,7 +119,7 @@ class O200KConfig(PublishedConfig):
 
 
 def _tokens(path: Path, content: bytes) -> list[bytes]:
-    """Each line is a token in base64, a space, and its rank."""
+    """Parse the file: each line is a token in base64, a space, and its rank."""
     found: dict[int, bytes] = {}
     for number, line in enumerate(content.splitlines(), 1):
         try:

@@ -13,7 +13,7 @@ MAX_WORK = 2**29  # sum of squared token lengths; the time to derive merges is p
 
 
 def vocabulary_fault(tokens: Sequence[bytes]) -> str | None:
-    """Why these tokens cannot spell every text, each in one way; None where they can."""
+    """Return why these tokens cannot spell every text, each in one way; None where they can."""
     missing = {bytes([byte]) for byte in range(256)}.difference(tokens)
     if missing:
         return f"it lacks {len(missing)} of the 256 bytes, such as 0x{min(missing).hex()}"
@@ -141,7 +141,7 @@ def _spell(token: bytes) -> str:
 
 
 def spelled_bytes(token: str) -> bytes:
-    """Raises ValueError for a character that spells no byte."""
+    """Convert byte-level BPE characters to bytes. Raises ValueError for a character that spells no byte."""
     try:
         return bytes([_BYTE[character] for character in token])
     except KeyError as error:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import gpu
+from benchmarks.side_by_side import output
 from benchmarks.smoke import verdict
 from common.errors import Unsupported, UserError
 from tests.benchmarks.stand_in import STAND_IN
@@ -31,6 +32,10 @@ def test_what_the_device_lacks_is_a_row_that_says_why(workplace, monkeypatch):
     assert found["bf16"]["tokens_per_second"] > 0
     for variant in ("fp8", "FA3", "FA4", "cudnn"):
         assert "refused" in found[variant], variant
+
+
+def test_output_relative_path_is_made_absolute(workplace):
+    assert output("rows.jsonl") == workplace / "rows.jsonl"
 
 
 @pytest.mark.slow

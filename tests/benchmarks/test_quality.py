@@ -113,9 +113,9 @@ def test_a_row_of_a_recipe_is_said_in_a_readable_line(monkeypatch, capsys):
     monkeypatch.setattr(recipe, "prepare", lambda *_: None)
     monkeypatch.setattr(recipe, "_trained", lambda run, *_: (3.0 + run.seed + (run.optim.lr == 0.01), 0.001))
     recipe.main()
-    said = capsys.readouterr().out
-    assert "(the recipe): 3.5000 nats, +0.0000 than the first (by seed 3.0000 4.0000), 1.0 ms of CPU time" in said
-    assert "optim.lr=0.01: 4.5000 nats, +1.0000 than the first (by seed 4.0000 5.0000)" in said and "{" not in said
+    out = capsys.readouterr().out
+    assert "(the recipe): 3.5000 nats, +0.0000 than the first (by seed 3.0000 4.0000), 1.0 ms of CPU time" in out
+    assert "optim.lr=0.01: 4.5000 nats, +1.0000 than the first (by seed 4.0000 5.0000)" in out and "{" not in out
 
 
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_runs(place, monkeypatch, capsys):

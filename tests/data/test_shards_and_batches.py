@@ -134,8 +134,8 @@ def test_prepare_vocabulary_larger_than_text_yields_warns_each_time(workplace, c
     corpus = configured(SyntheticCorpus, size=20)
     for _ in range(2):
         made = prepare(corpus, configured(BPEConfig, vocab_size=5000), workplace / "cache")
-        (said,) = [record.message for record in caplog.records if "vocab_size" in record.message]
-        assert said.startswith(
+        (reported,) = [record.message for record in caplog.records if "vocab_size" in record.message]
+        assert reported.startswith(
             f"tokenizer.vocab_size=5000: the training text yields {made.tokenizer.vocab_size} tokens"
         )
         caplog.clear()
@@ -283,6 +283,6 @@ def test_prepare_in_two_processes_builds_once(workplace):
     )
     command = [sys.executable, "-c", code]
     both = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": ROOT}, stdout=subprocess.PIPE) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
+    reported = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert sorted(said) == [b"", b"building\n"]
+    assert sorted(reported) == [b"", b"building\n"]

@@ -199,15 +199,15 @@ def test_resume_damaged_run_gives_same_bits_or_raises_user_error(fuzz, trained, 
         put(run, damaged(trained.files, damage))
         capsys.readouterr()
         code = call("train", ["resume=run"], monkeypatch)
-        said = capsys.readouterr().err
+        reported = capsys.readouterr().err
         if code == 2:
-            assert said.count("error: ") == 1
+            assert reported.count("error: ") == 1
             return "refused"
         assert code == 0
         assert final_tensors(run) == trained.final
-        passed_over = "checkpoints/" in damage.file and "after step 3" not in said
+        passed_over = "checkpoints/" in damage.file and "after step 3" not in reported
         if passed_over:
-            assert trained.newest in damage.file and trained.newest in said
+            assert trained.newest in damage.file and trained.newest in reported
         return "an older checkpoint" if passed_over else "identical"
 
     fuzz(check, damages(read), short=12, long=200, shrink=False)

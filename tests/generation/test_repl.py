@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.signals import Interruptible
+from common.signals import DeferredInterrupt
 from data.tokenizers.byte import ByteTokenizer
 from generation import repl
 from generation.decode import generate
@@ -82,9 +82,9 @@ def test_turn_after_ctrl_c_continues_what_was_written():
 def test_interruptible_with_ctrl_c_ignored_leaves_it_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Interruptible() as interruption:
+        with DeferredInterrupt() as interrupt:
             signal.raise_signal(signal.SIGINT)
-        assert not interruption.asked and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        assert not interrupt.requested and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -106,10 +106,10 @@ def test_turn_with_a_stop_string_hides_it_and_leaves_it_in_the_text():
 def test_turn_with_a_full_context_says_so_until_a_reset():
     model = small_model("attention=mha", vocab_size=257)  # a context of 64
     talk = conversation(model, max_new_tokens=100)
-    with pytest.raises(UserError, match="64 tokens do not fit: 63 do; /reset begins anew"):
+    with pytest.raises(UserError, match="64 tokens do not fit: 63 do; /reset starts again"):
         talk.append("x" * 64)
     talk.append("x" * 63)
-    assert talk.turn(ignore) == "[the context of 64 tokens is full: /reset begins anew]"
+    assert talk.turn(ignore) == "[the context of 64 tokens is full: /reset starts again]"
     with pytest.raises(UserError, match="the context of 64 tokens is full; /reset"):
         talk.append("")
     talk.reset()

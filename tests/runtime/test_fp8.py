@@ -16,7 +16,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, configured, relative_error, small_config
 from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
-from training.step import accumulate, train_step
+from training.step import accumulate_gradients, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -101,7 +101,7 @@ def test_fp8_gradients_equal_those_of_float32_within_the_rounding(attention):
     found = {}
     for name in ("fp32", "fp8"):
         model = TransformerLM(small_config(f"attention={attention}", "model.zero_init=false"), 100)
-        loss, _ = accumulate(MixedPrecision(model, name), batches(8, 4), (0, 0))
+        loss, _ = accumulate_gradients(MixedPrecision(model, name), batches(8, 4), (0, 0))
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
         found[name] = loss, gradients

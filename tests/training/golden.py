@@ -1,7 +1,7 @@
 """Losses of 30 steps on the default corpus, as recorded. AdamW's in float32 are the same on every machine, within
 rounding; Muon multiplies its matrices in bfloat16 where the machine can, and in float32 elsewhere.
 
-python -m tests.training.golden      # computes them anew, for a change that is meant to change them
+python -m tests.training.golden      # recomputes them, for a change that is meant to change them
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Two runs compared: what must be equal for one to be the other."""
+"""Comparison of two runs: metrics, weights and optimizer state must be equal."""
 
 import shutil
 from pathlib import Path
@@ -10,7 +10,7 @@ from training.run.metrics_file import read_metrics
 
 
 def losses(run: Path) -> list[tuple]:
-    """What each step did, in the order of the steps, each of which is there once."""
+    """The metrics of each step that do not depend on a clock; checks that the steps are in order, each once."""
     rows = read_metrics(run / "metrics.jsonl")
     lines = (run / "metrics.jsonl").read_text().splitlines()
     first = rows[0]["step"]  # 0 where validation came before training

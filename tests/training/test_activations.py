@@ -1,5 +1,5 @@
-"""What is kept for the backward pass: it grows as the text does, and with activation_checkpointing=true there is little
-of it, and not a bit else changes."""
+"""Memory of activations for the backward pass: it grows linearly with the text, and with activation_checkpointing=true
+there is little of it, and not a bit else changes."""
 
 import math
 
@@ -11,11 +11,11 @@ from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.mask import Mask
 from model.transformer import TransformerLM
+from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
 from tests.support import (
     ATTENTIONS,
     SMOKE,
-    allocated_peak,
     batches,
     call,
     load_composed,
@@ -25,21 +25,21 @@ from tests.support import (
 )
 from training import step
 from training.run.metrics_file import read_metrics
-from training.step import accumulate, losses_of, mean_loss, mean_loss_and_scores
+from training.step import accumulate_gradients, losses_of, mean_loss, mean_loss_and_scores
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 
 
 def gradients(model: TransformerLM, precision: str, activation_checkpointing: bool, loss=mean_loss, end_of_text=None):
-    """Of two micro-steps, by the parameter's name, and what the loss said."""
+    """Of two micro-steps, by the parameter's name, and what the loss reported."""
     model.zero_grad()
-    said = accumulate(
+    reported = accumulate_gradients(
         MixedPrecision(model, precision),
         batches(4, 2),
         (0, 0),
         lambda *arguments: loss(*arguments, end_of_text=end_of_text, activation_checkpointing=activation_checkpointing),
     )
-    return said, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return reported, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -50,8 +50,8 @@ def test_checkpointing_changes_no_bit(attention, precision, dropout, end_of_text
     options = () if not dropout else DROPOUT[:1] if attention == "stack" else DROPOUT  # whose parts have their own
     model = small_model(f"attention={attention}", *options, kernel=Auto())
     (kept, _), exact = gradients(model, precision, activation_checkpointing=False, end_of_text=end_of_text)
-    (anew, _), found = gradients(model, precision, activation_checkpointing=True, end_of_text=end_of_text)
-    assert torch.equal(kept, anew)
+    (recomputed, _), found = gradients(model, precision, activation_checkpointing=True, end_of_text=end_of_text)
+    assert torch.equal(kept, recomputed)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
@@ -76,8 +76,8 @@ def test_checkpointing_does_recompute(monkeypatch):
 def test_the_scores_for_clipping_are_said_once():
     model = small_model("attention=gqa", "attention.qk_norm=false", kernel=Auto())
     (kept, scores), exact = gradients(model, "fp32", False, mean_loss_and_scores)
-    (anew, again), found = gradients(model, "fp32", True, mean_loss_and_scores)
-    assert torch.equal(kept, anew) and torch.equal(scores, again)
+    (recomputed, again), found = gradients(model, "fp32", True, mean_loss_and_scores)
+    assert torch.equal(kept, recomputed) and torch.equal(scores, again)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
     tokens = some_tokens(2, 16)
     aux = model(tokens, training=True, activation_checkpointing=True, collect=step.MAX_LOGIT).aux
@@ -109,9 +109,9 @@ def test_caches_and_recomputation_exclude_each_other():
 def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
     options = [*SMOKE, "steps=6", "save_every=3", "model.dropout=0.1"]
     assert call("train", [*options, "run_dir=kept"], monkeypatch) == 0
-    assert call("train", [*options, "run_dir=anew", "activation_checkpointing=true"], monkeypatch) == 0
+    assert call("train", [*options, "run_dir=recomputed", "activation_checkpointing=true"], monkeypatch) == 0
     losses = [
-        [row["train_loss"] for row in read_metrics(workplace / run / "metrics.jsonl")] for run in ("kept", "anew")
+        [row["train_loss"] for row in read_metrics(workplace / run / "metrics.jsonl")] for run in ("kept", "recomputed")
     ]
     assert losses[0] == losses[1]
     assert call("train", ["resume=kept", "steps=8", "activation_checkpointing=true"], monkeypatch) == 0
@@ -152,7 +152,7 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_a_tile_computed_anew_is_the_same_to_the_bit(monkeypatch, groups):
+def test_tile_recomputed_in_backward_is_bit_identical(monkeypatch, groups):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 600, heads, 8, generator=draw).requires_grad_() for heads in (4, groups, groups))
     docs = (torch.arange(600) // 100)[None].expand(2, -1)

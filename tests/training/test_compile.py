@@ -1,4 +1,4 @@
-"""What torch.compile is asked for, and what is said of it."""
+"""torch.compile: its options, its fallback to eager execution, and the warnings."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""What a machine does to a run: full disks, folders that cannot be written, files that change. One line, no loss."""
+"""Faults of the machine during a run: full disks, read-only folders, files that change. One line, nothing lost."""
 
 import os
 import resource
@@ -81,7 +81,7 @@ def closed():
 def test_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, capsys, closed):
     assert call("train", [*OPTIONS, f"run_dir={closed}/run"], monkeypatch) == 2
     assert f"run_dir={closed}/run cannot be made" in capsys.readouterr().err
-    assert not (workplace / "cache").exists()  # it is said before the corpus is prepared
+    assert not (workplace / "cache").exists()  # it is reported before the corpus is prepared
     assert call("train", [*OPTIONS, f"cache_dir={closed}/cache", "run_dir=run"], monkeypatch) == 2
     assert f"cache_dir={closed}/cache cannot be written" in capsys.readouterr().err
     assert not (workplace / "run").exists()

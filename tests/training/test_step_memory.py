@@ -8,9 +8,10 @@ import torch
 from model import cost
 from model.loss import TILE
 from model.transformer import TransformerLM
+from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
-from tests.support import ATTENTIONS, SMOKE, allocated_peak, changed, load_composed, some_tokens
-from training.step import accumulate, losses_of
+from tests.support import ATTENTIONS, SMOKE, changed, load_composed, some_tokens
+from training.step import accumulate_gradients, losses_of
 from training.step_memory import memory
 
 VOCAB = 100
@@ -95,7 +96,7 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, vocab), run.precision)
         loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.activation_checkpointing)[0]
-        accumulate(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
+        accumulate_gradients(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)
     assert predicted["weights"] == predicted["gradients"] == sum(p.grad.nbytes for p in mixed.parameters)

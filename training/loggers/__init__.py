@@ -1,1 +1,1 @@
-"""Loggers: metrics elsewhere than in metrics.jsonl."""
+"""Loggers: send metrics to other tools, besides metrics.jsonl."""

@@ -35,7 +35,7 @@ class Guard:
         return self.in_a_row >= self.max_in_a_row and not self.only_past
 
     def see(self, row: MetricRow) -> bool:
-        """Take in the next row -> whether a loss spike begins with it."""
+        """Record the next row -> whether a loss spike starts with it."""
         self.only_past = False
         if row.get("skipped") or row["train_loss"] is None:
             self.skipped += 1

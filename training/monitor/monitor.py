@@ -1,4 +1,4 @@
-"""The observer of a training run. It is told what happened, and decides nothing."""
+"""Monitor: observes a training run, writes its metrics and shows its progress. It decides nothing."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ from training.monitor.plot import plot_loss
 from training.monitor.profiler import Profile
 from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
-from training.run.checkpoint import best, saved, step_of
+from training.run.checkpoint import best, checkpoint_paths, step_of
 from training.run.config import Run, dump
 from training.run.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.step import StepResult
@@ -70,7 +70,7 @@ class Monitor:
     def __enter__(self) -> Self:
         if self.done < self.run.steps:
             with suppress(OSError):  # such as a folder, which is no picture
-                (self.folder / PICTURE).unlink()  # as whoever finds one at the end takes the run for complete
+                (self.folder / PICTURE).unlink()  # it marks a run as finished
         self.progress.start()
         self.profile.start()
         for line in self._opening_lines():
@@ -119,7 +119,7 @@ class Monitor:
 
     @contextmanager
     def timing_data(self) -> Iterator[None]:
-        """Around the wait for a batch, with which every step begins."""
+        """A context around the wait for a batch, with which every step begins."""
         if self.run.profile_steps:
             with self.paused_timer():  # which waits for the device, as no other step does
                 self.profile.step()
@@ -127,7 +127,7 @@ class Monitor:
             yield
 
     def paused_timer(self) -> AbstractContextManager[None]:
-        """Around whatever is not training: its time does not count."""
+        """A context around what is not training: its time does not count."""
         return self.timer.paused()
 
     def within(self, what: str, index: int, count: int) -> None:
@@ -241,20 +241,20 @@ class Monitor:
         self.progress.show(text)
 
     def stopped(self, line: str) -> None:
-        """Call with the last words of a run that a signal stopped."""
+        """Print the last line of a run that a signal stopped."""
         self.progress.stop()
         print_stderr(line)
 
     def end(self, evaluation: Evaluation, sample: str) -> None:
-        """Print the last words of a run on stdout, whether or not anybody reads them; then draw its picture, the last
-        thing it does: where that is missing, a run that is resumed says its last words again."""
-        lines = "\n".join(map(escaped, self._last_words(evaluation)))
+        """Print the final lines of a run on stdout, whether or not anybody reads them; then draw loss.png, which marks
+        the run as finished: while it is missing, a resumed run prints its final lines again."""
+        lines = "\n".join(map(escaped, self._final_lines(evaluation)))
         lost = write_if_possible(f"\n{escaped_for_terminal(sample)}\n\n{lines}")
         if lost is not None:
             log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
         self._plot()
 
-    def _last_words(self, evaluation: Evaluation) -> Iterator[str]:
+    def _final_lines(self, evaluation: Evaluation) -> Iterator[str]:
         yield summary.validation_line(evaluation.reported)
         yield from summary.before_line(self.metrics.before, evaluation.prefix)
         yield from self._best_line(evaluation.prefix)
@@ -275,7 +275,9 @@ class Monitor:
     def _longer_run(self) -> str:
         start = summary.cooldown_start(self.run)
         try:
-            before = [] if start is None else [path.name for path in saved(self.folder) if step_of(path) <= start]
+            before = (
+                [] if start is None else [path.name for path in checkpoint_paths(self.folder) if step_of(path) <= start]
+            )
         except UserError as fault:
             return f"(whether a longer run can go on from here is not known: {fault})"
         return summary.longer_run(self.run, self.folder, before[-1] if before else None)
@@ -283,5 +285,5 @@ class Monitor:
     def _plot(self) -> None:
         try:
             plot_loss(self.folder)
-        except Exception as error:  # a picture is not worth a run's last words
+        except Exception as error:  # the final lines matter more than the picture
             log.warning(f"{self.folder}/loss.png cannot be drawn: {error}")

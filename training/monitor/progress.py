@@ -10,7 +10,7 @@ from common.console import clock
 from common.errors import escaped
 from training.run.metrics_file import MetricRow
 
-LIVE_AFTER = 1.0  # seconds into a step, after which the live line tells how far it is
+LIVE_AFTER = 1.0  # seconds into a step, after which the live line shows how far it is
 PLAIN_EVERY = 30.0  # seconds, after each of which a plain line does
 MIN_WIDTH_WITH_BAR = 80  # columns; a narrower terminal has room for the numbers only
 BAR_WIDTH = 20

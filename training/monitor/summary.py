@@ -70,7 +70,7 @@ def _plan(run: Run, corpus: Prepared) -> str:
 
 
 def score_line(when: str, score: Score) -> str:
-    """An evaluation on the way."""
+    """Validation loss during training."""
     return f"{when}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte"
 
 
@@ -129,7 +129,7 @@ def next_lines(folder: Path, longer: str) -> list[str]:
     """Where the run is, and what can be done with it. longer: how it becomes a longer one."""
     return [
         f"run          {folder}  (loss.png is its curve)",
-        f"next         {command('sample.py', 'a beginning of yours', '--run', str(folder))}",
+        f"next         {command('sample.py', 'your prompt', '--run', str(folder))}",
         f"             {longer}",
         f"             {command('train.py', '--help')}",
     ]
@@ -143,8 +143,8 @@ def cooldown_start(run: Run) -> int | None:
 
 
 def longer_run(run: Run, folder: Path, checkpoint_before: str | None) -> str:
-    """How a complete run becomes a longer one. checkpoint_before: the last one from before the cooldown, if there is
-    one."""
+    """The command that makes a complete run longer. checkpoint_before: the last one from before the cooldown, if there
+    is one."""
     longer = f"{resume_command(folder)} steps={2 * run.steps}"
     start = cooldown_start(run)
     if start is None:
@@ -167,5 +167,5 @@ def stopped_line(signal: str, step: int, *, within: bool, unscored: bool, comple
         saved = "nothing is to be saved yet"
     if unscored:
         saved += ", its evaluation is still to come"
-    last = "it was the last one, its last words are still to come; " if complete and not unscored else ""
+    last = "it was the last one, its final lines are still to come; " if complete and not unscored else ""
     return f"{signal}: stopped {where}; {saved}; {last}{go_on}"

@@ -20,7 +20,7 @@ class TrainingTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin an interval; what came since the last one does not count."""
+        """Begin an interval; the time since the last one does not count."""
         self.interval_tokens = 0
         self.interval_start = time.perf_counter()
 
@@ -31,7 +31,7 @@ class TrainingTimer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Over all closed intervals."""
+        """Mean throughput of all closed intervals."""
         return self.tokens / max(self.seconds, 1e-9)
 
     @property
@@ -41,7 +41,7 @@ class TrainingTimer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around whatever is not training. Waits for the device first."""
+        """A context around what is not training. Waits for the device first."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -52,7 +52,7 @@ class TrainingTimer:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the wait for a step's batch."""
+        """A context around the wait for a step's batch."""
         start = time.perf_counter()
         try:
             yield

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from common.settings import MAX_COUNT
 from model.layout import MatrixLayout, single_matrix
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer
@@ -28,7 +29,7 @@ class MuonConfig(AdamWConfig):
 
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
-    momentum_warmup: int = Field(ge=0)  # updates until the momentum, from 0.85 on, is that
+    momentum_warmup: int = Field(ge=0, le=MAX_COUNT)  # updates until the momentum, from 0.85 on, is that
     per_head: bool  # orthogonalise each logical matrix (a head's queries, ...); false: each stored matrix
 
     def derive(self, d_model: int) -> Self:

@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field
 
-from common.settings import FrozenSettings
+from common.settings import MAX_COUNT, FrozenSettings
 
 
 class Schedule(FrozenSettings, ABC):
@@ -41,7 +41,7 @@ class Warmup(Schedule, ABC):
     @staticmethod
     @abstractmethod
     def shape(progress: float) -> float:
-        """From 1 to 0 as progress goes from 0 to 1."""
+        """The decay curve: from 1 to 0 as progress goes from 0 to 1."""
 
 
 class Cosine(Warmup):
@@ -60,7 +60,7 @@ class WSD(Schedule):
     """Warmup, stable, decay (Hu et al. 2024, arXiv:2404.06395): linear warmup, the peak, and a linear cooldown over the
     last fraction of the steps. How long the run is matters from the cooldown on only."""
 
-    warmup_steps: int | None = Field(ge=0)  # 5 % of the steps that the run begins with
+    warmup_steps: int | None = Field(ge=0, le=MAX_COUNT)  # 5 % of the steps that the run begins with
     cooldown: float = Field(ge=0, le=1)
     final_fraction: float = Field(ge=0, le=1)
 

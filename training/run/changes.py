@@ -1,4 +1,4 @@
-"""Which settings may differ between a run and what it is resumed or fine-tuned as: its fields say so themselves."""
+"""Settings that may change on resume or in fine-tuning, as the marks of their fields state."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class Difference(NamedTuple):
 
 
 def change_of(run: Run, key: str) -> Change:
-    """When a setting of the run, as group.name, may change."""
+    """When a setting of the run, given as group.name, may change."""
     found, part = Change.NEVER, run
     for name in (["model"] if key.partition(".")[0] in MODEL_PARTS else []) + key.split("."):
         if not isinstance(part, BaseModel) or name not in type(part).model_fields:

@@ -2,7 +2,7 @@
 
 checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors once, the real vocabulary only
                           optimizer.safetensors  its tensors, as "<parameter>/<state>"
-                          manifest.json          what Manifest says, with the size and hash of the other files
+                          manifest.json          the fields of Manifest, with the size and hash of the other files
 """
 
 import hashlib
@@ -42,7 +42,7 @@ from runtime.memory import free_memory
 from runtime.precision import LossScale
 from training.optim.base import StateTensor
 from training.run.config import Run, dump, load
-from training.run.folder import check_format, read_config, resume_command, saved, step_of, write_config
+from training.run.folder import check_format, checkpoint_paths, read_config, resume_command, step_of, write_config
 from training.run.metrics_file import MAX_STEPS, PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_settings, check_steps
@@ -115,7 +115,7 @@ def save(folder: Path, run: Run, corpus: Prepared, training: TrainState, step: i
 def score(folder: Path, step: int, val_loss: float) -> None:
     """Give the checkpoint of a step the validation loss (nats per token) that it was saved without. Its tensors stay
     as they are, so that nothing can be lost of them. Raises UserError where its manifest cannot be read or written."""
-    path = next(path for path in saved(folder) if step_of(path) == step)
+    path = next(path for path in checkpoint_paths(folder) if step_of(path) == step)
     manifest = _read_manifest(path).model_copy(update={"format": FORMAT, "val_loss": _finite(val_loss)})
     try:
         write_atomic(path / MANIFEST, with_checksum(manifest.model_dump()).encode())
@@ -168,7 +168,7 @@ def write(
 def steps_done(folder: Path) -> int:
     """The steps that a run has done, by its newest checkpoint's name; 0 where it has none. Raises UserError where they
     cannot be listed."""
-    return max(map(step_of, saved(folder)), default=0)
+    return max(map(step_of, checkpoint_paths(folder)), default=0)
 
 
 def read(path: Path, names: Collection[str]) -> Checkpoint:
@@ -224,7 +224,7 @@ def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
 
 def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
     faults = []
-    for path in reversed(saved(folder)):
+    for path in reversed(checkpoint_paths(folder)):
         try:
             found = read(path, names)
         except Damaged as fault:
@@ -246,7 +246,7 @@ def best(folder: Path, names: Collection[str] = ()) -> Checkpoint | None:
 
 def _best(folder: Path, names: Collection[str]) -> Checkpoint | None:
     losses = {}
-    for path in saved(folder):
+    for path in checkpoint_paths(folder):
         try:
             losses[path] = _read_manifest(path).val_loss
         except Damaged as fault:
@@ -271,8 +271,8 @@ def _retried(look: Callable[[], T]) -> T:
 def checkpoints_to_remove(folder: Path, step: int, keep_last: int) -> list[Path]:
     """The checkpoints, up to that of `step`, that are neither of the last keep_last nor the best. One whose loss cannot
     be told may be the best, so it is none of them. Raises UserError where they cannot be listed."""
-    old, losses = [path for path in saved(folder) if step_of(path) <= step][:-keep_last], {}
-    for path in saved(folder) if old else ():
+    old, losses = [path for path in checkpoint_paths(folder) if step_of(path) <= step][:-keep_last], {}
+    for path in checkpoint_paths(folder) if old else ():
         try:
             losses[path] = _read_manifest(path).val_loss
         except UserError as fault:
@@ -286,7 +286,7 @@ def check_fits(folder: Path, run: Run) -> None:
     """Raise UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
     before anything is prepared or built in the size that its config.yaml says. Raises it too where all are damaged."""
     tokenizer, faults = load_tokenizer(folder / "tokenizer.json"), []
-    for path in reversed(saved(folder)):
+    for path in reversed(checkpoint_paths(folder)):
         try:
             manifest, weights = _read_manifest(path), _tensor_shapes(path / MODEL)
         except Damaged as fault:
@@ -469,7 +469,7 @@ def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainSta
     check_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
     check_same_settings(folder, run, trained)
-    check_steps(folder, run, trained.steps, manifest.step, ended(folder))
+    check_steps(folder, run, trained.steps, manifest.step, is_finished(folder))
     if (manifest.loss_scale is None) != (training.loss_scale is None):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
     for name, now in _machine(training.model).items():
@@ -479,16 +479,16 @@ def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainSta
 
 
 def _machine(model: TransformerLM) -> dict[str, str | int]:
-    """What the bits of a run depend on besides the settings."""
+    """The machine's properties that the bits of a run depend on."""
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
     return {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
-def ended(folder: Path) -> bool:
-    """Whether a run whose steps are all done has drawn its picture, which is the last thing it does: a process that
-    goes on with it removes the picture first."""
+def is_finished(folder: Path) -> bool:
+    """Whether a run whose steps are all done has finished: its last act is to draw loss.png, and a process that resumes
+    it removes the picture first."""
     return os.path.isfile(folder / PICTURE)
 
 

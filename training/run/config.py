@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 
 from common.errors import UserError, in_part
 from common.invocation import ROOT
-from common.settings import Change, FrozenSettings
+from common.settings import MAX_COUNT, Change, FrozenSettings
 from common.suggestions import RENAMED, renamed
 from data.sources.corpus import Corpus
 from data.sources.mix import MixCorpus, Part
@@ -58,23 +58,23 @@ class Run(FrozenSettings):
     """Everything one training run depends on. The comments in conf/train.yaml describe each setting; the marks say when
     it may change."""
 
-    steps: Annotated[int, Change.ON_RESUME] = Field(ge=1, le=2**40)  # before the parts that derive from it
+    steps: Annotated[int, Change.ON_RESUME] = Field(ge=1, le=MAX_COUNT)  # before the parts that derive from it
     model: Annotated[ModelConfig, Change.NEVER]
     data: Annotated[Corpus, Change.FINE_TUNING]
     tokenizer: Annotated[TokenizerConfig, Change.NEVER]
     optim: Annotated[OptimConfig, Change.FINE_TUNING]
     schedule: Annotated[Schedule, Change.FINE_TUNING]
     logger: Annotated[Logger, Change.ON_RESUME]
-    batch_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=2**40)
-    micro_batch_size: Annotated[int, Change.FINE_TUNING] = Field(ge=1)
+    batch_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=MAX_COUNT)
+    micro_batch_size: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=MAX_COUNT)
     clip_norm: Annotated[float, Change.FINE_TUNING] = Field(ge=0)
-    max_skipped_updates: Annotated[int, Change.ON_RESUME] = Field(ge=1)
-    eval_every: Annotated[int, Change.ON_RESUME] = Field(ge=0)
-    eval_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1)
+    max_skipped_updates: Annotated[int, Change.ON_RESUME] = Field(ge=1, le=MAX_COUNT)
+    eval_every: Annotated[int, Change.ON_RESUME] = Field(ge=0, le=MAX_COUNT)
+    eval_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=MAX_COUNT)
     eval_before: Annotated[bool | None, Change.FINE_TUNING]
-    save_every: Annotated[int, Change.ON_RESUME] = Field(ge=1)
-    keep_last: Annotated[int, Change.ON_RESUME] = Field(ge=1)
-    sample_every: Annotated[int, Change.ON_RESUME] = Field(ge=0)
+    save_every: Annotated[int, Change.ON_RESUME] = Field(ge=1, le=MAX_COUNT)
+    keep_last: Annotated[int, Change.ON_RESUME] = Field(ge=1, le=MAX_COUNT)
+    sample_every: Annotated[int, Change.ON_RESUME] = Field(ge=0, le=MAX_COUNT)
     sample_prompt: Annotated[str | None, Change.FINE_TUNING]
     seed: Annotated[int, Change.FINE_TUNING] = Field(ge=0, lt=2**63)
     device: Annotated[str, Change.ON_RESUME]
@@ -84,7 +84,7 @@ class Run(FrozenSettings):
     autotune: Annotated[bool, Change.FINE_TUNING]
     tune_malloc: Annotated[bool, Change.FINE_TUNING]
     init_from: Annotated[str | None, Change.FINE_TUNING]
-    peak_flops: Annotated[float | None, Change.ON_RESUME] = Field(gt=0)
+    peak_flops: Annotated[float | None, Change.ON_RESUME] = Field(ge=1)
     profile_steps: Annotated[int, Change.ON_RESUME] = Field(ge=0, le=1000)
     log_attention: Annotated[bool, Change.ON_RESUME]
     activation_checkpointing: Annotated[bool, Change.ON_RESUME]
@@ -371,10 +371,15 @@ def _complaint(where: str, error: Mapping[str, Any], field_limits: Mapping[str, 
         return f"{given}: choose " + limits["expected"].replace("'", "")
     if limits.keys() & LIMITS.keys():
         both = {name: limit for name, limit in {**field_limits, **limits}.items() if name in LIMITS}
-        words = (f"{LIMITS[name]} {int(limit) if limit == int(limit) else limit}" for name, limit in both.items())
+        words = (f"{LIMITS[name]} {_in_digits(limit)}" for name, limit in both.items())
         return f"{given}: give {' and '.join(words)}"
     wanted = next((words for name, words in KINDS.items() if kind.startswith(name)), None)
     return f"{given}: give {wanted}" if wanted else f"{given}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _in_digits(limit: float) -> str:
+    """Write a whole number without a decimal point, and any other as short as it is exact."""
+    return str(int(limit)) if limit == int(limit) and abs(limit) < 2**64 else str(limit)
 
 
 def _spelled(value: Any) -> str:

@@ -199,7 +199,7 @@ def newest(with_checkpoint: bool = False) -> Path:
         try:
             if not is_folder(str(folder)):  # as a sweep's multirun.yaml is not
                 continue
-            files = saved(folder) if with_checkpoint else [folder / "config.yaml"]
+            files = checkpoint_paths(folder) if with_checkpoint else [folder / "config.yaml"]
             touched[folder] = max(map(_touched, files), default=0)
         except OSError as error:
             log.warning(f"{folder} is passed over: {reason(error)}")
@@ -229,7 +229,7 @@ def step_of(path: Path) -> int:
     return int(digits) if re.fullmatch("[0-9]{1,15}", digits) and digits != path.name else -1
 
 
-def saved(folder: Path) -> list[Path]:
+def checkpoint_paths(folder: Path) -> list[Path]:
     """The checkpoints of a run, in the order of their steps. Raises UserError where they cannot be listed."""
     try:
         paths = [folder / "checkpoints" / name for name in names_in(folder / "checkpoints")]

@@ -9,7 +9,7 @@ from typing import Any
 
 FORMAT = 5  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
-UNSTATED = 2  # of those that say none: manifests called it their version, config.yaml said nothing
+UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
 RUN_2 = {
     "autotune": False,

@@ -30,7 +30,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from training.run import checkpoint
 from training.run.config import Run
 from training.run.folder import check_is_run
-from training.step import accumulate, losses_of
+from training.step import accumulate_gradients, losses_of
 
 BATCH = "batch.safetensors"
 MAX_TEXT_SHOWN = 120  # characters of each text
@@ -64,7 +64,8 @@ def save_failed_step(
 
 
 def replay(path: Path) -> None:
-    """Print what the step computes, eagerly and on the run's kind of device, and where it ceases to be finite."""
+    """Recompute the step, eagerly and on the run's kind of device, and print the first module whose output is not
+    finite."""
     folder = path.resolve().parent.parent
     with entering(path):
         has_batch = exists(path / BATCH)
@@ -88,11 +89,11 @@ def replay(path: Path) -> None:
 
     def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
         loss = mean_loss(model, inputs, targets)
-        beginning = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
-        print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {beginning!r}")
+        text = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
+        print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
         return loss
 
-    accumulate(mixed, batches, (run.seed, step - 1), watched)
+    accumulate_gradients(mixed, batches, (run.seed, step - 1), watched)
     print_line(f"forward      {first.where or 'finite everywhere'}")
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])

@@ -11,7 +11,7 @@ from common.settings import Change
 from data.sources.tables import format_of
 from training.run.changes import RESUMABLE, change_of, forbidden_differences
 from training.run.config import Run, dump, load
-from training.run.folder import acquire_run_lock, find_run, read_config, saved
+from training.run.folder import acquire_run_lock, checkpoint_paths, find_run, read_config
 from training.run.origin import check_foreign, flatten_config, is_place
 
 log = logging.getLogger("headroom")
@@ -34,12 +34,12 @@ def check_same_settings(folder: Path, run: Run, trained: Run) -> None:
         )
 
 
-def check_steps(folder: Path, run: Run, before: int, done: int, ended: bool) -> None:
+def check_steps(folder: Path, run: Run, before: int, done: int, finished: bool) -> None:
     """Raise UserError where a run that was to have `before` steps, and has done `done`, cannot have those of `run`, or
-    nothing is left to do. ended: the last thing that a run does was done after its last step."""
+    nothing is left to do. finished: it also finished, after its last step (checkpoint.is_finished)."""
     if done > run.steps:
         raise UserError(f"steps={run.steps} is less than the {done} steps that {folder} has done: give a larger steps=")
-    if done == run.steps == before and ended:
+    if done == run.steps == before and finished:
         raise UserError(f"{folder} is complete at step {done} of steps={run.steps}: give a larger steps=")
     if run.steps != before:
         open_steps = [run.schedule.decay_start_step(steps) for steps in (before, run.steps)]
@@ -77,7 +77,7 @@ def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Ru
         settings["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
     changed = {key.partition(".")[0] for key in keys if key not in repeated} - {"resume"}
     run = _load(settings | {key: tree[key] for key in changed}, f"in {folder}/config.yaml, or on the command line")
-    check_foreign(folder, own, run, signed, keys, tree, begun=bool(saved(folder)))
+    check_foreign(folder, own, run, signed, keys, tree, begun=bool(checkpoint_paths(folder)))
     return run, folder, acquire_run_lock(folder)
 
 

@@ -1,4 +1,4 @@
-"""One process's part of a run: evaluating, saving, and stopping where a signal asks for it."""
+"""Session: evaluation, checkpoints and stopping on a signal, for the training loop of one process."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -154,7 +154,7 @@ class Session:
 
 @contextmanager
 def second_signal_ends(folder: Path) -> Iterator[None]:
-    """Around a StopRequest's loop: its second signal ends the process at once, in one line."""
+    """A context around a StopRequest's loop: its second signal ends the process at once, with one line."""
     try:
         yield
     except KeyboardInterrupt:
@@ -164,5 +164,5 @@ def second_signal_ends(folder: Path) -> Iterator[None]:
 
 def how_to_continue(folder: Path) -> str:
     """The command that resumes a run, or begins it again where nothing is saved."""
-    verb = "continue" if run_folder.saved(folder) else "begin again"
+    verb = "continue" if run_folder.checkpoint_paths(folder) else "begin again"
     return f"{verb} with: {run_folder.resume_command(folder)}"

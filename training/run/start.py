@@ -100,4 +100,4 @@ def load_pretrained_weights(base: Path, model: TransformerLM) -> None:
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
     checkpoint.load_weights(found, model)
-    log.info(f"beginning with the weights of {found.path}")
+    log.info(f"loaded the weights of {found.path}")

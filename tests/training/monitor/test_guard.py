@@ -1,4 +1,4 @@
-"""Numerical trouble costs the step it happens in, and is said; when it does not end, the run does."""
+"""Guard: a step that is not finite is skipped and reported; too many in a row end the run."""
 
 import math
 import re
@@ -109,10 +109,10 @@ def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed(w
     skipped = [row for row in rows if row.get("skipped")]
     assert 2 < len(skipped) < 28
     assert all(row["train_loss"] is None and row["grad_norm"] is None for row in skipped)
-    said = re.findall(r"step (\d+): loss nan, gradient norm nan: update skipped, (\d+) so far; its documents: (\S+)",
+    shown = re.findall(r"step (\d+): loss nan, gradient norm nan: update skipped, (\d+) so far; its documents: (\S+)",
                       capsys.readouterr().err)  # fmt: skip
-    assert [(int(step), int(count)) for step, count, _ in said] == [(r["step"], i + 1) for i, r in enumerate(skipped)]
-    assert all(name.startswith("synthetic/") for *_, name in said)
+    assert [(int(step), int(count)) for step, count, _ in shown] == [(r["step"], i + 1) for i, r in enumerate(skipped)]
+    assert all(name.startswith("synthetic/") for *_, name in shown)
     rewind(workplace / "whole", workplace / "killed", step=9)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert_same_run(workplace / "whole", workplace / "killed", step=30)
@@ -142,12 +142,12 @@ def test_updates_skipped_in_a_row_stop_the_run_and_the_printed_command_replays_i
     assert re.search(r"gradients +norm nan; not finite in embedding\.weight", replayed.stdout)
     assert re.search(r"the largest number is \d\.\d+e\+(28|29|30)", replayed.stdout)
     # The run goes on where it stopped, though not for long, and leaves nothing but its words: they are the same again.
-    said = []
+    shown = []
     for _ in range(2):
         assert call("train", ["resume='a run'", "save_every=1"], monkeypatch) == 2
-        said.append(capsys.readouterr().err.splitlines()[-1])
+        shown.append(capsys.readouterr().err.splitlines()[-1])
         assert len(losses(workplace / "a run")) == 7 and checkpoint.steps_done(workplace / "a run") == 6
-    assert "updates in a row were skipped up to step 7" in said[0] and said[0] == said[1]
+    assert "updates in a row were skipped up to step 7" in shown[0] and shown[0] == shown[1]
 
 
 def test_resume_of_a_diverged_run_continues_when_losses_are_finite(workplace, monkeypatch, capsys):
@@ -269,5 +269,5 @@ def test_spike_in_a_run_is_reported_with_its_documents(workplace, monkeypatch, c
 
     monkeypatch.setattr("training.step.mean_loss", spiking)
     assert call("train", [*SMOKE, "steps=100", "batch_tokens=256", "run_dir=run"], monkeypatch) == 0
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
-    assert re.match(r"step 90: loss \S+ is a spike, \S+ was usual; its documents: synthetic/", said)
+    (shown,) = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
+    assert re.match(r"step 90: loss \S+ is a spike, \S+ was usual; its documents: synthetic/", shown)

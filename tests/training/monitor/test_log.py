@@ -1,4 +1,4 @@
-"""What is written while training, and what must never stop it."""
+"""Metrics, progress lines and loggers during training, whose failures must never stop it."""
 
 import importlib.util
 import json
@@ -109,7 +109,7 @@ def test_metrics_file_keeps_the_evaluation_before_training_apart(tmp_path, caplo
     resumed.write(row(3))
     assert read_metrics(path) == [before, row(1), row(2, val_loss=3.0), row(3)]
     assert Guard(resumed.past, 3).skipped == 0
-    assert MetricsFile(path, resume_after=0).before is None and read_metrics(path) == []  # it is measured anew
+    assert MetricsFile(path, resume_after=0).before is None and read_metrics(path) == []  # it is measured again
 
 
 def broken(*_, **__):

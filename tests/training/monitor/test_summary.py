@@ -65,7 +65,7 @@ def test_stopped_line_says_what_is_saved():
     assert stopped(7) == "SIGINT: stopped after step 7; saved; go on"
     unscored = "SIGINT: stopped after step 7; saved, its evaluation is still to come; go on"
     assert stopped(7, unscored=True) == stopped(7, unscored=True, complete=True) == unscored
-    assert "; it was the last one, its last words are still to come; go on" in stopped(7, complete=True)
+    assert "; it was the last one, its final lines are still to come; go on" in stopped(7, complete=True)
 
 
 def run_with(start: int | None) -> SimpleNamespace:

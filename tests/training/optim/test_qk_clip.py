@@ -11,7 +11,7 @@ from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
 from training.optim.qk_clip import QKClip
 from training.run.metrics_file import read_metrics
-from training.step import accumulate, mean_loss, mean_loss_and_scores, train_step
+from training.step import accumulate_gradients, mean_loss, mean_loss_and_scores, train_step
 
 CASES = [
     ("attention=mha", "attention.qk_norm=false"),
@@ -70,8 +70,8 @@ def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
 def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
     model = small_model("attention=mla", kernel=Naive())
     mixed = MixedPrecision(model, "fp32")
-    each = [accumulate(mixed, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
-    together = accumulate(mixed, batches(4, 1), (0, 0), mean_loss_and_scores)[1]
+    each = [accumulate_gradients(mixed, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
+    together = accumulate_gradients(mixed, batches(4, 1), (0, 0), mean_loss_and_scores)[1]
     assert torch.equal(torch.stack(each).amax(0), together) and together.shape == (2, 4)
     assert not together.requires_grad
     model.zero_grad()

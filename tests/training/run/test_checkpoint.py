@@ -1,4 +1,4 @@
-"""What is saved comes back, bit for bit; what is damaged or does not belong is refused in one line."""
+"""Checkpoints: saved tensors load bit for bit; damaged or foreign files are refused in one line."""
 
 import errno
 import hashlib
@@ -53,7 +53,7 @@ def run(trained, workplace):
     return workplace / "run"
 
 
-def test_the_folder_holds_what_it_promises(run):
+def test_run_folder_after_training_has_all_files_and_rows(run):
     names = {path.name for path in run.iterdir()}
     assert names - {".lock"} == {
         *("config.yaml", "environment.yaml", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints")
@@ -69,7 +69,7 @@ def test_the_folder_holds_what_it_promises(run):
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_loaded_weights_are_the_saved_ones_and_run_as_asked(run):
+def test_load_run_weights_equal_saved_ones_in_any_execution(run):
     model, tokenizer = load_run(run)
     assert tokenizer.vocab_size == 257
     saved = load_file(last(run) / "model.safetensors")
@@ -82,7 +82,7 @@ def test_loaded_weights_are_the_saved_ones_and_run_as_asked(run):
             assert relative_error(other(tokens).logits, model(tokens).logits) <= 1e-4
 
 
-def test_a_refused_resume_leaves_the_run_as_it_was(run, monkeypatch):
+def test_resume_refused_leaves_config_unchanged(run, monkeypatch):
     before = (run / "config.yaml").read_text()
     assert call("train", ["resume=run", "steps=3"], monkeypatch) == 2
     for path in (run / "checkpoints").iterdir():
@@ -91,7 +91,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(run, monkeypatch):
     assert (run / "config.yaml").read_text() == before
 
 
-def test_latest_is_the_run_touched_last(run, monkeypatch, capsys):
+def test_resume_latest_takes_the_run_modified_last(run, monkeypatch, capsys):
     shutil.copytree(run, "runs/older")
     shutil.copytree(run, "runs/newer")
     for name, when in (("older", 1), ("newer", 2)):
@@ -100,7 +100,7 @@ def test_latest_is_the_run_touched_last(run, monkeypatch, capsys):
     assert "resuming runs/newer after step 6" in capsys.readouterr().err
 
 
-def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys):
+def test_resume_optimizer_state_without_a_tensor_is_refused(run, monkeypatch, capsys):
     path = last(run) / "optimizer.safetensors"
     save_file({key: tensor for key, tensor in load_file(path).items() if key != "norm.weight/exp_avg"}, path)
     reseal(last(run), "optimizer.safetensors")
@@ -108,7 +108,7 @@ def test_an_optimizer_that_does_not_fit_is_refused(run, monkeypatch, capsys):
     assert "does not fit this run's optimizer: it lacks norm.weight/exp_avg" in capsys.readouterr().err
 
 
-# What becomes of one tensor of the optimizer's state, and what is said of it.
+# A change to one tensor of the optimizer's state, and the error.
 STATES = {
     "shorter": ("norm.weight/exp_avg", lambda x: x[:-1], r"has shape \(63,\), not \(64,\)"),
     "a number": ("norm.weight/exp_avg", lambda x: x.sum(), r"has shape \(\), not \(64,\)"),
@@ -126,7 +126,7 @@ STATES = {
 
 
 @pytest.mark.parametrize(("name", "change", "complaint"), STATES.values(), ids=STATES)
-def test_an_optimizers_state_is_what_it_keeps_and_nothing_else(trained, name, change, complaint):
+def test_load_optimizer_wrong_tensor_raises_user_error(trained, name, change, complaint):
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
@@ -150,7 +150,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize(("change", "complaint"), WEIGHTS.values(), ids=WEIGHTS)
-def test_weights_are_those_of_the_model_and_float32(run, change, complaint):
+def test_load_run_wrong_weights_raise_user_error(run, change, complaint):
     path = last(run) / MODEL
     save_file(change(load_file(path)), path)
     reseal(last(run), MODEL)
@@ -162,7 +162,7 @@ def test_weights_are_those_of_the_model_and_float32(run, change, complaint):
 
 
 @pytest.mark.parametrize("setting", ["n_layers", "d_model", "context_length"])
-def test_nothing_is_built_of_a_size_that_the_weights_do_not_have(run, monkeypatch, setting):
+def test_load_run_claimed_huge_size_raises_before_building(run, monkeypatch, setting):
     """What is claimed would take minutes and all memory."""
     config, _ = run_folder.read_config(run)
     model = config["model"] | {setting: 2**20} | ({"position_embedding": "learned"} if "context" in setting else {})
@@ -185,7 +185,7 @@ MANIFESTS += [{"config": {"model": json.loads('{"a":' * 500 + "1" + "}" * 500)}}
 
 
 @pytest.mark.parametrize("change", MANIFESTS, ids=lambda change: str(change)[:40])
-def test_a_manifest_that_says_what_no_run_writes_is_passed_over(run, caplog, change):
+def test_newest_invalid_manifest_takes_older_checkpoint(run, caplog, change):
     reseal(last(run), **change)
     assert newest(run, (MODEL,)).manifest.step == 3
     assert "step_00000006/manifest.json is damaged" in caplog.text
@@ -195,7 +195,7 @@ def test_a_manifest_that_says_what_no_run_writes_is_passed_over(run, caplog, cha
 @pytest.mark.parametrize(
     "name", ["config.yaml", "metrics.jsonl", "tokenizer.json", MODEL, "manifest.json", "checkpoints"]
 )
-def test_what_is_no_regular_file_neither_hangs_nor_fills_the_memory(run, name, kind):
+def test_load_run_irregular_file_raises_without_blocking(run, name, kind):
     path = next(run.rglob(name)) if name not in (MODEL, "manifest.json") else last(run) / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     stand = {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: os.symlink("/dev/zero", path)}
@@ -228,7 +228,7 @@ def unreadable(monkeypatch):
 
 
 @pytest.mark.parametrize("number", UNREADABLE)
-def test_a_checkpoint_that_cannot_be_judged_is_never_removed(run, unreadable, caplog, number):
+def test_checkpoints_to_remove_unreadable_manifest_is_kept(run, unreadable, caplog, number):
     for step in (1, 2, 4, 5):
         shutil.copytree(run / "checkpoints/step_00000003", run / f"checkpoints/step_{step:08d}")
         reseal(run / f"checkpoints/step_{step:08d}", step=step, val_loss=step / 100)
@@ -240,7 +240,7 @@ def test_a_checkpoint_that_cannot_be_judged_is_never_removed(run, unreadable, ca
     assert "step_00000001/manifest.json cannot be read" in caplog.text and "so it is kept" in caplog.text
 
 
-def test_nothing_is_removed_where_checkpoints_cannot_be_listed(run, monkeypatch, caplog):
+def test_save_unlistable_checkpoints_removes_none(run, monkeypatch, caplog):
     before = sorted((run / "checkpoints").iterdir())
     monkeypatch.setattr(checkpoint, "write", lambda *_: None)
     monkeypatch.setattr(checkpoint, "_optimizer_tensors", lambda _: {})
@@ -249,13 +249,13 @@ def test_nothing_is_removed_where_checkpoints_cannot_be_listed(run, monkeypatch,
         run, SimpleNamespace(keep_last=1), None, TrainState(SimpleNamespace(state_dict=dict), None, None), 9, None
     )
     assert "so none is removed" in caplog.text and sorted((run / "checkpoints").iterdir()) == before
-    with pytest.raises(UserError, match="run/checkpoints cannot be read"):  # and no run begins anew
+    with pytest.raises(UserError, match="run/checkpoints cannot be read"):  # and no run starts from step 0
         newest(run, (MODEL,))
 
 
 @pytest.mark.parametrize("number", UNREADABLE)
 @pytest.mark.parametrize("name", [MODEL, "manifest.json"])
-def test_a_checkpoint_that_cannot_be_read_is_not_passed_over_as_damaged(run, unreadable, name, number):
+def test_newest_and_best_unreadable_file_raise_user_error(run, unreadable, name, number):
     """It may be whole: an older one would be trained on, and take its place."""
     unreadable(last(run) / name, number)
     for choose in (newest, checkpoint.best):
@@ -264,7 +264,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_passed_over_as_damaged(run, unr
 
 
 @pytest.mark.parametrize("choose", [newest, checkpoint.best])
-def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_looked_for_again(run, monkeypatch, choose):
+def test_newest_and_best_checkpoint_removed_meanwhile_retry(run, monkeypatch, choose):
     """With keep_last=1, each that is listed may be gone when it is read."""
     older, removed = run / "checkpoints/step_00000003", []
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_looked_for_again(ru
         choose(run, (MODEL,))
 
 
-def test_a_folder_that_may_not_be_entered_is_one_line(run, monkeypatch):
+def test_check_is_run_forbidden_folder_raises_user_error(run, monkeypatch):
     def denied(path):
         raise PermissionError(errno.EACCES, "Permission denied", path)
 
@@ -294,7 +294,7 @@ def test_a_folder_that_may_not_be_entered_is_one_line(run, monkeypatch):
         run_folder.check_is_run(run)
 
 
-def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(run, monkeypatch, caplog):
+def test_newest_run_forbidden_folder_is_skipped_with_a_warning(run, monkeypatch, caplog):
     for name in ("older", "newer"):
         shutil.copytree(run, f"runs/{name}")
     Path("runs/multirun.yaml").touch()  # as a sweep leaves it
@@ -311,7 +311,7 @@ def test_the_newest_run_is_said_to_be_passed_over_where_it_may_not_be_entered(ru
     assert "runs/newer is passed over: Permission denied" in caplog.text
 
 
-def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, monkeypatch, capsys):
+def test_resume_complete_run_without_picture_prints_final_lines(run, monkeypatch, capsys):
     (run / "loss.png").unlink()
     before = (last(run) / MODEL).read_bytes()
     reseal(run / "checkpoints/step_00000003", format=9)  # which costs it nothing but its place among the best
@@ -327,7 +327,7 @@ def test_a_complete_run_that_was_killed_before_its_last_words_says_them(run, mon
 
 
 def reseal(checkpoint, *names, **changes):
-    """Writes the manifest anew, as whoever crafts a checkpoint would."""
+    """Rewrite the manifest with valid checksums, as an attacker would."""
     manifest = parse_verified((checkpoint / "manifest.json").read_text()) | changes
     for name in names:
         content = (checkpoint / name).read_bytes()
@@ -335,13 +335,13 @@ def reseal(checkpoint, *names, **changes):
     (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"hash": digest(manifest)}))  # NaN and all
 
 
-def test_a_config_that_is_not_the_runs_is_refused(run, monkeypatch, capsys):
+def test_resume_edited_config_is_refused(run, monkeypatch, capsys):
     edit(run / "config.yaml", "batch_tokens: 1024", "batch_tokens: 2048")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
     assert "config.yaml says batch_tokens: 2048, the run was trained with 1024" in capsys.readouterr().err
 
 
-def test_the_last_checkpoints_and_the_best_are_kept(workplace, monkeypatch, capsys):
+def test_save_keeps_last_checkpoints_and_the_best(workplace, monkeypatch, capsys):
     """On a text that is not the validation text, where the best comes early."""
     (workplace / "a.txt").write_text("".join(f"{i} " for i in range(3000)) + "\n" + "abcdefgh " * 150)
     options = [*SMOKE, "data=files", "data.path=a.txt", "steps=12", "eval_every=2", "save_every=2", "keep_last=2"]
@@ -365,7 +365,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(workplace, monkeypatch, caps
     assert texts[0] != texts[1]
 
 
-def test_a_copy_of_the_users_own_is_neither_taken_nor_removed(run, monkeypatch):
+def test_save_folders_of_other_names_are_left_alone(run, monkeypatch):
     shutil.copytree(run / "checkpoints/step_00000003", run / "checkpoints/step_00000003_mine")
     shutil.copytree(run / "checkpoints/step_00000003", run / "checkpoints/step_9_of_mine")
     assert newest(run, (MODEL,)).manifest.step == 6
@@ -375,26 +375,26 @@ def test_a_copy_of_the_users_own_is_neither_taken_nor_removed(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
-def test_the_newest_whole_checkpoint_is_taken_and_a_damaged_one_named(run, monkeypatch, capsys, name):
-    shutil.copytree(run, "untouched")
+def test_resume_damaged_checkpoint_takes_older_one_with_a_warning(run, monkeypatch, capsys, name):
+    shutil.copytree(run, "reference")
     flip(last(run) / name)
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
     err = capsys.readouterr().err
     assert f"step_00000006/{name} is damaged" in err and "taking step_00000003" in err
     assert "resuming run after step 3" in err
-    assert call("train", ["resume=untouched", "steps=9"], monkeypatch) == 0
-    rows = [[row[:3] for row in losses(folder)][:4] for folder in (run, run.parent / "untouched")]
+    assert call("train", ["resume=reference", "steps=9"], monkeypatch) == 0
+    rows = [[row[:3] for row in losses(folder)][:4] for folder in (run, run.parent / "reference")]
     assert rows[0] == rows[1]
     assert not list(run.rglob(".writing-*"))
 
 
-def test_sampling_needs_the_weights_only(run, monkeypatch, capsys):
+def test_sample_without_optimizer_state_works(run, monkeypatch, capsys):
     flip(last(run) / "optimizer.safetensors")
     load_run(run)
     assert capsys.readouterr().err == ""
 
 
-def test_loaded_tensors_outlive_their_files(run):
+def test_read_tensors_survive_overwritten_files(run):
     model, _ = load_run(run)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = newest(run, (MODEL, OPTIMIZER))
@@ -414,7 +414,7 @@ class Marker:
         return open, ("executed", "w")
 
 
-def test_a_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
+def test_load_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
     for content in (pickle.dumps(Marker()), b"PK\x03\x04" + pickle.dumps(Marker())):
         for path in (run / "checkpoints").iterdir():
             for name in (MODEL, OPTIMIZER):
@@ -443,7 +443,7 @@ def test_a_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
         3,
     ],
 )
-def test_a_config_that_names_something_else_is_refused(run, target):
+def test_load_run_foreign_target_raises_user_error(run, target):
     """In a checkpoint's manifest, as in config.yaml."""
     config = parse_verified((last(run) / "manifest.json").read_text())["config"]
     config["attention"] |= {"_target_": target}
@@ -455,7 +455,7 @@ def test_a_config_that_names_something_else_is_refused(run, target):
         open_run("run", {}, [])
 
 
-def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
+def test_resume_yaml_with_python_tag_is_refused(run, monkeypatch, capsys):
     with open(run / "config.yaml", "a") as file:
         file.write("seed: !!python/object/apply:os.system ['touch executed']\n")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
@@ -463,7 +463,7 @@ def test_a_yaml_that_would_call_something_is_refused(run, monkeypatch, capsys):
     assert not (run.parent / "executed").exists()
 
 
-def test_a_second_process_in_one_run_folder_is_refused(run, monkeypatch, capsys):
+def test_resume_locked_folder_is_refused(run, monkeypatch, capsys):
     with run_folder.acquire_run_lock(run):
         assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
         assert "another process is training in run" in capsys.readouterr().err
@@ -471,7 +471,7 @@ def test_a_second_process_in_one_run_folder_is_refused(run, monkeypatch, capsys)
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
 
 
-def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, monkeypatch):
+def test_save_rows_are_on_disk_before_the_checkpoint(workplace, monkeypatch):
     """A kill right after saving must find every row up to there."""
     seen = []
 
@@ -484,12 +484,12 @@ def test_rows_are_written_before_the_checkpoint_that_follows_them(workplace, mon
     assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]
 
 
-def test_previews_do_not_change_training(run, monkeypatch):
+def test_previews_leave_the_run_unchanged(run, monkeypatch):
     assert call("train", [*TRAINED, "sample_every=2", "run_dir=watched"], monkeypatch) == 0
     assert_same_run(run, run.parent / "watched", step=6)
 
 
-def test_resuming_goes_on_to_more_steps_and_drops_rows_of_a_lost_future(run, monkeypatch):
+def test_resume_more_steps_drops_rows_after_the_checkpoint(run, monkeypatch):
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 7, "train_loss": 9.9}) + '\n{"step": 8, "tr')
     assert call("train", ["resume=run", "steps=8"], monkeypatch) == 0
@@ -498,14 +498,14 @@ def test_resuming_goes_on_to_more_steps_and_drops_rows_of_a_lost_future(run, mon
     assert "steps: 8" in (run / "config.yaml").read_text()
 
 
-def test_resuming_a_run_without_a_checkpoint_starts_at_step_0_and_says_so(run, monkeypatch, capsys):
+def test_resume_without_checkpoint_starts_at_step_0(run, monkeypatch, capsys):
     rewind(run, run.with_name("killed"), step=2)  # before the first checkpoint
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert "starting at step 0" in capsys.readouterr().err
     assert [row[0] for row in losses(run.with_name("killed"))] == [1, 2, 3, 4, 5, 6]
 
 
-def test_checkpoints_on_a_disk_that_is_away_begin_no_run_anew(run, monkeypatch, capsys):
+def test_resume_dangling_checkpoint_link_raises_user_error(run, monkeypatch, capsys):
     (run / "checkpoints").rename("disk")
     (run / "checkpoints").symlink_to("nowhere")
     before = (run / "metrics.jsonl").read_bytes()
@@ -562,7 +562,7 @@ RESUME_FAULTS = {
 
 
 @pytest.mark.parametrize(("content", "complaint"), RESUME_FAULTS.values(), ids=RESUME_FAULTS)
-def test_a_run_that_cannot_be_resumed_is_one_line(run, content, complaint, monkeypatch, capsys):
+def test_resume_damaged_config_exits_with_one_line(run, content, complaint, monkeypatch, capsys):
     (run / "config.yaml").write_text(content)
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
     assert complaint in capsys.readouterr().err
@@ -591,7 +591,7 @@ def edit(path, old, new):
 
 
 @pytest.mark.parametrize(("damage", "complaint"), FAULTS.values(), ids=FAULTS)
-def test_a_run_that_cannot_be_loaded_is_one_line(run, damage, complaint, monkeypatch, capsys):
+def test_load_run_damaged_files_raise_user_error(run, damage, complaint, monkeypatch, capsys):
     damage(run)
     with pytest.raises(UserError, match=complaint):
         load_run(run)
@@ -600,7 +600,7 @@ def test_a_run_that_cannot_be_loaded_is_one_line(run, damage, complaint, monkeyp
     assert complaint in error and error.count("\n") == 1
 
 
-def test_a_run_goes_on_only_with_its_own_data(workplace, monkeypatch, capsys):
+def test_resume_changed_documents_are_refused_and_moved_ones_accepted(workplace, monkeypatch, capsys):
     (workplace / "a.txt").write_text("".join(f"line {i}\n" for i in range(3000)))
     options = [*SMOKE, "data=files", "data.path=a.txt", "steps=4", "save_every=2", "run_dir=run"]
     assert call("train", options, monkeypatch) == 0
@@ -620,7 +620,7 @@ def test_a_run_goes_on_only_with_its_own_data(workplace, monkeypatch, capsys):
     assert call("train", ["resume=run", "steps=7"], monkeypatch) == 0
 
 
-def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):
+def test_resume_changed_settings_are_refused_and_repeated_ones_accepted(run, monkeypatch, capsys):
     for change in ("~steps", "seed=3", "optim.lr=1", "attention=mha", "batch_tokens=64"):
         assert call("train", ["resume=run", change], monkeypatch) == 2
         assert "cannot change on resume" in capsys.readouterr().err
@@ -631,7 +631,7 @@ def test_only_a_few_settings_may_change_on_resume(run, monkeypatch, capsys):
     assert "elsewhere is not a run" in capsys.readouterr().err
 
 
-def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(run, monkeypatch, capsys):
+def test_resume_lost_checkpoints_is_refused_and_keeps_metrics(run, monkeypatch, capsys):
     rows = (run / "metrics.jsonl").read_text()
     assert len(read_metrics(run / "metrics.jsonl")) > 3
     shutil.rmtree(run / "checkpoints")
@@ -644,7 +644,7 @@ def test_a_run_whose_checkpoints_are_gone_keeps_its_metrics(run, monkeypatch, ca
 
 
 @pytest.mark.parametrize("how", [["resume=run", "steps=9"], ["init_from=run", "data=synthetic"]])
-def test_weights_that_are_not_finite_train_nothing(run, monkeypatch, capsys, how):
+def test_resume_and_init_from_nan_weights_are_refused(run, monkeypatch, capsys, how):
     weights = load_file(last(run) / MODEL)
     weights["embedding.weight"][0, 0] = torch.nan
     save_file(weights, last(run) / MODEL)
@@ -654,7 +654,7 @@ def test_weights_that_are_not_finite_train_nothing(run, monkeypatch, capsys, how
 
 
 @pytest.mark.parametrize("row", [{"val_loss": 2.0}, {"val_loss": 2.0, "val_bpb": None}, {"val_loss": 1e300}])
-def test_a_strange_row_before_the_first_step_does_not_cost_the_last_words(run, monkeypatch, capsys, row):
+def test_resume_odd_row_of_step_0_still_prints_final_lines(run, monkeypatch, capsys, row):
     metrics = run / "metrics.jsonl"
     metrics.write_text(json.dumps({"step": 0, "train_loss": None, **row}) + "\n" + metrics.read_text())
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0

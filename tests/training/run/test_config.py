@@ -1,7 +1,12 @@
 """The border: everything under conf/ passes, nonsense is one line, and a configuration executes nothing."""
 
+import copy
+import functools
 import itertools
+import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +16,7 @@ from common.errors import UserError
 from model.attention.base import AttentionChoice
 from tests.support import ATTENTIONS, NEEDS, ROOT, composed_tree, load_composed
 from training.run.composer import choices
-from training.run.config import Run, dump, load, load_choice, resolve_target
+from training.run.config import MODEL_PARTS, RUN_PARTS, Run, dump, load, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 
@@ -309,6 +314,39 @@ def test_nonsense_is_refused_in_one_line(overrides, complaint):
     if not any(".parts" in override or "pattern" in override or "qk_clip" in override for override in overrides):
         assert ".parts." not in str(caught.value)
     assert not re.search(r"input|valid (integer|number|string|boolean)|should|\bNone\b", str(caught.value))
+
+
+HUGE = (10**30, 10**400, math.inf, -math.inf, math.nan, 1e300, float("1e-400"), 5e-324)
+
+
+def numbers_in(tree: dict, *path: str) -> Iterator[tuple[str, ...]]:
+    """The paths of a tree's settings that hold a number, or nothing."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from numbers_in(value, *path, key)
+        elif value is None or type(value) in (int, float):
+            yield *path, key
+
+
+def setting_of(tree: dict, *path: str) -> Any:
+    return functools.reduce(dict.__getitem__, path, tree)
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in (*MODEL_PARTS, *RUN_PARTS) for choice in choices(group)]
+)
+def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(group, choice):
+    tree = dump(load_composed(f"{group}={choice}", *NEEDS.get((group, choice), ())))
+    for path, value in itertools.product(numbers_in(tree), HUGE):
+        spoilt = copy.deepcopy(tree)
+        setting_of(spoilt, *path[:-1])[path[-1]] = value
+        try:
+            run = load(spoilt)
+        except UserError as error:
+            assert "\n" not in str(error)
+        else:
+            assert type(setting_of(dump(run), *path)) is float, path  # a huge integer is accepted nowhere
+            assert math.isfinite(run.lr(0) + run.lr(run.steps // 2) + run.lr(run.steps - 1)), path
 
 
 def test_unknown_choices_and_keys_are_refused_while_composing():

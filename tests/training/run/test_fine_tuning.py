@@ -41,7 +41,7 @@ def base(trained, workplace):
 def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkeypatch, capsys):
     assert call("train", [*TUNED, "optim.lr=1e-30", "optim.muon_lr=1e-30", "run_dir=still"], monkeypatch) == 0
     out, err = capsys.readouterr()
-    assert "beginning with the weights of base/checkpoints/step_00000030" in err
+    assert "loaded the weights of base/checkpoints/step_00000030" in err
     first, *_, last = losses(workplace / "still")
     assert first[0] == 0 and first[4] == pytest.approx(last[4], rel=1e-3)  # it was scored before the first step
     assert f"\nbefore step 1: validation {first[4]:.4f} nats per token" in err
@@ -66,20 +66,23 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
     )
     assert "best         step 20, 1.0000 nats per token (the first 1 of them): " in out
     assert f"{command('sample.py', '--checkpoint', 'best', '--run', 'a run')}\n" in out
-    assert [path.name for path in checkpoint.saved(workplace / "a run")] == ["step_00000020", "step_00000030"]
+    assert [path.name for path in checkpoint.checkpoint_paths(workplace / "a run")] == [
+        "step_00000020",
+        "step_00000030",
+    ]
     assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
 
 
 def test_repetitions_of_a_short_text_name_the_steps_that_are_enough():
-    def said(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
+    def reported(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
         return list(repetition_warnings(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
 
-    assert said("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
-    (line,) = said("steps=25_000")
+    assert reported("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
+    (line,) = reported("steps=25_000")
     assert "is read 256 times" in line and "give steps=390, which makes 4 epochs, or more text" in line
-    (line,) = said("steps=25_000", done=390)
+    (line,) = reported("steps=25_000", done=390)
     assert line.endswith("gets worse: give more text")
-    batch, often = said("steps=4", "batch_tokens=131072")
+    batch, often = reported("steps=4", "batch_tokens=131072")
     assert "batch_tokens=131072 is more than the 99840 tokens of the training text" in batch
     assert "is read 5.25 times" in often and "steps=3," in often
 

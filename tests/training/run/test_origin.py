@@ -1,4 +1,4 @@
-"""What a stored configuration reaches out of its folder for was chosen by this user, or is repeated."""
+"""Signed configurations: stored settings that reach out of the run's folder need a signature, or to be repeated."""
 
 import shutil
 

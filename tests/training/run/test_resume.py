@@ -1,4 +1,4 @@
-"""A run that was stopped, by whatever, and resumed is the run that was not: bit for bit, each step once."""
+"""Resuming: a run that was stopped in any way and resumed equals the run that was not, bit for bit."""
 
 import functools
 import itertools
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import training.step
+from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
-from tests.killing import STEPS, UNDER_FIRE, start, train_under_fire
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training.run import checkpoint
@@ -53,7 +53,7 @@ def compiled_by(monkeypatch):
 
 
 @pytest.mark.parametrize(("attention", "precision", "backend"), runs())
-def test_stopped_and_resumed_is_the_same_run(
+def test_resume_after_any_attention_and_precision_is_the_same_run(
     workplace, monkeypatch, capsys, compiled_by, attention, precision, backend
 ):
     options = [*BUSY, f"attention={attention}", f"precision={precision}", compiled_by(backend)]
@@ -79,7 +79,7 @@ def test_stopped_and_resumed_is_the_same_run(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
-def test_so_is_one_that_drops_attention_weights(workplace, monkeypatch, capsys, compiled_by, choice, backend):
+def test_resume_with_attention_dropout_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, choice, backend):
     assert call("train", [*BUSY, *choice, compiled_by(backend), "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -87,7 +87,7 @@ def test_so_is_one_that_drops_attention_weights(workplace, monkeypatch, capsys, 
     assert "running eagerly" not in capsys.readouterr().err
 
 
-def test_a_mix_with_masked_documents_resumes_too(workplace, monkeypatch):
+def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
     parts = "data.parts={a: {quota: 1, data: synthetic, size: 12}, b: {quota: 2, data: synthetic, size: 30, seed: 1}}"
     options = [option for option in BUSY if not option.startswith("data.")] + ["data=mix", parts]
     assert call("train", [*options, "data.document_mask=true", "run_dir=whole"], monkeypatch) == 0
@@ -97,7 +97,7 @@ def test_a_mix_with_masked_documents_resumes_too(workplace, monkeypatch):
 
 
 @pytest.mark.parametrize("backend", [None, "inductor"])
-def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys, compiled_by, backend):
+def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, backend):
     options = [*BUSY, "attention=gqa", "data.document_mask=true", compiled_by(backend), "model.n_layers=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
@@ -106,7 +106,7 @@ def test_a_run_with_masked_documents_resumes_too(workplace, monkeypatch, capsys,
     assert "running eagerly" not in capsys.readouterr().err
 
 
-def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_the_step(workplace, monkeypatch):
+def test_resume_with_unseeded_dropout_is_another_run(workplace, monkeypatch):
     monkeypatch.setattr("torch.manual_seed", lambda seed: None)
     assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
@@ -114,7 +114,7 @@ def test_the_matrix_above_would_notice_a_dropout_mask_that_is_not_a_function_of_
     assert losses(workplace / "whole") != losses(workplace / "killed")
 
 
-def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
+def test_resume_float16_restores_the_loss_scale(workplace, monkeypatch):
     """It starts so high that the first steps overflow: they are skipped, as they are after the resumption."""
     monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
@@ -139,7 +139,7 @@ def test_the_loss_scale_of_float16_is_kept(workplace, monkeypatch):
 
 
 @pytest.mark.parametrize(("kills", "steps"), [(4, 200), pytest.param(20, STEPS, marks=pytest.mark.slow)])
-def test_killed_for_real_at_any_moment_it_is_the_same_run(workplace, monkeypatch, kills, steps):
+def test_resume_after_sigkill_at_random_moments_is_the_same_run(workplace, monkeypatch, kills, steps):
     options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     draw, met = random.Random(0), []
@@ -161,7 +161,7 @@ SIGNALS = {  # sent to a real process; the first two are raised within one, belo
 
 
 @pytest.mark.parametrize(("sent", "code"), SIGNALS.values(), ids=SIGNALS)
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypatch, sent, code):
+def test_signal_during_training_saves_and_prints_how_to_continue(workplace, monkeypatch, sent, code):
     options = [*SMOKE, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
     options += ["schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0"]
     process = start([*options, "steps=2000", "run_dir=run"], workplace)
@@ -179,7 +179,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(workplace, monkeypat
     assert_same_run(workplace / "whole", workplace / "run", step=done + 8)
 
 
-def test_a_signal_is_heard_when_nobody_reads_any_more(workplace):
+def test_signal_with_closed_output_saves_the_run(workplace):
     """As Ctrl-C ends `python train.py 2>&1 | tee log`: tee is gone before the run says that it saves."""
     process = start([*SMOKE, "steps=2000", "save_every=1000", "eval_every=50", "run_dir=run"], workplace)
     await_steps(process, workplace / "run", 20)
@@ -190,7 +190,7 @@ def test_a_signal_is_heard_when_nobody_reads_any_more(workplace):
     assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step >= 20
 
 
-def test_a_run_nobody_listens_to_goes_on(workplace):
+def test_train_with_closed_output_runs_to_the_end(workplace):
     process = start([*SMOKE, "steps=60", "eval_every=1", "eval_tokens=512", "run_dir=run"], workplace)
     await_steps(process, workplace / "run", 1)
     process.stderr.close()
@@ -221,7 +221,7 @@ def signals_at(monkeypatch):
 
 
 # Each step has 4 micro-batches, each evaluation 16 batches, and the one at the end 38: where the signal comes, the
-# checkpoints then, and the last words.
+# checkpoints then, and the last line.
 STOPS = {
     "in the first step": (
         "mean_loss",
@@ -241,16 +241,16 @@ STOPS = {
 }
 
 
-def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, monkeypatch, capsys, signals_at):
+def test_signal_within_step_or_evaluation_stops_and_resumes_to_the_same_run(workplace, monkeypatch, capsys, signals_at):
     options = changed(BUSY, "data.size=200")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
-    for i, (function, n, saved, said) in enumerate(STOPS.values()):
+    for i, (function, n, saved, reported) in enumerate(STOPS.values()):
         sent, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[i % 2]
         undo, run = signals_at(function, n, sent=sent), workplace / f"run{i}"
         assert call("train", [*options, f"run_dir=run{i}"], monkeypatch) == code
         undo()
-        assert f"{sent.name}: stopped {said}" in capsys.readouterr().err.splitlines()[-1]
-        assert [checkpoint.step_of(path) for path in checkpoint.saved(run)] == saved
+        assert f"{sent.name}: stopped {reported}" in capsys.readouterr().err.splitlines()[-1]
+        assert [checkpoint.step_of(path) for path in checkpoint.checkpoint_paths(run)] == saved
         assert len(read_metrics(run / "metrics.jsonl")) == max(saved, default=0)
         assert call("train", [f"resume=run{i}"], monkeypatch) == 0
         assert_same_run(workplace / "whole", run, step=12)
@@ -262,7 +262,7 @@ def test_a_signal_is_obeyed_between_two_batches_and_nothing_is_lost(workplace, m
 
 
 @pytest.mark.parametrize("killed_in", ["training.monitor.monitor.Monitor.complete", "training.run.checkpoint.score"])
-def test_a_kill_while_a_run_makes_up_for_an_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
+def test_kill_during_delayed_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
     options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
     undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"
     assert call("train", [*options, "run_dir=run"], monkeypatch) == 130
@@ -283,7 +283,7 @@ def interrupted(*_):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_at_once_and_harms_nothing(workplace, monkeypatch, capsys, signals_at, sent):
+def test_second_signal_ends_at_once_and_keeps_the_checkpoint(workplace, monkeypatch, capsys, signals_at, sent):
     signals_at("mean_loss", 4 * 7 + 2, times=2, sent=sent)
     assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 130
     err = capsys.readouterr().err
@@ -300,7 +300,7 @@ def await_steps(process, run, count: int) -> int:
     raise AssertionError(process.communicate())
 
 
-def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, monkeypatch, capsys):
+def test_resume_wsd_with_more_steps_before_cooldown_is_the_longer_run(workplace, monkeypatch, capsys):
     options = [*BUSY, "schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0.25"]
     assert call("train", changed(options, "steps=20", "run_dir=long"), monkeypatch) == 0
     capsys.readouterr()
@@ -317,7 +317,7 @@ def test_a_wsd_run_made_longer_before_its_cooldown_is_the_longer_run(workplace, 
     assert call("train", ["resume=early", "steps=40"], monkeypatch) == 2
 
 
-def test_a_complete_wsd_run_says_whether_it_can_become_longer(workplace, monkeypatch, capsys):
+def test_complete_wsd_run_prints_whether_it_can_become_longer(workplace, monkeypatch, capsys):
     options = [*SMOKE, "schedule=wsd", "schedule.warmup_steps=1", "steps=8", "save_every=100"]
     assert call("train", [*options, "run_dir=cooled"], monkeypatch) == 0
     out = capsys.readouterr().out
@@ -329,7 +329,7 @@ def test_a_complete_wsd_run_says_whether_it_can_become_longer(workplace, monkeyp
     assert call("train", ["resume=warm", "steps=16"], monkeypatch) == 0
 
 
-def test_a_run_folder_may_move(workplace, monkeypatch):
+def test_resume_moved_folder_is_the_same_run(workplace, monkeypatch):
     assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     (workplace / "elsewhere").mkdir()
@@ -339,7 +339,7 @@ def test_a_run_folder_may_move(workplace, monkeypatch):
     assert_same_run(workplace / "whole", workplace / "elsewhere/moved", step=12)
 
 
-def test_another_number_of_threads_is_said(workplace, monkeypatch, capsys):
+def test_resume_with_other_thread_count_warns(workplace, monkeypatch, capsys):
     assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 0
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     assert call("train", ["resume=run", "steps=13"], monkeypatch) == 0

@@ -1,4 +1,4 @@
-"""What a run tells of its speed and memory, and that telling it changes nothing."""
+"""Monitor: metrics rows, opening lines, FLOPs and MFU, the profile, out-of-memory advice. None changes the run."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from training.monitor.mfu import flops_of, peak_flops, peak_of
 from training.run.metrics_file import read_metrics
 
 
-def test_every_row_has_speed_and_memory(workplace, monkeypatch, capsys):
+def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "peak_flops=1e12", "run_dir=run"], monkeypatch) == 0
     out, err = capsys.readouterr()
     run = load_composed(*SMOKE)
@@ -34,7 +34,7 @@ def test_every_row_has_speed_and_memory(workplace, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("choice", "said"),
+    ("choice", "reported"),
     [
         (["attention=mha"], "MHA, 4 heads with a key and a value each: qk_bias=True dropout=0.0 n_kv_heads=4"),
         (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
@@ -52,13 +52,13 @@ def test_every_row_has_speed_and_memory(workplace, monkeypatch, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_opening_lines_say_how_heads_share_keys_and_values(workplace, monkeypatch, capsys, choice, said):
+def test_opening_lines_name_the_attention_and_its_kv_heads(workplace, monkeypatch, capsys, choice, reported):
     assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
     err = capsys.readouterr().err
-    assert f"attention    {said}" in err and "in a vocabulary of 257," in err
+    assert f"attention    {reported}" in err and "in a vocabulary of 257," in err
 
 
-def test_flops_with_a_document_mask_count_pairs_within_documents(workplace, monkeypatch):
+def test_flops_document_mask_counts_pairs_within_documents(workplace, monkeypatch):
     assert call("train", [*SMOKE, "data.document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
     run = load_composed(*SMOKE)
     counted = flops_of(run.model, prepare(run.data, run.tokenizer, workplace / "cache"), document_mask=True)
@@ -68,14 +68,14 @@ def test_flops_with_a_document_mask_count_pairs_within_documents(workplace, monk
         assert row["flops_per_second"] == pytest.approx(row["tokens_per_second"] * counted.training())
 
 
-def test_mfu_without_a_known_peak_is_null_and_not_shown(workplace, monkeypatch, capsys):
+def test_mfu_unknown_peak_is_null_and_not_shown(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "steps=3", "run_dir=run"], monkeypatch) == 0
     assert {row["mfu"] for row in read_metrics(workplace / "run/metrics.jsonl")} == {None}
     out, err = capsys.readouterr()
     assert "tokens/s  ETA" in err and "MFU" not in out + err
 
 
-def test_peak_flops_are_of_one_gpu_in_one_precision_or_none(monkeypatch):
+def test_peak_flops_known_gpu_and_precision_or_none(monkeypatch):
     assert peak_of("NVIDIA H100 80GB HBM3", "bf16") == 989.4e12
     assert peak_of("NVIDIA H100 PCIe", "fp32") == 51.2e12
     assert peak_of("NVIDIA A100-SXM4-80GB", "fp16") == 312e12
@@ -89,7 +89,7 @@ def test_peak_flops_are_of_one_gpu_in_one_precision_or_none(monkeypatch):
     assert peak_flops(torch.device("cuda"), "bf16", 1.0) == 1.0
 
 
-def test_profile_records_the_steps_it_says_and_changes_no_bit(workplace, monkeypatch, capsys):
+def test_profile_records_its_steps_and_changes_no_bit(workplace, monkeypatch, capsys):
     options = [*SMOKE, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4"]
     assert call("train", [*options, "profile_steps=2", "run_dir=whole"], monkeypatch) == 0
     assert "profile of steps 4 to 5 in whole/trace_steps_4-5.json: open it at" in capsys.readouterr().err
@@ -99,12 +99,12 @@ def test_profile_records_the_steps_it_says_and_changes_no_bit(workplace, monkeyp
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed", "profile_steps=30", "peak_flops=1e12"], monkeypatch) == 0
     assert (workplace / "killed/trace_steps_9-12.json").is_file()
-    said = "profile_steps=30: this process has 7 steps, the first 3 of which are not recorded, so the trace will show 4"
-    assert said in capsys.readouterr().err
+    line = "profile_steps=30: this process has 7 steps, the first 3 of which are not recorded, so the trace will show 4"
+    assert line in capsys.readouterr().err
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
-def test_resume_of_a_run_older_than_these_settings_works(workplace, monkeypatch):
+def test_resume_config_without_monitoring_settings_works(workplace, monkeypatch):
     assert call("train", [*SMOKE, "steps=5", "run_dir=run"], monkeypatch) == 0
     tree = yaml.safe_load((workplace / "run/config.yaml").read_text())
     older = {key: value for key, value in tree.items() if key not in ("peak_flops", "profile_steps", "dry_run")}
@@ -112,7 +112,7 @@ def test_resume_of_a_run_older_than_these_settings_works(workplace, monkeypatch)
     assert call("train", ["resume=run", "steps=7"], monkeypatch) == 0
 
 
-def test_profiler_that_fails_is_a_warning(workplace, monkeypatch, capsys):
+def test_profile_failure_is_a_warning(workplace, monkeypatch, capsys):
     def broken(**_):
         raise RuntimeError("no profiler\nhere")
 
@@ -132,7 +132,7 @@ OF_THE_SYSTEM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. Defa
     ("sequences", "micro_batch", "advice"),
     [(16, 16, "try micro_batch_size=8,"), (15, 15, "try micro_batch_size=5,"), (15, 1, "take a smaller model or a sh")],
 )
-def test_out_of_memory_names_the_micro_batch_size_to_try(
+def test_out_of_memory_names_a_smaller_micro_batch_size(
     workplace, monkeypatch, capsys, error, sequences, micro_batch, advice
 ):
     def full(*_, **__):
