@@ -82,17 +82,21 @@ def load_composed(*overrides: str) -> Run:
 
 
 def configured(cls: type, **given: Any) -> Any:
-    """Construct a settings class; what is not given is as in the first choice of conf/ that names the class."""
-    settings = {key: value for key, value in _defaults(cls).items() if value != "???"}
-    return cls(**settings | given)
+    """Construct a settings class; what is not given is as in the choice of conf/ that has its name, or its base's."""
+    return cls(**_defaults(cls) | given)
 
 
 @functools.cache
 def _defaults(cls: type) -> dict[str, Any]:
-    target = f"{cls.__module__}.{cls.__name__}"
-    offers = (choice(group, name) for group in MODEL_PARTS | RUN_PARTS for name in choices(group))
-    found = next(offer for offer in offers if offer["_target_"] == target)
-    return {key: value for key, value in found.items() if key != "_target_"}
+    offers = [(name, choice(group, name)) for group in MODEL_PARTS | RUN_PARTS for name in choices(group)]
+    for base in cls.__mro__:
+        target = f"{base.__module__}.{base.__name__}"
+        found = {name: offer for name, offer in offers if offer["_target_"] == target}
+        if found:
+            named = [name for name in found if base.__name__.lower().startswith(name)]
+            offer = found[named[0] if named else next(iter(found))]
+            return {key: value for key, value in offer.items() if key != "_target_" and value != "???"}
+    raise ValueError(f"{cls} is in no choice of conf/")
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:

@@ -1,7 +1,7 @@
 """Makes the runs of this folder: tiny ones, stopped midway, with what they go on to compute.
 
-python -m tests.compatibility.make format_4              # in the format that is written now, those not there yet
-python -m tests.compatibility.make format_4 alibi bpe    # these alone, where only they differ from the format before
+python -m tests.compatibility.make format_5              # in the format that is written now, those not there yet
+python -m tests.compatibility.make format_5 alibi bpe    # these alone, where only they differ from the format before
 
 A run of each format that was ever written stays here unchanged: later versions must resume and sample it. So this
 script adds runs and never writes one again.

@@ -48,7 +48,7 @@ def whole(workplace, monkeypatch):
 
 @pytest.mark.parametrize(
     ("largest_file", "complaint"),
-    [(500, "cannot be written"), (1800, "metrics.jsonl cannot be written"), (300_000, "checkpoint")],
+    [(500, "cannot be written"), (2300, "metrics.jsonl cannot be written"), (300_000, "checkpoint")],
     ids=["config", "metrics", "weights"],
 )
 def test_full_disk_while_training_costs_nothing_that_was_saved(whole, workplace, monkeypatch, largest_file, complaint):

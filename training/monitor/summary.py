@@ -3,19 +3,21 @@ from settings and numbers to text; nothing is printed or measured here."""
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from common.console import counted
 from common.invocation import command
 from data.shards.prepare import Prepared
+from model.attention.base import AttentionChoice
+from model.attention.stack import StackConfig
 from model.score import Score
 from training.epochs import epochs, repetition_warnings
+from training.run.composer import choice, choices
 from training.run.config import Run
 from training.run.folder import resume_command
 from training.run.metrics_file import MetricRow
-from training.run.origin import flatten_config
 
 
 class Measured(NamedTuple):
@@ -46,9 +48,20 @@ def opening_lines(
 
 def _attention(run: Run) -> str:
     attention = run.model.attention
-    changed = flatten_config(attention.model_dump(exclude_defaults=True))
-    settings = " ".join(f"{key}={value}" for key, value in changed.items())
+    parts = attention.parts if isinstance(attention, StackConfig) else {}
+    changed = {f"parts.{name}.{key}": value for name, part in parts.items() for key, value in _changed(part)}
+    settings = " ".join(f"{key}={value}" for key, value in (changed or dict(_changed(attention))).items())
     return f"{attention.describe(run.model.n_heads)}: {settings}"
+
+
+def _changed(attention: AttentionChoice) -> Iterator[tuple[str, Any]]:
+    """The settings that no choice of conf/attention has so, among them derived ones, without those that are off."""
+    target = f"{type(attention).__module__}.{type(attention).__name__}"
+    offers = [choice("attention", name) for name in choices("attention")]
+    usual = [offer for offer in offers if offer["_target_"] == target]
+    for key, value in attention.model_dump().items():
+        if value and all(value != offer[key] for offer in usual):
+            yield key, value
 
 
 def _data(run: Run, corpus: Prepared, bytes_per_token: float) -> str:

@@ -61,7 +61,7 @@ PARTS_2 = {  # by class
     "data.hub.HubCorpus": {"document_mask": False, "held_out_by": "index"},
     "data.mix.MixCorpus": {"document_mask": False},
 }
-ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # whose ALiBi was geometric
+ATTENTIONS_2 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")  # their ALiBi was geometric
 
 RUN_3 = {"threads": None}
 RUN_RENAMED_4 = {"most_skipped": "max_skipped_updates", "checkpoint_activations": "activation_checkpointing"}
@@ -133,8 +133,8 @@ def _to_3(part: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(target, str):
         return part
     old = PARTS_2.get(target, {}) | part
-    if old.get("position") == "alibi" and target in ATTENTIONS_2:
-        old = {"alibi_slopes": "geometric"} | old
+    if target in ATTENTIONS_2:
+        old = {"alibi_slopes": "geometric" if old.get("position") == "alibi" else "published"} | old
     return old
 
 

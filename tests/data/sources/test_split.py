@@ -73,7 +73,7 @@ def older(**settings) -> FilesCorpus | HubCorpus:
     stored = migrate({"data": {"_target_": kind, "document_mask": False} | settings}, 2)["data"]
     cls = HubCorpus if hub else FilesCorpus
     assert stored.pop("_target_") == f"{cls.__module__}.{cls.__name__}"
-    return cls(**stored)
+    return configured(cls, **stored)
 
 
 def test_split_settings_of_older_runs_give_same_documents(folder):

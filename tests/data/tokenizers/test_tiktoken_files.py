@@ -46,12 +46,12 @@ def test_published_vocabularies_match_tiktoken_definitions(monkeypatch):
     loaded = []
     monkeypatch.setattr(theirs, "load_tiktoken_bpe", lambda url, expected_hash: loaded.append((url, expected_hash)))
     for config, name in zip(CONFIGS, ("r50k_base", "cl100k_base", "o200k_base"), strict=True):
-        published = config().published
+        published = configured(config).published
         found = theirs.ENCODING_CONSTRUCTORS[name]()
         assert found["pat_str"] == published.pattern
         assert loaded[-1] == (published.url, published.sha256)
         gap = 0 if name == "r50k_base" else 1  # the number that their end of text leaves free
-        assert config().max_vocab_size == found["special_tokens"][END_OF_TEXT] + 1 - gap
+        assert configured(config).max_vocab_size == found["special_tokens"][END_OF_TEXT] + 1 - gap
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -61,7 +61,7 @@ def test_published_tokens_match_tiktoken_and_hugging_face(config, folder, tmp_pa
         def published(self) -> Published:
             return super().published._replace(name="small", sha256=None)
 
-    tokenizer = Ours(folder=folder).train([])
+    tokenizer = configured(Ours, folder=folder).train([])
     ranks = {token: rank for rank, token in enumerate(VOCABULARY)}
     whole = tiktoken.Encoding("whole", pat_str=tokenizer.pattern, mergeable_ranks=ranks, special_tokens={})
     texts = ["\n".join(TEXTS * 20), "x = (1,\n\n   ' They''re 12 345 ünï' )  \r\n" * 1000 + "\n  "]
@@ -75,20 +75,20 @@ def test_published_tokens_match_tiktoken_and_hugging_face(config, folder, tmp_pa
 
 def test_cache_key_published_settings_of_older_runs_is_unchanged():
     for config in CONFIGS:
-        identity = {"sha256": config().published.sha256}  # as recorded before there was a cut
-        assert config(cut="words").cache_key() == identity
-        assert config().cache_key() == identity | {"cut": "exact"}
+        identity = {"sha256": configured(config).published.sha256}  # as recorded before there was a cut
+        assert configured(config, cut="words").cache_key() == identity
+        assert configured(config).cache_key() == identity | {"cut": "exact"}
 
 
 def test_published_end_of_text_is_last_and_never_encoded(folder):
-    tokenizer = Small(folder=folder).train([])
+    tokenizer = configured(Small, folder=folder).train([])
     assert tokenizer.vocab_size == len(VOCABULARY) + 1 and tokenizer.end_of_text == len(VOCABULARY)
     assert tokenizer.end_of_text not in tokenizer.encode(f"a {END_OF_TEXT} b")
     assert tokenizer.decode(tokenizer.encode(END_OF_TEXT)) == END_OF_TEXT
 
 
 def test_published_saved_tokenizer_needs_no_vocabulary_file(folder, tmp_path):
-    tokenizer = Small(folder=folder).train([])
+    tokenizer = configured(Small, folder=folder).train([])
     tokenizer.save(tmp_path / "tokenizer.json")
     os.remove(f"{folder}/small.tiktoken")
     again, text = load_tokenizer(tmp_path / "tokenizer.json"), "the query sees " * 4000
@@ -98,8 +98,8 @@ def test_published_saved_tokenizer_needs_no_vocabulary_file(folder, tmp_path):
 
 def test_prepare_again_needs_no_vocabulary_file(folder, tmp_path):
     corpus = configured(SyntheticCorpus, size=20)
-    first = prepare(corpus, Small(folder=folder), tmp_path / "cache")
-    again = prepare(corpus, Small(folder="elsewhere"), tmp_path / "cache")
+    first = prepare(corpus, configured(Small, folder=folder), tmp_path / "cache")
+    again = prepare(corpus, configured(Small, folder="elsewhere"), tmp_path / "cache")
     assert again.folder == first.folder and again.folder.name.startswith("synthetic-small-")
 
 
@@ -138,7 +138,7 @@ def test_published_wrong_file_raises_error_with_name(folder, content, complaint)
         def published(self) -> Published:
             return super().published._replace(sha256=None)
 
-    config = (Small if "is not the vocabulary" in complaint else Unchecked)(folder=folder)
+    config = configured(Small if "is not the vocabulary" in complaint else Unchecked, folder=folder)
     with pytest.raises(UserError, match=complaint) as caught:
         config.train([])
     assert "small.tiktoken" in str(caught.value)
@@ -153,5 +153,5 @@ def test_published_large_vocabulary_uses_uint32():
         def _content(self) -> bytes:
             return lines
 
-    tokenizer = Large().train([])
+    tokenizer = configured(Large).train([])
     assert tokenizer.dtype == np.uint32 and tokenizer.encode("aaaa").dtype == np.uint32

@@ -122,7 +122,7 @@ def test_muon_with_whole_matrices_equals_that_of_pytorch(attention, rounded, tol
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     model, twin = (small_model(f"attention={attention}", "model.n_layers=2") for _ in range(2))
     settings = PLAIN | {"weight_decay": 0.5, "momentum": 0.9, "per_head": False}
-    optimizer, names = MuonConfig(**settings).build(model), model.param_layout().keys()
+    optimizer, names = configured(MuonConfig, **settings).build(model), model.param_layout().keys()
     mine, its = dict(model.named_parameters()), dict(twin.named_parameters())
     reference = torch.optim.Muon([its[name] for name in names], lr=0.02, weight_decay=0.5, momentum=0.9)
     start = {name: p.detach().clone() for name, p in mine.items()}
