@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from common.errors import UserError
 from common.invocation import CONF, command, quoted
-from common.suggestions import known_settings, no_such_setting
+from common.suggestions import known_settings, mask_settings, no_such_setting
 
 PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
 TEXTS = (
@@ -25,7 +25,7 @@ WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is on
 FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
 BRACKETS = r"""["'()\[\]{}]"""  # and quotes, within which a comma does not part values
 NO_TEXTS = ("null", "true", "false", "nan", "inf")
-# Settings that Hydra is told to add: of a part, which a choice of its own names, it does not know the others.
+# Of a part, which a choice of its own names, Hydra does not know the settings that it does not change.
 OF_PARTS = r"(attention|data)\.parts\."
 # The flags of Hydra's that a word follows.
 VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
@@ -127,7 +127,8 @@ def _override(word: str, sweep: bool) -> str:
     if name in PATHS and value.startswith("~"):
         value = os.path.expanduser(value)
     value = _value(key, value, sweep)
-    return f"++{name}={value}" if re.match(OF_PARTS, name) else f"{key}={value}"
+    is_added = re.match(OF_PARTS, name) or name in mask_settings()
+    return f"++{name}={value}" if is_added else f"{key}={value}"
 
 
 def _check_encoding(word: str) -> None:

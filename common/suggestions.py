@@ -1,6 +1,7 @@
 """Suggestions for misspelt settings ("did you mean"). Imports nothing heavy."""
 
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,12 @@ def renamed(key: str) -> str:
     return f"{key} is called {RENAMED[key]} now: write {RENAMED[key]}="
 
 
+@functools.cache
+def mask_settings() -> tuple[str, ...]:
+    """The settings of an attention that only mask=study shows, as attention.name; they can be set without it."""
+    return tuple(f"attention.{name}" for name in _keys_of_file(CONF / "mask" / "study.yaml"))
+
+
 def known_settings() -> Known:
     """Compose the choices on the command line (of a sweep, the first ones) without the settings."""
     from hydra.errors import HydraException
@@ -84,7 +91,10 @@ def _composed(choices: list[str]) -> Known:
         tree = OmegaConf.to_container(compose("train", choices, return_hydra_config=True))
     chosen = tree.pop("hydra")["runtime"]["choices"]
     groups = {group: chosen[group] for group in reversed(chosen) if group.isidentifier()}  # none of Hydra's own
-    return Known(groups, list(_keys(tree)))
+    settings = dict.fromkeys(_keys(tree))
+    if groups["attention"] != "stack":  # whose parts have masks, not the whole
+        settings |= dict.fromkeys(mask_settings())
+    return Known(groups, list(settings))
 
 
 def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -12,6 +12,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from common.errors import Unsupported, UserError
+from model.attention.base import AttentionConfig
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
 from training.run.composer import choice, choices, compose_tree, merged
@@ -95,7 +96,8 @@ def _defaults(cls: type) -> dict[str, Any]:
         if found:
             named = [name for name in found if base.__name__.lower().startswith(name)]
             offer = found[named[0] if named else next(iter(found))]
-            return {key: value for key, value in offer.items() if key != "_target_" and value != "???"}
+            masks = choice("mask", "study") if issubclass(cls, AttentionConfig) else {}
+            return masks | {key: value for key, value in offer.items() if key != "_target_" and value != "???"}
     raise ValueError(f"{cls} is in no choice of conf/")
 
 

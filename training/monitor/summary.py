@@ -57,7 +57,7 @@ def _attention(run: Run) -> str:
 def _changed(attention: AttentionChoice) -> Iterator[tuple[str, Any]]:
     """The settings that no choice of conf/attention has so, among them derived ones, without those that are off."""
     target = f"{type(attention).__module__}.{type(attention).__name__}"
-    offers = [choice("attention", name) for name in choices("attention")]
+    offers = [choice("mask", "study") | choice("attention", name) for name in choices("attention")]
     usual = [offer for offer in offers if offer["_target_"] == target]
     for key, value in attention.model_dump().items():
         if value and all(value != offer[key] for offer in usual):

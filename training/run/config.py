@@ -244,6 +244,8 @@ def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
         section["parts"] = {name: _mixed(f"{key}.parts.{name}", name, part) for name, part in section["parts"].items()}
     if cls is StackConfig:
         section |= _of_stack(key, section)
+    if issubclass(cls, AttentionConfig):
+        section = choice("mask", "study") | section  # off, where they are not in view
     return _build(cls, key, section, {})
 
 
@@ -270,11 +272,21 @@ def _of_stack(key: str, section: Mapping[str, Any]) -> dict[str, Any]:
     """The pattern and the parts of a stack. Its position is of all parts that do not say otherwise."""
     if not isinstance(section.get("pattern"), list):
         raise UserError(f"{key}.pattern={section.get('pattern')}: give a list of parts, as [local, local, global]")
+    _check_no_mask(key, section)
     found: dict[str, Any] = {"pattern": tuple(section["pattern"])}  # YAML has no tuples
     if isinstance(section.get("parts"), Mapping):
         common = {"position": section["position"]} if "position" in section else {}
         found["parts"] = {name: _stacked(key, name, section["parts"], common) for name in section["parts"]}
     return found
+
+
+def _check_no_mask(key: str, section: Mapping[str, Any]) -> None:
+    switches = choice("mask", "study")
+    given = [name for name in switches if name in section]
+    if given:
+        first = "mask=study" if len(given) == len(switches) else f"{key}.{given[0]}={_spelled(section[given[0]])}"
+        own = f"{key}.parts.{next(iter(section.get('parts') or ['local']))}.{given[0]}="
+        raise UserError(f"{first} does not go with a stack, whose parts have their own masks: set it there, as {own}")
 
 
 def _stacked(key: str, name: str, parts: Mapping[str, Any], common: Mapping[str, Any]) -> AttentionConfig:

@@ -89,8 +89,10 @@ def _group(group: str) -> str:
         for key, one in settings.items():
             meanings.setdefault(key, {})[one.meaning] = None
     keys = [(key, meaning) for key, found in meanings.items() for meaning in found]
+    package = "attention" if group == "mask" else group
     rows = [
-        f"| `{group}.{key}` | {_defaults_cell(key, meaning, of_choices)} | {_cell(meaning)} |" for key, meaning in keys
+        f"| `{package}.{key}` | {_defaults_cell(key, meaning, of_choices)} | {_cell(meaning)} |"
+        for key, meaning in keys
     ]
     table = ["", "| setting | default | meaning |", "|---|---|---|", *rows] if rows else []
     return "\n".join(["", f"## {group}", "", *lines, *table])

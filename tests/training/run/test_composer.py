@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 import train
 from common.errors import UserError
 from tests.support import NEEDS, ROOT
-from training.run.composer import choice, choices, compose_tree
+from training.run.composer import choice, choices, compose_tree, merged
 from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose, dump
 from training.run.migrate import migrate
 
@@ -124,7 +124,8 @@ def test_what_hydra_composes_is_what_is_built(attention):
         set_there = {key: value for key, value in tree["attention"].items() if value not in (None, "all")}
         set_there.pop("parts", None)
         assert {key: run["attention"][key] for key in set_there} == set_there
-        assert tree["attention"].keys() == run["attention"].keys()
+        switches = choice("mask", "study").keys() if attention != "stack" else set()
+        assert tree["attention"].keys() | switches == run["attention"].keys()
 
 
 def covering() -> Iterator[dict[str, str]]:
@@ -151,8 +152,12 @@ def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
         except UserError as error:
             assert str(error).split()[0] in typed
             refused.add(str(error))
-            compose(*typed, *needs, "compile=false")  # the way out, and the other choices go together
-    assert refused == {"kernel=flex compiles itself: choose compile=false, or kernel=auto"}
+            ways_out = "compile=false", *["mask=causal"] * (row["attention"] == "stack")  # the others go together
+            compose(*merged(*typed, *ways_out), *needs)
+    assert refused == {
+        "kernel=flex compiles itself: choose compile=false, or kernel=auto",
+        "mask=study: each part of a stack has a mask of its own: set it there, as attention.parts.local.dilation=",
+    }
 
 
 def test_gpu_benchmark_measures_what_train_py_trains():
@@ -179,3 +184,13 @@ def test_run_older_than_the_models_attention_settings_is_still_the_model_it_name
         older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
         found = Run.from_tree(migrate(stored | {"model": older}, 4))
         assert dump(found) == stored
+
+
+def test_switch_of_the_mask_is_set_with_mask_study_and_without():
+    with_it = compose("attention=gqa", "mask=study", "attention.dilation=2")
+    assert with_it == compose("attention=gqa", "attention.dilation=2") != compose("attention=gqa")
+    assert "dilation" not in compose_tree("attention=gqa")["attention"]
+    with pytest.raises(
+        UserError, match=r"^attention\.dilation=2: each part of a stack .* attention\.parts\.local\.dila"
+    ):
+        compose("attention=stack", "attention.dilation=2")

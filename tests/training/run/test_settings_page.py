@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from common.suggestions import CONF
+from model.attention.base import AttentionConfig
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
 from tests.support import NEEDS, ROOT, composed_tree
@@ -13,6 +14,9 @@ from training.run.settings_page import heading_of, page, settings_of
 
 PARTS = MODEL_PARTS | RUN_PARTS
 CHOICES = [(group, name) for group in (*PARTS, "model") for name in choices(group)]
+
+
+MASK = settings_of(CONF / "mask" / "study.yaml").keys()
 
 
 def composed(group: str, name: str) -> dict:
@@ -33,9 +37,15 @@ def test_each_field_has_a_key_with_a_comment_and_each_key_a_field(group, name):
     settings = settings_of(path)
     assert heading_of(path)
     keys = composed(group, name).keys() - {"_target_"}
-    assert keys == class_of(group, name).model_fields.keys()
+    fields = class_of(group, name).model_fields.keys()
+    assert keys == (fields - MASK if issubclass(class_of(group, name), AttentionConfig) else fields)
     assert settings.keys() == keys - {"position_embedding"}  # which position= sets
     assert not [key for key, setting in settings.items() if not setting.meaning]
+
+
+def test_each_switch_of_the_mask_is_a_field_with_a_comment():
+    assert AttentionConfig.model_fields.keys() >= MASK
+    assert all(setting.meaning for setting in settings_of(CONF / "mask" / "study.yaml").values())
 
 
 def test_so_has_each_setting_of_a_run():
