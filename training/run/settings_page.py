@@ -10,18 +10,27 @@ from typing import NamedTuple
 
 import yaml
 
-from common.suggestions import CONF
-from training.run.composer import choices
+from common.invocation import CONF
+from common.settings import Change
+from model.attention.base import AttentionConfig
+from model.dimensions import Dimensions
+from model.transformer import ModelConfig
+from training.run.composer import choice, choices
+from training.run.config import MODEL_PARTS, RUN_PARTS, Run, resolve_target
 from training.run.origin import flatten_config
 
 OPENING = """# Settings
 
 Every setting of [conf/](../conf), with its default and what it does: `key=value` for a setting of the run,
-`group.key=value` for one of a group's choice, `group=choice` to choose. Made by
-`python -m training.run.settings_page > docs/settings.md`.
+`group.key=value` for one of a group's choice, `group=choice` to choose. *May change* says when a setting may differ
+from what a run was started with: when it is resumed (`resume=`), when another run is fine-tuned from it
+(`init_from=`), or never. Made by `python -m training.run.settings_page > docs/settings.md`.
 """
 NO_SETTINGS = ("defaults", "hydra", "_target_")
 PACKAGE = "# @package"
+CHANGES = {Change.NEVER: "never", Change.FINE_TUNING: "fine-tuning", Change.ON_RESUME: "resume, fine-tuning"}
+HEADER = ["| setting | default | choices | may change | meaning |", "|---|---|---|---|---|"]
+PARTS = MODEL_PARTS | RUN_PARTS
 
 
 class Setting(NamedTuple):
@@ -31,10 +40,10 @@ class Setting(NamedTuple):
 
 def page() -> str:
     groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
+    groups.insert(1, groups.pop(groups.index("mask")))  # whose settings are the attention's
     run = settings_of(CONF / "train.yaml")
-    rows = [f"| `{key}` | {_code(one.default)} | {_cell(one.meaning)} |" for key, one in run.items()]
-    table = "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
-    return "\n".join([OPENING, "## The run", "", table, *(_group(group) for group in groups)])
+    rows = [_row(key, one.default, "", _change_of(Run, key), one.meaning) for key, one in run.items()]
+    return "\n".join([OPENING, "## The run", "", *HEADER, *rows, *(_group(group) for group in groups)])
 
 
 def settings_of(path: Path) -> dict[str, Setting]:
@@ -67,7 +76,8 @@ def _own(text: str) -> Iterator[tuple[str, Setting]]:
         if not colon or key in NO_SETTINGS or not key.isidentifier():
             continue
         lines = [line.partition("# ") for line in rest.strip().splitlines() if line.strip()]
-        default = " ".join(value.strip() for value, _, _ in lines if value.strip())
+        values = [value.strip() for value, _, _ in lines if value.strip()]
+        default = values[0] if len(values) == 1 else f"{{{', '.join(values)}}}"
         yield key, Setting(default, " ".join(comment.strip() for _, _, comment in lines if comment))
 
 
@@ -83,19 +93,42 @@ def _group(group: str) -> str:
             f"{line} Sets {_set_by(CONF / group / f'{name}.yaml')}." for line, name in zip(lines, names, strict=True)
         ]
         return "\n".join(["", f"## {group}", "", *lines])
-    of_choices = {name: settings_of(CONF / group / f"{name}.yaml") for name in names}
-    meanings: dict[str, dict[str, None]] = {}  # of each key, in order: choices may differ in what it means
-    for settings in of_choices.values():
-        for key, one in settings.items():
-            meanings.setdefault(key, {})[one.meaning] = None
-    keys = [(key, meaning) for key, found in meanings.items() for meaning in found]
-    package = "attention" if group == "mask" else group
-    rows = [
-        f"| `{package}.{key}` | {_defaults_cell(key, meaning, of_choices)} | {_cell(meaning)} |"
-        for key, meaning in keys
-    ]
-    table = ["", "| setting | default | meaning |", "|---|---|---|", *rows] if rows else []
-    return "\n".join(["", f"## {group}", "", *lines, *table])
+    rows = list(_rows(group, names))
+    return "\n".join(["", f"## {group}", "", *lines, *(["", *HEADER, *rows] if rows else [])])
+
+
+def _rows(group: str, names: list[str]) -> Iterator[str]:
+    """A row for each setting; several, where choices differ in its default or in what it means."""
+    found: dict[str, dict[Setting, list[str]]] = {}
+    for name in names:
+        for key, setting in settings_of(CONF / group / f"{name}.yaml").items():
+            found.setdefault(key, {}).setdefault(setting, []).append(name)
+    for key, settings in found.items():
+        for setting, having in settings.items():
+            of_choices = "" if having == names else ", ".join(having)
+            change = _change_of(_class_of(group, having[0]), key, group)
+            package = "attention" if group == "mask" else group
+            yield _row(f"{package}.{key}", setting.default, of_choices, change, setting.meaning)
+
+
+def _class_of(group: str, name: str) -> type:
+    if group == "model":
+        return Dimensions
+    return AttentionConfig if group == "mask" else resolve_target(choice(group, name)["_target_"], PARTS[group], group)
+
+
+def _change_of(cls: type, key: str, group: str | None = None) -> str:
+    """When a field may change: as it is marked, or else as its group is."""
+    if key == "resume":  # it is not stored
+        return ""
+    holders = ModelConfig.model_fields | Run.model_fields
+    fields = [cls.model_fields[key], *([holders[group]] if group in holders else [])]
+    marks = (mark for field in fields for mark in field.metadata if isinstance(mark, Change))
+    return CHANGES[next(marks, Change.NEVER)]
+
+
+def _row(key: str, default: str, of_choices: str, change: str, meaning: str) -> str:
+    return f"| `{key}` | {_code(default)} | {of_choices} | {change} | {_cell(meaning)} |"
 
 
 def _set_by(path: Path) -> str:
@@ -106,17 +139,6 @@ def _set_by(path: Path) -> str:
 
 def _defaults() -> list[dict[str, str]]:
     return [entry for entry in yaml.safe_load((CONF / "train.yaml").read_text())["defaults"] if isinstance(entry, dict)]
-
-
-def _defaults_cell(key: str, meaning: str, of_choices: dict[str, dict[str, Setting]]) -> str:
-    """The default, and of which choices, where it is not of all."""
-    having: dict[str, list[str]] = {}
-    for name, settings in of_choices.items():
-        if key in settings and settings[key].meaning == meaning:
-            having.setdefault(settings[key].default, []).append(name)
-    if [*having.values()] == [[*of_choices]]:
-        return _code(next(iter(having)))
-    return "; ".join(f"{_code(default)} {', '.join(names)}" for default, names in having.items())
 
 
 def _code(value: str) -> str:

@@ -1,14 +1,12 @@
-"""Each setting says whether it may change on resume, for fine-tuning, or never; the documents say the same."""
-
-import re
+"""Each setting says whether it may change on resume, for fine-tuning, or never."""
 
 import pytest
 
 import training.run.resume
 from common.errors import UserError
 from common.settings import Change
-from tests.support import ROOT, SMOKE, changed, composed_tree, load_composed
-from training.run.changes import RESUMABLE, change_of, forbidden_differences
+from tests.support import SMOKE, changed, composed_tree, load_composed
+from training.run.changes import change_of, forbidden_differences
 from training.run.config import Run, load
 from training.run.folder import write_config
 from training.run.resume import open_run
@@ -17,12 +15,6 @@ from training.run.resume import open_run
 def test_run_fields_all_carry_one_mark():
     for name, field in Run.model_fields.items():
         assert sum(isinstance(mark, Change) for mark in field.metadata) == 1, name
-
-
-def test_documented_resumable_settings_are_those_of_the_fields():
-    text = (ROOT / "docs/reliability.md").read_text()
-    (listed,) = re.findall(r"before a run is resumed; only (.*?) may differ", text, re.DOTALL)
-    assert re.findall(r"`(\w+)`", listed) == RESUMABLE
 
 
 @pytest.mark.parametrize(
