@@ -13,7 +13,7 @@ from data.sources.corpus import Corpus
 from model.loss import chunked_mean
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
-from training.evaluate import Between, each_loss, go_on, places
+from training.evaluate import Between, each_loss, go_on, packed_positions
 from training.optim.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})
@@ -39,7 +39,7 @@ def mean_loss(
     mask. activation_checkpointing: activations are recomputed in the backward pass."""
     out = model(
         inputs,
-        **places(inputs, end_of_text),
+        **packed_positions(inputs, end_of_text),
         logits=False,
         training=True,
         activation_checkpointing=activation_checkpointing,
@@ -57,7 +57,7 @@ def mean_loss_and_scores(
     """mean_loss, and the largest attention score of each head, (layers, heads) float32."""
     out = model(
         inputs,
-        **places(inputs, end_of_text),
+        **packed_positions(inputs, end_of_text),
         logits=False,
         training=True,
         activation_checkpointing=activation_checkpointing,
