@@ -41,7 +41,7 @@ def save_failed_step(
     folder: Path,
     run: Run,
     corpus: Prepared,
-    training: checkpoint.TrainState,
+    state: checkpoint.TrainState,
     step: int,
     in_a_row: int,
     batches: list[tuple[Tensor, Tensor]],
@@ -55,9 +55,9 @@ def save_failed_step(
         f"a smaller {rates}"
     )
     inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
-    files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
+    files = {checkpoint.MODEL: state.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
     try:
-        checkpoint.write(path, run, corpus, training, step, files)
+        checkpoint.write(path, run, corpus, state, step, files)
     except OSError as error:
         return UserError(f"{diverged} (the step cannot be stored in {path}: {reason(error)})")
     return UserError(f"{diverged}, or see where it begins: {command('-m training.run.replay', str(path))}")
