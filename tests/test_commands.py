@@ -19,7 +19,7 @@ from common.invocation import command
 from common.overrides import hydra_arguments
 from generation import decode as generate
 from generation.text_stream import TextStream
-from model.kernels.base import _log_once
+from model.kernels.base import forget_logged
 from tests.support import ROOT, SMOKE, call
 from training.run import load as trained
 from training.run.metrics_file import read_metrics
@@ -177,7 +177,7 @@ def test_sample_prompt_with_underscore_or_equals_sign_is_the_prompt(place, monke
 )
 @pytest.mark.parametrize("kernel", ["auto", "naive", "online"])
 def test_sample_without_stats_announces_no_kernel(place, monkeypatch, capsys, tmp_path, arguments, kernel):
-    _log_once.cache_clear()
+    forget_logged()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The query\n")))
     arguments = [str(tmp_path / word) if word == "map.png" else word for word in arguments]
     _, err = sample(place, monkeypatch, capsys, *arguments, "--kernel", kernel)
@@ -248,7 +248,7 @@ def test_sample_stats_logs_kernels_after_the_text(place, monkeypatch, capsys):
     reported = []
     monkeypatch.setattr(sys.stdout, "write", reported.append)
     monkeypatch.setattr(sys.stderr, "write", reported.append)
-    _log_once.cache_clear()
+    forget_logged()
     assert call("sample", ["The", "--stats", "--max-new-tokens", "9"], monkeypatch) == 0
     before, _, after = "".join(reported).partition(text)
     assert "run runs/mla" in before and "\nkernel " in "\n" + after and "\ncache_bytes_per_token=" in after
