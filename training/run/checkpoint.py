@@ -332,7 +332,7 @@ def resume(folder: Path, run: Run, corpus: Prepared, state: TrainState) -> int:
         _check_same_run(folder, run, corpus, state, found)
         check_finite(found)
         load_weights(found, state.model)
-        _load_optimizer(found, state)
+        load_optimizer(found, state)
         if state.loss_scale is not None:
             state.loss_scale.load(found.manifest.loss_scale)
         if found.manifest.step < run.steps:
@@ -492,7 +492,7 @@ def is_finished(folder: Path) -> bool:
     return os.path.isfile(folder / PICTURE)
 
 
-def _load_optimizer(found: Checkpoint, state: TrainState) -> None:
+def load_optimizer(found: Checkpoint, state: TrainState) -> None:
     tensors = found.tensors[OPTIMIZER]
     names = _parameter_names(state)
     parameters = dict(state.model.named_parameters())
