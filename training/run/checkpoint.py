@@ -493,6 +493,8 @@ def is_finished(folder: Path) -> bool:
 
 
 def load_optimizer(found: Checkpoint, state: TrainState) -> None:
+    """Load a checkpoint's optimizer state. Raises UserError where it is not that of this optimizer after the
+    checkpoint's steps."""
     tensors = found.tensors[OPTIMIZER]
     names = _parameter_names(state)
     parameters = dict(state.model.named_parameters())

@@ -76,7 +76,7 @@ def replay(path: Path) -> None:
     run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
     tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
     checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
-    inputs, targets = _batches(found, run, tokenizer.vocab_size)
+    inputs, targets = stored_batch(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
     precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
     mixed = MixedPrecision(model.to(device), precision)
@@ -103,9 +103,9 @@ def replay(path: Path) -> None:
     print_line(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
 
 
-def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Check the batch -> inputs and targets, (micro-steps, B, T) int64. Raises UserError where they are not tokens of
-    this run."""
+def stored_batch(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The inputs and targets of the stored step, (micro-steps, B, T) int64. Raises UserError where they are no tokens
+    of this run."""
     shape = (run.sequences // run.micro_batch_size, run.micro_batch_size, run.model.context_length)
     tensors = found.tensors[BATCH]
     for name in ("inputs", "targets"):

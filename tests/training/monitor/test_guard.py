@@ -182,9 +182,9 @@ def test_replay_of_a_batch_that_does_not_fit_is_refused(tmp_path, change, compla
     run, shape = load_composed(*SMOKE), (1, 16, 64)
     tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inputs", "targets")}
     kept = checkpoint.Checkpoint(tmp_path, None, {replay.BATCH: tensors})
-    assert replay._batches(kept, run, 257)[0].shape == shape
+    assert replay.stored_batch(kept, run, 257)[0].shape == shape
     with pytest.raises(UserError, match=complaint):
-        replay._batches(kept._replace(tensors={replay.BATCH: change(tensors)}), run, 257)
+        replay.stored_batch(kept._replace(tensors={replay.BATCH: change(tensors)}), run, 257)
 
 
 PLACES = {
