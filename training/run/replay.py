@@ -85,13 +85,13 @@ def replay(path: Path) -> None:
         mixed.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     batches = list(zip(inputs.to(device), targets.to(device), strict=True))
     first = FirstNotFinite(mixed.model)
-    mean_loss, _ = losses_of(run.data, tokenizer.end_of_text)
+    mean_loss = losses_of(run.data, tokenizer.end_of_text).mean_loss
 
-    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = mean_loss(model, inputs, targets)
+    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, aux = mean_loss(model, inputs, targets)
         text = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
-        return loss
+        return loss, aux
 
     accumulate_gradients(mixed, batches, (run.seed, step - 1), watched)
     print_line(f"forward      {first.where or 'finite everywhere'}")
