@@ -59,7 +59,7 @@ CONTRADICTIONS = (
     ("interactive", ("stats",), "speeds are measured on one text without pauses, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
-SETTING = re.compile(r"(\w+)=(\S+)")  # as train.py takes them
+SETTING = re.compile(r"\+{0,2}(\w+(?:\.\w+)*)=(\S+)")  # as train.py takes them
 SETTINGS_OF_RUN = ("resume", "run_dir", "init_from")  # what train.py calls the folder that --run names
 SWITCHES = ("interactive", "json", "stats", "no_cache")  # flags without a value
 
@@ -113,13 +113,30 @@ def _hyphenated(word: str) -> str:
 
 
 def _check_no_setting(words: Sequence[str]) -> None:
-    """Raise UserError for a word such as run=runs/NAME, the syntax of train.py: as a prompt, the model would continue
-    it."""
+    """Raise UserError for a word such as run=runs/NAME or attention=mla, the syntax of train.py: as a prompt, the model
+    would continue it."""
     for word in words:
         setting = SETTING.fullmatch(word)
-        name = setting and ("run" if setting[1] in SETTINGS_OF_RUN else setting[1])
+        if setting is None:
+            continue
+        name = "run" if setting[1] in SETTINGS_OF_RUN else setting[1]
         if name in DEFAULTS:
             raise UserError(f"{word}: settings are flags here: {_as_flag(name, setting[2])}; a prompt goes after --")
+        if _is_setting_of_train(name):
+            raise UserError(
+                f"{word}: {name} is a setting of train.py, not of sample.py, which takes a run as it was trained: "
+                "leave it out; a prompt goes after --"
+            )
+
+
+def _is_setting_of_train(name: str) -> bool:
+    """Whether train.py takes such a setting: one at the top of conf/train.yaml, a group, or group.name."""
+    import yaml
+
+    top = name.partition(".")[0]
+    if (CONF / top).is_dir():
+        return True
+    return top != "defaults" and top in yaml.safe_load((CONF / "train.yaml").read_text())
 
 
 def _as_flag(name: str, value: str) -> str:
