@@ -99,7 +99,7 @@ def train(tree: dict, typed: list[str]) -> None:
     preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
     run = run.model_copy(update={"data": run.data.with_fixed_revision()})
     state, done, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock)
-    loss, token_losses = losses_of(
+    losses = losses_of(
         run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
     )
     monitor = Monitor(run, folder, corpus, state.model, done, device)
@@ -109,14 +109,14 @@ def train(tree: dict, typed: list[str]) -> None:
         return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
 
     with run_lock, advice, StopRequest() as stop, second_signal_ends(folder), monitor:
-        session = Session(run, folder, corpus, state, token_losses, monitor, stop, saved_step=done)
-        evaluation = run_steps(session, loss, done, preview)
+        session = Session(run, folder, corpus, state, losses.token_losses, monitor, stop, saved_step=done)
+        evaluation = run_steps(session, losses.mean_loss, done, preview)
     monitor.end(evaluation, preview())
 
 
-def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
-    """The training loop -> the evaluation after the last step. loss: the loss function of training; done: steps already
-    done; preview: samples a text."""
+def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
+    """The training loop -> the evaluation after the last step. mean_loss: of training, as training.step.losses_of makes
+    it; done: steps already done; preview: samples a text."""
     from common.signals import Stopped
     from data.batches import micro_batches
     from training.run.replay import save_failed_step
@@ -145,7 +145,7 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
                 run.lr(step),
                 run.clip_norm,
                 seeds=(run.seed, step),
-                loss=loss,
+                loss=mean_loss,
                 clip=state.clip,
                 between=session.between,
             )

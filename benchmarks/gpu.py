@@ -210,7 +210,7 @@ def memory(scale: Scale) -> Iterator[Row]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            mixed.backward(mean_loss(mixed.model, *batch))
+            mixed.backward(mean_loss(mixed.model, *batch)[0])
             measured = torch.cuda.max_memory_allocated() - before
             yield row | {"predicted_mb": predicted / 1e6, "measured_mb": measured / 1e6, "ratio": predicted / measured}
 
@@ -365,7 +365,7 @@ def _predicted(config: ModelConfig, scale: Scale) -> int:
     with FakeTensorMode(), scale.device, PeakTensorBytes() as peak:
         mixed = MixedPrecision(TransformerLM(traceable(config), VOCAB), "bf16")
         tokens = torch.zeros(scale.micro_batch, config.context_length, dtype=torch.int64)
-        mixed.backward(mean_loss(mixed.model, tokens, tokens))
+        mixed.backward(mean_loss(mixed.model, tokens, tokens)[0])
     return peak.bytes
 
 

@@ -109,11 +109,10 @@ def _at_once(
     targets: Tensor,
     end_of_text: int | None = None,
     activation_checkpointing: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """mean_loss from the logits of the whole batch."""
-    return token_losses(
-        model(inputs, training=True, activation_checkpointing=activation_checkpointing).logits, targets
-    ).mean()
+    out = model(inputs, training=True, activation_checkpointing=activation_checkpointing)
+    return token_losses(out.logits, targets).mean(), out.aux
 
 
 def _measured(
@@ -122,7 +121,7 @@ def _measured(
     """Bytes at the peak, the weights not counted but their gradients; seconds of CPU time, the measuring included."""
 
     def step() -> None:
-        mixed.backward(loss(mixed.model, text, text, end_of_text, activation_checkpointing))
+        mixed.backward(loss(mixed.model, text, text, end_of_text, activation_checkpointing)[0])
 
     for parameter in mixed.parameters:
         parameter.grad = None

@@ -247,7 +247,7 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}", f"precision={args.precision}")
         length, micro = run.model.context_length, run.micro_batch_size
         state = TrainState.create(run, size.vocab, device)
-        loss, losses = losses_of(run.data, 0, state.clip, run.activation_checkpointing, run.compilation)
+        mean_loss, token_losses = losses_of(run.data, 0, state.clip, run.activation_checkpointing, run.compilation)
 
         def step(number: int) -> None:
             batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)
@@ -259,14 +259,14 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
                 run.lr(number),
                 run.clip_norm,
                 seeds=seeds,
-                loss=loss,
+                loss=mean_loss,
                 clip=state.clip,
             )
 
         def score() -> float:
             state.mixed.copy_master_weights()
             some, ones = slice(args.val_tokens), torch.ones(size.vocab)
-            return evaluate(state.mixed.model, text.val, length, micro, ones, tokens=some, losses=losses).loss
+            return evaluate(state.mixed.model, text.val, length, micro, ones, tokens=some, losses=token_losses).loss
 
         return Candidate(step, score)
 

@@ -106,7 +106,7 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
     cpu = torch.device("cpu")
     state = TrainState.create(run, corpus.tokenizer.vocab_size, cpu)
-    loss, losses = losses_of(
+    mean_loss, token_losses = losses_of(
         run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
     )
     window = run.model.context_length
@@ -116,13 +116,20 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
         before = time.process_time()
         seeds = run.seed, step
         train_step(
-            state.mixed, state.optimizer, batches, run.lr(step), run.clip_norm, seeds=seeds, loss=loss, clip=state.clip
+            state.mixed,
+            state.optimizer,
+            batches,
+            run.lr(step),
+            run.clip_norm,
+            seeds=seeds,
+            loss=mean_loss,
+            clip=state.clip,
         )
         seconds.append(time.process_time() - before)
     state.mixed.copy_master_weights()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
     score = evaluate(
-        state.mixed.model, corpus.val, window, 64, byte_lengths, tokens=slice(0, val_tokens), losses=losses
+        state.mixed.model, corpus.val, window, 64, byte_lengths, tokens=slice(0, val_tokens), losses=token_losses
     )
     return score.loss, statistics.median(seconds)
 

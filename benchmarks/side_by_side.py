@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from common.errors import UserError
-from model.kernels.base import _log_once
+from model.kernels.base import forget_logged
 
 NOISY = 0.02  # share of the machine that others may take before a row is marked
 
@@ -52,7 +52,7 @@ class Announced(logging.Handler):
 
     def __enter__(self) -> "Announced":
         self.kernel, self.warnings = "sdpa", []
-        _log_once.cache_clear()
+        forget_logged()
         self.logger = logging.getLogger("headroom")
         self.logger.setLevel(logging.INFO)
         self.logger.addHandler(self)

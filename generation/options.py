@@ -16,6 +16,7 @@ from common.figures import check_writable
 from common.invocation import CONF, quoted, version_line
 from common.paths import entering
 from common.streams import print_line
+from generation.defaults import MAX_NEW_TOKENS, SAMPLING
 
 MAX_SAMPLES = 1024
 MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to score
@@ -28,16 +29,12 @@ DEFAULTS = {
     "attention_map": None,
     "run": None,
     "checkpoint": "latest",
-    "max_new_tokens": 200,
+    "max_new_tokens": MAX_NEW_TOKENS,
     "num_samples": 1,
     "seed": 0,
     "stop": [],
     "context": "stop",
-    "temperature": 0.8,
-    "top_k": None,
-    "top_p": None,
-    "min_p": None,
-    "repetition_penalty": 1.0,
+    **SAMPLING,
     "json": False,
     "stats": False,
     "device": "auto",
@@ -62,7 +59,7 @@ CONTRADICTIONS = (
     ("interactive", ("stats",), "speeds are measured on one text without pauses, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
-SETTING = re.compile(r"(\w+)=(\S+)")  # as train.py takes them
+SETTING = re.compile(r"\+{0,2}(\w+(?:\.\w+)*)=(\S+)")  # as train.py takes them
 SETTINGS_OF_RUN = ("resume", "run_dir", "init_from")  # what train.py calls the folder that --run names
 SWITCHES = ("interactive", "json", "stats", "no_cache")  # flags without a value
 
@@ -116,13 +113,30 @@ def _hyphenated(word: str) -> str:
 
 
 def _check_no_setting(words: Sequence[str]) -> None:
-    """Raise UserError for a word such as run=runs/NAME, the syntax of train.py: as a prompt, the model would continue
-    it."""
+    """Raise UserError for a word such as run=runs/NAME or attention=mla, the syntax of train.py: as a prompt, the model
+    would continue it."""
     for word in words:
         setting = SETTING.fullmatch(word)
-        name = setting and ("run" if setting[1] in SETTINGS_OF_RUN else setting[1])
+        if setting is None:
+            continue
+        name = "run" if setting[1] in SETTINGS_OF_RUN else setting[1]
         if name in DEFAULTS:
             raise UserError(f"{word}: settings are flags here: {_as_flag(name, setting[2])}; a prompt goes after --")
+        if _is_setting_of_train(name):
+            raise UserError(
+                f"{word}: {name} is a setting of train.py, not of sample.py, which takes a run as it was trained: "
+                "leave it out; a prompt goes after --"
+            )
+
+
+def _is_setting_of_train(name: str) -> bool:
+    """Whether train.py takes such a setting: one at the top of conf/train.yaml, a group, or group.name."""
+    import yaml
+
+    top = name.partition(".")[0]
+    if (CONF / top).is_dir():
+        return True
+    return top != "defaults" and top in yaml.safe_load((CONF / "train.yaml").read_text())
 
 
 def _as_flag(name: str, value: str) -> str:
@@ -186,11 +200,21 @@ def _parser(description: str) -> argparse.ArgumentParser:
     text("--attention-map", type=Path, metavar="FILE", help="no text: draw the prompt's attention (.png, .svg or .pdf)")
     model = parser.add_argument_group("the model").add_argument
     model("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
-    model("--checkpoint", choices=["latest", "best"], help="best: of the lowest validation loss; default: latest")
+    model(
+        "--checkpoint",
+        choices=["latest", "best"],
+        help=f"best: of the lowest validation loss; {_default('checkpoint')}",
+    )
     length = parser.add_argument_group("how much").add_argument
-    length("--max-new-tokens", metavar="N", **_number("with --interactive, per turn; default: 200", int, 1))
     length(
-        "--num-samples", metavar="N", **_number("as one batch, of seeds S, S+1, ...; default: 1", int, 1, MAX_SAMPLES)
+        "--max-new-tokens",
+        metavar="N",
+        **_number(f"with --interactive, per turn; {_default('max_new_tokens')}", int, 1),
+    )
+    length(
+        "--num-samples",
+        metavar="N",
+        **_number(f"as one batch, of seeds S, S+1, ...; {_default('num_samples')}", int, 1, MAX_SAMPLES),
     )
     length(
         "--stop",
@@ -199,20 +223,26 @@ def _parser(description: str) -> argparse.ArgumentParser:
         metavar="STRING",
         help="end before this text is written; repeatable",
     )
-    length("--context", choices=["stop", "slide"], help="when full: stop (default), or drop the oldest half and go on")
+    length(
+        "--context",
+        choices=["stop", "slide"],
+        help=f"when full: stop, or drop the oldest half and go on; {_default('context')}",
+    )
     draw = parser.add_argument_group(
         "which token", "applied in this order; the filters see what those before them left"
     ).add_argument
     draw(
         "--repetition-penalty",
         metavar="R",
-        **_number("makes tokens of the context less likely; default: 1, none", float, 1, 100),
+        **_number(
+            f"makes tokens of the context less likely, 1 does not; {_default('repetition_penalty')}", float, 1, 100
+        ),
     )
-    draw("--temperature", metavar="T", **_number("0 is greedy; default: 0.8", float, 0))
+    draw("--temperature", metavar="T", **_number(f"0 is greedy; {_default('temperature')}", float, 0))
     draw("--top-k", metavar="K", **_number("sample among the K most likely tokens", int, 1))
     draw("--top-p", metavar="P", **_number("sample among the fewest tokens that reach P", float, 0, 1))
     draw("--min-p", metavar="P", **_number("leave out what is less likely than P times the most likely", float, 0, 1))
-    draw("--seed", metavar="S", **_number("same seed, same text; default: 0", int, 0, MAX_SEED))
+    draw("--seed", metavar="S", **_number(f"same seed, same text; {_default('seed')}", int, 0, MAX_SEED))
     output = parser.add_argument_group("output").add_argument
     output(
         "--json",
@@ -227,10 +257,16 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine = parser.add_argument_group("how it runs").add_argument
     machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
     machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
-    machine("--kernel", choices=kernels, help="how attention is computed; default: auto")
+    machine("--kernel", choices=kernels, help=f"how attention is computed; {_default('kernel')}")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="recompute the whole text for every token")
     return parser
+
+
+def _default(flag: str) -> str:
+    """The default of a flag as its help states it."""
+    value = DEFAULTS[flag]
+    return f"default: {value:g}" if isinstance(value, float) else f"default: {value}"
 
 
 class _Version(argparse.Action):

@@ -4,12 +4,13 @@ from common.errors import NotFinite
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from generation.decode import generate
+from generation.defaults import MAX_NEW_TOKENS
 from generation.prompt import encode_prompt
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.transformer import TransformerLM
 
-MAX_NEW_TOKENS = 200
+TOP_K = 50
 DEFAULT_PROMPT_TOKENS = 16
 
 
@@ -24,7 +25,7 @@ def preview_prompt(corpus: Prepared, prompt: str | None, context_length: int) ->
 def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], seed: int) -> str:
     """Sample a continuation -> its text, the start included. It uses its own random generator, so previews do not
     change training. Where the model's output is not finite, the text ends with a line that says so."""
-    sampler = Sampler(temperature=0.8, top_k=50)
+    sampler = Sampler(top_k=TOP_K)
     state = GenerationState(model, [start], [seed])
     written = [*start]
     ending = ""

@@ -5,6 +5,7 @@ from pydantic import Field
 from torch import Tensor
 
 from common.settings import FrozenSettings
+from generation.defaults import SAMPLING
 
 NO_TOKEN = -1  # sampled from a row whose logits define no distribution
 
@@ -57,11 +58,11 @@ class Sampler(FrozenSettings):
     """Sampling settings, and the choice of the next token by them. They apply in this order: repetition penalty,
     temperature, top-k, nucleus (top-p), min-p; each filter sees the distribution that the ones before it left."""
 
-    repetition_penalty: float = Field(1.0, ge=1, le=100)  # 1 is none
-    temperature: float = Field(1.0, ge=0)  # 0 is greedy: the most likely token, which no filter would remove
-    top_k: int | None = Field(None, ge=1)
-    top_p: float | None = Field(None, ge=0, le=1)
-    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float = Field(SAMPLING["repetition_penalty"], ge=1, le=100)  # 1 is none
+    temperature: float = Field(SAMPLING["temperature"], ge=0)  # 0 is greedy: the most likely token, filtered or not
+    top_k: int | None = Field(SAMPLING["top_k"], ge=1)
+    top_p: float | None = Field(SAMPLING["top_p"], ge=0, le=1)
+    min_p: float | None = Field(SAMPLING["min_p"], ge=0, le=1)
 
     def __call__(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
         """Sample by inverting the cumulative distribution: logits (B, V), uniform (B,) numbers in [0, 1) -> tokens

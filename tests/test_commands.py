@@ -19,7 +19,7 @@ from common.invocation import command
 from common.overrides import hydra_arguments
 from generation import decode as generate
 from generation.text_stream import TextStream
-from model.kernels.base import _log_once
+from model.kernels.base import forget_logged
 from tests.support import ROOT, SMOKE, call
 from training.run import load as trained
 from training.run.metrics_file import read_metrics
@@ -158,13 +158,14 @@ def test_sample_prompt_flag_equals_positional_prompt(place, monkeypatch, capsys,
     )[0]  # fmt: skip
 
 
-@pytest.mark.parametrize("arguments", [["--", "run=runs/gqa"], ["--prompt", "run=runs/gqa"]], ids=["--", "--prompt"])
-def test_sample_setting_after_dashes_or_prompt_flag_is_the_prompt(place, monkeypatch, capsys, arguments):
-    (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", *arguments)
-    assert one["prompt"] == "run=runs/gqa"
+@pytest.mark.parametrize("setting", ["run=runs/gqa", "attention=mla", "steps=5", "model.d_model=64"])
+@pytest.mark.parametrize("before", ["--", "--prompt"])
+def test_sample_setting_after_dashes_or_prompt_flag_is_the_prompt(place, monkeypatch, capsys, setting, before):
+    (one,) = samples(place, monkeypatch, capsys, "--max-new-tokens", "1", before, setting)
+    assert one["prompt"] == setting
 
 
-@pytest.mark.parametrize("prompt", ["_", "a_b", "seed = 5", "x=1", "run="])
+@pytest.mark.parametrize("prompt", ["_", "a_b", "seed = 5", "steps = 5", "x=1", "x.y=1", "defaults=1", "run="])
 def test_sample_prompt_with_underscore_or_equals_sign_is_the_prompt(place, monkeypatch, capsys, prompt):
     (one,) = samples(place, monkeypatch, capsys, prompt, "--max_new_tokens", "1", "--top_k=3")
     assert (one["prompt"], one["tokens"]) == (prompt, 1)
@@ -177,7 +178,7 @@ def test_sample_prompt_with_underscore_or_equals_sign_is_the_prompt(place, monke
 )
 @pytest.mark.parametrize("kernel", ["auto", "naive", "online"])
 def test_sample_without_stats_announces_no_kernel(place, monkeypatch, capsys, tmp_path, arguments, kernel):
-    _log_once.cache_clear()
+    forget_logged()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The query\n")))
     arguments = [str(tmp_path / word) if word == "map.png" else word for word in arguments]
     _, err = sample(place, monkeypatch, capsys, *arguments, "--kernel", kernel)
@@ -248,7 +249,7 @@ def test_sample_stats_logs_kernels_after_the_text(place, monkeypatch, capsys):
     reported = []
     monkeypatch.setattr(sys.stdout, "write", reported.append)
     monkeypatch.setattr(sys.stderr, "write", reported.append)
-    _log_once.cache_clear()
+    forget_logged()
     assert call("sample", ["The", "--stats", "--max-new-tokens", "9"], monkeypatch) == 0
     before, _, after = "".join(reported).partition(text)
     assert "run runs/mla" in before and "\nkernel " in "\n" + after and "\ncache_bytes_per_token=" in after
@@ -437,6 +438,13 @@ BAD_SAMPLES = {
     "a run as train.py names it": (["--interactive", "run_dir=runs/gqa"], "are flags here: write --run runs/gqa; a"),
     "the newest run": (["resume=latest"], "resume=latest: settings are flags here: leave it out, the newest run is"),
     "a switch as a setting": (["x", "--stats", "json=true"], "json=true: settings are flags here: write --json; a"),
+    "a group of train.py's": (["attention=mla"], "attention=mla: attention is a setting of train.py, not of sample.py"),
+    "a setting of train.py's": (["x", "steps=5"], "steps=5: steps is a setting of train.py, not of sample.py, which"),
+    "a setting of a group": (
+        ["--interactive", "model.d_model=64"],
+        "takes a run as it was trained: leave it out; a pr",
+    ),
+    "an added setting": (["++optim.lr=1e-3"], "++optim.lr=1e-3: optim.lr is a setting of train.py, not of sample.py"),
     "no prompt file": (["--prompt-file", "none.txt"], "none.txt cannot be read: No such file"),
     "binary prompt": (["--prompt-file", "binary.txt"], "binary.txt is not UTF-8 text: byte 2"),
     "surrogate": (["a\udcff"], "not valid Unicode: a lone surrogate at character 1"),

@@ -12,7 +12,7 @@ AUTOTUNED = "max-autotune-no-cudagraphs"  # as torch.compile calls it
 
 
 def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) -> Callable:
-    """Compile a function(model, ...) -> tensor, or tuple of tensors with the loss first, if enabled.
+    """Compile a function(model, ...) -> tensor, or tuple with the loss first, if enabled.
 
     autotune: of several kernels for a matrix product, the one that is fastest when tried; without CUDA graphs, which
     PyTorch's max-autotune records besides. What cannot be compiled runs eagerly, after a warning at the first call: the

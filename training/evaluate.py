@@ -31,10 +31,10 @@ def go_on(what: str, index: int, count: int) -> None:
 
 def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
     """Cross-entropy of each token in nats, (B, T)."""
-    return token_losses(model, inputs, targets, **places(inputs, end_of_text))
+    return token_losses(model, inputs, targets, **packed_positions(inputs, end_of_text))
 
 
-def places(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
+def packed_positions(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
     """Positions and document ids of packed documents, each (B, T), as keyword arguments of the model; {} without a
     document mask."""
     if end_of_text is None:

@@ -13,7 +13,7 @@ from data.sources.corpus import Corpus
 from model.loss import chunked_mean
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
-from training.evaluate import Between, each_loss, go_on, places
+from training.evaluate import Between, each_loss, go_on, packed_positions
 from training.optim.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})
@@ -28,42 +28,33 @@ class StepResult(NamedTuple):
     clipped: Clipped | None = None  # where QK-clip is on
 
 
+class Losses(NamedTuple):
+    """Loss functions of (model, inputs, targets)."""
+
+    mean_loss: Callable  # of training: the mean nats per token, and auxiliary outputs
+    token_losses: Callable  # of evaluation: the nats of each token, (B, T)
+
+
 def mean_loss(
     model: nn.Module,
     inputs: Tensor,
     targets: Tensor,
     end_of_text: int | None = None,
     activation_checkpointing: bool = False,
-) -> Tensor:
-    """Mean cross-entropy in nats per token, a scalar. end_of_text: the token that begins a document, with a document
-    mask. activation_checkpointing: activations are recomputed in the backward pass."""
+    collect: frozenset[str] = frozenset(),
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`. end_of_text: the
+    token that begins a document, with a document mask. activation_checkpointing: activations are recomputed in the
+    backward pass."""
     out = model(
         inputs,
-        **places(inputs, end_of_text),
+        **packed_positions(inputs, end_of_text),
         logits=False,
         training=True,
         activation_checkpointing=activation_checkpointing,
+        collect=collect,
     )
-    return chunked_mean(out.hidden, model.lm_head, targets)
-
-
-def mean_loss_and_scores(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    end_of_text: int | None = None,
-    activation_checkpointing: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """mean_loss, and the largest attention score of each head, (layers, heads) float32."""
-    out = model(
-        inputs,
-        **places(inputs, end_of_text),
-        logits=False,
-        training=True,
-        activation_checkpointing=activation_checkpointing,
-        collect=MAX_LOGIT,
-    )
-    return chunked_mean(out.hidden, model.lm_head, targets), torch.stack(list(out.aux.values()))
+    return chunked_mean(out.hidden, model.lm_head, targets), out.aux
 
 
 def train_step(
@@ -81,8 +72,8 @@ def train_step(
     """One update from equally large micro-batches. A loss or gradient that is not finite skips it.
 
     seeds: the run's, and the step. clip_norm 0 does not clip. loss: mean_loss; with `clip`, which acts on the updated
-    weights, mean_loss_and_scores. between: may give the step up by an exception, which leaves weights and optimizer as
-    they were.
+    weights, one that collects MAX_LOGIT. between: may give the step up by an exception, which leaves weights and
+    optimizer as they were.
     """
     try:
         mean, max_logits = accumulate_gradients(mixed, batches, seeds, loss, between)
@@ -109,7 +100,8 @@ def accumulate_gradients(
     between: Between = go_on,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient accumulation: adds the gradients of the mean loss over all micro-batches to the float32 parameters ->
-    that loss, a scalar, and the largest attention score of each head where the loss function returns them.
+    that loss, a scalar, and the largest attention score of each head, (layers, heads) float32, where the loss function
+    collects MAX_LOGIT.
 
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
@@ -120,12 +112,12 @@ def accumulate_gradients(
     for micro_step, (inputs, targets) in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
         _seed_micro_step(seeds, micro_step)
-        found = loss(mixed.model, inputs, targets)
-        mean, scores = found if isinstance(found, tuple) else (found, None)
+        mean, aux = loss(mixed.model, inputs, targets)
         share = mean / len(batches)
         mixed.backward(share)
         total += share.detach()
-        if scores is not None:
+        if aux:
+            scores = torch.stack(list(aux.values()))
             max_logits = scores if max_logits is None else torch.maximum(max_logits, scores)
     mixed.unscale()
     return total, max_logits
@@ -137,9 +129,9 @@ def _seed_micro_step(seeds: tuple[int, int], micro_step: int) -> None:
 
 
 def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Update the parameters, if `skipped` (scalar bool) is false. Fused optimizers read it on the device, as they do
-    with PyTorch's own gradient scaler; for others the device is waited for."""
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    """Update the parameters, if `skipped` (scalar bool) is false. Where the optimizer cannot read it on the device, the
+    device is waited for."""
+    if reads_found_inf(optimizer):
         optimizer.grad_scale = None
         optimizer.found_inf = skipped.float()
         optimizer.step()
@@ -148,20 +140,28 @@ def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:
         optimizer.step()
 
 
+def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of the optimizer skips itself where its attribute found_inf is 1. Fused optimizers of PyTorch and
+    Muon do; they say so by this attribute, which torch.amp.GradScaler looks for, and PyTorch has no public name for."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def losses_of(
     corpus: Corpus,
     end_of_text: int,
     clip: QKClip | None = None,
     activation_checkpointing: bool = False,
     compilation: tuple[bool, bool] = (False, False),
-) -> tuple[Callable, Callable]:
-    """The loss functions of training (mean_loss, or with `clip` mean_loss_and_scores) and of evaluation (each_loss),
-    with the corpus's document mask. compilation: whether they are compiled, and autotuned."""
-    mean = mean_loss if clip is None else mean_loss_and_scores
+) -> Losses:
+    """The loss functions of a run, with the corpus's document mask. clip: the training loss collects MAX_LOGIT for it.
+    compilation: whether they are compiled, and autotuned."""
+    mean = mean_loss
     each = each_loss
+    if clip is not None:
+        mean = functools.partial(mean, collect=MAX_LOGIT)
     if activation_checkpointing:
         mean = functools.partial(mean, activation_checkpointing=True)
     if corpus.document_mask:
         mean = functools.partial(mean, end_of_text=end_of_text)
         each = functools.partial(each, end_of_text=end_of_text)
-    return maybe_compiled(mean, *compilation), maybe_compiled(each, *compilation)
+    return Losses(maybe_compiled(mean, *compilation), maybe_compiled(each, *compilation))

@@ -46,7 +46,7 @@ def _activations(run: Run, vocab_size: int, device: torch.device) -> int:
 
     shape = (run.micro_batch_size, run.model.context_length)
     end_of_text = vocab_size - 1  # the last token of every vocabulary
-    loss = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
+    loss = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing).mean_loss
     with FakeTensorMode(), device, PeakTensorBytes() as peak, _few_tiles(math.prod(shape) * vocab_size):
         mixed = MixedPrecision(TransformerLM(traceable(run.model), vocab_size), _traceable_precision(run.precision))
         if run.sequences > run.micro_batch_size:  # a later micro-batch, which meets the gradients of those before

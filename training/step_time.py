@@ -64,7 +64,7 @@ class _Step:
         self.mixed.copy_master_weights()
         self.optimizer = state.optimizer
         end_of_text = vocab_size - 1  # the last token of every vocabulary
-        self.eager = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing)[0]
+        self.eager = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing).mean_loss
         draw = torch.Generator().manual_seed(run.seed)
         shape = (run.micro_batch_size, run.model.context_length)
         self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)
@@ -106,7 +106,7 @@ class _Step:
 
     def _micro_batch(self, loss: Callable, tokens: Tensor) -> float:
         mixed = self.mixed
-        return _seconds(self.device, lambda: mixed.backward(loss(mixed.model, tokens, tokens) / self.count))
+        return _seconds(self.device, lambda: mixed.backward(loss(mixed.model, tokens, tokens)[0] / self.count))
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

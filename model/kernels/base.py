@@ -47,6 +47,11 @@ def say_once(level: int, message: str) -> None:
 say_once._dynamo_marked_constant = True
 
 
+def forget_logged() -> None:
+    """Forget the messages that `say_once` logged: each is logged again when it comes next."""
+    _log_once.cache_clear()
+
+
 def _heads(x: Tensor, kind: str) -> str:
     count = x.shape[2]
     return f"{count} {kind} {'head' if count == 1 else 'heads'}"

@@ -17,7 +17,7 @@ def generated(model, prompts, seeds, *, cached=True, slide=False, **options) -> 
 
 
 def continued(model, state: GenerationState, **options) -> list[list[int]]:
-    steps = list(generate(model, state, options.pop("sampler", Sampler()), **options))
+    steps = list(generate(model, state, options.pop("sampler", Sampler(temperature=1.0)), **options))
     return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(state.lengths))]
 
 
@@ -62,7 +62,11 @@ def test_generate_at_the_end_token_ends_the_row():
 def test_generate_with_one_seed_is_the_same_in_any_batch(seed):
     """Whatever the neighbours' number, prompts, seeds, and whether they end early or drop the half of their context."""
     model = small_model("attention=gqa")
-    options = {"max_new_tokens": 100, "slide": True, "sampler": Sampler(repetition_penalty=1.3, top_p=0.95)}
+    options = {
+        "max_new_tokens": 100,
+        "slide": True,
+        "sampler": Sampler(temperature=1.0, repetition_penalty=1.3, top_p=0.95),
+    }
     alone = generated(model, [PROMPTS[1]], [seed], **options)[0]
     end = next(token for token in range(100) if token not in alone)
     for neighbours in ([PROMPTS[1]] * 5, [PROMPTS[0]], [[8] * 63, PROMPTS[2], [9] * 200]):
@@ -148,7 +152,7 @@ def test_generate_with_a_row_ended_by_the_caller_leaves_its_neighbours_alone():
     model = small_model("attention=gqa")
     state = GenerationState(model, PROMPTS, [1, 2, 3])
     found = []
-    for step in generate(model, state, Sampler(), max_new_tokens=12):
+    for step in generate(model, state, Sampler(temperature=1.0), max_new_tokens=12):
         found.append(step.tolist())
         if len(found) == 5:
             state.alive[1] = False

@@ -121,6 +121,7 @@ def test_turn_with_a_full_context_says_so_until_a_reset():
 def test_set_seed_applies_to_the_next_turn_and_to_later_texts():
     model = small_model("attention=mla", vocab_size=257)
     talk = conversation(model)
+    sampler = Sampler(temperature=1.0)
     talk.set_temperature(1.0)
     for seed, whole in ((0, [*b"The "]), (3, None), (3, None)):
         if whole is None:
@@ -128,12 +129,12 @@ def test_set_seed_applies_to_the_next_turn_and_to_later_texts():
             whole = written(talk)
         talk.append("" if talk.state else "The ")
         talk.turn(ignore)
-        alone = generate(model, GenerationState(model, [whole], [seed]), Sampler(), max_new_tokens=10, end_token=256)
+        alone = generate(model, GenerationState(model, [whole], [seed]), sampler, max_new_tokens=10, end_token=256)
         assert written(talk) == whole + [int(step[0]) for step in alone]
     talk.reset()
     talk.append("The ")
     talk.turn(ignore)
-    alone = generate(model, GenerationState(model, [[*b"The "]], [3]), Sampler(), max_new_tokens=10, end_token=256)
+    alone = generate(model, GenerationState(model, [[*b"The "]], [3]), sampler, max_new_tokens=10, end_token=256)
     assert written(talk) == [*b"The "] + [int(step[0]) for step in alone]
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from generation.options import DEFAULTS
 from generation.sampler import NO_TOKEN, Sampler, apply_repetition_penalty, keep_min_p, keep_top_k, keep_top_p
 
 
@@ -12,17 +13,17 @@ def test_sampler_with_each_filter_draws_from_its_distribution():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
     uniform_grid = torch.linspace(0, 1, 20_001)[:-1].double()
     for sampler, allowed in (
-        (Sampler(), [0, 1, 2, 3, 4]),
+        (Sampler(temperature=1.0), [0, 1, 2, 3, 4]),
         (Sampler(temperature=0.5), [0, 1, 2, 3, 4]),
-        (Sampler(top_k=2), [0, 4]),
-        (Sampler(top_p=0.6), [0, 4]),  # 0.45 + 0.27
-        (Sampler(top_p=0.4), [0]),
-        (Sampler(top_p=0), [0]),
-        (Sampler(top_k=3, top_p=0.99), [0, 2, 4]),
-        (Sampler(min_p=0.3), [0, 2, 4]),  # of the likeliest: 1, 0.14, 0.37, 0.05, 0.61
+        (Sampler(temperature=1.0, top_k=2), [0, 4]),
+        (Sampler(temperature=1.0, top_p=0.6), [0, 4]),  # 0.45 + 0.27
+        (Sampler(temperature=1.0, top_p=0.4), [0]),
+        (Sampler(temperature=1.0, top_p=0), [0]),
+        (Sampler(temperature=1.0, top_k=3, top_p=0.99), [0, 2, 4]),
+        (Sampler(temperature=1.0, min_p=0.3), [0, 2, 4]),  # of the likeliest: 1, 0.14, 0.37, 0.05, 0.61
         (Sampler(min_p=0.3, temperature=0.5), [0, 4]),  # 1, 0.02, 0.14, 0.002, 0.37
-        (Sampler(min_p=1), [0]),
-        (Sampler(top_k=2, min_p=0.9), [0]),
+        (Sampler(temperature=1.0, min_p=1), [0]),
+        (Sampler(temperature=1.0, top_k=2, min_p=0.9), [0]),
     ):
         filtered = torch.full((1, 5), float("-inf"))
         filtered[0, allowed] = logits[0, allowed]
@@ -32,6 +33,11 @@ def test_sampler_with_each_filter_draws_from_its_distribution():
         assert torch.allclose(found, expected, atol=2e-3), sampler
     assert (Sampler(temperature=1e-308)(logits.expand(len(uniform_grid), -1), uniform_grid) == 0).all()
     assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
+
+
+def test_sampler_without_settings_is_that_of_sample_py_without_flags():
+    assert Sampler().model_dump() == {name: DEFAULTS[name] for name in Sampler.model_fields}
+    assert Sampler() == Sampler(temperature=0.8)
 
 
 def test_sampler_with_a_repetition_penalty_applies_it_first():

@@ -203,7 +203,7 @@ def test_auto_on_a_cpu_training_on_short_texts_in_bfloat16_selects_matmul(caplog
     def taken(length, dtype=torch.bfloat16, dropout=0.0):
         given = inputs(2, length, 5, 5, 6, 6, dtype=dtype)
         mask = Mask(positions(length - 2, 2), positions(0, length), contiguous=False)
-        base._log_once.cache_clear()
+        base.forget_logged()
         caplog.clear()
         with caplog.at_level("INFO", logger="headroom"):
             Auto()(*given, mask, 0.5, dropout)

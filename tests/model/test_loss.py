@@ -100,7 +100,7 @@ def test_mean_loss_gradients_of_a_model_equal_those_by_logits(monkeypatch, preci
     cut_small(monkeypatch)
     model = small_model("attention=mla", *options)
     mixed, ((inputs, targets),) = MixedPrecision(model, precision), batches(4, 4)
-    mixed.backward(mean_loss(mixed.model, inputs, targets))
+    mixed.backward(mean_loss(mixed.model, inputs, targets)[0])
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     each = loss.token_losses(mixed.model(inputs).logits, targets)
@@ -135,7 +135,7 @@ def test_mean_loss_never_holds_the_logits_of_a_batch(monkeypatch, precision):
     mixed = MixedPrecision(model, precision)
     weights = model.embedding.weight.numel()
     with Largest() as largest:
-        mixed.backward(mean_loss(mixed.model, tokens, tokens))
+        mixed.backward(mean_loss(mixed.model, tokens, tokens)[0])
         each_loss(mixed.model, tokens, tokens)
     assert largest.of[torch.float32] <= max(weights, 32 * 5056) < tokens.numel() * 5000 / 3
     with Largest() as naive:

@@ -1,6 +1,7 @@
 """Memory of activations for the backward pass: it grows linearly with the text, and with activation_checkpointing=true
 there is little of it, and not a bit else changes."""
 
+import functools
 import math
 
 import pytest
@@ -23,21 +24,20 @@ from tests.support import (
     small_model,
     some_tokens,
 )
-from training import step
 from training.run.metrics_file import read_metrics
-from training.step import accumulate_gradients, losses_of, mean_loss, mean_loss_and_scores
+from training.step import MAX_LOGIT, accumulate_gradients, losses_of, mean_loss
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 
 
-def gradients(model: TransformerLM, precision: str, activation_checkpointing: bool, loss=mean_loss, end_of_text=None):
-    """Of two micro-steps, by the parameter's name, and what the loss reported."""
+def gradients(model: TransformerLM, precision: str, activation_checkpointing: bool, **options):
+    """Of two micro-steps, by the parameter's name, and what the loss reported. options: of mean_loss."""
     model.zero_grad()
     reported = accumulate_gradients(
         MixedPrecision(model, precision),
         batches(4, 2),
         (0, 0),
-        lambda *arguments: loss(*arguments, end_of_text=end_of_text, activation_checkpointing=activation_checkpointing),
+        functools.partial(mean_loss, activation_checkpointing=activation_checkpointing, **options),
     )
     return reported, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -75,21 +75,21 @@ def test_checkpointing_does_recompute(monkeypatch):
 
 def test_the_scores_for_clipping_are_said_once():
     model = small_model("attention=gqa", "attention.qk_norm=false", kernel=Auto())
-    (kept, scores), exact = gradients(model, "fp32", False, mean_loss_and_scores)
-    (recomputed, again), found = gradients(model, "fp32", True, mean_loss_and_scores)
+    (kept, scores), exact = gradients(model, "fp32", False, collect=MAX_LOGIT)
+    (recomputed, again), found = gradients(model, "fp32", True, collect=MAX_LOGIT)
     assert torch.equal(kept, recomputed) and torch.equal(scores, again)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
     tokens = some_tokens(2, 16)
-    aux = model(tokens, training=True, activation_checkpointing=True, collect=step.MAX_LOGIT).aux
+    aux = model(tokens, training=True, activation_checkpointing=True, collect=MAX_LOGIT).aux
     assert list(aux) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
 
 
 def test_checkpointing_compiles_whole():
     model, ((inputs, targets),) = small_model("attention=mla", kernel=Auto()), batches(4, 4)
-    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
     found = torch.autograd.grad(
-        compiled(model, inputs, targets, activation_checkpointing=True), list(model.parameters())
+        compiled(model, inputs, targets, activation_checkpointing=True)[0], list(model.parameters())
     )
     for gradient, exact in zip(found, expected, strict=True):
         assert relative_error(gradient, exact) <= 1e-4
@@ -146,8 +146,8 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
         size = ["model.n_layers=1", "model.d_model=32", f"model.context_length={length}", f"batch_tokens={length}"]
         run = load_composed("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
         mixed, text = MixedPrecision(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
-        loss, _ = losses_of(run.data, 255)
-        peaks.append(allocated_peak(lambda loss=loss, w=mixed, text=text: w.backward(loss(w.model, text, text))))
+        loss = losses_of(run.data, 255).mean_loss
+        peaks.append(allocated_peak(lambda loss=loss, w=mixed, text=text: w.backward(loss(w.model, text, text)[0])))
     return math.log(peaks[1] / peaks[0], lengths[1] / lengths[0])
 
 

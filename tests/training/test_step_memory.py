@@ -95,7 +95,7 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
     def step() -> None:
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, vocab), run.precision)
-        loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.activation_checkpointing)[0]
+        loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.activation_checkpointing).mean_loss
         accumulate_gradients(mixed, [(tokens, tokens)] * 2, (0, 0), loss)
 
     peak = allocated_peak(step)

@@ -74,12 +74,12 @@ def test_mixed_precision_in_bfloat16_keeps_float32_master_weights(case):
     mixed.copy_master_weights()
     assert torch.equal(mixed.model.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.weight.bfloat16())
     ((inputs, targets),) = batches(4, 4)
-    mixed.backward(mean_loss(mixed.model, inputs, targets))
+    mixed.backward(mean_loss(mixed.model, inputs, targets)[0])
     low = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert all(grad.dtype == torch.float32 for grad in low.values())
     assert all(p.grad is None for p in mixed.copies)
     model.zero_grad()
-    mean_loss(model, inputs, targets).backward()
+    mean_loss(model, inputs, targets)[0].backward()
     for name, parameter in model.named_parameters():
         cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), low[name].flatten(), dim=0)
         assert cosine > 0.98, name
@@ -209,8 +209,8 @@ def test_losses_with_a_document_mask_are_those_of_documents_alone():
              ((inputs[:, :cut], targets[:, :cut]), (inputs[:, cut:], targets[:, cut:]))]  # fmt: skip
     expected = torch.cat(alone, dim=1)
     assert relative_error(each(model, inputs, targets), expected) <= 1e-5
-    assert relative_error(mean(model, inputs, targets), expected.mean()) <= 1e-5
-    unmasked = losses_of(configured(SyntheticCorpus), ByteTokenizer().end_of_text)[1](model, inputs, targets)
+    assert relative_error(mean(model, inputs, targets)[0], expected.mean()) <= 1e-5
+    unmasked = losses_of(configured(SyntheticCorpus), ByteTokenizer().end_of_text).token_losses(model, inputs, targets)
     assert torch.equal(unmasked[:, :cut], each_loss(model, inputs, targets)[:, :cut])
     assert relative_error(unmasked, expected) > 1e-3
 
@@ -248,20 +248,20 @@ def test_maybe_compiled_with_a_failing_backward_runs_eagerly(caplog, monkeypatch
             raise RuntimeError("the backward does not compile")
 
     def broken(function, **_):
-        return lambda *arguments: NoBackward.apply(function(*arguments))
+        return lambda *arguments: (NoBackward.apply(function(*arguments)[0]), {})
 
     monkeypatch.setattr(torch, "compile", broken)
     model, ((inputs, targets),) = small_model("attention=gqa", kernel=SDPA()), batches(2, 2)
-    maybe_compiled(mean_loss, enabled=True)(model, inputs, targets).backward()
+    maybe_compiled(mean_loss, enabled=True)(model, inputs, targets)[0].backward()
     assert "running eagerly: the backward does not compile" in caplog.text
 
 
 def test_compiled_loss_has_the_same_gradients():
     model = small_model("attention=mla", kernel=SDPA())
     ((inputs, targets),) = batches(4, 4)
-    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
     for found, exact in zip(
-        torch.autograd.grad(compiled(model, inputs, targets), list(model.parameters())), expected, strict=True
+        torch.autograd.grad(compiled(model, inputs, targets)[0], list(model.parameters())), expected, strict=True
     ):
         assert relative_error(found, exact) <= 1e-4

@@ -7,7 +7,7 @@ from data.batches import count_windows, read_windows
 from data.shards.token_files import TokenStream
 from model.stats import MONITORED_STATS
 from model.transformer import TransformerLM
-from training.evaluate import places
+from training.evaluate import packed_positions
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def attention_stats(
     inputs, _ = read_windows(stream, length, list(range(min(batch_size, count_windows(stream, length)))))
     inputs = inputs.to(next(model.parameters()).device)
     no_logits = inputs[:, :0]
-    aux = model(inputs, **places(inputs, end_of_text), only=no_logits, collect=MONITORED_STATS).aux
+    aux = model(inputs, **packed_positions(inputs, end_of_text), only=no_logits, collect=MONITORED_STATS).aux
     stats = _by_layer(aux)
     values = torch.stack(list(stats.values())).tolist()  # one wait for the device
     return dict(zip(stats, values, strict=True))

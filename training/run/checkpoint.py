@@ -91,13 +91,13 @@ class Removed(UserError):
     """A checkpoint is not there any more."""
 
 
-def save(folder: Path, run: Run, corpus: Prepared, training: TrainState, step: int, val_loss: float | None) -> None:
+def save(folder: Path, run: Run, corpus: Prepared, state: TrainState, step: int, val_loss: float | None) -> None:
     """Write checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then remove all but the last
     run.keep_last and the best."""
     path = folder / "checkpoints" / f"step_{step:08d}"
-    files = {MODEL: training.model.state_dict(), OPTIMIZER: _optimizer_tensors(training)}
+    files = {MODEL: state.model.state_dict(), OPTIMIZER: _optimizer_tensors(state)}
     try:
-        write(path, run, corpus, training, step, files, val_loss)
+        write(path, run, corpus, state, step, files, val_loss)
     except OSError as error:
         raise _write_error(folder, path, error) from None
     try:
@@ -138,7 +138,7 @@ def write(
     path: Path,
     run: Run,
     corpus: Prepared,
-    training: TrainState,
+    state: TrainState,
     step: int,
     files: Mapping[str, Mapping[str, Tensor]],
     val_loss: float | None = None,
@@ -155,11 +155,11 @@ def write(
             format=FORMAT,
             step=step,
             val_loss=_finite(val_loss),
-            loss_scale=training.loss_scale and training.loss_scale.state(),
+            loss_scale=state.loss_scale and state.loss_scale.state(),
             tokenizer=corpus.tokenizer.hash,
             corpus=corpus.fingerprint,
             config=dump(run),
-            machine=_machine(training.model),
+            machine=_machine(state.model),
             files=marks,
         )
         (writing / MANIFEST).write_text(with_checksum(manifest.model_dump()))
@@ -319,8 +319,8 @@ def _tensor_shapes(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged: {error}") from None
 
 
-def resume(folder: Path, run: Run, corpus: Prepared, training: TrainState) -> int:
-    """Restore `training` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there
+def resume(folder: Path, run: Run, corpus: Prepared, state: TrainState) -> int:
+    """Restore `state` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there
     is none yet. Raises UserError, and then leaves the run as it was, where data or settings are not what the run began
     with, every checkpoint is damaged, or nothing is left to do."""
     check_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
@@ -329,12 +329,12 @@ def resume(folder: Path, run: Run, corpus: Prepared, training: TrainState) -> in
         check_no_checkpoint_lost(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _check_same_run(folder, run, corpus, training, found)
+        _check_same_run(folder, run, corpus, state, found)
         check_finite(found)
-        load_weights(found, training.model)
-        _load_optimizer(found, training)
-        if training.loss_scale is not None:
-            training.loss_scale.load(found.manifest.loss_scale)
+        load_weights(found, state.model)
+        load_optimizer(found, state)
+        if state.loss_scale is not None:
+            state.loss_scale.load(found.manifest.loss_scale)
         if found.manifest.step < run.steps:
             log.info(f"resuming {folder} after step {found.manifest.step}")
         else:
@@ -459,7 +459,7 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainState, found: Checkpoint) -> None:
+def _check_same_run(folder: Path, run: Run, corpus: Prepared, state: TrainState, found: Checkpoint) -> None:
     manifest = found.manifest
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
@@ -470,9 +470,9 @@ def _check_same_run(folder: Path, run: Run, corpus: Prepared, training: TrainSta
     trained = settings_of(found.path, manifest)
     check_same_settings(folder, run, trained)
     check_steps(folder, run, trained.steps, manifest.step, is_finished(folder))
-    if (manifest.loss_scale is None) != (training.loss_scale is None):
+    if (manifest.loss_scale is None) != (state.loss_scale is None):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
-    for name, now in _machine(training.model).items():
+    for name, now in _machine(state.model).items():
         before = manifest.machine.get(name)
         if before != now:
             log.warning(f"{folder} ran with {name} {before}, this process has {now}: it goes on, not bit for bit")
@@ -492,24 +492,27 @@ def is_finished(folder: Path) -> bool:
     return os.path.isfile(folder / PICTURE)
 
 
-def _load_optimizer(found: Checkpoint, training: TrainState) -> None:
-    tensors, names = found.tensors[OPTIMIZER], _parameter_names(training)
-    parameters = dict(training.model.named_parameters())
+def load_optimizer(found: Checkpoint, state: TrainState) -> None:
+    """Load a checkpoint's optimizer state. Raises UserError where it is not that of this optimizer after the
+    checkpoint's steps."""
+    tensors = found.tensors[OPTIMIZER]
+    names = _parameter_names(state)
+    parameters = dict(state.model.named_parameters())
     expected = {
         f"{name}/{part}": kept
         for name in names
-        for part, kept in training.optimizer.state_layout(parameters[name]).items()
+        for part, kept in state.optimizer.state_layout(parameters[name]).items()
     }
     for key in {**expected, **tensors}:
         fault = _state_fault(key, tensors.get(key), expected.get(key), found.manifest.step)
         if fault:
             raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {fault}")
-    state = {i: {} for i in range(len(names))}
+    state_by_index = {i: {} for i in range(len(names))}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
-        state[names.index(name)][part] = tensor
-    groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        state_by_index[names.index(name)][part] = tensor
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": state_by_index, "param_groups": groups})
 
 
 def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
@@ -529,12 +532,13 @@ def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step
     return None
 
 
-def _parameter_names(training: TrainState) -> list[str]:
+def _parameter_names(state: TrainState) -> list[str]:
     """The parameters' names in the optimizer's own order, which its state is indexed by."""
-    name_of = {parameter: name for name, parameter in training.model.named_parameters()}
-    return [name_of[parameter] for group in training.optimizer.param_groups for parameter in group["params"]]
+    name_of = {parameter: name for name, parameter in state.model.named_parameters()}
+    return [name_of[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(training: TrainState) -> dict[str, Tensor]:
-    names, state = _parameter_names(training), training.optimizer.state_dict()["state"]
-    return {f"{names[i]}/{part}": tensor for i, parts in state.items() for part, tensor in parts.items()}
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    names = _parameter_names(state)
+    state_by_index = state.optimizer.state_dict()["state"]
+    return {f"{names[i]}/{part}": tensor for i, parts in state_by_index.items() for part, tensor in parts.items()}

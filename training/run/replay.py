@@ -41,7 +41,7 @@ def save_failed_step(
     folder: Path,
     run: Run,
     corpus: Prepared,
-    training: checkpoint.TrainState,
+    state: checkpoint.TrainState,
     step: int,
     in_a_row: int,
     batches: list[tuple[Tensor, Tensor]],
@@ -55,9 +55,9 @@ def save_failed_step(
         f"a smaller {rates}"
     )
     inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
-    files = {checkpoint.MODEL: training.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
+    files = {checkpoint.MODEL: state.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
     try:
-        checkpoint.write(path, run, corpus, training, step, files)
+        checkpoint.write(path, run, corpus, state, step, files)
     except OSError as error:
         return UserError(f"{diverged} (the step cannot be stored in {path}: {reason(error)})")
     return UserError(f"{diverged}, or see where it begins: {command('-m training.run.replay', str(path))}")
@@ -76,7 +76,7 @@ def replay(path: Path) -> None:
     run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
     tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
     checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
-    inputs, targets = _batches(found, run, tokenizer.vocab_size)
+    inputs, targets = stored_batch(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
     precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
     mixed = MixedPrecision(model.to(device), precision)
@@ -85,13 +85,13 @@ def replay(path: Path) -> None:
         mixed.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     batches = list(zip(inputs.to(device), targets.to(device), strict=True))
     first = FirstNotFinite(mixed.model)
-    mean_loss, _ = losses_of(run.data, tokenizer.end_of_text)
+    mean_loss = losses_of(run.data, tokenizer.end_of_text).mean_loss
 
-    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss = mean_loss(model, inputs, targets)
+    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, aux = mean_loss(model, inputs, targets)
         text = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
-        return loss
+        return loss, aux
 
     accumulate_gradients(mixed, batches, (run.seed, step - 1), watched)
     print_line(f"forward      {first.where or 'finite everywhere'}")
@@ -103,9 +103,9 @@ def replay(path: Path) -> None:
     print_line(f"weights      the largest number is {largest[1].abs().max():.4g}, in {largest[0]}")
 
 
-def _batches(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Check the batch -> inputs and targets, (micro-steps, B, T) int64. Raises UserError where they are not tokens of
-    this run."""
+def stored_batch(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The inputs and targets of the stored step, (micro-steps, B, T) int64. Raises UserError where they are no tokens
+    of this run."""
     shape = (run.sequences // run.micro_batch_size, run.micro_batch_size, run.model.context_length)
     tensors = found.tensors[BATCH]
     for name in ("inputs", "targets"):

@@ -51,7 +51,7 @@ class Session:
     folder: Path
     corpus: Prepared
     state: TrainState
-    losses: Callable  # cross-entropy of each token, as training.step.losses_of makes it
+    token_losses: Callable  # nats of each token, as training.step.losses_of makes it
     monitor: Monitor
     stop: StopRequest
     saved_step: int  # the step of the newest checkpoint
@@ -140,7 +140,7 @@ class Session:
             self.run.micro_batch_size,
             torch.from_numpy(self.corpus.tokenizer.byte_lengths),
             tokens=tokens,
-            losses=self.losses,
+            losses=self.token_losses,
             between=self.between,
         )
 

@@ -25,7 +25,8 @@ from training.step import mean_loss, train_step
 
 def sometimes_nan(model, inputs, targets):
     """A loss that some batches make NaN."""
-    return mean_loss(model, inputs, targets) * (math.nan if inputs.sum() % 4 == 0 else 1.0)
+    loss, aux = mean_loss(model, inputs, targets)
+    return loss * (math.nan if inputs.sum() % 4 == 0 else 1.0), aux
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -33,7 +34,7 @@ def sometimes_nan(model, inputs, targets):
 def test_train_step_with_a_nan_loss_changes_nothing(precision, fused):
     model = small_model("attention=mla", kernel=SDPA())
     optimizer, mixed = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), MixedPrecision(model, precision)
-    good, bad = batches(4, 2), lambda *arguments: mean_loss(*arguments) * math.nan
+    good, bad = batches(4, 2), lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})
     assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
@@ -50,8 +51,8 @@ def test_train_step_with_an_infinite_gradient_is_skipped():
     optimizer = configured(AdamWConfig, lr=1e-3).build(model)
 
     def steep(*arguments):
-        loss = mean_loss(*arguments)
-        return loss + (loss - loss.detach()) * 1e38 * 1e38
+        loss, aux = mean_loss(*arguments)
+        return loss + (loss - loss.detach()) * 1e38 * 1e38, aux
 
     before = [p.detach().clone() for p in model.parameters()]
     result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1e-3, 1.0, loss=steep)
@@ -93,9 +94,9 @@ def test_float16_gradients_equal_those_of_float32():
     """The smallest would be lost without the scale."""
     model = small_model("attention=gqa", kernel=SDPA())
     ((inputs, targets),) = batches(8, 8)
-    expected = torch.autograd.grad(mean_loss(model, inputs, targets), list(model.parameters()))
+    expected = torch.autograd.grad(mean_loss(model, inputs, targets)[0], list(model.parameters()))
     mixed = MixedPrecision(model, "fp16")
-    mixed.backward(mean_loss(mixed.model, inputs, targets))
+    mixed.backward(mean_loss(mixed.model, inputs, targets)[0])
     mixed.unscale()
     for (name, parameter), exact in zip(model.named_parameters(), expected, strict=True):
         assert (parameter.grad - exact).norm() < 0.01 * exact.norm(), name
@@ -152,7 +153,7 @@ def test_updates_skipped_in_a_row_stop_the_run_and_the_printed_command_replays_i
 
 def test_resume_of_a_diverged_run_continues_when_losses_are_finite(workplace, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
+        patch.setattr("training.step.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
         assert call("train", [*SMOKE, "max_skipped_updates=3", "run_dir=run"], patch) == 2
     capsys.readouterr()
     stopped = len(losses(workplace / "run"))
@@ -182,9 +183,9 @@ def test_replay_of_a_batch_that_does_not_fit_is_refused(tmp_path, change, compla
     run, shape = load_composed(*SMOKE), (1, 16, 64)
     tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inputs", "targets")}
     kept = checkpoint.Checkpoint(tmp_path, None, {replay.BATCH: tensors})
-    assert replay._batches(kept, run, 257)[0].shape == shape
+    assert replay.stored_batch(kept, run, 257)[0].shape == shape
     with pytest.raises(UserError, match=complaint):
-        replay._batches(kept._replace(tensors={replay.BATCH: change(tensors)}), run, 257)
+        replay.stored_batch(kept._replace(tensors={replay.BATCH: change(tensors)}), run, 257)
 
 
 PLACES = {
@@ -204,7 +205,7 @@ def test_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch
         files[checkpoint.MODEL][name][:] = math.inf
         real(path, run, corpus, training, step, files, *rest)
 
-    monkeypatch.setattr("training.step.mean_loss", lambda *arguments: mean_loss(*arguments) * math.nan)
+    monkeypatch.setattr("training.step.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", spoilt)
         assert call("train", options, patch) == 2
@@ -265,7 +266,8 @@ def test_spike_in_a_run_is_reported_with_its_documents(workplace, monkeypatch, c
 
     def spiking(*arguments):
         calls.append(1)
-        return mean_loss(*arguments) + (5.0 if len(calls) == 90 else 0.0)
+        loss, aux = mean_loss(*arguments)
+        return loss + (5.0 if len(calls) == 90 else 0.0), aux
 
     monkeypatch.setattr("training.step.mean_loss", spiking)
     assert call("train", [*SMOKE, "steps=100", "batch_tokens=256", "run_dir=run"], monkeypatch) == 0

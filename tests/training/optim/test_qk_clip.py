@@ -1,5 +1,7 @@
 """QK-clip: what it does to scores, to whom, and when."""
 
+import functools
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
 from training.optim.qk_clip import QKClip
 from training.run.metrics_file import read_metrics
-from training.step import accumulate_gradients, mean_loss, mean_loss_and_scores, train_step
+from training.step import MAX_LOGIT, accumulate_gradients, mean_loss, train_step
 
 CASES = [
     ("attention=mha", "attention.qk_norm=false"),
@@ -24,6 +26,7 @@ CASES = [
     ("attention=mla", "position=none"),
 ]
 GOOD = torch.tensor(False)
+collecting = functools.partial(mean_loss, collect=MAX_LOGIT)
 
 
 def max_logits(model) -> torch.Tensor:
@@ -70,32 +73,33 @@ def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
 def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
     model = small_model("attention=mla", kernel=Naive())
     mixed = MixedPrecision(model, "fp32")
-    each = [accumulate_gradients(mixed, [batch], (0, 0), mean_loss_and_scores)[1] for batch in batches(4, 1)]
-    together = accumulate_gradients(mixed, batches(4, 1), (0, 0), mean_loss_and_scores)[1]
+    each = [accumulate_gradients(mixed, [batch], (0, 0), collecting)[1] for batch in batches(4, 1)]
+    together = accumulate_gradients(mixed, batches(4, 1), (0, 0), collecting)[1]
     assert torch.equal(torch.stack(each).amax(0), together) and together.shape == (2, 4)
     assert not together.requires_grad
     model.zero_grad()
     threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
     result = train_step(
-        mixed, configured(AdamWConfig, lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, loss=mean_loss_and_scores,
+        mixed, configured(AdamWConfig, lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, loss=collecting,
         clip=QKClip(model, threshold),
     )  # fmt: skip
     assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0
     assert relative_error(model.layers[0].attention.kv_up.weight, before) > 1e-3
 
 
-def test_mean_loss_and_scores_has_the_same_loss():
+def test_mean_loss_that_collects_has_the_same_loss():
     model, ((inputs, targets),) = small_model("attention=gqa"), batches(4, 4)
-    assert torch.equal(mean_loss_and_scores(model, inputs, targets)[0], mean_loss(model, inputs, targets))
+    assert torch.equal(collecting(model, inputs, targets)[0], mean_loss(model, inputs, targets)[0])
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
-def test_mean_loss_and_scores_compiles_as_one_graph(attention):
+def test_mean_loss_that_collects_compiles_as_one_graph(attention):
     model, ((inputs, targets),) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
-    expected, scores = mean_loss_and_scores(model, inputs, targets)
-    compiled = torch.compile(mean_loss_and_scores, backend="aot_eager", dynamic=False, fullgraph=True)
+    expected, scores = collecting(model, inputs, targets)
+    compiled = torch.compile(collecting, backend="aot_eager", dynamic=False, fullgraph=True)
     loss, found = compiled(model, inputs, targets)
-    assert relative_error(loss, expected) <= 1e-5 and relative_error(found, scores) <= 1e-5
+    assert relative_error(loss, expected) <= 1e-5 and found.keys() == scores.keys() and len(scores) == 2
+    assert all(relative_error(found[name], scores[name]) <= 1e-5 for name in scores)
     parameters = list(model.parameters())
     gradients = [torch.autograd.grad(one, parameters) for one in (loss, expected)]
     for gradient, exact in zip(*gradients, strict=True):

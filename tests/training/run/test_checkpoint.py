@@ -131,10 +131,10 @@ def test_load_optimizer_wrong_tensor_raises_user_error(trained, name, change, co
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
     training = checkpoint.TrainState(model, None, settings.optim.build(model))
-    checkpoint._load_optimizer(found, training)
+    checkpoint.load_optimizer(found, training)
     found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
     with pytest.raises(UserError, match=complaint):
-        checkpoint._load_optimizer(found, training)
+        checkpoint.load_optimizer(found, training)
 
 
 WEIGHTS = {
