@@ -34,9 +34,10 @@ def mean_loss(
     targets: Tensor,
     end_of_text: int | None = None,
     activation_checkpointing: bool = False,
+    min_tile: int = 0,
 ) -> Tensor:
     """Mean cross-entropy in nats per token, a scalar. end_of_text: the token that begins a document, with a document
-    mask. activation_checkpointing: activations are recomputed in the backward pass."""
+    mask. activation_checkpointing: activations are recomputed in the backward pass. min_tile: see chunked_mean."""
     out = model(
         inputs,
         **places(inputs, end_of_text),
@@ -44,7 +45,7 @@ def mean_loss(
         training=True,
         activation_checkpointing=activation_checkpointing,
     )
-    return chunked_mean(out.hidden, model.lm_head, targets)
+    return chunked_mean(out.hidden, model.lm_head, targets, min_tile)
 
 
 def mean_loss_and_scores(
