@@ -98,7 +98,7 @@ def test_dry_run_of_many_micro_batches_times_ten(workplace, monkeypatch, capsys)
 @pytest.mark.parametrize("settings", [["optim=adamw", "precision=fp16"], ["optim=muon", "model.n_layers=6"]])
 def test_dry_run_beyond_the_deadline_extrapolates_from_a_few_tokens(workplace, monkeypatch, capsys, settings):
     """On a machine where all takes as long as its arithmetic and a second more."""
-    monkeypatch.setattr("training.step_time.PART", 32)
+    monkeypatch.setattr("training.step_time.SAMPLE_TOKENS", 32)
     shapes, counts = counted(monkeypatch, "mean_loss"), cost.flops(load_composed(*SMOKE, *settings).model, 257)
 
     def seconds(device, what):
