@@ -23,6 +23,7 @@ from training.step_memory import StepMemory, memory
 from training.step_time import time_step
 
 OVERHEAD = 1.8  # bytes of the process to bytes of its tensors on a CPU, whose allocator leaves gaps: 1.75 was seen
+GPT2_VOCABULARY = 50_257  # tokens; the published sizes of models are counted with it
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
 
 
@@ -79,6 +80,12 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
     counts = cost.parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     yield f"parameters   {sum(counts.values()):,}: {listed}{' (tied to the embedding)' if model.head is None else ''}"
+    if vocab_size != GPT2_VOCABULARY:
+        published = sum(cost.parameters(cost.on_meta(run.model, GPT2_VOCABULARY)).values())
+        yield (
+            f"vocabulary   {vocab_size:,} tokens; with the {GPT2_VOCABULARY:,} of tokenizer=gpt2 the model would have "
+            f"{published:,} parameters"
+        )
     yield (
         f"flops        {flops.training():,.0f} per token of training, {flops.forward():,.0f} forward "
         f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average"
