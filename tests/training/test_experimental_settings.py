@@ -11,7 +11,7 @@ from common.experimental import warn_experimental
 from runtime.device import choose_device
 from runtime.precision import choose_precision
 from tests.support import ROOT, SMOKE, call, load_composed
-from training.experimental import EXPERIMENTS, warn_experimental_settings
+from training.experimental_settings import EXPERIMENTS, warn_experimental_settings
 
 CUDA = torch.device("cuda")
 STATUS = (ROOT / "docs" / "status.md").read_text()
