@@ -1,10 +1,11 @@
 """Which settings of a run are experimental, besides its device and its precision, which warn where they are chosen."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from common.experimental import warn_experimental
+from model.kernels.flex import Flex
 from model.kernels.sdpa import SDPA
 from training.run.config import Run
 
@@ -13,16 +14,34 @@ EXPERIMENTS = ("experiment=gpt2_124m",)  # for one GPU, and longer than anything
 
 def warn_experimental_settings(run: Run, device: torch.device, overrides: Sequence[str]) -> None:
     """overrides: as typed on the command line."""
-    for choice in _chosen(run, device, overrides):
-        warn_experimental(choice)
+    for setting, is_chosen in SETTINGS.items():
+        if is_chosen(run, device):
+            warn_experimental(setting)
+    for experiment in EXPERIMENTS:
+        if experiment in overrides:
+            warn_experimental(experiment)
 
 
-def _chosen(run: Run, device: torch.device, overrides: Sequence[str]) -> Iterator[str]:
-    kernel = run.model.kernel
-    if isinstance(kernel, SDPA) and kernel.flash:
-        yield f"kernel.flash={kernel.flash}"
-    if isinstance(kernel, SDPA) and kernel.backend == "cudnn":
-        yield "kernel.backend=cudnn"
-    if run.compilation == (True, True) and device.type == "cuda":
-        yield "autotune=true"
-    yield from (experiment for experiment in EXPERIMENTS if experiment in overrides)
+def _flash(name: str) -> Callable[[Run, torch.device], bool]:
+    return lambda run, device: isinstance(run.model.kernel, SDPA) and run.model.kernel.flash == name
+
+
+def _cudnn(run: Run, device: torch.device) -> bool:
+    return isinstance(run.model.kernel, SDPA) and run.model.kernel.backend == "cudnn"
+
+
+def _flex(run: Run, device: torch.device) -> bool:
+    return isinstance(run.model.kernel, Flex) and device.type == "cuda"
+
+
+def _autotune(run: Run, device: torch.device) -> bool:
+    return run.compilation == (True, True) and device.type == "cuda"
+
+
+SETTINGS = {
+    "kernel=flex": _flex,
+    "kernel.flash=FA3": _flash("FA3"),
+    "kernel.flash=FA4": _flash("FA4"),
+    "kernel.backend=cudnn": _cudnn,
+    "autotune=true": _autotune,
+}
