@@ -72,7 +72,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from runtime.device import choose_device, set_determinism, set_threads
     from runtime.precision import choose_precision
     from training.dry_run import dry_run
-    from training.experimental import warn_experimental_settings
+    from training.experimental_settings import warn_experimental_settings
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
     from training.run.session import Session, begin_or_resume, second_signal_ends

@@ -127,7 +127,7 @@ def _memory(attention: str, device: torch.device) -> Row:
     ]
     _train(*options, f"model={size}", "batch_tokens=8192", "micro_batch_size=4", f"run_dir={folder}")
     measured = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
-    predicted = sum(memory(load(read_config(folder)[0]), 257, device).values())
+    predicted = memory(load(read_config(folder)[0]), 257, device).peak
     row = {"size": size, "predicted_mb": predicted / 1e6}
     return row | ({"measured_mb": measured / 1e6, "ratio": predicted / measured} if measured else {})
 

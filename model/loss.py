@@ -22,12 +22,12 @@ from torch.autograd.function import once_differentiable
 
 from model.transformer import LMHead, softcapped
 
-CHUNK = {"cpu": 2**26}  # bytes of logits that exist at one time;
-LARGE_CHUNK = 2**29  # fewer chunks where each costs a launch, or a compiler's time
-MAX_TOKENS = 4096  # in a chunk,
-MAX_FLOAT16_TOKENS = 1024  # whose sums over more of them could overflow
-TILE = {"cpu": 2**18}  # logits in float32 at one time: what a cache holds,
-LARGE_TILE = 2**23  # or what keeps a GPU busy
+CHUNK = {"cpu": 2**26}  # bytes of logits that exist at one time
+LARGE_CHUNK = 2**29  # bytes of logits that exist at one time where each chunk costs a launch, or a compiler's time
+MAX_TOKENS = 4096  # in a chunk
+MAX_FLOAT16_TOKENS = 1024  # in a chunk in float16: sums over more tokens could overflow
+TILE = {"cpu": 2**18}  # logits in float32 at one time: as many as a cache holds
+LARGE_TILE = 2**23  # logits in float32 at one time on a GPU: enough to keep it busy
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -44,20 +44,30 @@ def chunked_losses(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
         return _losses(hidden.flatten(0, 1), lm_head, targets.flatten()).view_as(targets)
 
 
-def chunked_mean(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in chunks, a scalar, with its gradient."""
+def chunked_mean(hidden: Tensor, lm_head: LMHead, targets: Tensor, min_tile: int = 0) -> Tensor:
+    """Mean cross-entropy in chunks, a scalar, with its gradient. min_tile: number of logits to take to float32 at one
+    time, if the device's own tile is smaller."""
     if not torch.is_grad_enabled():
         return chunked_losses(hidden, lm_head, targets).mean()
-    return _Mean.apply(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), lm_head.vocab_size, lm_head.softcap)
+    weight, vocab_size, softcap = lm_head
+    return _Mean.apply(hidden.flatten(0, 1), weight, targets.flatten(), vocab_size, softcap, min_tile)
 
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        vocab_size: int,
+        softcap: float | None,
+        min_tile: int,
+    ) -> Tensor:
         """x (N, d), weight (V', d), targets (N) -> scalar."""
         d_x = torch.empty_like(x)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        losses = _losses(x, LMHead(weight, vocab_size, softcap), targets, (d_x, d_weight))
+        losses = _losses(x, LMHead(weight, vocab_size, softcap), targets, (d_x, d_weight), min_tile)
         ctx.save_for_backward(d_x, d_weight)
         ctx.tokens, ctx.dtype = len(x), weight.dtype
         return losses.mean()
@@ -68,10 +78,16 @@ class _Mean(torch.autograd.Function):
         """The saved gradient is that of the sum, which float16 can represent whatever the number of tokens."""
         d_x, d_weight = ctx.saved_tensors
         share = d_mean / ctx.tokens
-        return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None
+        return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None, None
 
 
-def _losses(x: Tensor, lm_head: LMHead, targets: Tensor, gradients: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def _losses(
+    x: Tensor,
+    lm_head: LMHead,
+    targets: Tensor,
+    gradients: tuple[Tensor, Tensor] | None = None,
+    min_tile: int = 0,
+) -> Tensor:
     """Losses in chunks: x (N, d), targets (N) -> nats of each token, (N) float32. gradients: buffers for the gradients
     of their sum, with respect to x and to the weight (zeros, float32)."""
     weight, vocab_size, softcap = lm_head
@@ -83,7 +99,7 @@ def _losses(x: Tensor, lm_head: LMHead, targets: Tensor, gradients: tuple[Tensor
     for chunk in _cut(len(x), tokens):
         logits = x[chunk] @ weight.mT  # (n, V')
         # a compiler makes its own tiles, and would write ours out one after the other
-        tile = len(logits) if compiling else TILE.get(x.device.type, LARGE_TILE) // len(weight)
+        tile = len(logits) if compiling else max(min_tile, TILE.get(x.device.type, LARGE_TILE)) // len(weight)
         for rows in _cut(len(logits), tile):
             part = logits[rows, :vocab_size]
             losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)

@@ -19,10 +19,11 @@ from runtime.memory import free_memory
 from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
-from training.step_memory import memory
+from training.step_memory import StepMemory, memory
 from training.step_time import time_step
 
 OVERHEAD = 1.8  # bytes of the process to bytes of its tensors on a CPU, whose allocator leaves gaps: 1.75 was seen
+GPT2_VOCABULARY = 50_257  # tokens; the published sizes of models are counted with it
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
 
 
@@ -46,12 +47,13 @@ def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared
     keys = ""
     if run.data.document_mask:
         keys = " within documents" if corpus else ", an upper bound: pairs across documents are counted"
-    parts = memory(run, vocab_size, device)
-    for line in _shapes(run, vocab_size, flops, keys, parts, device):
+    needed = memory(run, vocab_size, device)
+    for line in _shapes(run, vocab_size, flops, keys):
         print_line(line)
+    print_line(_memory_line(run, vocab_size, needed, device))
     for line in _plan(run, corpus, done):  # before what takes a while
         print_line(line)
-    print_line(_duration(run, vocab_size, flops, sum(parts.values()), device, done))
+    print_line(_duration(run, vocab_size, flops, needed.peak, device, done))
     if corpus is None:
         print_line(f"not known    how many epochs that is; the vocabulary is taken as {vocab_size:,} tokens")
         for line in lacking:
@@ -72,14 +74,18 @@ def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | No
     return corpus, []
 
 
-def _shapes(
-    run: Run, vocab_size: int, flops: cost.Flops, keys: str, parts: dict[str, int], device: torch.device
-) -> Iterator[str]:
-    """keys: what is to be said of the number of keys. parts: of the memory."""
+def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator[str]:
+    """keys: what is to be said of the number of keys."""
     model = cost.on_meta(run.model, vocab_size)
     counts = cost.parameters(model)
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     yield f"parameters   {sum(counts.values()):,}: {listed}{' (tied to the embedding)' if model.head is None else ''}"
+    if vocab_size != GPT2_VOCABULARY:
+        published = sum(cost.parameters(cost.on_meta(run.model, GPT2_VOCABULARY)).values())
+        yield (
+            f"vocabulary   {vocab_size:,} tokens; with the {GPT2_VOCABULARY:,} of tokenizer=gpt2 the model would have "
+            f"{published:,} parameters"
+        )
     yield (
         f"flops        {flops.training():,.0f} per token of training, {flops.forward():,.0f} forward "
         f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average"
@@ -89,19 +95,20 @@ def _shapes(
         f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32, "
         f"{cost.cache_bytes(model, run.model.context_length):,} for a full context"
     )
+
+
+def _memory_line(run: Run, vocab_size: int, needed: StepMemory, device: torch.device) -> str:
+    """The peak, its parts, and the peak with the other choice of what is kept of the activations."""
     where = "on the GPU" if device.type == "cuda" else "besides what Python and PyTorch take themselves"
-    yield (
-        f"memory       about {size(sum(parts.values()))} of tensors at the peak of a step {where}: "
-        f"{', '.join(f'{name} {size(number)}' for name, number in parts.items())} (micro-batches of "
-        f"{run.micro_batch_size} x {run.model.context_length}, {run.precision}); {_otherwise(run, vocab_size, device)}"
+    parts = ", ".join(f"{name} {size(number)}" for name, number in needed._asdict().items() if name != "peak")
+    checkpointing = not run.activation_checkpointing
+    other = memory(run.model_copy(update={"activation_checkpointing": checkpointing}), vocab_size, device)
+    return (
+        f"memory       about {size(needed.peak)} of tensors at the peak of a step {where} (micro-batches of "
+        f"{run.micro_batch_size} x {run.model.context_length}, {run.precision}); parts, each at its own peak: {parts}; "
+        f"with activation_checkpointing={str(checkpointing).lower()} about {size(other.peak)}, "
+        f"activations {size(other.activations)}"
     )
-
-
-def _otherwise(run: Run, vocab_size: int, device: torch.device) -> str:
-    """What the activations would take with the other choice of what is kept of them."""
-    other = run.model_copy(update={"activation_checkpointing": not run.activation_checkpointing})
-    activations = memory(other, vocab_size, device)["activations"]
-    return f"activation_checkpointing={str(not run.activation_checkpointing).lower()}: activations {size(activations)}"
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:

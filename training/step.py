@@ -42,10 +42,11 @@ def mean_loss(
     end_of_text: int | None = None,
     activation_checkpointing: bool = False,
     collect: frozenset[str] = frozenset(),
+    min_tile: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`. end_of_text: the
     token that begins a document, with a document mask. activation_checkpointing: activations are recomputed in the
-    backward pass."""
+    backward pass. min_tile: see chunked_mean."""
     out = model(
         inputs,
         **packed_positions(inputs, end_of_text),
@@ -54,7 +55,7 @@ def mean_loss(
         activation_checkpointing=activation_checkpointing,
         collect=collect,
     )
-    return chunked_mean(out.hidden, model.lm_head, targets), out.aux
+    return chunked_mean(out.hidden, model.lm_head, targets, min_tile), out.aux
 
 
 def train_step(

@@ -1,72 +1,93 @@
 """Memory of a training step, predicted without taking it.
 
-Weights, gradients, low-precision copies and the optimizer's state are counted in closed form. Activations are what the
-step's own eager code holds besides, run on fake tensors, which have a device, a dtype and a shape, and no numbers. A
-compiled step takes less.
+Weights, gradients, low-precision copies and the optimizer's state are counted in closed form. Activations, and the peak
+of all together, are those of the step's own eager code, run on fake tensors, which have a device, a dtype and a shape,
+and no numbers. A compiled step takes less.
 """
 
-import contextlib
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from model.cost import on_meta
 from model.kernels.flex import Flex
 from model.kernels.sdpa import SDPA
-from model.loss import TILE
 from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import PeakTensorBytes
 from runtime.precision import DTYPES, MixedPrecision
 from training.run.config import Run
 from training.step import accumulate_gradients, losses_of
 
-MAX_TILES = 64  # of logits: the loss goes over them in Python, and a fake operator takes as long as a small real one
+MAX_TILES = 256  # of logits: the loss goes over them in Python, and a fake operator takes as long as a small real one
 
 
-def memory(run: Run, vocab_size: int, device: torch.device) -> dict[str, int]:
-    """Bytes of tensors at the peak of a training step, by what they are. Activations are all that is none of the
-    others: what the backward pass needs of a micro-batch, and what is alive for a moment."""
+class StepMemory(NamedTuple):
+    """Bytes of tensors in a training step."""
+
+    weights: int
+    gradients: int  # in float32, of all weights
+    optimizer: int
+    copies: int  # of the matrices, in low precision
+    activations: int  # the most that a micro-batch holds of all else, for its backward pass or for a moment
+    peak: int  # the most at one time: less than the sum where gradients come as activations go
+
+
+def memory(run: Run, vocab_size: int, device: torch.device) -> StepMemory:
     model = on_meta(run.model, vocab_size)
     weights = sum(p.nbytes for p in model.parameters())
     dtype = DTYPES[run.precision]
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    return {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": run.optim.state_bytes(model),
-        "copies": 0 if dtype == torch.float32 else matrices * dtype.itemsize,
-        "activations": _activations(run, vocab_size, device),
-    }
+    optimizer = run.optim.state_bytes(model)
+    accumulation = _accumulate_fake(run, vocab_size, device)
+    return StepMemory(
+        weights=weights,
+        gradients=weights,
+        optimizer=optimizer,
+        copies=0 if dtype == torch.float32 else matrices * dtype.itemsize,
+        activations=accumulation.activations,
+        peak=accumulation.bytes + optimizer,
+    )
 
 
-def _activations(run: Run, vocab_size: int, device: torch.device) -> int:
-    """Peak of a step beyond weights, gradients and copies."""
+class _AccumulationPeak(PeakTensorBytes):
+    """Also counts `activations`: the most beyond the weights that it watches and the gradients they have by then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.activations = 0
+        self._watched: list[tuple[nn.Parameter, int]] = []
+
+    def watch(self, weights: Iterable[nn.Parameter]) -> None:
+        self._watched = [(weight, weight.nbytes) for weight in weights]
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        super()._see(storage)
+        if self._watched:
+            known = sum(size if weight.grad is None else 2 * size for weight, size in self._watched)
+            self.activations = max(self.activations, self._alive - known)
+
+
+def _accumulate_fake(run: Run, vocab_size: int, device: torch.device) -> _AccumulationPeak:
+    """Run gradient accumulation on fake tensors, of one micro-batch: all but the first of a step take the same."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second of imports, for who wants it
 
     shape = (run.micro_batch_size, run.model.context_length)
     end_of_text = vocab_size - 1  # the last token of every vocabulary
     loss = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing).mean_loss
-    with FakeTensorMode(), device, PeakTensorBytes() as peak, _few_tiles(math.prod(shape) * vocab_size):
+    loss = functools.partial(loss, min_tile=math.prod(shape) * vocab_size // MAX_TILES)
+    with FakeTensorMode(), device, _AccumulationPeak() as peak:
         mixed = MixedPrecision(TransformerLM(traceable(run.model), vocab_size), _traceable_precision(run.precision))
         if run.sequences > run.micro_batch_size:  # a later micro-batch, which meets the gradients of those before
             for parameter in mixed.parameters:
                 parameter.grad = torch.zeros_like(parameter)
+        peak.watch([*mixed.parameters, *mixed.copies])
         batch = torch.zeros(shape, dtype=torch.int64)
         accumulate_gradients(mixed, [(batch, batch)], (0, 0), loss)
-    weights = sum(parameter.nbytes for parameter in mixed.parameters)
-    return max(0, peak.bytes - 2 * weights - sum(copy.nbytes for copy in mixed.copies))
-
-
-@contextlib.contextmanager
-def _few_tiles(logits: int) -> Iterator[None]:
-    """Larger tiles in the loss of a micro-batch with so many logits, which are little beside what else it holds."""
-    sizes = dict(TILE)
-    TILE.update({device: max(size, logits // MAX_TILES) for device, size in sizes.items()})
-    try:
-        yield
-    finally:
-        TILE.update(sizes)
+    return peak
 
 
 def traceable(config: ModelConfig) -> ModelConfig:

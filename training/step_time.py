@@ -17,10 +17,10 @@ from training.run.config import Run
 from training.state import TrainState
 from training.step import losses_of, train_step
 
-MAX_TIMED = 10  # micro-batches, or as many as fit into
-DEADLINE = 5.0  # seconds, the first one included; a micro-batch that takes more than half of them is never run,
-PART = 128  # but so many tokens
-SHORT_UPDATE = 1.0  # seconds: one that takes longer is not run twice
+MAX_MICRO_BATCHES = 10  # that are timed
+MAX_SECONDS = 5.0  # of timing micro-batches; where two would take longer, a few tokens of one are timed instead
+SAMPLE_TOKENS = 128  # of a micro-batch, from whose time that of a whole one is estimated
+MAX_REPEATED_UPDATE = 1.0  # seconds of an update; one that takes longer is timed once, its first run included
 log = logging.getLogger("headroom")
 
 
@@ -32,18 +32,18 @@ class StepTime(NamedTuple):
 def time_step(run: Run, vocab_size: int, flops: Flops, device: torch.device) -> StepTime:
     """The tokens are made up: real ones take as long, and may not be there."""
     step = _Step(run, vocab_size, device)
-    part = step.tokens[: max(1, PART // run.model.context_length), :PART]
-    log.info(f"timing {part.numel():,} tokens")
-    seconds = step.estimate(part, flops)
-    if 2 * seconds > DEADLINE:
-        measured = f"{part.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
+    sample = step.tokens[: max(1, SAMPLE_TOKENS // run.model.context_length), :SAMPLE_TOKENS]
+    log.info(f"timing {sample.numel():,} tokens")
+    seconds = step.estimate(sample, flops)
+    if 2 * seconds > MAX_SECONDS:
+        measured = f"{sample.numel():,} tokens{', not compiled,' if run.compile else ''} and one update"
         measured += f" (a micro-batch would take {clock(seconds)}, too long for a dry run)"
         log.info("timing an update")
         updating = step.update()
     else:
         compiling = ", and compiling" if run.compile else ""
-        log.info(f"timing an update, and up to {MAX_TIMED} micro-batches for {DEADLINE:.0f} s{compiling}")
-        times, updating = step.run()
+        log.info(f"timing an update, and up to {MAX_MICRO_BATCHES} micro-batches for {MAX_SECONDS:.0f} s{compiling}")
+        times, updating = step.time_micro_batches()
         measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
         seconds = sum(times) / len(times)
     whole = step.count * seconds + updating
@@ -57,7 +57,7 @@ class _Step:
         if device.type == "cpu" and run.tune_malloc:
             keep_buffers()
         state = TrainState.create(run, vocab_size, device)
-        self.settings = run
+        self.run = run
         self.device = device
         self.count = run.sequences // run.micro_batch_size  # micro-batches of a step
         self.mixed = state.mixed
@@ -69,39 +69,39 @@ class _Step:
         shape = (run.micro_batch_size, run.model.context_length)
         self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)
 
-    def estimate(self, part: Tensor, flops: Flops) -> float:
-        """Seconds of a micro-batch, from part of its tokens and from so few that nearly all their time is overhead,
+    def estimate(self, sample: Tensor, flops: Flops) -> float:
+        """Seconds of a micro-batch, from a sample of its tokens and from so few that nearly all their time is overhead,
         which a micro-batch takes whatever its length."""
-        few = part[:1, : PART // 8]
-        for each in (few, part):
+        few = sample[:1, : SAMPLE_TOKENS // 8]
+        for each in (few, sample):
             self._micro_batch(self.eager, each)  # the first one on a device waits for what is loaded once
         overhead = self._micro_batch(self.eager, few)
-        seconds = self._micro_batch(self.eager, part)
-        if part.numel() == few.numel():
+        seconds = self._micro_batch(self.eager, sample)
+        if sample.numel() == few.numel():
             return seconds
 
         def work(tokens: Tensor) -> float:
             return tokens.numel() * flops.training(min(flops.keys, (tokens.shape[1] + 1) / 2))
 
-        per_work = max(0.0, seconds - overhead) / (work(part) - work(few))
-        return seconds + per_work * (work(self.tokens) - work(part))
+        per_work = max(0.0, seconds - overhead) / (work(sample) - work(few))
+        return seconds + per_work * (work(self.tokens) - work(sample))
 
-    def run(self) -> tuple[list[float], float]:
+    def time_micro_batches(self) -> tuple[list[float], float]:
         """Seconds of each of some micro-batches, and of an update. Of either, the first one takes memory and is
         compiled, and is not counted; but of an update that takes long there is no other."""
-        loss = maybe_compiled(self.eager, *self.settings.compilation)
+        loss = maybe_compiled(self.eager, *self.run.compilation)
         first = self._micro_batch(loss, self.tokens)
         updating = self.update()
-        spent = 0.0 if self.settings.compile else first
+        spent = 0.0 if self.run.compile else first
         times = []
-        while len(times) < MAX_TIMED and spent < DEADLINE:
+        while len(times) < MAX_MICRO_BATCHES and spent < MAX_SECONDS:
             times.append(self._micro_batch(loss, self.tokens))
             spent += times[-1]
-        return times or [first], self.update() if updating < SHORT_UPDATE else updating
+        return times or [first], self.update() if updating < MAX_REPEATED_UPDATE else updating
 
     def update(self) -> float:
         """Seconds of all that a step does besides its micro-batches, with the gradients there are."""
-        lr, clip_norm = self.settings.lr(0), self.settings.clip_norm
+        lr, clip_norm = self.run.lr(0), self.run.clip_norm
         return _seconds(self.device, lambda: train_step(self.mixed, self.optimizer, [], lr, clip_norm))
 
     def _micro_batch(self, loss: Callable, tokens: Tensor) -> float:

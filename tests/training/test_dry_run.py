@@ -10,7 +10,7 @@ from common.console import clock
 from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
-from tests.support import SMOKE, call, load_composed
+from tests.support import ROOT, SMOKE, call, load_composed
 from training import step
 
 VOCAB, CPU = 100, torch.device("cpu")
@@ -21,11 +21,15 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     out = capsys.readouterr().out
     assert "parameters   119,424: embedding 20,480, attention 33,024, mlp 65,536, norms 384, head 0 (tied" in out
     assert "flops        762,624 per token of training, 254,208 forward (7% of it attention, over 32.5 keys" in out
+    assert (
+        f"vocabulary   257 tokens; with the 50,257 of tokenizer=gpt2 the model would have {98_944 + 50304 * 64:,} p"
+        in out
+    )
     assert "cache        1,024 bytes per token" in out
     assert "micro-batches of 16 x 64" in out and "optimizer 562 kB" in out
-    both = re.search(r"activations ([\d.]+) MB .*; activation_checkpointing=true: activations ([\d.]+) MB\n", out)
-    kept, anew = both.groups()
-    assert 0 < float(anew) < 0.8 * float(kept)
+    both = r"about ([\d.]+) MB .* activations ([\d.]+) MB; with activation_checkpointing=true about ([\d.]+) MB, "
+    peak, kept, smaller, recomputed = map(float, re.search(both + r"activations ([\d.]+) MB\n", out).groups())
+    assert 0 < recomputed < 0.8 * kept and recomputed < smaller < peak
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944\n" in out
     assert "\nwarning      the training text is read 33.8 times: beyond 4 epochs" in out
     assert "for 3,000 steps, reading, evaluating and saving not counted: " in out
@@ -34,6 +38,15 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     (kept,) = (workplace / "cache").glob("[!.]*")
     assert f"nothing was trained, and nothing kept but the prepared documents, in cache/{kept.name}: " in out
     assert [path.name for path in workplace.iterdir()] == ["cache"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2_medium"])
+def test_sizes_of_published_models_are_those_that_their_comment_states(name):
+    """In millions: with GPT-2's vocabulary, and with the default one."""
+    model = load_composed(f"model={name}").model
+    comment = (ROOT / "conf" / "model" / f"{name}.yaml").read_text().partition("defaults:")[0]
+    counts = [sum(cost.parameters(cost.on_meta(model, size)).values()) for size in (50_257, 4096)]
+    assert re.findall(r"([\d.]+)M(?: parameters)? with", comment) == [f"{count / 1e6:.0f}" for count in counts]
 
 
 def test_dry_run_of_a_resumed_run_does_not_change_it(workplace, monkeypatch, capsys):
@@ -98,7 +111,7 @@ def test_dry_run_of_many_micro_batches_times_ten(workplace, monkeypatch, capsys)
 @pytest.mark.parametrize("settings", [["optim=adamw", "precision=fp16"], ["optim=muon", "model.n_layers=6"]])
 def test_dry_run_beyond_the_deadline_extrapolates_from_a_few_tokens(workplace, monkeypatch, capsys, settings):
     """On a machine where all takes as long as its arithmetic and a second more."""
-    monkeypatch.setattr("training.step_time.PART", 32)
+    monkeypatch.setattr("training.step_time.SAMPLE_TOKENS", 32)
     shapes, counts = counted(monkeypatch, "mean_loss"), cost.flops(load_composed(*SMOKE, *settings).model, 257)
 
     def seconds(device, what):
@@ -151,7 +164,7 @@ def test_dry_run_without_the_vocabulary_prints_all_else(workplace, monkeypatch, 
     out = capsys.readouterr().out
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert f"embedding {50304 * 64:,}" in rows["parameters"]
-    assert {"flops", "cache", "memory", "dry"} <= rows.keys()
+    assert {"flops", "cache", "memory", "dry"} <= rows.keys() and "vocabulary" not in rows
     assert rows["training"].endswith("30 steps of 1,024 tokens each: 30,720 tokens")
     assert " and one update" in rows["time"]
     assert rows["not"].endswith("how many epochs that is; the vocabulary is taken as 50,257 tokens")

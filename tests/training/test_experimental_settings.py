@@ -1,4 +1,4 @@
-"""Choices that have never run on their hardware say so, once, and are listed in docs/status.md."""
+"""Choices that have never run on their hardware say so, once, and docs/status.md lists just these."""
 
 import importlib.util
 import re
@@ -11,7 +11,7 @@ from common.experimental import warn_experimental
 from runtime.device import choose_device
 from runtime.precision import choose_precision
 from tests.support import ROOT, SMOKE, call, load_composed
-from training.experimental import EXPERIMENTS, warn_experimental_settings
+from training.experimental_settings import EXPERIMENTS, SETTINGS, warn_experimental_settings
 
 CUDA = torch.device("cuda")
 STATUS = (ROOT / "docs" / "status.md").read_text()
@@ -45,16 +45,26 @@ CHOICES = {
     "kernel.flash=FA4": settings("kernel=sdpa", "kernel.flash=FA4"),
     "kernel.backend=cudnn": settings("kernel=sdpa", "kernel.backend=cudnn"),
     "autotune=true": settings("compile=true", "autotune=true"),
+    "kernel=flex": settings("kernel=flex"),
 }
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_experimental_choice_warns_once_and_is_listed(choice, monkeypatch, caplog):
+def test_experimental_choice_warns_once(choice, monkeypatch, caplog):
     for _ in range(2):
         CHOICES[choice](monkeypatch)
     line = f"{choice} is experimental: never run on its hardware, see docs/status.md"
     assert [record.getMessage() for record in caplog.records if "experimental" in record.getMessage()] == [line]
-    assert re.search(rf"^\| .*`{re.escape(choice)}`", STATUS, re.MULTILINE)
+
+
+def test_status_page_lists_the_choices_that_warn():
+    """Those of the runtime, too, which warn by themselves."""
+    runtime = [path.read_text() for path in (ROOT / "runtime").glob("*.py")]
+    warned = {choice for text in runtime for choice in re.findall(r'warn_experimental\("(.+?)"\)', text)} | {*SETTINGS}
+    assert warned == CHOICES.keys()
+    table = STATUS.partition("## Choices that warn")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert {choice for row in rows for choice in re.findall(r"`(.+?)`", row)} == warned | {*EXPERIMENTS}
 
 
 def test_device_cuda_without_a_gpu_is_one_error_and_no_warning(monkeypatch, caplog):
@@ -68,7 +78,6 @@ def test_experimental_experiment_warns_before_it_needs_anything(workplace, monke
     (experiment,) = EXPERIMENTS
     call("train", [experiment, "dry_run=true", "model.n_layers=1", "model.context_length=64"], monkeypatch)
     assert f"{experiment} is experimental: never run on its hardware" in capsys.readouterr().err
-    assert f"`{experiment}`" in STATUS
 
 
 def test_other_choices_do_not_warn(monkeypatch, caplog):
@@ -77,6 +86,7 @@ def test_other_choices_do_not_warn(monkeypatch, caplog):
     assert choose_device("auto") == choose_device("cuda") == CUDA
     choose_device("cpu")
     choose_precision("bf16", torch.device("cpu"))
-    warn_experimental_settings(load_composed(*SMOKE, "compile=true", "autotune=true"), torch.device("cpu"), SMOKE)
+    for options in (["compile=true", "autotune=true"], ["kernel=flex"]):
+        warn_experimental_settings(load_composed(*SMOKE, *options), torch.device("cpu"), SMOKE)
     warn_experimental_settings(load_composed(*SMOKE, "kernel=sdpa", "kernel.backend=flash"), CUDA, SMOKE)
     assert "experimental" not in caplog.text
