@@ -11,9 +11,10 @@ from typing import Any
 
 from common.atomic_io import exists
 from common.cli import Parser, number
+from common.conf_files import choices
 from common.errors import UserError, reason
 from common.figures import check_writable
-from common.invocation import CONF, quoted, version_line
+from common.invocation import quoted, version_line
 from common.paths import entering
 from common.streams import print_line
 
@@ -168,7 +169,6 @@ def read_text(path: Path, what: str) -> str:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    kernels = sorted(path.stem for path in (CONF / "kernel").glob("*.yaml"))
     # Without defaults, so that flags that were typed can be distinguished from those that were not.
     parser = Parser(
         prog="sample.py",
@@ -227,7 +227,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine = parser.add_argument_group("how it runs").add_argument
     machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
     machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
-    machine("--kernel", choices=kernels, help="how attention is computed; default: auto")
+    machine("--kernel", choices=choices("kernel"), help="how attention is computed; default: auto")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="recompute the whole text for every token")
     return parser

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from common.conf_files import choices
 from common.errors import UserError, in_part
 from common.invocation import ROOT
 from common.settings import MAX_COUNT, Change, FrozenSettings
@@ -31,7 +32,7 @@ from model.transformer import Dimensions, ModelConfig
 from training.loggers.base import Logger
 from training.optim.base import OptimConfig
 from training.optim.schedule import Schedule
-from training.run.composer import choice, choices, compose_tree
+from training.run.composer import choice, compose_tree
 
 MODEL_PARTS = {"attention": AttentionChoice, "mlp": MLPConfig, "kernel": Kernel}
 RUN_PARTS = {

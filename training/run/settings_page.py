@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import yaml
 
-from common.suggestions import CONF
-from training.run.composer import choices
+from common.conf_files import NO_SETTINGS, choices, groups
+from common.invocation import CONF
 from training.run.origin import flatten_config
 
 OPENING = """# Settings
@@ -20,7 +20,6 @@ Every setting of [conf/](../conf), with its default and what it does: `key=value
 `group.key=value` for one of a group's choice, `group=choice` to choose. Made by
 `python -m training.run.settings_page > docs/settings.md`.
 """
-NO_SETTINGS = ("defaults", "hydra", "_target_")
 PACKAGE = "# @package"
 
 
@@ -30,11 +29,10 @@ class Setting(NamedTuple):
 
 
 def page() -> str:
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
     run = settings_of(CONF / "train.yaml")
     rows = [f"| `{key}` | {_code(one.default)} | {_cell(one.meaning)} |" for key, one in run.items()]
     table = "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
-    return "\n".join([OPENING, "## The run", "", table, *(_group(group) for group in groups)])
+    return "\n".join([OPENING, "## The run", "", table, *(_group(group) for group in groups())])
 
 
 def settings_of(path: Path) -> dict[str, Setting]:

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hydra.errors import HydraException
 
+from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
 from tests.support import ATTENTIONS, NEEDS, ROOT, composed_tree, load_composed
-from training.run.composer import choices
 from training.run.config import MODEL_PARTS, RUN_PARTS, Run, dump, load, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
@@ -347,12 +346,6 @@ def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(
         else:
             assert type(setting_of(dump(run), *path)) is float, path  # a huge integer is accepted nowhere
             assert math.isfinite(run.lr(0) + run.lr(run.steps // 2) + run.lr(run.steps - 1)), path
-
-
-def test_unknown_choices_and_keys_are_refused_while_composing():
-    for override in ("attention=gqaa", "foo=1", "attention.foo=1"):
-        with pytest.raises(HydraException):
-            composed_tree(override)
 
 
 @pytest.mark.parametrize(

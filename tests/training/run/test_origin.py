@@ -5,8 +5,8 @@ import shutil
 import pytest
 import yaml
 
-from common.cli import with_stored_choices
 from common.errors import UserError
+from common.overrides import with_stored_choices
 from tests.support import SMOKE, composed_tree, load_composed
 from training.run.folder import write_config
 from training.run.resume import open_run
