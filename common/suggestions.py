@@ -59,6 +59,7 @@ ALIASES = {  # settings, by the names that other programs give them
 }
 MAX_SUGGESTED = 3
 CUTOFF = 0.7  # of difflib's similarity: a slip or two, and not a word of its own
+DOTTED_CUTOFF = 0.85  # of keys with their groups, which make unlike ones alike
 
 
 class Known(NamedTuple):
@@ -79,9 +80,9 @@ class Known(NamedTuple):
         return [key for key in self.settings if key.endswith(f".{name}")][:MAX_SUGGESTED]
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
+def nearest(name: str, names: Iterable[str], cutoff: float = CUTOFF) -> str | None:
     """The name that `name` is most likely a slip of; None where none is near."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=CUTOFF)), None)
+    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def hint(*meant: str | None) -> str:
@@ -113,7 +114,7 @@ def no_such_setting(key: str, overrides: Sequence[str] = ()) -> str:
         return _not_at_the_top(name, known)
     if group in known.choices and known.of_group(group):
         return _not_of_choice(key, group, known)
-    return _of_part(key, known) or f"{key}: no such setting; {hint(nearest(key, known.settings))}{where_all_are()}"
+    return _of_part(key, known) or _in_no_group(key, known)
 
 
 def renamed(key: str) -> str:
@@ -184,7 +185,7 @@ def _not_of_choice(key: str, group: str, known: Known) -> str:
     owners = " or ".join(choice for choice, keys in others.items() if near in keys)
     meant = "it" if near == name else f"did you mean {near}? It"
     part = next((one for one in valid if re.fullmatch(r"parts\.\w+", one)), None)
-    in_part = f", as a part may be: set it there, as {group}.{part}.{near}=" if part else ""
+    in_part = f", so set it in a part, as {group}.{part}.{near}=" if part else ""
     return f"{key}: {where}; {meant} belongs to {group}={owners}{in_part}"
 
 
@@ -200,6 +201,12 @@ def _of_part(key: str, known: Known) -> str | None:
     return f"{key}: no such setting; {hint(f'{group}.parts.{rest}').rstrip()}{choose}"
 
 
+def _in_no_group(key: str, known: Known) -> str:
+    """Return one line on a key whose group is none, or a group without settings."""
+    meant = known.named(key.rpartition(".")[2]) or [nearest(key, known.settings, DOTTED_CUTOFF)]
+    return f"{key}: no such setting; {hint(*meant) or where_all_are()}".rstrip()
+
+
 def _not_at_the_top(name: str, known: Known) -> str:
     top = known.at_the_top()
     within = known.named(name)
@@ -207,6 +214,4 @@ def _not_at_the_top(name: str, known: Known) -> str:
     if not within and near is None:
         near_within = nearest(name, [key.rpartition(".")[2] for key in known.settings])
         within = known.named(near_within) if near_within else []
-    if within:
-        return f"{name}: no such setting; {hint(*within)}".rstrip()
-    return f"{name}: no such setting; {hint(near)}{where_all_are()}"
+    return f"{name}: no such setting; {hint(*(within or [near])) or where_all_are()}".rstrip()

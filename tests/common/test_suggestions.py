@@ -18,6 +18,8 @@ GUESSES = {
     "batch_size": "batch_size: no such setting; did you mean batch_tokens or micro_batch_size?",
     "setps": "setps: no such setting; did you mean steps?",
     "eval_evry": "eval_evry: no such setting; did you mean eval_every?",
+    "optm.lr": "optm.lr: no such setting; did you mean optim.lr?",
+    "model.attention.n_kv_heads": "model.attention.n_kv_heads: no such setting; did you mean attention.n_kv_heads?",
     "lr": "lr: no such setting; did you mean optim.lr?",
     "attention.local.window": "attention.local.window: no such setting; did you mean attention.parts.local.window? It "
     "belongs to attention=stack",
@@ -43,7 +45,7 @@ def test_no_such_setting_of_a_part_names_the_part():
     assert no_such_setting("attention.local.window", stack).endswith("did you mean attention.parts.local.window?")
     line = no_such_setting("attention.window", stack)
     assert "it belongs to attention=gqa or mha or mla or mqa" in line
-    assert line.endswith("set it there, as attention.parts.local.window=")
+    assert line.endswith("so set it in a part, as attention.parts.local.window=")
 
 
 def test_no_such_setting_looks_at_the_overrides():
