@@ -58,7 +58,7 @@ ALIASES = {  # settings, by the names that other programs give them
     "sliding_window": ("attention.window",),
 }
 MAX_SUGGESTED = 3
-CUTOFF = 0.7  # of difflib's similarity: a slip or two, and not a word of its own
+CUTOFF = 0.75  # of difflib's similarity: a slip or two, and not a word of its own
 DOTTED_CUTOFF = 0.85  # of keys with their groups, which make unlike ones alike
 
 
@@ -81,14 +81,17 @@ class Known(NamedTuple):
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = CUTOFF) -> str | None:
-    """The name that `name` is most likely a slip of; None where none is near."""
-    return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+    """The name that `name` is most likely a slip of, or the only one that it begins; None where none is near."""
+    names = list(dict.fromkeys(names))
+    slips = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    begun = [one for one in names if one.startswith(f"{name}_")]
+    return slips[0] if slips else begun[0] if len(begun) == 1 else None
 
 
 def hint(*meant: str | None) -> str:
-    """The question to begin an advice with, of the names that may be meant; empty without one."""
+    """The question whether one of these names is meant; empty without one."""
     names = [name for name in meant if name is not None]
-    return f"did you mean {' or '.join(names)}? " if names else ""
+    return f"did you mean {' or '.join(names)}?" if names else ""
 
 
 def aliased(key: str) -> tuple[str, ...]:
@@ -107,7 +110,7 @@ def no_such_setting(key: str, overrides: Sequence[str] = ()) -> str:
     if key in RENAMED:
         return renamed(key)
     if aliased(key):
-        return f"{key}: no such setting; {hint(*aliased(key))}".rstrip()
+        return f"{key}: no such setting; {hint(*aliased(key))}"
     known = known_settings(overrides)
     group, _, name = key.rpartition(".")
     if not group:
@@ -181,7 +184,7 @@ def _not_of_choice(key: str, group: str, known: Known) -> str:
     near = nearest(name, [*valid, *(other for keys in others.values() for other in keys)])
     where = f"no such setting of {group}={known.choices[group]}"
     if near is None or near in valid:
-        return f"{key}: {where}; {hint(near)}valid: {', '.join(valid)}"
+        return f"{key}: {where}; {hint(near) or 'valid: ' + ', '.join(valid)}"
     owners = " or ".join(choice for choice, keys in others.items() if near in keys)
     meant = "it" if near == name else f"did you mean {near}? It"
     part = next((one for one in valid if re.fullmatch(r"parts\.\w+", one)), None)
@@ -198,13 +201,13 @@ def _of_part(key: str, known: Known) -> str | None:
     if not owners or part == "parts" or not any(name in names for names in keys.values()):
         return None
     choose = "" if known.choices[group] in owners else f" It belongs to {group}={' or '.join(owners)}"
-    return f"{key}: no such setting; {hint(f'{group}.parts.{rest}').rstrip()}{choose}"
+    return f"{key}: no such setting; {hint(f'{group}.parts.{rest}')}{choose}"
 
 
 def _in_no_group(key: str, known: Known) -> str:
     """Return one line on a key whose group is none, or a group without settings."""
     meant = known.named(key.rpartition(".")[2]) or [nearest(key, known.settings, DOTTED_CUTOFF)]
-    return f"{key}: no such setting; {hint(*meant) or where_all_are()}".rstrip()
+    return f"{key}: no such setting; {hint(*meant) or where_all_are()}"
 
 
 def _not_at_the_top(name: str, known: Known) -> str:
@@ -214,4 +217,4 @@ def _not_at_the_top(name: str, known: Known) -> str:
     if not within and near is None:
         near_within = nearest(name, [key.rpartition(".")[2] for key in known.settings])
         within = known.named(near_within) if near_within else []
-    return f"{name}: no such setting; {hint(*(within or [near])) or where_all_are()}".rstrip()
+    return f"{name}: no such setting; {hint(*(within or [near])) or where_all_are()}"

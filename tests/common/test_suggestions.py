@@ -20,6 +20,7 @@ GUESSES = {
     "eval_evry": "eval_evry: no such setting; did you mean eval_every?",
     "optm.lr": "optm.lr: no such setting; did you mean optim.lr?",
     "model.attention.n_kv_heads": "model.attention.n_kv_heads: no such setting; did you mean attention.n_kv_heads?",
+    "vocab": "vocab: no such setting; did you mean tokenizer.vocab_size?",
     "lr": "lr: no such setting; did you mean optim.lr?",
     "attention.local.window": "attention.local.window: no such setting; did you mean attention.parts.local.window? It "
     "belongs to attention=stack",

@@ -19,7 +19,8 @@ from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from tests.support import NEEDS, assert_one_line, composed_tree, relative_error, sharpened, some_tokens
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, dump, load
+from training.run.config import Run, dump, load
+from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.step import train_step
 
 VOCAB = 50

@@ -12,7 +12,7 @@ import yaml
 
 from common.conf_files import NO_SETTINGS, choices, groups
 from common.invocation import CONF
-from training.run.origin import flatten_config
+from training.run.config import flatten_config
 
 OPENING = """# Settings
 

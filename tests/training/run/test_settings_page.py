@@ -10,7 +10,8 @@ from model.dimensions import Dimensions
 from model.kernels.base import Kernel
 from tests.support import NEEDS, ROOT, composed_tree
 from training.run.composer import choice
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, resolve_target
+from training.run.config import Run
+from training.run.parts import MODEL_PARTS, RUN_PARTS, resolve_target
 from training.run.settings_page import heading_of, page, settings_of
 
 PARTS = MODEL_PARTS | RUN_PARTS
