@@ -65,9 +65,9 @@ def load(args: argparse.Namespace) -> LoadedRun:
     from common.console import to_stderr
     from runtime.device import choose_device
     from runtime.precision import MixedPrecision, choose_precision
-    from training.run.config import load_choice
     from training.run.folder import newest
     from training.run.load import load_run
+    from training.run.parts import load_choice
 
     process.end_by_unwinding()  # what takes seconds to import is imported
     to_stderr()

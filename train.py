@@ -17,13 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli import (
-    check_each_once,
-    one_line_errors,
-    plain_tree,
-    smaller_batches_advised,
-    with_stored_choices,
-)
+from common.cli import one_line_errors, smaller_batches_advised
+from common.hydra_errors import one_line_hydra_errors, plain_tree
 from common.invocation import CONF, version_line
 from common.overrides import hydra_arguments
 from common.streams import print_line
@@ -48,14 +43,13 @@ def main() -> None:
         with one_line_errors(failed if hydra_config.mode == RunMode.MULTIRUN else None):
             train(plain_tree(cfg), typed=hydra_config.overrides.task)
 
-    with one_line_errors():  # here, for what Hydra has to say of the overrides themselves
+    with one_line_errors(), one_line_hydra_errors(sys.argv[1:]):  # here, for the overrides themselves
         if "--version" in sys.argv[1:]:
             return print_line(version_line())
         import hydra
 
         os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
-        check_each_once(sys.argv[1:])
-        sys.argv[1:] = hydra_arguments(with_stored_choices(sys.argv[1:]))
+        sys.argv[1:] = hydra_arguments(sys.argv[1:])
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
     if failed:
         sys.exit(2)

@@ -201,7 +201,8 @@ def memory(scale: Scale) -> Iterator[Row]:
     """The peak that the meta device predicts for a micro-batch, and what the device's allocator saw."""
     for size in scale.sizes:
         for attention in ATTENTIONS:
-            config, row = config_of(size, attention), {"size": size, "attention": attention}
+            config = compose(f"model={size}", f"attention={attention}").model
+            row = {"size": size, "attention": attention}
             predicted = _predicted(config, scale)
             if scale.device.type != "cuda":
                 yield row | {"predicted_mb": predicted / 1e6}
@@ -219,7 +220,8 @@ def decoding(scale: Scale) -> Iterator[Row]:
     """Tokens per second through the cache, greedy, bfloat16 weights, prompts of 64 or a quarter of the context."""
     for size in scale.sizes:
         for attention in ATTENTIONS:
-            model = TransformerLM(config_of(size, attention), VOCAB).to(scale.device)
+            config = compose(f"model={size}", f"attention={attention}").model
+            model = TransformerLM(config, VOCAB).to(scale.device)
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
                     parameter.data = parameter.data.bfloat16()
@@ -241,11 +243,6 @@ def decoding(scale: Scale) -> Iterator[Row]:
                     "tokens_per_second": rows * count / seconds,
                     "cache_bytes_per_token": held,
                 }
-
-
-def config_of(size: str, attention: str) -> ModelConfig:
-    """What train.py trains in that size."""
-    return compose(f"model={size}", f"attention={attention}").model
 
 
 def both_passes(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> list[torch.Tensor]:
@@ -300,7 +297,8 @@ def _trained(
     autotune: bool = False,
     kernel: Kernel | None = None,
 ) -> Row:
-    precision, config = choose_precision(precision, scale.device), config_of(size, attention)
+    precision = choose_precision(precision, scale.device)
+    config = compose(f"model={size}", f"attention={attention}").model
     config = config if kernel is None else config.model_copy(update={"kernel": kernel})
     config.check_training(scale.device)
     model = TransformerLM(config, VOCAB).to(scale.device)
@@ -318,7 +316,7 @@ def _trained(
 def _nanogpt(scale: Scale, size: str) -> Row:
     """Compiled and by autocast, as its train.py has it. Its FLOPs are counted as ours: of MHA in the same shape, whose
     MLP holds as many numbers."""
-    config = config_of(size, "mha")
+    config = compose(f"model={size}", "attention=mha").model
     shape = {"n_layers": config.n_layers, "n_heads": config.n_heads, "d_model": config.d_model}
     model, optimizer = nanogpt_of(
         scale.nanogpt, scale.device, **shape, context_length=config.context_length, vocab=PADDED_VOCAB, lr=1e-4

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.compare_runs import same_run
+from common.conf_files import choices
 from common.invocation import ROOT
-from training.run.composer import choices
 
 KILLS_PER_RUN = 10
 TRAIN = ROOT / "train.py"

@@ -24,10 +24,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 import train as program
 from benchmarks.compare_runs import same_run
+from common.conf_files import choices
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
-from training.run.composer import choices
 from training.run.config import load
 from training.run.folder import read_config
 from training.run.load import load_run

@@ -4,18 +4,15 @@ import argparse
 import errno
 import importlib.util
 import math
-import re
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from common import process
 from common.errors import NotFinite, Unsupported, UserError, reason
-from common.invocation import CONF, ROOT, command, how_to_install
+from common.invocation import ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
-from common.suggestions import no_such_setting
 
 # Errors of files and disks, which are no fault of the program.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -25,9 +22,9 @@ FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE
 @contextmanager
 def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
     """Turn a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
-    that is not installed, a file or a stdout that cannot be read or written, or a complaint of Hydra's about what was
-    typed, into one line on stderr and exit code 2, and Ctrl-C into one word and exit code 130. A reader of stdout that
-    leaves early ends the program quietly. Anything else is a fault of the program and keeps its traceback.
+    that is not installed, or a file or a stdout that cannot be read or written, into one line on stderr and exit code
+    2, and Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program quietly.
+    Anything else is a fault of the program and keeps its traceback.
 
     failed: in a sweep, the list that the line is added to; the other runs go on.
     """
@@ -64,55 +61,14 @@ def _user_line(error: Exception) -> str | None:
     """Return the line to print for an error that is no fault of the program; None for one that is."""
     if isinstance(error, UserError | Unsupported | NotFinite):
         return str(error)
-    known = (_too_large, _nondeterministic, _not_installed, _file_fault, _hydra_complaint)
+    known = (_too_large, _nondeterministic, _not_installed, _file_fault)
     return next((line for line in (explain(error) for explain in known) if line), None)
-
-
-def check_each_once(typed: Sequence[str]) -> None:
-    """Raise UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
-    last silently."""
-    given: dict[str, str] = {}
-    for override in typed:
-        key, equals, _ = override.lstrip("+").partition("=")
-        key = key.strip().partition("@")[0]
-        if not equals or key.startswith(("-", "~")):  # a flag; a setting that is taken away
-            continue
-        if key in given:
-            sweep = ", or -m with a list of values to have a run of each" if given[key] != override else ""
-            raise UserError(f"{given[key]} and {override} give {key} twice: leave one of them out{sweep}")
-        given[key] = override
-
-
-def with_stored_choices(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments; where a run is resumed, with settings of data and tokenizer marked to be added (++). They
-    belong to the run's own choices, and Hydra, which composes the default ones, may not know them."""
-    if not any(argument.startswith("resume=") for argument in arguments):
-        return list(arguments)
-    return [f"++{one}" if re.match(r"(data|tokenizer)\.[^=]+=", one) else one for one in arguments]
-
-
-def plain_tree(cfg: Any) -> dict[str, Any]:
-    """Convert a composed Hydra configuration to plain values. Raises UserError for one that is incomplete."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-    try:
-        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is not set: give it a value, as in {error.full_key}=...") from None
-    except OmegaConfBaseException as error:
-        raise UserError(f"{error.full_key}: {(error.msg or str(error)).splitlines()[0]}") from None
 
 
 def fail(line: str) -> NoReturn:
     """Print one line on stderr and exit with code 2."""
     print_stderr(f"error: {line}")
     sys.exit(2)
-
-
-def _joined(error: Exception) -> str:
-    """Join the lines of a library's message."""
-    return " ".join(str(error).split())
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,33 +94,6 @@ def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[s
         return value
 
     return parse
-
-
-def _hydra_complaint(error: Exception) -> str | None:
-    """Return one line for an error that Hydra raises over the command line; None for any other."""
-    if "hydra" not in sys.modules:
-        return None
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    if not isinstance(error, HydraException | OmegaConfBaseException | ValueError):
-        return None
-    for typed in sys.argv[1:]:
-        key, equals, value = typed.partition("=")
-        choices = sorted(path.stem for path in (CONF / key).glob("*.yaml")) if key.isidentifier() else []
-        if equals and choices and not set(value.split(",")) <= set(choices):
-            return f"{typed}: choose one of {', '.join(choices)}"
-    unknown = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
-    if unknown:
-        return no_such_setting(unknown[1])
-    if not isinstance(error, ValueError) or _raised_in("hydra", error):
-        return _joined(error)
-    return None
-
-
-def _raised_in(package: str, error: Exception) -> bool:
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].partition(".")[0] == package
 
 
 def _file_fault(error: Exception) -> str | None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
+from common import conf_files
 from common.errors import UserError
-from common.invocation import CONF, command, quoted
+from common.invocation import command, quoted
 from common.suggestions import known_settings, mask_settings, no_such_setting
 
 PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
@@ -38,16 +39,41 @@ def hydra_arguments(typed: Sequence[str]) -> list[str]:
     A value is text, and taken as it is, where the grammar refuses it and it is not all within [ ] or { }; of the
     settings in TEXTS also where the grammar would see a number, a list or a dict in it. A whole number may be written
     as 1e3. With -m, text outside of quotes and brackets is a list of values at its commas. Raises UserError for what
-    stays unreadable, and for a flag that Hydra does not have.
+    stays unreadable, for what is given twice, and for a flag that Hydra does not have.
 
     Flags come last: amid settings, argparse would take no more of these after them.
     """
+    _check_each_once(typed)
+    typed = with_stored_choices(typed)
     _check_flags(typed)
     # argparse takes the beginning of a flag for it, too.
     sweep = any(word == "-m" or (word > "--" and "--multirun".startswith(word)) for word in typed)
     flags = _flags(typed)
-    settings = [_override(word, sweep) for i, word in enumerate(typed) if i not in flags]
+    settings = [_override(word, typed, sweep) for i, word in enumerate(typed) if i not in flags]
     return [*settings, *(typed[i] for i in sorted(flags))]
+
+
+def _check_each_once(typed: Sequence[str]) -> None:
+    """Raise UserError where two of the overrides give one setting, or choose twice in one group: Hydra would take the
+    last silently."""
+    given: dict[str, str] = {}
+    for override in typed:
+        key, equals, _ = override.lstrip("+").partition("=")
+        key = key.strip().partition("@")[0]
+        if not equals or key.startswith(("-", "~")):  # a flag; a setting that is taken away
+            continue
+        if key in given:
+            sweep = ", or -m with a list of values to have a run of each" if given[key] != override else ""
+            raise UserError(f"{given[key]} and {override} give {key} twice: leave one of them out{sweep}")
+        given[key] = override
+
+
+def with_stored_choices(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments; where a run is resumed, with settings of data and tokenizer marked to be added (++). They
+    belong to the run's own choices, and Hydra, which composes the default ones, may not know them."""
+    if not any(argument.startswith("resume=") for argument in arguments):
+        return list(arguments)
+    return [f"++{one}" if re.match(r"(data|tokenizer)\.[^=]+=", one) else one for one in arguments]
 
 
 def format_override(key: str, value: str) -> str:
@@ -84,16 +110,18 @@ def _check_flags(typed: Sequence[str]) -> None:
     for i in flags:
         known = any(option.startswith(typed[i].partition("=")[0]) for option in parser._option_string_actions)
         if typed[i].startswith("-") and not known:
-            _check_no_setting(typed[i], typed[i + 1] if i + 1 < len(typed) else "")
+            _check_no_setting(i, typed)
     parser.error = _unknown_flag
     parser.parse_args([typed[i] for i in flags])
 
 
-def _check_no_setting(flag: str, following: str) -> None:
-    """Raise UserError where the flag, such as --steps, is named like a setting. following: the word after it."""
+def _check_no_setting(index: int, typed: Sequence[str]) -> None:
+    """Raise UserError where the flag of this index, such as --steps, is named like a setting."""
+    flag = typed[index]
+    following = typed[index + 1] if index + 1 < len(typed) else ""
     name, equals, value = flag.lstrip("-").partition("=")
     name = name.replace("-", "_")
-    known = known_settings()
+    known = known_settings(typed)
     names = [name] if name in known.settings or name in known.choices else known.named(name)
     if not equals:
         value = "..." if not following or "=" in following or following.startswith("-") else following
@@ -108,7 +136,7 @@ def _unknown_flag(message: str) -> NoReturn:
     raise UserError(f"{message} ({flags} lists the flags, {settings} the settings, which have no dashes)")
 
 
-def _override(word: str, sweep: bool) -> str:
+def _override(word: str, typed: Sequence[str], sweep: bool) -> str:
     key, equals, value = word.partition("=")
     key = key.strip()
     name = key.lstrip("+~")
@@ -119,10 +147,10 @@ def _override(word: str, sweep: bool) -> str:
         )
     _check_encoding(word)
     if key.startswith("~"):
-        return _deletion(word, name)
+        return _deletion(word, name, typed)
     if _parsed(f"{key}=x") is None:
-        raise UserError(no_such_setting(name))
-    if _is_group(name):
+        raise UserError(no_such_setting(name, typed))
+    if conf_files.is_group(name):
         key = name  # Hydra would add a second choice to the default one
     if name in PATHS and value.startswith("~"):
         value = os.path.expanduser(value)
@@ -138,11 +166,11 @@ def _check_encoding(word: str) -> None:
         raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: {way_out}")
 
 
-def _deletion(word: str, name: str) -> str:
-    if _is_group(name) and name != "experiment":
+def _deletion(word: str, name: str, typed: Sequence[str]) -> str:
+    if conf_files.is_group(name) and name != "experiment":
         raise UserError(f"{word}: a run needs its {name}: choose another as {name}=")
     if _parsed(word) is None:
-        raise UserError(no_such_setting(name))
+        raise UserError(no_such_setting(name, typed))
     return word
 
 
@@ -152,7 +180,7 @@ def _value(key: str, value: str, sweep: bool) -> str:
     if found is None:
         return _quoted_value(key, value, sweep, is_text)
     if found.is_sweep_override() and not sweep:
-        text = "" if _is_group(key) else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
+        text = "" if conf_files.is_group(key) else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
         raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
     if not is_text:
         return value if re.search(BRACKETS, value) else ",".join(map(_in_digits, value.split(",")))
@@ -175,10 +203,6 @@ def _in_digits(value: str) -> str:
         return value
     number = Decimal(value)
     return str(int(number)) if number == int(number) else value
-
-
-def _is_group(name: str) -> bool:
-    return name.isidentifier() and (CONF / name).is_dir()
 
 
 def _parsed(word: str) -> Any | None:

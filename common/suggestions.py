@@ -3,19 +3,63 @@
 import difflib
 import functools
 import re
-import sys
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from common.invocation import CONF, command
+from common import conf_files
+from common.invocation import ROOT, command, shortest
 
 RENAMED = {  # settings, by their former names
     "most_skipped": "max_skipped_updates",
     "checkpoint_activations": "activation_checkpointing",
     "optim.logical_blocks": "optim.per_head",
 }
+ALIASES = {  # settings, by the names that other programs give them
+    "attn": ("attention",),
+    "batch_size": ("batch_tokens", "micro_batch_size"),
+    "block_size": ("model.context_length", "attention.block_size"),
+    "checkpoint": ("resume", "init_from"),
+    "checkpoint_every": ("save_every",),
+    "dataset": ("data",),
+    "depth": ("model.n_layers",),
+    "dtype": ("precision",),
+    "embed_dim": ("model.d_model",),
+    "epochs": ("steps",),
+    "eval_interval": ("eval_every",),
+    "grad_accum": ("batch_tokens", "micro_batch_size"),
+    "grad_clip": ("clip_norm",),
+    "gradient_accumulation": ("batch_tokens", "micro_batch_size"),
+    "gradient_accumulation_steps": ("batch_tokens", "micro_batch_size"),
+    "gradient_checkpointing": ("activation_checkpointing",),
+    "heads": ("model.n_heads",),
+    "hidden_dim": ("model.d_model",),
+    "hidden_size": ("model.d_model",),
+    "iters": ("steps",),
+    "layers": ("model.n_layers",),
+    "learning_rate": ("optim.lr",),
+    "log": ("logger",),
+    "max_iters": ("steps",),
+    "max_seq_len": ("model.context_length",),
+    "max_steps": ("steps",),
+    "mixed_precision": ("precision",),
+    "n_embd": ("model.d_model",),
+    "name": ("run_dir",),
+    "num_heads": ("model.n_heads",),
+    "num_layers": ("model.n_layers",),
+    "optimizer": ("optim",),
+    "out_dir": ("run_dir",),
+    "output_dir": ("run_dir",),
+    "run": ("resume",),
+    "run_name": ("run_dir",),
+    "save_interval": ("save_every",),
+    "scheduler": ("schedule",),
+    "seq_len": ("model.context_length",),
+    "sequence_length": ("model.context_length",),
+    "sliding_window": ("attention.window",),
+}
 MAX_SUGGESTED = 3
+CUTOFF = 0.75  # of difflib's similarity: a slip or two, and not a word of its own
+DOTTED_CUTOFF = 0.85  # of keys with their groups, which make unlike ones alike
 
 
 class Known(NamedTuple):
@@ -36,18 +80,44 @@ class Known(NamedTuple):
         return [key for key in self.settings if key.endswith(f".{name}")][:MAX_SUGGESTED]
 
 
-def no_such_setting(key: str) -> str:
-    """Return one line: that there is no `key` (group.name, or a name at the top), and the nearest setting there is."""
+def nearest(name: str, names: Iterable[str], cutoff: float = CUTOFF) -> str | None:
+    """The name that `name` is most likely a slip of, or the only one that it begins; None where none is near."""
+    names = list(dict.fromkeys(names))
+    slips = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    begun = [one for one in names if one.startswith(f"{name}_")]
+    return slips[0] if slips else begun[0] if len(begun) == 1 else None
+
+
+def hint(*meant: str | None) -> str:
+    """The question whether one of these names is meant; empty without one."""
+    names = [name for name in meant if name is not None]
+    return f"did you mean {' or '.join(names)}?" if names else ""
+
+
+def aliased(key: str) -> tuple[str, ...]:
+    """The settings that other programs call `key`, or call by its last name."""
+    return ALIASES.get(key.rpartition(".")[2], ())
+
+
+def where_all_are() -> str:
+    """Where to look for a setting: a list of all would be a wall of names."""
+    return f"{command('train.py', '--help')} lists them, {shortest(str(ROOT / 'docs' / 'settings.md'))} explains them"
+
+
+def no_such_setting(key: str, overrides: Sequence[str] = ()) -> str:
+    """Return one line: that there is no `key` (group.name, or a name at the top), and the nearest setting there is
+    with the choices that the overrides make."""
     if key in RENAMED:
         return renamed(key)
-    known = known_settings()
+    if aliased(key):
+        return f"{key}: no such setting; {hint(*aliased(key))}"
+    known = known_settings(overrides)
     group, _, name = key.rpartition(".")
+    if not group:
+        return _not_at_the_top(name, known)
     if group in known.choices and known.of_group(group):
         return _not_of_choice(key, group, known)
-    if group:
-        nearest = _nearest(key, known.settings)
-        return f"{key}: no such setting; {_hint(nearest)}{command('train.py', '--help')} lists them"
-    return _not_at_the_top(name, known)
+    return _of_part(key, known) or _in_no_group(key, known)
 
 
 def renamed(key: str) -> str:
@@ -58,36 +128,34 @@ def renamed(key: str) -> str:
 @functools.cache
 def mask_settings() -> tuple[str, ...]:
     """The settings of an attention that only mask=study shows, as attention.name; they can be set without it."""
-    return tuple(f"attention.{name}" for name in _keys_of_file(CONF / "mask" / "study.yaml"))
+    return tuple(f"attention.{name}" for name in conf_files.keys("mask", "study"))
 
 
-def known_settings() -> Known:
-    """Compose the choices on the command line (of a sweep, the first ones) without the settings."""
+def known_settings(overrides: Sequence[str]) -> Known:
+    """Compose the choices among the overrides (of a sweep, the first ones) without the settings."""
     from hydra.errors import HydraException
 
-    choices = list(_typed_choices())
+    choices = list(_choices_in(overrides))
     try:
         return _composed(choices)
     except HydraException:  # one of them is at fault itself
         return _composed([])
 
 
-def _typed_choices() -> Iterator[str]:
-    for word in sys.argv[1:]:
+def _choices_in(overrides: Sequence[str]) -> Iterator[str]:
+    for word in overrides:
         choice = re.fullmatch(r"\+*(\w+)=(\w+)(?:,.*)?", word)
-        if choice and (CONF / choice[1]).is_dir():
+        if choice and conf_files.is_group(choice[1]):
             yield f"{choice[1]}={choice[2]}"
         elif word.startswith("hydra.searchpath="):
             yield word
 
 
 def _composed(choices: list[str]) -> Known:
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+    from hydra import compose
     from omegaconf import OmegaConf
 
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with conf_files.hydra_initialized():
         tree = OmegaConf.to_container(compose("train", choices, return_hydra_config=True))
     chosen = tree.pop("hydra")["runtime"]["choices"]
     groups = {group: chosen[group] for group in reversed(chosen) if group.isidentifier()}  # none of Hydra's own
@@ -105,38 +173,48 @@ def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _keys(value, f"{prefix}{key}.")
 
 
+def _of_choices(group: str) -> dict[str, list[str]]:
+    return {choice: conf_files.keys(group, choice) for choice in conf_files.choices(group)}
+
+
 def _not_of_choice(key: str, group: str, known: Known) -> str:
-    name, valid = key.removeprefix(f"{group}."), known.of_group(group)
-    others = {path.stem: _keys_of_file(path) for path in sorted((CONF / group).glob("*.yaml"))}
-    nearest = _nearest(name, [*valid, *(other for keys in others.values() for other in keys)])
+    name = key.removeprefix(f"{group}.")
+    valid = known.of_group(group)
+    others = _of_choices(group)
+    near = nearest(name, [*valid, *(other for keys in others.values() for other in keys)])
     where = f"no such setting of {group}={known.choices[group]}"
-    if nearest is None or nearest in valid:
-        return f"{key}: {where}; {_hint(nearest)}valid: {', '.join(valid)}"
-    owners = " or ".join(choice for choice, keys in others.items() if nearest in keys)
-    meant = "it" if nearest == name else f"did you mean {nearest}? It"
-    return f"{key}: {where}; {meant} belongs to {group}={owners}"
+    if near is None or near in valid:
+        return f"{key}: {where}; {hint(near) or 'valid: ' + ', '.join(valid)}"
+    owners = " or ".join(choice for choice, keys in others.items() if near in keys)
+    meant = "it" if near == name else f"did you mean {near}? It"
+    part = next((one for one in valid if re.fullmatch(r"parts\.\w+", one)), None)
+    in_part = f", so set it in a part, as {group}.{part}.{near}=" if part else ""
+    return f"{key}: {where}; {meant} belongs to {group}={owners}{in_part}"
 
 
-def _keys_of_file(path: Path) -> list[str]:
-    import yaml
+def _of_part(key: str, known: Known) -> str | None:
+    """Return one line on group.part.name, where group.parts.part.name is meant; None for any other key."""
+    group, _, rest = key.partition(".")
+    part, _, name = rest.partition(".")
+    keys = _of_choices(group) if group in known.choices else {}
+    owners = [choice for choice, names in keys.items() if "parts" in names]
+    if not owners or part == "parts" or not any(name in names for names in keys.values()):
+        return None
+    choose = "" if known.choices[group] in owners else f" It belongs to {group}={' or '.join(owners)}"
+    return f"{key}: no such setting; {hint(f'{group}.parts.{rest}')}{choose}"
 
-    return [key for key in yaml.safe_load(path.read_text()) if key not in ("defaults", "_target_")]
+
+def _in_no_group(key: str, known: Known) -> str:
+    """Return one line on a key whose group is none, or a group without settings."""
+    meant = known.named(key.rpartition(".")[2]) or [nearest(key, known.settings, DOTTED_CUTOFF)]
+    return f"{key}: no such setting; {hint(*meant) or where_all_are()}"
 
 
 def _not_at_the_top(name: str, known: Known) -> str:
-    top, within = known.at_the_top(), known.named(name)
-    nearest = _nearest(name, top)
-    if not within and nearest is None:
-        nearest_within = _nearest(name, [key.rpartition(".")[2] for key in known.settings])
-        within = known.named(nearest_within) if nearest_within else []
-    if within:
-        return f"{name}: no such setting; did you mean {' or '.join(within)}?"
-    return f"{name}: no such setting; {_hint(nearest)}valid: {', '.join(top)}"
-
-
-def _hint(nearest: str | None) -> str:
-    return f"did you mean {nearest}? " if nearest else ""
-
-
-def _nearest(name: str, names: list[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, names, n=1)), None)
+    top = known.at_the_top()
+    within = known.named(name)
+    near = nearest(name, top)
+    if not within and near is None:
+        near_within = nearest(name, [key.rpartition(".")[2] for key in known.settings])
+        within = known.named(near_within) if near_within else []
+    return f"{name}: no such setting; {hint(*(within or [near])) or where_all_are()}"

@@ -11,9 +11,10 @@ from typing import Any
 
 from common.atomic_io import exists
 from common.cli import Parser, number
+from common.conf_files import choices, is_group, keys
 from common.errors import UserError, reason
 from common.figures import check_writable
-from common.invocation import CONF, quoted, version_line
+from common.invocation import quoted, version_line
 from common.paths import entering
 from common.streams import print_line
 from generation.defaults import MAX_NEW_TOKENS, SAMPLING
@@ -131,12 +132,8 @@ def _check_no_setting(words: Sequence[str]) -> None:
 
 def _is_setting_of_train(name: str) -> bool:
     """Whether train.py takes such a setting: one at the top of conf/train.yaml, a group, or group.name."""
-    import yaml
-
     top = name.partition(".")[0]
-    if (CONF / top).is_dir():
-        return True
-    return top != "defaults" and top in yaml.safe_load((CONF / "train.yaml").read_text())
+    return is_group(top) or top in keys("", "train")
 
 
 def _as_flag(name: str, value: str) -> str:
@@ -182,7 +179,6 @@ def read_text(path: Path, what: str) -> str:
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    kernels = sorted(path.stem for path in (CONF / "kernel").glob("*.yaml"))
     # Without defaults, so that flags that were typed can be distinguished from those that were not.
     parser = Parser(
         prog="sample.py",
@@ -257,7 +253,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine = parser.add_argument_group("how it runs").add_argument
     machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
     machine("--precision", choices=["auto", "bf16", "fp16", "fp32"], help="auto: fp32 on a CPU")
-    machine("--kernel", choices=kernels, help=f"how attention is computed; {_default('kernel')}")
+    machine("--kernel", choices=choices("kernel"), help=f"how attention is computed; {_default('kernel')}")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="recompute the whole text for every token")
     return parser

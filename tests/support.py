@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+from common.conf_files import choices
 from common.errors import Unsupported, UserError
 from model.attention.base import AttentionConfig
 from model.kernels.naive import Naive
 from model.transformer import ModelConfig, TransformerLM
-from training.run.composer import choice, choices, compose_tree, merged
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose
+from training.run.composer import choice, compose_tree, merged
+from training.run.config import Run, compose
+from training.run.parts import MODEL_PARTS, RUN_PARTS
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = choices("attention")

@@ -1,7 +1,6 @@
 """The user's own files: text, and tables with a column of text."""
 
 import codecs
-import difflib
 import hashlib
 import itertools
 import os
@@ -13,6 +12,7 @@ from pydantic import Field, field_validator
 
 from common.errors import UserError
 from common.paths import is_folder, matching_files, raise_unreadable, working_folder
+from common.suggestions import nearest
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
 from data.sources.tables import cells, check_column, format_of
@@ -43,10 +43,10 @@ class FilesCorpus(Corpus):
     @field_validator("document")
     @classmethod
     def _check_typo(cls, document: str | None) -> str | None:
-        meant = difflib.get_close_matches((document or "").lower(), UNITS, n=1, cutoff=0.75)
+        meant = nearest((document or "").lower(), UNITS)
         if meant and document not in UNITS and document.isalpha():
             raise ValueError(
-                f"data.document={document}: did you mean {meant[0]}? Give file, line, row, or a string that separates "
+                f"data.document={document}: did you mean {meant}? Give file, line, row, or a string that separates "
                 "documents"
             )
         return document

@@ -9,6 +9,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
+from common.conf_files import choices
 from common.errors import Unsupported, UserError
 from model.attention.base import divisors
 from model.attention.mla import Execution
@@ -18,8 +19,8 @@ from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from tests.support import NEEDS, assert_one_line, composed_tree, relative_error, sharpened, some_tokens
-from training.run.composer import choices
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, dump, load
+from training.run.config import Run, dump, load
+from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.step import train_step
 
 VOCAB = 50

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from common.conf_files import choices
 from common.console import counted
 from common.invocation import command
 from data.shards.prepare import Prepared
@@ -14,7 +15,7 @@ from model.attention.base import AttentionChoice
 from model.attention.stack import StackConfig
 from model.score import Score
 from training.epochs import epochs, repetition_warnings
-from training.run.composer import choice, choices
+from training.run.composer import choice
 from training.run.config import Run
 from training.run.folder import resume_command
 from training.run.metrics_file import MetricRow

@@ -6,8 +6,8 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from common.settings import Change
-from training.run.config import MODEL_PARTS, Run, dump
-from training.run.origin import flatten_config, is_place
+from training.run.config import Run, dump, flatten_config
+from training.run.parts import MODEL_PARTS
 
 RESUMABLE = [name for name, field in Run.model_fields.items() if Change.ON_RESUME in field.metadata]
 
@@ -28,6 +28,11 @@ def change_of(run: Run, key: str) -> Change:
         found = next((mark for mark in marks if isinstance(mark, Change)), found)
         part = getattr(part, name)
     return found
+
+
+def is_place(key: str) -> bool:
+    """Whether a setting is a location, of something that a hash or a fingerprint identifies."""
+    return (key.startswith("data.") and key.endswith(".path")) or key in ("tokenizer.folder", "tokenizer.path")
 
 
 def forbidden_differences(before: Run, now: Run, change: Change) -> Iterator[Difference]:

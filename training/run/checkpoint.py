@@ -32,7 +32,7 @@ from common.atomic_io import (
 )
 from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
-from common.settings import FrozenSettings
+from common.settings import MAX_COUNT, FrozenSettings
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
@@ -43,7 +43,7 @@ from runtime.precision import LossScale
 from training.optim.base import StateTensor
 from training.run.config import Run, dump, load
 from training.run.folder import check_format, checkpoint_paths, read_config, resume_command, step_of, write_config
-from training.run.metrics_file import MAX_STEPS, PICTURE, read_metrics
+from training.run.metrics_file import PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_settings, check_steps
 from training.state import TrainState
@@ -66,7 +66,7 @@ class Manifest(FrozenSettings):
     """The manifest of a checkpoint: all but its tensors."""
 
     format: int
-    step: int = Field(ge=1, le=MAX_STEPS)  # updates done
+    step: int = Field(ge=1, le=MAX_COUNT)  # updates done
     # Nats per token on the first eval_tokens of the validation set, where it was scored:
     val_loss: float | None = Field(ge=0)
     loss_scale: LossScale.State | None

@@ -36,7 +36,7 @@ from common.paths import entering, is_folder, raise_unreadable
 from data.tokenizers.base import Tokenizer
 from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
-from training.run.origin import signature
+from training.run.signature import signature
 
 RUNS = Path("runs")
 log = logging.getLogger("headroom")

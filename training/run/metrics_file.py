@@ -12,9 +12,9 @@ from typing import Any, Required, TypedDict
 from common.atomic_io import exists, open_regular, write_atomic
 from common.errors import UserError, reason
 from common.paths import raise_unreadable
+from common.settings import MAX_COUNT
 
 log = logging.getLogger("headroom")
-MAX_STEPS = 2**40  # of a run
 MAX_ROW_BYTES = 2**20
 MAX_FILE_BYTES = 2**34
 MAX_NUMBER = 1e100  # in a row
@@ -114,7 +114,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def read_metrics(path: Path, last: int = MAX_STEPS) -> list[MetricRow]:
+def read_metrics(path: Path, last: int = MAX_COUNT) -> list[MetricRow]:
     """Rows written so far, in order, up to that of step `last`, each step once; what is not a row is left out, such as
     a line that a kill cut short. Raises UserError where the file cannot be read."""
     rows = []

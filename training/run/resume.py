@@ -9,10 +9,10 @@ from typing import Any
 from common.errors import UserError
 from common.settings import Change
 from data.sources.tables import format_of
-from training.run.changes import RESUMABLE, change_of, forbidden_differences
-from training.run.config import Run, dump, load
+from training.run.changes import RESUMABLE, change_of, forbidden_differences, is_place
+from training.run.config import Run, dump, flatten_config, load
 from training.run.folder import acquire_run_lock, checkpoint_paths, find_run, read_config
-from training.run.origin import check_foreign, flatten_config, is_place
+from training.run.signature import check_foreign
 
 log = logging.getLogger("headroom")
 

@@ -10,14 +10,15 @@ from typing import NamedTuple
 
 import yaml
 
+from common.conf_files import NO_SETTINGS, choices, groups
 from common.invocation import CONF
 from common.settings import Change
 from model.attention.base import AttentionConfig
 from model.dimensions import Dimensions
 from model.transformer import ModelConfig
-from training.run.composer import choice, choices
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, resolve_target
-from training.run.origin import flatten_config
+from training.run.composer import choice
+from training.run.config import Run, flatten_config
+from training.run.parts import MODEL_PARTS, RUN_PARTS, resolve_target
 
 OPENING = """# Settings
 
@@ -26,7 +27,6 @@ Every setting of [conf/](../conf), with its default and what it does: `key=value
 from what a run was started with: when it is resumed (`resume=`), when another run is fine-tuned from it
 (`init_from=`), or never. Made by `python -m training.run.settings_page > docs/settings.md`.
 """
-NO_SETTINGS = ("defaults", "hydra", "_target_")
 PACKAGE = "# @package"
 CHANGES = {Change.NEVER: "never", Change.FINE_TUNING: "fine-tuning", Change.ON_RESUME: "resume, fine-tuning"}
 HEADER = ["| setting | default | choices | may change | meaning |", "|---|---|---|---|---|"]
@@ -39,11 +39,11 @@ class Setting(NamedTuple):
 
 
 def page() -> str:
-    groups = sorted(path.name for path in CONF.iterdir() if path.is_dir())
-    groups.insert(1, groups.pop(groups.index("mask")))  # whose settings are the attention's
+    sections = groups()
+    sections.insert(1, sections.pop(sections.index("mask")))  # whose settings are the attention's
     run = settings_of(CONF / "train.yaml")
     rows = [_row(key, one.default, "", _change_of(Run, key), one.meaning) for key, one in run.items()]
-    return "\n".join([OPENING, "## The run", "", *HEADER, *rows, *(_group(group) for group in groups)])
+    return "\n".join([OPENING, "## The run", "", *HEADER, *rows, *(_group(group) for group in sections)])
 
 
 def settings_of(path: Path) -> dict[str, Setting]:

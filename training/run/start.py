@@ -13,9 +13,8 @@ from data.tokenizers.load import load_tokenizer
 from model.transformer import TransformerLM
 from training.run import checkpoint
 from training.run.changes import change_of
-from training.run.config import Run, dump, load
+from training.run.config import Run, dump, flatten_config, load
 from training.run.folder import check_is_run, check_makeable, find_run, resume_command
-from training.run.origin import flatten_config
 from training.run.resume import open_run
 
 log = logging.getLogger("headroom")

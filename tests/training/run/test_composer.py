@@ -1,4 +1,4 @@
-"""conf/ has one reader: train.py, `compose` and the parts of stacks and mixes see what Hydra composes."""
+"""train.py, `compose` and the parts of stacks and mixes see what Hydra composes, and complain in the same words."""
 
 import itertools
 import sys
@@ -11,14 +11,16 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train
+from common.conf_files import choices, groups
 from common.errors import UserError
-from tests.support import NEEDS, ROOT
-from training.run.composer import choice, choices, compose_tree, merged
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, compose, dump
+from tests.support import NEEDS, ROOT, call
+from training.run.composer import choice, compose_tree, merged
+from training.run.config import compose, dump, load
 from training.run.migrate import migrate
+from training.run.parts import MODEL_PARTS, RUN_PARTS
 
 MODELS_OWN = ("qk_norm", "qk_bias", "attention_dropout")  # since format 5
-GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
+GROUPS = groups()
 TYPED = [
     (),
     ("attention=mla", "steps=300", "optim.lr=1e-3"),
@@ -56,12 +58,42 @@ def test_compose_within_hydra_and_without_equals_the_command_line(typed, monkeyp
     assert found["within"] == found["command line"] == compose_tree(*typed)
     assert GlobalHydra.instance().hydra is None
     del found["command line"]["resume"]
-    assert compose(*typed) == Run.from_tree(found["command line"])
+    assert compose(*typed) == load(found["command line"])
 
 
-def test_compose_refuses_what_the_command_line_does():
-    with pytest.raises(UserError, match="give steps twice"):
-        compose("steps=3", "steps=4")
+MISTAKES = {
+    "no choice": ("attention=nope",),
+    "null for a choice": ("attention=null",),
+    "no choice in two groups": ("model=gpt2", "data=nope"),
+    "a setting of another choice": ("attention=mla", "attention.n_kv_heads=3"),
+    "a slip": ("attention=mla", "attention.kv_lora=3"),
+    "a slip of an added setting": ("+attention.n_kv_head=3",),
+    "a setting of no one": ("foo=1",),
+    "a setting of no one taken away": ("~foo",),
+    "a name of another program": ("learning_rate=1",),
+    "a setting twice": ("steps=3", "steps=4"),
+    "no setting": ("foo",),
+    "a flag": ("--steps", "3"),
+    "several values": ("attention=mha,mla",),
+    "an unreadable value": ("attention.pattern=[~,~]",),
+    "an unset one": ("data=files",),
+    "an interpolation": ("steps=${nope}",),
+    "a wrong type": ("steps=abc",),
+    "a name of no part": ("attention=stack", "attention.parts.lokal.window=2"),
+}
+
+
+@pytest.mark.parametrize("typed", MISTAKES.values(), ids=MISTAKES)
+def test_compose_mistake_gives_the_line_of_the_command_line(typed, workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pytest", "model=nope"])  # not what is composed
+    with pytest.raises(UserError) as refused:
+        compose(*typed)
+    assert "\n" not in str(refused.value)
+    assert call("train", list(typed), monkeypatch) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {refused.value}"
+
+
+def test_compose_resume_is_refused():
     with pytest.raises(UserError, match="resume= goes on with a run's own settings"):
         compose("resume=latest")
 
@@ -161,14 +193,6 @@ def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
     }
 
 
-def test_gpu_benchmark_measures_what_train_py_trains():
-    from benchmarks.gpu import config_of
-
-    for size in ("gpt2", "gpt2_medium"):
-        for attention in ("mha", "gqa", "mla"):
-            assert config_of(size, attention) == compose(f"model={size}", f"attention={attention}").model
-
-
 def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
     def found(*typed: str) -> int:
         return compose("attention=mla", *typed).model.attention.kv_lora_rank
@@ -183,7 +207,7 @@ def test_run_older_than_the_models_attention_settings_is_still_the_model_it_name
     for model in choices("model"):
         stored = dump(compose(f"model={model}", "attention=gqa"))
         older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
-        found = Run.from_tree(migrate(stored | {"model": older}, 4))
+        found = load(migrate(stored | {"model": older}, 4))
         assert dump(found) == stored
 
 

@@ -3,13 +3,15 @@
 import pytest
 import yaml
 
-from common.suggestions import CONF
+from common.conf_files import choices
+from common.invocation import CONF
 from model.attention.base import AttentionConfig
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
 from tests.support import NEEDS, ROOT, composed_tree
-from training.run.composer import choice, choices
-from training.run.config import MODEL_PARTS, RUN_PARTS, Run, resolve_target
+from training.run.composer import choice
+from training.run.config import Run
+from training.run.parts import MODEL_PARTS, RUN_PARTS, resolve_target
 from training.run.settings_page import heading_of, page, settings_of
 
 PARTS = MODEL_PARTS | RUN_PARTS

@@ -21,16 +21,12 @@ from common.atomic_io import make_folder, read_regular
 from common.errors import UserError
 from common.invocation import quoted
 from common.overrides import format_override
-from training.run.config import Run, dump
+from training.run.changes import is_place
+from training.run.config import Run, dump, flatten_config
 
 KEY_BYTES = 32
 WRITTEN_TO = ("checkpoints", "failures", "tensorboard", "wandb")  # folders within a run's
 log = logging.getLogger("headroom")
-
-
-def is_place(key: str) -> bool:
-    """Whether a setting is a location, of something that a hash or a fingerprint identifies."""
-    return (key.startswith("data.") and key.endswith(".path")) or key in ("tokenizer.folder", "tokenizer.path")
 
 
 def external_settings(run: Run) -> dict[str, Any]:
@@ -143,11 +139,3 @@ def _write_key(path: Path) -> None:
             os.link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def flatten_config(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten a tree of settings to `group.key`: value."""
-    found = {}
-    for key, value in tree.items():
-        found |= flatten_config(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import yaml
 
-from common.cli import with_stored_choices
 from common.errors import UserError
+from common.overrides import with_stored_choices
 from tests.support import SMOKE, composed_tree, load_composed
 from training.run.folder import write_config
 from training.run.resume import open_run
@@ -110,7 +110,7 @@ def test_resuming_an_edited_or_unsigned_run_is_refused(made, tmp_path):
 @pytest.mark.parametrize("state", ["a file", "nowhere/\0"])
 def test_resuming_without_a_lasting_key_asks_to_repeat(made, monkeypatch, tmp_path, state):
     (tmp_path / "a file").touch()
-    monkeypatch.setattr("training.run.origin._key_file", lambda: tmp_path / state / "key")
+    monkeypatch.setattr("training.run.signature._key_file", lambda: tmp_path / state / "key")
     made(*FILES)
     with pytest.raises(UserError, match=r"set XDG_STATE_HOME .*repeat what you agree to: data.path=a.txt"):
         resume()

@@ -1,0 +1,62 @@
+"""Which setting is suggested for a name that does not exist."""
+
+import pytest
+
+from common import conf_files
+from common.conf_files import choices, groups
+from common.suggestions import ALIASES, known_settings, no_such_setting
+
+ALL = {f"{group}.{key}" for group in groups() for name in choices(group) for key in conf_files.keys(group, name)}
+GUESSES = {
+    "attn": "attn: no such setting; did you mean attention?",
+    "run": "run: no such setting; did you mean resume?",
+    "epochs": "epochs: no such setting; did you mean steps?",
+    "attention.heads": "attention.heads: no such setting; did you mean model.n_heads?",
+    "learning_rate": "learning_rate: no such setting; did you mean optim.lr?",
+    "optim.learning_rate": "optim.learning_rate: no such setting; did you mean optim.lr?",
+    "grad_accum": "grad_accum: no such setting; did you mean batch_tokens or micro_batch_size?",
+    "batch_size": "batch_size: no such setting; did you mean batch_tokens or micro_batch_size?",
+    "setps": "setps: no such setting; did you mean steps?",
+    "eval_evry": "eval_evry: no such setting; did you mean eval_every?",
+    "optm.lr": "optm.lr: no such setting; did you mean optim.lr?",
+    "model.attention.n_kv_heads": "model.attention.n_kv_heads: no such setting; did you mean attention.n_kv_heads?",
+    "vocab": "vocab: no such setting; did you mean tokenizer.vocab_size?",
+    "lr": "lr: no such setting; did you mean optim.lr?",
+    "attention.local.window": "attention.local.window: no such setting; did you mean attention.parts.local.window? It "
+    "belongs to attention=stack",
+    "data.sympy.val_fraction": "data.sympy.val_fraction: no such setting; did you mean data.parts.sympy.val_fraction? "
+    "It belongs to data=mix",
+}
+
+
+@pytest.mark.parametrize("key", GUESSES)
+def test_no_such_setting_common_guess_names_what_is_meant(key):
+    assert no_such_setting(key).startswith(GUESSES[key])
+
+
+@pytest.mark.parametrize("key", ["foo", "attention.local.foo", "optim.foo.bar"])
+def test_no_such_setting_nothing_near_points_to_the_lists_of_all(key):
+    line = no_such_setting(key)
+    assert line.startswith(f"{key}: no such setting; ") and "did you mean" not in line and len(line) < 300
+    assert "train.py --help lists them" in line and "settings.md explains them" in line
+
+
+def test_no_such_setting_of_a_part_names_the_part():
+    stack = ["attention=stack"]
+    assert no_such_setting("attention.local.window", stack).endswith("did you mean attention.parts.local.window?")
+    line = no_such_setting("attention.window", stack)
+    assert "it belongs to attention=gqa or mha or mla or mqa" in line
+    assert line.endswith("so set it in a part, as attention.parts.local.window=")
+
+
+def test_no_such_setting_looks_at_the_overrides():
+    assert "of attention=mha; it belongs to attention=mla" in no_such_setting("attention.kv_lora_rank")
+    line = no_such_setting("attention.kv_lora", ["attention=mla", "steps=3"])
+    assert "of attention=mla; did you mean kv_lora_rank?" in line
+
+
+def test_aliases_are_no_settings_and_name_some():
+    known = {*known_settings([]).settings, *groups(), *ALL}
+    assert {one for meant in ALIASES.values() for one in meant} <= known
+    assert not ALIASES.keys() & {*known_settings([]).at_the_top(), *groups()}
+    assert {key.partition(".")[2] for key in ALL} & ALIASES.keys() <= {"block_size"}  # of the study of masks
