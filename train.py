@@ -30,7 +30,7 @@ from common.streams import print_line
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
-    from training.run.session import Session
+    from training.session import Session
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
 # --help answers before it would have loaded.
@@ -75,8 +75,8 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.experimental import warn_experimental_settings
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
-    from training.run.session import Session, begin_or_resume, second_signal_ends
     from training.run.start import resolve_run
+    from training.session import Session, begin_or_resume, second_signal_ends
     from training.step import losses_of
 
     process.end_by_unwinding()

@@ -24,7 +24,7 @@ from tests.support import (
     some_tokens,
 )
 from training import step
-from training.run.metrics_file import read_metrics
+from training.metrics_file import read_metrics
 from training.step import accumulate_gradients, losses_of, mean_loss, mean_loss_and_scores
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")

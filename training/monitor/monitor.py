@@ -18,6 +18,7 @@ from model.score import Score
 from model.transformer import TransformerLM
 from runtime.memory import peak_memory
 from training.evaluate import Evaluation
+from training.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.monitor import summary
 from training.monitor.guard import Guard
 from training.monitor.mfu import flops_of, peak_flops
@@ -27,7 +28,6 @@ from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
 from training.run.checkpoint import best, checkpoint_paths, step_of
 from training.run.config import Run, dump
-from training.run.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.step import StepResult
 
 log = logging.getLogger("headroom")

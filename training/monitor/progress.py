@@ -8,7 +8,7 @@ from rich.text import Text
 
 from common.console import clock
 from common.errors import escaped
-from training.run.metrics_file import MetricRow
+from training.metrics_file import MetricRow
 
 LIVE_AFTER = 1.0  # seconds into a step, after which the live line shows how far it is
 PLAIN_EVERY = 30.0  # seconds, after each of which a plain line does

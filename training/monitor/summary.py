@@ -14,10 +14,10 @@ from model.attention.base import AttentionChoice
 from model.attention.stack import StackConfig
 from model.score import Score
 from training.epochs import epochs, repetition_warnings
+from training.metrics_file import MetricRow
 from training.run.composer import choice, choices
 from training.run.config import Run
 from training.run.folder import resume_command
-from training.run.metrics_file import MetricRow
 
 
 class Measured(NamedTuple):

@@ -14,9 +14,9 @@ from tests.support import SMOKE, call, configured
 from tests.training.runs import rewind
 from training.loggers.tensorboard import TensorboardLogger, TensorboardSink
 from training.loggers.wandb import WandbLogger
+from training.metrics_file import MetricsFile, read_metrics, unscored
 from training.monitor.guard import Guard
 from training.monitor.progress import ProgressLine
-from training.run.metrics_file import MetricsFile, read_metrics, unscored
 
 
 def row(step, **more):

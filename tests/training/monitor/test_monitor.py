@@ -11,8 +11,8 @@ from data.shards.prepare import prepare
 from model import cost
 from tests.support import SMOKE, call, load_composed
 from tests.training.runs import assert_same_run, rewind
+from training.metrics_file import read_metrics
 from training.monitor.mfu import flops_of, peak_flops, peak_of
-from training.run.metrics_file import read_metrics
 
 
 def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):

@@ -16,9 +16,9 @@ from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
+from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run.checkpoint import MODEL, OPTIMIZER, newest
-from training.run.metrics_file import read_metrics
 
 # Dropout, accumulation, and an epoch's end on the way.
 BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]

@@ -14,9 +14,9 @@ from common.streams import print_stderr
 from data.shards.prepare import Prepared
 from model.score import Score
 from runtime.allocator import keep_buffers
+from training.attention_stats import attention_stats
 from training.evaluate import Evaluation, evaluate
 from training.monitor import summary
-from training.monitor.attention_stats import attention_stats
 from training.monitor.monitor import Monitor
 from training.run import checkpoint
 from training.run import folder as run_folder
