@@ -147,10 +147,10 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
                 seeds=(run.seed, step),
                 loss=loss,
                 clip=state.clip,
-                between=session.between,
+                between=session.check_stop,
             )
         except Stopped:
-            session.leave_within(step, evaluation)
+            session.stop_within(step, evaluation)
         done = step + 1
         evaluation_due = done == run.steps or (run.eval_every > 0 and done % run.eval_every == 0)
         evaluation = session.evaluate(done) if evaluation_due else None
@@ -161,10 +161,10 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
         if monitor.guard.diverged:
             raise save_failed_step(session.folder, run, session.corpus, state, done, monitor.guard.in_a_row, batches)
         if stopping:
-            session.leave(done)
+            session.stop_after(done)
         if run.sample_every and done % run.sample_every == 0 and done < run.steps:
             with monitor.paused_timer():
-                monitor.show(preview())
+                monitor.print_text(preview())
     return evaluation
 
 

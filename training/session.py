@@ -56,10 +56,10 @@ class Session:
     stop: StopRequest
     saved_step: int  # the step of the newest checkpoint
 
-    def between(self, what: str, index: int, count: int) -> None:
+    def check_stop(self, what: str, index: int, count: int) -> None:
         """Call between two parts of a step or an evaluation. Raises Stopped where a signal came."""
         self.stop.raise_if_stopped()
-        self.monitor.within(what, index, count)
+        self.monitor.show_part_progress(what, index, count)
 
     def evaluate(self, step: int) -> Evaluation | None:
         """The evaluation after a step: on the first eval_tokens of the validation set, and after the last step on all
@@ -78,13 +78,13 @@ class Session:
             return None
         evaluation = self.evaluate(done)
         if evaluation is None:
-            self.leave(done)
+            self.stop_after(done)
         if self.monitor.unscored:
             # First the checkpoint: a kill between the two leaves the row's mark, which says that it is due.
             checkpoint.score(self.folder, done, evaluation.prefix.loss)
-            self.monitor.complete(evaluation)
+            self.monitor.record_late_evaluation(evaluation)
         elif not done:
-            self.monitor.before(evaluation)
+            self.monitor.record_initial_evaluation(evaluation)
         return evaluation
 
     def save_is_due(self, step: int) -> bool:
@@ -102,18 +102,18 @@ class Session:
                 checkpoint.save(self.folder, self.run, self.corpus, self.state, step, val_loss)
         self.saved_step = step
 
-    def leave(self, step: int) -> NoReturn:
+    def stop_after(self, step: int) -> NoReturn:
         """End the process after a step that is saved, as a signal asked."""
-        self._leave(step, within=False)
+        self._stop(step, within=False)
 
-    def leave_within(self, step: int, evaluation: Evaluation | None) -> NoReturn:
+    def stop_within(self, step: int, evaluation: Evaluation | None) -> NoReturn:
         """End the process in the midst of a step, the one after `step`. evaluation: that after `step`."""
         if step > self.saved_step:
             self.save(step, evaluation)
-        self._leave(step, within=True)
+        self._stop(step, within=True)
 
-    def _leave(self, step: int, within: bool) -> NoReturn:
-        self.monitor.stopped(
+    def _stop(self, step: int, within: bool) -> NoReturn:
+        self.monitor.print_last_line(
             summary.stopped_line(
                 self.stop.signal.name,
                 step,
@@ -141,7 +141,7 @@ class Session:
             torch.from_numpy(self.corpus.tokenizer.byte_lengths),
             tokens=tokens,
             losses=self.losses,
-            between=self.between,
+            between=self.check_stop,
         )
 
     def _attention_stats(self) -> dict[str, float]:

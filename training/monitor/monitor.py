@@ -74,7 +74,7 @@ class Monitor:
         self.progress.start()
         self.profile.start()
         for line in self._opening_lines():
-            self.say(line)
+            self.print_line(line)
         self.timer.restart()
         return self
 
@@ -100,21 +100,21 @@ class Monitor:
         )
         return summary.opening_lines(self.run, self.folder, self.corpus, self.device, self.done, measured)
 
-    def before(self, evaluation: Evaluation) -> None:
+    def record_initial_evaluation(self, evaluation: Evaluation) -> None:
         """Call before the first step, with the evaluation of the weights that training begins with."""
         row = MetricRow(step=0, tokens=0, train_loss=None, **evaluation.columns())
         self.metrics.begin(row)
         self.sink.write(row)
-        self.say(summary.score_line("before step 1", evaluation.reported))
+        self.print_line(summary.score_line("before step 1", evaluation.reported))
         self.timer.restart()
 
-    def complete(self, evaluation: Evaluation) -> None:
+    def record_late_evaluation(self, evaluation: Evaluation) -> None:
         """Call before other steps, with the evaluation that the last one lacks."""
         row = self.metrics.complete(evaluation.columns())
         self.sink.write(row)
         self.unscored = False
         self.last_reported_step = row["step"]
-        self.say(summary.score_line(f"step {row['step']}", evaluation.reported))
+        self.print_line(summary.score_line(f"step {row['step']}", evaluation.reported))
         self.timer.restart()
 
     @contextmanager
@@ -130,9 +130,9 @@ class Monitor:
         """A context around what is not training: its time does not count."""
         return self.timer.paused()
 
-    def within(self, what: str, index: int, count: int) -> None:
+    def show_part_progress(self, what: str, index: int, count: int) -> None:
         """Call before each part of a step or an evaluation (training.evaluate.Between)."""
-        self.progress.within(self.last_reported_step + 1, what, index, count)
+        self.progress.show_part_progress(self.last_reported_step + 1, what, index, count)
 
     def step(
         self,
@@ -157,7 +157,7 @@ class Monitor:
         if self._flush_is_due(result, evaluation is not None):
             self.flush()
         if evaluation is not None:
-            self.say(summary.score_line(f"step {step}", evaluation.reported))
+            self.print_line(summary.score_line(f"step {step}", evaluation.reported))
 
     def _numbers(self, result: StepResult, targets: Tensor) -> Tensor:
         """(numbers,) of a step, on the device."""
@@ -220,9 +220,11 @@ class Monitor:
     def _report_trouble(self, row: MetricRow) -> None:
         spike = self.guard.see(row)
         if row.get("skipped") and self.guard.in_a_row <= self.run.max_skipped_updates:
-            self.say(summary.skipped_line(row, self.guard.skipped, self.run.precision, self._documents(row["step"])))
+            self.print_line(
+                summary.skipped_line(row, self.guard.skipped, self.run.precision, self._documents(row["step"]))
+            )
         elif spike:
-            self.say(summary.spike_line(row, self.guard.usual_loss, self._documents(row["step"])))
+            self.print_line(summary.spike_line(row, self.guard.usual_loss, self._documents(row["step"])))
 
     def _documents(self, step: int) -> str:
         """Names of the documents that a step trained on, or of some of them."""
@@ -232,15 +234,15 @@ class Monitor:
         some = ", ".join(names[:MAX_DOCUMENTS_NAMED]) or "names are lost"
         return f"{some} and {more} more" if more > 0 else some
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line above the live one."""
-        self.progress.say(line)
+        self.progress.print_line(line)
 
-    def show(self, text: str) -> None:
+    def print_text(self, text: str) -> None:
         """Print a text of several lines above the live one."""
-        self.progress.show(text)
+        self.progress.print_text(text)
 
-    def stopped(self, line: str) -> None:
+    def print_last_line(self, line: str) -> None:
         """Print the last line of a run that a signal stopped."""
         self.progress.stop()
         print_stderr(line)

@@ -66,10 +66,10 @@ class ProgressLine:
         self.description = progress_text(row, self.steps, seconds_left, self.text_width if self.live else None)
         self.progress.update(self.task, completed=step, description=self.description)
         if not self.live and (step - self.last_plain_step >= self.steps / 10 or step == self.steps):
-            self.say(self.description)
+            self.print_line(self.description)
             self.last_plain_step = step
 
-    def within(self, step: int, what: str, index: int, count: int) -> None:
+    def show_part_progress(self, step: int, what: str, index: int, count: int) -> None:
         """Call before part `index`, of 0 to count - 1, of a step: shows how far it is, unless it is quick."""
         now = time.monotonic()
         if index == 0:
@@ -81,12 +81,12 @@ class ProgressLine:
             self.progress.update(self.task, description=f"{self.description}  {done}")
         elif not self.live and now - self.last_report >= PLAIN_EVERY:
             self.last_report = now
-            self.say(f"step {step}/{self.steps}: {done}")
+            self.print_line(f"step {step}/{self.steps}: {done}")
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line above the live one."""
-        self.show(escaped(line))
+        self.print_text(escaped(line))
 
-    def show(self, text: str) -> None:
+    def print_text(self, text: str) -> None:
         """Print a text of several lines above the live one."""
         self.console.print(Text(escaped(text, keep="\t\n")), soft_wrap=True)
