@@ -75,8 +75,8 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.experimental import warn_experimental_settings
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
-    from training.run.start import resolve_run
-    from training.session import Session, begin_or_resume, second_signal_ends
+    from training.run.start import begin_or_resume, resolve_run
+    from training.session import Session, second_signal_ends
     from training.step import losses_of
 
     process.end_by_unwinding()

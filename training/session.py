@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -13,34 +13,14 @@ from common.signals import Stopped, StopRequest
 from common.streams import print_stderr
 from data.shards.prepare import Prepared
 from model.score import Score
-from runtime.allocator import keep_buffers
 from training.attention_stats import attention_stats
 from training.evaluate import Evaluation, evaluate
 from training.monitor import summary
 from training.monitor.monitor import Monitor
 from training.run import checkpoint
-from training.run import folder as run_folder
 from training.run.config import Run
-from training.run.start import load_pretrained_weights
+from training.run.start import how_to_continue
 from training.state import TrainState
-
-
-def begin_or_resume(
-    run: Run, corpus: Prepared, device: torch.device, folder: Path | None, run_lock: AbstractContextManager | None
-) -> tuple[TrainState, int, Path, AbstractContextManager]:
-    """The training state of a run, from its newest checkpoint if it has one, the steps done, its folder and the lock on
-    it. folder, run_lock: None for a new run."""
-    if device.type == "cpu" and run.tune_malloc:
-        keep_buffers()
-    state = TrainState.create(run, corpus.tokenizer.vocab_size, device)
-    if folder is None:
-        folder, run_lock = run_folder.create(run, corpus.tokenizer)
-        done = 0
-    else:
-        done = checkpoint.resume(folder, run, corpus, state)
-    if run.init_from and not done:
-        load_pretrained_weights(Path(run.init_from), state.model)
-    return state, done, folder, run_lock
 
 
 @dataclass
@@ -160,9 +140,3 @@ def second_signal_ends(folder: Path) -> Iterator[None]:
     except KeyboardInterrupt:
         print_stderr(f"stopped at once; {how_to_continue(folder)}")
         sys.exit(130)
-
-
-def how_to_continue(folder: Path) -> str:
-    """The command that resumes a run, or begins it again where nothing is saved."""
-    verb = "continue" if run_folder.checkpoint_paths(folder) else "begin again"
-    return f"{verb} with: {run_folder.resume_command(folder)}"
