@@ -13,7 +13,8 @@ if __name__ == "__main__":
 
     process.start()
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ from common.cli import (
 )
 from common.invocation import CONF, version_line
 from common.overrides import hydra_arguments
-from common.streams import print_line
+from common.signals import Stopped, StopRequest
+from common.streams import print_line, print_stderr
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
@@ -65,7 +67,6 @@ def train(tree: dict, typed: list[str]) -> None:
     """Train one run. tree: the composed configuration; typed: the overrides on the command line."""
     from common import process
     from common.console import to_stderr
-    from common.signals import StopRequest
     from data.batches import check_split_lengths
     from data.shards.prepare import prepare
     from generation.preview import continuation, preview_prompt
@@ -76,7 +77,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
     from training.run.start import begin_or_resume, resolve_run
-    from training.session import Session, second_signal_ends
+    from training.session import Session
     from training.step import losses_of
 
     process.end_by_unwinding()
@@ -108,7 +109,7 @@ def train(tree: dict, typed: list[str]) -> None:
     def preview() -> str:
         return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
 
-    with run_lock, advice, StopRequest() as stop, second_signal_ends(folder), monitor:
+    with run_lock, advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
         session = Session(run, folder, corpus, state, token_losses, monitor, stop, saved_step=done)
         evaluation = run_steps(session, loss, done, preview)
     monitor.end(evaluation, preview())
@@ -116,8 +117,7 @@ def train(tree: dict, typed: list[str]) -> None:
 
 def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
     """The training loop -> the evaluation after the last step. loss: the loss function of training; done: steps already
-    done; preview: samples a text."""
-    from common.signals import Stopped
+    done; preview: samples a text. Raises Stopped where a signal came: what counts is saved then."""
     from data.batches import micro_batches
     from training.run.replay import save_failed_step
     from training.step import train_step
@@ -150,7 +150,9 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
                 between=session.check_stop,
             )
         except Stopped:
-            session.stop_within(step, evaluation)
+            session.save_if_new(step, evaluation)
+            session.report_stop(step, within=True)
+            raise
         done = step + 1
         evaluation_due = done == run.steps or (run.eval_every > 0 and done % run.eval_every == 0)
         evaluation = session.evaluate(done) if evaluation_due else None
@@ -161,11 +163,27 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
         if monitor.guard.diverged:
             raise save_failed_step(session.folder, run, session.corpus, state, done, monitor.guard.in_a_row, batches)
         if stopping:
-            session.stop_after(done)
+            session.report_stop(done)
+            raise Stopped
         if run.sample_every and done % run.sample_every == 0 and done < run.steps:
             with monitor.paused_timer():
                 monitor.print_text(preview())
     return evaluation
+
+
+@contextmanager
+def stop_ends_process(stop: StopRequest, folder: Path) -> Iterator[None]:
+    """A context around the training loop: a signal that stops it ends the process with the shell's exit code of that
+    signal, and a second one at once, with one line."""
+    from training.run.start import how_to_continue
+
+    try:
+        yield
+    except Stopped:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print_stderr(f"stopped at once; {how_to_continue(folder)}")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """Session: evaluation, checkpoints and stopping on a signal, for the training loop of one process."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from common.signals import Stopped, StopRequest
-from common.streams import print_stderr
 from data.shards.prepare import Prepared
 from model.score import Score
 from training.attention_stats import attention_stats
-from training.evaluate import Evaluation, evaluate
+from training.evaluate import Between, Evaluation, evaluate
 from training.monitor import summary
 from training.monitor.monitor import Monitor
 from training.run import checkpoint
@@ -46,19 +42,28 @@ class Session:
         of it. None where a signal came: a resumed run makes up for it."""
         try:
             with self.monitor.paused_timer():
-                return self._evaluation(whole=step == self.run.steps)
+                return evaluation_of(
+                    self.run,
+                    self.corpus,
+                    self.state,
+                    self.losses,
+                    whole=step == self.run.steps,
+                    on_part=self.check_stop,
+                )
         except Stopped:
             return None
 
     def evaluate_before_steps(self, done: int) -> Evaluation | None:
         """The evaluation that is due before the first step of this process, if any: one that a signal cut short, that
-        of a run whose steps are all done, or that of the weights that training begins with."""
+        of a run whose steps are all done, or that of the weights that training begins with. Raises Stopped where a
+        signal came."""
         due = self.monitor.unscored or done == self.run.steps or (self.run.evaluates_before and not done)
         if not due:
             return None
         evaluation = self.evaluate(done)
         if evaluation is None:
-            self.stop_after(done)
+            self.report_stop(done)
+            raise Stopped
         if self.monitor.unscored:
             # First the checkpoint: a kill between the two leaves the row's mark, which says that it is due.
             checkpoint.score(self.folder, done, evaluation.prefix.loss)
@@ -82,17 +87,14 @@ class Session:
                 checkpoint.save(self.folder, self.run, self.corpus, self.state, step, val_loss)
         self.saved_step = step
 
-    def stop_after(self, step: int) -> NoReturn:
-        """End the process after a step that is saved, as a signal asked."""
-        self._stop(step, within=False)
-
-    def stop_within(self, step: int, evaluation: Evaluation | None) -> NoReturn:
-        """End the process in the midst of a step, the one after `step`. evaluation: that after `step`."""
+    def save_if_new(self, step: int, evaluation: Evaluation | None) -> None:
+        """Save a step that has no checkpoint yet."""
         if step > self.saved_step:
             self.save(step, evaluation)
-        self._stop(step, within=True)
 
-    def _stop(self, step: int, within: bool) -> NoReturn:
+    def report_stop(self, step: int, within: bool = False) -> None:
+        """Print the last line of a process that a signal stops after a step that is saved; within: in the midst of the
+        next one."""
         self.monitor.print_last_line(
             summary.stopped_line(
                 self.stop.signal.name,
@@ -103,40 +105,33 @@ class Session:
                 go_on=how_to_continue(self.folder),
             )
         )
-        sys.exit(self.stop.exit_code)
 
-    def _evaluation(self, whole: bool) -> Evaluation:
-        run = self.run
-        self.state.mixed.copy_master_weights()
-        prefix = self._score(slice(0, run.eval_tokens))
-        reported = prefix.plus(self._score(slice(run.eval_tokens, None))) if whole else prefix
-        return Evaluation(prefix, reported, self._attention_stats() if run.log_attention else {})
 
-    def _score(self, tokens: slice) -> Score:
+def evaluation_of(
+    run: Run, corpus: Prepared, state: TrainState, losses: Callable, whole: bool, on_part: Between
+) -> Evaluation:
+    """Score the first eval_tokens of the validation set; whole: and the rest of it. on_part: called before each part,
+    may give the evaluation up by an exception."""
+    state.mixed.copy_master_weights()
+    length = run.model.context_length
+    byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
+
+    def score(tokens: slice) -> Score:
         return evaluate(
-            self.state.mixed.model,
-            self.corpus.val,
-            self.run.model.context_length,
-            self.run.micro_batch_size,
-            torch.from_numpy(self.corpus.tokenizer.byte_lengths),
+            state.mixed.model,
+            corpus.val,
+            length,
+            run.micro_batch_size,
+            byte_lengths,
             tokens=tokens,
-            losses=self.losses,
-            between=self.check_stop,
+            losses=losses,
+            between=on_part,
         )
 
-    def _attention_stats(self) -> dict[str, float]:
-        run = self.run
-        end_of_text = self.corpus.tokenizer.end_of_text if run.data.document_mask else None
-        return attention_stats(
-            self.state.model, self.corpus.val, run.model.context_length, run.micro_batch_size, end_of_text
-        )
-
-
-@contextmanager
-def second_signal_ends(folder: Path) -> Iterator[None]:
-    """A context around a StopRequest's loop: its second signal ends the process at once, with one line."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print_stderr(f"stopped at once; {how_to_continue(folder)}")
-        sys.exit(130)
+    prefix = score(slice(0, run.eval_tokens))
+    reported = prefix.plus(score(slice(run.eval_tokens, None))) if whole else prefix
+    attention = {}
+    if run.log_attention:
+        end_of_text = corpus.tokenizer.end_of_text if run.data.document_mask else None
+        attention = attention_stats(state.model, corpus.val, length, run.micro_batch_size, end_of_text)
+    return Evaluation(prefix, reported, attention)
