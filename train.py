@@ -74,6 +74,7 @@ def train(tree: dict, typed: list[str]) -> None:
     from runtime.precision import choose_precision
     from training.dry_run import dry_run
     from training.experimental import warn_experimental_settings
+    from training.measure import measure
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
     from training.run.start import begin_or_resume, resolve_run
@@ -103,7 +104,7 @@ def train(tree: dict, typed: list[str]) -> None:
     loss, token_losses = losses_of(
         run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
     )
-    monitor = Monitor(run, folder, corpus, state.model, done, device)
+    monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), done, device)
     advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
     def preview() -> str:

@@ -15,9 +15,9 @@ from common.streams import escaped_for_terminal, print_stderr, write_if_possible
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
 from model.score import Score
-from model.transformer import TransformerLM
 from runtime.memory import peak_memory
 from training.evaluate import Evaluation
+from training.measure import Measured
 from training.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.monitor import summary
 from training.monitor.guard import Guard
@@ -46,12 +46,12 @@ class Monitor:
     """Writes metrics.jsonl and the logger's rows, shows progress, watches for divergence, and times training. Within
     its `with` block its files are open and its live line is shown."""
 
-    def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, device: torch.device):
-        """done: steps before the first of this process."""
+    def __init__(self, run: Run, folder: Path, corpus: Prepared, measured: Measured, done: int, device: torch.device):
+        """measured: for the opening lines. done: steps before the first of this process."""
         self.run = run
         self.folder = folder
         self.corpus = corpus
-        self.model = model
+        self.measured = measured
         self.device = device
         self.byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths).to(device)  # (V,)
         self.done = done
@@ -73,7 +73,8 @@ class Monitor:
                 (self.folder / PICTURE).unlink()  # it marks a run as finished
         self.progress.start()
         self.profile.start()
-        for line in self._opening_lines():
+        kind = self.device.type
+        for line in summary.opening_lines(self.run, self.folder, self.corpus, kind, self.done, self.measured):
             self.print_line(line)
         self.timer.restart()
         return self
@@ -89,16 +90,6 @@ class Monitor:
             self.profile.close()
             self.metrics.close()
             self.sink.close()
-
-    def _opening_lines(self) -> Iterator[str]:
-        val = self.corpus.val
-        text_bytes = self.corpus.tokenizer.byte_lengths[val.read(0, len(val))].sum()
-        measured = summary.Measured(
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            cache_bytes=sum(layer.bytes_per_token for layer in self.model.make_caches(1, 1)),
-            bytes_per_token=text_bytes / len(val),
-        )
-        return summary.opening_lines(self.run, self.folder, self.corpus, self.device, self.done, measured)
 
     def record_initial_evaluation(self, evaluation: Evaluation) -> None:
         """Call before the first step, with the evaluation of the weights that training begins with."""
