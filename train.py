@@ -25,10 +25,11 @@ from common.cli import (
     smaller_batches_advised,
     with_stored_choices,
 )
+from common.errors import escaped, reason
 from common.invocation import CONF, version_line
 from common.overrides import hydra_arguments
 from common.signals import Stopped, StopRequest
-from common.streams import print_line, print_stderr
+from common.streams import escaped_for_terminal, print_line, print_stderr, write_if_possible
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
@@ -113,7 +114,8 @@ def train(tree: dict, typed: list[str]) -> None:
     with run_lock, advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
         session = Session(run, folder, corpus, state, token_losses, monitor, stop, saved_step=done)
         evaluation = run_steps(session, loss, done, preview)
-    monitor.end(evaluation, preview())
+    print_result(preview(), monitor.final_lines(evaluation), folder)
+    monitor.draw_picture()
 
 
 def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
@@ -170,6 +172,13 @@ def run_steps(session: "Session", loss: Callable, done: int, preview: Callable[[
             with monitor.paused_timer():
                 monitor.print_text(preview())
     return evaluation
+
+
+def print_result(sample: str, lines: list[str], folder: Path) -> None:
+    """Print the end of a run on stdout, whether or not anybody reads it: the run itself is saved."""
+    lost = write_if_possible("\n".join(["", escaped_for_terminal(sample), "", *map(escaped, lines)]))
+    if lost is not None:
+        print_stderr(f"stdout cannot be written: {reason(lost)}; the run is saved in {folder}")
 
 
 @contextmanager

@@ -10,23 +10,20 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from common.errors import UserError, escaped, reason
-from common.streams import escaped_for_terminal, print_stderr, write_if_possible
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
-from model.score import Score
 from runtime.memory import peak_memory
 from training.evaluate import Evaluation
 from training.measure import Measured
 from training.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.monitor import summary
+from training.monitor.final_lines import final_lines
 from training.monitor.guard import Guard
 from training.monitor.mfu import flops_of, peak_flops
 from training.monitor.plot import plot_loss
 from training.monitor.profiler import Profile
 from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
-from training.run.checkpoint import best, checkpoint_paths, step_of
 from training.run.config import Run, dump
 from training.step import StepResult
 
@@ -84,7 +81,7 @@ class Monitor:
             if kind is None:
                 self.flush()
             if kind not in (None, KeyboardInterrupt) and self.done < self.run.steps:
-                self._plot()
+                self.draw_picture()
         finally:
             self.progress.stop()
             self.profile.close()
@@ -235,48 +232,20 @@ class Monitor:
 
     def print_last_line(self, line: str) -> None:
         """Print the last line of a run that a signal stopped."""
-        self.progress.stop()
-        print_stderr(line)
+        self.progress.print_last_line(line)
 
-    def end(self, evaluation: Evaluation, sample: str) -> None:
-        """Print the final lines of a run on stdout, whether or not anybody reads them; then draw loss.png, which marks
-        the run as finished: while it is missing, a resumed run prints its final lines again."""
-        lines = "\n".join(map(escaped, self._final_lines(evaluation)))
-        lost = write_if_possible(f"\n{escaped_for_terminal(sample)}\n\n{lines}")
-        if lost is not None:
-            log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
-        self._plot()
-
-    def _final_lines(self, evaluation: Evaluation) -> Iterator[str]:
-        yield summary.validation_line(evaluation.reported)
-        yield from summary.before_line(self.metrics.before, evaluation.prefix)
-        yield from self._best_line(evaluation.prefix)
+    def final_lines(self, evaluation: Evaluation) -> list[str]:
+        """The lines that end a run: its scores, its speed, and what can be done with it."""
+        speed = []
         if self.timer.tokens:
-            speed = self.timer.tokens_per_second
-            yield summary.speed_line(speed, self._mfu(speed), self.timer.data_share)
-        yield from summary.next_lines(self.folder, self._longer_run())
+            mean = self.timer.tokens_per_second
+            speed = [summary.speed_line(mean, self._mfu(mean), self.timer.data_share)]
+        return final_lines(self.run, self.folder, evaluation, self.metrics.before, speed)
 
-    def _best_line(self, prefix: Score) -> Iterator[str]:
-        try:
-            found = best(self.folder)
-        except UserError as fault:
-            log.warning(f"{fault}; so which checkpoint is the best is not known")
-            return
-        if found is not None and found.manifest.step != self.run.steps:
-            yield summary.best_line(self.folder, found.manifest.step, found.manifest.val_loss, prefix.tokens)
-
-    def _longer_run(self) -> str:
-        start = summary.cooldown_start(self.run)
-        try:
-            before = (
-                [] if start is None else [path.name for path in checkpoint_paths(self.folder) if step_of(path) <= start]
-            )
-        except UserError as fault:
-            return f"(whether a longer run can go on from here is not known: {fault})"
-        return summary.longer_run(self.run, self.folder, before[-1] if before else None)
-
-    def _plot(self) -> None:
+    def draw_picture(self) -> None:
+        """Draw loss.png. It marks the run as finished: while it is missing, a resumed run prints its final lines
+        again."""
         try:
             plot_loss(self.folder)
-        except Exception as error:  # the final lines matter more than the picture
+        except Exception as error:  # the run matters more than the picture
             log.warning(f"{self.folder}/loss.png cannot be drawn: {error}")

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from common.console import clock
 from common.errors import escaped
+from common.streams import print_stderr
 from training.metrics_file import MetricRow
 
 LIVE_AFTER = 1.0  # seconds into a step, after which the live line shows how far it is
@@ -59,6 +60,11 @@ class ProgressLine:
 
     def stop(self) -> None:
         self.progress.stop()
+
+    def print_last_line(self, line: str) -> None:
+        """Print a line where the live one was, which ends."""
+        self.stop()
+        print_stderr(line)
 
     def step(self, row: MetricRow, seconds_left: float) -> None:
         """Call with the row of the last step done."""
