@@ -13,19 +13,22 @@ if __name__ == "__main__":
 
     process.start()
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.cli import one_line_errors, smaller_batches_advised
+from common.errors import escaped, reason
 from common.hydra_errors import one_line_hydra_errors, plain_tree
 from common.invocation import CONF, version_line
 from common.overrides import hydra_arguments
-from common.streams import print_line
+from common.signals import Stopped, StopRequest
+from common.streams import escaped_for_terminal, print_line, print_stderr, write_if_possible
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
-    from training.run.session import Session
+    from training.session import Session
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
 # --help answers before it would have loaded.
@@ -59,7 +62,6 @@ def train(tree: dict, typed: list[str]) -> None:
     """Train one run. tree: the composed configuration; typed: the overrides on the command line."""
     from common import process
     from common.console import to_stderr
-    from common.signals import StopRequest
     from data.batches import check_split_lengths
     from data.shards.prepare import prepare
     from generation.preview import continuation, preview_prompt
@@ -67,10 +69,11 @@ def train(tree: dict, typed: list[str]) -> None:
     from runtime.precision import choose_precision
     from training.dry_run import dry_run
     from training.experimental_settings import warn_experimental_settings
+    from training.measure import measure
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
-    from training.run.session import Session, begin_or_resume, second_signal_ends
-    from training.run.start import resolve_run
+    from training.run.start import begin_or_resume, resolve_run
+    from training.session import Session
     from training.step import losses_of
 
     process.end_by_unwinding()
@@ -96,22 +99,23 @@ def train(tree: dict, typed: list[str]) -> None:
     losses = losses_of(
         run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
     )
-    monitor = Monitor(run, folder, corpus, state.model, done, device)
+    monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), done, device)
     advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
     def preview() -> str:
         return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
 
-    with run_lock, advice, StopRequest() as stop, second_signal_ends(folder), monitor:
+    with run_lock, advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
         session = Session(run, folder, corpus, state, losses.token_losses, monitor, stop, saved_step=done)
         evaluation = run_steps(session, losses.mean_loss, done, preview)
-    monitor.end(evaluation, preview())
+    print_result(preview(), monitor.final_lines(evaluation), folder)
+    monitor.draw_picture()
 
 
 def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
     """The training loop -> the evaluation after the last step. mean_loss: of training, as training.step.losses_of makes
-    it; done: steps already done; preview: samples a text."""
-    from common.signals import Stopped
+    it; done: steps already done; preview: samples a text. Raises Stopped where a signal came: what counts is saved
+    then."""
     from data.batches import micro_batches
     from training.run.replay import save_failed_step
     from training.step import train_step
@@ -141,10 +145,12 @@ def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Calla
                 seeds=(run.seed, step),
                 loss=mean_loss,
                 clip=state.clip,
-                between=session.between,
+                between=session.check_stop,
             )
         except Stopped:
-            session.leave_within(step, evaluation)
+            session.save_if_new(step, evaluation)
+            session.report_stop(step, within=True)
+            raise
         done = step + 1
         evaluation_due = done == run.steps or (run.eval_every > 0 and done % run.eval_every == 0)
         evaluation = session.evaluate(done) if evaluation_due else None
@@ -155,11 +161,34 @@ def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Calla
         if monitor.guard.diverged:
             raise save_failed_step(session.folder, run, session.corpus, state, done, monitor.guard.in_a_row, batches)
         if stopping:
-            session.leave(done)
+            session.report_stop(done)
+            raise Stopped
         if run.sample_every and done % run.sample_every == 0 and done < run.steps:
             with monitor.paused_timer():
-                monitor.show(preview())
+                monitor.print_text(preview())
     return evaluation
+
+
+def print_result(sample: str, lines: list[str], folder: Path) -> None:
+    """Print the end of a run on stdout, whether or not anybody reads it: the run itself is saved."""
+    lost = write_if_possible("\n".join(["", escaped_for_terminal(sample), "", *map(escaped, lines)]))
+    if lost is not None:
+        print_stderr(f"stdout cannot be written: {reason(lost)}; the run is saved in {folder}")
+
+
+@contextmanager
+def stop_ends_process(stop: StopRequest, folder: Path) -> Iterator[None]:
+    """A context around the training loop: a signal that stops it ends the process with the shell's exit code of that
+    signal, and a second one at once, with one line."""
+    from training.run.start import how_to_continue
+
+    try:
+        yield
+    except Stopped:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print_stderr(f"stopped at once; {how_to_continue(folder)}")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

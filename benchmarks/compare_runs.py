@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from training.run.metrics_file import read_metrics
+from training.metrics_file import read_metrics
 
 COMPARED = ("step", "train_loss", "grad_norm", "lr", "muon_lr", "val_loss", "skipped")  # not what a clock measured
 

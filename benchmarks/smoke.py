@@ -28,10 +28,10 @@ from common.conf_files import choices
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
+from training.metrics_file import read_metrics
 from training.run.config import load
 from training.run.folder import read_config
 from training.run.load import load_run
-from training.run.metrics_file import read_metrics
 from training.step_memory import memory
 
 STEPS, SAVED = 50, 25

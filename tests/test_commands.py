@@ -21,8 +21,8 @@ from generation import decode as generate
 from generation.text_stream import TextStream
 from model.kernels.base import forget_logged
 from tests.support import ROOT, SMOKE, call
+from training.metrics_file import read_metrics
 from training.run import load as trained
-from training.run.metrics_file import read_metrics
 
 HEADROOM = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
@@ -745,7 +745,7 @@ def test_train_cached_corpus_imports_no_heavy_package_before_first_save(workplac
     """Each of these costs a part of a second or more, which a user would wait for at every start."""
     settings = ["experiment=smoke", "tokenizer=bpe", "tokenizer.vocab_size=300", f"optim={optim}", "save_every=1"]
     assert call("train", [*settings, "steps=1", "tune_malloc=false"], monkeypatch) == 0  # fills the cache
-    assert loaded_by("train.py", *settings, until="training.run.metrics_file.MetricsFile.sync") == []  # its first save
+    assert loaded_by("train.py", *settings, until="training.metrics_file.MetricsFile.sync") == []  # its first save
 
 
 def test_sample_first_token_imports_no_heavy_package(place, monkeypatch):

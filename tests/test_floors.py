@@ -4,6 +4,8 @@ import ast
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {  # each with the rooms that it may use, besides itself
     "common": set(),
@@ -14,11 +16,20 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "generation": {"common", "model", "data", "runtime"},
 }
 DOORS = ("train", "sample")
-# Within a room: a file uses only what stands before it in its room's list. Files and folders that are not named are
-# free, as long as no circle comes of it.
+# Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
+# long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
+    "common": "errors settings signals experimental atomic_io checksummed_json invocation streams console lock paths "
+    "figures suggestions overrides process cli",
     "model": "dimensions layout linear mask norm rope cache positions kernels mlp attention transformer loss cost",
     "data": "tokenizers sources shards batches",
+    "training": "optim metrics_file loggers run.composer run.config experimental epochs compile state evaluate "
+    "attention_stats step run measure monitor session step_memory step_time dry_run",
+    "training.optim": "newton_schulz qk_clip base adamw muon schedule",
+    "training.loggers": "base tensorboard wandb",
+    "training.run": "composer config conf_differences origin settings_page migrate changes folder resume checkpoint "
+    "load start replay",
+    "training.monitor": "timer guard mfu plot profiler progress summary final_lines monitor",
 }
 FORBIDDEN = {
     "common": {"torch", "numpy", "datasets", "wandb"},
@@ -70,15 +81,29 @@ def test_no_file_imports_itself_over_others():
         visit(name, ())
 
 
-def test_the_files_of_a_room_stand_in_its_order():
-    for room, order in ORDER.items():
-        places = {name: place for place, name in enumerate(order.split())}
-        assert all((ROOT / room / name).is_dir() or (ROOT / room / f"{name}.py").is_file() for name in places)
+def place_in(order: list[str], folder: str, module: str) -> int | None:
+    """The place of a module in its folder's list, by the longest name there that it begins with."""
+    inside = module.removeprefix(f"{folder}.")
+    known = [name for name in order if f"{inside}.".startswith(f"{name}.")]
+    return order.index(max(known, key=len)) if known and inside != module else None
+
+
+def test_the_files_of_a_folder_stand_in_its_order():
+    for folder, text in ORDER.items():
+        order = text.split()
+        paths = [ROOT.joinpath(*folder.split("."), *name.split(".")) for name in order]
+        assert all(path.is_dir() or path.with_suffix(".py").is_file() for path in paths), folder
         for name, imports in IMPORTS.items():
-            own = places.get(name.split(".")[1]) if name.startswith(f"{room}.") else None
+            own = place_in(order, folder, name)
             for imported in imports if own is not None else ():
-                other = places.get(imported.split(".")[1]) if imported.startswith(f"{room}.") else None
+                other = place_in(order, folder, imported)
                 assert other is None or other <= own, f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("folder", ["common", "training"])
+def test_every_file_of_a_folder_has_a_place_in_its_order(folder):
+    order = ORDER[folder].split()
+    assert not [name for name in FILES if name.startswith(f"{folder}.") and place_in(order, folder, name) is None]
 
 
 def test_rooms_do_not_know_what_is_not_theirs():

@@ -189,8 +189,8 @@ def test_messages_show_control_characters_as_escapes(capsys):
     assert escaped(AS_SHOWN) == AS_SHOWN and str(UserError(str(UserError(CONTROLLED)))) == AS_SHOWN
     streams.print_stderr(CONTROLLED)
     watch = ProgressLine(0, 1)
-    watch.say(CONTROLLED)
-    watch.show("two\nlines\x1b")
+    watch.print_line(CONTROLLED)
+    watch.print_text("two\nlines\x1b")
     streams.print_line(CONTROLLED)
     assert capsys.readouterr() == (f"{AS_SHOWN}\n", f"{AS_SHOWN}\n{AS_SHOWN}\ntwo\nlines\\x1b\n")
 

@@ -25,8 +25,8 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from tests.support import call
+from training.metrics_file import read_metrics
 from training.run.load import load_run
-from training.run.metrics_file import read_metrics
 
 HERE = Path(__file__).parent
 STOPPED, STEPS, TOKENS = 6, 26, 40

@@ -17,8 +17,8 @@ from data.shards.prepare import prepare
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.bpe import BPEConfig
 from tests.support import assert_one_line, call, configured
+from training.metrics_file import read_metrics
 from training.run.load import load_run
-from training.run.metrics_file import read_metrics
 
 OPTIONS = [
     "data=synthetic",

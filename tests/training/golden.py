@@ -12,7 +12,7 @@ import pytest
 
 from model.score import Score
 from tests.support import ATTENTIONS, call
-from training.run.metrics_file import read_metrics
+from training.metrics_file import read_metrics
 
 FILE = Path(__file__).with_name("golden.json")
 OPTIONS = ["steps=30", "batch_tokens=512", "eval_every=1000", "save_every=1000", "tune_malloc=false"]
@@ -27,7 +27,7 @@ def losses(case: tuple[str, str, str], folder: Path, monkeypatch) -> list[float]
     longest, is left out."""
     optim, precision, attention = case
     name = " ".join(case)
-    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: Score(1.0, 1, 1))
+    monkeypatch.setattr("training.session.evaluate", lambda *_, **__: Score(1.0, 1, 1))
     monkeypatch.chdir(folder)
     choice = [f"optim={optim}", f"precision={precision}", f"attention={attention}", f"run_dir={name}"]
     assert call("train", [*OPTIONS, *choice], monkeypatch) == 0

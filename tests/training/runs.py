@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from training.run.metrics_file import read_metrics
+from training.metrics_file import read_metrics
 
 
 def losses(run: Path) -> list[tuple]:

@@ -24,7 +24,7 @@ from tests.support import (
     small_model,
     some_tokens,
 )
-from training.run.metrics_file import read_metrics
+from training.metrics_file import read_metrics
 from training.step import MAX_LOGIT, accumulate_gradients, losses_of, mean_loss
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")

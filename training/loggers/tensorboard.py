@@ -9,7 +9,7 @@ import yaml
 
 from common.invocation import check_package
 from training.loggers.base import FaultTolerantSink, Logger, MetricSink, known
-from training.run.metrics_file import UNSCORED
+from training.metrics_file import UNSCORED
 
 
 class TensorboardLogger(Logger):

@@ -5,7 +5,7 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
-from training.run.metrics_file import MetricRow
+from training.metrics_file import MetricRow
 
 SPIKE_WINDOW = 64  # steps a loss is compared with
 SPIKE_DEVIATIONS = 8.0  # median absolute deviations above their median

@@ -10,24 +10,21 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from common.errors import UserError, escaped, reason
-from common.streams import escaped_for_terminal, print_stderr, write_if_possible
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
-from model.score import Score
-from model.transformer import TransformerLM
 from runtime.memory import peak_memory
 from training.evaluate import Evaluation
+from training.measure import Measured
+from training.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.monitor import summary
+from training.monitor.final_lines import final_lines
 from training.monitor.guard import Guard
 from training.monitor.mfu import flops_of, peak_flops
 from training.monitor.plot import plot_loss
 from training.monitor.profiler import Profile
 from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
-from training.run.checkpoint import best, checkpoint_paths, step_of
 from training.run.config import Run, dump
-from training.run.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.step import StepResult
 
 log = logging.getLogger("headroom")
@@ -46,12 +43,12 @@ class Monitor:
     """Writes metrics.jsonl and the logger's rows, shows progress, watches for divergence, and times training. Within
     its `with` block its files are open and its live line is shown."""
 
-    def __init__(self, run: Run, folder: Path, corpus: Prepared, model: TransformerLM, done: int, device: torch.device):
-        """done: steps before the first of this process."""
+    def __init__(self, run: Run, folder: Path, corpus: Prepared, measured: Measured, done: int, device: torch.device):
+        """measured: for the opening lines. done: steps before the first of this process."""
         self.run = run
         self.folder = folder
         self.corpus = corpus
-        self.model = model
+        self.measured = measured
         self.device = device
         self.byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths).to(device)  # (V,)
         self.done = done
@@ -73,8 +70,9 @@ class Monitor:
                 (self.folder / PICTURE).unlink()  # it marks a run as finished
         self.progress.start()
         self.profile.start()
-        for line in self._opening_lines():
-            self.say(line)
+        kind = self.device.type
+        for line in summary.opening_lines(self.run, self.folder, self.corpus, kind, self.done, self.measured):
+            self.print_line(line)
         self.timer.restart()
         return self
 
@@ -83,38 +81,28 @@ class Monitor:
             if kind is None:
                 self.flush()
             if kind not in (None, KeyboardInterrupt) and self.done < self.run.steps:
-                self._plot()
+                self.draw_picture()
         finally:
             self.progress.stop()
             self.profile.close()
             self.metrics.close()
             self.sink.close()
 
-    def _opening_lines(self) -> Iterator[str]:
-        val = self.corpus.val
-        text_bytes = self.corpus.tokenizer.byte_lengths[val.read(0, len(val))].sum()
-        measured = summary.Measured(
-            parameters=sum(p.numel() for p in self.model.parameters()),
-            cache_bytes=sum(layer.bytes_per_token for layer in self.model.make_caches(1, 1)),
-            bytes_per_token=text_bytes / len(val),
-        )
-        return summary.opening_lines(self.run, self.folder, self.corpus, self.device, self.done, measured)
-
-    def before(self, evaluation: Evaluation) -> None:
+    def record_initial_evaluation(self, evaluation: Evaluation) -> None:
         """Call before the first step, with the evaluation of the weights that training begins with."""
         row = MetricRow(step=0, tokens=0, train_loss=None, **evaluation.columns())
         self.metrics.begin(row)
         self.sink.write(row)
-        self.say(summary.score_line("before step 1", evaluation.reported))
+        self.print_line(summary.score_line("before step 1", evaluation.reported))
         self.timer.restart()
 
-    def complete(self, evaluation: Evaluation) -> None:
+    def record_late_evaluation(self, evaluation: Evaluation) -> None:
         """Call before other steps, with the evaluation that the last one lacks."""
         row = self.metrics.complete(evaluation.columns())
         self.sink.write(row)
         self.unscored = False
         self.last_reported_step = row["step"]
-        self.say(summary.score_line(f"step {row['step']}", evaluation.reported))
+        self.print_line(summary.score_line(f"step {row['step']}", evaluation.reported))
         self.timer.restart()
 
     @contextmanager
@@ -130,9 +118,9 @@ class Monitor:
         """A context around what is not training: its time does not count."""
         return self.timer.paused()
 
-    def within(self, what: str, index: int, count: int) -> None:
+    def show_part_progress(self, what: str, index: int, count: int) -> None:
         """Call before each part of a step or an evaluation (training.evaluate.Between)."""
-        self.progress.within(self.last_reported_step + 1, what, index, count)
+        self.progress.show_part_progress(self.last_reported_step + 1, what, index, count)
 
     def step(
         self,
@@ -157,7 +145,7 @@ class Monitor:
         if self._flush_is_due(result, evaluation is not None):
             self.flush()
         if evaluation is not None:
-            self.say(summary.score_line(f"step {step}", evaluation.reported))
+            self.print_line(summary.score_line(f"step {step}", evaluation.reported))
 
     def _numbers(self, result: StepResult, targets: Tensor) -> Tensor:
         """(numbers,) of a step, on the device."""
@@ -220,9 +208,11 @@ class Monitor:
     def _report_trouble(self, row: MetricRow) -> None:
         spike = self.guard.see(row)
         if row.get("skipped") and self.guard.in_a_row <= self.run.max_skipped_updates:
-            self.say(summary.skipped_line(row, self.guard.skipped, self.run.precision, self._documents(row["step"])))
+            self.print_line(
+                summary.skipped_line(row, self.guard.skipped, self.run.precision, self._documents(row["step"]))
+            )
         elif spike:
-            self.say(summary.spike_line(row, self.guard.usual_loss, self._documents(row["step"])))
+            self.print_line(summary.spike_line(row, self.guard.usual_loss, self._documents(row["step"])))
 
     def _documents(self, step: int) -> str:
         """Names of the documents that a step trained on, or of some of them."""
@@ -232,58 +222,30 @@ class Monitor:
         some = ", ".join(names[:MAX_DOCUMENTS_NAMED]) or "names are lost"
         return f"{some} and {more} more" if more > 0 else some
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line above the live one."""
-        self.progress.say(line)
+        self.progress.print_line(line)
 
-    def show(self, text: str) -> None:
+    def print_text(self, text: str) -> None:
         """Print a text of several lines above the live one."""
-        self.progress.show(text)
+        self.progress.print_text(text)
 
-    def stopped(self, line: str) -> None:
+    def print_last_line(self, line: str) -> None:
         """Print the last line of a run that a signal stopped."""
-        self.progress.stop()
-        print_stderr(line)
+        self.progress.print_last_line(line)
 
-    def end(self, evaluation: Evaluation, sample: str) -> None:
-        """Print the final lines of a run on stdout, whether or not anybody reads them; then draw loss.png, which marks
-        the run as finished: while it is missing, a resumed run prints its final lines again."""
-        lines = "\n".join(map(escaped, self._final_lines(evaluation)))
-        lost = write_if_possible(f"\n{escaped_for_terminal(sample)}\n\n{lines}")
-        if lost is not None:
-            log.warning(f"stdout cannot be written: {reason(lost)}; the run is saved in {self.folder}")
-        self._plot()
-
-    def _final_lines(self, evaluation: Evaluation) -> Iterator[str]:
-        yield summary.validation_line(evaluation.reported)
-        yield from summary.before_line(self.metrics.before, evaluation.prefix)
-        yield from self._best_line(evaluation.prefix)
+    def final_lines(self, evaluation: Evaluation) -> list[str]:
+        """The lines that end a run: its scores, its speed, and what can be done with it."""
+        speed = []
         if self.timer.tokens:
-            speed = self.timer.tokens_per_second
-            yield summary.speed_line(speed, self._mfu(speed), self.timer.data_share)
-        yield from summary.next_lines(self.folder, self._longer_run())
+            mean = self.timer.tokens_per_second
+            speed = [summary.speed_line(mean, self._mfu(mean), self.timer.data_share)]
+        return final_lines(self.run, self.folder, evaluation, self.metrics.before, speed)
 
-    def _best_line(self, prefix: Score) -> Iterator[str]:
-        try:
-            found = best(self.folder)
-        except UserError as fault:
-            log.warning(f"{fault}; so which checkpoint is the best is not known")
-            return
-        if found is not None and found.manifest.step != self.run.steps:
-            yield summary.best_line(self.folder, found.manifest.step, found.manifest.val_loss, prefix.tokens)
-
-    def _longer_run(self) -> str:
-        start = summary.cooldown_start(self.run)
-        try:
-            before = (
-                [] if start is None else [path.name for path in checkpoint_paths(self.folder) if step_of(path) <= start]
-            )
-        except UserError as fault:
-            return f"(whether a longer run can go on from here is not known: {fault})"
-        return summary.longer_run(self.run, self.folder, before[-1] if before else None)
-
-    def _plot(self) -> None:
+    def draw_picture(self) -> None:
+        """Draw loss.png. It marks the run as finished: while it is missing, a resumed run prints its final lines
+        again."""
         try:
             plot_loss(self.folder)
-        except Exception as error:  # the final lines matter more than the picture
+        except Exception as error:  # the run matters more than the picture
             log.warning(f"{self.folder}/loss.png cannot be drawn: {error}")

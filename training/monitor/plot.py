@@ -24,7 +24,7 @@ from common.figures import check_writable, save
 from common.invocation import command
 from common.paths import raise_unreadable
 from common.streams import show
-from training.run.metrics_file import PICTURE, read_metrics
+from training.metrics_file import PICTURE, read_metrics
 
 PROGRAM = "-m training.monitor.plot"
 WINDOW = 10  # steps that a running mean is over at most, about

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from common.console import clock
 from common.errors import escaped
-from training.run.metrics_file import MetricRow
+from common.streams import print_stderr
+from training.metrics_file import MetricRow
 
 LIVE_AFTER = 1.0  # seconds into a step, after which the live line shows how far it is
 PLAIN_EVERY = 30.0  # seconds, after each of which a plain line does
@@ -60,16 +61,21 @@ class ProgressLine:
     def stop(self) -> None:
         self.progress.stop()
 
+    def print_last_line(self, line: str) -> None:
+        """Print a line where the live one was, which ends."""
+        self.stop()
+        print_stderr(line)
+
     def step(self, row: MetricRow, seconds_left: float) -> None:
         """Call with the row of the last step done."""
         step = row["step"]
         self.description = progress_text(row, self.steps, seconds_left, self.text_width if self.live else None)
         self.progress.update(self.task, completed=step, description=self.description)
         if not self.live and (step - self.last_plain_step >= self.steps / 10 or step == self.steps):
-            self.say(self.description)
+            self.print_line(self.description)
             self.last_plain_step = step
 
-    def within(self, step: int, what: str, index: int, count: int) -> None:
+    def show_part_progress(self, step: int, what: str, index: int, count: int) -> None:
         """Call before part `index`, of 0 to count - 1, of a step: shows how far it is, unless it is quick."""
         now = time.monotonic()
         if index == 0:
@@ -81,12 +87,12 @@ class ProgressLine:
             self.progress.update(self.task, description=f"{self.description}  {done}")
         elif not self.live and now - self.last_report >= PLAIN_EVERY:
             self.last_report = now
-            self.say(f"step {step}/{self.steps}: {done}")
+            self.print_line(f"step {step}/{self.steps}: {done}")
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line above the live one."""
-        self.show(escaped(line))
+        self.print_text(escaped(line))
 
-    def show(self, text: str) -> None:
+    def print_text(self, text: str) -> None:
         """Print a text of several lines above the live one."""
         self.console.print(Text(escaped(text, keep="\t\n")), soft_wrap=True)

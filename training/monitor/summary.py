@@ -1,45 +1,34 @@
 """Summary lines of a training run: before its first step, after its last one, and where it is stopped. Pure functions
 from settings and numbers to text; nothing is printed or measured here."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from common.conf_files import choices
 from common.console import counted
 from common.invocation import command
 from data.shards.prepare import Prepared
-from model.attention.base import AttentionChoice
-from model.attention.stack import StackConfig
 from model.score import Score
 from training.epochs import epochs, repetition_warnings
-from training.run.composer import choice
+from training.measure import Measured
+from training.metrics_file import MetricRow
 from training.run.config import Run
 from training.run.folder import resume_command
-from training.run.metrics_file import MetricRow
-
-
-class Measured(NamedTuple):
-    """Numbers of a run's opening lines that are not settings."""
-
-    parameters: int
-    cache_bytes: int  # of the KV cache, per token, in float32
-    bytes_per_token: float  # of the validation text
 
 
 def opening_lines(
-    run: Run, folder: Path, corpus: Prepared, device: torch.device, done: int, measured: Measured
+    run: Run, folder: Path, corpus: Prepared, device: str, done: int, measured: Measured
 ) -> Iterator[str]:
-    """Model, attention, KV cache, data and plan of a run. done: steps before the first of this process."""
+    """Model, attention, KV cache, data and plan of a run. device: its kind, as in cuda. done: steps before the first of
+    this process."""
     dims = run.model
-    threads = f", {counted(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+    threads = "" if measured.threads is None else f", {counted(measured.threads, 'thread')}"
     yield (
         f"model        {counted(dims.n_layers, 'layer')}, d_model {dims.d_model}, {counted(dims.n_heads, 'head')}, "
-        f"positions by {dims.positions}, {measured.parameters:,} parameters on {device.type}{threads}"
+        f"positions by {dims.positions}, {measured.parameters:,} parameters on {device}{threads}"
     )
-    yield f"attention    {_attention(run)}"
+    yield f"attention    {_attention(run, measured.attention_differences)}"
     yield f"cache        {measured.cache_bytes:,} bytes per token when decoding in float32"
     yield f"data         {_data(run, corpus, measured.bytes_per_token)}"
     yield f"training     {_plan(run, corpus)}"
@@ -47,22 +36,15 @@ def opening_lines(
     yield from repetition_warnings(run, corpus, done)
 
 
-def _attention(run: Run) -> str:
-    attention = run.model.attention
-    parts = attention.parts if isinstance(attention, StackConfig) else {}
-    changed = {f"parts.{name}.{key}": value for name, part in parts.items() for key, value in _changed(part)}
-    settings = " ".join(f"{key}={value}" for key, value in (changed or dict(_changed(attention))).items())
-    return f"{attention.describe(run.model.n_heads)}: {settings}"
+def _attention(run: Run, differences: Mapping[str, Any]) -> str:
+    described = run.model.attention.describe(run.model.n_heads)
+    settings = " ".join(f"{key}={_as_typed(value)}" for key, value in differences.items())
+    return f"{described}: {settings}" if settings else described
 
 
-def _changed(attention: AttentionChoice) -> Iterator[tuple[str, Any]]:
-    """The settings that no choice of conf/attention has so, among them derived ones, without those that are off."""
-    target = f"{type(attention).__module__}.{type(attention).__name__}"
-    offers = [choice("mask", "study") | choice("attention", name) for name in choices("attention")]
-    usual = [offer for offer in offers if offer["_target_"] == target]
-    for key, value in attention.model_dump().items():
-        if value and all(value != offer[key] for offer in usual):
-            yield key, value
+def _as_typed(value: Any) -> str:
+    """Spell a value as YAML does."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _data(run: Run, corpus: Prepared, bytes_per_token: float) -> str:

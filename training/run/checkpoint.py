@@ -40,10 +40,10 @@ from model.transformer import ModelConfig, TransformerLM
 from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
 from runtime.precision import LossScale
+from training.metrics_file import PICTURE, read_metrics
 from training.optim.base import StateTensor
 from training.run.config import Run, dump, load
 from training.run.folder import check_format, checkpoint_paths, read_config, resume_command, step_of, write_config
-from training.run.metrics_file import PICTURE, read_metrics
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_settings, check_steps
 from training.state import TrainState

@@ -6,16 +6,21 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common.errors import UserError
 from common.settings import Change
+from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
 from model.transformer import TransformerLM
+from runtime.allocator import keep_buffers
 from training.run import checkpoint
 from training.run.changes import change_of
 from training.run.config import Run, dump, flatten_config, load
-from training.run.folder import check_is_run, check_makeable, find_run, resume_command
+from training.run.folder import check_is_run, check_makeable, checkpoint_paths, create, find_run, resume_command
 from training.run.resume import open_run
+from training.state import TrainState
 
 log = logging.getLogger("headroom")
 
@@ -100,3 +105,27 @@ def load_pretrained_weights(base: Path, model: TransformerLM) -> None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
     checkpoint.load_weights(found, model)
     log.info(f"loaded the weights of {found.path}")
+
+
+def begin_or_resume(
+    run: Run, corpus: Prepared, device: torch.device, folder: Path | None, run_lock: AbstractContextManager | None
+) -> tuple[TrainState, int, Path, AbstractContextManager]:
+    """The training state of a run, from its newest checkpoint if it has one, the steps done, its folder and the lock on
+    it. folder, run_lock: None for a new run."""
+    if device.type == "cpu" and run.tune_malloc:
+        keep_buffers()
+    state = TrainState.create(run, corpus.tokenizer.vocab_size, device)
+    if folder is None:
+        folder, run_lock = create(run, corpus.tokenizer)
+        done = 0
+    else:
+        done = checkpoint.resume(folder, run, corpus, state)
+    if run.init_from and not done:
+        load_pretrained_weights(Path(run.init_from), state.model)
+    return state, done, folder, run_lock
+
+
+def how_to_continue(folder: Path) -> str:
+    """The command that resumes a run, or begins it again where nothing is saved."""
+    verb = "continue" if checkpoint_paths(folder) else "begin again"
+    return f"{verb} with: {resume_command(folder)}"

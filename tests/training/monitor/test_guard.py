@@ -16,10 +16,10 @@ from model.score import Score
 from runtime.precision import LossScale, MixedPrecision
 from tests.support import ROOT, SMOKE, batches, call, configured, load_composed, small_model
 from tests.training.runs import assert_same_run, losses, rewind
+from training.metrics_file import read_metrics
 from training.monitor.guard import SPIKE_WINDOW, Guard
 from training.optim.adamw import AdamWConfig
 from training.run import checkpoint, replay
-from training.run.metrics_file import read_metrics
 from training.step import mean_loss, train_step
 
 
@@ -164,7 +164,7 @@ def test_resume_of_a_diverged_run_continues_when_losses_are_finite(workplace, mo
 
 def test_validation_loss_that_is_not_finite_is_null_and_never_best(workplace, monkeypatch, capsys):
     scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
-    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr("training.session.evaluate", lambda *_, **__: next(scores))
     assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
     assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
     assert checkpoint.best(workplace / "run").path.name == "step_00000020"

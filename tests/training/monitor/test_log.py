@@ -14,9 +14,9 @@ from tests.support import SMOKE, call, configured
 from tests.training.runs import rewind
 from training.loggers.tensorboard import TensorboardLogger, TensorboardSink
 from training.loggers.wandb import WandbLogger
+from training.metrics_file import MetricsFile, read_metrics, unscored
 from training.monitor.guard import Guard
 from training.monitor.progress import ProgressLine
-from training.run.metrics_file import MetricsFile, read_metrics, unscored
 
 
 def row(step, **more):
@@ -87,7 +87,7 @@ def test_progress_line_within_a_long_step_tells_how_far_it_is(monkeypatch, capsy
     watch = ProgressLine(0, 9)
     for seconds, count in ((0.01, 50), (8.0, 12), (40.0, 3)):  # each part takes so long
         for index in range(count):
-            watch.within(3, "micro-batch", index, count)
+            watch.show_part_progress(3, "micro-batch", index, count)
             now[0] += seconds
     watch.stop()
     parts = ["5/12", "9/12", "2/3", "3/3"]  # at most one every 30 seconds

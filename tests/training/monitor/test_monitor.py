@@ -11,8 +11,9 @@ from data.shards.prepare import prepare
 from model import cost
 from tests.support import SMOKE, call, load_composed
 from tests.training.runs import assert_same_run, rewind
+from training.metrics_file import read_metrics
 from training.monitor.mfu import flops_of, peak_flops, peak_of
-from training.run.metrics_file import read_metrics
+from training.run.conf_differences import attention_differences
 
 
 def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
@@ -35,19 +36,19 @@ def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("choice", "reported"),
     [
-        (["attention=mha"], "MHA, 4 heads with a key and a value each: qk_bias=True n_kv_heads=4"),
-        (["attention=mqa"], "MQA, 4 heads on one key and value head: "),
-        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads: "),
-        (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads"),
+        (["attention=mha"], "MHA, 4 heads with a key and a value each\n"),
+        (["attention=mqa"], "MQA, 4 heads on one key and value head\n"),
+        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads\n"),
+        (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads with a key and a value each\n"),
         (
             ["attention=mqa", "attention.window=7"],
-            "MQA, 4 heads on one key and value head: window=7 qk_bias=True",
+            "MQA, 4 heads on one key and value head: window=7\n",
         ),
         (
             ["attention=stack"],
             "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
         ),
-        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4: "),
+        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -55,6 +56,29 @@ def test_opening_lines_name_the_attention_and_its_kv_heads(workplace, monkeypatc
     assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
     err = capsys.readouterr().err
     assert f"attention    {reported}" in err and "in a vocabulary of 257," in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], {}),
+        (["attention=mla"], {}),
+        (["attention=stack"], {}),
+        (["attention=gqa", "attention.n_kv_heads=1"], {}),  # the same as attention=mqa
+        (["position=alibi"], {}),
+        (["model.qk_norm=false", "attention.qk_bias=false"], {"qk_norm": False, "qk_bias": False}),
+        (["attention=mla", "attention.kv_lora_rank=24"], {"kv_lora_rank": 24}),
+        (["attention.rope_scaling=yarn", "attention.rope_factor=4"], {"rope_scaling": "yarn", "rope_factor": 4}),
+        (["mask=study", "attention.window=9", "attention.dilation=2"], {"window": 9, "dilation": 2}),
+        (
+            ["attention=stack", "attention.parts.local.window=5", "attention.parts.global.qk_norm=false"],
+            {"parts.local.window": 5, "parts.global.qk_norm": False},
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_attention_differences_are_what_was_set_off_too(overrides, expected):
+    assert attention_differences(load_composed(*overrides).model) == expected
 
 
 def test_flops_document_mask_counts_pairs_within_documents(workplace, monkeypatch):

@@ -1,10 +1,13 @@
 """The summary lines of a run, from numbers alone."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from model.score import Score
+from tests.support import load_composed
+from training.measure import Measured
 from training.monitor import summary
 from training.monitor.progress import progress_text
 
@@ -80,3 +83,13 @@ def test_longer_run_after_a_cooldown_needs_a_checkpoint_from_before(tmp_path):
     )
     longer = summary.longer_run(run_with(80), tmp_path, "step_00000060")
     assert "steps=200  (after moving away the checkpoints after step_00000060: the cooldown began at step 80)" in longer
+
+
+def test_opening_lines_spell_settings_as_they_are_typed():
+    measured = Measured(1, 2, 3.0, threads=2, attention_differences={"qk_norm": False, "window": None, "dilation": 2})
+    corpus = SimpleNamespace(
+        contents="", train=range(90000), val=range(9000), tokenizer=SimpleNamespace(vocab_size=9), fingerprint="f" * 20
+    )
+    model, attention, *_ = summary.opening_lines(load_composed(), Path("run"), corpus, "cpu", 0, measured)
+    assert model.endswith("on cpu, 2 threads")
+    assert attention.endswith("with a key and a value each: qk_norm=false window=null dilation=2")

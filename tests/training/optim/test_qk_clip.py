@@ -10,9 +10,9 @@ from model.kernels.sdpa import SDPA
 from runtime.precision import MixedPrecision
 from tests.support import SMOKE, batches, call, configured, relative_error, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
+from training.metrics_file import read_metrics
 from training.optim.adamw import AdamWConfig
 from training.optim.qk_clip import QKClip
-from training.run.metrics_file import read_metrics
 from training.step import MAX_LOGIT, accumulate_gradients, mean_loss, train_step
 
 CASES = [

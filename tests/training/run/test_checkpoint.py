@@ -20,12 +20,12 @@ from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, call, relative_error, some_tokens
 from tests.training.runs import assert_same_run, losses, rewind
+from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run import folder as run_folder
 from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
 from training.run.config import load
 from training.run.load import load_run
-from training.run.metrics_file import read_metrics
 from training.run.resume import open_run
 
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]

@@ -57,7 +57,7 @@ def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkey
 
 def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monkeypatch, capsys):
     scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
-    monkeypatch.setattr("training.run.session.evaluate", lambda *_, **__: next(scores))
+    monkeypatch.setattr("training.session.evaluate", lambda *_, **__: next(scores))
     assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert (

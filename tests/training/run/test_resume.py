@@ -16,9 +16,9 @@ from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
 from tests.support import ATTENTIONS, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
+from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run.checkpoint import MODEL, OPTIMIZER, newest
-from training.run.metrics_file import read_metrics
 
 # Dropout, accumulation, and an epoch's end on the way.
 BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]
@@ -261,7 +261,9 @@ def test_signal_within_step_or_evaluation_stops_and_resumes_to_the_same_run(work
         assert kept.val_loss == losses(workplace / "whole")[7][4]
 
 
-@pytest.mark.parametrize("killed_in", ["training.monitor.monitor.Monitor.complete", "training.run.checkpoint.score"])
+@pytest.mark.parametrize(
+    "killed_in", ["training.monitor.monitor.Monitor.record_late_evaluation", "training.run.checkpoint.score"]
+)
 def test_kill_during_delayed_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
     options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
     undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"

@@ -27,7 +27,7 @@ class MetricRow(TypedDict, total=False):
     missing.
 
     With log_attention=true, rows with a validation loss also have attention/layer_<i>/entropy, lowest_entropy and
-    max_logit (training/monitor/attention_stats.py).
+    max_logit (training/attention_stats.py).
     """
 
     step: Required[int]  # updates done, from 1; 0 for an evaluation before training

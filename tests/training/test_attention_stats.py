@@ -8,8 +8,8 @@ import torch
 from data.shards.token_files import TokenStream
 from tests.support import SMOKE, call, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
-from training.monitor.attention_stats import attention_stats
-from training.run.metrics_file import read_metrics
+from training.attention_stats import attention_stats
+from training.metrics_file import read_metrics
 
 OPTIONS = [*SMOKE, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4", "attention=mla"]
 STATISTICS = ("entropy", "lowest_entropy", "max_logit")

@@ -1,0 +1,49 @@
+"""Settings of an attention that differ from conf/, those somebody set. A run stores values, not the choices they came
+from, so each attention is compared with the nearest choice."""
+
+from typing import Any
+
+from model.attention.base import AttentionChoice, AttentionConfig
+from model.attention.stack import StackConfig
+from model.dimensions import Dimensions
+from model.transformer import ModelConfig
+from training.run.composer import choice, choices
+from training.run.config import load_choice
+
+DERIVED = (None, "all")  # what conf/ holds where a dimension follows from the model's
+NOT_DERIVED = ("window", "rope_factor")  # of which null is a value of its own
+OF_THE_MODEL = ("qk_norm", "qk_bias", "attention_dropout")  # settings of the model that an attention takes over
+
+
+def attention_differences(model: ModelConfig) -> dict[str, Any]:
+    """The attention's settings that differ from conf/, by their names behind `attention.`; of a stack, those of its
+    parts."""
+    usual = choice("model", "shared/block")
+    dimensions = model.model_copy(update={name: usual[name] for name in OF_THE_MODEL})
+    offers = [load_choice("attention", name) for name in choices("attention")]
+    if not isinstance(model.attention, StackConfig):
+        return _nearest(model.attention, offers, dimensions)
+    found = {}
+    for name, part in model.attention.parts.items():
+        same_part = [offer.parts[name] for offer in offers if isinstance(offer, StackConfig) and name in offer.parts]
+        different = _nearest(part, same_part + offers, dimensions)
+        found |= {f"parts.{name}.{key}": value for key, value in different.items()}
+    return found
+
+
+def _nearest(attention: AttentionConfig, offers: list[AttentionChoice], dimensions: Dimensions) -> dict[str, Any]:
+    """The differences from the choice of the same class that has the fewest."""
+    same_class = (offer for offer in offers if type(offer) is type(attention))
+    return min((_differences(attention, offer, dimensions) for offer in same_class), key=len)
+
+
+def _differences(attention: AttentionConfig, offer: AttentionConfig, dimensions: Dimensions) -> dict[str, Any]:
+    """The settings that are not as the choice has them, or as its dimensions derive from the other settings."""
+    offered = {key: value for key, value in offer if key != "position"}  # of another group, and of the whole model
+    unset = {key: value for key, value in offered.items() if value in DERIVED and key not in NOT_DERIVED}
+    try:
+        derived = attention.model_copy(update=unset).derive(dimensions)
+    except ValueError:  # these settings fit no derived dimensions
+        derived = offer
+    expected = offered | {key: getattr(derived, key) for key in unset}
+    return {key: getattr(attention, key) for key, value in expected.items() if getattr(attention, key) != value}
