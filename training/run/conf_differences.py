@@ -3,12 +3,13 @@ from, so each attention is compared with the nearest choice."""
 
 from typing import Any
 
+from common.conf_files import choices
 from model.attention.base import AttentionChoice, AttentionConfig
 from model.attention.stack import StackConfig
 from model.dimensions import Dimensions
 from model.transformer import ModelConfig
-from training.run.composer import choice, choices
-from training.run.config import load_choice
+from training.run.composer import choice
+from training.run.parts import load_choice
 
 DERIVED = (None, "all")  # what conf/ holds where a dimension follows from the model's
 NOT_DERIVED = ("window", "rope_factor")  # of which null is a value of its own
