@@ -42,11 +42,10 @@ def _complaint(error: Exception, overrides: Sequence[str]) -> str | None:
     """Return one line for an error of Hydra's; None for any other."""
     if "hydra" not in sys.modules or not _raised_by_hydra(error):
         return None
-    unknown = _unknown_choice(overrides)
-    if unknown is not None:
-        return unknown
     missing = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
-    return no_such_setting(missing[1], overrides) if missing else " ".join(str(error).split())
+    if missing and not conf_files.is_group(missing[1]):
+        return no_such_setting(missing[1], overrides)
+    return _unknown_choice(overrides) or " ".join(str(error).split())
 
 
 def _raised_by_hydra(error: Exception) -> bool:

@@ -610,6 +610,14 @@ def test_train_experiment_with_old_setting_name_names_the_new_one(workplace, mon
     assert re.fullmatch(r"error: \S+ is called (\S+) now: write \1=\n", capsys.readouterr().err)
 
 
+def test_train_experiment_of_another_folder_is_not_blamed_for_a_misspelt_setting(workplace, monkeypatch, capsys):
+    (workplace / "experiment").mkdir()
+    (workplace / "experiment/ours.yaml").write_text("# @package _global_\nsteps: 3\n")
+    typed = ["experiment=ours", f"hydra.searchpath=[file://{workplace}]", "setps=4"]
+    assert call("train", typed, monkeypatch) == 2
+    assert capsys.readouterr().err == "error: setps: no such setting; did you mean steps?\n"
+
+
 @pytest.mark.parametrize("program", ["train"])
 def test_train_version_prints_headroom_and_pytorch(workplace, monkeypatch, capsys, program):
     assert call(program, ["--version"], monkeypatch) == 0
