@@ -20,15 +20,16 @@ DOORS = ("train", "sample")
 # long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
     "common": "errors settings signals experimental atomic_io checksummed_json invocation streams console lock paths "
-    "figures suggestions overrides process cli",
+    "figures conf_files suggestions overrides hydra_errors process cli",
     "model": "dimensions layout linear mask norm rope cache positions kernels mlp attention transformer loss cost",
     "data": "tokenizers sources shards batches",
-    "training": "optim metrics_file loggers run.composer run.config experimental epochs compile state evaluate "
-    "attention_stats step run measure monitor session step_memory step_time dry_run",
+    "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
+    "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
+    "step_memory step_time dry_run",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
     "training.loggers": "base tensorboard wandb",
-    "training.run": "composer config conf_differences origin settings_page migrate changes folder resume checkpoint "
-    "load start replay",
+    "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
+    "folder resume checkpoint load start replay",
     "training.monitor": "timer guard mfu plot profiler progress summary final_lines monitor",
 }
 FORBIDDEN = {
