@@ -29,7 +29,7 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from training.metrics_file import read_metrics
-from training.run.config import load
+from training.run.config import Run
 from training.run.folder import read_config
 from training.run.load import load_run
 from training.step_memory import memory
@@ -127,7 +127,7 @@ def _memory(attention: str, device: torch.device) -> Row:
     ]
     _train(*options, f"model={size}", "batch_tokens=8192", "micro_batch_size=4", f"run_dir={folder}")
     measured = torch.cuda.max_memory_allocated() - before if device.type == "cuda" else None
-    predicted = memory(load(read_config(folder)[0]), 257, device).peak
+    predicted = memory(Run.from_tree(read_config(folder)[0]), 257, device).peak
     row = {"size": size, "predicted_mb": predicted / 1e6}
     return row | ({"measured_mb": measured / 1e6, "ratio": predicted / measured} if measured else {})
 

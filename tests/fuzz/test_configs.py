@@ -19,7 +19,7 @@ from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from tests.support import NEEDS, assert_one_line, composed_tree, relative_error, sharpened, some_tokens
-from training.run.config import Run, dump, load
+from training.run.config import Run, dump
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.step import train_step
 
@@ -239,11 +239,11 @@ def last_bit(model: TransformerLM, tokens: torch.Tensor, logits: torch.Tensor) -
 
 def check(case: Case) -> str:
     try:
-        run = load(case.tree)
+        run = Run.from_tree(case.tree)
     except UserError as error:
         assert_one_line(error)
         return "refused"
-    assert load(yaml.safe_load(yaml.safe_dump(dump(run)))) == run
+    assert Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run)))) == run
     assert all(math.isfinite(run.lr(step)) for step in (0, run.steps // 2, run.steps - 1))
     if not is_small(run):
         return "legal, too large to build"

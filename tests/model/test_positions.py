@@ -15,7 +15,7 @@ from model.positions import alibi, slopes
 from model.rope import Rope
 from model.transformer import TransformerLM
 from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
-from training.run.config import dump, load
+from training.run.config import Run, dump
 from training.run.migrate import UNSTATED, migrate
 
 
@@ -131,7 +131,7 @@ def test_alibi_of_an_older_run_keeps_geometric_slopes(attention):
 
     for position, rule in (("alibi", "geometric"), ("rope", "published")):
         stored = older(dump(load_composed(f"attention={attention}", f"position={position}")))
-        found = load(migrate(stored, UNSTATED)).model.attention
+        found = Run.from_tree(migrate(stored, UNSTATED)).model.attention
         assert {found.of_layer(i).alibi_slopes for i in range(2)} == {rule}
     model = small_model("attention=mha", "position=alibi", "attention.alibi_slopes=geometric", "model.n_heads=2")
     assert model.layers[0].attention.add_position_bias.keywords == {"rule": "geometric"}

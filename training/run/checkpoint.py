@@ -42,7 +42,7 @@ from runtime.memory import free_memory
 from runtime.precision import LossScale
 from training.metrics_file import PICTURE, read_metrics
 from training.optim.base import StateTensor
-from training.run.config import Run, dump, load
+from training.run.config import Run, dump
 from training.run.folder import check_format, checkpoint_paths, read_config, resume_command, step_of, write_config
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_settings, check_steps
@@ -422,7 +422,7 @@ def settings_of(path: Path, manifest: Manifest) -> Run:
     """The settings that a checkpoint was trained with. Raises UserError where that is nothing that this program
     trains."""
     try:
-        return load(manifest.config)
+        return Run.from_tree(manifest.config)
     except UserError as error:
         raise UserError(f"{error} (in {path / MANIFEST})") from None
 

@@ -61,6 +61,19 @@ class Run(FrozenSettings):
     run_dir: Annotated[str | None, Change.FINE_TUNING] = Field(min_length=1)
     cache_dir: Annotated[str, Change.ON_RESUME] = Field(min_length=1)
 
+    @classmethod
+    def from_tree(cls, tree: Mapping[str, Any]) -> Self:
+        """A tree of plain values, as composed from conf/ or read from a run's config.yaml -> Run. Raises UserError."""
+        tree = dict(tree)
+        dims = tree.pop("model", {})
+        if not isinstance(dims, Mapping):
+            raise UserError(f"model={dims!r}: choose one of {', '.join(choices('model'))}")
+        validated(Dimensions, "model", dims)  # first: other parts' defaults refer to them
+        parts = {name: pop_part(tree, name) for name in MODEL_PARTS | RUN_PARTS}
+        model = validated(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
+        tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
+        return validated(cls, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
+
     @field_validator("optim")
     @classmethod
     def _derive_optim(cls, optim: OptimConfig, info: ValidationInfo) -> OptimConfig:
@@ -146,24 +159,11 @@ def compose(*overrides: str) -> Run:
     tree = compose_tree(*overrides)
     if tree.pop("resume") is not None:
         raise UserError("resume= goes on with a run's own settings, which conf/ does not compose: leave it out")
-    return load(tree)
-
-
-def load(tree: Mapping[str, Any]) -> Run:
-    """A tree of plain values, as composed from conf/ or read from a run's config.yaml -> Run. Raises UserError."""
-    tree = dict(tree)
-    dims = tree.pop("model", {})
-    if not isinstance(dims, Mapping):
-        raise UserError(f"model={dims!r}: choose one of {', '.join(choices('model'))}")
-    validated(Dimensions, "model", dims)  # first: other parts' defaults refer to them
-    parts = {name: pop_part(tree, name) for name in MODEL_PARTS | RUN_PARTS}
-    model = validated(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
-    tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
-    return validated(Run, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
+    return Run.from_tree(tree)
 
 
 def dump(run: Run) -> dict[str, Any]:
-    """The inverse of `load`: derived dimensions filled in, the form a run's config.yaml holds."""
+    """The inverse of `Run.from_tree`: derived dimensions filled in, the form a run's config.yaml holds."""
     model = {name: getattr(run.model, name) for name in ModelConfig.model_fields if name not in MODEL_PARTS}
     scalars = {name: getattr(run, name) for name in Run.model_fields if name != "model" and name not in RUN_PARTS}
     parts = {name: getattr(run.model, name) for name in MODEL_PARTS} | {name: getattr(run, name) for name in RUN_PARTS}

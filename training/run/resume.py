@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.settings import Change
 from data.sources.tables import format_of
 from training.run.changes import RESUMABLE, change_of, forbidden_differences, is_place
-from training.run.config import Run, dump, flatten_config, load
+from training.run.config import Run, dump, flatten_config
 from training.run.folder import acquire_run_lock, checkpoint_paths, find_run, read_config
 from training.run.signature import check_foreign
 
@@ -83,7 +83,7 @@ def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Ru
 
 def _load(tree: Mapping[str, Any], where: str) -> Run:
     try:
-        return load(tree)
+        return Run.from_tree(tree)
     except UserError as error:
         raise UserError(f"{error} ({where})") from None
 
@@ -99,7 +99,7 @@ def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:
         settings = stored
         for key in keys:
             settings = _replaced(settings, tree, key.split("."))
-        repeated = load(settings) if keys else own
+        repeated = Run.from_tree(settings) if keys else own
         different = [one.key for one in forbidden_differences(own, repeated, Change.ON_RESUME)]
     except (UserError, KeyError, TypeError):  # in this run they make no sense: so they are not its own
         different = [key for key in keys if _at(tree, key) != _at(stored, key)] or keys

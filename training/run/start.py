@@ -17,7 +17,7 @@ from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from training.run import checkpoint
 from training.run.changes import change_of
-from training.run.config import Run, dump, flatten_config, load
+from training.run.config import Run, dump, flatten_config
 from training.run.folder import check_is_run, check_makeable, checkpoint_paths, create, find_run, resume_command
 from training.run.resume import open_run
 from training.state import TrainState
@@ -38,7 +38,7 @@ def resolve_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | Non
     if tree["init_from"] is not None:
         base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
         tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
-    run = load(tree)
+    run = Run.from_tree(tree)
     if not run.dry_run:
         check_makeable(run.run_dir)
     return run, None, None

@@ -2,12 +2,11 @@
 
 import pytest
 
-import training.run.resume
 from common.errors import UserError
 from common.settings import Change
 from tests.support import SMOKE, changed, composed_tree, load_composed
 from training.run.changes import change_of, forbidden_differences
-from training.run.config import Run, load
+from training.run.config import Run
 from training.run.folder import write_config
 from training.run.resume import open_run
 
@@ -59,7 +58,8 @@ def test_resuming_reads_the_configuration_a_fixed_number_of_times(workplace, mon
     (workplace / "run").mkdir()
     write_config(workplace / "run", load_composed(*settings))
     loads = []
-    monkeypatch.setattr(training.run.resume, "load", lambda tree: loads.append(1) or load(tree))
+    from_tree = Run.from_tree
+    monkeypatch.setattr(Run, "from_tree", lambda tree: loads.append(1) or from_tree(tree))
     typed = ["resume=run", *settings[2:], "steps=77"]
     run, _, lock = open_run("run", composed_tree(*settings, "steps=77"), typed)
     with lock:

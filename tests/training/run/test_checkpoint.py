@@ -24,7 +24,7 @@ from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run import folder as run_folder
 from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
-from training.run.config import load
+from training.run.config import Run
 from training.run.load import load_run
 from training.run.resume import open_run
 
@@ -158,7 +158,7 @@ def test_load_run_wrong_weights_raise_user_error(run, change, complaint):
         load_run(run)
     config, _ = run_folder.read_config(run)
     with pytest.raises(UserError, match=complaint):
-        checkpoint.check_fits(run, load(config))
+        checkpoint.check_fits(run, Run.from_tree(config))
 
 
 @pytest.mark.parametrize("setting", ["n_layers", "d_model", "context_length"])
@@ -169,9 +169,9 @@ def test_load_run_claimed_huge_size_raises_before_building(run, monkeypatch, set
     batches = {"batch_tokens": 2**20, "eval_tokens": 2**20, "micro_batch_size": 1}
     claimed = config | {"model": model} | (batches if "context" in setting else {})
     with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
-        checkpoint.check_fits(run, load(claimed))
+        checkpoint.check_fits(run, Run.from_tree(claimed))
     reseal(last(run), config=claimed)
-    for look in (lambda: load_run(run), lambda: checkpoint.check_fits(run, load(claimed))):
+    for look in (lambda: load_run(run), lambda: checkpoint.check_fits(run, Run.from_tree(claimed))):
         with pytest.raises(UserError, match=r"does not fit the run's settings: it (holds 2 layers|lacks position)"):
             look()
 
@@ -435,7 +435,7 @@ def test_load_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
         "os.system",
         "model.attention.mla.logging.os.system",
         "model.attention.mla.torch.load",
-        "training.run.config.load",
+        "training.run.config.compose",
         "model.attention.base.AttentionConfig",
         "model.attention.gqa.AttentionConfig",
         "model.attention.__init__.os",

@@ -15,7 +15,7 @@ from common.conf_files import choices, groups
 from common.errors import UserError
 from tests.support import NEEDS, ROOT, call
 from training.run.composer import choice, compose_tree, merged
-from training.run.config import compose, dump, load
+from training.run.config import Run, compose, dump
 from training.run.migrate import migrate
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 
@@ -58,7 +58,7 @@ def test_compose_within_hydra_and_without_equals_the_command_line(typed, monkeyp
     assert found["within"] == found["command line"] == compose_tree(*typed)
     assert GlobalHydra.instance().hydra is None
     del found["command line"]["resume"]
-    assert compose(*typed) == load(found["command line"])
+    assert compose(*typed) == Run.from_tree(found["command line"])
 
 
 MISTAKES = {
@@ -207,7 +207,7 @@ def test_run_older_than_the_models_attention_settings_is_still_the_model_it_name
     for model in choices("model"):
         stored = dump(compose(f"model={model}", "attention=gqa"))
         older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
-        found = load(migrate(stored | {"model": older}, 4))
+        found = Run.from_tree(migrate(stored | {"model": older}, 4))
         assert dump(found) == stored
 
 

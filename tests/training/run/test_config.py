@@ -15,7 +15,7 @@ from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
 from tests.support import ATTENTIONS, NEEDS, ROOT, composed_tree, load_composed
-from training.run.config import Run, dump, load
+from training.run.config import Run, dump
 from training.run.parts import MODEL_PARTS, RUN_PARTS, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
@@ -27,13 +27,13 @@ GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir()
 def test_every_file_under_conf_composes_and_loads(group, choice):
     run = load_composed(f"{group}={choice}", *NEEDS.get((group, choice), ()))
     assert isinstance(run, Run)
-    assert load(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
+    assert Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
 
 
 @pytest.mark.parametrize("choice", choices("data"))
 def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
     run = load_composed(f"data={choice}", *NEEDS.get(("data", choice), ()), "data.document_mask=true")
-    again = load(yaml.safe_load(yaml.safe_dump(dump(run))))
+    again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))
     assert again == run and again.data.document_mask
 
 
@@ -51,7 +51,7 @@ def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(exper
     needs = NEEDS.get((group, choice), ())
     texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
     tree = composed_tree(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
-    load({key: value for key, value in tree.items() if key != "resume"})
+    Run.from_tree({key: value for key, value in tree.items() if key != "resume"})
     alone = composed_tree(f"{group}={choice}", *needs)[group]
     if group == "model":
         alone["dropout"] = tree["model"]["dropout"]
@@ -354,7 +354,7 @@ def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(
         spoilt = copy.deepcopy(tree)
         setting_of(spoilt, *path[:-1])[path[-1]] = value
         try:
-            run = load(spoilt)
+            run = Run.from_tree(spoilt)
         except UserError as error:
             assert "\n" not in str(error)
         else:
@@ -373,7 +373,7 @@ def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(
         "model.attention.gqa.GQAConfig.model_validate",
         "model..attention.gqa.GQAConfig",
         "model/attention/gqa.GQAConfig",
-        "tests.support.load",
+        "tests.support.load_composed",
         "train.main",
         "model.no_such.Thing",
         "",

@@ -4,7 +4,7 @@ import pytest
 
 from common.suggestions import RENAMED
 from tests.support import ATTENTIONS, load_composed
-from training.run.config import dump, load
+from training.run.config import Run, dump
 from training.run.migrate import FORMAT, PART_RENAMED_4, RUN_RENAMED_4, migrate
 
 
@@ -15,7 +15,7 @@ def test_migrate_format_3_gives_settings_their_new_names():
     old["checkpoint_activations"] = old.pop("activation_checkpointing")
     old["optim"] |= {"_target_": "training.muon.MuonConfig", "logical_blocks": False}
     del old["optim"]["per_head"]
-    assert load(migrate(old, 3)) == run
+    assert Run.from_tree(migrate(old, 3)) == run
     assert migrate(dump(run), FORMAT) == dump(run)
 
 
@@ -30,7 +30,7 @@ def test_migrate_format_2_gives_settings_of_later_versions_the_behaviour_of_its_
             {key: older(value) for key, value in tree.items() if key not in later} if isinstance(tree, dict) else tree
         )
 
-    assert load(migrate(older(dump(run)), 2)) == run
+    assert Run.from_tree(migrate(older(dump(run)), 2)) == run
 
 
 def test_renamed_settings_are_the_migrated_ones():
