@@ -127,8 +127,8 @@ def renamed(key: str) -> str:
 
 @functools.cache
 def mask_settings() -> tuple[str, ...]:
-    """The settings of an attention that only mask=study shows, as attention.name; they can be set without it."""
-    return tuple(f"attention.{name}" for name in conf_files.keys("mask", "study"))
+    """The settings of an attention that only mask=sparse shows, as attention.name; they can be set without it."""
+    return tuple(f"attention.{name}" for name in conf_files.keys("mask", "sparse"))
 
 
 def known_settings(overrides: Sequence[str]) -> Known:

@@ -74,6 +74,8 @@ def parse_arguments(description: str) -> argparse.Namespace:
     _check_greedy(given)
     _check_seeds(given)
     args = argparse.Namespace(**DEFAULTS | given)
+    if args.run == Path("latest"):  # as train.py's resume=latest
+        args.run = None
     if args.run is not None:
         check_is_folder(args.run)
     args.prompt = _read_prompt(args)
@@ -138,8 +140,6 @@ def _is_setting_of_train(name: str) -> bool:
 
 def _as_flag(name: str, value: str) -> str:
     """What to write instead of a setting of train.py."""
-    if (name, value) == ("run", "latest"):
-        return "leave it out, the newest run is taken anyway"
     flag = f"--{name.replace('_', '-')}"
     return f"write {flag}" if name in SWITCHES else f"write {flag} {quoted(value)}"
 
@@ -195,7 +195,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
     text("--attention-map", type=Path, metavar="FILE", help="no text: draw the prompt's attention (.png, .svg or .pdf)")
     model = parser.add_argument_group("the model").add_argument
-    model("--run", type=Path, metavar="DIR", help="the run's folder (default: the newest with a checkpoint)")
+    model(
+        "--run",
+        type=Path,
+        metavar="DIR",
+        help="the run's folder; latest, the default: the newest with a checkpoint",
+    )
     model(
         "--checkpoint",
         choices=["latest", "best"],

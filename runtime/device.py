@@ -1,5 +1,6 @@
 """Choice of the device, and of deterministic algorithms."""
 
+import logging
 import os
 import re
 
@@ -9,6 +10,7 @@ from common.errors import UserError
 from common.experimental import warn_experimental
 from runtime.fast_startup import use_deterministic_algorithms
 
+log = logging.getLogger("headroom")
 DEFAULT_THREADS = torch.get_num_threads()  # as PyTorch chose when this process started
 
 
@@ -34,6 +36,9 @@ def choose_device(device: str) -> torch.device:
 def set_threads(threads: int | None) -> None:
     """Set the number of CPU threads; None: PyTorch's default, which an earlier run of a sweep may have changed."""
     wanted = threads or DEFAULT_THREADS
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or wanted
+    if wanted > max(cpus, DEFAULT_THREADS):
+        log.warning(f"threads={wanted} is more than the CPUs there are: with threads={cpus} steps take less time")
     if wanted != torch.get_num_threads():
         torch.set_num_threads(wanted)
 

@@ -98,7 +98,7 @@ def _defaults(cls: type) -> dict[str, Any]:
         if found:
             named = [name for name in found if base.__name__.lower().startswith(name)]
             offer = found[named[0] if named else next(iter(found))]
-            masks = choice("mask", "study") if issubclass(cls, AttentionConfig) else {}
+            masks = choice("mask", "sparse") if issubclass(cls, AttentionConfig) else {}
             return masks | {key: value for key, value in offer.items() if key != "_target_" and value != "???"}
     raise ValueError(f"{cls} is in no choice of conf/")
 

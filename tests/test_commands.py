@@ -635,6 +635,15 @@ def test_train_threads_are_set_and_printed(workplace, monkeypatch, capsys):
         torch.set_num_threads(before)
 
 
+def test_train_more_threads_than_cpus_warns(workplace, monkeypatch, capsys):
+    before = torch.get_num_threads()
+    try:
+        assert call("train", [*SMOKE, "steps=1", f"threads={(os.cpu_count() or 1) + 1}"], monkeypatch) == 0
+        assert "is more than the CPUs there are: with threads=" in capsys.readouterr().err
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_train_sweep_unset_threads_are_the_default_again(workplace, monkeypatch, capsys):
     before = torch.get_num_threads()
     try:
@@ -642,6 +651,14 @@ def test_train_sweep_unset_threads_are_the_default_again(workplace, monkeypatch,
         assert re.findall(r"parameters on cpu, (\d) thread", capsys.readouterr().err) == ["2", str(before)]
     finally:
         torch.set_num_threads(before)
+
+
+def test_sample_run_latest_is_the_newest_run(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
+    assert call("sample", ["--run", "latest", "--seed", "1", "the"], monkeypatch) == 0
+    named = capsys.readouterr().out
+    assert call("sample", ["--seed", "1", "the"], monkeypatch) == 0
+    assert named.endswith(capsys.readouterr().out)
 
 
 def test_train_eval_every_0_evaluates_after_the_last_step(workplace, monkeypatch):

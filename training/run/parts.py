@@ -79,7 +79,7 @@ def _typed(section: dict[str, Any], key: str, base: type) -> BaseModel:
     if cls is StackConfig:
         section |= _of_stack(key, section)
     if issubclass(cls, AttentionConfig):
-        section = choice("mask", "study") | section  # off, where they are not in view
+        section = choice("mask", "sparse") | section  # off, where they are not in view
     return validated(cls, key, section)
 
 
@@ -116,10 +116,10 @@ def _of_stack(key: str, section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_no_mask(key: str, section: Mapping[str, Any]) -> None:
-    switches = choice("mask", "study")
+    switches = choice("mask", "sparse")
     given = [name for name in switches if name in section]
     if given:
-        first = "mask=study" if len(given) == len(switches) else f"{key}.{given[0]}={spelled(section[given[0]])}"
+        first = "mask=sparse" if len(given) == len(switches) else f"{key}.{given[0]}={spelled(section[given[0]])}"
         own = f"{key}.parts.{next(iter(section.get('parts') or ['local']))}.{given[0]}="
         raise UserError(f"{first} does not go with a stack, whose parts have their own masks: set it there, as {own}")
 

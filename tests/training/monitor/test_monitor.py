@@ -69,7 +69,7 @@ def test_opening_lines_name_the_attention_and_its_kv_heads(workplace, monkeypatc
         (["model.qk_norm=false", "attention.qk_bias=false"], {"qk_norm": False, "qk_bias": False}),
         (["attention=mla", "attention.kv_lora_rank=24"], {"kv_lora_rank": 24}),
         (["attention.rope_scaling=yarn", "attention.rope_factor=4"], {"rope_scaling": "yarn", "rope_factor": 4}),
-        (["mask=study", "attention.window=9", "attention.dilation=2"], {"window": 9, "dilation": 2}),
+        (["mask=sparse", "attention.window=9", "attention.dilation=2"], {"window": 9, "dilation": 2}),
         (
             ["attention=stack", "attention.parts.local.window=5", "attention.parts.global.qk_norm=false"],
             {"parts.local.window": 5, "parts.global.qk_norm": False},

@@ -156,7 +156,7 @@ def test_what_hydra_composes_is_what_is_built(attention):
         set_there = {key: value for key, value in tree["attention"].items() if value not in (None, "all")}
         set_there.pop("parts", None)
         assert {key: run["attention"][key] for key in set_there} == set_there
-        switches = choice("mask", "study").keys() if attention != "stack" else set()
+        switches = choice("mask", "sparse").keys() if attention != "stack" else set()
         assert tree["attention"].keys() | switches == run["attention"].keys()
 
 
@@ -188,7 +188,7 @@ def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
             compose(*merged(*typed, *ways_out), *needs)
     assert refused == {
         "kernel=flex compiles itself: choose compile=false, or kernel=auto",
-        "mask=study does not go with a stack, whose parts have their own masks: set it there, as "
+        "mask=sparse does not go with a stack, whose parts have their own masks: set it there, as "
         "attention.parts.local.dilation=",
     }
 
@@ -211,8 +211,8 @@ def test_run_older_than_the_models_attention_settings_is_still_the_model_it_name
         assert dump(found) == stored
 
 
-def test_switch_of_the_mask_is_set_with_mask_study_and_without():
-    with_it = compose("attention=gqa", "mask=study", "attention.dilation=2")
+def test_switch_of_the_mask_is_set_with_mask_sparse_and_without():
+    with_it = compose("attention=gqa", "mask=sparse", "attention.dilation=2")
     assert with_it == compose("attention=gqa", "attention.dilation=2") != compose("attention=gqa")
     assert "dilation" not in compose_tree("attention=gqa")["attention"]
     with pytest.raises(UserError, match=r"^attention\.dilation=2 does not .* attention\.parts\.local\.dilation=$"):

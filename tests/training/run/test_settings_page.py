@@ -18,7 +18,7 @@ PARTS = MODEL_PARTS | RUN_PARTS
 CHOICES = [(group, name) for group in (*PARTS, "model") for name in choices(group)]
 
 
-MASK = settings_of(CONF / "mask" / "study.yaml").keys()
+MASK = settings_of(CONF / "mask" / "sparse.yaml").keys()
 
 
 def composed(group: str, name: str) -> dict:
@@ -47,7 +47,7 @@ def test_each_field_has_a_key_with_a_comment_and_each_key_a_field(group, name):
 
 def test_each_switch_of_the_mask_is_a_field_with_a_comment():
     assert AttentionConfig.model_fields.keys() >= MASK
-    assert all(setting.meaning for setting in settings_of(CONF / "mask" / "study.yaml").values())
+    assert all(setting.meaning for setting in settings_of(CONF / "mask" / "sparse.yaml").values())
 
 
 def test_so_has_each_setting_of_a_run():
