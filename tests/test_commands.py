@@ -436,7 +436,7 @@ BAD_SAMPLES = {
     "a setting of two words": (["x", "max_new_tokens=3"], "are flags here: write --max-new-tokens 3; a prompt"),
     "a run as a setting": (["run=it's"], "run=it's: settings are flags here: write --run 'it'\"'\"'s'"),
     "a run as train.py names it": (["--interactive", "run_dir=runs/gqa"], "are flags here: write --run runs/gqa; a"),
-    "the newest run": (["resume=latest"], "resume=latest: settings are flags here: leave it out, the newest run is"),
+    "the newest run": (["resume=latest"], "resume=latest: settings are flags here: write --run latest; a prompt"),
     "a switch as a setting": (["x", "--stats", "json=true"], "json=true: settings are flags here: write --json; a"),
     "a group of train.py's": (["attention=mla"], "attention=mla: attention is a setting of train.py, not of sample.py"),
     "a setting of train.py's": (["x", "steps=5"], "steps=5: steps is a setting of train.py, not of sample.py, which"),
