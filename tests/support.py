@@ -79,8 +79,8 @@ def composed_tree(*overrides: str) -> dict[str, Any]:
     return copy.deepcopy(_tree(*merged(*overrides)))
 
 
-def load_composed(*overrides: str) -> Run:
-    """So the run."""
+def composed_run(*overrides: str) -> Run:
+    """The run that `python train.py *overrides` makes, of overrides as above. Cached."""
     return _run(*merged(*overrides))
 
 
@@ -104,7 +104,7 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:
-    return load_composed(*SMALL, *overrides).model.model_copy(update={"kernel": kernel or Naive()})
+    return composed_run(*SMALL, *overrides).model.model_copy(update={"kernel": kernel or Naive()})
 
 
 def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int = 0) -> TransformerLM:

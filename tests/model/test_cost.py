@@ -8,7 +8,7 @@ from data.batches import document_positions
 from model import cost
 from model.mask import CAUSAL, Mask
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, CASES, load_composed, small_config, some_tokens
+from tests.support import ATTENTIONS, CASES, composed_run, small_config, some_tokens
 
 MLPS = [
     (f"mlp={mlp}", f"model.tie_embeddings={tied}")
@@ -84,11 +84,11 @@ def test_flops_of_gpt2_equal_the_formulas_by_hand():
     """d_model 768, 12 heads of 64, 12 layers, T = 1024: scores and values, 2 · 12 · (64 + 64) a pair and layer, however
     few the key heads; MLA as wide when expanded, c + r = 208 twice when absorbed."""
     for attention, width in {"mha": 128, "gqa": 128, "mqa": 128, "mla": 128}.items():
-        config = load_composed("model=gpt2", "batch_tokens=1024", f"attention={attention}").model
+        config = composed_run("model=gpt2", "batch_tokens=1024", f"attention={attention}").model
         assert cost.flops(config, 50257).per_pair == 12 * 2 * 12 * width
-    absorbed = load_composed("model=gpt2", "batch_tokens=1024", "attention=mla", "attention.execution=absorbed").model
+    absorbed = composed_run("model=gpt2", "batch_tokens=1024", "attention=mla", "attention.execution=absorbed").model
     assert cost.flops(absorbed, 50257).per_pair == 12 * 2 * 12 * 2 * 208
-    mha = load_composed("model=gpt2", "batch_tokens=1024", "attention=mha", "mlp=gelu").model
+    mha = composed_run("model=gpt2", "batch_tokens=1024", "attention=mha", "mlp=gelu").model
     assert cost.flops(mha, 50257).per_token == 2 * (12 * 12 * 768**2 + 50304 * 768)
 
 

@@ -9,7 +9,7 @@ from model.cache import FullCache, WindowCache
 from model.norm import GroupedRMSNorm, LayerNorm, RMSNorm
 from model.rope import Rope
 from model.transformer import TransformerLM, softcapped
-from tests.support import ATTENTIONS, load_composed, relative_error, small_config, small_model, some_tokens
+from tests.support import ATTENTIONS, composed_run, relative_error, small_config, small_model, some_tokens
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -213,7 +213,7 @@ def test_full_cache_stores_positions_in_rows_and_padding_in_the_spare_row():
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_weights_of_one_seed_are_equal_on_every_kernel(attention):
     models = [
-        TransformerLM(load_composed(f"attention={attention}", f"kernel={kernel}").model, 300, seed)
+        TransformerLM(composed_run(f"attention={attention}", f"kernel={kernel}").model, 300, seed)
         for kernel, seed in (("naive", 1), ("sdpa", 1), ("auto", 2))
     ]
     first, second, other = (model.state_dict() for model in models)
@@ -279,7 +279,7 @@ def test_forward_with_only_computes_those_logits():
 @pytest.mark.parametrize("size", ["tiny", "small", "gpt2", "gpt2_medium"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_model_presets_have_aligned_dimensions_and_their_stated_size(size, attention):
-    config = load_composed(f"model={size}", f"attention={attention}").model
+    config = composed_run(f"model={size}", f"attention={attention}").model
     if attention == "mla":
         mla = config.attention
         assert mla.qk_nope_head_dim + mla.qk_rope_head_dim == mla.v_head_dim == config.d_model // config.n_heads

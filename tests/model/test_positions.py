@@ -14,7 +14,7 @@ from model.mask import Mask
 from model.positions import alibi, slopes
 from model.rope import Rope
 from model.transformer import TransformerLM
-from tests.support import load_composed, relative_error, small_config, small_model, some_tokens
+from tests.support import composed_run, relative_error, small_config, small_model, some_tokens
 from training.run.config import Run, dump
 from training.run.migrate import UNSTATED, migrate
 
@@ -130,7 +130,7 @@ def test_alibi_of_an_older_run_keeps_geometric_slopes(attention):
         return {k: older(v) for k, v in tree.items() if k != "alibi_slopes"} if isinstance(tree, dict) else tree
 
     for position, rule in (("alibi", "geometric"), ("rope", "published")):
-        stored = older(dump(load_composed(f"attention={attention}", f"position={position}")))
+        stored = older(dump(composed_run(f"attention={attention}", f"position={position}")))
         found = Run.from_tree(migrate(stored, UNSTATED)).model.attention
         assert {found.of_layer(i).alibi_slopes for i in range(2)} == {rule}
     model = small_model("attention=mha", "position=alibi", "attention.alibi_slopes=geometric", "model.n_heads=2")
@@ -206,7 +206,7 @@ def test_learned_positions_are_initialised_like_the_embedding():
     ],
 )
 def test_model_config_positions_names_the_encodings(overrides, expected):
-    assert load_composed(*overrides).model.positions == expected
+    assert composed_run(*overrides).model.positions == expected
 
 
 def test_learned_positions_beyond_the_context_are_refused():

@@ -19,7 +19,7 @@ from tests.support import (
     SMOKE,
     batches,
     call,
-    load_composed,
+    composed_run,
     relative_error,
     small_model,
     some_tokens,
@@ -144,7 +144,7 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
     peaks = []
     for length in lengths:
         size = ["model.n_layers=1", "model.d_model=32", f"model.context_length={length}", f"batch_tokens={length}"]
-        run = load_composed("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
+        run = composed_run("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
         mixed, text = MixedPrecision(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
         loss = losses_of(run.data, 255).mean_loss
         peaks.append(allocated_peak(lambda loss=loss, w=mixed, text=text: w.backward(loss(w.model, text, text)[0])))

@@ -10,7 +10,7 @@ from common.console import clock
 from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
-from tests.support import ROOT, SMOKE, call, load_composed
+from tests.support import ROOT, SMOKE, call, composed_run
 from training import step
 
 VOCAB, CPU = 100, torch.device("cpu")
@@ -43,7 +43,7 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_medium"])
 def test_sizes_of_published_models_are_those_that_their_comment_states(name):
     """In millions: with GPT-2's vocabulary, and with the default one."""
-    model = load_composed(f"model={name}").model
+    model = composed_run(f"model={name}").model
     comment = (ROOT / "conf" / "model" / f"{name}.yaml").read_text().partition("defaults:")[0]
     counts = [sum(cost.parameters(cost.on_meta(model, size)).values()) for size in (50_257, 4096)]
     assert re.findall(r"([\d.]+)M(?: parameters)? with", comment) == [f"{count / 1e6:.0f}" for count in counts]
@@ -112,7 +112,7 @@ def test_dry_run_of_many_micro_batches_times_ten(workplace, monkeypatch, capsys)
 def test_dry_run_beyond_the_deadline_extrapolates_from_a_few_tokens(workplace, monkeypatch, capsys, settings):
     """On a machine where all takes as long as its arithmetic and a second more."""
     monkeypatch.setattr("training.step_time.SAMPLE_TOKENS", 32)
-    shapes, counts = counted(monkeypatch, "mean_loss"), cost.flops(load_composed(*SMOKE, *settings).model, 257)
+    shapes, counts = counted(monkeypatch, "mean_loss"), cost.flops(composed_run(*SMOKE, *settings).model, 257)
 
     def seconds(device, what):
         shapes.clear()
@@ -205,7 +205,7 @@ def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(work
         assert call("train", options, monkeypatch) == 0
         (said[tokenizer],) = re.findall(r"over ([\d.]+) keys on average(.*)\)", capsys.readouterr().out)
     assert said["gpt2"] == ("32.5", ", an upper bound: pairs across documents are counted")
-    run = load_composed(*SMOKE)
+    run = composed_run(*SMOKE)
     corpus = prepare(run.data, run.tokenizer, workplace / "cache")
     inputs = corpus.train.read(0, count_windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
     keys = seen = 0

@@ -10,7 +10,7 @@ from common.errors import UserError
 from common.experimental import warn_experimental
 from runtime.device import choose_device
 from runtime.precision import choose_precision
-from tests.support import ROOT, SMOKE, call, load_composed
+from tests.support import ROOT, SMOKE, call, composed_run
 from training.experimental_settings import EXPERIMENTS, SETTINGS, warn_experimental_settings
 
 CUDA = torch.device("cuda")
@@ -35,7 +35,7 @@ def choose_mps(monkeypatch) -> None:
 
 
 def settings(*overrides: str):
-    return lambda monkeypatch: warn_experimental_settings(load_composed(*SMOKE, *overrides), CUDA, overrides)
+    return lambda monkeypatch: warn_experimental_settings(composed_run(*SMOKE, *overrides), CUDA, overrides)
 
 
 CHOICES = {
@@ -87,6 +87,6 @@ def test_other_choices_do_not_warn(monkeypatch, caplog):
     choose_device("cpu")
     choose_precision("bf16", torch.device("cpu"))
     for options in (["compile=true", "autotune=true"], ["kernel=flex"]):
-        warn_experimental_settings(load_composed(*SMOKE, *options), torch.device("cpu"), SMOKE)
-    warn_experimental_settings(load_composed(*SMOKE, "kernel=sdpa", "kernel.backend=flash"), CUDA, SMOKE)
+        warn_experimental_settings(composed_run(*SMOKE, *options), torch.device("cpu"), SMOKE)
+    warn_experimental_settings(composed_run(*SMOKE, "kernel=sdpa", "kernel.backend=flash"), CUDA, SMOKE)
     assert "experimental" not in caplog.text

@@ -9,7 +9,7 @@ from model import cost
 from model.transformer import TransformerLM
 from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
-from tests.support import ATTENTIONS, SMOKE, changed, load_composed, some_tokens
+from tests.support import ATTENTIONS, SMOKE, changed, composed_run, some_tokens
 from training.step import accumulate_gradients, losses_of
 from training.step_memory import memory
 
@@ -56,7 +56,7 @@ def test_memory_of_masked_documents_counts_the_masks(attention, options):
     """In windows of several tiles of queries, whose masks are the larger part of it."""
     window = ["model.context_length=600", "batch_tokens=4800"]
     masked = check_memory(f"attention={attention}", options, *window, "data.document_mask=true")
-    plain = memory(load_composed(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
+    plain = memory(composed_run(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
     assert masked > 1.2 * plain.peak
 
 
@@ -70,9 +70,7 @@ def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():
 def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(precision, checkpointing):
     """The peak does: the first micro-batch meets no gradients, which come as its activations go."""
     options = [f"precision={precision}", f"activation_checkpointing={checkpointing}", "micro_batch_size=4"]
-    one, two, three = (
-        memory(load_composed(*SMOKE, *options, f"batch_tokens={n * 256}"), VOCAB, CPU) for n in (1, 2, 3)
-    )
+    one, two, three = (memory(composed_run(*SMOKE, *options, f"batch_tokens={n * 256}"), VOCAB, CPU) for n in (1, 2, 3))
     assert two == three
     assert one == two._replace(peak=one.peak)
     assert one.peak < two.peak
@@ -88,7 +86,7 @@ def test_memory_with_activation_checkpointing_has_fewer_activations(precision, m
         f"batch_tokens={micro_batches * 256}",
     ]
     kept, recomputed = (
-        memory(load_composed(*SMOKE, *options, f"activation_checkpointing={choice}"), VOCAB, CPU)
+        memory(composed_run(*SMOKE, *options, f"activation_checkpointing={choice}"), VOCAB, CPU)
         for choice in ("false", "true")
     )
     assert recomputed.activations < 0.6 * kept.activations
@@ -99,7 +97,7 @@ def test_memory_with_activation_checkpointing_has_fewer_activations(precision, m
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_memory_of_activations_is_what_a_micro_batch_adds_to_its_gradients(attention, checkpointing):
     options = [f"attention={attention}", "precision=fp32", f"activation_checkpointing={checkpointing}"]
-    run = load_composed(*SMOKE, *options, "batch_tokens=1024", "micro_batch_size=16")
+    run = composed_run(*SMOKE, *options, "batch_tokens=1024", "micro_batch_size=16")
     tokens = some_tokens(16, run.model.context_length, VOCAB)
     mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
     loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.activation_checkpointing).mean_loss
@@ -119,13 +117,13 @@ def test_memory_of_one_micro_batch_is_what_the_allocator_gives_out(precision, ch
 @pytest.mark.parametrize("options", [("precision=fp8",), ("kernel=flex",), ("kernel=sdpa", "kernel.flash=FA3")])
 def test_memory_needs_neither_the_package_nor_the_device(options):
     """What keeps as much for the backward pass, and runs here, takes their place."""
-    found = memory(load_composed(*SMOKE, *changed(["precision=bf16", "kernel=sdpa"], *options)), VOCAB, CPU)
-    assert found == memory(load_composed(*SMOKE, "precision=bf16", "kernel=sdpa"), VOCAB, CPU)
+    found = memory(composed_run(*SMOKE, *changed(["precision=bf16", "kernel=sdpa"], *options)), VOCAB, CPU)
+    assert found == memory(composed_run(*SMOKE, "precision=bf16", "kernel=sdpa"), VOCAB, CPU)
 
 
 def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> int:
     """Asks PyTorch's allocator of a CPU for every block it gave and took back -> the peak predicted."""
-    run = load_composed(*SMOKE, *changed(["micro_batch_size=4"], *options))
+    run = composed_run(*SMOKE, *changed(["micro_batch_size=4"], *options))
     tokens = some_tokens(run.micro_batch_size, run.model.context_length, vocab)
     micro_batches = run.sequences // run.micro_batch_size
     predicted = memory(run, vocab, CPU)
@@ -146,7 +144,7 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
 
 
 def test_state_bytes_of_adamw_equal_what_it_keeps():
-    run = load_composed(*SMOKE)
+    run = composed_run(*SMOKE)
     model = TransformerLM(run.model, VOCAB)
     optimizer = run.optim.build(model)
     model(some_tokens(1, 8)).logits.sum().backward()

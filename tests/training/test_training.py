@@ -16,7 +16,7 @@ from model.loss import token_losses
 from model.transformer import TransformerLM
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
-from tests.support import batches, configured, load_composed, relative_error, small_config, small_model
+from tests.support import batches, composed_run, configured, relative_error, small_config, small_model
 from training.compile import maybe_compiled
 from training.evaluate import each_loss, evaluate
 from training.optim.adamw import AdamWConfig
@@ -116,7 +116,7 @@ def test_weight_decay_applies_to_matrices_only():
     assert all(p.ndim >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
     assert all(p.ndim < 2 for p in rest["params"]) and rest["weight_decay"] == 0
     assert len(decayed["params"]) + len(rest["params"]) == len(list(model.parameters()))
-    classic = load_composed("model=classic_gpt", "model.n_layers=1").model
+    classic = composed_run("model=classic_gpt", "model.n_layers=1").model
     model = TransformerLM(classic, 100)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, rest = (
@@ -168,7 +168,7 @@ def test_schedule_of_any_number_of_steps_stays_within_its_limits(schedule, steps
 
 def test_wsd_schedule_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"schedule.warmup_steps=25 .* steps=30: the cooldown begins at step 24"):
-        load_composed("schedule=wsd", "schedule.warmup_steps=25", "steps=30")
+        composed_run("schedule=wsd", "schedule.warmup_steps=25", "steps=30")
 
 
 def test_settings_that_are_not_finite_are_refused():

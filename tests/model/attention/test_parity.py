@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.transformer import TransformerLM
 from tests.model.attention.laws import ways_to_decode
-from tests.support import load_composed, relative_error, some_tokens
+from tests.support import composed_run, relative_error, some_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -76,7 +76,7 @@ def spread_out(theirs: torch.nn.Module) -> None:
 def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
     theirs = theirs.eval()
     spread_out(theirs)
-    config = load_composed(*OURS, "kernel=naive", *overrides).model
+    config = composed_run(*OURS, "kernel=naive", *overrides).model
     mine = TransformerLM(config, VOCAB)
     state = renamed(theirs.state_dict())
     for name, parameter in mine.named_parameters():
@@ -193,7 +193,7 @@ def test_mha_with_gpt2s_weights_gives_its_logits(activation, approximate):
     spread_out(theirs)
     sizes = [override for override in OURS if "tie" not in override and override != "mlp=swiglu"]
     tied = ("model.tie_embeddings=true", "model.context_length=64", f"mlp.approximate={approximate}")
-    mine = TransformerLM(load_composed("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
+    mine = TransformerLM(composed_run("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
     mine.load_state_dict(from_gpt2(theirs.state_dict()))
     tokens = some_tokens(2, 40)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from model.score import Score
 from runtime.precision import LossScale, MixedPrecision
-from tests.support import ROOT, SMOKE, batches, call, configured, load_composed, small_model
+from tests.support import ROOT, SMOKE, batches, call, composed_run, configured, small_model
 from tests.training.runs import assert_same_run, losses, rewind
 from training.metrics_file import read_metrics
 from training.monitor.guard import SPIKE_WINDOW, Guard
@@ -180,7 +180,7 @@ BATCHES = {
 
 @pytest.mark.parametrize(("change", "complaint"), BATCHES.values(), ids=BATCHES)
 def test_replay_of_a_batch_that_does_not_fit_is_refused(tmp_path, change, complaint):
-    run, shape = load_composed(*SMOKE), (1, 16, 64)
+    run, shape = composed_run(*SMOKE), (1, 16, 64)
     tensors = {name: torch.zeros(shape, dtype=torch.int64) for name in ("inputs", "targets")}
     kept = checkpoint.Checkpoint(tmp_path, None, {replay.BATCH: tensors})
     assert replay.stored_batch(kept, run, 257)[0].shape == shape

@@ -9,7 +9,7 @@ import torch
 
 from data.shards.prepare import prepare
 from model import cost
-from tests.support import SMOKE, call, load_composed
+from tests.support import SMOKE, call, composed_run
 from tests.training.runs import assert_same_run, rewind
 from training.metrics_file import read_metrics
 from training.monitor.mfu import flops_of, peak_flops, peak_of
@@ -19,7 +19,7 @@ from training.run.conf_differences import attention_differences
 def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "peak_flops=1e12", "run_dir=run"], monkeypatch) == 0
     out, err = capsys.readouterr()
-    run = load_composed(*SMOKE)
+    run = composed_run(*SMOKE)
     for row in read_metrics(workplace / "run/metrics.jsonl"):
         # a token of the byte tokenizer is a byte, but for the end of a document
         assert row["train_bpb"] == pytest.approx(row["train_loss"] / math.log(2), rel=0.02)
@@ -78,12 +78,12 @@ def test_opening_lines_name_the_attention_and_its_kv_heads(workplace, monkeypatc
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_attention_differences_are_what_was_set_off_too(overrides, expected):
-    assert attention_differences(load_composed(*overrides).model) == expected
+    assert attention_differences(composed_run(*overrides).model) == expected
 
 
 def test_flops_document_mask_counts_pairs_within_documents(workplace, monkeypatch):
     assert call("train", [*SMOKE, "data.document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
-    run = load_composed(*SMOKE)
+    run = composed_run(*SMOKE)
     counted = flops_of(run.model, prepare(run.data, run.tokenizer, workplace / "cache"), document_mask=True)
     whole = cost.flops(run.model, 257)
     assert counted.per_token == whole.per_token and counted.keys < whole.keys

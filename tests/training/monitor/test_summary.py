@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from model.score import Score
-from tests.support import load_composed
+from tests.support import composed_run
 from training.measure import Measured
 from training.monitor import summary
 from training.monitor.progress import progress_text
@@ -90,6 +90,6 @@ def test_opening_lines_spell_settings_as_they_are_typed():
     corpus = SimpleNamespace(
         contents="", train=range(90000), val=range(9000), tokenizer=SimpleNamespace(vocab_size=9), fingerprint="f" * 20
     )
-    model, attention, *_ = summary.opening_lines(load_composed(), Path("run"), corpus, "cpu", 0, measured)
+    model, attention, *_ = summary.opening_lines(composed_run(), Path("run"), corpus, "cpu", 0, measured)
     assert model.endswith("on cpu, 2 threads")
     assert attention.endswith("with a key and a value each: qk_norm=false window=null dilation=2")

@@ -15,8 +15,8 @@ from tests.support import (
     SMOKE,
     batches,
     call,
+    composed_run,
     configured,
-    load_composed,
     relative_error,
     small_model,
     some_tokens,
@@ -216,8 +216,8 @@ def test_momentum_after_warms_up_to_its_value():
 
 
 def test_muon_state_bytes_equal_what_it_keeps_by_name():
-    run = load_composed(*SMOKE, "optim=muon")
-    assert run.optim.lr == 2 / 64 and load_composed(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
+    run = composed_run(*SMOKE, "optim=muon")
+    assert run.optim.lr == 2 / 64 and composed_run(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
     model = TransformerLM(run.model, 257)
     optimizer = run.optim.build(model)
     model(some_tokens(1, 8)).logits.sum().backward()

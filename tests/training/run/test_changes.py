@@ -4,7 +4,7 @@ import pytest
 
 from common.errors import UserError
 from common.settings import Change
-from tests.support import SMOKE, changed, composed_tree, load_composed
+from tests.support import SMOKE, changed, composed_run, composed_tree
 from training.run.changes import change_of, forbidden_differences
 from training.run.config import Run
 from training.run.folder import write_config
@@ -38,13 +38,13 @@ def test_run_fields_all_carry_one_mark():
     ],
 )
 def test_change_of_a_setting_is_its_fields_or_its_groups(key, change):
-    assert change_of(load_composed("attention=mla", "tokenizer=bpe"), key) == change
+    assert change_of(composed_run("attention=mla", "tokenizer=bpe"), key) == change
 
 
 def test_forbidden_differences_depend_on_the_change_and_pass_over_places():
-    before = load_composed("data=files", "data.path=a.txt")
+    before = composed_run("data=files", "data.path=a.txt")
     changes = ["steps=9", "optim.beta2=0.5", "attention.dropout=0.1", "mlp=gelu"]
-    now = load_composed("data=files", "data.path=b.txt", *changes)
+    now = composed_run("data=files", "data.path=b.txt", *changes)
 
     def keys(change):
         return {different.key for different in forbidden_differences(before, now, change)}
@@ -56,7 +56,7 @@ def test_forbidden_differences_depend_on_the_change_and_pass_over_places():
 def test_resuming_reads_the_configuration_a_fixed_number_of_times(workplace, monkeypatch):
     settings = [*SMOKE, "attention=gqa", "attention.window=5", "model.d_model=64", "optim.beta2=0.9", "seed=3"]
     (workplace / "run").mkdir()
-    write_config(workplace / "run", load_composed(*settings))
+    write_config(workplace / "run", composed_run(*settings))
     loads = []
     from_tree = Run.from_tree
     monkeypatch.setattr(Run, "from_tree", lambda tree: loads.append(1) or from_tree(tree))
@@ -73,7 +73,7 @@ CHANGES = ["attention.n_kv_heads=3", "attention=mha", "position=rope", "experime
 def test_resuming_names_the_setting_that_was_typed(workplace, change):
     settings = ["attention=gqa", "attention.window=5", "optim=muon"]
     (workplace / "run").mkdir()
-    write_config(workplace / "run", load_composed(*settings))
+    write_config(workplace / "run", composed_run(*settings))
     key = change.partition("=")[0]
     with pytest.raises(UserError, match=rf"^{key} cannot change on resume: only steps, "):
         open_run("run", composed_tree(*changed(settings, change)), ["resume=run", "attention.window=5", change])

@@ -14,7 +14,7 @@ import yaml
 from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
-from tests.support import ATTENTIONS, NEEDS, ROOT, composed_tree, load_composed
+from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run, composed_tree
 from training.run.config import Run, dump
 from training.run.parts import MODEL_PARTS, RUN_PARTS, load_choice, resolve_target
 
@@ -25,14 +25,14 @@ GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir()
     ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)], ids=lambda x: x
 )
 def test_every_file_under_conf_composes_and_loads(group, choice):
-    run = load_composed(f"{group}={choice}", *NEEDS.get((group, choice), ()))
+    run = composed_run(f"{group}={choice}", *NEEDS.get((group, choice), ()))
     assert isinstance(run, Run)
     assert Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
 
 
 @pytest.mark.parametrize("choice", choices("data"))
 def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
-    run = load_composed(f"data={choice}", *NEEDS.get(("data", choice), ()), "data.document_mask=true")
+    run = composed_run(f"data={choice}", *NEEDS.get(("data", choice), ()), "data.document_mask=true")
     again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))
     assert again == run and again.data.document_mask
 
@@ -60,18 +60,18 @@ def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(exper
 
 def test_a_part_of_a_mix_has_no_document_mask_of_its_own():
     with pytest.raises(UserError, match=r"document_mask is the mix's, not a part's"):
-        load_composed("data=mix", "data.parts={sympy: {quota: 1, document_mask: true}}")
+        composed_run("data=mix", "data.parts={sympy: {quota: 1, document_mask: true}}")
 
 
 @pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
 def test_every_attention_fits_every_model(attention, model):
-    config = load_composed(f"attention={attention}", f"model={model}").model
+    config = composed_run(f"attention={attention}", f"model={model}").model
     assert all(config.attention.of_layer(i).cache_elements > 0 for i in range(config.n_layers))
 
 
 def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice():
     def found(*overrides: str) -> tuple:
-        model = load_composed("model=classic_gpt", *overrides).model
+        model = composed_run("model=classic_gpt", *overrides).model
         attention = model.attention
         return attention.n_kv_heads, attention.qk_norm, attention.position, attention.dropout, type(model.mlp).__name__
 
@@ -80,7 +80,7 @@ def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice()
     assert found("attention=mqa", "attention.qk_norm=true") == (1, True, "none", 0.1, "GELUConfig")
     assert found("attention.position=rope", "attention.dropout=0") == (4, False, "rope", 0.0, "GELUConfig")
     assert found("mlp=swiglu", "experiment=smoke") == (4, False, "none", 0.1, "SwiGLUConfig")
-    other = load_composed("attention=mha").model
+    other = composed_run("attention=mha").model
     assert (other.attention.qk_norm, other.attention.position, type(other.mlp).__name__) == (
         True,
         "rope",
@@ -89,19 +89,19 @@ def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice()
 
 
 def test_unset_dimensions_derive_by_the_documented_rules():
-    gpt2 = load_composed("model=gpt2", "attention=mla")
+    gpt2 = composed_run("model=gpt2", "attention=mla")
     mla = gpt2.model.attention
     assert (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (192, 48, 16, 64)
     assert gpt2.model.mlp.d_ff == 3072
     assert gpt2.optim.lr == pytest.approx(2 / 768)
-    assert load_composed("model=gpt2", "optim=adamw").optim.lr == pytest.approx(0.5 / 768)
+    assert composed_run("model=gpt2", "optim=adamw").optim.lr == pytest.approx(0.5 / 768)
     kv_heads = {
-        heads: load_composed("attention=gqa", f"model.n_heads={heads}", "model.d_model=768").model.attention.n_kv_heads
+        heads: composed_run("attention=gqa", f"model.n_heads={heads}", "model.d_model=768").model.attention.n_kv_heads
         for heads in (1, 2, 4, 6, 8, 12, 16)
     }
     assert kv_heads == {1: 1, 2: 2, 4: 2, 6: 2, 8: 2, 12: 3, 16: 4}
-    assert load_composed("model=gpt2", "batch_tokens=65536").micro_batch_size == 8
-    assert load_composed("batch_tokens=2560", "micro_batch_size=null").micro_batch_size == 10
+    assert composed_run("model=gpt2", "batch_tokens=65536").micro_batch_size == 8
+    assert composed_run("batch_tokens=2560", "micro_batch_size=null").micro_batch_size == 10
 
 
 def test_one_switch_says_how_positions_are_known():
@@ -113,29 +113,29 @@ def test_one_switch_says_how_positions_are_known():
         ("sinusoidal", "none", "sinusoidal"),
     ):
         for attention in ATTENTIONS:
-            model = load_composed(f"position={position}", f"attention={attention}").model
+            model = composed_run(f"position={position}", f"attention={attention}").model
             assert model.position_embedding == embedding
             assert {model.attention.of_layer(i).position for i in range(model.n_layers)} == {bias}
 
 
 def test_what_is_typed_or_said_by_an_experiment_goes_before_the_switch(tmp_path):
-    assert load_composed("attention.position=alibi").model.attention.position == "alibi"
-    run = load_composed("position=learned", "attention.position=rope")
+    assert composed_run("attention.position=alibi").model.attention.position == "alibi"
+    run = composed_run("position=learned", "attention.position=rope")
     assert (run.model.position_embedding, run.model.attention.position) == ("learned", "rope")
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "ours.yaml").write_text("# @package _global_\nattention: {position: alibi}\n")
-    run = load_composed("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
+    run = composed_run("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
     assert run.model.attention.position == "alibi"
 
 
 def test_a_part_of_a_stack_may_differ_from_what_the_stack_says():
-    stack = load_composed("attention=stack", "position=none", "attention.parts.local.position=rope").model.attention
+    stack = composed_run("attention=stack", "position=none", "attention.parts.local.position=rope").model.attention
     assert [stack.of_layer(i).position for i in range(2)] == ["rope", "none"]
 
 
 def test_a_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_path):
     def parts(*typed: str) -> dict:
-        return load_composed("attention=stack", *typed).model.attention.parts
+        return composed_run("attention=stack", *typed).model.attention.parts
 
     assert parts("attention.parts.local.dilation=2") == parts("+attention.parts.local.dilation=2")
     assert parts("attention.parts.local.dilation=2")["local"].dilation == 2
@@ -146,11 +146,11 @@ def test_a_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_p
         "attention: {parts: {local: {dilation: 2}, global: {attention: mla}}}\n"
         "data: {parts: {sympy: 0.7, texts: {quota: 0.5, data: files, path: '*.txt'}}}\n"
     )
-    run = load_composed("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
+    run = composed_run("experiment=ours", f"hydra.searchpath=[file://{tmp_path}]")
     typed = "attention.parts.local.dilation=2", "attention.parts.global.attention=mla"
     assert run.model.attention.parts == parts(*typed)
     each = "data.parts.sympy=0.7", "data.parts.texts.quota=0.5", "data.parts.texts.data=files"
-    assert run.data == load_composed("data=mix", *each, "data.parts.texts.path='*.txt'").data
+    assert run.data == composed_run("data=mix", *each, "data.parts.texts.path='*.txt'").data
 
 
 BAD = [
@@ -321,7 +321,7 @@ BAD = [
 @pytest.mark.parametrize(("overrides", "complaint"), BAD, ids=[" ".join(overrides) for overrides, _ in BAD])
 def test_nonsense_is_refused_in_one_line(overrides, complaint):
     with pytest.raises(UserError) as caught:
-        load_composed(*overrides)
+        composed_run(*overrides)
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     if not any(".parts" in override or "pattern" in override or "qk_clip" in override for override in overrides):
@@ -349,7 +349,7 @@ def setting_of(tree: dict, *path: str) -> Any:
     ("group", "choice"), [(group, choice) for group in (*MODEL_PARTS, *RUN_PARTS) for choice in choices(group)]
 )
 def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(group, choice):
-    tree = dump(load_composed(f"{group}={choice}", *NEEDS.get((group, choice), ())))
+    tree = dump(composed_run(f"{group}={choice}", *NEEDS.get((group, choice), ())))
     for path, value in itertools.product(numbers_in(tree), HUGE):
         spoilt = copy.deepcopy(tree)
         setting_of(spoilt, *path[:-1])[path[-1]] = value
@@ -373,7 +373,7 @@ def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(
         "model.attention.gqa.GQAConfig.model_validate",
         "model..attention.gqa.GQAConfig",
         "model/attention/gqa.GQAConfig",
-        "tests.support.load_composed",
+        "tests.support.composed_run",
         "train.main",
         "model.no_such.Thing",
         "",

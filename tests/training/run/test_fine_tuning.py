@@ -10,7 +10,7 @@ import torch
 
 from common.invocation import command
 from model.score import Score
-from tests.support import SMOKE, call, changed, load_composed
+from tests.support import SMOKE, call, changed, composed_run
 from tests.training.runs import assert_same_run, losses, rewind
 from training.epochs import repetition_warnings
 from training.run import checkpoint
@@ -75,7 +75,7 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
 
 def test_repetitions_of_a_short_text_name_the_steps_that_are_enough():
     def reported(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
-        return list(repetition_warnings(load_composed(*overrides), SimpleNamespace(train=range(tokens)), done))
+        return list(repetition_warnings(composed_run(*overrides), SimpleNamespace(train=range(tokens)), done))
 
     assert reported("steps=390") == []  # windows of 256: 99,840 tokens, of which 4 epochs are 390 steps
     (line,) = reported("steps=25_000")

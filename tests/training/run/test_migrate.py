@@ -3,13 +3,13 @@
 import pytest
 
 from common.suggestions import RENAMED
-from tests.support import ATTENTIONS, load_composed
+from tests.support import ATTENTIONS, composed_run
 from training.run.config import Run, dump
 from training.run.migrate import FORMAT, PART_RENAMED_4, RUN_RENAMED_4, migrate
 
 
 def test_migrate_format_3_gives_settings_their_new_names():
-    run = load_composed("optim=muon", "optim.per_head=false", "max_skipped_updates=7", "activation_checkpointing=true")
+    run = composed_run("optim=muon", "optim.per_head=false", "max_skipped_updates=7", "activation_checkpointing=true")
     old = {key: value for key, value in dump(run).items() if key != "threads"}
     old["most_skipped"] = old.pop("max_skipped_updates")
     old["checkpoint_activations"] = old.pop("activation_checkpointing")
@@ -21,7 +21,7 @@ def test_migrate_format_3_gives_settings_their_new_names():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_migrate_format_2_gives_settings_of_later_versions_the_behaviour_of_its_day(attention):
-    run = load_composed(f"attention={attention}")
+    run = composed_run(f"attention={attention}")
     later = {"position", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context", "dropout", "k_rope_from"}
     later |= {"position_embedding", "norm", "bias", "logit_softcap", "zero_init", "qk_norm_groups", "approximate"}
 

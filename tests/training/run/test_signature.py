@@ -7,7 +7,7 @@ import yaml
 
 from common.errors import UserError
 from common.overrides import with_stored_choices
-from tests.support import SMOKE, composed_tree, load_composed
+from tests.support import SMOKE, composed_run, composed_tree
 from training.run.folder import write_config
 from training.run.resume import open_run
 
@@ -18,7 +18,7 @@ def made(workplace):
 
     def make(*overrides):
         (workplace / "run").mkdir(exist_ok=True)
-        write_config(workplace / "run", load_composed(*SMOKE, *overrides))
+        write_config(workplace / "run", composed_run(*SMOKE, *overrides))
 
     return make
 
