@@ -107,23 +107,24 @@ class PeakTensorBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
-        self._alive = 0
+        self.alive = 0
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+                self.count(tensor.untyped_storage())
         return result
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def count(self, storage: torch.UntypedStorage) -> None:
+        """Called with the storage of each tensor that an operator returns; `alive` are the bytes there are now."""
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
-            self._alive += storage.nbytes()
-            self.bytes = max(self.bytes, self._alive)
+            self.alive += storage.nbytes()
+            self.bytes = max(self.bytes, self.alive)
             weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
 
     def _forget(self, key: int, size: int) -> None:
         self._seen.remove(key)
-        self._alive -= size
+        self.alive -= size

@@ -64,11 +64,11 @@ class _AccumulationPeak(PeakTensorBytes):
     def watch(self, weights: Iterable[nn.Parameter]) -> None:
         self._watched = [(weight, weight.nbytes) for weight in weights]
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        super()._see(storage)
+    def count(self, storage: torch.UntypedStorage) -> None:
+        super().count(storage)
         if self._watched:
             known = sum(size if weight.grad is None else 2 * size for weight, size in self._watched)
-            self.activations = max(self.activations, self._alive - known)
+            self.activations = max(self.activations, self.alive - known)
 
 
 def _accumulate_fake(run: Run, vocab_size: int, device: torch.device) -> _AccumulationPeak:

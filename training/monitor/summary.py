@@ -1,7 +1,6 @@
 """Summary lines of a training run: before its first step, after its last one, and where it is stopped. Pure functions
 from settings and numbers to text; nothing is printed or measured here."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from training.measure import Measured
 from training.metrics_file import MetricRow
 from training.run.config import Run
 from training.run.folder import resume_command
+from training.run.validation_errors import spelled
 
 
 def opening_lines(
@@ -38,13 +38,8 @@ def opening_lines(
 
 def _attention(run: Run, differences: Mapping[str, Any]) -> str:
     described = run.model.attention.describe(run.model.n_heads)
-    settings = " ".join(f"{key}={_as_typed(value)}" for key, value in differences.items())
+    settings = " ".join(f"{key}={spelled(value)}" for key, value in differences.items())
     return f"{described}: {settings}" if settings else described
-
-
-def _as_typed(value: Any) -> str:
-    """Spell a value as YAML does."""
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _data(run: Run, corpus: Prepared, bytes_per_token: float) -> str:

@@ -149,10 +149,14 @@ def test_mix_parts_with_conflicting_splits_raise_error(folder, parts, complaint)
 
 
 def test_mix_parts_with_same_split_may_share_files(folder):
-    mix(
+    same = mix(
         a=configured(FilesCorpus, path="a.txt"),
         b=configured(FilesCorpus, path="*.txt"),
         c=configured(FilesCorpus, path="a.jsonl"),
-    ).fingerprint()
+    )
+    train, val = sides(same)
+    assert same.fingerprint() and not train & val
     by_index = older(path="a.jsonl", val_fraction=0.2)  # of an older mix, which goes on as it began
-    mix(a=configured(FilesCorpus, path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")).fingerprint()
+    assert mix(
+        a=configured(FilesCorpus, path="a.jsonl"), b=by_index, c=older(path="a.jsonl", document="row")
+    ).fingerprint()

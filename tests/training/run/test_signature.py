@@ -86,7 +86,7 @@ def test_resuming_a_foreign_run_asks_once_to_repeat_external_settings(
 def test_resuming_a_foreign_run_with_default_settings_needs_no_signature(made, monkeypatch, tmp_path, made_with):
     made(*made_with)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "another user's"))
-    resume()
+    assert resume() == composed_run(*SMOKE, *made_with)
 
 
 def test_resuming_an_edited_or_unsigned_run_is_refused(made, tmp_path):
