@@ -22,7 +22,7 @@ from common.cli import one_line_errors, smaller_batches_advised
 from common.errors import escaped, reason
 from common.hydra_errors import one_line_hydra_errors, plain_tree
 from common.invocation import CONF, version_line
-from common.overrides import hydra_arguments
+from common.overrides import hydra_arguments, sweep_overrides
 from common.signals import Stopped, StopRequest
 from common.streams import escaped_for_terminal, print_line, print_stderr, write_if_possible
 
@@ -35,31 +35,33 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    failed: list[str] = []  # what runs of a sweep could not do
-
     def composed(cfg: Any) -> None:
         """cfg: what Hydra composed for one run."""
         from hydra.core.hydra_config import HydraConfig
-        from hydra.types import RunMode
 
         hydra_config = HydraConfig.get()
-        with one_line_errors(failed if hydra_config.mode == RunMode.MULTIRUN else None):
-            train(plain_tree(cfg), typed=hydra_config.overrides.task)
+        with one_line_errors():
+            train(plain_tree(cfg), typed=hydra_config.overrides.task, choices=dict(hydra_config.runtime.choices))
 
     with one_line_errors(), one_line_hydra_errors(sys.argv[1:]):  # here, for the overrides themselves
         if "--version" in sys.argv[1:]:
             return print_line(version_line())
         import hydra
 
+        sweep = sweep_overrides(sys.argv[1:])
+        if sweep is not None:
+            from ablation.sweep.study import run_sweep
+
+            sys.exit(run_sweep(sweep))
+
         os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
-    if failed:
-        sys.exit(2)
 
 
-def train(tree: dict, typed: list[str]) -> None:
-    """Train one run. tree: the composed configuration; typed: the overrides on the command line."""
+def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
+    """Train one run. tree: the composed configuration; typed: the overrides on the command line; choices: the choice of
+    each group."""
     from common import process
     from common.console import to_stderr
     from data.batches import check_split_lengths
@@ -70,15 +72,21 @@ def train(tree: dict, typed: list[str]) -> None:
     from training.dry_run import dry_run
     from training.experimental_settings import warn_experimental_settings
     from training.measure import measure
+    from training.minutes import steps_for
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
+    from training.run.config import check_not_of_sweep, pop_command_settings
     from training.run.start import begin_or_resume, resolve_run
     from training.session import Session
     from training.step import losses_of
 
     process.end_by_unwinding()
     to_stderr()
-    run, folder, run_lock = resolve_run(tree, typed)
+    given = pop_command_settings(tree)
+    check_not_of_sweep(given)
+    if given["minutes"] is not None:
+        tree["steps"] = steps_for(given, resolve_run(tree, typed)[0], typed)
+    run, folder, run_lock = resolve_run(tree, typed, given["resume"])
     run.logger.check_installed()
     set_determinism(run.deterministic)
     set_threads(run.threads)
@@ -95,7 +103,7 @@ def train(tree: dict, typed: list[str]) -> None:
     check_split_lengths(corpus, length)
     preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
     run = run.model_copy(update={"data": run.data.with_fixed_revision()})
-    state, done, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock)
+    state, done, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock, choices)
     losses = losses_of(
         run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
     )

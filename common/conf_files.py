@@ -9,6 +9,7 @@ from typing import Any
 
 from common.invocation import CONF
 
+SHARED = "shared"  # a folder within a group's, of what several choices take over
 NO_SETTINGS = ("defaults", "hydra", "_target_")
 INHERITED = "@_here_"  # how a file's defaults mark what it takes over from another file of its group
 
@@ -23,8 +24,9 @@ def is_group(name: str) -> bool:
 
 
 def choices(group: str) -> list[str]:
-    """The choices of a group: the files of its folder."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    """The choices of a group: the files of its folder, and of folders within it (study/attention)."""
+    files = (path.relative_to(CONF / group).with_suffix("") for path in (CONF / group).rglob("*.yaml"))
+    return sorted(file.as_posix() for file in files if file.parts[0] != SHARED)
 
 
 def content(group: str, choice: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ TEXTS = (
     "data.document",
     "tokenizer.path",
     "sample_prompt",
+    "hypothesis",
 )  # never numbers, lists or dicts
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
@@ -30,6 +31,8 @@ NO_TEXTS = ("null", "true", "false", "nan", "inf")
 OF_PARTS = r"(attention|data)\.parts\."
 # The flags of Hydra's that a word follows.
 VALUED = (*("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir"),)
+HELP = {"--help", "-h", "--hydra-help", "--version"}
+WHERE_IT_EXISTS = "if:"  # before an override of a sweep: it applies to the choices that have the setting
 VALUED += ("-i", "--info", "--experimental-rerun")
 
 
@@ -46,11 +49,27 @@ def hydra_arguments(typed: Sequence[str]) -> list[str]:
     _check_each_once(typed)
     typed = with_stored_choices(typed)
     _check_flags(typed)
-    # argparse takes the beginning of a flag for it, too.
-    sweep = any(word == "-m" or (word > "--" and "--multirun".startswith(word)) for word in typed)
+    sweep = any(map(_is_multirun, typed))
     flags = _flags(typed)
     settings = [_override(word, typed, sweep) for i, word in enumerate(typed) if i not in flags]
     return [*settings, *(typed[i] for i in sorted(flags))]
+
+
+def sweep_overrides(typed: Sequence[str]) -> list[str] | None:
+    """The overrides of a command with -m, wherever it stands among them; None for a command without, and for one that
+    asks for help. Raises UserError for another flag beside it."""
+    if not any(map(_is_multirun, typed)) or not HELP.isdisjoint(typed):
+        return None
+    overrides = [word for word in typed if not _is_multirun(word)]
+    flag = next((word for word in overrides if word.startswith("-") and "=" not in word), None)
+    if flag is not None:
+        _check_flags(overrides)
+        raise UserError(f"{flag} does not go with -m, which is for a sweep: leave one of them out")
+    return overrides
+
+
+def _is_multirun(word: str) -> bool:
+    return word == "-m" or (word > "--" and "--multirun".startswith(word))  # argparse takes the beginning of a flag, too
 
 
 def _check_each_once(typed: Sequence[str]) -> None:
@@ -146,6 +165,8 @@ def _override(word: str, typed: Sequence[str], sweep: bool) -> str:
             f"{command('train.py', '--help')} lists them"
         )
     _check_encoding(word)
+    if name.startswith(WHERE_IT_EXISTS):
+        raise UserError(f"{word}: {WHERE_IT_EXISTS} is for a sweep over several choices: add -m, or leave it out")
     if key.startswith("~"):
         return _deletion(word, name, typed)
     if _parsed(f"{key}=x") is None:

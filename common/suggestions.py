@@ -144,7 +144,7 @@ def known_settings(overrides: Sequence[str]) -> Known:
 
 def _choices_in(overrides: Sequence[str]) -> Iterator[str]:
     for word in overrides:
-        choice = re.fullmatch(r"\+*(\w+)=(\w+)(?:,.*)?", word)
+        choice = re.fullmatch(r"\+*(\w+)=([\w/]+)(?:,.*)?", word)
         if choice and conf_files.is_group(choice[1]):
             yield f"{choice[1]}={choice[2]}"
         elif word.startswith("hydra.searchpath="):

@@ -20,6 +20,9 @@ from training.run.parts import MODEL_PARTS, RUN_PARTS, dump_part, pop_part
 from training.run.validation_errors import validated
 
 MICRO_BATCH_TOKENS = 8192  # what an unset micro_batch_size amounts to
+# Settings of a command, which no run stores. Those of a sweep are at these values in a command for one run.
+OF_SWEEPS = {"sweep": None, "match": "none", "max_minutes": None, "hypothesis": None}
+OF_COMMANDS = ("resume", "minutes", *OF_SWEEPS)
 
 
 class Run(FrozenSettings):
@@ -157,9 +160,24 @@ class Run(FrozenSettings):
 def compose(*overrides: str) -> Run:
     """The run that `python train.py *overrides` makes. Raises UserError."""
     tree = compose_tree(*overrides)
-    if tree.pop("resume") is not None:
+    given = pop_command_settings(tree)
+    if given["resume"] is not None:
         raise UserError("resume= goes on with a run's own settings, which conf/ does not compose: leave it out")
     return Run.from_tree(tree)
+
+
+def pop_command_settings(tree: dict[str, Any]) -> dict[str, Any]:
+    """Take the settings that belong to a command, not to a run, out of a composed tree -> these."""
+    return {name: tree.pop(name) for name in OF_COMMANDS}
+
+
+def check_not_of_sweep(given: Mapping[str, Any]) -> None:
+    """Raise UserError where settings of a sweep were given to a single run."""
+    for name, unset in OF_SWEEPS.items():
+        if given[name] != unset:
+            raise UserError(
+                f"{name}={given[name]} is of a sweep: add -m, and several values to compare, as in attention=mha,mla"
+            )
 
 
 def dump(run: Run) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -87,21 +88,35 @@ def acquire_run_lock(folder: Path) -> AbstractContextManager:
     return run_lock
 
 
-def create(run: Run, tokenizer: Tokenizer) -> tuple[Path, AbstractContextManager]:
-    """Make and lock a new folder, run_dir or runs/<time>-<words>, with all that is known before the first step."""
+def create(run: Run, tokenizer: Tokenizer, choices: Mapping[str, str]) -> tuple[Path, AbstractContextManager]:
+    """Make and lock a new folder, run_dir or runs/<time>-<words>, with all that is known before the first step.
+    choices: the choice of each group that the run was composed of."""
     check_makeable(run.run_dir)
-    folder = Path(run.run_dir or RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}")
     try:
-        while not run.run_dir and exists(folder):
-            folder = folder.with_name(f"{folder.name}-{_words()}")
-        make_folder(folder, exist_ok=bool(run.run_dir))
+        folder = _made_folder(run.run_dir)
         run_lock = acquire_run_lock(folder)
-        write_atomic(folder / "environment.yaml", yaml.safe_dump(environment(), sort_keys=False).encode())
+        known = environment() | {"choices": {group: name for group, name in choices.items() if group.isidentifier()}}
+        write_atomic(folder / "environment.yaml", yaml.safe_dump(known, sort_keys=False).encode())
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
-        raise _not_makeable(run.run_dir, folder, error) from None
+        raise _not_makeable(run.run_dir, Path(run.run_dir or RUNS), error) from None
     return folder, run_lock
+
+
+def _made_folder(run_dir: str | None) -> Path:
+    """Make the folder of a new run. Without run_dir one that no other process has: its making decides, since another
+    run may begin in the same second."""
+    if run_dir:
+        make_folder(Path(run_dir))
+        return Path(run_dir)
+    folder = RUNS / f"{time.strftime('%Y%m%d-%H%M%S')}-{_words()}"
+    while True:
+        try:
+            make_folder(folder, exist_ok=False)
+            return folder
+        except FileExistsError:
+            folder = folder.with_name(f"{folder.name}-{_words()}")
 
 
 def write_config(folder: Path, run: Run) -> None:

@@ -25,12 +25,14 @@ from training.state import TrainState
 log = logging.getLogger("headroom")
 
 
-def resolve_run(tree: dict[str, Any], typed: list[str]) -> tuple[Run, Path | None, AbstractContextManager | None]:
+def resolve_run(
+    tree: dict[str, Any], typed: list[str], resume: Any = None
+) -> tuple[Run, Path | None, AbstractContextManager | None]:
     """Determine the run; and its folder, and the lock on it, if it has one already.
 
-    tree: the composed configuration; typed: the overrides on the command line.
+    tree: the composed configuration; typed: the overrides on the command line; resume: the folder to go on with, or
+    latest.
     """
-    resume = tree.pop("resume")
     if resume is not None:
         run, folder, run_lock = open_run(str(resume), tree, typed)
         checkpoint.check_fits(folder, run)
@@ -108,15 +110,20 @@ def load_pretrained_weights(base: Path, model: TransformerLM) -> None:
 
 
 def begin_or_resume(
-    run: Run, corpus: Prepared, device: torch.device, folder: Path | None, run_lock: AbstractContextManager | None
+    run: Run,
+    corpus: Prepared,
+    device: torch.device,
+    folder: Path | None,
+    run_lock: AbstractContextManager | None,
+    choices: Mapping[str, str],
 ) -> tuple[TrainState, int, Path, AbstractContextManager]:
     """The training state of a run, from its newest checkpoint if it has one, the steps done, its folder and the lock on
-    it. folder, run_lock: None for a new run."""
+    it. folder, run_lock: None for a new run; choices: the choice of each group that it was composed of."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     state = TrainState.create(run, corpus.tokenizer.vocab_size, device)
     if folder is None:
-        folder, run_lock = create(run, corpus.tokenizer)
+        folder, run_lock = create(run, corpus.tokenizer, choices)
         done = 0
     else:
         done = checkpoint.resume(folder, run, corpus, state)

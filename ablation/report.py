@@ -1,0 +1,318 @@
+"""From runs to a report: which runs are compared, and every number of it.
+
+A sweep has its cells; other runs are put together by their settings: those that differ in nothing but the seed are one
+variant.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ablation.curves import curve_of
+from ablation.decoding import decode_speeds
+from ablation.outcome import outcome_of
+from ablation.records import Record, read_record, short_name
+from ablation.results import Cell, Report, Variant
+from ablation.statistics import Comparison, Estimate, compare, estimate
+from ablation.sweep.stored import Sweep, continue_command, read_outcomes, read_sweep
+from ablation.words import summary
+from common.console import counted
+from common.errors import UserError
+from model import cost
+
+METRICS = {"val_bpb": "bits per byte", "val_loss": "nats per token"}
+ENVIRONMENT = ("python", "platform", "packages", "threads", "gpu", "git_commit", "git_changes")
+
+
+class Member(NamedTuple):
+    """A run with its place in the comparison."""
+
+    cell: Cell
+    variant: str
+    label: str
+    seed: int
+    record: Record
+
+
+class Selection(NamedTuple):
+    """What is compared, before anything is computed."""
+
+    title: str
+    members: list[Member]  # runs that have a result
+    cells: list[Cell]  # all that were asked for
+    notes: list[str]
+    sweep: Sweep | None
+
+
+def report_on(folders: Sequence[Path], *, baseline: str | None = None, force: bool = False, decode: bool = True) -> Report:
+    """folders: one sweep, or runs. baseline: a variant's name, or its label; unset: the first. force: compare across
+    corpora and tokenizers. decode: measure the speed of decoding here. Raises UserError."""
+    selection = select(folders)
+    if not selection.members:
+        outcomes = "; ".join(f"{cell.name}: {cell.detail or cell.state}" for cell in selection.cells[:3])
+        raise UserError(f"{selection.title} has nothing to compare: no run of it has finished ({outcomes})")
+    notes = [*selection.notes, *check_comparable([member.record for member in selection.members], force)]
+    groups = ordered(by_variant(selection.members), baseline)
+    variants = [variant_of(members, selection.sweep) for members in groups.values()]
+    if decode:
+        speeds = decode_speeds([members[0].record.folder for members in groups.values()])
+        variants = [replace(one, decode_tokens_per_second=speed) for one, speed in zip(variants, speeds, strict=True)]
+    metric = "val_bpb" if all(_scored(member, "val_bpb") for member in selection.members) else "val_loss"
+    report = Report(
+        title=selection.title,
+        command=None if selection.sweep is None else continue_command(selection.sweep),
+        hypothesis=None if selection.sweep is None else selection.sweep.hypothesis,
+        match=[] if selection.sweep is None else selection.sweep.match,
+        metric=metric,
+        metric_name=METRICS[metric],
+        comparison=comparison_of(variants, metric, selection),
+        variants=variants,
+        cells=selection.cells,
+        summary=[],
+        notes=[*notes, *seed_notes(variants)],
+        config_differences=config_differences(groups),
+        environment=environment_of([member.record for member in selection.members]),
+        data=data_of([member.record for member in selection.members]),
+    )
+    return replace(report, summary=summary(report))
+
+
+def select(folders: Sequence[Path]) -> Selection:
+    """Raises UserError for a folder that is neither a sweep nor a run, and for sweeps beside others."""
+    sweeps = {folder: found for folder in folders if (found := read_sweep(folder)) is not None}
+    if not sweeps:
+        return select_runs(folders)
+    if len(folders) > 1:
+        raise UserError(f"{next(iter(sweeps))} is a sweep: compare it alone, or give runs, as in sweeps/NAME/*seed=1")
+    ((folder, sweep),) = sweeps.items()
+    return select_cells(folder, sweep)
+
+
+def select_cells(folder: Path, sweep: Sweep) -> Selection:
+    outcomes = read_outcomes(folder)
+    labels = labels_of(dict.fromkeys(cell.variant for cell in sweep.cells))
+    members, cells, notes = [], [], []
+    for planned in sweep.cells:
+        place = folder / planned.name
+        found = outcome_of(place, outcomes.get(planned.name))
+        cell = Cell(planned.name, planned.variant, planned.seed, str(place), found.state, found.detail, None, None)
+        if found.state == "finished":
+            record = read_record(place)
+            cell, more = scored(cell, record)
+            notes += more
+            members.append(Member(cell, cell.variant, labels[cell.variant], record.run.seed, record))
+        cells.append(cell)
+    return Selection(folder.name, members, cells, notes, sweep)
+
+
+def select_runs(folders: Sequence[Path]) -> Selection:
+    """Runs of their own. One without a final loss stands with its last evaluation, and is not compared."""
+    members, cells, notes = [], [], []
+    for folder in dict.fromkeys(folders):
+        record = read_record(folder)
+        name = str(folder)
+        cell = Cell(name, name, record.run.seed, name, *record.outcome, None, None)
+        if last_scored(record) is None:
+            notes.append(f"{folder} is passed over: it has no validation loss yet")
+            cells.append(cell)
+            continue
+        cell, more = scored(cell, record)
+        notes += more
+        if record.final is None:
+            notes.append(f"{folder} has not finished ({cell.detail}): what stands for it is its last evaluation")
+        members.append(Member(cell, name, short_name(folder), record.run.seed, record))
+        cells.append(cell)
+    members = grouped(members)
+    variants = {member.cell.name: member.variant for member in members}
+    cells = [replace(cell, variant=variants.get(cell.name, cell.variant)) for cell in cells]
+    title = " and ".join(dict.fromkeys(short_name(folder) for folder in folders)) if len(folders) <= 3 else ""
+    return Selection(title or counted(len(folders), "run"), members, cells, notes, None)
+
+
+def grouped(members: list[Member]) -> list[Member]:
+    """Put runs that differ in nothing but the seed together as one variant."""
+    groups: list[list[Member]] = []
+    for member in members:
+        group = next((group for group in groups if _same_but_seed(group, member)), None)
+        groups.append([member]) if group is None else group.append(member)
+    names = _names([group[0] for group in groups], any(len(group) > 1 for group in groups))
+    return [
+        member._replace(variant=name, label=name if len(group) > 1 else member.label)
+        for name, group in zip(names, groups, strict=True)
+        for member in group
+    ]
+
+
+def _same_but_seed(group: list[Member], member: Member) -> bool:
+    finished = member.record.final is not None and group[0].record.final is not None
+    other_seed = member.seed not in {one.seed for one in group}
+    return finished and other_seed and group[0].record.settings == member.record.settings
+
+
+def _names(firsts: list[Member], several_seeds: bool) -> list[str]:
+    """Of variants of ordinary runs: the choices they differ in, where these tell them apart; else folders' names."""
+    folders = [member.variant for member in firsts]
+    if not several_seeds:
+        return folders
+    choices = [member.record.environment.get("choices") or {} for member in firsts]
+    keys = {key for one in choices for key in one if any(other.get(key) != one[key] for other in choices)}
+    names = [",".join(f"{key}={one.get(key)}" for key in sorted(keys)) for one in choices]
+    return names if keys and len(set(names)) == len(names) else folders
+
+
+def labels_of(names: Sequence[str]) -> dict[str, str]:
+    """Shorter names: without the setting's, where all have one value of the same setting."""
+    parts = [name.partition("=") for name in names]
+    same_key = len({key for key, _, _ in parts}) == 1 and not any("," in value for _, _, value in parts)
+    return {name: value if same_key and value else name for name, (_, _, value) in zip(names, parts, strict=True)}
+
+
+def last_scored(record: Record) -> Mapping[str, Any] | None:
+    return next((row for row in reversed(record.rows) if row.get("val_loss") is not None), None)
+
+
+def scored(cell: Cell, record: Record) -> tuple[Cell, list[str]]:
+    """The cell with its losses, and what is to be said of its metrics."""
+    row = record.final or last_scored(record)
+    notes = []
+    if record.damaged_rows:
+        rows = counted(record.damaged_rows, "damaged row")
+        notes.append(f"{rows} of {record.folder}/metrics.jsonl: passed over; the curve has a gap there")
+    return replace(cell, val_loss=row["val_loss"], val_bpb=row.get("val_bpb")), notes
+
+
+def check_comparable(records: Sequence[Record], force: bool) -> list[str]:
+    """Raise UserError for runs of different texts or vocabularies, unless forced -> what is to be said of them then."""
+    first = records[0]
+    notes = []
+    for what, value_of in (("corpus", _corpus_of), ("tokenizer", lambda record: record.tokenizer.hash)):
+        other = next((record for record in records if value_of(record) != value_of(first)), None)
+        if other is None:
+            continue
+        if not force:
+            raise UserError(
+                f"{first.folder} and {other.folder} have not the same {what}, so their losses are of different "
+                "things: compare runs of one, or give --force, which compares bits per byte only"
+            )
+        notes.append(f"the runs have not the same {what}: only bits per byte are comparable, and those with care")
+    return notes
+
+
+def _corpus_of(record: Record) -> Any:
+    """By its fingerprint; where one run has lost that, nothing speaks against the comparison but its settings."""
+    return record.corpus or repr(record.run.data)
+
+
+def by_variant(members: Sequence[Member]) -> dict[str, list[Member]]:
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(member.variant, []).append(member)
+    return groups
+
+
+def ordered(groups: dict[str, list[Member]], baseline: str | None) -> dict[str, list[Member]]:
+    """The baseline first. Raises UserError for one that is no variant."""
+    if baseline is None:
+        return groups
+    names = {members[0].label: name for name, members in groups.items()} | {name: name for name in groups}
+    if baseline not in names:
+        raise UserError(f"--baseline {baseline} is no variant here: choose one of {', '.join(groups)}")
+    first = names[baseline]
+    return {first: groups[first], **groups}
+
+
+def variant_of(members: list[Member], sweep: Sweep | None) -> Variant:
+    first = members[0].record
+    parameters = first.parameters
+    matched = [] if sweep is None else sweep.added.get(members[0].variant, [])
+    bpb = by_seed(members, lambda member: member.cell.val_bpb)
+    return Variant(
+        name=members[0].variant,
+        label=members[0].label,
+        val_bpb=bpb or Estimate({}, float("nan"), None, None),
+        val_loss=by_seed(members, lambda member: member.cell.val_loss),
+        parameters=sum(parameters.values()),
+        parameters_without_embedding=sum(parameters[part] for part in ("attention", "mlp", "norms")),
+        flops_per_token=first.flops_per_token,
+        cache_bytes_per_token=cost.cache_bytes_per_token(first.model),
+        cache_bytes_full=cost.cache_bytes(first.model, first.run.model.context_length),
+        context_length=first.run.model.context_length,
+        steps=first.run.steps,
+        tokens=first.run.steps * first.run.batch_tokens,
+        minutes=by_seed(members, lambda member: member.record.seconds[-1] / 60),
+        tokens_per_second=by_seed(members, _speed),
+        decode_tokens_per_second=None,
+        memory_bytes=by_seed(members, lambda member: member.record.memory_bytes),
+        matched=dict(word.split("=", 1) for word in matched),
+        curves=[curve_of(member.record, member.seed) for member in members],
+    )
+
+
+def by_seed(members: Sequence[Member], number: Callable[[Member], float | None]) -> Estimate | None:
+    found = {member.seed: value for member in members if (value := number(member)) is not None}
+    return estimate(found) if found else None
+
+
+def _speed(member: Member) -> float | None:
+    seconds = member.record.seconds[-1]
+    return member.record.rows[-1]["tokens"] / seconds if seconds else None
+
+
+def _scored(member: Member, metric: str) -> bool:
+    return getattr(member.cell, metric) is not None
+
+
+def comparison_of(variants: Sequence[Variant], metric: str, selection: Selection) -> Comparison | None:
+    """None where there is nothing to compare: one variant, or runs that have not finished."""
+    unfinished = any(member.record.final is None for member in selection.members)
+    if len(variants) < 2 or unfinished:
+        return None
+    table = {variant.name: getattr(variant, metric).values for variant in variants}
+    return compare(table, variants[0].name)
+
+
+def seed_notes(variants: Sequence[Variant]) -> list[str]:
+    """What the seeds leave open."""
+    seeds = {variant.name: set(variant.val_loss.values) for variant in variants}
+    every = set().union(*seeds.values())
+    if len(every) == 1 or all(len(own) == 1 for own in seeds.values()):
+        return ["one seed of each variant: no interval and no p; the noise between seeds is not known"]
+    return [
+        f"{name} lacks {'seed' if len(every - own) == 1 else 'seeds'} {', '.join(map(str, sorted(every - own)))}"
+        for name, own in seeds.items()
+        if own != every
+    ]
+
+
+def config_differences(groups: Mapping[str, list[Member]]) -> dict[str, dict[str, Any]]:
+    """Settings in which the variants differ; derived ones too, which is where a choice shows its consequences."""
+    settings = {name: members[0].record.settings for name, members in groups.items()}
+    keys = dict.fromkeys(key for one in settings.values() for key in one)
+    missing = "-"
+    found = {key: {name: one.get(key, missing) for name, one in settings.items()} for key in keys}
+    return {key: values for key, values in found.items() if len(set(map(repr, values.values()))) > 1}
+
+
+def environment_of(records: Sequence[Record]) -> dict[str, Any]:
+    """Each thing once; where runs differ, a list."""
+    found = {}
+    for key in ENVIRONMENT:
+        values = []
+        for record in records:
+            value = record.environment.get(key)
+            if value not in values:
+                values.append(value)
+        found[key] = values[0] if len(values) == 1 else values
+    return found
+
+
+def data_of(records: Sequence[Record]) -> dict[str, Any]:
+    first = records[0]
+    return {
+        "corpus": first.run.data.name,
+        "fingerprint": first.corpus,
+        "vocabulary": first.tokenizer.vocab_size,
+        "tokenizer": first.tokenizer.hash,
+        "validation tokens": (first.final or {}).get("val_tokens"),
+    }

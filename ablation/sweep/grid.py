@@ -1,0 +1,205 @@
+"""What varies in a sweep: from the overrides of one command to its cells, one for each combination of values.
+
+A cell's name is a function of what varies, `attention=gqa,seed=1`, and so is its folder's: the same command finds the
+same cells again. A setting that only some choices have is marked: `if:attention.kv_lora_rank=8` applies where it
+exists, and cells that would differ in nothing else are one.
+"""
+
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from common.conf_files import hydra_initialized, is_group
+from common.errors import UserError
+from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments
+from common.suggestions import Known, known_settings, no_such_setting
+
+SEED = "seed"
+MAX_NAME = 150  # characters of a cell's name: a folder's has at most 255 bytes
+MAX_CELLS = 10_000
+ONE_VARIANT = "these settings"  # where nothing but the seed varies
+
+
+class Override(NamedTuple):
+    key: str
+    word: str  # as Hydra takes it, with its quotes: key=value
+
+
+class Axis(NamedTuple):
+    key: str
+    values: list[Override]
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # also that of its folder
+    variant: str  # the name without the seed
+    seed: int | None  # None where no seed varies
+    overrides: list[str]  # all of them, as Hydra takes them
+
+
+class Grid(NamedTuple):
+    """A sweep before anything of it is composed."""
+
+    fixed: list[str]  # the overrides that are the same in all cells
+    axes: list[Axis]
+    cells: list[Cell]  # by seed, and within a seed by variant: a sweep that is stopped has whole comparisons
+
+
+def grid_of(typed: Sequence[str]) -> Grid:
+    """typed: the overrides on the command line. Raises UserError for what cannot be read, and where nothing varies."""
+    optional = {key_of(word) for word in typed if word.startswith(WHERE_IT_EXISTS)}
+    words = hydra_arguments([*(word.removeprefix(WHERE_IT_EXISTS) for word in typed), "-m"])[:-1]
+    fixed, axes = _parsed(words)
+    axes += _axes_of_experiment(fixed, {key_of(word) for word in words})
+    if not axes:
+        raise UserError(
+            "-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2,3"
+        )
+    count = 1
+    for axis in axes:
+        count *= len(axis.values)
+    if count > MAX_CELLS:
+        raise UserError(f"this sweep would be {count:,} runs, {MAX_CELLS:,} are the most: give fewer values")
+    return Grid([one.word for one in fixed], axes, list(_cells(fixed, axes, optional)))
+
+
+def _parsed(words: Sequence[str]) -> tuple[list[Override], list[Axis]]:
+    """Split overrides into those of one value and those of several."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    fixed, axes = [], []
+    with hydra_initialized():
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for word in words:
+            (override,) = parser.parse_overrides([word])
+            if not override.is_sweep_override():
+                fixed.append(Override(key_of(word), word))
+                continue
+            key = override.get_key_element()
+            values = [Override(key_of(word), f"{key}={value}") for value in override.sweep_string_iterator()]
+            axes.append(Axis(key_of(word), _distinct(word, values)))
+    return fixed, axes
+
+
+def _distinct(word: str, values: list[Override]) -> list[Override]:
+    if not values:
+        raise UserError(f"{word} has no values: give at least one")
+    seen = set()
+    for value in values:
+        if value.word in seen:
+            raise UserError(f"{word} gives {value.word} twice: a sweep has one run of each value, and seeds for more")
+        seen.add(value.word)
+    return values
+
+
+def _axes_of_experiment(fixed: Sequence[Override], typed: set[str]) -> list[Axis]:
+    """The axes that an experiment's file states, as hydra.sweeper.params, where the command line does not."""
+    from hydra import compose
+    from hydra.errors import HydraException
+
+    choices = [one.word for one in fixed if one.key == "experiment"]
+    if not choices:
+        return []
+    try:
+        with hydra_initialized():
+            params = compose("train", choices, return_hydra_config=True).hydra.sweeper.params or {}
+    except HydraException:  # composing the cells says what is wrong
+        return []
+    return _parsed([f"{key}={value}" for key, value in params.items() if key not in typed])[1]
+
+
+def _cells(fixed: Sequence[Override], axes: Sequence[Axis], optional: set[str]) -> Iterator[Cell]:
+    """The cells, each once: where a marked setting does not exist, its values make no difference."""
+    ordered = sorted(axes, key=lambda axis: axis.key != SEED)  # the seed varies slowest
+    seen = set()
+    for combination in itertools.product(*(axis.values for axis in ordered)):
+        chosen = {one.key: one for one in combination}
+        given = _existing([*fixed, *(chosen[axis.key] for axis in axes)], optional)
+        varied = [one for one in given if one.key in chosen]
+        name = ",".join(map(_label, varied))
+        if name in seen:
+            continue
+        seen.add(name)
+        variant = ",".join(_label(one) for one in varied if one.key != SEED)
+        seed = _seed(chosen[SEED].word) if SEED in chosen else None
+        yield Cell(_folder_name(name), variant or ONE_VARIANT, seed, [one.word for one in given])
+
+
+def _existing(overrides: list[Override], optional: set[str]) -> list[Override]:
+    """Leave out marked settings that these choices do not have. Raises UserError for one that they lack unmarked, where
+    another choice of the sweep has it."""
+    if not optional:
+        return overrides
+    known = _known(tuple(one.word for one in overrides if is_group(one.key)))
+    return [one for one in overrides if one.key not in optional or _exists(one.key, known)]
+
+
+@functools.cache
+def _known(choices: tuple[str, ...]) -> Known:
+    return known_settings(choices)
+
+
+def _exists(key: str, known: Known) -> bool:
+    group = key.partition(".")[0]
+    in_part = re.match(OF_PARTS, key) and f"{group}.parts" in known.settings
+    return key in known.settings or is_group(key) or bool(in_part)
+
+
+def check_known(cells: Sequence[Cell], axes: Sequence[Axis]) -> None:
+    """Raise UserError for a setting that some cells' choices have and others do not: it says how to mark it."""
+    groups = {axis.key for axis in axes if is_group(axis.key)}
+    if not groups:
+        return
+    by_choice: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        by_choice.setdefault(tuple(word for word in cell.overrides if key_of(word) in groups), cell)
+    known = {choice: _known(_choices(cell)) for choice, cell in by_choice.items()}
+    for choice, cell in by_choice.items():
+        for word in cell.overrides:
+            key = key_of(word)
+            if word.startswith(("+", "~")) or _exists(key, known[choice]):
+                continue
+            having = [",".join(other) for other in by_choice if _exists(key, known[other])]
+            if not having:
+                raise UserError(no_such_setting(key, cell.overrides))
+            raise UserError(
+                f"{key} is no setting of {','.join(choice)}, but of {' and '.join(having)}: "
+                f"write {WHERE_IT_EXISTS}{word}, and it applies where it exists"
+            )
+
+
+def _choices(cell: Cell) -> tuple[str, ...]:
+    return tuple(word for word in cell.overrides if is_group(key_of(word)))
+
+
+def key_of(word: str) -> str:
+    return word.removeprefix(WHERE_IT_EXISTS).lstrip("+~").partition("=")[0].strip()
+
+
+def _label(override: Override) -> str:
+    """As it stands in a name: without the quotes and marks that Hydra needs."""
+    value = override.word.partition("=")[2]
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "\"'":
+        value = value[1:-1]
+    return f"{override.key}={value}"
+
+
+def _seed(word: str) -> int | None:
+    value = word.partition("=")[2]
+    return int(value) if re.fullmatch(r"[0-9]{1,19}", value) else None  # else composing it says what is wrong
+
+
+def _folder_name(name: str) -> str:
+    """A name that every file system takes; where that changes it, with a hash of it, so that no two are the same."""
+    safe = re.sub(r"[^A-Za-z0-9_.,=+@-]", "_", name)[:MAX_NAME].lstrip(".")
+    return safe if safe == name else f"{safe}-{short_hash(name)}"
+
+
+def short_hash(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]

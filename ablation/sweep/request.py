@@ -1,0 +1,92 @@
+"""What the command of a sweep asks for: every cell composed, so that nothing is left to be refused later."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from ablation.sweep.grid import Grid, check_known, grid_of, key_of, short_hash
+from common.errors import UserError
+from common.settings import FrozenSettings
+from training.run.composer import compose_tree
+from training.run.config import OF_COMMANDS, Run, pop_command_settings
+from training.run.validation_errors import validated
+
+NOT_IN_SWEEPS = {
+    "resume": "resume= continues one run: leave it out; a sweep goes on with the command that began it",
+    "run_dir": "run_dir= is the folder of one run: name the sweep instead, as in sweep=heads",
+}
+FREE = ("max_minutes=", "sweep=", "dry_run=", "hypothesis=")  # settings that make no other sweep
+
+
+class SweepSettings(FrozenSettings):
+    """Settings of the command, the same in all cells."""
+
+    sweep: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+@-]{0,99}$")
+    match: list[Literal["params", "flops", "cache"]]
+    minutes: float | None = Field(gt=0, le=1e6)
+    max_minutes: float | None = Field(gt=0, le=1e9)
+    hypothesis: str | None
+
+
+class Request(NamedTuple):
+    """What a command asks for, composed."""
+
+    typed: list[str]
+    grid: Grid
+    settings: SweepSettings
+    runs: dict[str, Run]  # by variant, with the seed of its first cell
+
+
+def requested(typed: Sequence[str]) -> Request:
+    """Compose every cell. Raises UserError for whatever one of them could not begin with."""
+    grid = grid_of(typed)
+    check_known(grid.cells, grid.axes)
+    settings, runs = composed(grid)
+    if settings.minutes is not None and any(key_of(word) == "steps" for cell in grid.cells for word in cell.overrides):
+        raise UserError("minutes= is in the place of steps=: leave one of them out")
+    return Request(list(typed), grid, settings, runs)
+
+
+def composed(grid: Grid) -> tuple[SweepSettings, dict[str, Run]]:
+    """The settings of the sweep, and each variant's run. Raises UserError for whatever a cell could not begin with."""
+    varying = next((axis.key for axis in grid.axes if axis.key in OF_COMMANDS), None)
+    if varying:
+        raise UserError(f"{varying} is of the whole sweep, and cannot vary within it: give it one value")
+    settings: list[SweepSettings] = []
+    runs: dict[str, Run] = {}
+    for variant, (first, *others) in by_variant(grid.cells).items():
+        own, tree = _composed_tree(first.overrides)
+        settings.append(own)
+        runs[variant] = Run.from_tree(tree)
+        for cell in others:  # composing takes a tenth of a second, and the seed refers to nothing
+            same = cell.seed is None or first.seed is None
+            Run.from_tree(_composed_tree(cell.overrides)[1] if same else tree | {"seed": cell.seed})
+    return settings[0], runs
+
+
+def _composed_tree(overrides: Sequence[str]) -> tuple[SweepSettings, dict[str, Any]]:
+    tree = compose_tree(*overrides)
+    for name, complaint in NOT_IN_SWEEPS.items():
+        if tree[name] is not None:
+            raise UserError(complaint)
+    given = pop_command_settings(tree)
+    given.pop("resume")
+    chosen = given["match"]
+    given["match"] = [] if chosen == "none" else [chosen] if isinstance(chosen, str) else chosen
+    return validated(SweepSettings, "", given), tree
+
+
+def by_variant(cells: Sequence[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for cell in cells:
+        found.setdefault(cell.variant, []).append(cell)
+    return found
+
+
+def default_name(request: Request) -> str:
+    """A name that the same command gives again, whatever the order of its words: what varies, and a hash of all."""
+    grid = request.grid
+    varying = "-".join(axis.key.rpartition(".")[2] for axis in grid.axes)[:60]
+    words = [*grid.fixed, *(value.word for axis in grid.axes for value in axis.values)]
+    return f"{varying}-{short_hash(sorted(word for word in words if not word.startswith(FREE)))}"

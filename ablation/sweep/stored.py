@@ -1,0 +1,112 @@
+"""sweeps/NAME/sweep.json: what a sweep is to be, written before its first run. Whatever happens to a cell, the report
+knows that it was asked for."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from common.atomic_io import exists, names_in, read_regular, write_atomic
+from common.checksummed_json import parse_object
+from common.errors import UserError, reason
+from common.invocation import command
+from common.paths import entering, is_folder, raise_unreadable
+from common.settings import FrozenSettings
+
+SWEEPS = Path("sweeps")
+SWEEP_FILE = "sweep.json"
+OUTCOMES_FILE = "outcomes.json"  # how the process of a cell ended that did not finish, by the cell's name
+MAX_BYTES = 2**26
+FORMAT = 1
+
+
+class PlannedCell(FrozenSettings):
+    name: str  # and its folder's within the sweep's
+    variant: str
+    seed: int | None
+    overrides: list[str]  # as typed; those of its variant that matching and measuring added are in Sweep.added
+
+
+class Sweep(FrozenSettings):
+    """The content of sweep.json."""
+
+    format: int = Field(ge=1, le=FORMAT)
+    typed: list[str]  # the overrides of the command that began it
+    fixed: list[str]  # those of one value, as Hydra takes them
+    axes: list[str]  # the settings that vary
+    match: list[str]  # budgets
+    matched: list[str]  # the lines on them that were printed
+    minutes: float | None
+    hypothesis: str | None
+    reference: str  # the first variant, to whose budget the others are matched: the baseline
+    added: dict[str, list[str]]  # by variant: overrides for matched budgets, and steps= where minutes= was given
+    settings: dict[str, dict[str, Any]]  # by variant: all settings as they were composed, but for the seed
+    cells: list[PlannedCell]
+
+    def overrides_of(self, cell: PlannedCell) -> list[str]:
+        return [*cell.overrides, *self.added[cell.variant]]
+
+
+def read_sweep(folder: Path) -> Sweep | None:
+    """The sweep of a folder; None where it holds none. Raises UserError where it cannot be read."""
+    path = folder / SWEEP_FILE
+    try:
+        with entering(folder):
+            if not exists(path):
+                return None
+        return Sweep(**parse_object(read_regular(path, MAX_BYTES).decode()))
+    except OSError as error:
+        fault = reason(error)
+    except (ValueError, ValidationError) as error:
+        fault = "it is not what a sweep writes" if isinstance(error, ValidationError) else str(error)
+    raise UserError(f"{path} cannot be read: {fault}: bring it back, or move the folder away")
+
+
+def write_sweep(folder: Path, sweep: Sweep) -> None:
+    _write(folder / SWEEP_FILE, sweep.model_dump())
+
+
+def read_outcomes(folder: Path) -> dict[str, str]:
+    """How cells ended that did not finish, by their names; {} where nothing can be read: the runs themselves count."""
+    try:
+        found = parse_object(read_regular(folder / OUTCOMES_FILE, MAX_BYTES).decode())
+    except (OSError, ValueError):
+        return {}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
+def record_outcome(folder: Path, cell: str, outcome: str | None) -> None:
+    """outcome: in words; None for a cell that finished."""
+    outcomes = {name: text for name, text in read_outcomes(folder).items() if name != cell}
+    _write(folder / OUTCOMES_FILE, outcomes | ({} if outcome is None else {cell: outcome}))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    try:
+        write_atomic(path, (json.dumps(content, indent=1) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {reason(error)}") from None
+
+
+def newest_sweep() -> Path | None:
+    """The sweep under sweeps/ that was begun last; None where there is none. Raises UserError where it cannot be
+    listed."""
+    try:
+        folders = [SWEEPS / name for name in names_in(SWEEPS)]
+    except OSError as error:
+        raise_unreadable(SWEEPS.resolve(), error)
+    begun = {}
+    for folder in folders:
+        if is_folder(str(folder)) and os.path.isfile(folder / SWEEP_FILE):
+            begun[folder] = max(os.stat(folder / name).st_mtime for name in _recent(folder))
+    return max(begun, key=begun.get) if begun else None
+
+
+def _recent(folder: Path) -> list[str]:
+    return [name for name in (SWEEP_FILE, OUTCOMES_FILE) if os.path.isfile(folder / name)]
+
+
+def continue_command(sweep: Sweep) -> str:
+    return command("train.py", "-m", *sweep.typed)
