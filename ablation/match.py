@@ -125,8 +125,6 @@ def _matched(variant: _Variant, reference: _Variant, budget: Budget, vocab_size:
         best = min(nearest, key=lambda one: abs(nearest[one] - target))
         if _is_near(nearest[best], target):
             return variant.moved(key, best)
-        if not min(nearest) < exact < max(nearest):
-            break  # finer steps lead no further
     reached = " and ".join(f"{_number(n)} ({_percent(n, target)}) with {key}={one}" for one, n in nearest.items())
     raise UserError(
         f"match={budget}: {variant.name} reaches {reached}, not within {LIMIT} of the {_number(target)} of "
@@ -158,13 +156,14 @@ def _setting(budget: Budget, config: ModelConfig) -> str:
 
 
 def _allowed(key: str, config: ModelConfig) -> list[Sequence[int]]:
-    """Ascending values that a setting may take; the first list holds those to be preferred."""
+    """Ascending values that a setting may take: lists from the one to be preferred to the finest."""
     if key == "mlp.d_ff":
         return [range(UNIT, 4 * MAX_SIZE + 1, UNIT)]
     attention = config.attention
     if isinstance(attention, MLAConfig):
-        widest = max(UNIT, MAX_FLASH_KEY - attention.qk_rope_head_dim - attention.bias_columns)
-        return [range(unit, widest + 1, unit) for unit in (UNIT, *FINER_UNITS)]
+        widest = max(1, MAX_FLASH_KEY - attention.qk_rope_head_dim - attention.bias_columns)
+        units = [unit for unit in (UNIT, *FINER_UNITS) if unit <= widest]
+        return [range(unit, widest + 1, unit) for unit in units]
     return [divisors(config.n_heads)]
 
 
