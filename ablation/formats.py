@@ -1,4 +1,4 @@
-"""Numbers of a report as text for people: everywhere with the same digits, a real minus sign, and no false precision."""
+"""Numbers of a report as text for people: the same digits everywhere, a real minus sign, no false precision."""
 
 import math
 

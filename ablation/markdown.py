@@ -10,7 +10,7 @@ from ablation.formats import exact
 from ablation.results import Report
 from common.errors import escaped
 
-SPECIAL = re.compile(r"[\\`*_{}\[\]()#+.!|~>-]")
+SPECIAL = re.compile(r"[\\`*_\[\]#|~>]|^[+-]|(?<=^\d)[.)]")
 ENTITIES = {"&": "&amp;", "<": "&lt;", "$": "&#36;", "@": "&#64;"}  # a backslash does not stop GitHub's formulas
 TICKS = re.compile("`+")
 

@@ -12,6 +12,7 @@ from ablation.markdown import markdown
 from ablation.results import Report
 from common.atomic_io import make_folder, write_atomic
 from common.errors import UserError, reason
+from common.figures import save
 
 NUMBERS = re.compile(
     r'\[\n\s+([^\[\]{}"]*?)\n\s+\]'
@@ -34,7 +35,7 @@ def write(report: Report, folder: Path, x: str = "tokens", y: str = "bpb", log: 
     for name, content in texts.items():
         _write(folder / name, content)
     for name, figure in drawn.items():
-        pictures.save(figure, folder / name)
+        save(figure, folder / name)
     return [folder / name for name in [*texts, *drawn]]
 
 

@@ -12,6 +12,7 @@ from ablation.words import outcome
 from common.errors import escaped
 
 GAP = "  "
+BOUND = "\N{NO-BREAK SPACE}"  # which does not end a line
 MAX_NAME = 32  # cells of a variant's name in a line; longer ones go on in the next
 
 
@@ -29,9 +30,9 @@ def terminal(report: Report, width: int = 100) -> str:
 
 
 def _wrapped(sentence: str, width: int) -> list[str]:
-    return textwrap.wrap(
-        escaped(sentence), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
+    bound = escaped(sentence).replace(" %", f"{BOUND}%")
+    lines = textwrap.wrap(bound, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return [line.replace(BOUND, " ") for line in lines]
 
 
 def _tables(report: Report, width: int) -> list[list[str]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from ablation.formats import compact, counted, fixed, interval, p_value, places, signed
 from ablation.results import Cell, Report, Variant
-from ablation.statistics import Difference
+from ablation.statistics import Difference, Estimate
 
 ALPHA = 0.05
 MATCHED = 0.005  # relative spread up to which a budget counts as equal
@@ -63,9 +63,23 @@ def _of_seeds(count: int) -> str:
     return "one seed" if count == 1 else f"mean ± sd of {count} seeds"
 
 
-def estimate(report: Report, variant: Variant):
+def estimate(report: Report, variant: Variant) -> Estimate:
     """The estimate of the report's metric."""
     return variant.val_bpb if report.metric == "val_bpb" else variant.val_loss
+
+
+def frontier(report: Report) -> list[Variant]:
+    """Variants whose mean loss no variant of as small a cache, or a smaller one, beats; the smallest cache first."""
+    best: list[Variant] = []
+    for variant in sorted(report.variants, key=lambda v: (v.cache_bytes_per_token, estimate(report, v).mean)):
+        if not best or estimate(report, variant).mean < estimate(report, best[-1]).mean:
+            best.append(variant)
+    return best
+
+
+def shortened(name: str, limit: int) -> str:
+    """A name without its middle, where it is longer than the limit."""
+    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - 1) // 2 :]}"
 
 
 def _comparisons(report: Report) -> list[str]:
@@ -110,7 +124,9 @@ def _certainty(report: Report, found: Difference) -> str:
     compared = sum(other.p is not None for other in report.comparison.differences.values())
     corrected = f" corrected for {compared} comparisons" if compared > 1 else ""
     shown = f"95 % interval {interval(found.interval, places(report))}, " if found.interval else ""
-    method = "; Welch's test, for no seeds are common" if found.method == "Welch" else ""
+    if corrected and found.p < ALPHA <= found.p_corrected:
+        corrected += f", {found.p:.3f} before"
+    method = "; Welch's test, since no seeds are common" if found.method == "Welch" else ""
     return f"{shown}{p_value(found.p_corrected)}{corrected}{method}"
 
 

@@ -177,10 +177,10 @@ def many() -> Report:
 def broken() -> Report:
     """A cell that failed, one that diverged, one that is missing, and a note."""
     cells = [
-        Cell("attention=mla,seed=4", "attention=mla", 4, "sweeps/x/attention=mla,seed=4", "failed", "exit code 2", None, None),
+        Cell("attention=mla,seed=4", "attention=mla", 4, "sweeps/x/4", "failed", "exit code 2", None, None),
         Cell("attention=mla,seed=5", "attention=mla", 5, "sweeps/x/5", "diverged", "diverged at step 120", None, None),
         Cell("attention=mha,seed=5", "attention=mha", 5, "sweeps/x/6", "missing", "", None, None),
-    ]  # fmt: skip
+    ]
     return without(replace(four(), notes=["Seeds 4 and 5 are missing in some cells."]), *cells)
 
 
