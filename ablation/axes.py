@@ -33,6 +33,7 @@ def x_axis(unit: str, values: Iterable[float], log: bool) -> Axis:
     high = max(found, default=1.0) or 1.0
     low = min((value for value in found if value > 0), default=high / 10) if log else 0.0
     low, high = _apart(low, high, log)
+    high += 0.01 * (high - low)
     factor, label, shown = _x_scale(unit, high, log)
     return Axis(
         label, low, high, log, [(tick * factor, shown(tick)) for tick in ticks(low / factor, high / factor, log)]

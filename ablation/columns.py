@@ -1,4 +1,6 @@
-"""The columns of the table of variants, the most important first: one definition for terminal, Markdown and HTML."""
+"""The columns of the tables of variants, the most important first: one definition for terminal, Markdown and HTML. The
+column of names is not among them, and none that would be empty.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,19 +26,24 @@ class Column:
     essential: bool = True  # worth its place in a terminal
 
 
-def columns(report: Report) -> list[Column]:
-    """Columns of every variant's results, without the one of their names; such as say nothing are left out."""
-    found = [*_results(report), *_comparison(report), *_costs(report)]
-    return [column for column in found if any(value.text for value in column.values)]
-
-
-def _results(report: Report) -> list[Column]:
+def results(report: Report) -> list[Column]:
+    """Losses, and how they compare with the baseline's."""
     decimals = places(report)
     column = partial(_column, report)
     metric = "val bpb" if report.metric == "val_bpb" else "val loss"
-    return [
-        column(metric, lambda variant: _spread(estimate(report, variant), lambda value: fixed(value, decimals))),
-    ]
+    return _telling(
+        [
+            column(metric, lambda variant: _spread(estimate(report, variant), lambda value: fixed(value, decimals))),
+            *_comparison(report),
+            column("seeds", lambda variant: Value(str(len(estimate(report, variant).values))), essential=False),
+            _other_metric(report),
+        ]
+    )
+
+
+def _telling(found: list[Column]) -> list[Column]:
+    """Without columns that say nothing of any variant."""
+    return [column for column in found if any(value.text for value in column.values)]
 
 
 def _comparison(report: Report) -> list[Column]:
@@ -56,9 +63,10 @@ def _comparison(report: Report) -> list[Column]:
     ]
 
 
-def _costs(report: Report) -> list[Column]:
+def costs(report: Report) -> list[Column]:
+    """Budgets, speed and memory."""
     column = partial(_column, report)
-    return [
+    found = [
         column("params", lambda variant: Value(compact(variant.parameters), exact(variant.parameters))),
         column("cache B/token", lambda variant: Value(f"{variant.cache_bytes_per_token:,}")),
         column("FLOPs/token", lambda variant: _number(variant.flops_per_token)),
@@ -67,6 +75,7 @@ def _costs(report: Report) -> list[Column]:
         column("memory", lambda variant: _spread(variant.memory_bytes, bytes_, with_sd=False)),
         *_details(report),
     ]
+    return _telling(found)
 
 
 def _details(report: Report) -> list[Column]:
@@ -78,8 +87,6 @@ def _details(report: Report) -> list[Column]:
         column("minutes", lambda variant: _spread(variant.minutes, lambda value: fixed(value, 1), with_sd=False)),
         column("tokens", lambda variant: _number(variant.tokens)),
         column("steps", lambda variant: Value(f"{variant.steps:,}")),
-        column("seeds", lambda variant: Value(str(len(estimate(report, variant).values)))),
-        _other_metric(report),
     ]
 
 

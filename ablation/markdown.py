@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ablation.columns import columns
+from ablation.columns import Column, costs, results
 from ablation.formats import exact
 from ablation.results import Report
 from common.errors import escaped
@@ -26,7 +26,8 @@ def _blocks(report: Report, pictures: Mapping[str, str]) -> Iterator[str]:
         yield f"> **Hypothesis:** {text(report.hypothesis)}"
     yield from _section("Summary", _list(report.summary))
     yield from _section("What limits this", _list(report.notes))
-    yield from _section("Variants", _variants(report))
+    yield from _section("Results", _variants(report, results(report)))
+    yield from _section("Budgets and speed", _variants(report, costs(report)))
     yield from _section("Statistics", _statistics(report))
     yield from (f"![{text(caption)}]({name})" for name, caption in pictures.items())
     yield from _section("Without a result", _cells(report, finished=False))
@@ -47,11 +48,10 @@ def _list(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {text(sentence)}" for sentence in sentences)
 
 
-def _variants(report: Report) -> str:
+def _variants(report: Report, found: Sequence[Column]) -> str:
     """The table of variants. Losses are rounded; report.json has all digits."""
     if not report.variants:
         return ""
-    found = columns(report)
     rows = [
         [code(variant.name), *(text(column.values[i].text) for column in found)]
         for i, variant in enumerate(report.variants)

@@ -9,7 +9,7 @@ from ablation.results import Report
 from ablation.series import Series, late, series
 from ablation.statistics import Difference, Estimate
 from ablation.words import estimate, frontier, shortened
-from common.figures import label, legend, new_figure
+from common.figures import legend, name_ticks, new_figure
 
 CAPTIONS = {
     "curves.png": "Training loss (line: mean over seeds; band: lowest to highest) and validation loss (points)",
@@ -62,7 +62,7 @@ def _curve(axes: Any, train: Series, val: Series, found: Look, x: str, y: str) -
 
 
 def final(report: Report) -> Any:
-    """Final losses as dots, a row for each variant; beside them differences to the baseline, where they have intervals."""
+    """Final losses as dots, a row for each variant; beside them differences to the baseline, with intervals."""
     differences = report.comparison.differences if report.comparison else {}
     panels = 2 if any(found.interval for found in differences.values()) else 1
     figure, axes = new_figure(5.5 + 3 * (panels - 1), 1.2 + 0.32 * len(report.variants), panels)
@@ -71,13 +71,11 @@ def final(report: Report) -> Any:
     for row, found in enumerate(estimates):
         _row(left, row, found)
     _set_axis(left, "x", loss_axis("", _spans(estimates), label=report.metric_name))
-    left.set_yticks(range(len(estimates)), [""] * len(estimates))
-    for tick, variant in zip(left.get_yticklabels(), report.variants, strict=True):
-        label(tick, shortened(variant.label, MAX_LABEL))
+    name_ticks(left.yaxis, [shortened(variant.label, MAX_LABEL) for variant in report.variants])
     left.set_ylim(len(estimates) - 0.5, -0.5)
     if panels == 2:
         _differences(axes[1], report, differences)
-        axes[1].set_yticks(range(len(estimates)), [""] * len(estimates))
+        name_ticks(axes[1].yaxis, [""] * len(estimates))
         axes[1].set_ylim(left.get_ylim())
     return figure
 
@@ -85,10 +83,10 @@ def final(report: Report) -> Any:
 def _row(axes: Any, row: int, found: Estimate) -> None:
     style = look(row)
     places = list(found.values.values())
-    axes.plot(places, [row] * len(places), "o", color=style.light, alpha=0.3, markersize=4, markeredgewidth=0)
     if found.interval:
-        axes.plot(found.interval, [row, row], "-", color=style.light, linewidth=1.6)
-    axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=7, markeredgecolor="w")
+        axes.plot(found.interval, [row, row], "-", color=style.light, linewidth=7, alpha=0.25, solid_capstyle="butt")
+    axes.plot(places, [row] * len(places), "o", color=style.light, markersize=3, markeredgewidth=0)
+    axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=7, markeredgewidth=0)
 
 
 def _differences(axes: Any, report: Report, differences: Mapping[str, Difference]) -> None:
@@ -99,8 +97,10 @@ def _differences(axes: Any, report: Report, differences: Mapping[str, Difference
             continue
         style = look(row)
         if found.interval:
-            axes.plot(found.interval, [row, row], "-", color=style.light, linewidth=1.6)
-        axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=6)
+            axes.plot(
+                found.interval, [row, row], "-", color=style.light, linewidth=7, alpha=0.25, solid_capstyle="butt"
+            )
+        axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=7, markeredgewidth=0)
         spans += [found.mean, *(found.interval or ())]
     axes.axvline(0, color="0.4", linewidth=0.9)
     _set_axis(axes, "x", loss_axis("", spans, label="difference to the baseline, 95 %"))

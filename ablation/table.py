@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, chop_cells
 
-from ablation.columns import Column, Value, columns
+from ablation.columns import Column, costs, results
 from ablation.results import Report
 from ablation.words import outcome
 from common.errors import escaped
@@ -42,7 +42,7 @@ def _tables(report: Report, width: int) -> list[list[str]]:
     space = max(cell_len(piece) for name in [*names, ["variant"]] for piece in name)
     tables: list[list[Column]] = [[]]
     used = space
-    for column in columns(report):
+    for column in [*results(report), *costs(report)]:
         if not column.essential:
             continue
         needed = len(GAP) + _width(column)
@@ -74,7 +74,7 @@ def _lines(names: Sequence[list[str]], space: int, table: Sequence[Column]) -> l
     lines = [GAP.join([_aligned("variant", space, False), *heads]), "─" * (space + sum(len(GAP) + w for w in widths))]
     for i, name in enumerate(names):
         values = [
-            _aligned((column.values[i] or Value("")).text or "·", width, column.numeric)
+            _aligned(column.values[i].text or "·", width, column.numeric)
             for column, width in zip(table, widths, strict=True)
         ]
         lines.append(GAP.join([_aligned(name[0], space, False), *values]))

@@ -48,6 +48,13 @@ def label(text: Any, name: str) -> None:
     text.set(text=escaped(name), parse_math=False)
 
 
+def name_ticks(axis: Any, names: Sequence[str]) -> None:
+    """Ticks at 0, 1, ... with these names."""
+    axis.set_ticks(range(len(names)), [escaped(name) for name in names])
+    for text in axis.get_ticklabels():
+        text.set_parse_math(False)
+
+
 def legend(owner: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
     """A legend with these names: of a figure, beside its axes; of axes, where they have room."""
     from matplotlib.figure import Figure
