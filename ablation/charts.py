@@ -13,6 +13,7 @@ from ablation.series import SOURCES, Line, Series, late, series
 from ablation.statistics import Estimate
 from ablation.tags import Markup, join, tag
 from ablation.words import estimate, frontier, verdict
+from common.errors import escaped
 
 MAX_POINTS = 160  # of a line on the page
 MIN_EVALUATIONS = 4  # for the validation losses to be drawn first
@@ -291,13 +292,15 @@ def _dots(
         )
     for seed, value in seeds.items() if len(seeds) > 1 else ():
         dot = {"cx": percent(axis.place(value)), "cy": "50%", "r": 2.5, "class_": f"dot c{color(index)}"}
-        pieces.append(tag("circle", **dot, data_tip=f"{variant.name}\nseed {seed}: {exact(value)}"))
-    pieces.append(marker(index, percent(axis.place(mean)), "50%", "l", data_tip=f"{variant.name}\n{tip}", tabindex=0))
+        pieces.append(tag("circle", **dot, data_tip=f"{escaped(variant.name)}\nseed {seed}: {exact(value)}"))
+    pieces.append(
+        marker(index, percent(axis.place(mean)), "50%", "l", data_tip=f"{escaped(variant.name)}\n{tip}", tabindex=0)
+    )
     image = tag("svg", tag("title", f"{variant.name}: {tip}"), *pieces, class_="strip", role="img")
     return tag(
         "div",
         tag("div", swatch(index, line=False), tag("span", variant.label), class_="name"),
-        image,
+        tag("div", image, class_="row"),
         tag("div", text, class_="value"),
         class_="dots",
     )
@@ -335,7 +338,7 @@ def frontier_chart(report: Report) -> Markup:
             low, high = (percent(1 - axis_y.place(bound)) for bound in found.interval)
             pieces.append(tag("line", x1=x, x2=x, y1=low, y2=high, class_=f"span c{color(i)}"))
         size = f"{variant.cache_bytes_per_token:,} bytes per token ({bytes_(variant.cache_bytes_per_token)})"
-        tip = f"{variant.name}\n{size}\n{_tip(found)}"
+        tip = f"{escaped(variant.name)}\n{size}\n{_tip(found)}"
         pieces.append(marker(i, x, percent(1 - axis_y.place(found.mean)), "l", data_tip=tip, tabindex=0))
     text = f"Final loss of {len(estimates)} variants against the bytes that their cache takes per token."
     return plot("Loss against cache", text, axis_x, axis_y, join(_steps(report, axis_x, axis_y), *pieces))

@@ -43,7 +43,7 @@ def _sections(report: Report, x: str, y: str, log: bool) -> Iterable[Markup]:
     yield _header(report)
     yield _section("Summary", _list(report.summary, "summary"))
     yield _section("What limits this", _list(report.notes, "notes"))
-    yield _section("Without a result", _cells([cell for cell in report.cells if cell.state != "finished"]))
+    yield _section("Without a result", _unfinished(report))
     yield _section("Results", _variants(report, results(report)))
     yield _curves(report, x, y, log)
     yield from _rows(report)
@@ -138,22 +138,21 @@ def _statistics(report: Report) -> Markup | None:
     return join(tag("p", words, class_="note"), table)
 
 
-def _cells(cells: Sequence[Cell]) -> Markup | None:
-    rows = (
-        [cell.name, tag("span", cell.state, class_=f"state {cell.state}"), *_outcome(cell), cell.folder]
-        for cell in cells
-    )
-    heads = ["run", "state", "val bpb", "val loss", "detail", "folder"]
-    return _table(heads, rows, [False, False, True, True, False, False]) if cells else None
+def _unfinished(report: Report) -> Markup | None:
+    rows = [[cell.name, _state(cell), cell.detail, cell.folder] for cell in report.cells if cell.state != "finished"]
+    return _table(["run", "state", "detail", "folder"], rows, [False] * 4) if rows else None
 
 
-def _outcome(cell: Cell) -> list[str]:
-    return [exact(cell.val_bpb), exact(cell.val_loss), cell.detail]
+def _state(cell: Cell) -> Markup:
+    return tag("span", cell.state, class_=f"state {cell.state}")
 
 
 def _every_run(report: Report) -> Markup | None:
-    table = _cells(report.cells)
-    return tag("details", tag("summary", counted(len(report.cells), "run")), table) if table else None
+    rows = [[cell.name, _state(cell), exact(cell.val_bpb), exact(cell.val_loss), cell.folder] for cell in report.cells]
+    if not rows:
+        return None
+    table = _table(["run", "state", "val bpb", "val loss", "folder"], rows, [False, False, True, True, False])
+    return tag("details", tag("summary", counted(len(rows), "run")), table)
 
 
 def _settings(report: Report) -> Markup | None:

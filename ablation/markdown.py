@@ -30,9 +30,9 @@ def _blocks(report: Report, pictures: Mapping[str, str]) -> Iterator[str]:
     yield from _section("Budgets and speed", _variants(report, costs(report)))
     yield from _section("Statistics", _statistics(report))
     yield from (f"![{text(caption)}]({name})" for name, caption in pictures.items())
-    yield from _section("Without a result", _cells(report, finished=False))
+    yield from _section("Without a result", _unfinished(report))
     yield from _section("What differs in the settings", _settings(report))
-    yield from _section("Every run", _cells(report, finished=True))
+    yield from _section("Every run", _every_run(report))
     yield from _section("Environment", _pairs({**report.environment, **report.data}))
     if report.command:
         yield from _section("Command", _code_block(report.command))
@@ -75,14 +75,18 @@ def _statistics(report: Report) -> str:
     return f"{head}\n\n{table([*heads, 'method'], rows, [False, *[True] * 8, False])}"
 
 
-def _cells(report: Report, finished: bool) -> str:
-    cells = [cell for cell in report.cells if (cell.state == "finished") == finished]
+def _unfinished(report: Report) -> str:
+    cells = [cell for cell in report.cells if cell.state != "finished"]
+    rows = [[code(cell.name), cell.state, text(cell.detail), code(cell.folder)] for cell in cells]
+    return table(["run", "state", "detail", "folder"], rows, [False] * 4) if rows else ""
+
+
+def _every_run(report: Report) -> str:
     rows = [
-        [code(cell.name), cell.state, exact(cell.val_bpb), exact(cell.val_loss), text(cell.detail), code(cell.folder)]
-        for cell in cells
+        [code(cell.name), cell.state, exact(cell.val_bpb), exact(cell.val_loss), code(cell.folder)]
+        for cell in report.cells
     ]
-    heads = ["run", "state", "val bpb", "val loss", "detail", "folder"]
-    return table(heads, rows, [False, False, True, True, False, False]) if rows else ""
+    return table(["run", "state", "val bpb", "val loss", "folder"], rows, [False, False, True, True, False])
 
 
 def _settings(report: Report) -> str:

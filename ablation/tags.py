@@ -6,6 +6,7 @@ from typing import Any
 
 from common.errors import escaped
 
+NEWLINE = "\n"  # stays in attributes only
 VOID = ("meta", "link", "br", "input")  # elements without an end
 
 
@@ -35,12 +36,12 @@ def as_script(value: Any) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _text(value: Any) -> str:
-    return html.escape(escaped(str(value), keep="\n"))
+def _text(value: Any, keep: str = "") -> str:
+    return html.escape(escaped(str(value), keep))
 
 
 def _attribute(key: str, value: Any) -> str:
     name = key.rstrip("_").replace("_", "-")
     if value is None or value is False:
         return ""
-    return f" {name}" if value is True else f' {name}="{_text(value)}"'
+    return f" {name}" if value is True else f' {name}="{_text(value, keep=NEWLINE)}"'
