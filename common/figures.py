@@ -1,13 +1,16 @@
-"""Save figures as picture files. Imports nothing heavy, so that a path is checked before anything is computed."""
+"""Figures, their labels and legends, and saving them as picture files. Imports nothing heavy, so that a path is checked
+before anything is computed.
+"""
 
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common.atomic_io import write_atomic
-from common.errors import UserError, reason
+from common.errors import UserError, escaped, reason
 
 FORMATS = ("pdf", "png", "svg")
 
@@ -26,6 +29,42 @@ def check_writable(path: Path, flag: str) -> None:
         fault = f"nothing may be written to {folder}"
     if fault:
         raise UserError(f"{flag} {path} cannot be written: {fault}")
+
+
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+    """An empty figure, in inches, and its axes: a list of them where there are several panels beside each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: nothing global, and no window
+    axes = figure.subplots(1, panels)
+    for each in axes if panels > 1 else (axes,):
+        each.grid(alpha=0.3)
+        each.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def label(text: Any, name: str) -> None:
+    """Give one of matplotlib's texts a name: no formula, whatever is in it."""
+    text.set(text=escaped(name), parse_math=False)
+
+
+def name_ticks(axis: Any, names: Sequence[str]) -> None:
+    """Ticks at 0, 1, ... with these names."""
+    axis.set_ticks(range(len(names)), [escaped(name) for name in names])
+    for text in axis.get_ticklabels():
+        text.set_parse_math(False)
+
+
+def legend(owner: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
+    """A legend with these names: of a figure, beside its axes; of axes, where they have room."""
+    from matplotlib.figure import Figure
+
+    place = {"loc": "outside right upper"} if isinstance(owner, Figure) else {}
+    made = owner.legend(
+        lines, ["-"] * len(lines), fontsize="small", frameon=not place, **place
+    )  # it drops names with _
+    for text, name in zip(made.get_texts(), names, strict=True):
+        label(text, name)
 
 
 def save(figure: Any, path: Path) -> None:
