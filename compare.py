@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(args: argparse.Namespace) -> None:
     from ablation.report import report_on
-    from ablation.report_files import check_writable, write
+    from ablation.report_files import write
     from ablation.table import terminal
     from common import process
     from common.console import to_stderr
@@ -59,10 +59,10 @@ def compare(args: argparse.Namespace) -> None:
     to_stderr()
     folders = args.folders or [newest()]
     output = args.output or (folders[0] if is_sweep(folders[0]) else REPORT)
-    check_writable(output)
     found = report_on(folders, baseline=args.baseline, force=args.force, decode=not args.no_decode)
     width = min(MAX_WIDTH, shutil.get_terminal_size((100, 24)).columns)
-    print_line(terminal(found, width))
+    for line in terminal(found, width).splitlines():
+        print_line(line)
     files = write(found, output, args.x, args.y, args.log)
     print_stderr(f"report       {shortest(str(files[0].resolve()))}, and {', '.join(file.name for file in files[1:])}")
 

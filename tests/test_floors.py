@@ -16,7 +16,7 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "generation": {"common", "model", "data", "runtime"},
     "ablation": {"common", "model", "data", "runtime", "training", "generation"},
 }
-DOORS = ("train", "sample")
+DOORS = ("train", "sample", "compare")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
 # long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
@@ -26,7 +26,7 @@ ORDER = {
     "data": "tokenizers sources shards batches",
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
     "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
-    "step_memory step_time dry_run",
+    "step_memory step_time minutes dry_run",
     "ablation": "statistics results match",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
     "training.loggers": "base tensorboard wandb",

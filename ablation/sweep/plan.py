@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ablation.match import match
 from ablation.outcome import is_complete
-from ablation.sweep.grid import Cell, key_of
+from ablation.sweep.grid import Cell
 from ablation.sweep.pace import Pace, pace_of, prepared
 from ablation.sweep.request import FREE, Request, by_variant
 from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, read_sweep
@@ -17,7 +17,7 @@ from common.streams import print_stderr
 from data.shards.prepare import Prepared
 from training.minutes import steps_within
 from training.run.checkpoint import steps_done
-from training.run.config import OF_COMMANDS, Run, compose, dump, flatten_config
+from training.run.config import Run, compose, dump, flatten_config
 
 
 class Plan(NamedTuple):
@@ -142,8 +142,7 @@ def measured(added: dict[str, list[str]], paces: dict[str, Pace], minutes: float
 
 def run_with(cell: Cell, added: Sequence[str]) -> Run:
     """The run of a cell with more overrides, as its process will compose it."""
-    words = [word for word in [*cell.overrides, *added] if key_of(word) not in OF_COMMANDS]
-    return compose(*words)
+    return compose(*cell.overrides, *added)
 
 
 def combined(

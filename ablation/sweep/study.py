@@ -27,7 +27,7 @@ from common.invocation import command
 from common.lock import lock
 from common.overrides import format_override
 from common.streams import print_stderr
-from training.run.config import OF_COMMANDS
+from training.run.config import OF_COMMANDS, OF_SWEEPS
 from training.run.folder import resume_command
 
 
@@ -94,10 +94,17 @@ def run_cell(plan: Plan, cell: PlannedCell, launcher: Launcher) -> None:
         wait_until_free(folder)
         words = [format_override("resume", str(folder))]
     else:
-        words = [*plan.sweep.overrides_of(cell), format_override("run_dir", str(folder))]
-        words = [word for word in words if key_of(word) not in OF_COMMANDS]
+        words = words_of(plan.sweep.overrides_of(cell), folder)
     code = launcher(words)
     record_outcome(plan.folder, cell.name, None if is_complete(folder) else exit_in_words(code))
+
+
+def words_of(overrides: Sequence[str], folder: Path) -> list[str]:
+    """The overrides of one run: those of the sweep itself are taken back where an experiment's file gives them."""
+    words = [word for word in overrides if key_of(word) not in OF_COMMANDS]
+    if any(key_of(word) == "experiment" for word in words):
+        words += [f"{name}={unset or 'null'}" for name, unset in {"minutes": None, **OF_SWEEPS}.items()]
+    return [*words, format_override("run_dir", str(folder))]
 
 
 def finished(plan: Plan) -> int:

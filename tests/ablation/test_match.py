@@ -12,7 +12,7 @@ from model import cost
 from model.transformer import ModelConfig
 from tests.support import ATTENTIONS, assert_one_line, composed_run, composed_tree
 from training.run.composer import choice
-from training.run.config import Run
+from training.run.config import Run, pop_command_settings
 
 VOCAB = 4096
 ALL = ("mha", *(name for name in ATTENTIONS if name != "mha"))
@@ -24,7 +24,7 @@ def composed(*overrides: str) -> Run:
     whole numbers are put into its tree afterwards."""
     late = [one for one in overrides if re.fullmatch(r"model=\w+|(model|mlp|attention)\.\w+=\d+", one)]
     tree = composed_tree(*(one for one in overrides if one not in late))
-    del tree["resume"]
+    pop_command_settings(tree)
     for key, _, value in sorted(one.partition("=") for one in late):  # the size first
         group, _, name = key.partition(".")
         tree[group] |= {name: int(value)} if name else choice(group, value)

@@ -19,7 +19,7 @@ from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from tests.support import NEEDS, assert_one_line, composed_tree, relative_error, sharpened, some_tokens
-from training.run.config import Run, dump
+from training.run.config import Run, dump, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.step import train_step
 
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 @functools.cache
 def composed() -> dict[str, Any]:
     tree = composed_tree()
-    del tree["resume"]
+    pop_command_settings(tree)
     return tree
 
 
@@ -165,7 +165,7 @@ def one_extreme(draw) -> Case:
 def smallest(attention: str) -> dict[str, Any]:
     model = ("model.n_layers=1", "model.d_model=16", "model.n_heads=2", "model.context_length=8")
     tree = composed_tree("experiment=smoke", f"attention={attention}", *model, "batch_tokens=16", "eval_tokens=16")
-    del tree["resume"]
+    pop_command_settings(tree)
     return tree
 
 

@@ -158,7 +158,8 @@ class Run(FrozenSettings):
 
 
 def compose(*overrides: str) -> Run:
-    """The run that `python train.py *overrides` makes. Raises UserError."""
+    """The run that `python train.py *overrides` makes; settings of the command, such as match=, are left aside. Raises
+    UserError."""
     tree = compose_tree(*overrides)
     given = pop_command_settings(tree)
     if given["resume"] is not None:

@@ -17,7 +17,7 @@ from model.attention.base import AttentionConfig
 from model.dimensions import Dimensions
 from model.transformer import ModelConfig
 from training.run.composer import choice
-from training.run.config import Run, flatten_config
+from training.run.config import OF_COMMANDS, Run, flatten_config
 from training.run.parts import MODEL_PARTS, RUN_PARTS, resolve_target
 
 OPENING = """# Settings
@@ -119,7 +119,7 @@ def _class_of(group: str, name: str) -> type:
 
 def _change_of(cls: type, key: str, group: str | None = None) -> str:
     """When a field may change: as it is marked, or else as its group is."""
-    if key == "resume":  # it is not stored
+    if key in OF_COMMANDS:  # they are not stored
         return ""
     holders = ModelConfig.model_fields | Run.model_fields
     fields = [cls.model_fields[key], *([holders[group]] if group in holders else [])]

@@ -15,7 +15,7 @@ from common.conf_files import choices, groups
 from common.errors import UserError
 from tests.support import NEEDS, ROOT, call
 from training.run.composer import choice, compose_tree, merged
-from training.run.config import Run, compose, dump
+from training.run.config import Run, compose, dump, pop_command_settings
 from training.run.migrate import migrate
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 
@@ -51,13 +51,13 @@ def test_compose_within_hydra_and_without_equals_the_command_line(typed, monkeyp
         assert outer is not None and GlobalHydra.instance().hydra is outer
         found["command line"] = tree
 
-    monkeypatch.setattr(train, "train", lambda tree, typed: trained(tree, typed))
+    monkeypatch.setattr(train, "train", lambda tree, typed, choices: trained(tree, typed))
     monkeypatch.setattr(sys, "argv", ["train.py", *typed])
     GlobalHydra.instance().clear()
     train.main()
     assert found["within"] == found["command line"] == compose_tree(*typed)
     assert GlobalHydra.instance().hydra is None
-    del found["command line"]["resume"]
+    pop_command_settings(found["command line"])
     assert compose(*typed) == Run.from_tree(found["command line"])
 
 

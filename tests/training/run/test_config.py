@@ -15,7 +15,7 @@ from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
 from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run, composed_tree
-from training.run.config import Run, dump
+from training.run.config import OF_COMMANDS, Run, dump
 from training.run.parts import MODEL_PARTS, RUN_PARTS, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
@@ -51,7 +51,7 @@ def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(exper
     needs = NEEDS.get((group, choice), ())
     texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
     tree = composed_tree(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
-    Run.from_tree({key: value for key, value in tree.items() if key != "resume"})
+    Run.from_tree({key: value for key, value in tree.items() if key not in OF_COMMANDS})
     alone = composed_tree(f"{group}={choice}", *needs)[group]
     if group == "model":
         alone["dropout"] = tree["model"]["dropout"]

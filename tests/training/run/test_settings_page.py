@@ -10,7 +10,7 @@ from model.dimensions import Dimensions
 from model.kernels.base import Kernel
 from tests.support import NEEDS, ROOT, composed_tree
 from training.run.composer import choice
-from training.run.config import Run
+from training.run.config import OF_COMMANDS, Run
 from training.run.parts import MODEL_PARTS, RUN_PARTS, resolve_target
 from training.run.settings_page import heading_of, page, settings_of
 
@@ -52,7 +52,7 @@ def test_each_switch_of_the_mask_is_a_field_with_a_comment():
 
 def test_so_has_each_setting_of_a_run():
     settings = settings_of(CONF / "train.yaml")
-    assert settings.keys() - {"resume"} == Run.model_fields.keys() - PARTS.keys() - {"model"}
+    assert settings.keys() - set(OF_COMMANDS) == Run.model_fields.keys() - PARTS.keys() - {"model"}
     assert not [key for key, setting in settings.items() if not setting.meaning]
     composed = yaml.safe_load((CONF / "train.yaml").read_text())
     assert {key: yaml.safe_load(setting.default) for key, setting in settings.items()} == {
