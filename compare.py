@@ -5,8 +5,6 @@ python compare.py sweeps/NAME
 python compare.py runs/A runs/B --x seconds        # any two runs, or more
 """
 
-import sys
-
 if __name__ == "__main__":
     from common import process
 

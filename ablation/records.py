@@ -1,5 +1,5 @@
-"""What a run recorded of itself: its settings, its metrics, its machine, and what became of it. Nothing is computed that
-a run did not write down, but for costs in closed form."""
+"""What a run recorded of itself: its settings, its metrics, its machine, what became of it. Only costs in closed form
+are computed besides."""
 
 import os
 from dataclasses import dataclass
@@ -23,8 +23,8 @@ from training.run.config import Run, dump, flatten_config
 from training.run.folder import MAX_CONFIG_BYTES, check_is_run, read_config
 
 # Settings that make no other experiment: where files are, what is written, how often, and what is only looked at.
-NOT_COMPARED = ("run_dir", "cache_dir", "logger", "save_every", "keep_last", "sample_every", "sample_prompt", "eval_every")
-NOT_COMPARED += ("eval_before", "eval_tokens", "log_attention", "profile_steps", "dry_run", "peak_flops")
+NOT_COMPARED = ("run_dir", "cache_dir", "logger", "save_every", "keep_last", "sample_every", "sample_prompt")
+NOT_COMPARED += ("eval_every", "eval_before", "eval_tokens", "log_attention", "profile_steps", "dry_run", "peak_flops")
 PLACES = ("data.path", "tokenizer.path", "tokenizer.folder")
 
 

@@ -45,7 +45,9 @@ class Selection(NamedTuple):
     sweep: Sweep | None
 
 
-def report_on(folders: Sequence[Path], *, baseline: str | None = None, force: bool = False, decode: bool = True) -> Report:
+def report_on(
+    folders: Sequence[Path], *, baseline: str | None = None, force: bool = False, decode: bool = True
+) -> Report:
     """folders: one sweep, or runs. baseline: a variant's name, or its label; unset: the first. force: compare across
     corpora and tokenizers. decode: measure the speed of decoding here. Raises UserError."""
     selection = select(folders)

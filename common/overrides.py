@@ -69,7 +69,8 @@ def sweep_overrides(typed: Sequence[str]) -> list[str] | None:
 
 
 def _is_multirun(word: str) -> bool:
-    return word == "-m" or (word > "--" and "--multirun".startswith(word))  # argparse takes the beginning of a flag, too
+    # argparse takes the beginning of a flag for it, too.
+    return word == "-m" or (word > "--" and "--multirun".startswith(word))
 
 
 def _check_each_once(typed: Sequence[str]) -> None:

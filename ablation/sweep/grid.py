@@ -8,11 +8,12 @@ exists, and cells that would differ in nothing else are one.
 import functools
 import hashlib
 import itertools
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from common.conf_files import hydra_initialized, is_group
+from common.conf_files import choices, hydra_initialized, is_group
 from common.errors import UserError
 from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments
 from common.suggestions import Known, known_settings, no_such_setting
@@ -50,19 +51,22 @@ class Grid(NamedTuple):
     cells: list[Cell]  # by seed, and within a seed by variant: a sweep that is stopped has whole comparisons
 
 
-def grid_of(typed: Sequence[str]) -> Grid:
-    """typed: the overrides on the command line. Raises UserError for what cannot be read, and where nothing varies."""
+def grid_of(typed: Sequence[str], varying: Collection[str] = ()) -> Grid:
+    """typed: the overrides on the command line; varying: settings that vary in the sweep that they add to, be it with
+    one value here. Raises UserError for what cannot be read, and where nothing varies."""
     optional = {key_of(word) for word in typed if word.startswith(WHERE_IT_EXISTS)}
     words = hydra_arguments([*(word.removeprefix(WHERE_IT_EXISTS) for word in typed), "-m"])[:-1]
     fixed, axes = _parsed(words)
     axes += _axes_of_experiment(fixed, {key_of(word) for word in words})
-    if not axes:
+    if not axes and not varying:
         raise UserError(
             "-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2,3"
         )
-    count = 1
-    for axis in axes:
-        count *= len(axis.values)
+    named = {SEED, *varying}
+    axes += [Axis(one.key, [one]) for one in fixed if one.key in named]
+    fixed = [one for one in fixed if one.key not in named]
+    axes.sort(key=lambda axis: (axis.key == SEED, not is_group(axis.key), axis.key))  # as names have them
+    count = math.prod(len(axis.values) for axis in axes)
     if count > MAX_CELLS:
         raise UserError(f"this sweep would be {count:,} runs, {MAX_CELLS:,} are the most: give fewer values")
     return Grid([one.word for one in fixed], axes, list(_cells(fixed, axes, optional)))
@@ -103,12 +107,12 @@ def _axes_of_experiment(fixed: Sequence[Override], typed: set[str]) -> list[Axis
     from hydra import compose
     from hydra.errors import HydraException
 
-    choices = [one.word for one in fixed if one.key == "experiment"]
-    if not choices:
+    experiments = [one.word for one in fixed if one.key == "experiment"]
+    if not experiments:
         return []
     try:
         with hydra_initialized():
-            params = compose("train", choices, return_hydra_config=True).hydra.sweeper.params or {}
+            params = compose("train", experiments, return_hydra_config=True).hydra.sweeper.params or {}
     except HydraException:  # composing the cells says what is wrong
         return []
     return _parsed([f"{key}={value}" for key, value in params.items() if key not in typed])[1]
@@ -141,8 +145,8 @@ def _existing(overrides: list[Override], optional: set[str]) -> list[Override]:
 
 
 @functools.cache
-def _known(choices: tuple[str, ...]) -> Known:
-    return known_settings(choices)
+def _known(chosen: tuple[str, ...]) -> Known:
+    return known_settings(chosen)
 
 
 def _exists(key: str, known: Known) -> bool:
@@ -153,6 +157,8 @@ def _exists(key: str, known: Known) -> bool:
 
 def check_known(cells: Sequence[Cell], axes: Sequence[Axis]) -> None:
     """Raise UserError for a setting that some cells' choices have and others do not: it says how to mark it."""
+    for axis in axes:
+        check_choices(axis)
     groups = {axis.key for axis in axes if is_group(axis.key)}
     if not groups:
         return
@@ -172,6 +178,13 @@ def check_known(cells: Sequence[Cell], axes: Sequence[Axis]) -> None:
                 f"{key} is no setting of {','.join(choice)}, but of {' and '.join(having)}: "
                 f"write {WHERE_IT_EXISTS}{word}, and it applies where it exists"
             )
+
+
+def check_choices(axis: Axis) -> None:
+    """Raise UserError where the axis is a group that lacks one of these choices."""
+    names = [one.word.partition("=")[2] for one in axis.values]
+    if is_group(axis.key) and not set(names) <= set(choices(axis.key)):
+        raise UserError(f"{axis.key}={','.join(names)}: choose one of {', '.join(choices(axis.key))}")
 
 
 def _choices(cell: Cell) -> tuple[str, ...]:

@@ -1,11 +1,13 @@
 """What the command of a sweep asks for: every cell composed, so that nothing is left to be refused later."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
 from ablation.sweep.grid import Grid, check_known, grid_of, key_of, short_hash
+from ablation.sweep.stored import SWEEPS, read_sweep
 from common.errors import UserError
 from common.settings import FrozenSettings
 from training.run.composer import compose_tree
@@ -16,13 +18,14 @@ NOT_IN_SWEEPS = {
     "resume": "resume= continues one run: leave it out; a sweep goes on with the command that began it",
     "run_dir": "run_dir= is the folder of one run: name the sweep instead, as in sweep=heads",
 }
-FREE = ("max_minutes=", "sweep=", "dry_run=", "hypothesis=")  # settings that make no other sweep
+NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=,+@-]{0,99}"  # of a sweep, which is its folder's
+FREE = ("max_minutes=", "sweep=", "dry_run=", "hypothesis=", "match=", "minutes=")  # no settings of the runs
 
 
 class SweepSettings(FrozenSettings):
     """Settings of the command, the same in all cells."""
 
-    sweep: str | None = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.=,+@-]{0,99}$")
+    sweep: str | None = Field(pattern=f"^{NAME}$")
     match: list[Literal["params", "flops", "cache"]]
     minutes: float | None = Field(gt=0, le=1e6)
     max_minutes: float | None = Field(gt=0, le=1e9)
@@ -40,12 +43,19 @@ class Request(NamedTuple):
 
 def requested(typed: Sequence[str]) -> Request:
     """Compose every cell. Raises UserError for whatever one of them could not begin with."""
-    grid = grid_of(typed)
+    grid = grid_of(typed, _axes_before(typed))
     check_known(grid.cells, grid.axes)
     settings, runs = composed(grid)
     if settings.minutes is not None and any(key_of(word) == "steps" for cell in grid.cells for word in cell.overrides):
         raise UserError("minutes= is in the place of steps=: leave one of them out")
     return Request(list(typed), grid, settings, runs)
+
+
+def _axes_before(typed: Sequence[str]) -> list[str]:
+    """What varies in the sweep of that name, if there is one: a command may add to it with one value of each."""
+    name = next((word.removeprefix("sweep=") for word in typed if word.startswith("sweep=")), None)
+    before = read_sweep(SWEEPS / name) if name and re.fullmatch(NAME, name) else None
+    return [] if before is None else before.axes
 
 
 def composed(grid: Grid) -> tuple[SweepSettings, dict[str, Run]]:
@@ -88,5 +98,6 @@ def default_name(request: Request) -> str:
     """A name that the same command gives again, whatever the order of its words: what varies, and a hash of all."""
     grid = request.grid
     varying = "-".join(axis.key.rpartition(".")[2] for axis in grid.axes)[:60]
-    words = [*grid.fixed, *(value.word for axis in grid.axes for value in axis.values)]
-    return f"{varying}-{short_hash(sorted(word for word in words if not word.startswith(FREE)))}"
+    fixed = sorted(word for word in grid.fixed if not word.startswith(FREE))
+    values = [[value.word for value in axis.values] for axis in grid.axes]  # the first of which make the baseline
+    return f"{varying}-{short_hash((fixed, values, request.settings.match, request.settings.minutes))}"

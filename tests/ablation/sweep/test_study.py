@@ -1,0 +1,225 @@
+"""Sweeps: the same command continues one, whatever ended it, and the runs are those of an undisturbed one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ablation.outcome import outcome_of
+from ablation.sweep.launch import Interrupted
+from ablation.sweep.stored import SWEEPS, newest_sweep, read_outcomes, read_sweep
+from ablation.sweep.study import run_sweep
+from common.errors import UserError
+from tests.support import ROOT, SMOKE, call
+from training.metrics_file import read_metrics
+from training.run.checkpoint import PICTURE
+
+TINY = [*SMOKE, "data.size=300", "steps=4", "eval_every=2", "save_every=2"]
+
+
+@pytest.fixture
+def launcher(workplace, monkeypatch):
+    """Runs the cells in this process, which saves seconds for each; the overrides of each are kept."""
+    monkeypatch.setattr("training.monitor.monitor.plot_loss", lambda folder: (folder / PICTURE).touch())
+    launched = []
+
+    def launch(overrides):
+        launched.append(list(overrides))
+        return call("train", overrides, monkeypatch, drawn=True)
+
+    launch.launched = launched
+    return launch
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Without timing steps, where the time does not matter."""
+    monkeypatch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: 0.01)
+
+
+def curves(folder: Path) -> dict[str, list]:
+    """The losses of each cell; speeds are no two times the same."""
+    return {
+        path.parent.name: [(row["step"], row["train_loss"], row.get("val_loss")) for row in read_metrics(path)]
+        for path in sorted(folder.glob("*/metrics.jsonl"))
+    }
+
+
+def test_sweep_stopped_within_a_cell_is_continued_by_the_same_command(launcher, quick, workplace, monkeypatch, capsys):
+    typed = [*TINY, "attention=mha,mla", "seed=1,2"]
+    assert run_sweep([*typed, "sweep=whole"], launcher) == 0
+    assert "4 of 4 runs finished" in capsys.readouterr().err
+
+    def stopped(overrides):
+        if len(launcher.launched) == 6:  # within the third cell: as a signal would, after its first checkpoint
+            with monkeypatch.context() as patch:
+                patch.setattr("training.session.Session.save", _stop_after(patch))
+                launcher(overrides)
+            raise Interrupted(signal.SIGINT)
+        return launcher(overrides)
+
+    assert run_sweep(typed, stopped) == 130
+    err = capsys.readouterr().err
+    assert "1 of 4: attention=mha seed=1, about" in err and "within run 3 of 4; continue it with: " in err
+    (folder,) = [path for path in SWEEPS.iterdir() if path.name.startswith("attention-seed-")]
+    assert outcome_of(folder / "attention=mha,seed=2").state == "unfinished"
+    assert run_sweep(list(reversed(typed)), launcher) == 0  # the order of words makes no other sweep
+    assert launcher.launched[-2][0].startswith("resume=") and len(launcher.launched) == 9
+    assert curves(folder) == curves(SWEEPS / "whole") and len(curves(folder)) == 4
+    assert run_sweep(typed, launcher) == 0 and len(launcher.launched) == 9  # nothing is run again
+    assert newest_sweep() == folder
+
+
+def _stop_after(patch):
+    from training.session import Session
+
+    save = Session.save
+
+    def saved(self, step, evaluation):
+        save(self, step, evaluation)
+        raise KeyboardInterrupt
+
+    return saved
+
+
+def test_sweep_more_seeds_and_variants_join_one_that_is_there(launcher, quick, workplace):
+    assert run_sweep([*TINY, "attention=mha,gqa", "seed=1", "sweep=heads", "match=params"], launcher) == 0
+    first = read_sweep(SWEEPS / "heads")
+    assert run_sweep([*TINY, "attention=gqa,mla", "seed=1,2", "sweep=heads", "match=params"], launcher) == 0
+    sweep = read_sweep(SWEEPS / "heads")
+    assert [cell.name for cell in sweep.cells][:2] == [cell.name for cell in first.cells]
+    assert len(sweep.cells) == 5 and len(launcher.launched) == 5 and sweep.reference == "attention=mha"
+    assert sweep.added["attention=gqa"] == first.added["attention=gqa"] and sweep.added["attention=mla"]
+    with pytest.raises(UserError, match=r"is another sweep, settings: .*steps=4.*, now .*steps=5.*: give this one"):
+        run_sweep([*TINY[:-3], "steps=5", "attention=mha,gqa", "seed=1", "sweep=heads", "match=params"], launcher)
+    assert run_sweep([*TINY, "attention=gqa", "seed=5", "sweep=heads", "match=params"], launcher) == 0
+    assert read_sweep(SWEEPS / "heads").cells[-1].name == "attention=gqa,seed=5"
+    with pytest.raises(UserError, match="is another sweep, match: params, now none"):
+        run_sweep([*TINY, "attention=mha,gqa", "seed=1", "sweep=heads"], launcher)
+
+
+def test_sweep_failed_and_diverged_cells_end_nothing_else(launcher, quick, workplace, capsys):
+    typed = [*TINY, "optim.lr=1e-3,1e30,2e-3", "clip_norm=0", "max_skipped_updates=1", "sweep=rates"]
+
+    def failing(overrides):
+        return -9 if "optim.lr=0.002" in overrides else launcher(overrides)
+
+    assert run_sweep(typed, failing) == 2
+    err = capsys.readouterr().err
+    assert "1 of 3 runs finished" in err
+    assert re.search(r"optim.lr=10+ diverged: at step", err) and "optim.lr=0.002 failed: killed by SIGKILL" in err
+    assert read_outcomes(SWEEPS / "rates")["optim.lr=0.002"].startswith("killed by SIGKILL")
+    assert run_sweep(typed, launcher) == 2  # what failed is tried again, what diverged is not
+    assert len(launcher.launched) == 3 and len(read_outcomes(SWEEPS / "rates")) == 1
+    assert "passed over" in capsys.readouterr().err
+
+
+def test_sweep_minutes_are_the_same_steps_for_all_seeds_and_stay(launcher, monkeypatch, workplace):
+    seconds = iter([0.5, 0.25, 7.0, 7.0, 7.0])
+    monkeypatch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: next(seconds))
+    typed = [*SMOKE, "data.size=300", "attention=mha,mqa", "minutes=0.05", "sweep=minutes"]
+    assert run_sweep([*typed, "seed=1,2"], launcher) == 0
+    assert run_sweep([*typed, "seed=3"], launcher) == 0
+    steps = {path.parent.name: read_metrics(path)[-1]["step"] for path in SWEEPS.glob("minutes/*/metrics.jsonl")}
+    assert steps == {f"attention={name},seed={seed}": n for name, n in (("mha", 6), ("mqa", 12)) for seed in (1, 2, 3)}
+
+
+def test_sweep_writes_choices_and_overrides_into_each_run(launcher, quick, workplace):
+    import yaml
+
+    assert run_sweep([*TINY, "attention=mha,mla", "sweep=named"], launcher) == 0
+    known = yaml.safe_load((SWEEPS / "named/attention=mla/environment.yaml").read_text())
+    assert known["choices"]["attention"] == "mla" and known["choices"]["experiment"] == "smoke"
+    assert "attention=mla" in known["command"]
+
+
+REFUSED = {
+    "a later value": (["optim.lr=0.01,fast"], "optim.lr=fast: give a number"),
+    "a later seed": (["seed=1,-1"], "seed=-1: give at least 0"),
+    "no such choice": (["attention=mha,nope"], "attention=mha,nope: choose one of"),
+    "a folder of one run": (["seed=1,2", "run_dir=here"], "run_dir= is the folder of one run: name the sweep instead"),
+    "a run to go on": (["seed=1,2", "resume=latest"], "resume= continues one run: leave it out"),
+    "what is of the whole": (["match=none,params"], "match is of the whole sweep"),
+    "no budget": (["seed=1,2", "match=all"], "match.0=all: choose params, flops or cache"),
+    "a name with a slash": (["seed=1,2", "sweep=a/b"], "sweep=a/b"),
+    "nothing to match": (["seed=1,2", "match=params"], "match=params compares variants"),
+    "steps and minutes": (["seed=1,2", "minutes=1"], "minutes= is in the place of steps="),
+    "minutes and less": (["seed=1,2", "max_minutes=-1"], "max_minutes=-1: give more than 0"),
+    "too long": (["seed=1,2", "max_minutes=0.001"], "this sweep would take about"),
+}
+
+
+@pytest.mark.parametrize(("typed", "complaint"), REFUSED.values(), ids=REFUSED)
+def test_sweep_refuses_before_anything_is_run(launcher, quick, workplace, typed, complaint, monkeypatch, capsys):
+    assert call("train", ["-m", *TINY, *typed], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert complaint in err.splitlines()[-1] and err.count("error: ") == 1
+    assert not launcher.launched and not list(Path.cwd().glob("sweeps/*"))
+
+
+def test_train_dash_m_stands_anywhere_and_with_no_other_flag(workplace, quick, monkeypatch, capsys):
+    assert call("train", [*TINY, "-m", "seed=1,2", "dry_run=true"], monkeypatch) == 0
+    err = capsys.readouterr().err
+    assert "2 runs of 1 variant over seeds 1, 2" in err and "nothing was trained" in err
+    assert call("train", ["seed=1,2", "--multirun", "--cfg", "job"], monkeypatch) == 2
+    assert "--cfg does not go with -m" in capsys.readouterr().err
+    assert call("train", ["if:steps=3"], monkeypatch) == 2
+    assert "if: is for a sweep over several choices" in capsys.readouterr().err
+
+
+def test_train_settings_of_a_sweep_are_refused_without_one(workplace, monkeypatch, capsys):
+    for word in ("match=params", "sweep=heads", "max_minutes=5", "hypothesis=more"):
+        assert call("train", [*SMOKE, word], monkeypatch) == 2
+        assert f"{word} is of a sweep: add -m" in capsys.readouterr().err
+    assert not list(workplace.iterdir())
+
+
+def test_train_minutes_of_one_run_are_steps(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("training.minutes.seconds_per_step", lambda run, corpus: 0.5)
+    assert call("train", [*SMOKE, "minutes=0.05", "run_dir=run"], monkeypatch) == 0
+    assert read_metrics(Path("run/metrics.jsonl"))[-1]["step"] == 6
+    assert "steps: 6\n" in Path("run/config.yaml").read_text()
+    for words, complaint in {
+        ("minutes=1", "steps=3"): "minutes=1 is in the place of steps=3",
+        ("minutes=1", "resume=run"): "minutes=1 is in the place of resume=run",
+        ("minutes=0",): "minutes=0: give a number of more than 0",
+        ("minutes=soon",): "minutes=soon: give a number",
+        ("minutes=1e-9",): "one step takes 0.5 s here: give more minutes",
+    }.items():
+        assert call("train", [*SMOKE, *words], monkeypatch) == 2
+        assert complaint in capsys.readouterr().err
+
+
+def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeypatch):
+    """Real processes: Ctrl-C reaches the cell, which saves; so does a cell whose sweep is killed by SIGKILL."""
+    typed = ["experiment=smoke", "steps=60", "eval_every=0", "save_every=1000", "seed=1,2", "sweep=killed"]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *typed]
+    first = workplace / "sweeps/killed/seed=1"
+
+    def begun(steps: int) -> subprocess.Popen:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        end = time.monotonic() + 120
+        while time.monotonic() < end and len(read_metrics(first / "metrics.jsonl")) < steps:
+            time.sleep(0.01)
+        return process
+
+    process = begun(steps=3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "the sweep stopped within run 1 of 2; continue it with: " in err and "saved" in err
+    process = begun(steps=len(read_metrics(first / "metrics.jsonl")) + 3)
+    process.kill()
+    process.communicate(timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    for seed in (1, 2):
+        assert call("train", [*typed[:-2], f"seed={seed}", f"run_dir={seed}"], monkeypatch) == 0
+        assert curves(workplace / "sweeps/killed")[f"seed={seed}"] == curves(workplace)[str(seed)]
+    assert json.loads((workplace / "sweeps/killed/outcomes.json").read_text()) == {}
+    assert os.path.isfile(first / PICTURE)
