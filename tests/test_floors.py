@@ -14,6 +14,7 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "runtime": {"common"},
     "training": {"common", "model", "data", "runtime"},
     "generation": {"common", "model", "data", "runtime"},
+    "ablation": {"common", "model", "data", "runtime", "training", "generation"},
 }
 DOORS = ("train", "sample")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
@@ -26,6 +27,7 @@ ORDER = {
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
     "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
     "step_memory step_time dry_run",
+    "ablation": "statistics results",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
@@ -112,6 +114,11 @@ def test_rooms_do_not_know_what_is_not_theirs():
         for path in (ROOT / room).rglob("*.py"):
             known = imports_of(path)
             assert not {name for name in known if any(f"{name}.".startswith(f"{one}.") for one in forbidden)}, path
+
+
+def test_only_the_statistics_import_scipy():
+    users = {name for name, path in FILES.items() if any(f"{one}.".startswith("scipy.") for one in imports_of(path))}
+    assert users == {"ablation.statistics"}
 
 
 def test_benchmarks_import_no_tests():

@@ -66,7 +66,7 @@ def test_compare_two_variants_equals_scipys_paired_t():
 
 @pytest.mark.parametrize(("variants", "seeds"), [(3, 4), (4, 3), (4, 5), (7, 4)])
 def test_compare_complete_table_equals_two_way_analysis_of_variance(variants, seeds):
-    table = gaussian(np.random.default_rng(variants), [1] * variants, seeds)
+    table = gaussian(np.random.default_rng(0), [1] * variants, seeds)
     y = np.array([list(values.values()) for values in table.values()])
     within_rows = variants * (y.mean(0) - y.mean()) ** 2
     within_columns = seeds * (y.mean(1) - y.mean()) ** 2
@@ -255,9 +255,9 @@ def test_compare_true_difference_as_large_as_detectable_is_found_with_the_power(
     assert np.mean([difference.p_corrected < LEVEL for difference in found]) == pytest.approx(POWER, abs=0.03)
 
 
-# By the number of variants and seeds, and the sd of the variants where one differs: false alarms in per cent, measured
-# on 10,000 tables, of comparisons (uncorrected) and of tables (corrected): docs/statistics.md has them.
+# Variants and seeds. docs/statistics.md has the rates that the slow tests print.
 SHAPES = [(2, 3), (2, 5), (3, 2), (3, 3), (3, 5), (4, 2), (4, 3), (4, 5), (6, 5)]
+FEWEST = {2: 0.015, 3: 0.03, 5: 0.04}  # by seeds: with few, many a variant is wide by chance and tested by its own sd
 
 
 @pytest.mark.parametrize(("variants", "seeds", "tables"), [(2, 5, 2000), (4, 3, 1000)])
@@ -274,7 +274,7 @@ def test_compare_10_000_tables_without_differences_raise_alarms_in_five_of_a_hun
     rng = np.random.default_rng(1)
     alone, family = rates([compare(gaussian(rng, [1] * variants, seeds), "v0") for _ in range(10_000)])
     print(f"{variants} x {seeds}, equal sd: {alone:.2%} of comparisons, {family:.2%} of tables")
-    assert (0.03 if seeds == 3 and variants > 2 else 0.04) < alone < 0.06
+    assert (FEWEST[seeds] if variants > 2 else 0.04) < alone < 0.06
     assert family < 0.06
 
 
@@ -282,7 +282,7 @@ def test_compare_10_000_tables_without_differences_raise_alarms_in_five_of_a_hun
 @pytest.mark.parametrize("erratic", ["variant", "baseline"])
 @pytest.mark.parametrize(("variants", "seeds"), SHAPES)
 def test_compare_10_000_tables_with_an_erratic_variant_raise_no_more_alarms(variants, seeds, erratic):
-    """One has four times the others' sd: in more than 6 % of the tables only by sampling error."""
+    """One has four times the others' sd. Measured: at most 6.3 %, of four variants with two seeds."""
     sds = [1] * (variants - 1) + [4]
     if erratic == "baseline":
         sds.reverse()
