@@ -57,7 +57,7 @@ class Comparison:
     """A table's variants against its baseline."""
 
     baseline: str
-    pooled_sd: float | None  # of one run about its variant and seed, over all variants
+    pooled_sd: float | None  # of one run about its variant and seed, over all variants but those that repeat another
     pooled_df: int  # (k - 1)(n - 1) where no cell is missing
     differences: dict[str, Difference]  # by variant, without the baseline
 

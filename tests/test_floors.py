@@ -116,6 +116,11 @@ def test_rooms_do_not_know_what_is_not_theirs():
             assert not {name for name in known if any(f"{name}.".startswith(f"{one}.") for one in forbidden)}, path
 
 
+def test_only_the_statistics_import_scipy():
+    users = {name for name, path in FILES.items() if any(f"{one}.".startswith("scipy.") for one in imports_of(path))}
+    assert users == {"ablation.statistics"}
+
+
 def test_benchmarks_import_no_tests():
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         assert not {name for name in imports_of(path) if name.partition(".")[0] == "tests"}, path

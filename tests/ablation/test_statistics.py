@@ -66,7 +66,7 @@ def test_compare_two_variants_equals_scipys_paired_t():
 
 @pytest.mark.parametrize(("variants", "seeds"), [(3, 4), (4, 3), (4, 5), (7, 4)])
 def test_compare_complete_table_equals_two_way_analysis_of_variance(variants, seeds):
-    table = gaussian(np.random.default_rng(variants), [1] * variants, seeds)
+    table = gaussian(np.random.default_rng(0), [1] * variants, seeds)
     y = np.array([list(values.values()) for values in table.values()])
     within_rows = variants * (y.mean(0) - y.mean()) ** 2
     within_columns = seeds * (y.mean(1) - y.mean()) ** 2
@@ -255,9 +255,9 @@ def test_compare_true_difference_as_large_as_detectable_is_found_with_the_power(
     assert np.mean([difference.p_corrected < LEVEL for difference in found]) == pytest.approx(POWER, abs=0.03)
 
 
-# By the number of variants and seeds, and the sd of the variants where one differs: false alarms in per cent, measured
-# on 10,000 tables, of comparisons (uncorrected) and of tables (corrected): docs/statistics.md has them.
+# Variants and seeds. docs/statistics.md has the rates that the slow tests print.
 SHAPES = [(2, 3), (2, 5), (3, 2), (3, 3), (3, 5), (4, 2), (4, 3), (4, 5), (6, 5)]
+FEWEST = {2: 0.015, 3: 0.03, 5: 0.04}  # by seeds: with few, many a variant is wide by chance and tested by its own sd
 
 
 @pytest.mark.parametrize(("variants", "seeds", "tables"), [(2, 5, 2000), (4, 3, 1000)])
@@ -274,19 +274,51 @@ def test_compare_10_000_tables_without_differences_raise_alarms_in_five_of_a_hun
     rng = np.random.default_rng(1)
     alone, family = rates([compare(gaussian(rng, [1] * variants, seeds), "v0") for _ in range(10_000)])
     print(f"{variants} x {seeds}, equal sd: {alone:.2%} of comparisons, {family:.2%} of tables")
-    assert (0.03 if seeds == 3 and variants > 2 else 0.04) < alone < 0.06
+    assert (FEWEST[seeds] if variants > 2 else 0.04) < alone < 0.06
     assert family < 0.06
+
+
+def erratic_sds(variants: int, erratic: str, factor: float) -> list[float]:
+    sds = [1.0] * (variants - 1) + [factor]
+    return sds if erratic == "variant" else sds[::-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("erratic", ["variant", "baseline"])
 @pytest.mark.parametrize(("variants", "seeds"), SHAPES)
 def test_compare_10_000_tables_with_an_erratic_variant_raise_no_more_alarms(variants, seeds, erratic):
-    """One has four times the others' sd: in more than 6 % of the tables only by sampling error."""
-    sds = [1] * (variants - 1) + [4]
-    if erratic == "baseline":
-        sds.reverse()
+    """One has four times the others' sd. Measured: at most 6.3 %, of four variants with two seeds."""
     rng = np.random.default_rng(2)
-    alone, family = rates([compare(gaussian(rng, sds, seeds), "v0") for _ in range(10_000)])
-    print(f"{variants} x {seeds}, {erratic} with 4 sd: {alone:.2%} of comparisons, {family:.2%} of tables")
+    sds = erratic_sds(variants, erratic, 4)
+    compared = [compare(gaussian(rng, sds, seeds), "v0") for _ in range(10_000)]
+    alone, family = rates(compared)
+    last = np.mean([comparison.differences[f"v{variants - 1}"].p < LEVEL for comparison in compared])
+    print(
+        f"{variants} x {seeds}, {erratic} with 4 sd: {alone:.2%} of comparisons ({last:.2%} of the last), "
+        f"{family:.2%} of tables"
+    )
     assert family < 0.066
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variants", "erratic"), [(4, "variant"), (4, "baseline"), (6, "baseline")])
+def test_compare_10_000_tables_with_twice_the_sd_raise_some_more_alarms(variants, erratic):
+    """Twice the sd seldom shows in five seeds. Measured: at most 7.3 %, of a baseline among six variants."""
+    rng = np.random.default_rng(3)
+    sds = erratic_sds(variants, erratic, 2)
+    alone, family = rates([compare(gaussian(rng, sds, 5), "v0") for _ in range(10_000)])
+    print(f"{variants} x 5, {erratic} with 2 sd: {alone:.2%} of comparisons, {family:.2%} of tables")
+    assert family < 0.085
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("variants", "seeds"), [(2, 3), (4, 3), (4, 5), (6, 5)])
+def test_compare_many_tables_find_the_detectable_difference_with_about_the_power(variants, seeds):
+    """Less often than by the pooled sd alone, where a variant is wide by chance and tested by its own sd. Such a table
+    states a larger detectable difference."""
+    rng = np.random.default_rng(4)
+    true = math.sqrt(2 / seeds) * detectable_ratio((variants - 1) * (seeds - 1), LEVEL / (variants - 1))
+    tables = [gaussian(rng, [1] * variants, seeds, shifts=[0, true] + [0] * (variants - 2)) for _ in range(4000)]
+    power = np.mean([compare(table, "v0").differences["v1"].p_corrected < LEVEL for table in tables])
+    print(f"{variants} x {seeds}: the detectable difference is found in {power:.1%} of tables")
+    assert (0.6 if (variants, seeds) == (4, 3) else 0.72) < power < 0.82
