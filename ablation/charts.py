@@ -42,14 +42,24 @@ def swatch(index: int, line: bool) -> Markup:
     return tag("svg", stroke, marker(index, "50%", "50%"), class_="swatch", aria_hidden="true")
 
 
-def legend(report: Report, line: bool, switches: bool = False) -> Markup:
-    """Names beside a chart; with switches each shows or hides its variant."""
+def legend(report: Report) -> Markup:
+    """Names beside a chart."""
+    rows = (
+        tag("li", swatch(i, False), tag("span", variant.label, title=variant.name))
+        for i, variant in enumerate(report.variants)
+    )
+    return tag("ul", *rows, class_="legend")
+
+
+def reading_legend(report: Report) -> Markup:
+    """The legend of the curves: each name shows or hides its variant, and has its loss at the cursor beside it."""
     rows = []
     for i, variant in enumerate(report.variants):
-        content = join(swatch(i, line), tag("span", variant.name))
-        button = tag("button", content, type="button", data_series=i, aria_pressed="true")
-        rows.append(tag("li", button if switches else content))
-    return tag("ul", *rows, class_="legend")
+        content = join(swatch(i, True), tag("span", variant.label, title=variant.name), tag("output"))
+        rows.append(tag("li", tag("button", content, type="button", data_series=i, aria_pressed="true")))
+    bands = any(len(variant.curves) > 1 for variant in report.variants)
+    place = tag("p", "", class_="reading", role="status")
+    return tag("div", place, tag("ul", *rows, class_="legend readings bands" if bands else "legend readings"))
 
 
 def percent(share: float) -> str:
@@ -261,7 +271,7 @@ def differences(report: Report, decimals: int) -> Markup:
             each = found[variant.name]
             tip = f"{exact(each.mean)}, {verdict(each)}"
             if each.interval:
-                tip += f", 95 % interval {exact(each.interval[0])} to {exact(each.interval[1])}"
+                tip += f"\n95 % interval {exact(each.interval[0])} to {exact(each.interval[1])}"
             rows.append(_dots(i, variant, axis, each.mean, each.interval, {}, signed(each.mean, decimals), tip))
     return join(*rows, _scale(axis))
 
@@ -271,7 +281,7 @@ def _tip(found: Estimate) -> str:
     if found.interval is None or found.sd is None:
         return f"{exact(found.mean)}, one seed"
     low, high = found.interval
-    return f"mean {exact(found.mean)}, sd {exact(found.sd)}, 95 % interval {exact(low)} to {exact(high)}"
+    return f"mean {exact(found.mean)}\nsd {exact(found.sd)}\n95 % interval {exact(low)} to {exact(high)}"
 
 
 def _dots(

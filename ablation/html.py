@@ -194,9 +194,7 @@ def _curves(report: Report, x: str, y: str, log: bool) -> Markup | None:
         "Lines are means over seeds, bands go from the lowest to the highest seed, thin lines are single seeds. "
         "A linear axis leaves out the steep beginning.",
         _controls(data, choice),
-        tag(
-            "div", charts.curves(report, data, choice), charts.legend(report, line=True, switches=True), class_="beside"
-        ),
+        tag("div", charts.curves(report, data, choice), charts.reading_legend(report), class_="beside"),
         tag("script", as_script({**data, "choice": choice}), type="application/json", id="curve-data"),
         id="curves",
     )
@@ -241,6 +239,6 @@ def _frontier(report: Report) -> Markup | None:
     if len(sizes) == 1:
         words = f"Every variant caches {counted(sizes.pop(), 'byte')} per token." if len(report.variants) > 1 else ""
         return _section("Loss against cache", tag("p", words)) if words else None
-    chart = tag("div", charts.frontier_chart(report), charts.legend(report, line=False), class_="beside")
+    chart = tag("div", charts.frontier_chart(report), charts.legend(report), class_="beside")
     caption = "Marks are means with 95 % intervals. The dashed line joins those that nothing of a smaller cache beats."
     return _figure("Loss against cache", caption, chart)

@@ -77,9 +77,10 @@ def frontier(report: Report) -> list[Variant]:
     return best
 
 
-def shortened(name: str, limit: int) -> str:
-    """A name without its middle, where it is longer than the limit."""
-    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - 1) // 2 :]}"
+def short_names(names: Sequence[str], limit: int) -> list[str]:
+    """Names without their middle where they are longer than the limit; as they are, where two would be the same."""
+    short = [name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - 1) // 2 :]}" for name in names]
+    return short if len(set(short)) == len(names) else list(names)
 
 
 def _comparisons(report: Report) -> list[str]:

@@ -14,6 +14,7 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "runtime": {"common"},
     "training": {"common", "model", "data", "runtime"},
     "generation": {"common", "model", "data", "runtime"},
+    "ablation": {"common", "model", "data", "runtime", "training", "generation"},
 }
 DOORS = ("train", "sample")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
@@ -26,6 +27,8 @@ ORDER = {
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
     "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
     "step_memory step_time dry_run",
+    "ablation": "statistics results formats words palette axes series columns table markdown tags charts html pictures "
+    "report_files",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
