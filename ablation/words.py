@@ -79,7 +79,9 @@ def frontier(report: Report) -> list[Variant]:
 
 def short_names(names: Sequence[str], limit: int) -> list[str]:
     """Names without their middle where they are longer than the limit; as they are, where two would be the same."""
-    short = [name if len(name) <= limit else f"{name[: limit // 2]}…{name[len(name) - (limit - 1) // 2 :]}" for name in names]
+    short = [
+        name if len(name) <= limit else f"{name[: limit // 2]}…{name[len(name) - (limit - 1) // 2 :]}" for name in names
+    ]
     return short if len(set(short)) == len(names) else list(names)
 
 
