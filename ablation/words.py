@@ -56,7 +56,8 @@ def _leader(report: Report) -> list[str]:
     value = f"{fixed(found.mean, places(report))}{spread} {report.metric_name} ({_of_seeds(len(found.values))})"
     if len(means) == 1:
         return [f"{best.name} ends at {value}."]
-    return [f"Of {len(means)} variants, {best.name} ends lowest: {value}."] if means[0] < means[1] else []
+    noun = "variants" if report.command else "runs"
+    return [f"Of {len(means)} {noun}, {best.name} ends lowest: {value}."] if means[0] < means[1] else []
 
 
 def _of_seeds(count: int) -> str:
