@@ -3,6 +3,7 @@ size; paths, which know no percentages, lie in an inner SVG of 1000 by 1000 that
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ablation.axes import X_UNITS, Y_UNITS, Axis, bytes_axis, loss_axis, x_axis
@@ -31,6 +32,11 @@ def marker(index: int, x: str, y: str, size: str = "m", **attributes: Any) -> Ma
     return tag("use", href=f"#{size}{look(index).marker}", x=x, y=y, class_=f"mark c{color(index)}", **attributes)
 
 
+def told_marker(index: int, x: str, y: str, tip: str) -> Markup:
+    """A large marker that tells its numbers when it is pointed at, touched or focused."""
+    return marker(index, x, y, "l", data_tip=tip, tabindex=0, role="img", aria_label=tip.replace("\n", ", "))
+
+
 def color(index: int) -> int:
     """The number of a variant's color, as in the page's style sheet."""
     return index % len(COLORS)
@@ -42,14 +48,24 @@ def swatch(index: int, line: bool) -> Markup:
     return tag("svg", stroke, marker(index, "50%", "50%"), class_="swatch", aria_hidden="true")
 
 
-def legend(report: Report, line: bool, switches: bool = False) -> Markup:
-    """Names beside a chart; with switches each shows or hides its variant."""
+def legend(report: Report) -> Markup:
+    """Names beside a chart."""
+    rows = (
+        tag("li", swatch(i, False), tag("span", variant.label, title=variant.name))
+        for i, variant in enumerate(report.variants)
+    )
+    return tag("ul", *rows, class_="legend")
+
+
+def reading_legend(report: Report) -> Markup:
+    """The legend of the curves: each name shows or hides its variant, and has its loss at the cursor beside it."""
     rows = []
     for i, variant in enumerate(report.variants):
-        content = join(swatch(i, line), tag("span", variant.name))
-        button = tag("button", content, type="button", data_series=i, aria_pressed="true")
-        rows.append(tag("li", button if switches else content))
-    return tag("ul", *rows, class_="legend")
+        content = join(swatch(i, True), tag("span", variant.label, title=variant.name), tag("output"))
+        rows.append(tag("li", tag("button", content, type="button", data_series=i, aria_pressed="true")))
+    bands = any(len(variant.curves) > 1 for variant in report.variants)
+    place = tag("p", "", class_="reading", role="status")
+    return tag("div", place, tag("ul", *rows, class_="legend readings bands" if bands else "legend readings"))
 
 
 def percent(share: float) -> str:
@@ -194,19 +210,17 @@ def _marks(axis_x: Axis, axis_y: Axis, xs: Sequence[float], ys: Sequence[float |
 def plot(title: str, text: str, axis_x: Axis, axis_y: Axis, content: Markup, interactive: bool = False) -> Markup:
     """A frame with both axes around the content."""
     cursor = tag("line", y1="0", y2="100%", class_="cursor", visibility="hidden") if interactive else None
-    role = {"role": "img", "tabindex": 0 if interactive else None}
-    name = title.lower().replace(" ", "-")
     frame = tag(
         "svg",
-        tag("title", title, id=f"{name}-title"),
-        tag("desc", text, id=f"{name}-text"),
+        tag("desc", text),
         tag("g", *_ticks_y(axis_y), class_="ticks y"),
         tag("g", *_ticks_x(axis_x), class_="ticks x"),
         content,
         cursor,
         class_="frame",
-        aria_labelledby=f"{name}-title {name}-text",
-        **role,
+        role="img" if interactive else "group",
+        aria_label=f"{title}. {text}",
+        tabindex=0 if interactive else None,
     )
     return tag(
         "div",
@@ -238,32 +252,41 @@ def _ticks_y(axis: Axis) -> list[Markup]:
 # Dots in rows
 
 
+@dataclass(frozen=True)
+class Dots:
+    """A row: one number of a variant."""
+
+    index: int  # of the variant
+    variant: Variant
+    mean: float
+    interval: tuple[float, float] | None
+    seeds: dict[int, float]
+    text: str  # the mean, rounded
+    tip: str  # all digits
+
+
 def finals(report: Report, decimals: int) -> Markup:
     """Final losses: a row for each variant, with the interval of the mean and every seed."""
-    estimates = [estimate(report, variant) for variant in report.variants]
-    values = [value for found in estimates for value in [*found.values.values(), *(found.interval or ())]]
-    axis = loss_axis("", values, label=report.metric_name)
-    rows = [
-        _dots(i, variant, axis, found.mean, found.interval, found.values, fixed(found.mean, decimals), _tip(found))
-        for i, (variant, found) in enumerate(zip(report.variants, estimates, strict=True))
-    ]
-    return join(*rows, _scale(axis))
+    rows = []
+    for i, variant in enumerate(report.variants):
+        found = estimate(report, variant)
+        seeds = found.values if len(found.values) > 1 else {}
+        rows.append(Dots(i, variant, found.mean, found.interval, seeds, fixed(found.mean, decimals), _tip(found)))
+    return _dots(rows, report.metric_name)
 
 
 def differences(report: Report, decimals: int) -> Markup:
     """Differences to the baseline with their intervals, a row for each other variant."""
-    found = report.comparison.differences
-    values = [0.0, *(bound for each in found.values() for bound in (each.mean, *(each.interval or ())))]
-    axis = loss_axis("", values, label=f"difference in {report.metric_name}; lower is better")
     rows = []
     for i, variant in enumerate(report.variants):
-        if variant.name in found:
-            each = found[variant.name]
-            tip = f"{exact(each.mean)}, {verdict(each)}"
-            if each.interval:
-                tip += f", 95 % interval {exact(each.interval[0])} to {exact(each.interval[1])}"
-            rows.append(_dots(i, variant, axis, each.mean, each.interval, {}, signed(each.mean, decimals), tip))
-    return join(*rows, _scale(axis))
+        found = report.comparison.differences.get(variant.name)
+        if found is None:
+            continue
+        tip = f"{exact(found.mean)}, {verdict(found)}"
+        if found.interval:
+            tip += f"\n95 % interval {exact(found.interval[0])} to {exact(found.interval[1])}"
+        rows.append(Dots(i, variant, found.mean, found.interval, {}, signed(found.mean, decimals), tip))
+    return _dots(rows, f"difference in {report.metric_name}; lower is better", 0.0)
 
 
 def _tip(found: Estimate) -> str:
@@ -271,37 +294,32 @@ def _tip(found: Estimate) -> str:
     if found.interval is None or found.sd is None:
         return f"{exact(found.mean)}, one seed"
     low, high = found.interval
-    return f"mean {exact(found.mean)}, sd {exact(found.sd)}, 95 % interval {exact(low)} to {exact(high)}"
+    return f"mean {exact(found.mean)}\nsd {exact(found.sd)}\n95 % interval {exact(low)} to {exact(high)}"
 
 
-def _dots(
-    index: int,
-    variant: Variant,
-    axis: Axis,
-    mean: float,
-    interval: tuple[float, float] | None,
-    seeds: dict[int, float],
-    text: str,
-    tip: str,
-) -> Markup:
+def _dots(rows: Sequence[Dots], label: str, *also: float) -> Markup:
+    """Rows on one axis, which reaches the numbers in `also` too."""
+    values = [value for row in rows for value in [row.mean, *row.seeds.values(), *(row.interval or ())]]
+    axis = loss_axis("", [*also, *values], label=label)
+    return join(*(_row(row, axis) for row in rows), _scale(axis))
+
+
+def _row(row: Dots, axis: Axis) -> Markup:
+    name = escaped(row.variant.name)
+    look_of = f"c{color(row.index)}"
     pieces = [_grid(axis)]
-    if interval:
-        low, high = (axis.place(bound) for bound in interval)
-        pieces.append(
-            tag("line", x1=percent(low), x2=percent(high), y1="50%", y2="50%", class_=f"span c{color(index)}")
-        )
-    for seed, value in seeds.items() if len(seeds) > 1 else ():
-        dot = {"cx": percent(axis.place(value)), "cy": "50%", "r": 2.5, "class_": f"dot c{color(index)}"}
-        pieces.append(tag("circle", **dot, data_tip=f"{escaped(variant.name)}\nseed {seed}: {exact(value)}"))
-    pieces.append(
-        marker(index, percent(axis.place(mean)), "50%", "l", data_tip=f"{escaped(variant.name)}\n{tip}", tabindex=0)
-    )
-    image = tag("svg", tag("title", f"{variant.name}: {tip}"), *pieces, class_="strip", role="img")
+    if row.interval:
+        low, high = (percent(axis.place(bound)) for bound in row.interval)
+        pieces.append(tag("line", x1=low, x2=high, y1="50%", y2="50%", class_=f"span {look_of}"))
+    for seed, value in row.seeds.items():
+        dot = {"cx": percent(axis.place(value)), "cy": "50%", "r": 2.5, "class_": f"dot {look_of}"}
+        pieces.append(tag("circle", **dot, data_tip=f"{name}\nseed {seed}: {exact(value)}"))
+    pieces.append(told_marker(row.index, percent(axis.place(row.mean)), "50%", f"{name}\n{row.tip}"))
     return tag(
         "div",
-        tag("div", swatch(index, line=False), tag("span", variant.label), class_="name"),
-        tag("div", image, class_="row"),
-        tag("div", text, class_="value"),
+        tag("div", swatch(row.index, line=False), tag("span", row.variant.label), class_="name"),
+        tag("div", tag("svg", *pieces, class_="strip"), class_="row"),
+        tag("div", row.text, class_="value"),
         class_="dots",
     )
 
@@ -339,7 +357,7 @@ def frontier_chart(report: Report) -> Markup:
             pieces.append(tag("line", x1=x, x2=x, y1=low, y2=high, class_=f"span c{color(i)}"))
         size = f"{variant.cache_bytes_per_token:,} bytes per token ({bytes_(variant.cache_bytes_per_token)})"
         tip = f"{escaped(variant.name)}\n{size}\n{_tip(found)}"
-        pieces.append(marker(i, x, percent(1 - axis_y.place(found.mean)), "l", data_tip=tip, tabindex=0))
+        pieces.append(told_marker(i, x, percent(1 - axis_y.place(found.mean)), tip))
     text = f"Final loss of {len(estimates)} variants against the bytes that their cache takes per token."
     return plot("Loss against cache", text, axis_x, axis_y, join(_steps(report, axis_x, axis_y), *pieces))
 

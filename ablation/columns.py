@@ -58,9 +58,19 @@ def _comparison(report: Report) -> list[Column]:
     return [
         column("difference", lambda found: Value(signed(found.mean, decimals), exact(found.mean))),
         column("95 % interval", lambda found: Value(interval(found.interval, decimals), _bounds(found.interval))),
-        Column("verdict", [Value(verdict(found), exact(found and found.p_corrected)) for found in differences], False),
+        Column("verdict", [_verdict(report, variant) for variant in report.variants], numeric=False),
         column("detectable", lambda found: _optional(found.detectable, lambda value: fixed(value, decimals))),
     ]
+
+
+def _verdict(report: Report, variant: Variant) -> Value:
+    if variant.name == report.comparison.baseline:
+        return Value(verdict(None))
+    found = report.comparison.differences.get(variant.name)
+    if found is None:
+        return Value("")
+    words = verdict(found)
+    return Value(words, "" if found.p_corrected is None else f"{words.partition(', ')[0]}, p = {found.p_corrected!r}")
 
 
 def costs(report: Report) -> list[Column]:

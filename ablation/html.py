@@ -176,6 +176,10 @@ def _environment(report: Report) -> Markup | None:
 # Charts
 
 
+def _has_seeds(report: Report) -> bool:
+    return any(len(variant.val_loss.values) > 1 for variant in report.variants)
+
+
 def _figure(title: str, caption: str, *content: Markup | None, **attributes: Any) -> Markup:
     return tag("section", tag("h2", title), tag("figure", *content, tag("figcaption", caption)), **attributes)
 
@@ -189,14 +193,12 @@ def _curves(report: Report, x: str, y: str, log: bool) -> Markup | None:
     unit = y if y in data["y"][source] else next(iter(data["y"][source]))
     scale = "log" if log else "linear"
     choice = {"source": source, "x": x, "y": unit, "xscale": scale, "yscale": scale}
+    bands = "Lines are means over seeds, bands go from the lowest to the highest seed, thin lines are single seeds. "
     return _figure(
         "Loss curves",
-        "Lines are means over seeds, bands go from the lowest to the highest seed, thin lines are single seeds. "
-        "A linear axis leaves out the steep beginning.",
+        f"{bands if _has_seeds(report) else ''}A linear axis leaves out the steep beginning.",
         _controls(data, choice),
-        tag(
-            "div", charts.curves(report, data, choice), charts.legend(report, line=True, switches=True), class_="beside"
-        ),
+        tag("div", charts.curves(report, data, choice), charts.reading_legend(report), class_="beside"),
         tag("script", as_script({**data, "choice": choice}), type="application/json", id="curve-data"),
         id="curves",
     )
@@ -228,9 +230,13 @@ def _rows(report: Report) -> Iterable[Markup]:
         return
     decimals = places(report)
     caption = "Marks are means, small dots single seeds, bars the 95 % interval of the mean."
+    caption = caption if _has_seeds(report) else "One seed each: no interval."
     yield _figure("Final loss", caption, charts.finals(report, decimals))
     if report.comparison and report.comparison.differences:
-        caption = f"Against {report.comparison.baseline}, with 95 % intervals that are not corrected for their number."
+        caption = f"Against {report.comparison.baseline}"
+        if any(found.interval for found in report.comparison.differences.values()):
+            caption += ", with 95 % intervals that are not corrected for their number"
+        caption += "."
         yield _figure("Difference to the baseline", caption, charts.differences(report, decimals))
 
 
@@ -241,6 +247,7 @@ def _frontier(report: Report) -> Markup | None:
     if len(sizes) == 1:
         words = f"Every variant caches {counted(sizes.pop(), 'byte')} per token." if len(report.variants) > 1 else ""
         return _section("Loss against cache", tag("p", words)) if words else None
-    chart = tag("div", charts.frontier_chart(report), charts.legend(report, line=False), class_="beside")
-    caption = "Marks are means with 95 % intervals. The dashed line joins those that nothing of a smaller cache beats."
+    chart = tag("div", charts.frontier_chart(report), charts.legend(report), class_="beside")
+    caption = "Marks are means with 95 % intervals. " if _has_seeds(report) else ""
+    caption += "The dashed line joins those that nothing of a smaller cache beats."
     return _figure("Loss against cache", caption, chart)

@@ -26,11 +26,12 @@ def _blocks(report: Report, pictures: Mapping[str, str]) -> Iterator[str]:
         yield f"> **Hypothesis:** {text(report.hypothesis)}"
     yield from _section("Summary", _list(report.summary))
     yield from _section("What limits this", _list(report.notes))
+    yield from _section("Without a result", _unfinished(report))
     yield from _section("Results", _variants(report, results(report)))
+    for name, caption in pictures.items():
+        yield from (f"![{text(caption)}]({name})", f"{text(caption)}.")
     yield from _section("Budgets and speed", _variants(report, costs(report)))
     yield from _section("Statistics", _statistics(report))
-    yield from (f"![{text(caption)}]({name})" for name, caption in pictures.items())
-    yield from _section("Without a result", _unfinished(report))
     yield from _section("What differs in the settings", _settings(report))
     yield from _section("Every run", _every_run(report))
     yield from _section("Environment", _pairs({**report.environment, **report.data}))
@@ -52,11 +53,14 @@ def _variants(report: Report, found: Sequence[Column]) -> str:
     """The table of variants. Losses are rounded; report.json has all digits."""
     if not report.variants:
         return ""
-    rows = [
-        [code(variant.name), *(text(column.values[i].text) for column in found)]
-        for i, variant in enumerate(report.variants)
-    ]
+    rows = [[code(variant.name), *(_value(column, i) for column in found)] for i, variant in enumerate(report.variants)]
     return table(["variant", *(column.name for column in found)], rows, [False, *(column.numeric for column in found)])
+
+
+def _value(column: Column, row: int) -> str:
+    """A cell; a number is never broken into lines."""
+    shown = text(column.values[row].text)
+    return shown.replace(" ", "\N{NO-BREAK SPACE}") if column.numeric else shown
 
 
 def _statistics(report: Report) -> str:

@@ -3,8 +3,7 @@
   const root = document.documentElement;
   const tip = document.getElementById("tip");
   const element = (name, attributes = {}, text) => {
-    const made = name === "td" || name === "tr" || name === "table" || name === "div"
-      ? document.createElement(name) : document.createElementNS("http://www.w3.org/2000/svg", name);
+    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
     if (text !== undefined) made.textContent = text;
     return made;
@@ -59,6 +58,8 @@
   const symbols = [...figure.querySelectorAll(".legend use")].map((use) => use.getAttribute("href"));
   const cursor = frame.querySelector(".cursor");
   const controls = figure.querySelector(".controls");
+  const reading = figure.querySelector(".reading");
+  const outputs = [...figure.querySelectorAll(".legend output")];
   const hidden = new Set();
   controls.hidden = false;
 
@@ -159,31 +160,32 @@
     });
     return least < 0.04 ? best : -1;
   };
-  const rows = (value, ax) => data.series.flatMap((each, i) => {
+  const read = (each, output, value, ax) => {
     const found = each[choice.source];
-    const k = hidden.has(i) ? -1 : nearest(found.x[choice.x] || [], value, ax);
+    const k = nearest(found.x[choice.x] || [], value, ax);
     const y = k < 0 ? null : (found.mean[choice.y] || [])[k];
-    if (y === null || y === undefined) return [];
-    const low = found.low && found.low[choice.y] ? ` (${found.low[choice.y][k]} to ${found.high[choice.y][k]})` : "";
-    return [[y, each.name, `${y}${low}`]];
-  }).sort((a, b) => a[0] - b[0]);
+    output.textContent = y ?? "";
+    if (output.textContent && found.low && found.low[choice.y]) {
+      const range = document.createElement("small");
+      range.textContent = `${found.low[choice.y][k]} to ${found.high[choice.y][k]}`;
+      output.append(range);
+    }
+  };
   const point = (value) => {
     const [ax] = axes();
     at = value;
-    const x = share(ax, value), box = frame.getBoundingClientRect();
+    const x = share(ax, value);
     cursor.setAttribute("visibility", "visible");
     cursor.setAttribute("x1", percent(x));
     cursor.setAttribute("x2", percent(x));
-    const table = element("table");
-    for (const [, name, text] of rows(value, ax)) {
-      const row = element("tr");
-      row.append(element("td", {}, name), element("td", {}, text));
-      table.append(row);
-    }
-    tip.replaceChildren(`${value.toLocaleString("en")} ${choice.x === "flops" ? "FLOPs" : choice.x}`, table);
-    place(box.left + x * box.width, box.top + 60);
+    reading.textContent = `at ${value.toLocaleString("en")} ${choice.x === "flops" ? "FLOPs" : choice.x}`;
+    data.series.forEach((each, i) => read(each, outputs[i], value, ax));
   };
-  const leave = () => { at = null; cursor.setAttribute("visibility", "hidden"); hide(); };
+  const leave = () => {
+    at = null;
+    cursor.setAttribute("visibility", "hidden");
+    for (const output of [reading, ...outputs]) output.textContent = "";
+  };
   const follow = (event) => {
     const [ax] = axes(), box = frame.getBoundingClientRect(), xs = grid();
     if (!xs.length) return;

@@ -8,7 +8,7 @@ from ablation.palette import MATPLOTLIB_MARKERS, Look, look
 from ablation.results import Report
 from ablation.series import Series, late, series
 from ablation.statistics import Difference, Estimate
-from ablation.words import estimate, frontier, shortened
+from ablation.words import estimate, frontier, short_names
 from common.figures import legend, name_ticks, new_figure
 
 CAPTIONS = {
@@ -43,7 +43,7 @@ def curves(report: Report, x: str, y: str, log: bool) -> Any:
     losses = [value for line in shown for value in (_known(line.y[y]) if log else late(line, y))]
     _set_axis(axes, "x", x_axis(x, [place for line in shown for place in line.x[x]], log))
     _set_axis(axes, "y", loss_axis(y, losses, log))
-    legend(figure, lines, [shortened(variant.name, MAX_LABEL) for variant in report.variants])
+    legend(figure, _named(report, lines))
     return figure
 
 
@@ -71,7 +71,7 @@ def final(report: Report) -> Any:
     for row, found in enumerate(estimates):
         _row(left, row, found)
     _set_axis(left, "x", loss_axis("", _spans(estimates), label=report.metric_name))
-    name_ticks(left.yaxis, [shortened(variant.label, MAX_LABEL) for variant in report.variants])
+    name_ticks(left.yaxis, short_names([variant.label for variant in report.variants], MAX_LABEL))
     left.set_ylim(len(estimates) - 0.5, -0.5)
     if panels == 2:
         _differences(axes[1], report, differences)
@@ -129,8 +129,13 @@ def frontier_figure(report: Report) -> Any:
         lines += axes.plot(place, found.mean, marker, color=style.light, markersize=7, markeredgewidth=0)
     _set_axis(axes, "x", bytes_axis(variant.cache_bytes_per_token for variant in report.variants))
     _set_axis(axes, "y", loss_axis("", _spans(estimates), label=report.metric_name))
-    legend(figure, lines, [shortened(variant.name, MAX_LABEL) for variant in report.variants])
+    legend(figure, _named(report, lines))
     return figure
+
+
+def _named(report: Report, lines: Sequence[Any]) -> dict[str, Any]:
+    """Lines by name for a legend."""
+    return dict(zip(short_names([variant.name for variant in report.variants], MAX_LABEL), lines, strict=True))
 
 
 def _spans(estimates: Sequence[Estimate]) -> list[float]:

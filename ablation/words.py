@@ -56,7 +56,8 @@ def _leader(report: Report) -> list[str]:
     value = f"{fixed(found.mean, places(report))}{spread} {report.metric_name} ({_of_seeds(len(found.values))})"
     if len(means) == 1:
         return [f"{best.name} ends at {value}."]
-    return [f"Of {len(means)} variants, {best.name} ends lowest: {value}."] if means[0] < means[1] else []
+    noun = "variants" if report.command else "runs"
+    return [f"Of {len(means)} {noun}, {best.name} ends lowest: {value}."] if means[0] < means[1] else []
 
 
 def _of_seeds(count: int) -> str:
@@ -77,9 +78,12 @@ def frontier(report: Report) -> list[Variant]:
     return best
 
 
-def shortened(name: str, limit: int) -> str:
-    """A name without its middle, where it is longer than the limit."""
-    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-(limit - 1) // 2 :]}"
+def short_names(names: Sequence[str], limit: int) -> list[str]:
+    """Names without their middle where they are longer than the limit; as they are, where two would be the same."""
+    short = [
+        name if len(name) <= limit else f"{name[: limit // 2]}…{name[len(name) - (limit - 1) // 2 :]}" for name in names
+    ]
+    return short if len(set(short)) == len(names) else list(names)
 
 
 def _comparisons(report: Report) -> list[str]:

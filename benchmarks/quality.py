@@ -32,12 +32,11 @@ from benchmarks.train import SIZES, Size, check_not_shared, run_of
 from common.cli import Parser, number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
-from common.figures import check_writable
+from common.figures import check_writable, legend, new_figure, save
 from data.batches import check_split_lengths, count_windows, micro_batches, read_windows
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
 from training.evaluate import evaluate
-from training.monitor.plot import empty_axes, save_axes
 from training.state import TrainState
 from training.step import losses_of, train_step
 
@@ -200,17 +199,20 @@ def rows_of(curves: dict[str, list[Curve]], target: float | None) -> list[dict[s
 
 def draw(curves: dict[str, list[Curve]], path: Path, target: float | None) -> None:
     """A line for each recipe, the mean over its seeds, in a band from the best to the worst of them."""
-    figure, axes = empty_axes("", "seconds of training")
-    axes.set(ylabel="validation loss (nats per character)")
+    figure, axes = new_figure(7, 4)
+    axes.set(xlabel="seconds of training", ylabel="validation loss (nats per character)")
+    lines = {}
     for i, (name, of) in enumerate(curves.items()):
         columns = _by_mark(of)
         seconds = [statistics.fmean(mark.seconds for mark in marks) for marks in columns]
         losses = [[mark.loss for mark in marks] for marks in columns]
-        axes.plot(seconds, [statistics.fmean(each) for each in losses], "o-", color=f"C{i}", markersize=3, label=name)
+        means = [statistics.fmean(each) for each in losses]
+        (lines[name],) = axes.plot(seconds, means, "o-", color=f"C{i}", markersize=3)
         axes.fill_between(seconds, [*map(min, losses)], [*map(max, losses)], color=f"C{i}", alpha=0.2, linewidth=0)
     if target:
-        axes.axhline(target, color="gray", linewidth=0.8, linestyle="--", label=f"{target}")
-    save_axes(figure, axes, path)
+        lines[f"{target}"] = axes.axhline(target, color="gray", linewidth=0.8, linestyle="--")
+    legend(axes, lines)
+    save(figure, path)
 
 
 def _trained(

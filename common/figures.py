@@ -5,7 +5,7 @@ before anything is computed.
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,16 @@ def name_ticks(axis: Any, names: Sequence[str]) -> None:
         text.set_parse_math(False)
 
 
-def legend(owner: Any, lines: Sequence[Any], names: Sequence[str]) -> None:
-    """A legend with these names: of a figure, beside its axes; of axes, where they have room."""
+def legend(owner: Any, lines: Mapping[str, Any]) -> None:
+    """A legend of lines by name: of a figure, beside its axes; of axes, where they have room. None without lines."""
     from matplotlib.figure import Figure
 
+    if not lines:
+        return
     place = {"loc": "outside right upper"} if isinstance(owner, Figure) else {}
-    made = owner.legend(
-        lines, ["-"] * len(lines), fontsize="small", frameon=not place, **place
-    )  # it drops names with _
-    for text, name in zip(made.get_texts(), names, strict=True):
+    unnamed = ["-"] * len(lines)  # matplotlib itself would drop names that begin with _
+    made = owner.legend([*lines.values()], unnamed, fontsize="small", frameon=not place, **place)
+    for text, name in zip(made.get_texts(), lines, strict=True):
         label(text, name)
 
 

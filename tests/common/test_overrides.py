@@ -162,7 +162,7 @@ def test_command_in_any_environment_names_the_running_python(tmp_path, monkeypat
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(base)
     assert command("train.py") == "./python3.11 ../train.py"
-    assert command("-m training.monitor.plot") == f"PYTHONPATH={tmp_path} ./python3.11 -m training.monitor.plot"
+    assert command("-m training.run.replay") == f"PYTHONPATH={tmp_path} ./python3.11 -m training.run.replay"
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()

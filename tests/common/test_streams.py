@@ -64,7 +64,6 @@ def test_streams_lost_stdout_is_error_and_lost_stderr_is_ignored(tmp_path, how, 
         ("train.py --help", ">&-", 2, CLOSED),
         ("train.py foo", "2>&- <&-", 2, ""),
         ("sample.py -", "<&-", 2, "error: the prompt: stdin cannot be read: it is closed\n"),
-        ("-m training.monitor.plot --help", ">&-", 2, CLOSED),
     ],
 )
 def test_programs_lost_stdout_is_error(tmp_path, program, how, code, complaint):
@@ -117,7 +116,7 @@ def test_start_deleted_working_directory_is_one_line(tmp_path):
     assert (returned, out) == (2, "") and err.startswith("error: the working directory is gone (")
 
 
-PROGRAMS = ["train.py", "sample.py x", "-m training.monitor.plot x", "-m training.run.replay x"]
+PROGRAMS = ["train.py", "sample.py x", "-m training.run.replay x"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -149,7 +148,6 @@ sys.argv = {words!r}
         ("train.py", "common.streams"),
         ("train.py", "hydra"),
         ("sample.py", "common.cli"),
-        ("training.monitor.plot", "common.figures"),
         ("training.run.replay", "torch"),
     ],
 )
