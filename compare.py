@@ -47,9 +47,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare(args: argparse.Namespace) -> None:
+    from ablation.pages.files import write
+    from ablation.pages.table import terminal
     from ablation.report import report_on
-    from ablation.report_files import write
-    from ablation.table import terminal
     from common import process
     from common.console import to_stderr
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from ablation.curves import curve_of
 from ablation.decoding import decode_speeds
 from ablation.outcome import outcome_of
+from ablation.pages.words import summary
 from ablation.records import Record, read_record, short_name
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import Comparison, Estimate, compare, estimate
 from ablation.sweep.stored import Sweep, continue_command, read_outcomes, read_sweep
-from ablation.words import summary
 from common.console import counted
 from common.errors import UserError
 from model import cost

@@ -27,7 +27,9 @@ ORDER = {
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
     "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
     "step_memory step_time minutes dry_run",
-    "ablation": "statistics results match",
+    "ablation": "statistics results match outcome records curves decoding sweep pages report",
+    "ablation.sweep": "grid stored pace launch request plan study",
+    "ablation.pages": "formats words palette axes series columns table markdown tags charts html pictures files",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
@@ -103,7 +105,7 @@ def test_the_files_of_a_folder_stand_in_its_order():
                 assert other is None or other <= own, f"{name} imports {imported}"
 
 
-@pytest.mark.parametrize("folder", ["common", "training"])
+@pytest.mark.parametrize("folder", ["common", "training", "ablation"])
 def test_every_file_of_a_folder_has_a_place_in_its_order(folder):
     order = ORDER[folder].split()
     assert not [name for name in FILES if name.startswith(f"{folder}.") and place_in(order, folder, name) is None]

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ablation.pages.words import summary
 from ablation.results import Cell, Curve, Report, Variant
 from ablation.statistics import Comparison, Difference, Estimate
-from ablation.words import summary
 
 BYTES = 2.9  # of a token, in the made-up text
 CACHE = {"mha": 4096, "gqa": 1024, "mqa": 512, "mla": 640}

@@ -3,7 +3,7 @@
 import pytest
 from rich.cells import cell_len
 
-from ablation.table import terminal
+from ablation.pages.table import terminal
 from tests.ablation import support
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from ablation.axes import X_UNITS, bytes_axis, loss_axis, x_axis
-from ablation.palette import look
-from ablation.pictures import curves, figures, final
-from ablation.series import series
+from ablation.pages.axes import X_UNITS, bytes_axis, loss_axis, x_axis
+from ablation.pages.palette import look
+from ablation.pages.pictures import curves, figures, final
+from ablation.pages.series import series
 from common.figures import save
 from tests.ablation import support
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from ablation.formats import bytes_, compact, exact, fixed, interval, places, signed
+from ablation.pages.formats import bytes_, compact, exact, fixed, interval, places, signed
+from ablation.pages.words import estimate, verdict
 from ablation.results import Report, Variant
 from ablation.statistics import Difference, Estimate
-from ablation.words import estimate, verdict
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation import charts
-from ablation.axes import X_UNITS, Y_UNITS
-from ablation.columns import Column, Value, costs, results
-from ablation.formats import counted, exact, places
-from ablation.markdown import shown
-from ablation.palette import COLORS
+from ablation.pages import charts
+from ablation.pages.axes import X_UNITS, Y_UNITS
+from ablation.pages.columns import Column, Value, costs, results
+from ablation.pages.formats import counted, exact, places
+from ablation.pages.markdown import shown
+from ablation.pages.palette import COLORS
+from ablation.pages.tags import Markup, as_script, join, tag
 from ablation.results import Cell, Report
-from ablation.tags import Markup, as_script, join, tag
 
 HERE = Path(__file__).parent
 X_NAMES = {"tokens": "tokens", "seconds": "time", "flops": "FLOPs", "steps": "steps"}

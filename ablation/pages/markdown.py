@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ablation.columns import Column, costs, results
-from ablation.formats import exact
+from ablation.pages.columns import Column, costs, results
+from ablation.pages.formats import exact
 from ablation.results import Report
 from common.errors import escaped
 

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ablation.html import page
-from ablation.palette import COLORS
-from ablation.tags import VOID, as_script, tag
+from ablation.pages.html import page
+from ablation.pages.palette import COLORS
+from ablation.pages.tags import VOID, as_script, tag
 from common.errors import escaped
 from tests.ablation import support
 

@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ablation.axes import X_UNITS, Axis, bytes_axis, loss_axis, x_axis
-from ablation.palette import MATPLOTLIB_MARKERS, Look, look
+from ablation.pages.axes import X_UNITS, Axis, bytes_axis, loss_axis, x_axis
+from ablation.pages.palette import MATPLOTLIB_MARKERS, Look, look
+from ablation.pages.series import Series, late, series
+from ablation.pages.words import estimate, frontier, short_names
 from ablation.results import Report
-from ablation.series import Series, late, series
 from ablation.statistics import Difference, Estimate
-from ablation.words import estimate, frontier, short_names
 from common.figures import legend, name_ticks, new_figure
 
 CAPTIONS = {

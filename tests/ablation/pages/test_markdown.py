@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ablation.markdown import code, markdown, text
+from ablation.pages.markdown import code, markdown, text
 from tests.ablation import support
 
 PICTURES = {"curves.png": "Loss [curves]"}

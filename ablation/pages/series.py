@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ablation.axes import Y_UNITS
+from ablation.pages.axes import Y_UNITS
 from ablation.results import Curve, Variant
 
 SOURCES = ("val", "train")

@@ -6,8 +6,8 @@ from dataclasses import asdict, fields, replace
 
 import pytest
 
-from ablation import pictures
-from ablation.report_files import as_json, write
+from ablation.pages import pictures
+from ablation.pages.files import as_json, write
 from ablation.results import Report
 from common.errors import UserError
 from tests.ablation import support

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from ablation.pages.words import summary, verdict
 from ablation.statistics import Comparison
-from ablation.words import summary, verdict
 from tests.ablation import support
 
 

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ablation import html, pictures
-from ablation.markdown import markdown
+from ablation.pages import html, pictures
+from ablation.pages.markdown import markdown
 from ablation.results import Report
 from common.atomic_io import make_folder, write_atomic
 from common.errors import UserError, reason

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ablation.axes import X_UNITS, Y_UNITS, Axis, bytes_axis, loss_axis, x_axis
-from ablation.formats import bytes_, exact, fixed, signed
-from ablation.palette import COLORS, SHAPES, look
+from ablation.pages.axes import X_UNITS, Y_UNITS, Axis, bytes_axis, loss_axis, x_axis
+from ablation.pages.formats import bytes_, exact, fixed, signed
+from ablation.pages.palette import COLORS, SHAPES, look
+from ablation.pages.series import SOURCES, Line, Series, late, series
+from ablation.pages.tags import Markup, join, tag
+from ablation.pages.words import estimate, frontier, verdict
 from ablation.results import Report, Variant
-from ablation.series import SOURCES, Line, Series, late, series
 from ablation.statistics import Estimate
-from ablation.tags import Markup, join, tag
-from ablation.words import estimate, frontier, verdict
 from common.errors import escaped
 
 MAX_POINTS = 160  # of a line on the page

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ablation.formats import compact, counted, fixed, interval, p_value, places, signed
+from ablation.pages.formats import compact, counted, fixed, interval, p_value, places, signed
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import Difference, Estimate
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, chop_cells
 
-from ablation.columns import Column, costs, results
+from ablation.pages.columns import Column, costs, results
+from ablation.pages.words import outcome
 from ablation.results import Report
-from ablation.words import outcome
 from common.errors import escaped
 
 GAP = "  "
