@@ -188,8 +188,8 @@ def check_comparable(records: Sequence[Record], force: bool) -> list[str]:
     """Raise UserError for runs of different texts or vocabularies, unless forced -> what is to be said of them then."""
     first = records[0]
     notes = []
-    for what, value_of in (("corpus", _corpus_of), ("tokenizer", lambda record: record.tokenizer.hash)):
-        other = next((record for record in records if value_of(record) != value_of(first)), None)
+    for what, same in (("corpus", _same_corpus), ("tokenizer", _same_tokenizer)):
+        other = next((record for record in records if not same(first, record)), None)
         if other is None:
             continue
         if not force:
@@ -201,9 +201,15 @@ def check_comparable(records: Sequence[Record], force: bool) -> list[str]:
     return notes
 
 
-def _corpus_of(record: Record) -> Any:
-    """By its fingerprint; where one run has lost that, nothing speaks against the comparison but its settings."""
-    return record.corpus or repr(record.run.data)
+def _same_corpus(one: Record, other: Record) -> bool:
+    """By their fingerprints; by their settings where a run has no checkpoint that holds one."""
+    if one.corpus is None or other.corpus is None:
+        return one.run.data == other.run.data
+    return one.corpus == other.corpus
+
+
+def _same_tokenizer(one: Record, other: Record) -> bool:
+    return one.tokenizer.hash == other.tokenizer.hash
 
 
 def by_variant(members: Sequence[Member]) -> dict[str, list[Member]]:

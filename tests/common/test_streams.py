@@ -63,6 +63,7 @@ def test_streams_lost_stdout_is_error_and_lost_stderr_is_ignored(tmp_path, how, 
         ("sample.py --help", "| head -c 3", 0, ""),
         ("train.py --help", ">&-", 2, CLOSED),
         ("train.py foo", "2>&- <&-", 2, ""),
+        ("compare.py --help", ">&-", 2, CLOSED),
         ("sample.py -", "<&-", 2, "error: the prompt: stdin cannot be read: it is closed\n"),
     ],
 )
@@ -116,7 +117,7 @@ def test_start_deleted_working_directory_is_one_line(tmp_path):
     assert (returned, out) == (2, "") and err.startswith("error: the working directory is gone (")
 
 
-PROGRAMS = ["train.py", "sample.py x", "-m training.run.replay x"]
+PROGRAMS = ["train.py", "sample.py x", "compare.py x", "-m training.run.replay x"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -148,6 +149,7 @@ sys.argv = {words!r}
         ("train.py", "common.streams"),
         ("train.py", "hydra"),
         ("sample.py", "common.cli"),
+        ("compare.py", "common.cli"),
         ("training.run.replay", "torch"),
     ],
 )

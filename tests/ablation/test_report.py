@@ -1,0 +1,209 @@
+"""compare.py: every number of a report is that of the metrics files, and what cannot be compared is refused."""
+
+import json
+import math
+import statistics
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from ablation.report import labels_of, report_on
+from ablation.sweep.stored import SWEEPS
+from ablation.sweep.study import run_sweep
+from common.errors import UserError
+from tests.support import SMOKE, call, changed, composed_run
+from training.metrics_file import read_metrics
+from training.monitor.plot import PICTURE
+from training.run.config import compose
+
+TINY = [*SMOKE, "data.size=300", "steps=4", "eval_every=2", "save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a sweep of two attentions over three seeds, matched in parameters."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
+        patch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: 0.01)
+        typed = [*TINY, "attention=mha,mla", "seed=1,2,3", "match=params", "sweep=two", "hypothesis='MLA loses, 7 %'"]
+        assert run_sweep(typed, lambda words: call("train", words, patch, drawn=True)) == 0
+    return folder
+
+
+@pytest.fixture
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+    return place
+
+
+def compared(arguments, monkeypatch, capsys):
+    code = call("compare", arguments, monkeypatch)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_report_numbers_are_those_of_the_metrics_files(here, monkeypatch, capsys):
+    code, out, _ = compared([], monkeypatch, capsys)
+    assert code == 0 and "mla" in out
+    report = json.loads((SWEEPS / "two/report.json").read_text())
+    finals = {}
+    for variant in report["variants"]:
+        rows = {s: read_metrics(SWEEPS / f"two/{variant['name']},seed={s}/metrics.jsonl") for s in (1, 2, 3)}
+        for key in ("val_bpb", "val_loss"):
+            values = [of_seed[-1][key] for of_seed in rows.values()]
+            found = variant[key]
+            assert found["values"] == dict(zip("123", values, strict=True))
+            assert found["mean"] == pytest.approx(statistics.fmean(values), rel=1e-12)
+            assert found["sd"] == pytest.approx(statistics.stdev(values), rel=1e-12)
+            assert found["interval"] == pytest.approx(
+                stats.t.interval(0.95, 2, statistics.fmean(values), statistics.stdev(values) / math.sqrt(3)), rel=1e-9
+            )
+        finals[variant["name"]] = [of_seed[-1]["val_bpb"] for of_seed in rows.values()]
+        speeds = [
+            of_seed[-1]["tokens"] / sum(1024 / row["tokens_per_second"] for row in of_seed) for of_seed in rows.values()
+        ]
+        assert list(variant["tokens_per_second"]["values"].values()) == pytest.approx(speeds, rel=1e-9)
+        memory = [max(row["memory_bytes"] for row in of_seed) for of_seed in rows.values()]
+        assert list(variant["memory_bytes"]["values"].values()) == memory
+        assert variant["flops_per_token"] == pytest.approx(
+            rows[1][-1]["flops_per_second"] / rows[1][-1]["tokens_per_second"]
+        )
+        assert variant["tokens"] == rows[1][-1]["tokens"] and variant["steps"] == 4
+        curve = variant["curves"][0]
+        assert curve["train_loss"] == [row["train_loss"] for row in rows[1]]
+        assert curve["val_loss"] == [row["val_loss"] for row in rows[1] if "val_loss" in row]
+        assert curve["flops"] == pytest.approx([row["tokens"] * variant["flops_per_token"] for row in rows[1]])
+        assert variant["decode_tokens_per_second"] > 0
+    test = stats.ttest_rel(finals["attention=mla"], finals["attention=mha"])
+    difference = report["comparison"]["differences"]["attention=mla"]
+    assert difference["p"] == pytest.approx(test.pvalue, rel=1e-9)
+    low, high = test.confidence_interval()
+    assert difference["interval"] == pytest.approx([low, high], rel=1e-9)
+    assert report["hypothesis"] == "MLA loses, 7 %" and report["match"] == ["params"]
+    sizes = [variant["parameters_without_embedding"] for variant in report["variants"]]
+    assert max(sizes) / min(sizes) < 1.005
+    assert report["config_differences"]["attention._target_"]["attention=mla"].endswith("MLAConfig")
+    assert report["environment"]["packages"]["torch"] and len(report["cells"]) == 6
+
+
+def test_report_html_needs_no_network_and_states_the_numbers(here, monkeypatch, capsys):
+    assert compared(["sweeps/two", "-o", "out", "--no-decode"], monkeypatch, capsys)[0] == 0
+    page = (here / "out/report.html").read_text()
+    HTMLParser().feed(page)
+    assert "http" not in page.replace("http://www.w3.org/", "") and "attention=mla" in page
+    report = json.loads((here / "out/report.json").read_text())
+    assert repr(report["variants"][1]["val_bpb"]["mean"]) in page
+    assert {path.name for path in (here / "out").iterdir()} >= {"report.md", "report.json", "curves.png", "final.png"}
+
+
+def test_report_of_a_cell_that_is_missing_or_damaged_names_it(here, monkeypatch, capsys):
+    gone = SWEEPS / "two/attention=mla,seed=3"
+    metrics = SWEEPS / "two/attention=mla,seed=2/metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    gone.rename("aside")
+    metrics.write_text("".join([lines[0], "{nonsense\n", *lines[2:]]))
+    try:
+        code, out, _ = compared(["sweeps/two", "--no-decode", "-o", "out"], monkeypatch, capsys)
+    finally:
+        Path("aside").rename(gone)
+        metrics.write_text("".join(lines))
+    text = " ".join(out.split())
+    assert code == 0 and "attention=mla lacks seed 3" in text and "attention=mla,seed=3" in text
+    assert "not begun" in text and "1 damaged row of" in text
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["comparison"]["differences"]["attention=mla"]["seeds"] == [1, 2]
+
+
+def test_compare_two_ordinary_runs_have_no_p(here, monkeypatch, capsys):
+    runs = [f"sweeps/two/attention={name},seed=1" for name in ("mha", "mla")]
+    code, out, _ = compared([*runs, "--no-decode"], monkeypatch, capsys)
+    assert code == 0 and "no p" in out
+    report = json.loads(Path("report/report.json").read_text())
+    assert report["comparison"]["differences"][runs[1]]["p"] is None and report["command"] is None
+    assert report["config_differences"]["mlp.d_ff"] and Path("report/curves.png").is_file()
+
+
+def test_compare_runs_that_differ_in_the_seed_alone_are_one_variant(here):
+    folders = [SWEEPS / f"two/attention={name},seed={seed}" for name in ("mha", "mla") for seed in (1, 2)]
+    report = report_on(folders, decode=False)
+    assert [variant.name for variant in report.variants] == ["attention=mha", "attention=mla"]
+    assert report.comparison.differences["attention=mla"].p is not None
+    again = report_on([folders[2], folders[0]], decode=False, baseline=str(folders[0]))
+    assert again.comparison.baseline == str(folders[0])
+
+
+def test_compare_unfinished_run_is_drawn_and_not_compared(here, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("training.session.Session.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        call("train", [*TINY, "run_dir=stopped"], patch)
+    call("train", [*TINY, "run_dir=whole"], monkeypatch)
+    call("train", [*changed(TINY, "eval_every=0"), "run_dir=unscored"], monkeypatch)
+    rows = Path("unscored/metrics.jsonl").read_text().splitlines(keepends=True)
+    Path("unscored/metrics.jsonl").write_text("".join(rows[:-1]))
+    capsys.readouterr()
+    code, out, _ = compared(["whole", "stopped", "unscored", "--no-decode"], monkeypatch, capsys)
+    text = " ".join(out.split())
+    assert code == 0 and "stopped has not finished (stopped at step 2 of 4)" in text
+    assert "unscored is passed over: it has no validation loss yet" in text
+    assert json.loads(Path("report/report.json").read_text())["comparison"] is None
+
+
+def test_compare_other_texts_are_refused_unless_forced(here, monkeypatch, capsys):
+    call("train", [*TINY, "run_dir=a"], monkeypatch)
+    call("train", [*TINY[:2], "data.size=200", *TINY[3:], "run_dir=b"], monkeypatch)
+    call("train", [*TINY, "tokenizer=bpe", "tokenizer.vocab_size=300", "run_dir=c"], monkeypatch)
+    capsys.readouterr()
+    code, _, err = compared(["a", "b"], monkeypatch, capsys)
+    assert code == 2 and "a and b have not the same corpus, so their losses are of different things" in err
+    code, _, err = compared(["a", "c"], monkeypatch, capsys)
+    assert code == 2 and "a and c have not the same tokenizer" in err
+    code, out, _ = compared(["a", "c", "--force", "--no-decode"], monkeypatch, capsys)
+    assert code == 0 and "only bits per byte are comparable" in " ".join(out.split())
+
+
+REFUSED = {
+    "no folder": (["nothing"], "nothing is not a run"),
+    "a folder of something": (["cache"], "cache is not a run: it has no config.yaml"),
+    "a sweep beside others": (
+        ["sweeps/two", "sweeps/two/attention=mha,seed=1"],
+        "sweeps/two is a sweep: compare it alone",
+    ),
+    "no such baseline": (["--baseline", "gqa"], "--baseline gqa is no variant here: choose one of attention=mha"),
+    "no folder to write": (["-o", "sweeps/two/sweep.json/x"], "-o"),
+    "no such axis": (["--x", "miles"], "invalid choice: 'miles'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "complaint"), REFUSED.values(), ids=REFUSED)
+def test_compare_refuses_in_one_line(here, monkeypatch, capsys, arguments, complaint):
+    code, _, err = compared(arguments, monkeypatch, capsys)
+    assert code == 2 and complaint in err.splitlines()[-1] and err.count("error: ") == 1
+
+
+def test_compare_without_a_sweep_says_how_to_make_one(workplace, monkeypatch, capsys):
+    code, _, err = compared([], monkeypatch, capsys)
+    assert code == 2 and "there is no sweep in" in err and "train.py -m attention=mha,mla seed=1,2,3 makes one" in err
+
+
+def test_compare_sweep_without_a_finished_run_is_refused(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: 0.01)
+    assert run_sweep([*TINY, "seed=1,2", "sweep=none"], lambda words: 2) == 2
+    code, _, err = compared(["sweeps/none"], monkeypatch, capsys)
+    assert code == 2 and "no run of it has finished (seed=1: exit code 2; seed=2: exit code 2)" in err
+
+
+def test_labels_are_values_where_one_setting_varies():
+    assert labels_of(["attention=mha", "attention=mla"]) == {"attention=mha": "mha", "attention=mla": "mla"}
+    both = ["attention=mha,steps=3", "attention=mla,steps=3"]
+    assert labels_of(both) == {name: name for name in both}
+    assert labels_of(["these settings"]) == {"these settings": "these settings"}
+
+
+def test_compose_leaves_settings_of_the_command_aside():
+    assert compose(*TINY, "match=params", "minutes=3", "hypothesis=x") == composed_run(*TINY)
+    with pytest.raises(UserError, match="resume= goes on"):
+        compose("resume=latest")
