@@ -1,10 +1,12 @@
 """How fast trained models decode on this machine: one text, through the cache of each attention."""
 
+import logging
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.console import level_of_log
 from common.errors import NotFinite, UserError
 from generation.decode import generate
 from generation.sampler import Sampler
@@ -21,7 +23,11 @@ MAX_SECONDS = 10.0  # of one text
 def decode_speeds(folders: Sequence[Path]) -> list[float | None]:
     """New tokens per second of each run's newest model, in float32, the prompt not counted: the median of several
     rounds. None where the run has no whole checkpoint, or its output is not finite."""
-    models = [_model(folder) for folder in folders]
+    with level_of_log(logging.WARNING):  # which kernel runs is a matter of speed
+        return _measured([_model(folder) for folder in folders])
+
+
+def _measured(models: Sequence[TransformerLM | None]) -> list[float | None]:
     speeds: list[list[float]] = [[] for _ in models]
     for turn in range(ROUNDS + 1):
         for model, found in zip(models, speeds, strict=True):

@@ -43,6 +43,17 @@ def deferred_logging() -> Iterator[None]:
             log.handle(record)
 
 
+@contextmanager
+def level_of_log(level: int) -> Iterator[None]:
+    """A context in which only messages of at least this level are logged."""
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def to_stderr() -> None:
     """Send the program's log messages to stderr, one line each."""
     log.handlers[:] = [_Stderr()]

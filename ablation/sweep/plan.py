@@ -1,6 +1,7 @@
 """The plan of a sweep: budgets matched, a step of each variant timed, and all of it printed, before any training."""
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from ablation.sweep.grid import Cell
 from ablation.sweep.pace import Pace, pace_of, prepared
 from ablation.sweep.request import FREE, Request, by_variant
 from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, read_sweep
-from common.console import counted
+from common.console import counted, level_of_log
 from common.errors import UserError
 from common.streams import print_stderr
 from data.shards.prepare import Prepared
@@ -41,7 +42,7 @@ def planned(folder: Path, request: Request) -> Plan:
         print_stderr(line)
     first = {variant: cells[0] for variant, cells in by_variant(request.grid.cells).items()}
     runs = {variant: run_with(first[variant], added[variant]) for variant in first}
-    paces = {variant: pace_of(run, corpora[variant]) for variant, run in runs.items()}
+    paces = timed(runs, corpora)
     if request.settings.minutes is not None:
         for variant in measured(added, paces, request.settings.minutes):
             runs[variant] = run_with(first[variant], added[variant])
@@ -127,6 +128,13 @@ def matched(
         )
     found = match(to_match, request.settings.match, sizes.pop())
     return {**found.overrides, **known}, found.table
+
+
+def timed(runs: dict[str, Run], corpora: dict[str, Prepared]) -> dict[str, Pace]:
+    """Time a step of each variant. What is logged on the way, each run says again."""
+    print_stderr(f"timing       a step of {counted(len(runs), 'variant')}, some seconds each")
+    with level_of_log(logging.WARNING):
+        return {variant: pace_of(run, corpora[variant]) for variant, run in runs.items()}
 
 
 def measured(added: dict[str, list[str]], paces: dict[str, Pace], minutes: float) -> Iterator[str]:

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ablation.outcome import exit_in_words, is_complete, outcome_of
@@ -62,6 +62,8 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             if os.listdir(folder) == [".lock"]:
                 shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):  # other sweeps are in it
+                    SWEEPS.rmdir()
 
 
 def run_cells(plan: Plan, launcher: Launcher) -> int:
