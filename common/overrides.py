@@ -60,6 +60,9 @@ def sweep_overrides(typed: Sequence[str]) -> list[str] | None:
     asks for help. Raises UserError for another flag beside it."""
     if not any(map(_is_multirun, typed)) or not HELP.isdisjoint(typed):
         return None
+    hydras = next((word for word in typed if re.match(r"\+*hydra[./]", word) and "searchpath" not in word), None)
+    if hydras is not None:
+        raise UserError(f"{hydras} does nothing in a sweep: train.py runs it itself, one run after the other")
     overrides = [word for word in typed if not _is_multirun(word)]
     flag = next((word for word in overrides if word.startswith("-") and "=" not in word), None)
     if flag is not None:

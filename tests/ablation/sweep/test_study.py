@@ -146,6 +146,7 @@ REFUSED = {
     "a folder of one run": (["seed=1,2", "run_dir=here"], "run_dir= is the folder of one run: name the sweep instead"),
     "a run to go on": (["seed=1,2", "resume=latest"], "resume= continues one run: leave it out"),
     "what is of the whole": (["match=none,params"], "match is of the whole sweep"),
+    "another launcher": (["seed=1,2", "hydra/launcher=joblib"], "hydra/launcher=joblib does nothing in a sweep"),
     "no budget": (["seed=1,2", "match=all"], "match.0=all: choose params, flops or cache"),
     "a name with a slash": (["seed=1,2", "sweep=a/b"], "sweep=a/b"),
     "nothing to match": (["seed=1,2", "match=params"], "match=params compares variants"),
