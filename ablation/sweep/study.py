@@ -21,7 +21,7 @@ from ablation.sweep.request import default_name, requested
 from ablation.sweep.stored import SWEEPS, PlannedCell, continue_command, read_outcomes, record_outcome, write_sweep
 from common import process
 from common.atomic_io import exists, make_folder
-from common.console import clock, counted, to_stderr
+from common.console import counted, to_stderr
 from common.errors import UserError, reason
 from common.invocation import command
 from common.lock import lock
@@ -75,7 +75,7 @@ def run_cells(plan: Plan, launcher: Launcher) -> int:
     for i, cell in enumerate(plan.left):
         pace = (time.monotonic() - begun) / sum(seconds[:i]) if i else 1.0
         where = f"{numbers[cell.name]} of {len(plan.cells)}"
-        print_stderr(f"{where}: {cell.name.replace(',', ' ')}, about {clock(sum(seconds[i:]) * pace)} left")
+        print_stderr(f"{where}: {cell.name.replace(',', ' ')}, about {sum(seconds[i:]) * pace / 60:.0f} min left")
         try:
             run_cell(plan, cell, launcher)
         except Interrupted as stop:
