@@ -27,7 +27,7 @@ class Plan(NamedTuple):
     cells: list[PlannedCell]  # of this command
     left: list[PlannedCell]  # those of them that are not complete
     runs: dict[str, Run]  # by variant, with what matching and measuring added
-    paces: dict[str, Pace]  # by variant
+    paces: dict[str, Pace]  # by variant, of those with cells left
 
 
 def planned(folder: Path, request: Request) -> Plan:
@@ -42,12 +42,12 @@ def planned(folder: Path, request: Request) -> Plan:
         print_stderr(line)
     first = {variant: cells[0] for variant, cells in by_variant(request.grid.cells).items()}
     runs = {variant: run_with(first[variant], added[variant]) for variant in first}
-    paces = timed(runs, corpora)
+    cells = _planned_cells(request)
+    left = [cell for cell in cells if not is_complete(folder / cell.name)]
+    paces = timed({variant: runs[variant] for variant in by_variant(left)}, corpora)
     if request.settings.minutes is not None:
         for variant in measured(added, paces, request.settings.minutes):
             runs[variant] = run_with(first[variant], added[variant])
-    cells = _planned_cells(request)
-    left = [cell for cell in cells if not is_complete(folder / cell.name)]
     plan = Plan(folder, combined(request, before, added, lines, runs), cells, left, runs, paces)
     if before is not None:
         check_same_settings(folder, before, plan.sweep)
@@ -132,7 +132,8 @@ def matched(
 
 def timed(runs: dict[str, Run], corpora: dict[str, Prepared]) -> dict[str, Pace]:
     """Time a step of each variant. What is logged on the way, each run says again."""
-    print_stderr(f"timing       a step of {counted(len(runs), 'variant')}, some seconds each")
+    if runs:
+        print_stderr(f"timing       a step of {counted(len(runs), 'variant')}, some seconds each")
     with level_of_log(logging.WARNING):
         return {variant: pace_of(run, corpora[variant]) for variant, run in runs.items()}
 
@@ -191,8 +192,8 @@ def _planned_cells(request: Request) -> list[PlannedCell]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """All settings but the seed, as they are read back."""
-    return {name: value for name, value in json.loads(json.dumps(dump(run))).items() if name != "seed"}
+    """All settings that make the variant, as they are read back."""
+    return {name: value for name, value in json.loads(json.dumps(dump(run))).items() if name not in ("seed", "dry_run")}
 
 
 def print_plan(plan: Plan, max_minutes: float | None) -> None:
@@ -203,12 +204,14 @@ def print_plan(plan: Plan, max_minutes: float | None) -> None:
     done = f"; {complete} of them are done" if complete else ""
     runs = f"{counted(len(plan.cells), 'run')} of {counted(len(plan.runs), 'variant')}"
     print_stderr(f"sweep        {plan.folder}: {runs}{over}{done}")
+    if not plan.left:
+        return
     minutes = sum(seconds_of(plan, cell) for cell in plan.left) / 60
-    each = ", ".join(f"{name} {pace.seconds(plan.runs[name]) / 60:.2g}" for name, pace in plan.paces.items())
-    print_stderr(f"time         about {minutes:.2g} minutes in all; of a run {each}")
+    each = ", ".join(f"{name} {pace.seconds(plan.runs[name]) / 60:.1f}" for name, pace in plan.paces.items())
+    print_stderr(f"time         about {minutes:.1f} minutes in all; of a run {each}")
     if max_minutes is not None and minutes > max_minutes:
         raise UserError(
-            f"max_minutes={max_minutes:g}: this sweep would take about {minutes:.0f} minutes: give fewer values or "
+            f"max_minutes={max_minutes:g}: this sweep would take about {minutes:.1f} minutes: give fewer values or "
             "steps, or a larger max_minutes="
         )
 
