@@ -50,7 +50,7 @@ def main() -> None:
 
         sweep = sweep_overrides(sys.argv[1:])
         if sweep is not None:
-            from ablation.sweep.study import run_sweep
+            from ablation.sweep.run import run_sweep
 
             sys.exit(run_sweep(sweep))
 

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.cli import out_of_memory
 from common.console import level_of_log
-from common.errors import NotFinite, UserError
+from common.errors import NotFinite, Unsupported, UserError
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -58,6 +59,10 @@ def _speed(model: TransformerLM) -> float | None:
             count += 1
             if time.perf_counter() - begun > MAX_SECONDS:
                 break
-    except (NotFinite, StopIteration):
+    except (NotFinite, Unsupported, UserError, StopIteration):
+        return None
+    except (RuntimeError, MemoryError) as error:
+        if out_of_memory(error) is None:
+            raise
         return None
     return count / (time.perf_counter() - begun) if count else None

@@ -3,9 +3,8 @@
 import os
 import signal
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from ablation.results import State
 from common.atomic_io import exists
 from common.console import counted
 from common.errors import UserError, reason
@@ -16,6 +15,7 @@ from training.run.config import Run
 from training.run.folder import read_config
 
 METRICS = "metrics.jsonl"
+State = Literal["finished", "diverged", "failed", "unfinished", "missing", "damaged", "altered"]
 
 
 class Outcome(NamedTuple):

@@ -4,6 +4,9 @@ A sweep has its cells; other runs are put together by their settings: those that
 variant.
 """
 
+import json
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,17 +14,22 @@ from typing import Any, NamedTuple
 
 from ablation.curves import curve_of
 from ablation.decoding import decode_speeds
-from ablation.outcome import outcome_of
+from ablation.match import measure
+from ablation.outcome import Outcome, outcome_of
 from ablation.pages.words import summary
 from ablation.records import Record, read_record, short_name
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import Comparison, Estimate, compare, estimate
-from ablation.sweep.stored import Sweep, continue_command, read_outcomes, read_sweep
+from ablation.sweep.stored import Sweep, read_outcomes, read_sweep, sweep_command
 from common.console import counted
 from common.errors import UserError
 from model import cost
+from training.run.config import flatten_config
 
-METRICS = {"val_bpb": "bits per byte", "val_loss": "nats per token"}
+UNITS = {"val_bpb": "bits per byte", "val_loss": "nats per token"}
+UNKNOWN = Estimate({}, math.nan, None, None)
+CHOSEN_LATER = (None, "auto")  # settings of a sweep that each run fills in
+MACHINES = {"git_commit": "commit", "packages": "versions", "platform": "machine", "gpu": "GPU", "threads": "threads"}
 ENVIRONMENT = ("python", "platform", "packages", "threads", "gpu", "git_commit", "git_changes")
 
 
@@ -60,24 +68,26 @@ def report_on(
     if decode:
         speeds = decode_speeds([members[0].record.folder for members in groups.values()])
         variants = [replace(one, decode_tokens_per_second=speed) for one, speed in zip(variants, speeds, strict=True)]
-    metric = "val_bpb" if all(_scored(member, "val_bpb") for member in selection.members) else "val_loss"
+    metric = metric_of([member.record for member in selection.members], selection.members)
+    if len({member.record.tokenizer.hash for member in selection.members}) > 1:
+        variants = [replace(variant, val_loss=UNKNOWN) for variant in variants]  # nats per token of unlike tokens
     report = Report(
         title=selection.title,
-        command=None if selection.sweep is None else continue_command(selection.sweep),
+        command=None if selection.sweep is None else "\n".join(map(sweep_command, selection.sweep.commands)),
         hypothesis=None if selection.sweep is None else selection.sweep.hypothesis,
         match=[] if selection.sweep is None else selection.sweep.match,
         metric=metric,
-        metric_name=METRICS[metric],
+        metric_name=UNITS[metric],
         comparison=comparison_of(variants, metric, selection),
         variants=variants,
         cells=selection.cells,
         summary=[],
-        notes=[*notes, *seed_notes(variants)],
+        notes=[*notes, *seed_notes(groups), *machine_notes([member.record for member in selection.members])],
         config_differences=config_differences(groups),
         environment=environment_of([member.record for member in selection.members]),
         data=data_of([member.record for member in selection.members]),
     )
-    return replace(report, summary=summary(report))
+    return replace(report, summary=[*summary(report), *equal_time(selection.sweep, variants)])
 
 
 def select(folders: Sequence[Path]) -> Selection:
@@ -97,10 +107,9 @@ def select_cells(folder: Path, sweep: Sweep) -> Selection:
     members, cells, notes = [], [], []
     for planned in sweep.cells:
         place = folder / planned.name
-        found = outcome_of(place, outcomes.get(planned.name))
-        cell = Cell(planned.name, planned.variant, planned.seed, str(place), found.state, found.detail, None, None)
-        if found.state == "finished":
-            record = read_record(place)
+        found, record = recorded_outcome(place, outcomes.get(planned.name), sweep.settings[planned.variant])
+        cell = new_cell(planned.name, planned.variant, planned.seed, place, found)
+        if record is not None:
             cell, more = scored(cell, record)
             notes += more
             members.append(Member(cell, cell.variant, labels[cell.variant], record.run.seed, record))
@@ -108,13 +117,45 @@ def select_cells(folder: Path, sweep: Sweep) -> Selection:
     return Selection(folder.name, members, cells, notes, sweep)
 
 
+def recorded_outcome(folder: Path, recorded: str | None, settings: Mapping[str, Any]) -> tuple[Outcome, Record | None]:
+    """What became of a sweep's cell, and its record where it counts. settings: the sweep's for its variant; a cell that
+    somebody trained on with others is no longer a run of the sweep."""
+    found = outcome_of(folder, recorded)
+    if found.state != "finished":
+        return found, None
+    try:
+        record = read_record(folder)
+    except UserError as fault:
+        return Outcome("damaged", str(fault)), None
+    for key, value in flatten_config(settings).items():
+        own = record.settings.get(key, value)
+        if value not in CHOSEN_LATER and json.dumps(own) != json.dumps(value):
+            return Outcome("altered", f"trained with {key}={own}, the sweep has {value}"), None
+    return found, record
+
+
+def new_cell(name: str, variant: str, seed: int | None, folder: Path, found: Outcome) -> Cell:
+    """A cell without its losses."""
+    return Cell(
+        name=name,
+        variant=variant,
+        seed=seed,
+        folder=str(folder),
+        state=found.state,
+        detail=found.detail,
+        val_loss=None,
+        val_bpb=None,
+    )
+
+
 def select_runs(folders: Sequence[Path]) -> Selection:
     """Runs of their own. One without a final loss stands with its last evaluation, and is not compared."""
     members, cells, notes = [], [], []
-    for folder in dict.fromkeys(folders):
+    named = [folder for folder in folders if not os.path.isfile(folder)]  # sweeps/NAME/* has a report's files, too
+    for folder in dict.fromkeys(named or folders):
         record = read_record(folder)
         name = str(folder)
-        cell = Cell(name, name, record.run.seed, name, *record.outcome, None, None)
+        cell = new_cell(name, name, record.run.seed, folder, record.outcome)
         if last_scored(record) is None:
             notes.append(f"{folder} is passed over: it has no validation loss yet")
             cells.append(cell)
@@ -201,6 +242,16 @@ def check_comparable(records: Sequence[Record], force: bool) -> list[str]:
     return notes
 
 
+def metric_of(records: Sequence[Record], members: Sequence[Member]) -> str:
+    """Bits per byte; nats per token where a run of an old format has only these. Raises UserError where these would be
+    of unlike tokens."""
+    if all(_scored(member, "val_bpb") for member in members):
+        return "val_bpb"
+    if len({record.tokenizer.hash for record in records}) > 1:
+        raise UserError("these runs have not the same tokenizer, and not all of them recorded bits per byte")
+    return "val_loss"
+
+
 def _same_corpus(one: Record, other: Record) -> bool:
     """By their fingerprints; by their settings where a run has no checkpoint that holds one."""
     if one.corpus is None or other.corpus is None:
@@ -232,27 +283,27 @@ def ordered(groups: dict[str, list[Member]], baseline: str | None) -> dict[str, 
 
 def variant_of(members: list[Member], sweep: Sweep | None) -> Variant:
     first = members[0].record
-    parameters = first.parameters
-    matched = [] if sweep is None else sweep.added.get(members[0].variant, [])
-    bpb = by_seed(members, lambda member: member.cell.val_bpb)
+    run = first.run
+    added = [] if sweep is None else sweep.added.get(members[0].variant, [])
+    cache = cost.cache_bytes(first.model, run.model.context_length)
     return Variant(
         name=members[0].variant,
         label=members[0].label,
-        val_bpb=bpb or Estimate({}, float("nan"), None, None),
+        val_bpb=by_seed(members, lambda member: member.cell.val_bpb) or UNKNOWN,
         val_loss=by_seed(members, lambda member: member.cell.val_loss),
-        parameters=sum(parameters.values()),
-        parameters_without_embedding=sum(parameters[part] for part in ("attention", "mlp", "norms")),
+        parameters=sum(first.parameters.values()),
+        parameters_without_embedding=measure("params", run.model, first.tokenizer.vocab_size),
         flops_per_token=first.flops_per_token,
-        cache_bytes_per_token=cost.cache_bytes_per_token(first.model),
-        cache_bytes_full=cost.cache_bytes(first.model, first.run.model.context_length),
-        context_length=first.run.model.context_length,
-        steps=first.run.steps,
-        tokens=first.run.steps * first.run.batch_tokens,
+        cache_bytes_per_token=cache / run.model.context_length,
+        cache_bytes_full=cache,
+        context_length=run.model.context_length,
+        steps=first.rows[-1]["step"],
+        tokens=first.rows[-1]["step"] * run.batch_tokens,
         minutes=by_seed(members, lambda member: member.record.seconds[-1] / 60),
         tokens_per_second=by_seed(members, _speed),
         decode_tokens_per_second=None,
         memory_bytes=by_seed(members, lambda member: member.record.memory_bytes),
-        matched=dict(word.split("=", 1) for word in matched),
+        matched=dict(word.split("=", 1) for word in added if not word.startswith("steps=")),
         curves=[curve_of(member.record, member.seed) for member in members],
     )
 
@@ -280,17 +331,32 @@ def comparison_of(variants: Sequence[Variant], metric: str, selection: Selection
     return compare(table, variants[0].name)
 
 
-def seed_notes(variants: Sequence[Variant]) -> list[str]:
+def seed_notes(groups: Mapping[str, list[Member]]) -> list[str]:
     """What the seeds leave open."""
-    seeds = {variant.name: set(variant.val_loss.values) for variant in variants}
+    seeds = {name: {member.seed for member in members} for name, members in groups.items()}
     every = set().union(*seeds.values())
-    if len(every) == 1 or all(len(own) == 1 for own in seeds.values()):
+    if all(len(own) == 1 for own in seeds.values()):
         return ["one seed of each variant: no interval and no p; the noise between seeds is not known"]
     return [
         f"{name} lacks {'seed' if len(every - own) == 1 else 'seeds'} {', '.join(map(str, sorted(every - own)))}"
         for name, own in seeds.items()
         if own != every
     ]
+
+
+def machine_notes(records: Sequence[Record]) -> list[str]:
+    """Where runs come from unlike programs or machines, which can move losses a little and speeds a lot."""
+    found = environment_of(records)
+    unlike = [words for key, words in MACHINES.items() if isinstance(found[key], list)]
+    return [f"the runs have not the same {' and '.join(unlike)}: see the environment"] if unlike else []
+
+
+def equal_time(sweep: Sweep | None, variants: Sequence[Variant]) -> list[str]:
+    """The sentence on a budget of minutes."""
+    if sweep is None or sweep.minutes is None:
+        return []
+    steps = ", ".join(f"{variant.name} {variant.steps:,}" for variant in variants)
+    return [f"At equal training time, {sweep.minutes:g} minutes as measured before the first run: steps of {steps}."]
 
 
 def config_differences(groups: Mapping[str, list[Member]]) -> dict[str, dict[str, Any]]:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ablation.outcome import State
 from ablation.statistics import Comparison, Estimate
-
-State = Literal["finished", "diverged", "failed", "unfinished", "missing", "damaged"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Curve:
     tokens: list[int]
     seconds: list[float]  # of training, evaluation and saving not counted
     flops: list[float]
-    train_loss: list[float | None]  # nats per token, running mean
+    train_loss: list[float | None]  # nats per token, the mean over the steps since the point before
     train_bpb: list[float | None]  # the same in bits per byte
     val_step: list[int]  # of evaluations, the last of which is on the whole validation set
     val_tokens: list[int]  # trained on by then
@@ -53,7 +52,7 @@ class Variant:
     parameters: int
     parameters_without_embedding: int  # nor head nor positions
     flops_per_token: float  # of training
-    cache_bytes_per_token: int  # KV cache in float32, all layers
+    cache_bytes_per_token: float  # KV cache in float32, all layers: of a full context, by its tokens
     cache_bytes_full: int  # of a full context
     context_length: int
     steps: int
@@ -69,7 +68,7 @@ class Variant:
 @dataclass(frozen=True)
 class Report:
     title: str  # the sweep's name, or "A and B"
-    command: str | None  # that made the sweep
+    command: str | None  # that made the sweep; several, a line each, where later ones added to it
     hypothesis: str | None  # stated before it ran
     match: list[str]  # budgets that were matched
     metric: Literal["val_bpb", "val_loss"]  # what `comparison` is of

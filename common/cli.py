@@ -20,14 +20,11 @@ FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE
 
 
 @contextmanager
-def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Turn a UserError, a kernel that does not run here, an output that is not finite, too little memory, a package
     that is not installed, or a file or a stdout that cannot be read or written, into one line on stderr and exit code
     2, and Ctrl-C into one word and exit code 130. A reader of stdout that leaves early ends the program quietly.
-    Anything else is a fault of the program and keeps its traceback.
-
-    failed: in a sweep, the list that the line is added to; the other runs go on.
-    """
+    Anything else is a fault of the program and keeps its traceback."""
     line = None
     try:
         with all_written():
@@ -36,7 +33,7 @@ def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
         process.end_at_once()
         print_stderr("interrupted")
         sys.exit(130)
-    except StdoutLost as error:  # in a sweep, the runs that follow have lost it as well
+    except StdoutLost as error:
         if not error.reader_left:
             fail(f"stdout cannot be written: {reason(error)}")
         sys.exit(0)
@@ -44,17 +41,9 @@ def one_line_errors(failed: list[str] | None = None) -> Iterator[None]:
         line = _user_line(error)
         if line is None:
             raise
-    if failed is None:
-        process.end_at_once()
+    process.end_at_once()
     if line is not None:
-        _report(line, failed)
-
-
-def _report(line: str, failed: list[str] | None) -> None:
-    if failed is None:
         fail(line)
-    print_stderr(f"error: {line}")
-    failed.append(line)
 
 
 def _user_line(error: Exception) -> str | None:

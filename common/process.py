@@ -11,6 +11,8 @@ import signal
 import sys
 
 MIN_PYTHON = (3, 11)
+PARENT = "HEADROOM_PARENT"  # environment variable: the process whose end stops this one, as a sweep's stops its run
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _owns_process = False  # not so in a test or a notebook that calls a program as a function
 
 
@@ -21,6 +23,7 @@ def start(*packages: str) -> None:
     global _owns_process
     _owns_process = True
     end_at_once()
+    _end_with_parent()
     if sys.version_info < MIN_PYTHON:
         needed = ".".join(map(str, MIN_PYTHON))
         sys.stderr.write(f"error: Headroom needs Python {needed} or newer, this is {sys.version.split()[0]}\n")
@@ -41,6 +44,18 @@ def start(*packages: str) -> None:
         if importlib.util.find_spec(package) is None:
             streams.print_stderr(f"error: {how_to_install(package)}")
             sys.exit(2)
+
+
+def _end_with_parent() -> None:
+    """Where PARENT names a process, have the system send SIGTERM when that ends, however it does. On Linux only."""
+    parent = os.environ.pop(PARENT, "")
+    if not parent.isdecimal() or sys.platform != "linux":
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it ended before
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def end_at_once() -> None:

@@ -355,7 +355,7 @@ def frontier_chart(report: Report) -> Markup:
         if found.interval:
             low, high = (percent(1 - axis_y.place(bound)) for bound in found.interval)
             pieces.append(tag("line", x1=x, x2=x, y1=low, y2=high, class_=f"span c{color(i)}"))
-        size = f"{variant.cache_bytes_per_token:,} bytes per token ({bytes_(variant.cache_bytes_per_token)})"
+        size = f"{variant.cache_bytes_per_token:,.0f} bytes per token ({bytes_(variant.cache_bytes_per_token)})"
         tip = f"{escaped(variant.name)}\n{size}\n{_tip(found)}"
         pieces.append(told_marker(i, x, percent(1 - axis_y.place(found.mean)), tip))
     text = f"Final loss of {len(estimates)} variants against the bytes that their cache takes per token."

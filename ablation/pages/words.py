@@ -3,12 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+from ablation.match import TOLERANCE
 from ablation.pages.formats import compact, counted, fixed, interval, p_value, places, signed
 from ablation.results import Cell, Report, Variant
-from ablation.statistics import Difference, Estimate
+from ablation.statistics import LEVEL, Difference, Estimate
 
-ALPHA = 0.05
-MATCHED = 0.005  # relative spread up to which a budget counts as equal
 MAX_SENTENCES = 3  # of variants that are not distinguishable: more of them share one sentence
 BUDGETS: dict[str, tuple[str, Callable[[Variant], float]]] = {
     "params": ("parameters (without embedding, head and positions)", lambda v: v.parameters_without_embedding),
@@ -30,7 +29,7 @@ def verdict(difference: Difference | None) -> str:
 
 
 def is_distinguishable(difference: Difference) -> bool:
-    return difference.p_corrected is not None and difference.p_corrected < ALPHA
+    return difference.p_corrected is not None and difference.p_corrected < LEVEL
 
 
 def _direction(difference: Difference) -> str:
@@ -128,7 +127,7 @@ def _certainty(report: Report, found: Difference) -> str:
     compared = sum(other.p is not None for other in report.comparison.differences.values())
     corrected = f" corrected for {compared} comparisons" if compared > 1 else ""
     shown = f"95 % interval {interval(found.interval, places(report))}, " if found.interval else ""
-    if corrected and found.p < ALPHA <= found.p_corrected:
+    if corrected and found.p < LEVEL <= found.p_corrected:
         corrected += f", {found.p:.3f} before"
     method = "; Welch's test, since no seeds are common" if found.method == "Welch" else ""
     return f"{shown}{p_value(found.p_corrected)}{corrected}{method}"
@@ -169,7 +168,7 @@ def _budget(report: Report, name: str) -> str:
     off = max(abs(value_of(variant) - reference) / max(reference, 1) for variant in report.variants)
     if off == 0:
         return f"At equal {words}: {compact(reference)} each."
-    if off < MATCHED:
+    if off < TOLERANCE:
         return f"At equal {words}: within {_percent(off)} of {compact(reference)}."
     return f"{words[0].upper()}{words[1:]} were to be matched, but differ by up to {_percent(off)}."
 
@@ -183,7 +182,7 @@ def _unmatched(report: Report) -> list[str]:
     sentences = []
     for name, (words, value_of) in BUDGETS.items():
         values = [value_of(variant) for variant in report.variants]
-        if name in report.match or max(values) - min(values) <= MATCHED * max(values):
+        if name in report.match or max(values) - min(values) <= TOLERANCE * max(values):
             continue
         sentences.append(_caches(report) if name == "cache" else _unequal(report, words, value_of))
     return sentences
@@ -193,7 +192,7 @@ def _caches(report: Report) -> str:
     """Cache bytes per token, by name; variants of equal ones together."""
     by_bytes: dict[int, list[str]] = {}
     for variant in report.variants:
-        by_bytes.setdefault(variant.cache_bytes_per_token, []).append(variant.name)
+        by_bytes.setdefault(round(variant.cache_bytes_per_token), []).append(variant.name)
     groups = sorted(by_bytes.items())
     if len(report.variants) > 6:
         return _unequal(report, *BUDGETS["cache"])

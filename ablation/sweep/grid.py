@@ -13,10 +13,12 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from ablation.sweep.stored import PlannedCell
 from common.conf_files import choices, hydra_initialized, is_group
 from common.errors import UserError
 from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments
 from common.suggestions import Known, known_settings, no_such_setting
+from training.run.config import OF_COMMANDS
 
 SEED = "seed"
 MAX_NAME = 150  # characters of a cell's name: a folder's has at most 255 bytes
@@ -29,55 +31,56 @@ class Override(NamedTuple):
     word: str  # as Hydra takes it, with its quotes: key=value
 
 
-class Axis(NamedTuple):
+class Varying(NamedTuple):
+    """A setting that varies, and its values."""
+
     key: str
     values: list[Override]
-
-
-class Cell(NamedTuple):
-    """One run of a sweep."""
-
-    name: str  # also that of its folder
-    variant: str  # the name without the seed
-    seed: int | None  # None where no seed varies
-    overrides: list[str]  # all of them, as Hydra takes them
 
 
 class Grid(NamedTuple):
     """A sweep before anything of it is composed."""
 
-    fixed: list[str]  # the overrides that are the same in all cells
-    axes: list[Axis]
-    cells: list[Cell]  # by seed, and within a seed by variant: a sweep that is stopped has whole comparisons
+    command: list[str]  # overrides of the command itself, such as match=
+    fixed: list[str]  # those of a run that are the same in all cells
+    varying: list[Varying]
+    cells: list[PlannedCell]  # by seed, and within a seed by variant: a sweep that is stopped has whole comparisons
 
 
-def grid_of(typed: Sequence[str], varying: Collection[str] = ()) -> Grid:
-    """typed: the overrides on the command line; varying: settings that vary in the sweep that they add to, be it with
+def grid_of(typed: Sequence[str], before: Collection[str] = ()) -> Grid:
+    """typed: the overrides on the command line; before: settings that vary in the sweep that they add to, be it with
     one value here. Raises UserError for what cannot be read, and where nothing varies."""
     optional = {key_of(word) for word in typed if word.startswith(WHERE_IT_EXISTS)}
     words = hydra_arguments([*(word.removeprefix(WHERE_IT_EXISTS) for word in typed), "-m"])[:-1]
-    fixed, axes = _parsed(words)
-    axes += _axes_of_experiment(fixed, {key_of(word) for word in words})
-    if not axes and not varying:
-        raise UserError(
-            "-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2,3"
-        )
-    named = {SEED, *varying}
-    axes += [Axis(one.key, [one]) for one in fixed if one.key in named]
-    fixed = [one for one in fixed if one.key not in named]
-    axes.sort(key=lambda axis: (axis.key == SEED, not is_group(axis.key), axis.key))  # as names have them
-    count = math.prod(len(axis.values) for axis in axes)
+    fixed, varying = _parsed(words)
+    varying += _varying_of_experiment(fixed, {key_of(word) for word in words})
+    if not varying and not before:
+        raise UserError("-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2")
+    named = {SEED, *before}
+    varying += [Varying(one.key, [one]) for one in fixed if one.key in named]
+    varying.sort(key=lambda one: (one.key == SEED, not is_group(one.key), one.key))  # as names have them
+    _check_varying(varying)
+    rest = [one for one in fixed if one.key not in named]
+    command = [one.word for one in rest if one.key in OF_COMMANDS]
+    own = [one for one in rest if one.key not in OF_COMMANDS]
+    return Grid(command, [one.word for one in own], varying, list(_cells(own, varying, optional)))
+
+
+def _check_varying(varying: Sequence[Varying]) -> None:
+    of_command = next((one.key for one in varying if one.key in OF_COMMANDS), None)
+    if of_command:
+        raise UserError(f"{of_command} is of the whole sweep, and cannot vary within it: give it one value")
+    count = math.prod(len(one.values) for one in varying)
     if count > MAX_CELLS:
         raise UserError(f"this sweep would be {count:,} runs, {MAX_CELLS:,} are the most: give fewer values")
-    return Grid([one.word for one in fixed], axes, list(_cells(fixed, axes, optional)))
 
 
-def _parsed(words: Sequence[str]) -> tuple[list[Override], list[Axis]]:
+def _parsed(words: Sequence[str]) -> tuple[list[Override], list[Varying]]:
     """Split overrides into those of one value and those of several."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    fixed, axes = [], []
+    fixed, varying = [], []
     with hydra_initialized():
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         for word in words:
@@ -87,8 +90,8 @@ def _parsed(words: Sequence[str]) -> tuple[list[Override], list[Axis]]:
                 continue
             key = override.get_key_element()
             values = [Override(key_of(word), f"{key}={value}") for value in override.sweep_string_iterator()]
-            axes.append(Axis(key_of(word), _distinct(word, values)))
-    return fixed, axes
+            varying.append(Varying(key_of(word), _distinct(word, values)))
+    return fixed, varying
 
 
 def _distinct(word: str, values: list[Override]) -> list[Override]:
@@ -96,14 +99,15 @@ def _distinct(word: str, values: list[Override]) -> list[Override]:
         raise UserError(f"{word} has no values: give at least one")
     seen = set()
     for value in values:
-        if value.word in seen:
+        same = value.word if _seed(value.word) is None else _seed(value.word)  # 01 is 1
+        if same in seen:
             raise UserError(f"{word} gives {value.word} twice: a sweep has one run of each value, and seeds for more")
-        seen.add(value.word)
+        seen.add(same)
     return values
 
 
-def _axes_of_experiment(fixed: Sequence[Override], typed: set[str]) -> list[Axis]:
-    """The axes that an experiment's file states, as hydra.sweeper.params, where the command line does not."""
+def _varying_of_experiment(fixed: Sequence[Override], typed: set[str]) -> list[Varying]:
+    """What varies by an experiment's file, as hydra.sweeper.params, where the command line does not give it."""
     from hydra import compose
     from hydra.errors import HydraException
 
@@ -118,13 +122,13 @@ def _axes_of_experiment(fixed: Sequence[Override], typed: set[str]) -> list[Axis
     return _parsed([f"{key}={value}" for key, value in params.items() if key not in typed])[1]
 
 
-def _cells(fixed: Sequence[Override], axes: Sequence[Axis], optional: set[str]) -> Iterator[Cell]:
+def _cells(fixed: Sequence[Override], varying: Sequence[Varying], optional: set[str]) -> Iterator[PlannedCell]:
     """The cells, each once: where a marked setting does not exist, its values make no difference."""
-    ordered = sorted(axes, key=lambda axis: axis.key != SEED)  # the seed varies slowest
+    ordered = sorted(varying, key=lambda one: one.key != SEED)  # the seed varies slowest
     seen = set()
-    for combination in itertools.product(*(axis.values for axis in ordered)):
+    for combination in itertools.product(*(one.values for one in ordered)):
         chosen = {one.key: one for one in combination}
-        given = _existing([*fixed, *(chosen[axis.key] for axis in axes)], optional)
+        given = _existing([*fixed, *(chosen[one.key] for one in varying)], optional)
         varied = [one for one in given if one.key in chosen]
         name = ",".join(map(_label, varied))
         if name in seen:
@@ -132,7 +136,8 @@ def _cells(fixed: Sequence[Override], axes: Sequence[Axis], optional: set[str]) 
         seen.add(name)
         variant = ",".join(_label(one) for one in varied if one.key != SEED)
         seed = _seed(chosen[SEED].word) if SEED in chosen else None
-        yield Cell(_folder_name(name), variant or ONE_VARIANT, seed, [one.word for one in given])
+        words = [one.word for one in given]
+        yield PlannedCell(name=_folder_name(name), variant=variant or ONE_VARIANT, seed=seed, overrides=words)
 
 
 def _existing(overrides: list[Override], optional: set[str]) -> list[Override]:
@@ -155,14 +160,14 @@ def _exists(key: str, known: Known) -> bool:
     return key in known.settings or is_group(key) or bool(in_part)
 
 
-def check_known(cells: Sequence[Cell], axes: Sequence[Axis]) -> None:
+def check_known(cells: Sequence[PlannedCell], varying: Sequence[Varying]) -> None:
     """Raise UserError for a setting that some cells' choices have and others do not: it says how to mark it."""
-    for axis in axes:
-        check_choices(axis)
-    groups = {axis.key for axis in axes if is_group(axis.key)}
+    for one in varying:
+        _check_choices(one)
+    groups = {one.key for one in varying if is_group(one.key)}
     if not groups:
         return
-    by_choice: dict[tuple[str, ...], Cell] = {}
+    by_choice: dict[tuple[str, ...], PlannedCell] = {}
     for cell in cells:
         by_choice.setdefault(tuple(word for word in cell.overrides if key_of(word) in groups), cell)
     known = {choice: _known(_choices(cell)) for choice, cell in by_choice.items()}
@@ -180,14 +185,14 @@ def check_known(cells: Sequence[Cell], axes: Sequence[Axis]) -> None:
             )
 
 
-def check_choices(axis: Axis) -> None:
-    """Raise UserError where the axis is a group that lacks one of these choices."""
-    names = [one.word.partition("=")[2] for one in axis.values]
-    if is_group(axis.key) and not set(names) <= set(choices(axis.key)):
-        raise UserError(f"{axis.key}={','.join(names)}: choose one of {', '.join(choices(axis.key))}")
+def _check_choices(varying: Varying) -> None:
+    """Raise UserError for a group that lacks one of these choices."""
+    names = [one.word.partition("=")[2] for one in varying.values]
+    if is_group(varying.key) and not set(names) <= set(choices(varying.key)):
+        raise UserError(f"{varying.key}={','.join(names)}: choose one of {', '.join(choices(varying.key))}")
 
 
-def _choices(cell: Cell) -> tuple[str, ...]:
+def _choices(cell: PlannedCell) -> tuple[str, ...]:
     return tuple(word for word in cell.overrides if is_group(key_of(word)))
 
 
@@ -204,14 +209,15 @@ def _label(override: Override) -> str:
 
 
 def _seed(word: str) -> int | None:
-    value = word.partition("=")[2]
-    return int(value) if re.fullmatch(r"[0-9]{1,19}", value) else None  # else composing it says what is wrong
+    found = re.fullmatch(f"{SEED}=([0-9]{{1,19}})", word)
+    return int(found[1]) if found else None  # else composing it says what is wrong
 
 
 def _folder_name(name: str) -> str:
-    """A name that every file system takes; where that changes it, with a hash of it, so that no two are the same."""
+    """A name that every file system takes, be it one that knows no capitals; where that changes it, with a hash of it,
+    so that no two are the same."""
     safe = re.sub(r"[^A-Za-z0-9_.,=+@-]", "_", name)[:MAX_NAME].lstrip(".")
-    return safe if safe == name else f"{safe}-{short_hash(name)}"
+    return safe if safe == name == name.lower() else f"{safe}-{short_hash(name)}"
 
 
 def short_hash(value: Any) -> str:

@@ -1,12 +1,30 @@
-"""What a sweep will take: a timed step of each variant, and from it the seconds of a run."""
+"""What a sweep will take: a timed step of each variant, and from it the seconds of a run.
 
+The steps are timed in a process of its own, which ends before the first run begins: on a GPU it would hold memory that
+the runs need, and on a CPU buffers.
+"""
+
+if __name__ == "__main__":
+    from common import process
+
+    process.start()
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.batches import check_split_lengths
-from data.shards.prepare import Prepared, prepare
+from common.cli import one_line_errors
+from common.console import level_of_log, to_stderr
+from common.invocation import ROOT
+from common.process import PARENT
+from data.shards.prepare import prepare
 from training.minutes import seconds_per_step
-from training.run.config import Run
+from training.run.config import Run, compose
 
 STARTUP = 5.0  # seconds of a process before its first step and after its last one
 FORWARD = 1 / 3  # of the time of training a token, that of scoring one
@@ -26,12 +44,39 @@ class Pace(NamedTuple):
         return STARTUP + self.step * (left + FORWARD * scored / run.batch_tokens)
 
 
-def prepared(run: Run) -> Prepared:
-    """The corpus, prepared once for all cells that share it. Raises UserError."""
-    corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-    check_split_lengths(corpus, run.model.context_length)
-    return corpus
+def paces_of(variants: Mapping[str, Sequence[str]]) -> dict[str, Pace]:
+    """Time a step of each variant. variants: the overrides of a run of each. Where that fails, the process says why,
+    and this one ends with its exit code."""
+    if not variants:
+        return {}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ablation.sweep.pace"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,  # Ctrl-C is for the sweep, which ends this
+        env=os.environ | {PARENT: str(os.getpid()), "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        out, _ = process.communicate(json.dumps(variants))
+    finally:
+        process.kill()
+    if process.returncode:
+        sys.exit(process.returncode)
+    return {variant: Pace(*pace) for variant, pace in json.loads(out).items()}
 
 
-def pace_of(run: Run, corpus: Prepared) -> Pace:
-    return Pace(seconds_per_step(run, corpus), len(corpus.val))
+def main() -> None:
+    with one_line_errors():
+        to_stderr()
+        found = {}
+        for variant, overrides in json.load(sys.stdin).items():
+            run = compose(*overrides)
+            with level_of_log(logging.WARNING):  # what is logged on the way, each run says again
+                corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
+                found[variant] = Pace(seconds_per_step(run, corpus), len(corpus.val))
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

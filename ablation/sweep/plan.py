@@ -1,31 +1,32 @@
 """The plan of a sweep: budgets matched, a step of each variant timed, and all of it printed, before any training."""
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ablation.match import match
-from ablation.outcome import is_complete
-from ablation.sweep.grid import Cell
-from ablation.sweep.pace import Pace, pace_of, prepared
-from ablation.sweep.request import FREE, Request, by_variant
-from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, read_sweep
-from common.console import counted, level_of_log
+from ablation.outcome import is_complete, outcome_of
+from ablation.sweep.grid import key_of
+from ablation.sweep.pace import Pace, paces_of
+from ablation.sweep.request import Request, by_variant, settings_of
+from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, read_outcomes, read_sweep
+from common.console import counted
 from common.errors import UserError
 from common.streams import print_stderr
-from data.shards.prepare import Prepared
+from data.batches import check_split_lengths
+from data.shards.prepare import Prepared, prepare
 from training.minutes import steps_within
 from training.run.checkpoint import steps_done
 from training.run.config import Run, compose, dump, flatten_config
+from training.run.folder import resume_command
 
 
 class Plan(NamedTuple):
     folder: Path
     sweep: Sweep
+    typed: list[str]  # the overrides of this command
     cells: list[PlannedCell]  # of this command
-    left: list[PlannedCell]  # those of them that are not complete
+    left: list[PlannedCell]  # those of them that are to be run
     runs: dict[str, Run]  # by variant, with what matching and measuring added
     paces: dict[str, Pace]  # by variant, of those with cells left
 
@@ -36,45 +37,49 @@ def planned(folder: Path, request: Request) -> Plan:
     before = read_sweep(folder)
     if before is not None:
         check_same_sweep(folder, before, request)
-    corpora = corpora_of(request.runs)
-    added, lines = matched(request, corpora, before)
-    for line in lines:
-        print_stderr(line)
-    first = {variant: cells[0] for variant, cells in by_variant(request.grid.cells).items()}
-    runs = {variant: run_with(first[variant], added[variant]) for variant in first}
-    cells = _planned_cells(request)
-    left = [cell for cell in cells if not is_complete(folder / cell.name)]
-    paces = timed({variant: runs[variant] for variant in by_variant(left)}, corpora)
+        check_same_settings(folder, before)
+    added = matched(request, corpora_of(request.runs), before)
+    first = {variant: cells[0].overrides for variant, cells in by_variant(request.grid.cells).items()}
+    left = [cell for cell in request.grid.cells if is_to_be_run(folder, cell.name)]
+    if left:
+        print_stderr(f"timing       a step of {counted(len(by_variant(left)), 'variant')}, some seconds each")
+    paces = paces_of({variant: [*first[variant], *added[variant]] for variant in by_variant(left)})
     if request.settings.minutes is not None:
-        for variant in measured(added, paces, request.settings.minutes):
-            runs[variant] = run_with(first[variant], added[variant])
-    plan = Plan(folder, combined(request, before, added, lines, runs), cells, left, runs, paces)
-    if before is not None:
-        check_same_settings(folder, before, plan.sweep)
+        add_steps(added, paces, request.settings.minutes)
+    runs = {variant: compose(*first[variant], *added[variant]) for variant in first}
+    sweep = combined(request, before, added, runs)
+    plan = Plan(folder, sweep, request.typed, request.grid.cells, left, runs, paces)
     print_plan(plan, request.settings.max_minutes)
     return plan
+
+
+def is_to_be_run(folder: Path, name: str) -> bool:
+    """Whether a cell is not complete. One that diverged is passed over: it would again."""
+    if is_complete(folder / name):
+        return False
+    found = outcome_of(folder / name, read_outcomes(folder).get(name))
+    if found.state == "diverged":
+        again = resume_command(folder / name)
+        print_stderr(f"passed over  {name}, which diverged {found.detail}: {again} gives it another chance")
+    return found.state != "diverged"
 
 
 def check_same_sweep(folder: Path, before: Sweep, request: Request) -> None:
     """Raise UserError where the folder's sweep is another one. More values of what varies are welcome: more seeds, or
     another variant."""
-    now = {
-        "settings": sorted(word for word in request.grid.fixed if not word.startswith(FREE)),
-        "what varies": sorted(axis.key for axis in request.grid.axes),
-        "match": request.settings.match,
-        "minutes": request.settings.minutes,
+    settings = request.settings
+    compared = {
+        "settings": (sorted(before.fixed), settings_of(request.grid)),
+        "what varies": (sorted(before.varying), sorted(one.key for one in request.grid.varying)),
+        "match": (before.match, settings.match),
+        "minutes": (before.minutes, settings.minutes),
+        "hypothesis": (before.hypothesis, settings.hypothesis or before.hypothesis),
     }
-    then = {
-        "settings": sorted(word for word in before.fixed if not word.startswith(FREE)),
-        "what varies": sorted(before.axes),
-        "match": before.match,
-        "minutes": before.minutes,
-    }
-    for what, value in now.items():
-        if value != then[what]:
+    for what, (then, now) in compared.items():
+        if then != now:
             raise UserError(
-                f"{folder} is another sweep, {what}: {_spelled(then[what])}, now {_spelled(value)}: give this one "
-                "another name with sweep="
+                f"{folder} is another sweep, {what}: {_spelled(then)}, now {_spelled(now)}: give this one another name "
+                "with sweep="
             )
 
 
@@ -82,113 +87,84 @@ def _spelled(value: Any) -> str:
     return (" ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
-def check_same_settings(folder: Path, before: Sweep, now: Sweep) -> None:
-    """Raise UserError where a variant's settings are not what they were when the sweep began: conf/ has changed."""
-    for variant, settings in before.settings.items():
-        old = flatten_config(settings)
-        new = flatten_config(now.settings[variant])
+def check_same_settings(folder: Path, before: Sweep) -> None:
+    """Raise UserError where the settings of one of the sweep's variants are not what they were: conf/ has changed."""
+    for variant, cells in by_variant(before.cells).items():
+        old = flatten_config(before.settings[variant])
+        new = flatten_config(_settings(compose(*before.overrides_of(cells[0]))))
         for key in {**old, **new}:
             if old.get(key) != new.get(key):
                 raise UserError(
-                    f"{folder} was begun with {key}={old.get(key)} in {variant}, now that is {new.get(key)}: its runs "
-                    "could not be compared; give this sweep another name with sweep="
+                    f"{folder} was begun with {key}={old.get(key)} in {variant}, now that is {new.get(key)}: runs of "
+                    "both could not be compared; give this sweep another name with sweep="
                 )
 
 
 def corpora_of(runs: dict[str, Run]) -> dict[str, Prepared]:
-    """The corpus of each variant, prepared once where several share it."""
+    """The corpus of each variant, prepared once where several share it. Raises UserError."""
     found: dict[str, Prepared] = {}
     corpora = {}
     for variant, run in runs.items():
         key = repr((run.data, run.tokenizer, run.cache_dir))
-        found[key] = found.get(key) or prepared(run)
+        if key not in found:
+            found[key] = prepare(run.data, run.tokenizer, Path(run.cache_dir))
+        check_split_lengths(found[key], run.model.context_length)
         corpora[variant] = found[key]
     return corpora
 
 
-def matched(
-    request: Request, corpora: dict[str, Prepared], before: Sweep | None
-) -> tuple[dict[str, list[str]], list[str]]:
-    """What matching the budgets adds to each variant's overrides, and the lines that say so. Variants that a sweep has
-    already keep what they have."""
+def matched(request: Request, corpora: dict[str, Prepared], before: Sweep | None) -> dict[str, list[str]]:
+    """What matching the budgets adds to each variant's overrides, printed. Variants that a sweep has already keep what
+    they have."""
     overrides = {variant: cells[0].overrides for variant, cells in by_variant(request.grid.cells).items()}
-    if before is None:
-        known, to_match = {}, overrides
-    else:
-        known = before.added
-        reference = next(cell for cell in before.cells if cell.variant == before.reference)
-        new = {variant: words for variant, words in overrides.items() if variant not in known}
-        to_match = {before.reference: reference.overrides, **new}
-    if not request.settings.match or not to_match.keys() - known.keys():
-        return {variant: list(known.get(variant, [])) for variant in {**known, **overrides}}, []
+    known = {} if before is None else before.added
+    new = {variant: words for variant, words in overrides.items() if variant not in known}
+    if not request.settings.match or not new:
+        return {variant: list(known.get(variant, [])) for variant in {**known, **overrides}}
     sizes = {corpus.tokenizer.vocab_size for corpus in corpora.values()}
     if len(sizes) > 1:
-        raise UserError(
-            "match= compares models of one vocabulary, and these have several: use one tokenizer, or match=none"
-        )
-    found = match(to_match, request.settings.match, sizes.pop())
-    return {**found.overrides, **known}, found.table
+        raise UserError("match= compares models of one vocabulary: use one tokenizer for all variants, or match=none")
+    if before is not None:
+        new = {before.reference: by_variant(before.cells)[before.reference][0].overrides, **new}
+    found = match(new, request.settings.match, sizes.pop())
+    for line in found.table:
+        print_stderr(line)
+    return {**{variant: list(words) for variant, words in found.overrides.items()}, **known}
 
 
-def timed(runs: dict[str, Run], corpora: dict[str, Prepared]) -> dict[str, Pace]:
-    """Time a step of each variant. What is logged on the way, each run says again."""
-    if runs:
-        print_stderr(f"timing       a step of {counted(len(runs), 'variant')}, some seconds each")
-    with level_of_log(logging.WARNING):
-        return {variant: pace_of(run, corpora[variant]) for variant, run in runs.items()}
-
-
-def measured(added: dict[str, list[str]], paces: dict[str, Pace], minutes: float) -> Iterator[str]:
-    """Add the steps that fill the minutes to variants that were not measured before -> these."""
+def add_steps(added: dict[str, list[str]], paces: dict[str, Pace], minutes: float) -> None:
+    """Add the steps that fill the minutes to what was added to variants, where that was not done before."""
     for variant, pace in paces.items():
-        if any(word.startswith("steps=") for word in added[variant]):
+        if any(key_of(word) == "steps" for word in added[variant]):
             continue
         steps = steps_within(minutes, pace.step)
         added[variant].append(f"steps={steps}")
         print_stderr(f"minutes      {variant}: {counted(steps, 'step')} take {minutes:g} minutes here")
-        yield variant
 
 
-def run_with(cell: Cell, added: Sequence[str]) -> Run:
-    """The run of a cell with more overrides, as its process will compose it."""
-    return compose(*cell.overrides, *added)
-
-
-def combined(
-    request: Request, before: Sweep | None, added: dict[str, list[str]], lines: list[str], runs: dict[str, Run]
-) -> Sweep:
+def combined(request: Request, before: Sweep | None, added: dict[str, list[str]], runs: dict[str, Run]) -> Sweep:
     """The sweep, with what the folder holds of it already."""
-    cells = _planned_cells(request)
+    cells = request.grid.cells
     settings = {variant: _settings(run) for variant, run in runs.items()}
-    if before is not None:
-        more = [cell for cell in cells if cell not in before.cells]
-        cells = [*before.cells, *more]
-        return before.model_copy(
-            update={
-                "cells": cells,
-                "added": added,
-                "settings": before.settings | settings,
-                "matched": before.matched + lines,
-            }
+    if before is None:
+        return Sweep(
+            format=FORMAT,
+            commands=[request.typed],
+            fixed=settings_of(request.grid),
+            varying=[one.key for one in request.grid.varying],
+            match=request.settings.match,
+            minutes=request.settings.minutes,
+            hypothesis=request.settings.hypothesis,
+            reference=cells[0].variant,
+            added=added,
+            settings=settings,
+            cells=cells,
         )
-    return Sweep(
-        format=FORMAT,
-        typed=request.typed,
-        fixed=request.grid.fixed,
-        axes=[axis.key for axis in request.grid.axes],
-        match=request.settings.match,
-        matched=lines,
-        minutes=request.settings.minutes,
-        hypothesis=request.settings.hypothesis,
-        reference=cells[0].variant,
-        added=added,
-        settings=settings,
-        cells=cells,
-    )
-
-
-def _planned_cells(request: Request) -> list[PlannedCell]:
-    return [PlannedCell(**cell._asdict()) for cell in request.grid.cells]
+    known = {cell.name for cell in before.cells}
+    more = [cell for cell in cells if cell.name not in known]
+    commands = [*before.commands, request.typed] if more else before.commands
+    changes = {"commands": commands, "cells": [*before.cells, *more], "added": before.added | added}
+    return before.model_copy(update=changes | {"settings": before.settings | settings})
 
 
 def _settings(run: Run) -> dict[str, Any]:

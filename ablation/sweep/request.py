@@ -11,7 +11,7 @@ from ablation.sweep.stored import SWEEPS, read_sweep
 from common.errors import UserError
 from common.settings import FrozenSettings
 from training.run.composer import compose_tree
-from training.run.config import OF_COMMANDS, Run, pop_command_settings
+from training.run.config import Run, pop_command_settings
 from training.run.validation_errors import validated
 
 NOT_IN_SWEEPS = {
@@ -19,7 +19,6 @@ NOT_IN_SWEEPS = {
     "run_dir": "run_dir= is the folder of one run: name the sweep instead, as in sweep=heads",
 }
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=,+@-]{0,99}"  # of a sweep, which is its folder's
-FREE = ("max_minutes=", "sweep=", "dry_run=", "hypothesis=", "match=", "minutes=")  # no settings of the runs
 
 
 class SweepSettings(FrozenSettings):
@@ -43,36 +42,37 @@ class Request(NamedTuple):
 
 def requested(typed: Sequence[str]) -> Request:
     """Compose every cell. Raises UserError for whatever one of them could not begin with."""
-    grid = grid_of(typed, _axes_before(typed))
-    check_known(grid.cells, grid.axes)
+    grid = grid_of(typed, _varying_before(typed))
+    check_known(grid.cells, grid.varying)
     settings, runs = composed(grid)
     if settings.minutes is not None and any(key_of(word) == "steps" for cell in grid.cells for word in cell.overrides):
         raise UserError("minutes= is in the place of steps=: leave one of them out")
     return Request(list(typed), grid, settings, runs)
 
 
-def _axes_before(typed: Sequence[str]) -> list[str]:
+def _varying_before(typed: Sequence[str]) -> list[str]:
     """What varies in the sweep of that name, if there is one: a command may add to it with one value of each."""
     name = next((word.removeprefix("sweep=") for word in typed if word.startswith("sweep=")), None)
     before = read_sweep(SWEEPS / name) if name and re.fullmatch(NAME, name) else None
-    return [] if before is None else before.axes
+    return [] if before is None else before.varying
 
 
 def composed(grid: Grid) -> tuple[SweepSettings, dict[str, Run]]:
     """The settings of the sweep, and each variant's run. Raises UserError for whatever a cell could not begin with."""
-    varying = next((axis.key for axis in grid.axes if axis.key in OF_COMMANDS), None)
-    if varying:
-        raise UserError(f"{varying} is of the whole sweep, and cannot vary within it: give it one value")
-    settings: list[SweepSettings] = []
+    settings: dict[str, SweepSettings] = {}
     runs: dict[str, Run] = {}
     for variant, (first, *others) in by_variant(grid.cells).items():
-        own, tree = _composed_tree(first.overrides)
-        settings.append(own)
+        settings[variant], tree = _composed_tree([*grid.command, *first.overrides])
         runs[variant] = Run.from_tree(tree)
         for cell in others:  # composing takes a tenth of a second, and the seed refers to nothing
-            same = cell.seed is None or first.seed is None
-            Run.from_tree(_composed_tree(cell.overrides)[1] if same else tree | {"seed": cell.seed})
-    return settings[0], runs
+            whole = cell.seed is None or first.seed is None
+            other = _composed_tree([*grid.command, *cell.overrides])[1] if whole else tree | {"seed": cell.seed}
+            Run.from_tree(other)
+    name, own = next(iter(settings.items()))
+    other = next((variant for variant in settings if settings[variant] != own), None)
+    if other is not None:
+        raise UserError(f"{name} and {other} are of experiments that state other sweeps (match=, hypothesis=, ...)")
+    return own, runs
 
 
 def _composed_tree(overrides: Sequence[str]) -> tuple[SweepSettings, dict[str, Any]]:
@@ -97,7 +97,11 @@ def by_variant(cells: Sequence[Any]) -> dict[str, list[Any]]:
 def default_name(request: Request) -> str:
     """A name that the same command gives again, whatever the order of its words: what varies, and a hash of all."""
     grid = request.grid
-    varying = "-".join(axis.key.rpartition(".")[2] for axis in grid.axes)[:60]
-    fixed = sorted(word for word in grid.fixed if not word.startswith(FREE))
-    values = [[value.word for value in axis.values] for axis in grid.axes]  # the first of which make the baseline
-    return f"{varying}-{short_hash((fixed, values, request.settings.match, request.settings.minutes))}"
+    varying = "-".join(one.key.rpartition(".")[2] for one in grid.varying)[:60]
+    values = [[value.word for value in one.values] for one in grid.varying]  # the first of which make the baseline
+    return f"{varying}-{short_hash((settings_of(grid), values, request.settings.match, request.settings.minutes))}"
+
+
+def settings_of(grid: Grid) -> list[str]:
+    """The settings that are the same in all runs, by which a sweep is known."""
+    return sorted(word for word in grid.fixed if key_of(word) != "dry_run")

@@ -23,21 +23,22 @@ FORMAT = 1
 
 
 class PlannedCell(FrozenSettings):
-    name: str  # and its folder's within the sweep's
-    variant: str
-    seed: int | None
-    overrides: list[str]  # as typed; those of its variant that matching and measuring added are in Sweep.added
+    """One run of a sweep, as it was asked for."""
+
+    name: str  # also that of its folder
+    variant: str  # the name without the seed
+    seed: int | None  # None where no seed varies
+    overrides: list[str]  # as Hydra takes them; what matching and measuring add for its variant is in Sweep.added
 
 
 class Sweep(FrozenSettings):
     """The content of sweep.json."""
 
     format: int = Field(ge=1, le=FORMAT)
-    typed: list[str]  # the overrides of the command that began it
-    fixed: list[str]  # those of one value, as Hydra takes them
-    axes: list[str]  # the settings that vary
+    commands: list[list[str]]  # the overrides of each command that added cells to it, as they were typed
+    fixed: list[str]  # overrides of one value, as Hydra takes them
+    varying: list[str]  # the settings that vary
     match: list[str]  # budgets
-    matched: list[str]  # the lines on them that were printed
     minutes: float | None
     hypothesis: str | None
     reference: str  # the first variant, to whose budget the others are matched: the baseline
@@ -91,8 +92,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def newest_sweep() -> Path | None:
-    """The sweep under sweeps/ that was begun last; None where there is none. Raises UserError where it cannot be
-    listed."""
+    """The sweep under sweeps/ in which something happened last; None where there is none. Raises UserError where they
+    cannot be listed."""
     try:
         folders = [SWEEPS / name for name in names_in(SWEEPS)]
     except OSError as error:
@@ -108,5 +109,6 @@ def _recent(folder: Path) -> list[str]:
     return [name for name in (SWEEP_FILE, OUTCOMES_FILE) if os.path.isfile(folder / name)]
 
 
-def continue_command(sweep: Sweep) -> str:
-    return command("train.py", "-m", *sweep.typed)
+def sweep_command(typed: list[str]) -> str:
+    """The shell command of a sweep, which begins it or goes on with it."""
+    return command("train.py", "-m", *typed)

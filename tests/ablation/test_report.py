@@ -10,8 +10,9 @@ import pytest
 from scipy import stats
 
 from ablation.report import labels_of, report_on
+from ablation.sweep.pace import Pace
+from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS
-from ablation.sweep.study import run_sweep
 from common.errors import UserError
 from tests.support import SMOKE, call, changed, composed_run
 from training.metrics_file import read_metrics
@@ -28,7 +29,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
-        patch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: 0.01)
+        patch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
         typed = [*TINY, "attention=mha,mla", "seed=1,2,3", "match=params", "sweep=two", "hypothesis='MLA loses, 7 %'"]
         assert run_sweep(typed, lambda words: call("train", words, patch, drawn=True)) == 0
     return folder
@@ -190,7 +191,7 @@ def test_compare_without_a_sweep_says_how_to_make_one(workplace, monkeypatch, ca
 
 
 def test_compare_sweep_without_a_finished_run_is_refused(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: 0.01)
+    monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
     assert run_sweep([*TINY, "seed=1,2", "sweep=none"], lambda words: 2) == 2
     code, _, err = compared(["sweeps/none"], monkeypatch, capsys)
     assert code == 2 and "no run of it has finished (seed=1: exit code 2; seed=2: exit code 2)" in err

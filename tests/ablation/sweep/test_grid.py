@@ -38,7 +38,7 @@ NAMES = {
 @pytest.mark.parametrize(("typed", "names"), NAMES.values(), ids=NAMES)
 def test_grid_cells_are_named_after_what_varies(typed, names):
     grid = grid_of(typed)
-    check_known(grid.cells, grid.axes)
+    check_known(grid.cells, grid.varying)
     assert [cell.name for cell in grid.cells] == names
 
 
@@ -77,4 +77,4 @@ REFUSED = {
 def test_grid_refuses_in_one_line(typed, complaint):
     with pytest.raises(UserError, match=re.escape(complaint)):
         grid = grid_of(typed)
-        check_known(grid.cells, grid.axes)
+        check_known(grid.cells, grid.varying)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ablation.outcome import exit_in_words, is_complete, outcome_of
 from ablation.sweep.grid import key_of
-from ablation.sweep.launch import Interrupted, Launcher, launch, wait_until_free
+from ablation.sweep.launch import Interrupted, Launcher, Relay, wait_until_free
 from ablation.sweep.plan import Plan, planned, seconds_of
 from ablation.sweep.request import default_name, requested
-from ablation.sweep.stored import SWEEPS, PlannedCell, continue_command, read_outcomes, record_outcome, write_sweep
+from ablation.sweep.stored import SWEEPS, PlannedCell, read_outcomes, record_outcome, sweep_command, write_sweep
 from common import process
 from common.atomic_io import exists, make_folder
 from common.console import counted, to_stderr
@@ -27,25 +27,30 @@ from common.invocation import command
 from common.lock import lock
 from common.overrides import format_override
 from common.streams import print_stderr
-from training.run.config import OF_COMMANDS, OF_SWEEPS
-from training.run.folder import resume_command
+from training.run.config import OF_SWEEPS
 
 
-def run_sweep(typed: Sequence[str], launcher: Launcher = launch) -> int:
-    """typed: the overrides on the command line, without -m -> the exit code: 2 where a cell failed or diverged, and
-    that of the signal that stopped it. Raises UserError for what can be refused before the first run."""
+def run_sweep(typed: Sequence[str], launcher: Launcher | None = None) -> int:
+    """typed: the overrides on the command line, without -m; launcher: what runs a cell, in the place of a process ->
+    the exit code: 2 where a cell failed or diverged, and that of the signal that stopped it. Raises UserError for what
+    can be refused before the first run."""
     process.end_by_unwinding()
     to_stderr()
     request = requested(typed)
     folder = SWEEPS / (request.settings.sweep or default_name(request))
     with locked(folder):
         plan = planned(folder, request)
-        dry_run = next(iter(plan.runs.values())).dry_run
-        if dry_run:
+        if next(iter(plan.runs.values())).dry_run:
             print_stderr("dry run      nothing was trained: leave dry_run=true out to train")
             return 0
         write_sweep(folder, plan.sweep)
-        return run_cells(plan, launcher)
+        with Relay() as relay:
+            try:
+                run_cells(plan, launcher or relay.launch, relay)
+            except Interrupted as stop:
+                print_stderr(f"the sweep stopped ({stop}); continue it with: {sweep_command(plan.typed)}")
+                return 128 + stop.number
+    return finished(plan)
 
 
 @contextmanager
@@ -66,47 +71,48 @@ def locked(folder: Path) -> Iterator[None]:
                     SWEEPS.rmdir()
 
 
-def run_cells(plan: Plan, launcher: Launcher) -> int:
-    """Run what is left, one after the other -> the exit code. A line before each says how long the rest will take, by
-    what those before it took."""
+def run_cells(plan: Plan, launcher: Launcher, relay: Relay) -> None:
+    """Run what is left, one after the other. A line before each says how long the rest will take, by what those before
+    it took."""
     numbers = {cell.name: number for number, cell in enumerate(plan.cells, 1)}
-    seconds = [seconds_of(plan, cell) for cell in plan.left]
-    begun = time.monotonic()
-    for i, cell in enumerate(plan.left):
-        pace = (time.monotonic() - begun) / sum(seconds[:i]) if i else 1.0
-        where = f"{numbers[cell.name]} of {len(plan.cells)}"
-        print_stderr(f"{where}: {cell.name.replace(',', ' ')}, about {sum(seconds[i:]) * pace / 60:.0f} min left")
-        try:
-            run_cell(plan, cell, launcher)
-        except Interrupted as stop:
-            print_stderr(f"the sweep stopped within run {where}; continue it with: {continue_command(plan.sweep)}")
-            return 128 + stop.number
-    return finished(plan)
+    seconds = {cell.name: seconds_of(plan, cell) for cell in plan.left}
+    spent = predicted = 0.0  # of cells that finished
+    while seconds:
+        name = next(iter(seconds))
+        left = sum(seconds.values()) * (spent / predicted if predicted else 1.0) / 60
+        print_stderr(f"{numbers[name]} of {len(plan.cells)}: {name.replace(',', ' ')}, about {left:.0f} min left")
+        begun = time.monotonic()
+        run_cell(plan, plan.cells[numbers[name] - 1], launcher)
+        relay.check()
+        if is_complete(plan.folder / name):
+            spent += time.monotonic() - begun
+            predicted += seconds[name]
+        del seconds[name]
 
 
 def run_cell(plan: Plan, cell: PlannedCell, launcher: Launcher) -> None:
     """Begin the run of a cell, or go on with it; how it ended is recorded."""
     folder = plan.folder / cell.name
-    recorded = read_outcomes(plan.folder).get(cell.name)
+    words = words_of(plan.sweep.overrides_of(cell), folder)
+    outcome = None
     if exists(folder / "config.yaml"):
-        found = outcome_of(folder, recorded)
-        if found.state == "diverged":
-            print_stderr(f"it diverged {found.detail}; passed over: {resume_command(folder)} gives it another chance")
-            return
-        wait_until_free(folder)
         words = [format_override("resume", str(folder))]
-    else:
-        words = words_of(plan.sweep.overrides_of(cell), folder)
-    code = launcher(words)
-    record_outcome(plan.folder, cell.name, None if is_complete(folder) else exit_in_words(code))
+    try:
+        wait_until_free(folder)
+        code = launcher(words)
+        outcome = None if is_complete(folder) else exit_in_words(code)
+    except UserError as fault:
+        print_stderr(f"error: {fault}")
+        outcome = str(fault)
+    record_outcome(plan.folder, cell.name, outcome)
 
 
 def words_of(overrides: Sequence[str], folder: Path) -> list[str]:
     """The overrides of one run: those of the sweep itself are taken back where an experiment's file gives them."""
-    words = [word for word in overrides if key_of(word) not in OF_COMMANDS]
-    if any(key_of(word) == "experiment" for word in words):
-        words += [f"{name}={unset or 'null'}" for name, unset in {"minutes": None, **OF_SWEEPS}.items()]
-    return [*words, format_override("run_dir", str(folder))]
+    taken_back = []
+    if any(key_of(word) == "experiment" for word in overrides):
+        taken_back = [f"{name}={unset or 'null'}" for name, unset in {"minutes": None, **OF_SWEEPS}.items()]
+    return [*overrides, *taken_back, format_override("run_dir", str(folder))]
 
 
 def finished(plan: Plan) -> int:

@@ -13,12 +13,14 @@ import pytest
 
 from ablation.outcome import outcome_of
 from ablation.sweep.launch import Interrupted
+from ablation.sweep.pace import Pace
+from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS, newest_sweep, read_outcomes, read_sweep
-from ablation.sweep.study import run_sweep
 from common.errors import UserError
 from tests.support import ROOT, SMOKE, call
 from training.metrics_file import read_metrics
 from training.run.checkpoint import PICTURE
+from training.run.config import compose
 
 TINY = [*SMOKE, "data.size=300", "steps=4", "eval_every=2", "save_every=2"]
 
@@ -40,7 +42,7 @@ def launcher(workplace, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Without timing steps, where the time does not matter."""
-    monkeypatch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: 0.01)
+    monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
 
 
 def curves(folder: Path) -> dict[str, list]:
@@ -66,14 +68,16 @@ def test_sweep_stopped_within_a_cell_is_continued_by_the_same_command(launcher, 
 
     assert run_sweep(typed, stopped) == 130
     err = capsys.readouterr().err
-    assert "1 of 4: attention=mha seed=1, about" in err and "within run 3 of 4; continue it with: " in err
+    assert "1 of 4: attention=mha seed=1, about" in err and "the sweep stopped (SIGINT); continue it with: " in err
     (folder,) = [path for path in SWEEPS.iterdir() if path.name.startswith("attention-seed-")]
     assert outcome_of(folder / "attention=mha,seed=2").state == "unfinished"
     assert run_sweep(list(reversed(typed)), launcher) == 0  # the order of words makes no other sweep
     assert launcher.launched[-2][0].startswith("resume=") and len(launcher.launched) == 9
     assert curves(folder) == curves(SWEEPS / "whole") and len(curves(folder)) == 4
-    assert run_sweep(typed, launcher) == 0 and len(launcher.launched) == 9  # nothing is run again
+    assert run_sweep([*typed, "max_minutes=1"], launcher) == 0 and len(launcher.launched) == 9  # nothing is run again
     assert newest_sweep() == folder
+    sweep = read_sweep(folder)
+    assert len(sweep.cells) == 4 and len({cell.name for cell in sweep.cells}) == 4 and sweep.commands == [typed]
 
 
 def _stop_after(patch):
@@ -96,12 +100,26 @@ def test_sweep_more_seeds_and_variants_join_one_that_is_there(launcher, quick, w
     assert [cell.name for cell in sweep.cells][:2] == [cell.name for cell in first.cells]
     assert len(sweep.cells) == 5 and len(launcher.launched) == 5 and sweep.reference == "attention=mha"
     assert sweep.added["attention=gqa"] == first.added["attention=gqa"] and sweep.added["attention=mla"]
+    with pytest.raises(UserError, match="is another sweep, hypothesis: None, now more"):
+        run_sweep([*TINY, "attention=mha", "seed=1,2", "sweep=heads", "match=params", "hypothesis=more"], launcher)
     with pytest.raises(UserError, match=r"is another sweep, settings: .*steps=4.*, now .*steps=5.*: give this one"):
         run_sweep([*TINY[:-3], "steps=5", "attention=mha,gqa", "seed=1", "sweep=heads", "match=params"], launcher)
     assert run_sweep([*TINY, "attention=gqa", "seed=5", "sweep=heads", "match=params"], launcher) == 0
     assert read_sweep(SWEEPS / "heads").cells[-1].name == "attention=gqa,seed=5"
     with pytest.raises(UserError, match="is another sweep, match: params, now none"):
         run_sweep([*TINY, "attention=mha,gqa", "seed=1", "sweep=heads"], launcher)
+
+
+def test_sweep_of_other_settings_in_conf_is_refused_whatever_variant_is_added(launcher, quick, workplace, monkeypatch):
+    assert run_sweep([*TINY, "attention=mha", "seed=1,2", "sweep=conf"], launcher) == 0
+    monkeypatch.setattr("ablation.sweep.plan.compose", lambda *words: compose(*words, "clip_norm=0.5"))
+    with pytest.raises(UserError, match=r"was begun with clip_norm=1.0 in .*, now that is 0.5: runs of both could not"):
+        run_sweep([*TINY, "attention=mha", "seed=3", "sweep=conf"], launcher)
+
+
+def test_sweep_does_without_scipy(workplace):
+    code = "import sys, ablation.sweep.run; sys.exit('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 
 
 def test_sweep_failed_and_diverged_cells_end_nothing_else(launcher, quick, workplace, capsys):
@@ -121,10 +139,12 @@ def test_sweep_failed_and_diverged_cells_end_nothing_else(launcher, quick, workp
 
 
 def test_sweep_minutes_are_the_same_steps_for_all_seeds_and_stay(launcher, monkeypatch, workplace):
-    seconds = iter([0.5, 0.25, 7.0, 7.0, 7.0])
-    monkeypatch.setattr("ablation.sweep.pace.seconds_per_step", lambda run, corpus: next(seconds))
+    seconds = {"attention=mha": 0.5, "attention=mqa": 0.25}
+    paces = {variant: Pace(each, 1000) for variant, each in seconds.items()}
+    monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: {name: paces[name] for name in variants})
     typed = [*SMOKE, "data.size=300", "attention=mha,mqa", "minutes=0.05", "sweep=minutes"]
     assert run_sweep([*typed, "seed=1,2"], launcher) == 0
+    paces |= dict.fromkeys(paces, Pace(7.0, 1000))  # what is measured later changes nothing
     assert run_sweep([*typed, "seed=3"], launcher) == 0
     steps = {path.parent.name: read_metrics(path)[-1]["step"] for path in SWEEPS.glob("minutes/*/metrics.jsonl")}
     assert steps == {f"attention={name},seed={seed}": n for name, n in (("mha", 6), ("mqa", 12)) for seed in (1, 2, 3)}
@@ -199,7 +219,7 @@ def test_train_minutes_of_one_run_are_steps(workplace, monkeypatch, capsys):
 
 def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeypatch):
     """Real processes: Ctrl-C reaches the cell, which saves; so does a cell whose sweep is killed by SIGKILL."""
-    typed = ["experiment=smoke", "steps=60", "eval_every=0", "save_every=1000", "seed=1,2", "sweep=killed"]
+    typed = ["experiment=smoke", "steps=80", "eval_every=0", "save_every=1000", "seed=1,2", "sweep=killed"]
     command = [sys.executable, str(ROOT / "train.py"), "-m", *typed]
     first = workplace / "sweeps/killed/seed=1"
 
@@ -214,10 +234,14 @@ def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeyp
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "the sweep stopped within run 1 of 2; continue it with: " in err and "saved" in err
-    process = begun(steps=len(read_metrics(first / "metrics.jsonl")) + 3)
-    process.kill()
-    process.communicate(timeout=120)
+    assert "the sweep stopped (SIGINT); continue it with: " in err and "saved" in err
+    for both in (False, True):  # the sweep alone, and with its run, which saves nothing then
+        process = begun(steps=len(read_metrics(first / "metrics.jsonl")) + 3)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        for child in children if both else ():
+            os.kill(int(child), signal.SIGKILL)
+        process.communicate(timeout=120)
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     for seed in (1, 2):
         assert call("train", [*typed[:-2], f"seed={seed}", f"run_dir={seed}"], monkeypatch) == 0
