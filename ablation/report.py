@@ -64,6 +64,7 @@ def report_on(
         raise UserError(f"{selection.title} has nothing to compare: no run of it has finished ({outcomes})")
     notes = [*selection.notes, *check_comparable([member.record for member in selection.members], force)]
     groups = ordered(by_variant(selection.members), baseline)
+    notes += baseline_note(selection, groups)
     variants = [variant_of(members, selection.sweep) for members in groups.values()]
     if decode:
         speeds = decode_speeds([members[0].record.folder for members in groups.values()])
@@ -114,6 +115,8 @@ def select_cells(folder: Path, sweep: Sweep) -> Selection:
             notes += more
             members.append(Member(cell, cell.variant, labels[cell.variant], record.run.seed, record))
         cells.append(cell)
+    order = list(labels)  # by variant: whatever became of the first cells, the baseline comes first
+    members.sort(key=lambda member: order.index(member.variant))
     return Selection(folder.name, members, cells, notes, sweep)
 
 
@@ -268,6 +271,14 @@ def by_variant(members: Sequence[Member]) -> dict[str, list[Member]]:
     for member in members:
         groups.setdefault(member.variant, []).append(member)
     return groups
+
+
+def baseline_note(selection: Selection, groups: Mapping[str, list[Member]]) -> list[str]:
+    """Where the sweep's own baseline has no run that counts."""
+    reference = None if selection.sweep is None else selection.sweep.reference
+    if reference is None or reference in groups:
+        return []
+    return [f"{reference}, the sweep's baseline, has no finished run: {next(iter(groups))} stands in its place"]
 
 
 def ordered(groups: dict[str, list[Member]], baseline: str | None) -> dict[str, list[Member]]:

@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 import statistics
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 from scipy import stats
 
+from ablation.match import measure
 from ablation.report import labels_of, report_on
 from ablation.sweep.pace import Pace
 from ablation.sweep.run import run_sweep
@@ -18,19 +21,28 @@ from tests.support import SMOKE, call, changed, composed_run
 from training.metrics_file import read_metrics
 from training.monitor.plot import PICTURE
 from training.run.config import compose
+from training.run.load import load_run
 
+SEEDS = (1, 2, 3)
 TINY = [*SMOKE, "data.size=300", "steps=4", "eval_every=2", "save_every=2"]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a sweep of two attentions over three seeds, matched in parameters."""
+    """A folder with a sweep of three attentions over three seeds, matched in parameters."""
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
         patch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
-        typed = [*TINY, "attention=mha,mla", "seed=1,2,3", "match=params", "sweep=two", "hypothesis='MLA loses, 7 %'"]
+        typed = [
+            *TINY,
+            "attention=mha,gqa,mla",
+            "seed=1,2,3",
+            "match=params",
+            "sweep=three",
+            "hypothesis='MLA loses, 7 %'",
+        ]
         assert run_sweep(typed, lambda words: call("train", words, patch, drawn=True)) == 0
     return folder
 
@@ -47,52 +59,98 @@ def compared(arguments, monkeypatch, capsys):
     return code, captured.out, captured.err
 
 
+def final(variant, seed):
+    return read_metrics(SWEEPS / f"three/{variant},seed={seed}/metrics.jsonl")
+
+
 def test_report_numbers_are_those_of_the_metrics_files(here, monkeypatch, capsys):
     code, out, _ = compared([], monkeypatch, capsys)
     assert code == 0 and "mla" in out
-    report = json.loads((SWEEPS / "two/report.json").read_text())
-    finals = {}
+    report = json.loads((SWEEPS / "three/report.json").read_text())
     for variant in report["variants"]:
-        rows = {s: read_metrics(SWEEPS / f"two/{variant['name']},seed={s}/metrics.jsonl") for s in (1, 2, 3)}
-        for key in ("val_bpb", "val_loss"):
-            values = [of_seed[-1][key] for of_seed in rows.values()]
-            found = variant[key]
-            assert found["values"] == dict(zip("123", values, strict=True))
-            assert found["mean"] == pytest.approx(statistics.fmean(values), rel=1e-12)
-            assert found["sd"] == pytest.approx(statistics.stdev(values), rel=1e-12)
-            assert found["interval"] == pytest.approx(
-                stats.t.interval(0.95, 2, statistics.fmean(values), statistics.stdev(values) / math.sqrt(3)), rel=1e-9
-            )
-        finals[variant["name"]] = [of_seed[-1]["val_bpb"] for of_seed in rows.values()]
-        speeds = [
-            of_seed[-1]["tokens"] / sum(1024 / row["tokens_per_second"] for row in of_seed) for of_seed in rows.values()
-        ]
-        assert list(variant["tokens_per_second"]["values"].values()) == pytest.approx(speeds, rel=1e-9)
-        memory = [max(row["memory_bytes"] for row in of_seed) for of_seed in rows.values()]
-        assert list(variant["memory_bytes"]["values"].values()) == memory
-        assert variant["flops_per_token"] == pytest.approx(
-            rows[1][-1]["flops_per_second"] / rows[1][-1]["tokens_per_second"]
-        )
-        assert variant["tokens"] == rows[1][-1]["tokens"] and variant["steps"] == 4
-        curve = variant["curves"][0]
-        assert curve["train_loss"] == [row["train_loss"] for row in rows[1]]
-        assert curve["val_loss"] == [row["val_loss"] for row in rows[1] if "val_loss" in row]
-        assert curve["flops"] == pytest.approx([row["tokens"] * variant["flops_per_token"] for row in rows[1]])
+        rows = {seed: final(variant["name"], seed) for seed in SEEDS}
+        seconds = [sum(1024 / row["tokens_per_second"] for row in of_seed) for of_seed in rows.values()]
+        expected = {
+            "val_bpb": [of_seed[-1]["val_bpb"] for of_seed in rows.values()],
+            "val_loss": [of_seed[-1]["val_loss"] for of_seed in rows.values()],
+            "minutes": [each / 60 for each in seconds],
+            "tokens_per_second": [rows[1][-1]["tokens"] / each for each in seconds],
+            "memory_bytes": [max(row["memory_bytes"] for row in of_seed) for of_seed in rows.values()],
+        }
+        for key, values in expected.items():
+            check_estimate(variant[key], values)
+        last = rows[1][-1]
+        assert variant["flops_per_token"] == pytest.approx(last["flops_per_second"] / last["tokens_per_second"])
+        assert variant["tokens"] == last["tokens"] and variant["steps"] == 4
         assert variant["decode_tokens_per_second"] > 0
-    test = stats.ttest_rel(finals["attention=mla"], finals["attention=mha"])
-    difference = report["comparison"]["differences"]["attention=mla"]
-    assert difference["p"] == pytest.approx(test.pvalue, rel=1e-9)
-    low, high = test.confidence_interval()
-    assert difference["interval"] == pytest.approx([low, high], rel=1e-9)
+        for seed, curve in zip(SEEDS, variant["curves"], strict=True):
+            check_curve(curve, rows[seed], variant["flops_per_token"])
     assert report["hypothesis"] == "MLA loses, 7 %" and report["match"] == ["params"]
-    sizes = [variant["parameters_without_embedding"] for variant in report["variants"]]
-    assert max(sizes) / min(sizes) < 1.005
     assert report["config_differences"]["attention._target_"]["attention=mla"].endswith("MLAConfig")
-    assert report["environment"]["packages"]["torch"] and len(report["cells"]) == 6
+    assert report["environment"]["packages"]["torch"] and len(report["cells"]) == 9
+    assert all(cell["val_bpb"] == final(cell["variant"], cell["seed"])[-1]["val_bpb"] for cell in report["cells"])
+
+
+def check_estimate(found, values):
+    mean, sd = statistics.fmean(values), statistics.stdev(values)
+    assert list(found["values"].values()) == pytest.approx(values, rel=1e-12)
+    assert (found["mean"], found["sd"]) == pytest.approx((mean, sd), rel=1e-9)
+    assert found["interval"] == pytest.approx(stats.t.interval(0.95, 2, mean, sd / math.sqrt(3)), rel=1e-9)
+
+
+def check_curve(curve, rows, flops_per_token):
+    scored = [row for row in rows if "val_loss" in row]
+    totals = accumulate(1024 / row["tokens_per_second"] for row in rows)
+    seconds = dict(zip((row["step"] for row in rows), totals, strict=True))
+    assert curve["train_loss"] == [row["train_loss"] for row in rows]
+    assert curve["train_bpb"] == [row["train_bpb"] for row in rows]
+    assert curve["tokens"] == [row["tokens"] for row in rows] and curve["step"] == [1, 2, 3, 4]
+    assert curve["seconds"] == pytest.approx([seconds[row["step"]] for row in rows])
+    assert curve["flops"] == pytest.approx([row["tokens"] * flops_per_token for row in rows])
+    assert curve["val_loss"] == [row["val_loss"] for row in scored]
+    assert curve["val_bpb"] == [row["val_bpb"] for row in scored]
+    assert curve["val_tokens"] == [row["tokens"] for row in scored]
+    assert curve["val_seconds"] == pytest.approx([seconds[row["step"]] for row in scored])
+
+
+def test_report_comparison_is_the_block_model_of_the_metrics_files(here):
+    """By sums of squares, as a textbook has them."""
+    report = report_on([SWEEPS / "three"], decode=False)
+    names = [variant.name for variant in report.variants]
+    table = [[final(name, seed)[-1]["val_bpb"] for seed in SEEDS] for name in names]
+    mean = statistics.fmean(map(statistics.fmean, table))
+    rows = [statistics.fmean(row) for row in table]
+    columns = [statistics.fmean(column) for column in zip(*table, strict=True)]
+    squares = sum((table[i][j] - rows[i] - columns[j] + mean) ** 2 for i in range(3) for j in range(3))
+    pooled = math.sqrt(squares / 4)
+    assert report.comparison.pooled_df == 4 and report.comparison.pooled_sd == pytest.approx(pooled, rel=1e-9)
+    p_values = []
+    for name, row in zip(names[1:], table[1:], strict=True):
+        found = report.comparison.differences[name]
+        differences = [value - base for value, base in zip(row, table[0], strict=True)]
+        assert found.mean == pytest.approx(statistics.fmean(differences), rel=1e-9)
+        assert found.own_sd == pytest.approx(statistics.stdev(differences), rel=1e-9)
+        sd, df = (pooled * math.sqrt(2), 4) if found.method == "paired, pooled sd" else (found.own_sd, 2)
+        error = sd / math.sqrt(3)
+        assert found.p == pytest.approx(2 * stats.t.sf(abs(found.mean / error), df), rel=1e-9)
+        half = stats.t.ppf(0.975, df) * error
+        assert found.interval == pytest.approx((found.mean - half, found.mean + half), rel=1e-9)
+        p_values.append(found.p)
+    smaller, larger = sorted(p_values)
+    corrected = sorted(found.p_corrected for found in report.comparison.differences.values())
+    assert corrected == pytest.approx([min(1, 2 * smaller), max(min(1, 2 * smaller), larger)], rel=1e-9)
+    sizes = [variant.parameters_without_embedding for variant in report.variants]
+    assert max(sizes) / min(sizes) < 1.005
+    for variant in report.variants:
+        model = load_run(SWEEPS / f"three/{variant.name},seed=1")[0]
+        assert variant.parameters == sum(p.numel() for p in model.parameters())
+        caches = model.make_caches(1, 64)
+        assert variant.cache_bytes_full == sum(c.rows * c.bytes_per_token for c in caches)
+        assert variant.cache_bytes_per_token == variant.cache_bytes_full / 64
 
 
 def test_report_html_needs_no_network_and_states_the_numbers(here, monkeypatch, capsys):
-    assert compared(["sweeps/two", "-o", "out", "--no-decode"], monkeypatch, capsys)[0] == 0
+    assert compared(["sweeps/three", "-o", "out", "--no-decode"], monkeypatch, capsys)[0] == 0
     page = (here / "out/report.html").read_text()
     HTMLParser().feed(page)
     assert "http" not in page.replace("http://www.w3.org/", "") and "attention=mla" in page
@@ -102,13 +160,13 @@ def test_report_html_needs_no_network_and_states_the_numbers(here, monkeypatch, 
 
 
 def test_report_of_a_cell_that_is_missing_or_damaged_names_it(here, monkeypatch, capsys):
-    gone = SWEEPS / "two/attention=mla,seed=3"
-    metrics = SWEEPS / "two/attention=mla,seed=2/metrics.jsonl"
+    gone = SWEEPS / "three/attention=mla,seed=3"
+    metrics = SWEEPS / "three/attention=mla,seed=2/metrics.jsonl"
     lines = metrics.read_text().splitlines(keepends=True)
     gone.rename("aside")
     metrics.write_text("".join([lines[0], "{nonsense\n", *lines[2:]]))
     try:
-        code, out, _ = compared(["sweeps/two", "--no-decode", "-o", "out"], monkeypatch, capsys)
+        code, out, _ = compared(["sweeps/three", "--no-decode", "-o", "out"], monkeypatch, capsys)
     finally:
         Path("aside").rename(gone)
         metrics.write_text("".join(lines))
@@ -119,8 +177,36 @@ def test_report_of_a_cell_that_is_missing_or_damaged_names_it(here, monkeypatch,
     assert report["comparison"]["differences"]["attention=mla"]["seeds"] == [1, 2]
 
 
+def test_report_of_cells_that_were_altered_or_are_damaged_leaves_them_out(here, monkeypatch, capsys):
+    """One trained on by hand, and one that lost its vocabulary."""
+    shutil.copytree("sweeps/three", "sweeps/altered")
+    with monkeypatch.context() as patch:
+        patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
+        for checkpoint in Path("sweeps/altered/attention=mha,seed=1/checkpoints").glob("*4"):
+            shutil.rmtree(checkpoint)  # the cooldown has begun by then
+        assert call("train", ["resume='sweeps/altered/attention=mha,seed=1'", "steps=6"], patch, drawn=True) == 0
+    Path("sweeps/altered/attention=mla,seed=2/tokenizer.json").write_text("{}")
+    capsys.readouterr()
+    report = report_on([SWEEPS / "altered"], decode=False)
+    states = {cell.name: (cell.state, cell.detail) for cell in report.cells if cell.state != "finished"}
+    state, detail = states.pop("attention=mha,seed=1")
+    assert state == "altered" and "the sweep has" in detail
+    assert states.pop("attention=mla,seed=2")[0] == "damaged" and not states
+    assert report.comparison.differences["attention=mla"].seeds == [3]
+    assert "attention=mha lacks seed 1" in report.notes
+
+
+def test_report_cache_of_a_window_is_that_of_a_full_context(workplace, monkeypatch):
+    call("train", [*TINY, "attention=gqa", "attention.window=16", "run_dir=a"], monkeypatch)
+    (variant,) = report_on([Path("a")], decode=False).variants
+    assert variant.cache_bytes_per_token == measure(
+        "cache", composed_run(*TINY, "attention=gqa", "attention.window=16").model, 257
+    )
+    assert variant.cache_bytes_per_token * 64 == variant.cache_bytes_full
+
+
 def test_compare_two_ordinary_runs_have_no_p(here, monkeypatch, capsys):
-    runs = [f"sweeps/two/attention={name},seed=1" for name in ("mha", "mla")]
+    runs = [f"sweeps/three/attention={name},seed=1" for name in ("mha", "mla")]
     code, out, _ = compared([*runs, "--no-decode"], monkeypatch, capsys)
     assert code == 0 and "no p" in out
     report = json.loads(Path("report/report.json").read_text())
@@ -129,7 +215,7 @@ def test_compare_two_ordinary_runs_have_no_p(here, monkeypatch, capsys):
 
 
 def test_compare_runs_that_differ_in_the_seed_alone_are_one_variant(here):
-    folders = [SWEEPS / f"two/attention={name},seed={seed}" for name in ("mha", "mla") for seed in (1, 2)]
+    folders = [SWEEPS / f"three/attention={name},seed={seed}" for name in ("mha", "mla") for seed in (1, 2)]
     report = report_on(folders, decode=False)
     assert [variant.name for variant in report.variants] == ["attention=mha", "attention=mla"]
     assert report.comparison.differences["attention=mla"].p is not None
@@ -170,11 +256,11 @@ REFUSED = {
     "no folder": (["nothing"], "nothing is not a run"),
     "a folder of something": (["cache"], "cache is not a run: it has no config.yaml"),
     "a sweep beside others": (
-        ["sweeps/two", "sweeps/two/attention=mha,seed=1"],
-        "sweeps/two is a sweep: compare it alone",
+        ["sweeps/three", "sweeps/three/attention=mha,seed=1"],
+        "sweeps/three is a sweep: compare it alone",
     ),
-    "no such baseline": (["--baseline", "gqa"], "--baseline gqa is no variant here: choose one of attention=mha"),
-    "no folder to write": (["-o", "sweeps/two/sweep.json/x"], "-o"),
+    "no such baseline": (["--baseline", "mqa"], "--baseline mqa is no variant here: choose one of attention=mha"),
+    "no folder to write": (["-o", "sweeps/three/sweep.json/x"], "-o"),
     "no such axis": (["--x", "miles"], "invalid choice: 'miles'"),
 }
 
