@@ -34,7 +34,7 @@ def choose_device(device: str) -> torch.device:
 
 
 def set_threads(threads: int | None) -> None:
-    """Set the number of CPU threads; None: PyTorch's default, which an earlier run of a sweep may have changed."""
+    """Set the number of CPU threads; None: PyTorch's default, which an earlier call may have changed."""
     wanted = threads or DEFAULT_THREADS
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or wanted
     if wanted > max(cpus, DEFAULT_THREADS):

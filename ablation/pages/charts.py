@@ -32,7 +32,7 @@ def marker(index: int, x: str, y: str, size: str = "m", **attributes: Any) -> Ma
     return tag("use", href=f"#{size}{look(index).marker}", x=x, y=y, class_=f"mark c{color(index)}", **attributes)
 
 
-def told_marker(index: int, x: str, y: str, tip: str) -> Markup:
+def labelled_marker(index: int, x: str, y: str, tip: str) -> Markup:
     """A large marker that tells its numbers when it is pointed at, touched or focused."""
     return marker(index, x, y, "l", data_tip=tip, tabindex=0, role="img", aria_label=tip.replace("\n", ", "))
 
@@ -93,7 +93,6 @@ def curve_data(report: Report) -> dict[str, Any]:
             {"name": variant.name, **{source: _data(found[source][i]) for source in sources}}
             for i, variant in enumerate(report.variants)
         ],
-        "units": Y_UNITS,
     }
 
 
@@ -314,7 +313,7 @@ def _row(row: Dots, axis: Axis) -> Markup:
     for seed, value in row.seeds.items():
         dot = {"cx": percent(axis.place(value)), "cy": "50%", "r": 2.5, "class_": f"dot {look_of}"}
         pieces.append(tag("circle", **dot, data_tip=f"{name}\nseed {seed}: {exact(value)}"))
-    pieces.append(told_marker(row.index, percent(axis.place(row.mean)), "50%", f"{name}\n{row.tip}"))
+    pieces.append(labelled_marker(row.index, percent(axis.place(row.mean)), "50%", f"{name}\n{row.tip}"))
     return tag(
         "div",
         tag("div", swatch(row.index, line=False), tag("span", row.variant.label), class_="name"),
@@ -357,7 +356,7 @@ def frontier_chart(report: Report) -> Markup:
             pieces.append(tag("line", x1=x, x2=x, y1=low, y2=high, class_=f"span c{color(i)}"))
         size = f"{variant.cache_bytes_per_token:,.0f} bytes per token ({bytes_(variant.cache_bytes_per_token)})"
         tip = f"{escaped(variant.name)}\n{size}\n{_tip(found)}"
-        pieces.append(told_marker(i, x, percent(1 - axis_y.place(found.mean)), tip))
+        pieces.append(labelled_marker(i, x, percent(1 - axis_y.place(found.mean)), tip))
     text = f"Final loss of {len(estimates)} variants against the bytes that their cache takes per token."
     return plot("Loss against cache", text, axis_x, axis_y, join(_steps(report, axis_x, axis_y), *pieces))
 

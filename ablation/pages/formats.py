@@ -3,9 +3,9 @@
 import math
 
 from ablation.results import Report
-from common.console import clock, counted
+from common.console import counted
 
-__all__ = ["bytes_", "clock", "compact", "counted", "exact", "fixed", "interval", "p_value", "places", "signed"]
+__all__ = ["bytes_", "compact", "counted", "exact", "fixed", "interval", "p_value", "places", "signed"]
 MIN_PLACES = 3
 MAX_PLACES = 6
 

@@ -40,12 +40,12 @@ def series(variant: Variant, source: str, limit: int | None = None) -> Series:
             for unit in Y_UNITS
         }
 
-    kept = _thinned(len(steps), limit)
+    indices = _thinned(len(steps), limit)
     return Series(
         [_picked(line, _thinned(len(line.x["steps"]), limit)) for line in lines],
-        _picked(Line(mean_x, over_seeds(_mean)), kept),
-        _pick(over_seeds(min), kept),
-        _pick(over_seeds(max), kept),
+        _picked(Line(mean_x, over_seeds(_mean)), indices),
+        _pick(over_seeds(min), indices),
+        _pick(over_seeds(max), indices),
     )
 
 
@@ -91,12 +91,12 @@ def _at(line: Line, steps: Sequence[float]) -> Line:
     return _picked(line, [place[step] for step in steps])
 
 
-def _picked(line: Line, kept: Sequence[int]) -> Line:
-    return Line(_pick(line.x, kept), _pick(line.y, kept))
+def _picked(line: Line, indices: Sequence[int]) -> Line:
+    return Line(_pick(line.x, indices), _pick(line.y, indices))
 
 
-def _pick(lists: dict[str, list], kept: Sequence[int]) -> dict[str, list]:
-    return {unit: [values[i] for i in kept] for unit, values in lists.items()}
+def _pick(lists: dict[str, list], indices: Sequence[int]) -> dict[str, list]:
+    return {unit: [values[i] for i in indices] for unit, values in lists.items()}
 
 
 def _thinned(count: int, limit: int | None) -> list[int]:

@@ -58,10 +58,10 @@ def locked(folder: Path) -> Iterator[None]:
     """Make the sweep's folder, and hold it for this process. A folder in which nothing came to be is removed."""
     try:
         make_folder(folder)
-        held = lock(folder / ".lock", f"another process runs the sweep {folder}: wait for it, or stop it first")
+        sweep_lock = lock(folder / ".lock", f"another process runs the sweep {folder}: wait for it, or stop it first")
     except OSError as error:
         raise UserError(f"the sweep's folder {folder} cannot be made: {reason(error)}") from None
-    with held:
+    with sweep_lock:
         try:
             yield
         finally:

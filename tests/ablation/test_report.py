@@ -290,7 +290,7 @@ def test_labels_are_values_where_one_setting_varies():
     assert labels_of(["these settings"]) == {"these settings": "these settings"}
 
 
-def test_compose_leaves_settings_of_the_command_aside():
+def test_compose_ignores_settings_of_the_command():
     assert compose(*TINY, "match=params", "minutes=3", "hypothesis=x") == composed_run(*TINY)
     with pytest.raises(UserError, match="resume= goes on"):
         compose("resume=latest")

@@ -158,7 +158,7 @@ class Run(FrozenSettings):
 
 
 def compose(*overrides: str) -> Run:
-    """The run that `python train.py *overrides` makes; settings of the command, such as match=, are left aside. Raises
+    """The run that `python train.py *overrides` makes; settings of the command, such as match=, are ignored. Raises
     UserError."""
     tree = compose_tree(*overrides)
     given = pop_command_settings(tree)

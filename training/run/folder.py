@@ -212,7 +212,7 @@ def newest(with_checkpoint: bool = False) -> Path:
     touched = {}
     for folder in folders:
         try:
-            if not is_folder(str(folder)):  # as a sweep's multirun.yaml is not
+            if not is_folder(str(folder)):  # as a file of somebody is not
                 continue
             files = checkpoint_paths(folder) if with_checkpoint else [folder / "config.yaml"]
             touched[folder] = max(map(_touched, files), default=0)

@@ -297,7 +297,7 @@ def test_check_is_run_forbidden_folder_raises_user_error(run, monkeypatch):
 def test_newest_run_forbidden_folder_is_skipped_with_a_warning(run, monkeypatch, caplog):
     for name in ("older", "newer"):
         shutil.copytree(run, f"runs/{name}")
-    Path("runs/multirun.yaml").touch()  # as a sweep leaves it
+    Path("runs/notes.txt").touch()  # which is no run
     assert str(run_folder.newest(with_checkpoint=True)).startswith("runs/") and not caplog.text
     stat = os.stat
 
