@@ -241,7 +241,7 @@ def _rows(report: Report) -> Iterable[Markup]:
 
 
 def _frontier(report: Report) -> Markup | None:
-    sizes = {variant.cache_bytes_per_token for variant in report.variants}
+    sizes = {round(variant.cache_bytes_per_token) for variant in report.variants}
     if not sizes:
         return None
     if len(sizes) == 1:
