@@ -43,7 +43,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log", action="store_true", help="logarithmic axes of the curves")
     parser.add_argument("--force", action="store_true", help="compare runs of different corpora or tokenizers, by bpb")
     parser.add_argument("--no-decode", action="store_true", help="do not measure how fast the models decode here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output is not None and not args.output.name:
+        parser.error("-o names no folder")
+    return args
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -57,6 +60,7 @@ def compare(args: argparse.Namespace) -> None:
     to_stderr()
     folders = args.folders or [newest()]
     output = args.output or (folders[0] if is_sweep(folders[0]) else REPORT)
+    check_output(output)
     found = report_on(folders, baseline=args.baseline, force=args.force, decode=not args.no_decode)
     width = min(MAX_WIDTH, shutil.get_terminal_size((100, 24)).columns)
     for line in terminal(found, width).splitlines():
@@ -77,6 +81,14 @@ def newest() -> Path:
         )
     print_stderr(f"sweep        {found}")
     return found
+
+
+def check_output(folder: Path) -> None:
+    """Raise UserError where no report can be written, before anything is computed."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fault = "nothing may be written there" if there.is_dir() else f"{there} is no folder"
+        raise UserError(f"no report can be written to {folder}: {fault}: choose another folder by -o")
 
 
 def is_sweep(folder: Path) -> bool:

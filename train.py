@@ -5,6 +5,7 @@ python train.py attention=mla steps=300           # any setting of conf/ can be 
 python train.py --help
 """
 
+import logging
 import os
 import sys
 
@@ -72,21 +73,15 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     from training.dry_run import dry_run
     from training.experimental_settings import warn_experimental_settings
     from training.measure import measure
-    from training.minutes import steps_for
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
-    from training.run.config import check_not_of_sweep, pop_command_settings
-    from training.run.start import begin_or_resume, resolve_run
+    from training.run.start import begin_or_resume
     from training.session import Session
     from training.step import losses_of
 
     process.end_by_unwinding()
-    to_stderr()
-    given = pop_command_settings(tree)
-    check_not_of_sweep(given)
-    if given["minutes"] is not None:
-        tree["steps"] = steps_for(given, resolve_run(tree, typed)[0], typed)
-    run, folder, run_lock = resolve_run(tree, typed, given["resume"])
+    to_stderr(logging.WARNING if process.in_sweep else logging.INFO)
+    run, folder, run_lock = requested_run(tree, typed)
     run.logger.check_installed()
     set_determinism(run.deterministic)
     set_threads(run.threads)
@@ -116,8 +111,24 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     with run_lock, advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
         session = Session(run, folder, corpus, state, losses.token_losses, monitor, stop, saved_step=done)
         evaluation = run_steps(session, losses.mean_loss, done, preview)
-    print_result(preview(), monitor.final_lines(evaluation), folder)
+    if process.in_sweep:
+        print_score(evaluation)
+    else:
+        print_result(preview(), monitor.final_lines(evaluation), folder)
     monitor.draw_picture()
+
+
+def requested_run(tree: dict, typed: list[str]) -> tuple:
+    """The run that a command asks for; and its folder, and the lock on it, if it has one already."""
+    from training.minutes import steps_for
+    from training.run.config import check_not_of_sweep, pop_command_settings
+    from training.run.start import resolve_run
+
+    given = pop_command_settings(tree)
+    check_not_of_sweep(given)
+    if given["minutes"] is not None:
+        tree["steps"] = steps_for(given, resolve_run(tree, typed)[0], typed)
+    return resolve_run(tree, typed, given["resume"])
 
 
 def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
@@ -175,6 +186,13 @@ def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Calla
             with monitor.paused_timer():
                 monitor.print_text(preview())
     return evaluation
+
+
+def print_score(evaluation: "Evaluation") -> None:
+    """Print the one line that a run of a sweep ends with."""
+    from training.monitor.summary import validation_line
+
+    print_stderr(validation_line(evaluation.reported))
 
 
 def print_result(sample: str, lines: list[str], folder: Path) -> None:

@@ -10,7 +10,7 @@ from common.console import counted
 from common.errors import UserError, reason
 from training.metrics_file import UNSCORED, MetricRow, read_metrics
 from training.monitor.guard import Guard
-from training.run.checkpoint import is_finished
+from training.run.checkpoint import is_finished, steps_done
 from training.run.config import Run
 from training.run.folder import read_config
 
@@ -29,7 +29,11 @@ def outcome_of(folder: Path, recorded: str | None = None) -> Outcome:
         if not exists(folder / "config.yaml"):
             return Outcome("failed", recorded) if recorded else Outcome("missing", "not begun")
         tree, _ = read_config(folder)
-        return outcome_of_rows(Run.from_tree(tree), read_metrics(folder / METRICS), recorded)
+        rows = read_metrics(folder / METRICS)
+        last, saved = rows[-1]["step"] if rows else 0, steps_done(folder)
+        if last < saved:
+            return Outcome("damaged", f"{METRICS} ends at step {last:,}, the run came to step {saved:,} at least")
+        return outcome_of_rows(Run.from_tree(tree), rows, recorded)
     except UserError as fault:
         return Outcome("damaged", str(fault))
     except OSError as error:
@@ -40,9 +44,11 @@ def outcome_of_rows(run: Run, rows: list[MetricRow], recorded: str | None = None
     if final_row(run, rows) is not None:
         return Outcome("finished", "")
     done = rows[-1]["step"] if rows else 0
+    if done == run.steps and UNSCORED not in rows[-1]:
+        return Outcome("damaged", f"the last row of {METRICS} holds no validation loss")
     where = f"at step {done:,} of {run.steps:,}"
     if Guard((row for row in rows if row["step"]), run.max_skipped_updates).diverged_before:
-        return Outcome("diverged", f"{where}, after {counted(run.max_skipped_updates, 'update')} in a row were skipped")
+        return Outcome("diverged", f"{where}, after {counted(run.max_skipped_updates, 'skipped update')} in a row")
     if recorded:
         return Outcome("failed", f"{recorded}, {where}")
     return Outcome("unfinished", f"stopped {where}")

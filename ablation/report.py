@@ -20,7 +20,7 @@ from ablation.pages.words import summary
 from ablation.records import Record, read_record, short_name
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import Comparison, Estimate, compare, estimate
-from ablation.sweep.stored import Sweep, read_outcomes, read_sweep, sweep_command
+from ablation.sweep.stored import Sweep, hint_for, read_outcomes, read_sweep, sweep_command
 from common.console import counted
 from common.errors import UserError
 from model import cost
@@ -28,6 +28,7 @@ from training.run.config import flatten_config
 
 UNITS = {"val_bpb": "bits per byte", "val_loss": "nats per token"}
 UNKNOWN = Estimate({}, math.nan, None, None)
+CLASS = "._target_"  # the setting that names a choice's class
 CHOSEN_LATER = (None, "auto")  # settings of a sweep that each run fills in
 MACHINES = {"git_commit": "commit", "packages": "versions", "platform": "machine", "gpu": "GPU", "threads": "threads"}
 ENVIRONMENT = ("python", "platform", "packages", "threads", "gpu", "git_commit", "git_changes")
@@ -61,7 +62,8 @@ def report_on(
     selection = select(folders)
     if not selection.members:
         outcomes = "; ".join(f"{cell.name}: {cell.detail or cell.state}" for cell in selection.cells[:3])
-        raise UserError(f"{selection.title} has nothing to compare: no run of it has finished ({outcomes})")
+        more = f"; and {len(selection.cells) - 3} more" if len(selection.cells) > 3 else ""
+        raise UserError(f"{selection.title} has nothing to compare: no run of it has finished ({outcomes}{more})")
     notes = [*selection.notes, *check_comparable([member.record for member in selection.members], force)]
     groups = ordered(by_variant(selection.members), baseline)
     notes += baseline_note(selection, groups)
@@ -117,7 +119,7 @@ def select_cells(folder: Path, sweep: Sweep) -> Selection:
         cells.append(cell)
     order = list(labels)  # by variant: whatever became of the first cells, the baseline comes first
     members.sort(key=lambda member: order.index(member.variant))
-    return Selection(folder.name, members, cells, notes, sweep)
+    return Selection(short_name(folder), members, cells, notes, sweep)
 
 
 def recorded_outcome(folder: Path, recorded: str | None, settings: Mapping[str, Any]) -> tuple[Outcome, Record | None]:
@@ -156,7 +158,7 @@ def select_runs(folders: Sequence[Path]) -> Selection:
     members, cells, notes = [], [], []
     named = [folder for folder in folders if not os.path.isfile(folder)]  # sweeps/NAME/* has a report's files, too
     for folder in dict.fromkeys(named or folders):
-        record = read_record(folder)
+        record = _record(folder)
         name = str(folder)
         cell = new_cell(name, name, record.run.seed, folder, record.outcome)
         if last_scored(record) is None:
@@ -174,6 +176,13 @@ def select_runs(folders: Sequence[Path]) -> Selection:
     cells = [replace(cell, variant=variants.get(cell.name, cell.variant)) for cell in cells]
     title = " and ".join(dict.fromkeys(short_name(folder) for folder in folders)) if len(folders) <= 3 else ""
     return Selection(title or counted(len(folders), "run"), members, cells, notes, None)
+
+
+def _record(folder: Path) -> Record:
+    try:
+        return read_record(folder)
+    except UserError as error:
+        raise UserError(f"{error}{hint_for(folder)}") from None
 
 
 def grouped(members: list[Member]) -> list[Member]:
@@ -347,7 +356,9 @@ def seed_notes(groups: Mapping[str, list[Member]]) -> list[str]:
     seeds = {name: {member.seed for member in members} for name, members in groups.items()}
     every = set().union(*seeds.values())
     if all(len(own) == 1 for own in seeds.values()):
-        return ["one seed of each variant: no interval and no p; the noise between seeds is not known"]
+        each = " of each variant" if len(seeds) > 1 else ""
+        unlike = "; the seeds are not the same" if len(every) > 1 else ""
+        return [f"one seed{each}: no interval and no p; the noise between seeds is not known{unlike}"]
     return [
         f"{name} lacks {'seed' if len(every - own) == 1 else 'seeds'} {', '.join(map(str, sorted(every - own)))}"
         for name, own in seeds.items()
@@ -374,9 +385,15 @@ def config_differences(groups: Mapping[str, list[Member]]) -> dict[str, dict[str
     """Settings in which the variants differ; derived ones too, which is where a choice shows its consequences."""
     settings = {name: members[0].record.settings for name, members in groups.items()}
     keys = dict.fromkeys(key for one in settings.values() for key in one)
-    missing = "-"
-    found = {key: {name: one.get(key, missing) for name, one in settings.items()} for key in keys}
-    return {key: values for key, values in found.items() if len(set(map(repr, values.values()))) > 1}
+    found = {key: {name: one.get(key, "-") for name, one in settings.items()} for key in keys}
+    unlike = {key: values for key, values in found.items() if len(set(map(repr, values.values()))) > 1}
+    kinds = {key.removesuffix(CLASS): _kinds(values) for key, values in unlike.items() if key.endswith(CLASS)}
+    return kinds | {key: values for key, values in unlike.items() if not key.endswith(CLASS)}
+
+
+def _kinds(values: Mapping[str, str]) -> dict[str, str]:
+    """Classes as people say them: MLA for model.attention.mla.MLAConfig."""
+    return {name: value.rpartition(".")[2].removesuffix("Config") for name, value in values.items()}
 
 
 def environment_of(records: Sequence[Record]) -> dict[str, Any]:

@@ -43,6 +43,13 @@ def deferred_logging() -> Iterator[None]:
             log.handle(record)
 
 
+def about(seconds: float) -> str:
+    """Format an estimated duration in one unit: 25 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
 def level_of_log(level: int) -> Iterator[None]:
     """A context in which only messages of at least this level are logged."""
@@ -54,8 +61,8 @@ def level_of_log(level: int) -> Iterator[None]:
         log.setLevel(before)
 
 
-def to_stderr() -> None:
-    """Send the program's log messages to stderr, one line each."""
+def to_stderr(level: int = logging.INFO) -> None:
+    """Send the program's log messages of at least this level to stderr, one line each."""
     log.handlers[:] = [_Stderr()]
-    log.setLevel(logging.INFO)
+    log.setLevel(level)
     log.propagate = False

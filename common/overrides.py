@@ -26,6 +26,8 @@ PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quote
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
 FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
 BRACKETS = r"""["'()\[\]{}]"""  # and quotes, within which a comma does not part values
+# What stands between two commas: quoted, in brackets, or without either.
+PART = r"""(?:"[^"]*"|'[^']*'|\[[^\[\]]*\]|\{[^{}]*\}|\([^()]*\)|[^,"'\[\]{}()])+"""
 NO_TEXTS = ("null", "true", "false", "nan", "inf")
 # Of a part, which a choice of its own names, Hydra does not know the settings that it does not change.
 OF_PARTS = r"(attention|data)\.parts\."
@@ -218,8 +220,14 @@ def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:
     """Quote, as text, a value that the grammar refuses."""
     if not is_text and re.fullmatch(r"\s*(\[.*\]|\{.*\})\s*", value, re.DOTALL):
         raise UserError(_unreadable(key, value))
-    parts = value.split(",") if sweep and not re.search(BRACKETS, value) else [value]
-    return ",".join(map(as_text, parts))
+    parts = _parts(value) if sweep else [value]
+    return ",".join(part if _parsed(f"{key}={part}") else as_text(part) for part in parts)
+
+
+def _parts(value: str) -> list[str]:
+    """Split at the commas that are not within quotes or brackets; where these do not pair, it is one text."""
+    parts = re.findall(PART, value)
+    return parts if ",".join(parts) == value else [value]
 
 
 def _in_digits(value: str) -> str:

@@ -14,6 +14,7 @@ MIN_PYTHON = (3, 11)
 PARENT = "HEADROOM_PARENT"  # environment variable: the process whose end stops this one, as a sweep's stops its run
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _owns_process = False  # not so in a test or a notebook that calls a program as a function
+in_sweep = False  # a sweep started this process, and says itself what all its runs have in common
 
 
 def start(*packages: str) -> None:
@@ -48,7 +49,9 @@ def start(*packages: str) -> None:
 
 def _end_with_parent() -> None:
     """Where PARENT names a process, have the system send SIGTERM when that ends, however it does. On Linux only."""
+    global in_sweep
     parent = os.environ.pop(PARENT, "")
+    in_sweep = bool(parent)
     if not parent.isdecimal() or sys.platform != "linux":
         return
     import ctypes

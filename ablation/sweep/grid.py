@@ -23,7 +23,7 @@ from training.run.config import OF_COMMANDS
 SEED = "seed"
 MAX_NAME = 150  # characters of a cell's name: a folder's has at most 255 bytes
 MAX_CELLS = 10_000
-ONE_VARIANT = "these settings"  # where nothing but the seed varies
+ONE_VARIANT = "this model"  # where nothing but the seed varies
 
 
 class Override(NamedTuple):
@@ -63,7 +63,12 @@ def grid_of(typed: Sequence[str], before: Collection[str] = ()) -> Grid:
     rest = [one for one in fixed if one.key not in named]
     command = [one.word for one in rest if one.key in OF_COMMANDS]
     own = [one for one in rest if one.key not in OF_COMMANDS]
-    return Grid(command, [one.word for one in own], varying, list(_cells(own, varying, optional)))
+    cells = list(_cells(own, varying, optional))
+    given = {key_of(word) for cell in cells for word in cell.overrides}
+    nowhere = next((key for key in sorted(optional) if key not in given and key not in OF_COMMANDS), None)
+    if nowhere is not None:
+        raise UserError(f"{WHERE_IT_EXISTS}{no_such_setting(nowhere, cells[0].overrides)}")
+    return Grid(command, [one.word for one in own], varying, cells)
 
 
 def _check_varying(varying: Sequence[Varying]) -> None:

@@ -10,7 +10,7 @@ from ablation.sweep.grid import key_of
 from ablation.sweep.pace import Pace, paces_of
 from ablation.sweep.request import Request, by_variant, settings_of
 from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, read_outcomes, read_sweep
-from common.console import counted
+from common.console import about, counted
 from common.errors import UserError
 from common.streams import print_stderr
 from data.batches import check_split_lengths
@@ -175,20 +175,22 @@ def _settings(run: Run) -> dict[str, Any]:
 def print_plan(plan: Plan, max_minutes: float | None) -> None:
     """Raises UserError where what is left would take longer than max_minutes."""
     seeds = sorted({cell.seed for cell in plan.cells if cell.seed is not None})
-    over = f" over seeds {', '.join(map(str, seeds))}" if seeds else ""
-    complete = len(plan.cells) - len(plan.left)
-    done = f"; {complete} of them are done" if complete else ""
+    over = f" over seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
+    done = len(plan.cells) - len(plan.left)
+    others = f"; {done} of them not to be run again" if done else ""
     runs = f"{counted(len(plan.cells), 'run')} of {counted(len(plan.runs), 'variant')}"
-    print_stderr(f"sweep        {plan.folder}: {runs}{over}{done}")
+    print_stderr(f"sweep        {plan.folder}: {runs}{over}{others}")
+    if len({repr((run.data, run.tokenizer)) for run in plan.runs.values()}) > 1:
+        print_stderr("texts        the variants have not the same text and vocabulary: compare.py will want --force")
     if not plan.left:
         return
-    minutes = sum(seconds_of(plan, cell) for cell in plan.left) / 60
-    each = ", ".join(f"{name} {pace.seconds(plan.runs[name]) / 60:.1f}" for name, pace in plan.paces.items())
-    print_stderr(f"time         about {minutes:.1f} minutes in all; of a run {each}")
-    if max_minutes is not None and minutes > max_minutes:
+    seconds = sum(seconds_of(plan, cell) for cell in plan.left)
+    each = ", ".join(f"{name} {about(pace.seconds(plan.runs[name]))}" for name, pace in plan.paces.items())
+    print_stderr(f"time         about {about(seconds)} in all; of a run {each}")
+    if max_minutes is not None and seconds > 60 * max_minutes:
         raise UserError(
-            f"max_minutes={max_minutes:g}: this sweep would take about {minutes:.1f} minutes: give fewer values or "
-            "steps, or a larger max_minutes="
+            f"max_minutes={max_minutes:g}: this sweep would take about {about(seconds)}: give fewer values or steps, "
+            "or a larger max_minutes="
         )
 
 

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from pydantic import Field
 
+from ablation.match import Budget
 from ablation.sweep.grid import Grid, check_known, grid_of, key_of, short_hash
 from ablation.sweep.stored import SWEEPS, read_sweep
 from common.errors import UserError
@@ -18,14 +19,15 @@ NOT_IN_SWEEPS = {
     "resume": "resume= continues one run: leave it out; a sweep goes on with the command that began it",
     "run_dir": "run_dir= is the folder of one run: name the sweep instead, as in sweep=heads",
 }
+BUDGETS = get_args(Budget)
 NAME = r"[A-Za-z0-9_][A-Za-z0-9_.=,+@-]{0,99}"  # of a sweep, which is its folder's
 
 
 class SweepSettings(FrozenSettings):
     """Settings of the command, the same in all cells."""
 
-    sweep: str | None = Field(pattern=f"^{NAME}$")
-    match: list[Literal["params", "flops", "cache"]]
+    sweep: str | None
+    match: list[Budget]
     minutes: float | None = Field(gt=0, le=1e6)
     max_minutes: float | None = Field(gt=0, le=1e9)
     hypothesis: str | None
@@ -84,7 +86,18 @@ def _composed_tree(overrides: Sequence[str]) -> tuple[SweepSettings, dict[str, A
     given.pop("resume")
     chosen = given["match"]
     given["match"] = [] if chosen == "none" else [chosen] if isinstance(chosen, str) else chosen
+    if not isinstance(given["match"], list) or not set(map(str, given["match"])) <= set(BUDGETS):
+        raise UserError(f"match={chosen}: choose none, {', '.join(BUDGETS)}, or a list of these, as [cache,params]")
+    _check_name(given["sweep"])
     return validated(SweepSettings, "", given), tree
+
+
+def _check_name(name: Any) -> None:
+    if name is not None and not re.fullmatch(NAME, str(name)):
+        raise UserError(
+            f"sweep={str(name)[:100]} cannot be a folder's name: give letters, digits and _.=,+@-, 100 at most, the "
+            "first a letter, a digit or _"
+        )
 
 
 def by_variant(cells: Sequence[Any]) -> dict[str, list[Any]]:

@@ -21,7 +21,7 @@ from ablation.sweep.request import default_name, requested
 from ablation.sweep.stored import SWEEPS, PlannedCell, read_outcomes, record_outcome, sweep_command, write_sweep
 from common import process
 from common.atomic_io import exists, make_folder
-from common.console import counted, to_stderr
+from common.console import about, counted, to_stderr
 from common.errors import UserError, reason
 from common.invocation import command
 from common.lock import lock
@@ -79,8 +79,8 @@ def run_cells(plan: Plan, launcher: Launcher, relay: Relay) -> None:
     spent = predicted = 0.0  # of cells that finished
     while seconds:
         name = next(iter(seconds))
-        left = sum(seconds.values()) * (spent / predicted if predicted else 1.0) / 60
-        print_stderr(f"{numbers[name]} of {len(plan.cells)}: {name.replace(',', ' ')}, about {left:.0f} min left")
+        left = about(sum(seconds.values()) * (spent / predicted if predicted else 1.0))
+        print_stderr(f"{numbers[name]} of {len(plan.cells)}: {name.replace(',', ' ')}, about {left} left")
         begun = time.monotonic()
         run_cell(plan, plan.cells[numbers[name] - 1], launcher)
         relay.check()
@@ -125,6 +125,8 @@ def finished(plan: Plan) -> int:
             bad[cell.name] = f"{found.state}: {found.detail}"
     for name, text in bad.items():
         print_stderr(f"{name} {text}")
-    print_stderr(f"{len(plan.cells) - len(bad)} of {counted(len(plan.cells), 'run')} finished; the report:")
-    print_stderr(f"  {command('compare.py', str(plan.folder))}")
+    good = len(plan.cells) - len(bad)
+    print_stderr(f"{good} of {counted(len(plan.cells), 'run')} finished{'; the report:' if good else ''}")
+    if good:
+        print_stderr(f"  {command('compare.py', str(plan.folder))}")
     return 2 if bad else 0

@@ -62,7 +62,21 @@ def read_sweep(folder: Path) -> Sweep | None:
         fault = reason(error)
     except (ValueError, ValidationError) as error:
         fault = "it is not what a sweep writes" if isinstance(error, ValidationError) else str(error)
-    raise UserError(f"{path} cannot be read: {fault}: bring it back, or move the folder away")
+    runs = command("compare.py", f"{folder}/*")
+    raise UserError(f"{path} is damaged ({fault}): bring it back; its runs can be compared by {runs}")
+
+
+def hint_for(folder: Path) -> str:
+    """What somebody may have meant who named a folder that is neither a run nor a sweep; empty where it holds none."""
+    try:
+        inside = [folder / name for name in names_in(folder)]
+    except OSError:
+        return ""
+    if any(os.path.isfile(each / SWEEP_FILE) for each in inside):
+        return "; it holds sweeps: name one of them"
+    if any(os.path.isfile(each / "config.yaml") for each in inside):
+        return f"; it holds runs: name them, as in {folder}/*"
+    return ""
 
 
 def write_sweep(folder: Path, sweep: Sweep) -> None:

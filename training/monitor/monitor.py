@@ -10,6 +10,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from common import process
 from data.batches import documents_of_step
 from data.shards.prepare import Prepared
 from runtime.memory import peak_memory
@@ -71,7 +72,8 @@ class Monitor:
         self.progress.start()
         self.profile.start()
         kind = self.device.type
-        for line in summary.opening_lines(self.run, self.folder, self.corpus, kind, self.done, self.measured):
+        opening = summary.opening_lines(self.run, self.folder, self.corpus, kind, self.done, self.measured)
+        for line in () if process.in_sweep else opening:
             self.print_line(line)
         self.timer.restart()
         return self

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from common import process
 from common.errors import UserError
 from common.settings import Change
 from data.shards.prepare import Prepared
@@ -134,5 +135,7 @@ def begin_or_resume(
 
 def how_to_continue(folder: Path) -> str:
     """The command that resumes a run, or begins it again where nothing is saved."""
+    if process.in_sweep:
+        return "its sweep goes on with it"
     verb = "continue" if checkpoint_paths(folder) else "begin again"
     return f"{verb} with: {resume_command(folder)}"

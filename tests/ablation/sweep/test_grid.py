@@ -31,6 +31,10 @@ NAMES = {
         ["attention=stack,mha", "if:attention.parts.local.window=8"],
         ["attention=stack", "attention=mha"],
     ),
+    "quoted, and not": (
+        ["sample_prompt='a, b',c,_é"],
+        ["sample_prompt=a,_b-92d3be", "sample_prompt=c", "sample_prompt=__-33a6d4"],
+    ),
     "a switch of the mask": (["attention=stack,mha", "if:attention.window=8"], ["attention=stack", "attention=mha"]),
 }
 
@@ -59,6 +63,11 @@ def test_grid_names_are_folders_of_any_file_system_and_never_collide():
 
 
 REFUSED = {
+    "marked, and nowhere": (["attention=mha,mla", "if:attention.nonsense=8"], "if:attention.nonsense: no such setting"),
+    "marked, and of another": (
+        ["attention=mha,gqa", "if:attention.kv_lora_rank=8"],
+        "if:attention.kv_lora_rank: no such setting of attention=mha; it belongs to attention=mla",
+    ),
     "nothing varies": (["attention=mla"], "nothing varies: give several values"),
     "nothing at all": ([], "nothing varies"),
     "one value twice": (["seed=1,2,1"], "gives seed=1 twice: a sweep has one run of each value"),
