@@ -33,7 +33,7 @@ NAMES = {
     ),
     "quoted, and not": (
         ["sample_prompt='a, b',c,_é"],
-        ["sample_prompt=a,_b-92d3be", "sample_prompt=c", "sample_prompt=__-33a6d4"],
+        ["sample_prompt=a,_b-2782cf", "sample_prompt=c", "sample_prompt=__-da9fe8"],
     ),
     "a switch of the mask": (["attention=stack,mha", "if:attention.window=8"], ["attention=stack", "attention=mha"]),
 }
