@@ -14,8 +14,8 @@ from common.figures import legend, name_ticks, new_figure
 CAPTIONS = {
     "curves.png": "Training loss (line: mean over seeds; band: lowest to highest) and validation loss (points)",
     "final.png": "Final validation loss: mean, 95 % interval, and every seed",
-    "frontier.png": "Final validation loss against bytes of KV cache per token (dashed: the lowest with a cache of that size "
-    "or a smaller one)",
+    "frontier.png": "Final validation loss against bytes of KV cache per token "
+    "(dashed: the lowest with a cache of that size or a smaller one)",
 }
 MAX_LABEL = 40  # characters of a name in a picture
 
