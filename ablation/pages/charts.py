@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ablation.pages.axes import X_UNITS, Y_UNITS, Axis, bytes_axis, loss_axis, x_axis
+from ablation.pages.axes import X_UNITS, Axis, bytes_axis, loss_axis, x_axis
 from ablation.pages.formats import bytes_, exact, fixed, signed
 from ablation.pages.palette import COLORS, SHAPES, look
-from ablation.pages.series import SOURCES, Line, Series, late, series
+from ablation.pages.series import SOURCES, Line, Series, late, series, units
 from ablation.pages.tags import Markup, join, tag
 from ablation.pages.words import estimate, frontier, verdict
 from ablation.results import Report, Variant
@@ -85,10 +85,11 @@ def curve_data(report: Report) -> dict[str, Any]:
     page's script draws other choices than the first from it."""
     sources = [source for source in SOURCES if any(_has(variant, source) for variant in report.variants)]
     found = {source: [series(variant, source, MAX_POINTS) for variant in report.variants] for source in sources}
-    units = [unit for unit in Y_UNITS if any(_known(line, unit) for each in found.values() for line in _lines(each))]
+    lines = [line for each in found.values() for line in _lines(each)]
+    drawn = [unit for unit in units(report) if any(_known(line, unit) for line in lines)]
     return {
         "x": {source: _x_axes(each) for source, each in found.items()},
-        "y": {source: {unit: _y_axes(each, unit) for unit in units} for source, each in found.items()},
+        "y": {source: {unit: _y_axes(each, unit) for unit in drawn} for source, each in found.items()},
         "series": [
             {"name": variant.name, **{source: _data(found[source][i]) for source in sources}}
             for i, variant in enumerate(report.variants)

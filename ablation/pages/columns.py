@@ -5,9 +5,10 @@ column of names is not among them, and none that would be empty.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
-from ablation.pages.formats import bytes_, compact, exact, fixed, interval, places, signed
-from ablation.pages.words import estimate, verdict
+from ablation.pages.formats import bytes_, compact, duration, exact, fixed, interval, places, signed
+from ablation.pages.words import comparisons, estimate, verdict
 from ablation.results import Report, Variant
 from ablation.statistics import Difference, Estimate
 
@@ -21,9 +22,10 @@ class Value:
 @dataclass(frozen=True)
 class Column:
     name: str
-    values: list[Value]  # by variant
+    values: list[Value]  # by row
     numeric: bool = True
     essential: bool = True  # worth its place in a terminal
+    kind: Literal["text", "code", "state"] = "text"  # code: names, folders and settings; state: of a run
 
 
 def results(report: Report) -> list[Column]:
@@ -57,9 +59,9 @@ def _comparison(report: Report) -> list[Column]:
 
     return [
         column("difference", lambda found: Value(signed(found.mean, decimals), exact(found.mean))),
-        column("95 % interval", lambda found: Value(interval(found.interval, decimals), _bounds(found.interval))),
+        column(interval_name(report), lambda found: interval_value(found.interval, decimals)),
         Column("verdict", [_verdict(report, variant) for variant in report.variants], numeric=False),
-        column("detectable", lambda found: _optional(found.detectable, lambda value: fixed(value, decimals))),
+        column("detectable from", lambda found: optional(found.detectable, lambda value: fixed(value, decimals))),
     ]
 
 
@@ -81,7 +83,7 @@ def costs(report: Report) -> list[Column]:
         column("cache B/token", lambda variant: Value(f"{variant.cache_bytes_per_token:,.0f}")),
         column("FLOPs/token", lambda variant: _number(variant.flops_per_token)),
         column("tok/s", lambda variant: _spread(variant.tokens_per_second, compact, with_sd=False)),
-        column("decode tok/s", lambda variant: _optional(variant.decode_tokens_per_second, compact)),
+        column("decode tok/s", lambda variant: optional(variant.decode_tokens_per_second, compact)),
         column("memory", lambda variant: _spread(variant.memory_bytes, bytes_, with_sd=False)),
         *_details(report),
     ]
@@ -94,7 +96,7 @@ def _details(report: Report) -> list[Column]:
         column("params without embedding", lambda variant: _number(variant.parameters_without_embedding)),
         column("full cache", lambda variant: Value(bytes_(variant.cache_bytes_full), exact(variant.cache_bytes_full))),
         column("context", lambda variant: Value(f"{variant.context_length:,}")),
-        column("minutes", lambda variant: _spread(variant.minutes, lambda value: fixed(value, 1), with_sd=False)),
+        column("training time", lambda variant: _minutes(variant.minutes)),
         column("tokens", lambda variant: _number(variant.tokens)),
         column("steps", lambda variant: Value(f"{variant.steps:,}")),
     ]
@@ -116,7 +118,11 @@ def _number(value: float) -> Value:
     return Value(compact(value), exact(value))
 
 
-def _optional(value: float | None, shown: Callable[[float], str]) -> Value:
+def _minutes(found: Estimate) -> Value:
+    return Value(duration(60 * found.mean), f"{_digits(found)} min")
+
+
+def optional(value: float | None, shown: Callable[[float], str]) -> Value:
     return Value("") if value is None else Value(shown(value), exact(value))
 
 
@@ -124,11 +130,18 @@ def _spread(found: Estimate | None, shown: Callable[[float], str], with_sd: bool
     """A mean with its sd over seeds."""
     if found is None or not found.values:
         return Value("")
-    if found.sd is None:
-        return Value(shown(found.mean), exact(found.mean))
-    text = f"{shown(found.mean)} ± {shown(found.sd)}" if with_sd else shown(found.mean)
-    return Value(text, f"{exact(found.mean)} ± {exact(found.sd)}")
+    spread = f" ± {shown(found.sd)}" if with_sd and found.sd is not None else ""
+    return Value(f"{shown(found.mean)}{spread}", _digits(found))
 
 
-def _bounds(bounds: tuple[float, float] | None) -> str:
-    return f"{exact(bounds[0])} to {exact(bounds[1])}" if bounds else ""
+def _digits(found: Estimate) -> str:
+    return exact(found.mean) if found.sd is None else f"{exact(found.mean)} ± {exact(found.sd)}"
+
+
+def interval_name(report: Report) -> str:
+    """The heading of intervals: beside verdicts that are corrected for several comparisons they are not."""
+    return "95 % interval, uncorrected" if comparisons(report) > 1 else "95 % interval"
+
+
+def interval_value(bounds: tuple[float, float] | None, decimals: int) -> Value:
+    return Value(interval(bounds, decimals), f"{exact(bounds[0])} to {exact(bounds[1])}" if bounds else "")

@@ -3,9 +3,7 @@
 import math
 
 from ablation.results import Report
-from common.console import counted
 
-__all__ = ["bytes_", "compact", "counted", "exact", "fixed", "interval", "p_value", "places", "signed"]
 MIN_PLACES = 3
 MAX_PLACES = 6
 
@@ -41,6 +39,19 @@ def p_value(p: float) -> str:
     if p < 0.001:
         return "p < 0.001"
     return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def degrees(df: float) -> str:
+    """Degrees of freedom, which are whole numbers but for Welch's."""
+    return f"{df:,.0f}" if df == round(df) else f"{df:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """A time of training: 4.2 s, 12 s, 3.4 min, 1.2 h."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes = seconds / 60
+    return f"{minutes:.1f} min" if minutes < 59.95 else f"{minutes / 60:,.1f} h"
 
 
 def compact(value: float) -> str:

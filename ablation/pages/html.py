@@ -1,17 +1,20 @@
 """A report as one self-contained page: report.html. It needs no network, and no script for anything but switching."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablation.pages import charts
+from ablation.pages import charts, tables
 from ablation.pages.axes import X_UNITS, Y_UNITS
-from ablation.pages.columns import Column, Value, costs, results
-from ablation.pages.formats import counted, exact, places
-from ablation.pages.markdown import shown
+from ablation.pages.columns import Column, Value
+from ablation.pages.formats import places
 from ablation.pages.palette import COLORS
+from ablation.pages.tables import Table, shown
 from ablation.pages.tags import Markup, as_script, join, tag
-from ablation.results import Cell, Report
+from ablation.pages.words import estimate
+from ablation.results import Report
+from common.console import counted
 
 HERE = Path(__file__).parent
 X_NAMES = {"tokens": "tokens", "seconds": "time", "flops": "FLOPs", "steps": "steps"}
@@ -43,14 +46,14 @@ def _sections(report: Report, x: str, y: str, log: bool) -> Iterable[Markup]:
     yield _header(report)
     yield _section("Summary", _list(report.summary, "summary"))
     yield _section("What limits this", _list(report.notes, "notes"))
-    yield _section("Without a result", _unfinished(report))
-    yield _section("Results", _variants(report, results(report)))
+    yield _section("Without a result", _table(tables.unfinished(report)))
+    yield _section("Results", _table(tables.results(report), swatches=True))
     yield _curves(report, x, y, log)
     yield from _rows(report)
     yield _frontier(report)
-    yield _section("Budgets and speed", _variants(report, costs(report)))
-    yield _section("Statistics", _statistics(report))
-    yield _section("What differs in the settings", _settings(report))
+    yield _section("Budgets and speed", _table(tables.costs(report), swatches=True))
+    yield _section("Statistics", _table(tables.statistics(report)))
+    yield _section("What differs in the settings", _table(tables.settings(report)))
     yield _section("Every run", _every_run(report))
     yield _section("Environment", _environment(report))
     yield tag(
@@ -81,89 +84,53 @@ def _list(sentences: Sequence[str], name: str) -> Markup | None:
 # Tables
 
 
-def _table(heads: Sequence[Any], rows: Iterable[Sequence[Value | Markup | str]], right: Sequence[bool]) -> Markup:
-    """A table that scrolls within its own container; its first column stays in sight."""
-    classes = ["number" if aligned else None for aligned in right]
-    head = tag("tr", *(tag("th", name, class_=kind, scope="col") for name, kind in zip(heads, classes, strict=True)))
-    body = [_row(row, classes) for row in rows]
-    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="scroll", tabindex=0)
+def _table(found: Table | None, swatches: bool = False) -> Markup | None:
+    """A table that scrolls within its own container; its first column stays in sight. swatches: its rows are the
+    variants, which have a look in charts."""
+    if found is None:
+        return None
+    heads = (tag("th", column.name, class_=_class(column), scope="col") for column in found.columns)
+    body = (_row(found.columns, row, i if swatches else None) for i, row in enumerate(found.rows))
+    made = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *body))
+    switch = tag("label", tag("input", type="checkbox", class_="digits"), "all digits", class_="switch")
+    return join(
+        switch if any(map(_is_rounded, itertools.chain(*found.rows))) else None,
+        tag("p", found.words, class_="note") if found.words else None,
+        tag("div", made, class_="scroll", tabindex=0),
+    )
 
 
-def _row(row: Sequence[Value | Markup | str], classes: Sequence[str | None]) -> Markup:
-    first, *rest = (_content(value) for value in row)
-    cells = (tag("td", value, class_=kind) for value, kind in zip(rest, classes[1:], strict=True))
-    return tag("tr", tag("th", first if first.startswith("<") else tag("span", first), scope="row"), *cells)
+def _class(column: Column) -> str | None:
+    return "number" if column.numeric else None
 
 
-def _content(value: Value | Markup | str) -> Markup:
-    """A cell: rounded, and with all digits, of which the page shows one or the other."""
-    if not isinstance(value, Value):
-        return join(value)
-    if not value.exact or value.exact == value.text.replace(",", ""):
+def _row(columns: Sequence[Column], row: Sequence[Value], variant: int | None) -> Markup:
+    first, *rest = zip(columns, row, strict=True)
+    name = _content(*first)
+    if variant is not None:
+        name = tag("span", charts.swatch(variant, line=False), tag("span", first[1].text), class_="named")
+    cells = (tag("td", _content(column, value), class_=_class(column)) for column, value in rest)
+    return tag("tr", tag("th", name, scope="row"), *cells)
+
+
+def _content(column: Column, value: Value) -> Markup:
+    """A cell; a rounded number has all its digits with it, and the page shows the one or the other."""
+    if column.kind == "code":
+        return tag("code", value.text)
+    if column.kind == "state":
+        return tag("span", value.text, class_=f"state {value.text}")
+    if not _is_rounded(value):
         return join(value.text)
     return join(tag("span", value.text, class_="short"), tag("span", value.exact, class_="exact"))
 
 
-def _variants(report: Report, found: Sequence[Column]) -> Markup | None:
-    if not report.variants:
-        return None
-    rows = (
-        [_named(i, variant.name), *(column.values[i] for column in found)] for i, variant in enumerate(report.variants)
-    )
-    heads = ["variant", *(column.name for column in found)]
-    switch = tag("label", tag("input", type="checkbox", class_="digits"), "all digits", class_="switch")
-    return join(switch, _table(heads, rows, [False, *(column.numeric for column in found)]))
-
-
-def _named(index: int, name: str) -> Markup:
-    return tag("span", charts.swatch(index, line=False), tag("span", name), class_="named")
-
-
-def _statistics(report: Report) -> Markup | None:
-    """Differences to the baseline in all digits, as in report.json."""
-    if report.comparison is None or not report.comparison.differences:
-        return None
-    rows = []
-    for name, found in report.comparison.differences.items():
-        bounds = f"{exact(found.interval[0])} to {exact(found.interval[1])}" if found.interval else ""
-        numbers = (found.p, found.p_corrected, found.detectable, found.sd, found.own_sd, found.df)
-        rows.append([name, exact(found.mean), bounds, *map(exact, numbers), str(len(found.seeds)), found.method])
-    heads = ["variant", "difference", "95 % interval", "p", "p corrected", "detectable", "sd", "own sd", "df"]
-    table = _table([*heads, "common seeds", "method"], rows, [False, *[True] * 9, False])
-    pooled = report.comparison.pooled_sd
-    words = f"Differences of {report.metric_name} to {report.comparison.baseline}. Intervals are not corrected for the"
-    words += " number of comparisons; p is, by Holm's method. Detectable: what would have been seen with 80 % power."
-    if pooled is not None:
-        words += f" Pooled sd of one run: {exact(pooled)}, with {report.comparison.pooled_df} degrees of freedom."
-    return join(tag("p", words, class_="note"), table)
-
-
-def _unfinished(report: Report) -> Markup | None:
-    rows = [[cell.name, _state(cell), cell.detail, cell.folder] for cell in report.cells if cell.state != "finished"]
-    return _table(["run", "state", "detail", "folder"], rows, [False] * 4) if rows else None
-
-
-def _state(cell: Cell) -> Markup:
-    return tag("span", cell.state, class_=f"state {cell.state}")
+def _is_rounded(value: Value) -> bool:
+    return bool(value.exact) and value.exact != value.text.replace(",", "")
 
 
 def _every_run(report: Report) -> Markup | None:
-    rows = [[cell.name, _state(cell), exact(cell.val_bpb), exact(cell.val_loss), cell.folder] for cell in report.cells]
-    if not rows:
-        return None
-    table = _table(["run", "state", "val bpb", "val loss", "folder"], rows, [False, False, True, True, False])
-    return tag("details", tag("summary", counted(len(rows), "run")), table)
-
-
-def _settings(report: Report) -> Markup | None:
-    if not report.config_differences:
-        return None
-    names = [variant.name for variant in report.variants]
-    rows = (
-        [tag("code", key), *(tag("code", shown(values[name])) if name in values else "" for name in names)]
-        for key, values in report.config_differences.items()
-    )
-    return _table(["setting", *names], rows, [False] * (1 + len(names)))
+    found = tables.every_run(report)
+    return tag("details", tag("summary", counted(len(report.cells), "run")), _table(found)) if found else None
 
 
 def _environment(report: Report) -> Markup | None:
@@ -177,7 +144,7 @@ def _environment(report: Report) -> Markup | None:
 
 
 def _has_seeds(report: Report) -> bool:
-    return any(len(variant.val_loss.values) > 1 for variant in report.variants)
+    return any(len(estimate(report, variant).values) > 1 for variant in report.variants)
 
 
 def _figure(title: str, caption: str, *content: Markup | None, **attributes: Any) -> Markup:
@@ -186,7 +153,7 @@ def _figure(title: str, caption: str, *content: Markup | None, **attributes: Any
 
 def _curves(report: Report, x: str, y: str, log: bool) -> Markup | None:
     data = charts.curve_data(report)
-    if not data["y"]:
+    if not any(data["y"].values()):
         return None
     source = charts.first_source(report)
     source = source if source in data["y"] else next(iter(data["y"]))
@@ -249,5 +216,5 @@ def _frontier(report: Report) -> Markup | None:
         return _section("Loss against cache", tag("p", words)) if words else None
     chart = tag("div", charts.frontier_chart(report), charts.legend(report), class_="beside")
     caption = "Marks are means with 95 % intervals. " if _has_seeds(report) else ""
-    caption += "The dashed line joins those that nothing of a smaller cache beats."
+    caption += "The dashed line is the lowest loss reached with a cache of that size or a smaller one."
     return _figure("Loss against cache", caption, chart)

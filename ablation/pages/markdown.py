@@ -1,16 +1,17 @@
 """A report as Markdown that GitHub renders: report.md."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ablation.pages.columns import Column, costs, results
-from ablation.pages.formats import exact
+from ablation.pages import tables
+from ablation.pages.columns import Column, Value
+from ablation.pages.tables import Table, shown
 from ablation.results import Report
 from common.errors import escaped
 
-SPECIAL = re.compile(r"[\\`*_\[\]#|~>]|^[+-]|(?<=^\d)[.)]")
+SPECIAL = re.compile(r"[\\`*_\[\]#|~>]|^-|^\+(?=\s|$)")
+ORDERED = re.compile(r"^(\d+)([.)])(?=\s|$)")  # the beginning of a list, as no decimal is
 ENTITIES = {"&": "&amp;", "<": "&lt;", "$": "&#36;", "@": "&#64;"}  # a backslash does not stop GitHub's formulas
 TICKS = re.compile("`+")
 
@@ -26,14 +27,14 @@ def _blocks(report: Report, pictures: Mapping[str, str]) -> Iterator[str]:
         yield f"> **Hypothesis:** {text(report.hypothesis)}"
     yield from _section("Summary", _list(report.summary))
     yield from _section("What limits this", _list(report.notes))
-    yield from _section("Without a result", _unfinished(report))
-    yield from _section("Results", _variants(report, results(report)))
+    yield from _section("Without a result", _table(tables.unfinished(report)))
+    yield from _section("Results", _table(tables.results(report)))
     for name, caption in pictures.items():
         yield from (f"![{text(caption)}]({name})", f"{text(caption)}.")
-    yield from _section("Budgets and speed", _variants(report, costs(report)))
-    yield from _section("Statistics", _statistics(report))
-    yield from _section("What differs in the settings", _settings(report))
-    yield from _section("Every run", _every_run(report))
+    yield from _section("Budgets and speed", _table(tables.costs(report)))
+    yield from _section("Statistics", _table(tables.statistics(report)))
+    yield from _section("What differs in the settings", _table(tables.settings(report)))
+    yield from _section("Every run", _table(tables.every_run(report)))
     yield from _section("Environment", _pairs({**report.environment, **report.data}))
     if report.command:
         yield from _section("Command", _code_block(report.command))
@@ -49,73 +50,25 @@ def _list(sentences: Sequence[str]) -> str:
     return "\n".join(f"- {text(sentence)}" for sentence in sentences)
 
 
-def _variants(report: Report, found: Sequence[Column]) -> str:
-    """The table of variants. Losses are rounded; report.json has all digits."""
-    if not report.variants:
+def _table(found: Table | None) -> str:
+    """A table with its words. Numbers are rounded; report.json has all digits."""
+    if found is None:
         return ""
-    rows = [[code(variant.name), *(_value(column, i) for column in found)] for i, variant in enumerate(report.variants)]
-    return table(["variant", *(column.name for column in found)], rows, [False, *(column.numeric for column in found)])
+    heads = [text(column.name) for column in found.columns]
+    rows = [[_cell(column, value) for column, value in zip(found.columns, row, strict=True)] for row in found.rows]
+    made = table(heads, rows, [column.numeric for column in found.columns])
+    return f"{text(found.words)}\n\n{made}" if found.words else made
 
 
-def _value(column: Column, row: int) -> str:
+def _cell(column: Column, value: Value) -> str:
     """A cell; a number is never broken into lines."""
-    shown = text(column.values[row].text)
-    return shown.replace(" ", "\N{NO-BREAK SPACE}") if column.numeric else shown
-
-
-def _statistics(report: Report) -> str:
-    """Differences to the baseline, in all digits."""
-    if report.comparison is None or not report.comparison.differences:
-        return ""
-    heads = ["variant", "difference", "95 % interval", "p", "p corrected", "detectable", "sd", "own sd", "df"]
-    rows = []
-    for name, found in report.comparison.differences.items():
-        bounds = f"{exact(found.interval[0])} to {exact(found.interval[1])}" if found.interval else ""
-        numbers = (found.p, found.p_corrected, found.detectable, found.sd, found.own_sd, found.df)
-        rows.append([code(name), exact(found.mean), bounds, *map(exact, numbers), text(found.method)])
-    pooled = report.comparison.pooled_sd
-    shown = "" if pooled is None else f"; pooled sd {exact(pooled)} with {report.comparison.pooled_df} df"
-    head = f"Differences of {text(report.metric_name)} to {code(report.comparison.baseline)}{shown}."
-    return f"{head}\n\n{table([*heads, 'method'], rows, [False, *[True] * 8, False])}"
-
-
-def _unfinished(report: Report) -> str:
-    cells = [cell for cell in report.cells if cell.state != "finished"]
-    rows = [[code(cell.name), cell.state, text(cell.detail), code(cell.folder)] for cell in cells]
-    return table(["run", "state", "detail", "folder"], rows, [False] * 4) if rows else ""
-
-
-def _every_run(report: Report) -> str:
-    rows = [
-        [code(cell.name), cell.state, exact(cell.val_bpb), exact(cell.val_loss), code(cell.folder)]
-        for cell in report.cells
-    ]
-    return table(["run", "state", "val bpb", "val loss", "folder"], rows, [False, False, True, True, False])
-
-
-def _settings(report: Report) -> str:
-    """Settings by variant, where they differ; those that the matching of budgets moved are among them."""
-    if not report.config_differences:
-        return ""
-    names = [variant.name for variant in report.variants]
-    rows = [
-        [code(key), *(code(shown(values[name])) if name in values else "" for name in names)]
-        for key, values in report.config_differences.items()
-    ]
-    return table(["setting", *map(code, names)], rows, [False] * (1 + len(names)))
+    if column.kind == "code":
+        return code(value.text)
+    return text(value.text).replace(" ", "\N{NO-BREAK SPACE}") if column.numeric else text(value.text)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
     return table(["", ""], [[text(key), text(shown(value))] for key, value in values.items()], [False, False])
-
-
-def shown(value: Any) -> str:
-    """A setting, or a fact of the environment, as text; several as a list of them."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return ", ".join(map(shown, value))
-    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool]) -> str:
@@ -126,7 +79,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[b
 
 def text(value: str) -> str:
     """Text in which nothing is markup."""
-    marked = SPECIAL.sub(lambda found: f"\\{found[0]}", escaped(value))
+    marked = ORDERED.sub(r"\1\\\2", SPECIAL.sub(lambda found: f"\\{found[0]}", escaped(value)))
     return re.sub("[&<$@]", lambda found: ENTITIES[found[0]], marked)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from ablation.pages.axes import X_UNITS, Axis, bytes_axis, loss_axis, x_axis
 from ablation.pages.palette import MATPLOTLIB_MARKERS, Look, look
-from ablation.pages.series import Series, late, series
+from ablation.pages.series import Series, late, series, units
 from ablation.pages.words import estimate, frontier, short_names
 from ablation.results import Report
 from ablation.statistics import Difference, Estimate
@@ -14,7 +14,8 @@ from common.figures import legend, name_ticks, new_figure
 CAPTIONS = {
     "curves.png": "Training loss (line: mean over seeds; band: lowest to highest) and validation loss (points)",
     "final.png": "Final validation loss: mean, 95 % interval, and every seed",
-    "frontier.png": "Final validation loss against bytes of KV cache per token",
+    "frontier.png": "Final validation loss against bytes of KV cache per token "
+    "(dashed: the lowest with a cache of that size or a smaller one)",
 }
 MAX_LABEL = 40  # characters of a name in a picture
 
@@ -34,7 +35,9 @@ def figures(report: Report, x: str = "tokens", y: str = "bpb", log: bool = False
 
 
 def curves(report: Report, x: str, y: str, log: bool) -> Any:
-    """Losses against x, a color, a dash and a marker for each variant. A linear axis leaves out the steep beginning."""
+    """Losses against x, a color, a dash and a marker for each variant. A linear axis leaves out the steep beginning.
+    Runs that cannot be compared in y are drawn in the other unit."""
+    y = y if y in units(report) else next(iter(units(report)), y)
     train = [series(variant, "train") for variant in report.variants]
     val = [series(variant, "val") for variant in report.variants]
     figure, axes = new_figure(9.5, max(4.5, 1 + 0.24 * len(train)))
@@ -107,7 +110,7 @@ def _differences(axes: Any, report: Report, differences: Mapping[str, Difference
 
 
 def frontier_figure(report: Report) -> Any:
-    """Final losses against bytes of KV cache per token; a dashed line joins what nothing smaller beats."""
+    """Final losses against bytes of KV cache per token; the dashed line is the frontier."""
     figure, axes = new_figure(7.5, max(4.0, 1 + 0.24 * len(report.variants)))
     estimates = [estimate(report, variant) for variant in report.variants]
     best = frontier(report)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ablation.pages.axes import Y_UNITS
-from ablation.results import Curve, Variant
+from ablation.results import Curve, Report, Variant
 
 SOURCES = ("val", "train")
 EARLY = 0.05  # of a run, in which losses fall so steeply that they are above the frame of a linear axis
@@ -47,6 +47,15 @@ def series(variant: Variant, source: str, limit: int | None = None) -> Series:
         _pick(over_seeds(min), indices),
         _pick(over_seeds(max), indices),
     )
+
+
+def units(report: Report) -> list[str]:
+    """The units of Y_UNITS in which these runs have losses that can be compared: nats only of the same tokens."""
+    known = {
+        "bpb": any(variant.val_bpb.values for variant in report.variants),
+        "loss": any(variant.val_loss.values for variant in report.variants),
+    }
+    return [unit for unit in Y_UNITS if known[unit]]
 
 
 def late(line: Line, unit: str) -> list[float]:

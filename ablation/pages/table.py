@@ -13,6 +13,7 @@ from common.errors import escaped
 
 GAP = "  "
 BOUND = "\N{NO-BREAK SPACE}"  # which does not end a line
+BINDS = re.compile(" %|\\bp [=<] | ± ")
 MAX_NAME = 32  # cells of a variant's name in a line; longer ones go on in the next
 
 
@@ -25,12 +26,13 @@ def terminal(report: Report, width: int = 100) -> str:
         blocks.append("\n".join(line for note in report.notes for line in _wrapped(f"Note: {note}", width)))
     others = [outcome(cell) for cell in report.cells if cell.state != "finished"]
     if others:
-        blocks.append("\n".join(["Without a result:", *(f"  {escaped(line)}" for line in others)]))
+        lines = (f"  {line}" for other in others for line in _wrapped(other, width - 2))
+        blocks.append("\n".join(["Without a result:", *lines]))
     return "\n\n".join(block for block in [escaped(report.title), *blocks] if block) + "\n"
 
 
 def _wrapped(sentence: str, width: int) -> list[str]:
-    bound = escaped(sentence).replace(" %", f"{BOUND}%")
+    bound = BINDS.sub(lambda found: found[0].replace(" ", BOUND), escaped(sentence))
     lines = textwrap.wrap(bound, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
     return [line.replace(BOUND, " ") for line in lines]
 

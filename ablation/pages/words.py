@@ -4,9 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ablation.match import TOLERANCE
-from ablation.pages.formats import compact, counted, fixed, interval, p_value, places, signed
+from ablation.pages.formats import compact, fixed, interval, p_value, places, signed
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import LEVEL, Difference, Estimate
+from common.console import counted
 
 MAX_SENTENCES = 3  # of variants that are not distinguishable: more of them share one sentence
 BUDGETS: dict[str, tuple[str, Callable[[Variant], float]]] = {
@@ -56,7 +57,22 @@ def _leader(report: Report) -> list[str]:
     if len(means) == 1:
         return [f"{best.name} ends at {value}."]
     noun = "variants" if report.command else "runs"
-    return [f"Of {len(means)} {noun}, {best.name} ends lowest: {value}."] if means[0] < means[1] else []
+    first = f"Of {len(means)} {noun}, {best.name} ends lowest: {value}{_doubt(report, best.name)}."
+    return [first] if means[0] < means[1] else []
+
+
+def _doubt(report: Report, best: str) -> str:
+    """Whether the lowest may be so by chance, as far as comparisons with the baseline tell."""
+    alike = _not_distinguishable(report)
+    if best in alike:
+        return f", but is not distinguishable from {report.comparison.baseline}"
+    if not alike or best != report.comparison.baseline:
+        return ""
+    if len(alike) == len(report.comparison.differences) > 1:
+        return ", from which no other is distinguishable"
+    if len(alike) > MAX_SENTENCES:
+        return f", from which {len(alike)} of the others are not distinguishable"
+    return f", from which {_listed(list(alike))} {'is' if len(alike) == 1 else 'are'} not distinguishable"
 
 
 def _of_seeds(count: int) -> str:
@@ -89,9 +105,7 @@ def _comparisons(report: Report) -> list[str]:
     if report.comparison is None:
         return []
     differences = report.comparison.differences
-    alike = {
-        name: found for name, found in differences.items() if found.p is not None and not is_distinguishable(found)
-    }
+    alike = _not_distinguishable(report)
     single = alike if len(alike) <= MAX_SENTENCES else {}
     sentences = [
         _comparison(report, name, found) for name, found in differences.items() if name not in alike or name in single
@@ -99,8 +113,24 @@ def _comparisons(report: Report) -> list[str]:
     if alike and not single:
         sentences.append(_alike(report, alike))
     if differences and all(found.method == "too few" for found in differences.values()):
-        sentences.append(_too_few(report.variants))
+        sentences.append(_too_few(report))
     return sentences
+
+
+def comparisons(report: Report) -> int:
+    """How many p-values the report has, each of which is corrected for all."""
+    return sum(found.p is not None for found in report.comparison.differences.values()) if report.comparison else 0
+
+
+def _not_distinguishable(report: Report) -> dict[str, Difference]:
+    """Variants whose p is too large to tell them from the baseline."""
+    differences = report.comparison.differences if report.comparison else {}
+    return {name: found for name, found in differences.items() if found.p is not None and not is_distinguishable(found)}
+
+
+def power(report: Report) -> str:
+    """The end of a sentence on true differences of a size."""
+    return f"would have been found in 80 % of such {'sweeps' if report.command else 'comparisons'}"
 
 
 def _comparison(report: Report, name: str, found: Difference) -> str:
@@ -112,7 +142,7 @@ def _comparison(report: Report, name: str, found: Difference) -> str:
     if found.p is not None and not is_distinguishable(found):
         return (
             f"{name} is not distinguishable from {baseline}: difference {signed(found.mean, decimals)} "
-            f"({_certainty(report, found)}){_could_have_seen(found, decimals)}."
+            f"({_certainty(report, found)}){_could_have_seen(report, [found])}."
         )
     side = "above" if found.mean > 0 else "below"
     ends = f"{name} ends {fixed(abs(found.mean), decimals)} {report.metric_name} {side} {baseline}"
@@ -124,17 +154,24 @@ def _comparison(report: Report, name: str, found: Difference) -> str:
 
 
 def _certainty(report: Report, found: Difference) -> str:
-    compared = sum(other.p is not None for other in report.comparison.differences.values())
-    corrected = f" corrected for {compared} comparisons" if compared > 1 else ""
-    shown = f"95 % interval {interval(found.interval, places(report))}, " if found.interval else ""
-    if corrected and found.p < LEVEL <= found.p_corrected:
-        corrected += f", {found.p:.3f} before"
     method = "; Welch's test, since no seeds are common" if found.method == "Welch" else ""
-    return f"{shown}{p_value(found.p_corrected)}{corrected}{method}"
+    shown = f"95 % interval {interval(found.interval, places(report))}"
+    p = p_value(found.p_corrected)
+    compared = comparisons(report)
+    if compared < 2:
+        return f"{shown}, {p}{method}"
+    if found.p < LEVEL <= found.p_corrected:
+        alone = f"taken alone, {shown} and {p_value(found.p)}"
+        return f"{alone}; but one of {compared} comparisons looks so by chance more often: corrected, {p}{method}"
+    return f"{shown} if taken alone; corrected for {compared} comparisons, {p}{method}"
 
 
-def _could_have_seen(found: Difference, decimals: int) -> str:
-    return f"; this sweep could have seen {fixed(found.detectable, decimals)}" if found.detectable else ""
+def _could_have_seen(report: Report, alike: Sequence[Difference]) -> str:
+    sizes = [fixed(size, places(report)) for size in sorted(found.detectable for found in alike if found.detectable)]
+    if not sizes:
+        return ""
+    several = f"{sizes[0]} to {sizes[-1]} or more, depending on the variant,"
+    return f"; true differences of {f'{sizes[0]} or more' if sizes[0] == sizes[-1] else several} {power(report)}"
 
 
 def _few_seeds(report: Report, found: Difference) -> str:
@@ -144,8 +181,8 @@ def _few_seeds(report: Report, found: Difference) -> str:
     return f" at {counted(len(found.seeds), 'common seed')}: no interval, and no p"
 
 
-def _too_few(variants: Sequence[Variant]) -> str:
-    if all(len(variant.val_loss.values) == 1 for variant in variants):
+def _too_few(report: Report) -> str:
+    if all(len(estimate(report, variant).values) == 1 for variant in report.variants):
         return "One seed each: no interval, and no p. Two seeds of one variant may differ as much."
     return "Too few seeds are common: no interval, and no p."
 
@@ -154,10 +191,7 @@ def _alike(report: Report, alike: dict[str, Difference]) -> str:
     """Many variants that are not distinguishable, in one sentence."""
     decimals = places(report)
     shown = ", ".join(f"{name} ({signed(found.mean, decimals)})" for name, found in alike.items())
-    seen = sorted(found.detectable for found in alike.values() if found.detectable)
-    limits = "" if not seen else f"; this sweep could have seen {fixed(seen[0], decimals)}"
-    if limits and fixed(seen[0], decimals) != fixed(seen[-1], decimals):
-        limits += f" to {fixed(seen[-1], decimals)}"
+    limits = _could_have_seen(report, list(alike.values()))
     return f"{len(alike)} variants are not distinguishable from {report.comparison.baseline}: {shown}{limits}."
 
 

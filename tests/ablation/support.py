@@ -174,12 +174,16 @@ def many() -> Report:
     return report(variants, found, title="attention.window", match=["params", "flops"])
 
 
+ALTERED = "trained with steps=900, the sweep has 600"
+
+
 def broken() -> Report:
-    """A cell that failed, one that diverged, one that is missing, and a note."""
+    """A cell that failed, one that diverged, one that is missing, one that was trained on, and a note."""
     cells = [
         Cell("attention=mla,seed=4", "attention=mla", 4, "sweeps/x/4", "failed", "exit code 2", None, None),
         Cell("attention=mla,seed=5", "attention=mla", 5, "sweeps/x/5", "diverged", "diverged at step 120", None, None),
         Cell("attention=mha,seed=5", "attention=mha", 5, "sweeps/x/6", "missing", "", None, None),
+        Cell("attention=mha,seed=6", "attention=mha", 6, "sweeps/x/7", "altered", ALTERED, None, None),
     ]
     return without(replace(four(), notes=["Seeds 4 and 5 are missing in some cells."]), *cells)
 
@@ -218,6 +222,14 @@ def two_runs() -> Report:
     )
 
 
+def unlike() -> Report:
+    """Runs of unlike tokenizers, of which only bits per byte are compared."""
+    made = four()
+    nothing = Estimate({}, math.nan, None, None)
+    made = replace(made, variants=[replace(each, val_loss=nothing) for each in made.variants])
+    return replace(made, summary=summary(made))
+
+
 ALL = {
     "four": four,
     "one_seed": one_seed,
@@ -227,4 +239,5 @@ ALL = {
     "welch": welch,
     "identical": identical,
     "two_runs": two_runs,
+    "unlike": unlike,
 }

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from ablation.pages.formats import degrees
 from ablation.pages.html import page
 from ablation.pages.palette import COLORS
 from ablation.pages.tags import VOID, as_script, tag
@@ -58,21 +59,22 @@ def test_page_is_well_formed_and_needs_no_network(pages, name):
     pages[name].encode("utf-8")
 
 
-@pytest.mark.parametrize("name", ["four", "broken", "welch", "two_runs"])
+@pytest.mark.parametrize("name", ["four", "broken", "welch", "two_runs", "unlike"])
 def test_page_has_every_number_of_the_report_in_all_digits(pages, name):
     report, text = support.ALL[name](), pages[name]
     for variant in report.variants:
         whole = (variant.parameters, variant.parameters_without_embedding, variant.cache_bytes_full)
         assert all(f">{number}<" in text for number in whole) and f">{variant.cache_bytes_per_token:,}<" in text
         for found in (variant.val_bpb, variant.val_loss, variant.tokens_per_second, variant.minutes):
-            assert repr(found.mean) in text and (found.sd is None or repr(found.sd) in text)
+            assert not found.values or (repr(found.mean) in text and (found.sd is None or repr(found.sd) in text))
         for bound in variant.val_bpb.interval or ():
             assert repr(bound) in text
     for cell in report.cells:
         assert cell.name in text and (cell.val_bpb is None or repr(cell.val_bpb) in text)
     for found in report.comparison.differences.values() if report.comparison else ():
-        for number in (found.mean, *found.interval, found.p, found.p_corrected, found.detectable, found.sd, found.df):
+        for number in (found.mean, *found.interval, found.p, found.p_corrected, found.detectable, found.sd):
             assert repr(number) in text
+        assert f">{degrees(found.df)}<" in text
 
 
 def test_page_says_what_the_report_says(pages):
@@ -80,7 +82,7 @@ def test_page_says_what_the_report_says(pages):
     report = support.broken()
     for sentence in [*report.summary, *report.notes, report.command]:
         assert " ".join(sentence.split()) in words
-    assert "diverged at step 120" in words and "3095c60" in words and "12 of 15 runs finished" in words
+    assert "diverged at step 120" in words and "3095c60" in words and "12 of 16 runs finished" in words
 
 
 def test_page_takes_no_name_for_markup(pages):
@@ -90,6 +92,28 @@ def test_page_takes_no_name_for_markup(pages):
     for name in [*support.NAMES, "<script>alert(1)</script> $x$"]:
         assert escaped(name) in words
     assert "\x1b" not in pages["weird"] and "\udcff" not in pages["weird"]
+
+
+def test_page_shows_rounded_numbers_until_all_digits_are_asked_for(pages):
+    found = support.four().comparison.differences["attention=gqa"]
+    assert pages["four"].count(f'<span class="short">−0.0200</span><span class="exact">{found.mean!r}</span>') == 2
+    switched = [section for section in pages["four"].split("<section") if 'class="exact"' in section]
+    assert len(switched) == 4 and all(section.count('class="digits"') == 1 for section in switched)
+    assert "Pooled sd of one run: 0.0066, with 6 degrees of freedom." in pages["four"]
+
+
+def test_page_names_an_altered_run_with_its_detail_in_the_color_of_failures(pages):
+    assert '<span class="state altered">altered</span>' in pages["broken"] and support.ALTERED in pages["broken"]
+    colored = re.search(r"\n(.*) \{ color: var\(--bad\); \}", pages["broken"])[1].split(", ")
+    assert {".failed", ".diverged", ".damaged", ".altered"} == set(colored)
+
+
+def test_page_of_unlike_tokenizers_has_bands_and_no_losses_of_tokens(pages):
+    assert "Lines are means over seeds" in pages["unlike"] and "One seed" not in pages["unlike"]
+    words = Tree(pages["unlike"]).words()
+    assert "nan" not in re.findall("[a-z]+", words) and "val loss (nats)" not in words
+    found = json.loads(re.search(r'id="curve-data">(.*?)</script>', page(support.unlike(), y="loss"))[1])
+    assert found["choice"]["y"] == "bpb" and list(found["y"]["val"]) == ["bpb"]
 
 
 def test_page_draws_every_variant_and_seed(pages):

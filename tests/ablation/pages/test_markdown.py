@@ -42,26 +42,29 @@ def test_markdown_has_every_part_of_the_report():
     assert "```sh\npython train.py -m attention=mha,gqa,mqa,mla seed=1,2,3 match=params\n```" in made
 
 
-def test_markdown_gives_differences_and_losses_of_runs_in_all_digits():
+def test_markdown_gives_rounded_differences_and_losses_of_runs():
     report = support.four()
     made = markdown(report, {})
-    for found in report.comparison.differences.values():
-        for number in (found.mean, *found.interval, found.p, found.p_corrected, found.detectable):
-            assert repr(number) in made
+    shown = ["−0.0200", "−0.0331 to −0.0069", "0.0156", "0.0312", "0.0211", "0.0093", "0.0081", "6", "3"]
+    assert f"| `attention=gqa` | {' | '.join(shown)} | paired, pooled sd |".replace(" to ", "\xa0to\xa0") in made
     for cell in report.cells:
-        assert f"| {cell.val_bpb!r} | {cell.val_loss!r} |" in made
+        assert f"| `{cell.name}` | finished | {cell.val_bpb:.4f} | {cell.val_loss:.4f} | `{cell.folder}` |" in made
+    assert not re.search(r"\\[.+]|\d\.\d{7}", made)
 
 
 def test_markdown_takes_no_name_for_markup():
     assert text("<b>$x_1$ *a* `c` [d](e) | @me & # ~") == (
         "&lt;b\\>&#36;x\\_1&#36; \\*a\\* \\`c\\` \\[d\\](e) \\| &#64;me &amp; \\# \\~"
     )
-    assert [text("1. a"), text("- a"), text("+0.5"), text("−0.5 to 1.5")] == [
+    assert [text("1. a"), text("12) a"), text("- a"), text("+ a"), text("---")] == [
         "1\\. a",
+        "12\\) a",
         "\\- a",
-        "\\+0.5",
-        "−0.5 to 1.5",
+        "\\+ a",
+        "\\---",
     ]
+    numbers = ["+0.5", "−0.5 to 1.5", "2.108 ± 0.002"]
+    assert list(map(text, numbers)) == numbers
     assert [code("a`b"), code("`a"), code("a|b"), code("")] == ["``a`b``", "`` `a ``", "`a\\|b`", ""]
     assert "\x1b" not in markdown(support.weird(), {})
 

@@ -29,6 +29,10 @@ def test_curves_have_a_line_band_and_points_for_every_variant():
     assert axes.get_xlabel() == "tokens trained on" and axes.get_ylabel() == "bits per byte"
 
 
+def test_curves_of_unlike_tokenizers_are_in_bits_per_byte_only():
+    assert curves(support.unlike(), "tokens", "loss", False).axes[0].get_ylabel() == "bits per byte"
+
+
 def test_curves_of_fourteen_variants_differ_in_color_dash_or_marker():
     looks = {look(i) for i in range(40)}
     assert len(looks) == 40 and len({look(i).light for i in range(13)}) == 13

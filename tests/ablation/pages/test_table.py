@@ -16,14 +16,24 @@ def test_table_fits_its_width(name, width):
 
 def test_table_has_results_first_then_budgets_then_words():
     said = terminal(support.broken(), 100)
-    order = ["made-up", "val bpb", "verdict", "cache B/token", "Of 4 variants", "Note: Seeds 4", "Without a result:"]
+    order = [
+        "made-up",
+        "val bpb",
+        "95 % interval, uncorrected",
+        "verdict",
+        "cache B/token",
+        "Of 4 variants",
+        "Note: Seeds 4",
+        "Without a result:",
+    ]
     places = [said.index(word) for word in order]
     assert places == sorted(places)
     rows = {line.split()[0]: line for line in said.splitlines()[2:8] if line}
     assert rows["gqa"].split(maxsplit=4)[1:4] == ["1.5840", "±", "0.0020"]
     assert "−0.0331 to −0.0069  better, p = 0.031" in rows["gqa"] and "baseline" in rows["mha"]
     assert "  attention=mla,seed=5: diverged at step 120\n" in said
-    assert "  attention=mla,seed=4: failed, exit code 2\n" in said and said.endswith("attention=mha,seed=5: missing\n")
+    assert "  attention=mla,seed=4: failed, exit code 2\n" in said and "attention=mha,seed=5: missing\n" in said
+    assert said.endswith(f"  attention=mha,seed=6: altered, {support.ALTERED}\n")
 
 
 def test_table_columns_are_aligned_under_wide_names():

@@ -18,14 +18,15 @@ def test_summary_of_four_variants_says_what_each_comparison_found():
     assert said[0] == "Of 4 variants, attention=gqa ends lowest: 1.5840 ± 0.0020 bits per byte (mean ± sd of 3 seeds)."
     assert said[1] == (
         "attention=gqa ends 0.0200 bits per byte below attention=mha: better "
-        "(95 % interval −0.0331 to −0.0069, p = 0.031 corrected for 3 comparisons)."
+        "(95 % interval −0.0331 to −0.0069 if taken alone; corrected for 3 comparisons, p = 0.031)."
     )
     assert said[2] == (
-        "attention=mqa is not distinguishable from attention=mha: difference +0.0042 (95 % interval −0.0089 to 0.0173, "
-        "p = 0.63 corrected for 3 comparisons); this sweep could have seen 0.0211."
+        "attention=mqa is not distinguishable from attention=mha: difference +0.0042 (95 % interval −0.0089 to 0.0173 "
+        "if taken alone; corrected for 3 comparisons, p = 0.63); true differences of 0.0211 or more would have been "
+        "found in 80 % of such sweeps."
     )
     assert said[3].startswith("attention=mla ends 0.0406 bits per byte above attention=mha: worse (95 % interval 0.0")
-    assert "p < 0.001 corrected for 3 comparisons" in said[3]
+    assert "corrected for 3 comparisons, p < 0.001" in said[3]
 
 
 def test_summary_of_one_seed_each_gives_no_p():
@@ -59,18 +60,49 @@ def test_summary_of_a_constant_difference_has_no_p():
     assert said in summary(made)
 
 
-def test_summary_gives_p_before_correction_where_only_that_is_below_the_limit():
+def test_summary_explains_the_correction_where_only_that_is_below_the_limit():
     found = support.difference(0.02, 0.06, p=0.02)
     others = {**support.four().comparison.differences, "attention=gqa": found}
     made = replace(support.four(), comparison=Comparison("attention=mha", 0.0066, 6, others))
-    assert "p = 0.060 corrected for 3 comparisons, 0.020 before)" in "\n".join(summary(made))
+    words = "(taken alone, 95 % interval 0.0069 to 0.0331 and p = 0.020; but one of 3 comparisons looks so by chance "
+    assert f"{words}more often: corrected, p = 0.060)" in "\n".join(summary(made))
+
+
+def lowest(p: dict[str, float | None], baseline: str = "attention=mha") -> str:
+    """The first sentence after the loss, for comparisons with such p; gqa ends lowest."""
+    differences = {name: support.difference(0.01, value) for name, value in p.items()}
+    made = replace(support.four(), comparison=Comparison(baseline, 0.0066, 6, differences))
+    return summary(made)[0].partition("seeds)")[2]
+
+
+@pytest.mark.parametrize(
+    ("p", "words"),
+    [
+        ([0.4, 0.4, 0.4], ", from which no other is distinguishable."),
+        ([0.4, 0.01, 0.4], ", from which attention=mha and attention=mla are not distinguishable."),
+        ([0.4, 0.01, None], ", from which attention=mha is not distinguishable."),
+        ([0.01, 0.01, 0.01], "."),
+        ([None, None, None], "."),
+    ],
+)
+def test_summary_of_a_baseline_that_is_lowest_names_those_that_may_be_as_low(p, words):
+    others = ["attention=mha", "attention=mqa", "attention=mla"]
+    assert lowest(dict(zip(others, p, strict=True)), "attention=gqa") == words
+
+
+@pytest.mark.parametrize(
+    ("p", "words"), [(0.4, ", but is not distinguishable from attention=mha."), (0.01, "."), (None, ".")]
+)
+def test_summary_says_where_the_lowest_is_not_distinguishable_from_the_baseline(p, words):
+    assert lowest({"attention=gqa": p, "attention=mqa": 0.4, "attention=mla": 0.001}) == words
 
 
 def test_summary_of_many_variants_puts_the_indistinguishable_into_one_sentence():
     said = support.many().summary
-    assert sum("not distinguishable" in sentence for sentence in said) == 1
+    assert "from which 9 of the others are not distinguishable." in said[0]
+    assert sum("not distinguishable" in sentence for sentence in said[1:]) == 1
     assert "9 variants are not distinguishable from attention.window=1: attention.window=2 (+0.0107), " in "".join(said)
-    assert "could have seen 0.0211." in "".join(said)
+    assert "; true differences of 0.0211 or more would have been found in 80 % of such sweeps." in "".join(said)
 
 
 @pytest.mark.parametrize(
@@ -100,14 +132,14 @@ def test_summary_names_budgets_that_were_not_matched():
 
 
 def test_summary_counts_runs_without_a_result():
-    assert "3 of 15 runs have no result: 1 failed, 1 diverged, 1 missing." in support.broken().summary
+    assert "4 of 16 runs have no result: 1 failed, 1 diverged, 1 missing, 1 altered." in support.broken().summary
 
 
 def test_summary_of_nothing_but_failures_is_about_them():
     made = support.broken()
     failed = [cell for cell in made.cells if cell.state != "finished"]
     made = replace(made, variants=[], comparison=None, cells=failed)
-    assert summary(made) == ["3 of 3 runs have no result: 1 failed, 1 diverged, 1 missing."]
+    assert summary(made) == ["4 of 4 runs have no result: 1 failed, 1 diverged, 1 missing, 1 altered."]
 
 
 @pytest.mark.parametrize(
