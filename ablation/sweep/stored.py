@@ -62,8 +62,7 @@ def read_sweep(folder: Path) -> Sweep | None:
         fault = reason(error)
     except (ValueError, ValidationError) as error:
         fault = "it is not what a sweep writes" if isinstance(error, ValidationError) else str(error)
-    runs = command("compare.py", f"{folder}/*")
-    raise UserError(f"{path} is damaged ({fault}): bring it back; its runs can be compared by {runs}")
+    raise UserError(f"{path} is damaged ({fault}): bring it back; its runs can be compared, as {folder}/*")
 
 
 def hint_for(folder: Path) -> str:
