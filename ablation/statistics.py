@@ -16,7 +16,9 @@ class Estimate:
     values: dict[int, float]  # by seed
     mean: float
     sd: float | None  # with n - 1 in the denominator; None for one seed
-    interval: tuple[float, float] | None  # 95 % of the mean, by Student's t with this variant's own sd; None for one seed
+    interval: (
+        tuple[float, float] | None
+    )  # 95 % of the mean, by Student's t with this variant's own sd; None for one seed
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "runtime": {"common"},
     "training": {"common", "model", "data", "runtime"},
     "generation": {"common", "model", "data", "runtime"},
+    "ablation": {"common", "model", "data", "runtime", "training", "generation"},
 }
 DOORS = ("train", "sample")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
