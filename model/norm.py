@@ -77,12 +77,26 @@ class GroupedRMSNorm(nn.Module):
 
     def inverse_rms(self, x: Tensor) -> Tensor:
         """inv of each group: (..., H, n) -> (..., G) in float32."""
-        grouped = x.float().unflatten(-2, (self.groups, -1))
-        return (grouped.square().mean((-2, -1)) + RMS_EPS).rsqrt()
+        return inverse_rms(x, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        inverse = self.inverse_rms(x).repeat_interleave(x.shape[-2] // self.groups, dim=-1)[..., None]  # (..., H, 1)
-        return (x.float() * inverse * self.weight).to(x.dtype)
+        return (x.float() * _per_head(self.inverse_rms(x), x.shape[-2]) * self.weight).to(x.dtype)
+
+
+def inverse_rms(x: Tensor, groups: int) -> Tensor:
+    """1 / sqrt(mean of x² + 1e-6) over the heads and dims of each group of neighbouring heads: (..., H, n) -> (..., G)
+    in float32."""
+    return (x.float().unflatten(-2, (groups, -1)).square().mean((-2, -1)) + RMS_EPS).rsqrt()
+
+
+def unit_rms(x: Tensor, groups: int) -> Tensor:
+    """GroupedRMSNorm without a weight: x (..., H, n) times its group's inverse_rms."""
+    return (x.float() * _per_head(inverse_rms(x, groups), x.shape[-2])).to(x.dtype)
+
+
+def _per_head(inverse: Tensor, heads: int) -> Tensor:
+    """Repeat a value of each group for its heads: (..., G) -> (..., H, 1)."""
+    return inverse.repeat_interleave(heads // inverse.shape[-1], dim=-1)[..., None]
 
 
 NORMS = (RMSNorm, LayerNorm, GroupedRMSNorm)

@@ -66,6 +66,10 @@ CASES = [
     ("attention=mla", "attention.qk_norm=head", "position=alibi"),
     ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=2", "attention.execution=absorbed"),
     ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
+    ("attention=mla", "attention.qk_norm=whole"),
+    ("attention=mla", "attention.qk_norm=whole", "position=alibi", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=2", "attention.execution=absorbed"),
+    ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=4", "attention.k_rope_from=latent"),
 ]
 
 

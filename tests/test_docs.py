@@ -47,6 +47,7 @@ MODELS = [  # that have every tensor between them
     ("attention=mla", "attention.q_lora_rank=24", "model.bias=true"),
     ("attention=mla", "attention.k_rope_from=latent", "attention.qk_rope_head_dim=8"),
     ("attention=mla", "attention.qk_norm=head"),
+    ("attention=mla", "attention.qk_norm=whole"),
 ]
 
 

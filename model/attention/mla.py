@@ -19,6 +19,14 @@ qk_norm=head also norms the queries and keys of the heads, before the rotation; 
     q_nope = N q_nope,  q_rope = N q_rope   per head;     k_rope = N k_rope
     k_nope[h] = w ∘ k_nope[h] · inv[g(h)],  inv[g] = 1 / sqrt(mean of k_nope² over the heads and dims of group g + eps)
 
+qk_norm=whole norms the rotated and the other part of a head together, so that a head can turn to positions alone, or to
+contents alone, by making one part large: the other shrinks. The rope key counts in every head, and keys have no weight,
+which would not commute with the rotation:
+
+    q = N [q_nope | q_rope]  per head;     k[h] = [k_nope[h] | k_rope] · inv[g(h)],  inv of whole keys
+
+Its biases of q_rope and k_rope are added POSITION_BIAS_GAIN times: see there.
+
 A norm of every head's keys cannot be folded into constant matrices, but its only factor that is not constant is inv,
 one value per token and group of heads: it is cached beside the latent (c + r + groups elements per token). With as many
 groups as heads the norm is the usual one of each head; with one group, the default, the cache grows by one element.
@@ -31,7 +39,8 @@ The same parameters run in three ways (`execution`):
                q_nope · (W_uk latent) = (W_ukᵀ q_nope) · latent,  and  sum p (W_uv latent) = W_uv (sum p latent);
                the latent then is the one wide key and value head of a multi-query attention.
                With qk_norm=head: q_nope · (w ∘ W_uk latent · inv) = (W_ukᵀ (w ∘ q_nope)) · (inv latent), so there is
-               one key head inv[g] latent | k_rope for each group, and the latent is the value of all
+               one key head inv[g] latent | k_rope for each group, and the latent is the value of all.
+               With qk_norm=whole that key head is inv[g] (latent | k_rope), and no weight is moved
 """
 
 import logging
@@ -59,10 +68,15 @@ from model.kernels.base import Kernel
 from model.layout import MatrixLayout, single_matrix
 from model.linear import Linear
 from model.mask import Mask
-from model.norm import GroupedRMSNorm, RMSNorm
+from model.norm import GroupedRMSNorm, RMSNorm, inverse_rms, unit_rms
 from model.stats import collect_stats
 
 MAX_FLASH_KEY = 256  # the widest key of flash kernels
+# A head finds the token before its own by the biases of q_rope and k_rope, which are the same for all tokens; a norm of
+# the whole head leaves them the larger a share, the smaller the rest is. A step of AdamW moves a bias by its rate at
+# most, while the content, which Muon's matrices make, grows faster: added this many times, the biases keep up with it
+# (docs/studies/why_mla_is_behind.md).
+POSITION_BIAS_GAIN = 4.0
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, v), and auxiliary outputs
 
@@ -78,7 +92,8 @@ class MLAConfig(AttentionConfig):
     qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: head_dim / 4, made even; 0 without RoPE
     v_head_dim: Size | None  # v; unset: head_dim
     k_rope_from: Literal["hidden", "latent"]  # what the rope key is projected from
-    qk_norm: Literal["latent", "head"]  # latents are always normed; head: so are queries and keys of each head
+    # Latents are always normed; head: so are both parts of each head's queries and keys; whole: the two parts together
+    qk_norm: Literal["latent", "head", "whole"]
     qk_norm_groups: Size  # groups of heads whose keys share one root mean square; n_heads: each its own
     execution: Execution  # auto: absorbed with a cache and few queries (break_even), else expanded
 
@@ -108,7 +123,7 @@ class MLAConfig(AttentionConfig):
         if self.qk_norm_groups > 1 and self.qk_norm == "latent":
             raise ValueError(
                 f"qk_norm_groups={self.qk_norm_groups} has no heads to norm with qk_norm=latent: "
-                "set attention.qk_norm=head"
+                "set attention.qk_norm=whole or head"
             )
         if n_heads % self.qk_norm_groups:
             raise ValueError(
@@ -156,11 +171,11 @@ class MLAConfig(AttentionConfig):
 
     @property
     def cache_elements(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim + (self.qk_norm_groups if self.qk_norm == "head" else 0)
+        return self.kv_lora_rank + self.qk_rope_head_dim + (0 if self.qk_norm == "latent" else self.qk_norm_groups)
 
     def qk_clip_obstacle(self) -> str | None:
-        if self.qk_norm == "head":
-            return "attention.qk_norm=head undoes any scaling of queries and keys: set it to latent"
+        if self.qk_norm != "latent":
+            return f"attention.qk_norm={self.qk_norm} undoes any scaling of queries and keys: set it to latent"
         return super().qk_clip_obstacle()
 
     def describe(self, n_heads: int) -> str:
@@ -199,7 +214,7 @@ class MLA(Attention):
         }[config.execution]
         self.caches_heads = config.execution == "naive"
         self.macs_per_pair = self._macs_per_pair(config)
-        if self.k_nope_norm is not None and config.execution == "absorbed":
+        if self.caches_inverse and config.execution == "absorbed":
             self.extra_macs_per_token = self.n_heads * self.nope_dim * self.rank  # k_nope, for the norm
 
     def _macs_per_pair(self, config: MLAConfig) -> int:
@@ -224,34 +239,53 @@ class MLA(Attention):
         self.k_rope_proj = Linear(c, r, k_bias) if k_rope_from_latent else None
 
     def _add_qk_norms(self, config: MLAConfig) -> None:
-        """Add the norms of the heads' queries and keys, which only qk_norm=head has."""
+        """Add the norms of the heads' queries and keys, which qk_norm=head and qk_norm=whole have."""
         per_head = config.qk_norm == "head"
         rope_norm = per_head and self.rope_dim > 0
+        self.whole_keys = config.qk_norm == "whole"
+        self.key_groups = config.qk_norm_groups
+        self.caches_inverse = per_head or self.whole_keys
+        self.q_norm = RMSNorm(self.nope_dim + self.rope_dim) if self.whole_keys else nn.Identity()
         self.q_nope_norm = RMSNorm(self.nope_dim) if per_head else nn.Identity()
         self.q_rope_norm = RMSNorm(self.rope_dim) if rope_norm else nn.Identity()
         self.k_rope_norm = RMSNorm(self.rope_dim) if rope_norm else nn.Identity()
         self.k_nope_norm = GroupedRMSNorm(self.nope_dim, config.qk_norm_groups) if per_head else None
 
     def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        q_nope, q_rope = self.q_proj(x).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
-        q_nope = self.q_nope_norm(q_nope)  # (B, T, H, n)
-        q_rope = ctx.rotated(self.q_rope_norm(q_rope), self.rope)  # (B, T, H, r)
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, n + r)
         down = self.kv_down(x).unsqueeze(2)
         latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
         if self.k_rope_proj is not None:
             k_rope = self.k_rope_proj(latent)
+        if self.whole_keys:
+            q, k_rope = self._amplify_position_biases(q, k_rope)
+        q_nope, q_rope = self.q_norm(q).split([self.nope_dim, self.rope_dim], -1)
+        q_nope = self.q_nope_norm(q_nope)  # (B, T, H, n)
+        q_rope = ctx.rotated(self.q_rope_norm(q_rope), self.rope)  # (B, T, H, r)
         # One row per token, which is what a latent KV cache stores (besides inv): (B, T, 1, c + r)
         row = torch.cat((latent, ctx.rotated(self.k_rope_norm(k_rope), self.rope)), dim=-1)
         y, aux = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
         return self.o_proj(y.flatten(2)), aux
+
+    def _amplify_position_biases(self, q: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the biases of q_rope and k_rope, which the projections have added once, POSITION_BIAS_GAIN - 1 times
+        more: q (B, T, H, n + r), k_rope (B, T, 1, r)."""
+        up = self.q_proj.up if isinstance(self.q_proj, nn.Sequential) else self.q_proj
+        if up.bias is not None:
+            nope, rope = up.bias.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
+            q = q + torch.cat((torch.zeros_like(nope), (POSITION_BIAS_GAIN - 1) * rope), -1).to(q.dtype)
+        k_bias = self.kv_down.bias if self.k_rope_proj is None else self.k_rope_proj.bias
+        if k_bias is not None and self.rope_dim:
+            k_rope = k_rope + (POSITION_BIAS_GAIN - 1) * k_bias[-self.rope_dim :].to(k_rope.dtype)
+        return q, k_rope
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         if self.caches_heads:
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
         else:
             columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
-            if self.k_nope_norm is not None:
-                columns["inverse_rms"] = (self.k_nope_norm.groups, 1)
+            if self.caches_inverse:
+                columns["inverse_rms"] = (self.key_groups, 1)
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
     def param_layout(self) -> dict[str, MatrixLayout]:
@@ -281,7 +315,7 @@ class MLA(Attention):
     def _expanded(
         self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
     ) -> AttentionOutput:
-        # inv is for the cache alone: _expand norms k_nope by itself
+        # inv is for the cache alone: _expand norms keys by itself
         entries = {"latent_and_k_rope": row} if cache is None else self._cache_entries(row)
         (row, *_), mask = update_cache(self.pattern, ctx, cache, **entries)
         k, v = self._expand(row)
@@ -293,11 +327,12 @@ class MLA(Attention):
         (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._cache_entries(row))
         w_uk, w_uv = self._up_per_head()
         key = row
+        if self.caches_inverse:
+            row = row.expand(-1, -1, self.key_groups, -1)
+            key = row * inverse[0]  # (B, S, G, c + r)
         if self.k_nope_norm is not None:
             q_nope = (q_nope * self.k_nope_norm.weight).to(row.dtype)
-            row = row.expand(-1, -1, self.k_nope_norm.groups, -1)
-            latent, k_rope = row.split([self.rank, self.rope_dim], -1)
-            key = torch.cat((latent * inverse[0], k_rope), -1)  # (B, S, G, c + r)
+            key = torch.cat((key[..., : self.rank], row[..., self.rank :]), -1)
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
         # The row serves as value too, without a copy; its rope columns are dropped from the output.
         y, aux = self._attend(q, key, row, mask, ctx)
@@ -316,21 +351,26 @@ class MLA(Attention):
 
     def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
         """Project latents up: (B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
-        latent, k_rope = row.split([self.rank, self.rope_dim], -1)
-        k_nope, v = (
-            self.kv_up(latent.squeeze(2)).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
-        )
+        latent = row[..., 0, : self.rank]
+        k_nope, v = self.kv_up(latent).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
         if self.k_nope_norm is not None:
             k_nope = self.k_nope_norm(k_nope)
-        return torch.cat((k_nope, k_rope.expand(-1, -1, self.n_heads, -1)), -1), v
+        k = self._with_rope_key(k_nope, row)
+        return unit_rms(k, self.key_groups) if self.whole_keys else k, v
+
+    def _with_rope_key(self, k_nope: Tensor, row: Tensor) -> Tensor:
+        """Append the rope key of a row (B, S, 1, c + r) to the k_nope (B, S, H, n) of each head."""
+        return torch.cat((k_nope, row[..., self.rank :].expand(-1, -1, self.n_heads, -1)), -1)
 
     def _cache_entries(self, row: Tensor) -> dict[str, Tensor]:
         """Entries of these tokens for the latent KV cache. inv needs their k_nope, which is computed for it alone."""
-        if self.k_nope_norm is None:
+        if not self.caches_inverse:
             return {"latent_and_k_rope": row}
         w_uk, _ = self._up_per_head()
-        k_nope = F.linear(row[..., 0, : self.rank], w_uk.flatten(0, 1)).unflatten(-1, (self.n_heads, -1))
-        return {"latent_and_k_rope": row, "inverse_rms": self.k_nope_norm.inverse_rms(k_nope)[..., None].to(row.dtype)}
+        k = F.linear(row[..., 0, : self.rank], w_uk.flatten(0, 1)).unflatten(-1, (self.n_heads, -1))
+        if self.whole_keys:
+            k = self._with_rope_key(k, row)
+        return {"latent_and_k_rope": row, "inverse_rms": inverse_rms(k, self.key_groups)[..., None].to(row.dtype)}
 
     def _up_per_head(self) -> tuple[Tensor, Tensor]:
         """Split kv_up into W_uk (H, n, c) and W_uv (H, v, c)."""

@@ -51,7 +51,7 @@ MLA = st.tuples(
     st.just(["attention=mla"]),
     switches("attention.q_lora_rank=24", "attention.v_head_dim=24", "attention.kv_lora_rank=40"),
     switches("attention.execution=naive", "attention.execution=expanded", "attention.execution=absorbed"),
-    switches("attention.qk_norm=head", "attention.qk_norm=head attention.qk_norm_groups=2"),
+    switches("attention.qk_norm=head", "attention.qk_norm=head attention.qk_norm_groups=2", "attention.qk_norm=whole"),
     switches("attention.k_rope_from=latent"),
 )
 

@@ -1,5 +1,6 @@
 """Every law, for every file under conf/attention and the choices within them (DESIGN: the laws)."""
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -152,9 +153,10 @@ def test_cache_bytes_per_token_equal_hand_computed_sizes():
     expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
     for name, elements in expected.items():
         assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
-    for groups in (1, 2, 4):  # and one inverse root mean square for each group
-        model = small_model("attention=mla", "attention.qk_norm=head", f"attention.qk_norm_groups={groups}")
+    for norm, groups in itertools.product(("head", "whole"), (1, 2, 4)):  # and one inverse root mean square each
+        model = small_model("attention=mla", f"attention.qk_norm={norm}", f"attention.qk_norm_groups={groups}")
         assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4 + groups)
+        assert model.config.attention.cache_elements == 16 + 4 + groups
 
 
 def test_window_cache_of_a_long_text_is_bounded_by_the_window():
@@ -220,6 +222,8 @@ def test_decode_step_compiled_traces_once(case, kernel):
         ("attention.q_lora_rank=24",),
         ("attention.q_lora_rank=24", "model.bias=true"),
         *(("attention.qk_norm=head", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
+        *(("attention.qk_norm=whole", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
+        ("attention.qk_norm=whole", "attention.q_lora_rank=24", "attention.qk_rope_head_dim=8"),
     ],
     ids=" ".join,
 )
@@ -268,6 +272,37 @@ def test_mla_qk_norm_of_heads_equals_its_formula(groups):
             scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
             outputs.append(scores.softmax(-1) @ values[:, :, h])
         expected = torch.cat(outputs, -1) @ layer.o_proj.weight.T
+        found, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
+    assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_mla_qk_norm_of_whole_heads_equals_its_formula(groups):
+    """One layer and all positions at once: queries and keys of heads are made whole, normed, and only then rotated."""
+    model = small_model("attention=mla", "attention.qk_norm=whole", f"attention.qk_norm_groups={groups}")
+    layer: MLA = model.layers[0].attention
+    n, r, v, c, heads = layer.nope_dim, layer.rope_dim, layer.v_dim, layer.rank, layer.n_heads
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))
+    positions = torch.arange(9)[None]
+    table = layer.rope.table(positions)
+
+    def turned(head: Tensor) -> Tensor:
+        return torch.cat((head[..., :n], layer.rope.rotate(head[..., n:], table)), -1)
+
+    with torch.no_grad():
+        q = (x @ layer.q_proj.weight.T + layer.q_proj.bias).view(1, 9, heads, n + r)
+        q[..., n:] += 3 * layer.q_proj.bias.view(heads, n + r)[:, n:]  # position biases count four times
+        q = turned(q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.q_norm.weight)
+        latent, k_rope = (x @ layer.kv_down.weight.T + layer.kv_down.bias).split([c, r], -1)
+        k_rope = (k_rope + 3 * layer.kv_down.bias[c:])[:, :, None].expand(1, 9, heads, r)
+        latent = latent / (latent.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.kv_norm.weight
+        k_nope, values = (latent @ layer.kv_up.weight.T).view(1, 9, heads, n + v).split([n, v], -1)
+        grouped = torch.cat((k_nope, k_rope), -1).unflatten(2, (groups, -1))
+        k = turned((grouped / (grouped.square().mean((3, 4), keepdim=True) + 1e-6).sqrt()).flatten(2, 3))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) * (n + r) ** -0.5
+        scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+        outputs = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), values)
+        expected = outputs.flatten(2) @ layer.o_proj.weight.T
         found, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 

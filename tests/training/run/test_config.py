@@ -208,7 +208,7 @@ BAD = [
     (("attention=mla", "attention.dropout=-0.1"), "attention.dropout=-0.1"),
     (("model.dropout=1.5",), "model.dropout=1.5"),
     (("mlp=gelu", "mlp.approximate=erf"), "mlp.approximate=erf"),
-    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=true: choose latent or head"),
+    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=true: choose latent, head or whole"),
     (
         ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
         "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
@@ -244,6 +244,7 @@ BAD = [
         "optim.qk_clip=50.0: attention.qk_norm=true undoes any scaling of queries and keys: set it",
     ),
     (("attention=mla", "attention.qk_norm=head", "optim.qk_clip=50"), "attention.qk_norm=head undoes any scaling"),
+    (("attention=mla", "attention.qk_norm=whole", "optim.qk_clip=50"), "attention.qk_norm=whole undoes any scaling"),
     (("attention=mla", "position=alibi", "optim.qk_clip=50"), "optim.qk_clip=50.0: position=alibi adds to the scores"),
     (
         ("attention=stack", "optim=muon", "optim.qk_clip=50"),
