@@ -27,7 +27,7 @@ ORDER = {
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
     "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
     "step_memory step_time minutes dry_run",
-    "ablation": "outcome statistics results match records curves decoding sweep pages report",
+    "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns table tables markdown tags charts html pictures files",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
