@@ -84,7 +84,7 @@ def train_step(
     grad_norm = nn.utils.clip_grad_norm_(mixed.parameters, clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("factor", 1.0)
     _step_unless(skipped, optimizer)
     clipped = None if clip is None else clip(max_logits, skipped)
     if mixed.loss_scale is not None:

@@ -25,8 +25,6 @@ which would not commute with the rotation:
 
     q = N [q_nope | q_rope]  per head;     k[h] = [k_nope[h] | k_rope] · inv[g(h)],  inv of whole keys
 
-Its biases of q_rope and k_rope are added POSITION_BIAS_GAIN times: see there.
-
 A norm of every head's keys cannot be folded into constant matrices, but its only factor that is not constant is inv,
 one value per token and group of heads: it is cached beside the latent (c + r + groups elements per token). With as many
 groups as heads the norm is the usual one of each head; with one group, the default, the cache grows by one element.
@@ -72,11 +70,6 @@ from model.norm import GroupedRMSNorm, RMSNorm, inverse_rms, unit_rms
 from model.stats import collect_stats
 
 MAX_FLASH_KEY = 256  # the widest key of flash kernels
-# A head finds the token before its own by the biases of q_rope and k_rope, which are the same for all tokens; a norm of
-# the whole head leaves them the larger a share, the smaller the rest is. A step of AdamW moves a bias by its rate at
-# most, while the content, which Muon's matrices make, grows faster: added this many times, the biases keep up with it
-# (docs/studies/why_mla_is_behind.md).
-POSITION_BIAS_GAIN = 4.0
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, v), and auxiliary outputs
 
@@ -257,8 +250,6 @@ class MLA(Attention):
         latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
         if self.k_rope_proj is not None:
             k_rope = self.k_rope_proj(latent)
-        if self.whole_keys:
-            q, k_rope = self._amplify_position_biases(q, k_rope)
         q_nope, q_rope = self.q_norm(q).split([self.nope_dim, self.rope_dim], -1)
         q_nope = self.q_nope_norm(q_nope)  # (B, T, H, n)
         q_rope = ctx.rotated(self.q_rope_norm(q_rope), self.rope)  # (B, T, H, r)
@@ -266,18 +257,6 @@ class MLA(Attention):
         row = torch.cat((latent, ctx.rotated(self.k_rope_norm(k_rope), self.rope)), dim=-1)
         y, aux = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
         return self.o_proj(y.flatten(2)), aux
-
-    def _amplify_position_biases(self, q: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the biases of q_rope and k_rope, which the projections have added once, POSITION_BIAS_GAIN - 1 times
-        more: q (B, T, H, n + r), k_rope (B, T, 1, r)."""
-        up = self.q_proj.up if isinstance(self.q_proj, nn.Sequential) else self.q_proj
-        if up.bias is not None:
-            nope, rope = up.bias.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.rope_dim], -1)
-            q = q + torch.cat((torch.zeros_like(nope), (POSITION_BIAS_GAIN - 1) * rope), -1).to(q.dtype)
-        k_bias = self.kv_down.bias if self.k_rope_proj is None else self.k_rope_proj.bias
-        if k_bias is not None and self.rope_dim:
-            k_rope = k_rope + (POSITION_BIAS_GAIN - 1) * k_bias[-self.rope_dim :].to(k_rope.dtype)
-        return q, k_rope
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         if self.caches_heads:

@@ -1,6 +1,7 @@
 """AdamW, PyTorch's fused one, and its settings."""
 
-from typing import Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -26,18 +27,33 @@ class AdamWConfig(OptimConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Decay applies to matrices, embeddings included, and not to
     vectors. Unset, lr is 0.5 / d_model: the best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466)."""
 
+    bias_lr: float | None = Field(gt=0)  # peak for biases; unset, as lr
     beta1: float = Field(ge=0, lt=1)
     beta2: float = Field(ge=0, lt=1)
     eps: float = Field(ge=1e-30)  # smaller ones are zero in float32
     weight_decay: float = Field(ge=0)
 
+    @property
+    def base_lrs(self) -> dict[str, float]:
+        return {"lr": self.lr} | ({} if self.bias_lr == self.lr else {"bias_lr": self.bias_lr})
+
     def derive(self, d_model: int) -> Self:
-        return self.model_copy(update={"lr": self.lr or 0.5 / d_model})
+        return self.with_lr(self.lr or 0.5 / d_model)
+
+    def with_lr(self, lr: float) -> Self:
+        return self.model_copy(update={"lr": lr, "bias_lr": self.bias_lr or lr})
 
     def build(self, model: nn.Module) -> AdamW:
-        parameters = list(model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
+        groups = self.groups(dict(model.named_parameters()))
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
+
+    def groups(self, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+        """Parameter groups: matrices, biases and other vectors. `factor` is what the scheduled rate is multiplied by."""
+        biases = [p for name, p in named.items() if p.ndim < 2 and name.endswith("bias")]
+        vectors = [p for name, p in named.items() if p.ndim < 2 and not name.endswith("bias")]
+        found = [
+            {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": self.weight_decay, "factor": 1.0},
+            {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
+            {"params": biases, "weight_decay": 0.0, "factor": self.bias_lr / self.lr},
+        ]
+        return [group for group in found if group["params"]]

@@ -33,17 +33,17 @@ class MuonConfig(AdamWConfig):
     per_head: bool  # orthogonalise each logical matrix (a head's queries, ...); false: each stored matrix
 
     def derive(self, d_model: int) -> Self:
-        return self.model_copy(update={"lr": self.lr or 2 / d_model})
+        return self.with_lr(self.lr or 2 / d_model)
 
     @property
     def base_lrs(self) -> dict[str, float]:
-        return {"muon_lr": self.muon_lr, "lr": self.lr}
+        return {"muon_lr": self.muon_lr, **super().base_lrs}
 
     def build(self, model: TransformerLM) -> "Muon":
         splits, named = model.param_layout(), dict(model.named_parameters())
         if not self.per_head:
             splits = {name: single_matrix(name, named[name].shape[0]) for name in splits}
-        others = [parameter for name, parameter in named.items() if name not in splits]
+        others = {name: parameter for name, parameter in named.items() if name not in splits}
         common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         hidden = {
             "params": [named[name] for name in splits],
@@ -54,9 +54,11 @@ class MuonConfig(AdamWConfig):
             "momentum": self.momentum,
             "momentum_warmup": self.momentum_warmup,
         }
-        matrices = {"params": [p for p in others if p.ndim >= 2], "weight_decay": self.weight_decay, **common}
-        vectors = {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0, **common}
-        return Muon(hidden, [matrices, vectors], {named[name]: split for name, split in splits.items()})
+        return Muon(
+            hidden,
+            [group | common for group in self.groups(others)],
+            {named[name]: split for name, split in splits.items()},
+        )
 
     def state_bytes(self, model: TransformerLM) -> int:
         hidden = model.param_layout().keys()
@@ -85,7 +87,7 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     grad_scale = found_inf = None  # arguments of `step`, set while it runs, as PyTorch's gradient scaler does
 
     def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, MatrixLayout]):
-        super().__init__([hidden, *(group for group in others if group["params"])], {})
+        super().__init__([hidden, *others], {})
         self.splits = splits
 
     def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:

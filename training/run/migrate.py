@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 5  # of config.yaml and manifest.json
+FORMAT = 6  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -69,6 +69,10 @@ PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head
 MODEL_4 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # what conf/ set in each attention
 CLASSIC_MODEL_4 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}  # with model=classic_gpt
 CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which that model is recognised
+PART_5 = {  # by class
+    "training.optim.adamw.AdamWConfig": {"bias_lr": None},
+    "training.optim.muon.MuonConfig": {"bias_lr": None},
+}
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -108,7 +112,7 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     if format < 5 and isinstance(tree.get("model"), Mapping):
         classic = CLASSIC_GPT_4.items() <= tree["model"].items()
         tree["model"] = (CLASSIC_MODEL_4 if classic else MODEL_4) | tree["model"]
-    return tree
+    return _each_part(tree, _to_6) if format < 6 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -144,6 +148,11 @@ def _to_4(part: dict[str, Any]) -> dict[str, Any]:
         return part
     target = MOVED_4.get(target, target)
     return _renamed(part, PART_RENAMED_4.get(target, {})) | {"_target_": target}
+
+
+def _to_6(part: dict[str, Any]) -> dict[str, Any]:
+    target = part.get("_target_")
+    return PART_5.get(target, {}) | part if isinstance(target, str) else part
 
 
 def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
