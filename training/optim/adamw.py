@@ -48,7 +48,7 @@ class AdamWConfig(OptimConfig):
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def groups(self, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-        """Parameter groups: matrices, biases and other vectors. `factor` is what the scheduled rate is multiplied by."""
+        """Parameter groups: matrices, other vectors, biases. `factor` is what the scheduled rate is multiplied by."""
         biases = [p for name, p in named.items() if p.ndim < 2 and name.endswith("bias")]
         vectors = [p for name, p in named.items() if p.ndim < 2 and not name.endswith("bias")]
         found = [

@@ -291,10 +291,9 @@ def test_mla_qk_norm_of_whole_heads_equals_its_formula(groups):
 
     with torch.no_grad():
         q = (x @ layer.q_proj.weight.T + layer.q_proj.bias).view(1, 9, heads, n + r)
-        q[..., n:] += 3 * layer.q_proj.bias.view(heads, n + r)[:, n:]  # position biases count four times
         q = turned(q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.q_norm.weight)
         latent, k_rope = (x @ layer.kv_down.weight.T + layer.kv_down.bias).split([c, r], -1)
-        k_rope = (k_rope + 3 * layer.kv_down.bias[c:])[:, :, None].expand(1, 9, heads, r)
+        k_rope = k_rope[:, :, None].expand(1, 9, heads, r)
         latent = latent / (latent.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.kv_norm.weight
         k_nope, values = (latent @ layer.kv_up.weight.T).view(1, 9, heads, n + v).split([n, v], -1)
         grouped = torch.cat((k_nope, k_rope), -1).unflatten(2, (groups, -1))
