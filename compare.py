@@ -1,7 +1,7 @@
 """Compares runs: how much better, how sure that is, and at what cost. A table here, a report in files.
 
 python compare.py                                  # the newest sweep of train.py -m
-python compare.py sweeps/NAME
+python compare.py sweeps/NAME --baseline attention=gqa
 python compare.py runs/A runs/B --x seconds        # any two runs, or more
 """
 

@@ -35,7 +35,7 @@ class AdamWConfig(OptimConfig):
 
     @property
     def base_lrs(self) -> dict[str, float]:
-        return {"lr": self.lr} | ({} if self.bias_lr == self.lr else {"bias_lr": self.bias_lr})
+        return {"lr": self.lr} | ({} if self.bias_lr in (None, self.lr) else {"bias_lr": self.bias_lr})
 
     def derive(self, d_model: int) -> Self:
         return self.with_lr(self.lr or 0.5 / d_model)
@@ -54,6 +54,6 @@ class AdamWConfig(OptimConfig):
         found = [
             {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": self.weight_decay, "factor": 1.0},
             {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
-            {"params": biases, "weight_decay": 0.0, "factor": self.bias_lr / self.lr},
+            {"params": biases, "weight_decay": 0.0, "factor": (self.bias_lr or self.lr) / self.lr},
         ]
         return [group for group in found if group["params"]]

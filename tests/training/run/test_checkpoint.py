@@ -26,6 +26,7 @@ from training.run import folder as run_folder
 from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
 from training.run.config import Run
 from training.run.load import load_run
+from training.run.migrate import FORMAT
 from training.run.resume import open_run
 
 TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
@@ -535,7 +536,7 @@ FAULTS = {
     "no weights": (lambda run: spoil(run, Path.unlink), "model.safetensors cannot be read"),
     "no manifest": (lambda run: spoil(run, Path.unlink, "manifest.json"), "manifest.json cannot be read"),
     "manifest cut short": (lambda run: spoil(run, cut, "manifest.json"), "manifest.json is damaged"),
-    "newer format": (lambda run: reseal(last(run), format=9), "has format 9, this program reads 2 to 5"),
+    "newer format": (lambda run: reseal(last(run), format=9), f"has format 9, this program reads 2 to {FORMAT}"),
     "tokenizer edited": (
         lambda run: (run / "tokenizer.json").write_text('{"kind": "byte", "hash": "0"}'),
         "tokenizer.json is damaged",
