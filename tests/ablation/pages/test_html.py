@@ -151,7 +151,9 @@ def test_page_of_runs_without_evaluations_or_rows_still_opens():
     made = support.two_runs()
     nothing = {name: [] for name in vars(made.variants[0].curves[0]) if name not in ("seed", "run")}
     for curves in ([], [replace(made.variants[0].curves[0], **nothing)]):
-        Tree(page(replace(made, variants=[replace(each, curves=curves) for each in made.variants])))
+        text = page(replace(made, variants=[replace(each, curves=curves) for each in made.variants]))
+        Tree(text)
+        assert 'id="curve-data"' not in text and made.variants[0].name in text
     Tree(page(replace(made, variants=[], cells=[])))
 
 
