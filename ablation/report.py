@@ -20,7 +20,7 @@ from ablation.pages.words import summary
 from ablation.records import Record, read_record, short_name
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import Comparison, Estimate, compare, estimate
-from ablation.sweep.stored import Sweep, hint_for, read_outcomes, read_sweep, sweep_command
+from ablation.sweep.stored import Sweep, by_variant, hint_for, read_outcomes, read_sweep, sweep_command
 from common.console import counted
 from common.errors import UserError
 from model import cost
@@ -64,15 +64,16 @@ def report_on(
         outcomes = "; ".join(f"{cell.name}: {cell.detail or cell.state}" for cell in selection.cells[:3])
         more = f"; and {len(selection.cells) - 3} more" if len(selection.cells) > 3 else ""
         raise UserError(f"{selection.title} has nothing to compare: no run of it has finished ({outcomes}{more})")
-    notes = [*selection.notes, *check_comparable([member.record for member in selection.members], force)]
+    records = [member.record for member in selection.members]
+    notes = [*selection.notes, *check_comparable(records, force)]
     groups = ordered(by_variant(selection.members), baseline)
     notes += baseline_note(selection, groups)
     variants = [variant_of(members, selection.sweep) for members in groups.values()]
     if decode:
         speeds = decode_speeds([members[0].record.folder for members in groups.values()])
         variants = [replace(one, decode_tokens_per_second=speed) for one, speed in zip(variants, speeds, strict=True)]
-    metric = metric_of([member.record for member in selection.members], selection.members)
-    if len({member.record.tokenizer.hash for member in selection.members}) > 1:
+    metric = metric_of(selection.members)
+    if len({record.tokenizer.hash for record in records}) > 1:
         variants = [replace(variant, val_loss=UNKNOWN) for variant in variants]  # nats per token of unlike tokens
     report = Report(
         title=selection.title,
@@ -85,10 +86,10 @@ def report_on(
         variants=variants,
         cells=selection.cells,
         summary=[],
-        notes=[*notes, *seed_notes(groups), *machine_notes([member.record for member in selection.members])],
+        notes=[*notes, *seed_notes(groups), *machine_notes(records)],
         config_differences=config_differences(groups),
-        environment=environment_of([member.record for member in selection.members]),
-        data=data_of([member.record for member in selection.members]),
+        environment=environment_of(records),
+        data=data_of(records),
     )
     return replace(report, summary=[*summary(report), *equal_time(selection.sweep, variants)])
 
@@ -254,12 +255,12 @@ def check_comparable(records: Sequence[Record], force: bool) -> list[str]:
     return notes
 
 
-def metric_of(records: Sequence[Record], members: Sequence[Member]) -> str:
+def metric_of(members: Sequence[Member]) -> str:
     """Bits per byte; nats per token where a run of an old format has only these. Raises UserError where these would be
     of unlike tokens."""
     if all(_scored(member, "val_bpb") for member in members):
         return "val_bpb"
-    if len({record.tokenizer.hash for record in records}) > 1:
+    if len({member.record.tokenizer.hash for member in members}) > 1:
         raise UserError("these runs have not the same tokenizer, and not all of them recorded bits per byte")
     return "val_loss"
 
@@ -273,13 +274,6 @@ def _same_corpus(one: Record, other: Record) -> bool:
 
 def _same_tokenizer(one: Record, other: Record) -> bool:
     return one.tokenizer.hash == other.tokenizer.hash
-
-
-def by_variant(members: Sequence[Member]) -> dict[str, list[Member]]:
-    groups: dict[str, list[Member]] = {}
-    for member in members:
-        groups.setdefault(member.variant, []).append(member)
-    return groups
 
 
 def baseline_note(selection: Selection, groups: Mapping[str, list[Member]]) -> list[str]:

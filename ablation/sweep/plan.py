@@ -8,8 +8,8 @@ from ablation.match import match
 from ablation.outcome import is_complete, outcome_of
 from ablation.sweep.grid import key_of
 from ablation.sweep.pace import Pace, paces_of
-from ablation.sweep.request import Request, by_variant, settings_of
-from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, read_outcomes, read_sweep
+from ablation.sweep.request import Request, settings_of
+from ablation.sweep.stored import FORMAT, PlannedCell, Sweep, by_variant, read_outcomes, read_sweep
 from common.console import about, counted
 from common.errors import UserError
 from common.streams import print_stderr

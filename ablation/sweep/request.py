@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ablation.match import Budget
 from ablation.sweep.grid import Grid, check_known, grid_of, key_of, short_hash
-from ablation.sweep.stored import SWEEPS, read_sweep
+from ablation.sweep.stored import SWEEPS, by_variant, read_sweep
 from common.errors import UserError
 from common.settings import FrozenSettings
 from training.run.composer import compose_tree
@@ -98,13 +98,6 @@ def _check_name(name: Any) -> None:
             f"sweep={str(name)[:100]} cannot be a folder's name: give letters, digits and _.=,+@-, 100 at most, the "
             "first a letter, a digit or _"
         )
-
-
-def by_variant(cells: Sequence[Any]) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for cell in cells:
-        found.setdefault(cell.variant, []).append(cell)
-    return found
 
 
 def default_name(request: Request) -> str:

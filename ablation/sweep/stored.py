@@ -3,8 +3,9 @@ knows that it was asked for."""
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -20,6 +21,7 @@ SWEEP_FILE = "sweep.json"
 OUTCOMES_FILE = "outcomes.json"  # how the process of a cell ended that did not finish, by the cell's name
 MAX_BYTES = 2**26
 FORMAT = 1
+OfVariant = TypeVar("OfVariant")
 
 
 class PlannedCell(FrozenSettings):
@@ -48,6 +50,14 @@ class Sweep(FrozenSettings):
 
     def overrides_of(self, cell: PlannedCell) -> list[str]:
         return [*cell.overrides, *self.added[cell.variant]]
+
+
+def by_variant(cells: Iterable[OfVariant]) -> dict[str, list[OfVariant]]:
+    """What has a variant, by its name, in the order of first appearance."""
+    found: dict[str, list[OfVariant]] = {}
+    for cell in cells:
+        found.setdefault(cell.variant, []).append(cell)
+    return found
 
 
 def read_sweep(folder: Path) -> Sweep | None:
