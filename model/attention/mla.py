@@ -77,21 +77,24 @@ AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, 
 class MLAConfig(AttentionConfig):
     """Settings of MLA. Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide
     (n + r = v) and the absorbed key (c + r, and the columns of ALiBi) is at most 256 wide: the shapes flash kernels
-    take. DeepSeek-V3 itself has c 512, n 128, r 64, v 128, q_lora_rank 1536."""
+    take. Three quarters of a head rotate and whole heads are normed, with which small models learn to look back sooner
+    (docs/studies/why_mla_is_behind.md). DeepSeek-V3 has c 512, n 128, r 64, v 128, q_lora_rank 1536, qk_norm=latent."""
 
     q_lora_rank: int | None = Field(ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
     kv_lora_rank: Size | None  # c; unset: d_model / 4, or what 256 leaves beside r
     qk_nope_head_dim: Size | None  # n; unset: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: head_dim / 4, made even; 0 without RoPE
+    qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: 3/4 head_dim, even; 0 without RoPE
     v_head_dim: Size | None  # v; unset: head_dim
     k_rope_from: Literal["hidden", "latent"]  # what the rope key is projected from
-    # Latents are always normed; head: so are both parts of each head's queries and keys; whole: the two parts together
-    qk_norm: Literal["latent", "head", "whole"]
+    # Latents are always normed; head: so are both parts of each head's queries and keys; whole: the two parts together;
+    # unset: whole if model.qk_norm, else latent
+    qk_norm: Literal["latent", "head", "whole"] | None
     qk_norm_groups: Size  # groups of heads whose keys share one root mean square; n_heads: each its own
     execution: Execution  # auto: absorbed with a cache and few queries (break_even), else expanded
 
     def derive(self, dimensions: Dimensions) -> Self:
-        self._check_groups(dimensions.n_heads)
+        qk_norm = self.qk_norm or ("whole" if dimensions.qk_norm else "latent")
+        self._check_groups(qk_norm, dimensions.n_heads)
         rope_dim = self._rope_dim(dimensions)
         nope_dim = self.qk_nope_head_dim or head_dim_of(dimensions) - rope_dim
         if nope_dim < 1:
@@ -107,13 +110,14 @@ class MLAConfig(AttentionConfig):
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
                 "v_head_dim": self.v_head_dim or head_dim_of(dimensions),
+                "qk_norm": qk_norm,
             }
         )
         derived._warn_of_large_cache(dimensions.n_heads)
         return derived
 
-    def _check_groups(self, n_heads: int) -> None:
-        if self.qk_norm_groups > 1 and self.qk_norm == "latent":
+    def _check_groups(self, qk_norm: str, n_heads: int) -> None:
+        if self.qk_norm_groups > 1 and qk_norm == "latent":
             raise ValueError(
                 f"qk_norm_groups={self.qk_norm_groups} has no heads to norm with qk_norm=latent: "
                 "set attention.qk_norm=whole or head"
@@ -143,7 +147,7 @@ class MLAConfig(AttentionConfig):
         if self.position == "rope":
             if rope_dim == 0:
                 raise ValueError("qk_rope_head_dim=0 leaves position=rope nothing to rotate: choose position=none")
-            rope_dim = rope_dim or 2 * math.ceil(head_dim_of(dimensions) / 8)
+            rope_dim = rope_dim or max(2, head_dim_of(dimensions) * 3 // 8 * 2)
             self.check_rotated("qk_rope_head_dim", rope_dim)
             return rope_dim
         if rope_dim:

@@ -1,7 +1,7 @@
 """AdamW, PyTorch's fused one, and its settings."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field
@@ -27,7 +27,10 @@ class AdamWConfig(OptimConfig):
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101). Decay applies to matrices, embeddings included, and not to
     vectors. Unset, lr is 0.5 / d_model: the best rate falls as 1/width (Yang et al. 2022, arXiv:2203.03466)."""
 
-    bias_lr: float | None = Field(gt=0)  # peak for biases; unset, as lr
+    lr_times_width: ClassVar[float] = 0.5  # of an lr that is unset
+    bias_lr_factor: ClassVar[float] = 1.0  # of an unset bias_lr, times lr
+
+    bias_lr: float | None = Field(gt=0)  # peak for biases
     beta1: float = Field(ge=0, lt=1)
     beta2: float = Field(ge=0, lt=1)
     eps: float = Field(ge=1e-30)  # smaller ones are zero in float32
@@ -38,10 +41,8 @@ class AdamWConfig(OptimConfig):
         return {"lr": self.lr} | ({} if self.bias_lr in (None, self.lr) else {"bias_lr": self.bias_lr})
 
     def derive(self, d_model: int) -> Self:
-        return self.with_lr(self.lr or 0.5 / d_model)
-
-    def with_lr(self, lr: float) -> Self:
-        return self.model_copy(update={"lr": lr, "bias_lr": self.bias_lr or lr})
+        lr = self.lr or self.lr_times_width / d_model
+        return self.model_copy(update={"lr": lr, "bias_lr": self.bias_lr or self.bias_lr_factor * lr})
 
     def build(self, model: nn.Module) -> AdamW:
         groups = self.groups(dict(model.named_parameters()))

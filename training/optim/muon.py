@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -25,15 +25,17 @@ class MuonConfig(AdamWConfig):
     """Muon's rate, muon_lr, is for the matrices of the layers and need not change with the width: an update's spectral
     norm is muon_lr · sqrt(max(1, rows/cols)). lr, beta1, beta2 and eps are AdamW's, for embeddings, head and vectors;
     weight_decay is for all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 /
-    d_model: embeddings bear a larger one than AdamW alone may give the matrices beside them."""
+    d_model: embeddings bear a larger one than AdamW alone may give the matrices beside them. Unset, bias_lr is 4 · lr:
+    heads see positions by the biases of queries and keys, which must outgrow what Muon adds to the matrices beside them
+    (docs/studies/why_mla_is_behind.md)."""
+
+    lr_times_width: ClassVar[float] = 2.0
+    bias_lr_factor: ClassVar[float] = 4.0
 
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)
     momentum_warmup: int = Field(ge=0, le=MAX_COUNT)  # updates until the momentum, from 0.85 on, is that
     per_head: bool  # orthogonalise each logical matrix (a head's queries, ...); false: each stored matrix
-
-    def derive(self, d_model: int) -> Self:
-        return self.with_lr(self.lr or 2 / d_model)
 
     @property
     def base_lrs(self) -> dict[str, float]:

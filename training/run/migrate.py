@@ -69,10 +69,7 @@ PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head
 MODEL_4 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # what conf/ set in each attention
 CLASSIC_MODEL_4 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}  # with model=classic_gpt
 CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which that model is recognised
-PART_5 = {  # by class
-    "training.optim.adamw.AdamWConfig": {"bias_lr": None},
-    "training.optim.muon.MuonConfig": {"bias_lr": None},
-}
+OPTIMIZERS_5 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")  # biases learned at the rate lr
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -151,8 +148,7 @@ def _to_4(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_6(part: dict[str, Any]) -> dict[str, Any]:
-    target = part.get("_target_")
-    return PART_5.get(target, {}) | part if isinstance(target, str) else part
+    return {"bias_lr": part["lr"]} | part if part.get("_target_") in OPTIMIZERS_5 and "lr" in part else part
 
 
 def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -149,14 +149,16 @@ def test_param_layout_names_the_rows_the_forward_pass_reads():
 
 
 def test_cache_bytes_per_token_equal_hand_computed_sizes():
-    """d_model 64, 4 heads of 16; latent 16 + rope key 4. Elements per token of one layer."""
-    expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 4}
+    """d_model 64, 4 heads of 16; latent 16 + rope key 12. Elements per token of one layer."""
+    expected = {"mha": 2 * 4 * 16, "gqa": 2 * 2 * 16, "mqa": 2 * 16, "mla": 16 + 12 + 1}
     for name, elements in expected.items():
         assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
+    latent_only = small_model("attention=mla", "attention.qk_norm=latent", "attention.qk_rope_head_dim=4")
+    assert latent_only.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4)
     for norm, groups in itertools.product(("head", "whole"), (1, 2, 4)):  # and one inverse root mean square each
         model = small_model("attention=mla", f"attention.qk_norm={norm}", f"attention.qk_norm_groups={groups}")
-        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4 + groups)
-        assert model.config.attention.cache_elements == 16 + 4 + groups
+        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 12 + groups)
+        assert model.config.attention.cache_elements == 16 + 12 + groups
 
 
 def test_window_cache_of_a_long_text_is_bounded_by_the_window():
@@ -218,9 +220,9 @@ def test_decode_step_compiled_traces_once(case, kernel):
 @pytest.mark.parametrize(
     "changed",
     [
-        ("attention.q_lora_rank=0",),
-        ("attention.q_lora_rank=24",),
-        ("attention.q_lora_rank=24", "model.bias=true"),
+        ("attention.qk_norm=latent", "attention.q_lora_rank=0"),
+        ("attention.qk_norm=latent", "attention.q_lora_rank=24"),
+        ("attention.qk_norm=latent", "attention.q_lora_rank=24", "model.bias=true"),
         *(("attention.qk_norm=head", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
         *(("attention.qk_norm=whole", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
         ("attention.qk_norm=whole", "attention.q_lora_rank=24", "attention.qk_rope_head_dim=8"),
@@ -308,7 +310,7 @@ def test_mla_qk_norm_of_whole_heads_equals_its_formula(groups):
 
 def test_mla_with_prefused_matrices_gives_equal_logits():
     """W_uq W_uk and W_uv W_o multiplied out ahead: an identity, here for one layer and all positions at once."""
-    model = small_model("attention=mla", "attention.q_lora_rank=24")
+    model = small_model("attention=mla", "attention.q_lora_rank=24", "attention.qk_norm=latent")
     layer: MLA = model.layers[0].attention
     n, r, v, c, heads = layer.nope_dim, layer.rope_dim, layer.v_dim, layer.rank, layer.n_heads
     x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(3))

@@ -145,6 +145,7 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
     check_parity(
         transformers.DeepseekV3ForCausalLM(config),
         "attention=mla",
+        "attention.qk_norm=latent",
         f"attention.q_lora_rank={q_lora_rank or 0}",
         "attention.kv_lora_rank=16",
         "attention.qk_nope_head_dim=12",

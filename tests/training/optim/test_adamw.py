@@ -24,7 +24,7 @@ def after_a_step(run: Run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("optim", ["muon", "adamw"])
 def test_bias_lr_is_the_rate_of_biases_and_of_nothing_else(optim):
     settings = (f"optim={optim}", "optim.lr=0.001", "schedule=wsd")
-    usual = after_a_step(composed_run(*settings))
+    usual = after_a_step(composed_run(*settings, "optim.bias_lr=0.001"))
     faster = after_a_step(composed_run(*settings, "optim.bias_lr=0.004"))
     assert sum(name.endswith("bias") for name in usual) > 10
     for name, moved in usual.items():
@@ -32,8 +32,8 @@ def test_bias_lr_is_the_rate_of_biases_and_of_nothing_else(optim):
         torch.testing.assert_close(faster[name], expected, rtol=1e-3, atol=1e-9)
 
 
-def test_bias_lr_unset_is_lr_and_another_is_recorded_and_resumed(workplace, monkeypatch):
-    assert composed_run("optim.lr=0.5").optim.bias_lr == 0.5
+def test_bias_lr_is_recorded_and_resumed(workplace, monkeypatch):
+    assert composed_run("optim.lr=0.5").optim.bias_lr == 4 * composed_run("optim=adamw", "optim.lr=0.5").optim.bias_lr
     whole = [*SMOKE, "data.size=300", "steps=8", "save_every=4", "optim.bias_lr=0.1"]
     assert call("train", [*whole, "run_dir=whole"], monkeypatch) == 0
     assert call("train", [*whole, "run_dir=stopped"], monkeypatch) == 0

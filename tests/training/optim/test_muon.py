@@ -140,7 +140,7 @@ def test_muon_per_head_moves_each_logical_matrix_by_an_orthogonal_matrix():
     """With per_head=false those that are parts of a tall matrix do not."""
     near = {}
     for logical in (True, False):
-        model = small_model("attention=mla", "attention.q_lora_rank=24")
+        model = small_model("attention=mla", "attention.q_lora_rank=24", "attention.qk_rope_head_dim=4")
         optimizer, before = configured(MuonConfig, **PLAIN, per_head=logical).build(model), {}
         for i, (name, p) in enumerate(model.named_parameters()):
             before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)

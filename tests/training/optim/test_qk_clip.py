@@ -20,10 +20,16 @@ CASES = [
     ("attention=mha", "attention.qk_norm=false", "model.bias=true", "position=none"),
     ("attention=gqa", "attention.qk_norm=false", "attention.rope_dim=6", "model.bias=true"),
     ("attention=mqa", "attention.qk_norm=false"),
-    ("attention=mla",),
-    ("attention=mla", "attention.q_lora_rank=24", "model.bias=true", "attention.execution=absorbed"),
-    ("attention=mla", "attention.k_rope_from=latent"),
-    ("attention=mla", "position=none"),
+    ("attention=mla", "attention.qk_norm=latent"),
+    (
+        "attention=mla",
+        "attention.qk_norm=latent",
+        "attention.q_lora_rank=24",
+        "model.bias=true",
+        "attention.execution=absorbed",
+    ),
+    ("attention=mla", "attention.qk_norm=latent", "attention.k_rope_from=latent"),
+    ("attention=mla", "attention.qk_norm=latent", "position=none"),
 ]
 GOOD = torch.tensor(False)
 collecting = functools.partial(mean_loss, collect=MAX_LOGIT)
@@ -54,7 +60,7 @@ def test_qk_clip_scales_the_scores_of_heads_beyond_the_threshold_by_gamma(case):
 
 
 def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
-    model, twin = (small_model("attention=mla") for _ in range(2))
+    model, twin = (small_model("attention=mla", "attention.qk_norm=latent") for _ in range(2))
     assert QKClip(model, 1e4)(max_logits(model), GOOD).heads == 0
     QKClip(model, 1e-3)(max_logits(model), torch.tensor(True))  # a step that was skipped
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
@@ -71,7 +77,7 @@ def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
 
 
 def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
-    model = small_model("attention=mla", kernel=Naive())
+    model = small_model("attention=mla", "attention.qk_norm=latent", kernel=Naive())
     mixed = MixedPrecision(model, "fp32")
     each = [accumulate_gradients(mixed, [batch], (0, 0), collecting)[1] for batch in batches(4, 1)]
     together = accumulate_gradients(mixed, batches(4, 1), (0, 0), collecting)[1]
@@ -106,7 +112,10 @@ def test_mean_loss_that_collects_compiles_as_one_graph(attention):
         assert relative_error(gradient, exact) <= 1e-4
 
 
-MUON, ADAMW = ["attention=mla", "optim=muon"], ["attention=gqa", "attention.qk_norm=false", "optim=adamw"]
+MUON, ADAMW = (
+    ["attention=mla", "attention.qk_norm=latent", "optim=muon"],
+    ["attention=gqa", "attention.qk_norm=false", "optim=adamw"],
+)
 
 
 @pytest.mark.parametrize(

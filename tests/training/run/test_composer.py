@@ -118,11 +118,11 @@ CLASSIC = {"position": "none", "qk_bias": False, "dropout": 0.1}
 # Key heads of gqa, heads, width of a head; of mla the widths of the latent, without rotation, with; what all have.
 DERIVED = {
     "classic_gpt": (2, 4, 32, (32, 32, 0), CLASSIC, False),
-    "gpt2": (3, 12, 64, (192, 48, 16), ROPE, True),
-    "gpt2_medium": (4, 16, 64, (240, 48, 16), ROPE, True),
-    "mini": (2, 4, 16, (16, 12, 4), ROPE, True),
-    "small": (2, 6, 64, (96, 48, 16), ROPE, True),
-    "tiny": (2, 4, 32, (32, 24, 8), ROPE, True),
+    "gpt2": (3, 12, 64, (192, 16, 48), ROPE, True),
+    "gpt2_medium": (4, 16, 64, (208, 16, 48), ROPE, True),
+    "mini": (2, 4, 16, (16, 4, 12), ROPE, True),
+    "small": (2, 6, 64, (96, 16, 48), ROPE, True),
+    "tiny": (2, 4, 32, (32, 8, 24), ROPE, True),
 }
 ALONE = [name for name in choices("attention") if name != "stack"]
 
@@ -134,7 +134,7 @@ def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model,
     expected = common | {"window": None}
     if attention == "mla":
         expected |= {"kv_lora_rank": latent, "qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": width}
-        expected |= {"qk_norm": "latent", "q_lora_rank": 0}
+        expected |= {"qk_norm": "whole" if qk_norm else "latent", "q_lora_rank": 0}
     else:
         n_kv_heads = {"mha": heads, "gqa": key_heads, "mqa": 1}[attention]
         expected |= {"n_kv_heads": n_kv_heads, "head_dim": width, "qk_norm": qk_norm}
@@ -197,7 +197,7 @@ def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
     def found(*typed: str) -> int:
         return compose("attention=mla", *typed).model.attention.kv_lora_rank
 
-    assert found("model=gpt2_medium") == 240 and found("model=gpt2_medium", "attention.qk_rope_head_dim=32") == 224
+    assert found("model=gpt2_medium") == 208 and found("model=gpt2_medium", "attention.qk_rope_head_dim=32") == 224
     assert found("model=gpt2_medium", "position=none") == 256 and found("model=gpt2_medium", "position=alibi") == 248
     assert found("model=gpt2_medium", "attention.kv_lora_rank=300") == 300
     assert found("model.d_model=4096", "model.n_heads=8", "attention.qk_rope_head_dim=384") == 1

@@ -91,10 +91,11 @@ def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice()
 def test_unset_dimensions_derive_by_the_documented_rules():
     gpt2 = composed_run("model=gpt2", "attention=mla")
     mla = gpt2.model.attention
-    assert (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (192, 48, 16, 64)
+    assert (mla.kv_lora_rank, mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim) == (192, 16, 48, 64)
     assert gpt2.model.mlp.d_ff == 3072
-    assert gpt2.optim.lr == pytest.approx(2 / 768)
-    assert composed_run("model=gpt2", "optim=adamw").optim.lr == pytest.approx(0.5 / 768)
+    assert (gpt2.optim.lr, gpt2.optim.bias_lr) == (pytest.approx(2 / 768), pytest.approx(8 / 768))
+    adamw = composed_run("model=gpt2", "optim=adamw").optim
+    assert (adamw.lr, adamw.bias_lr) == (pytest.approx(0.5 / 768), adamw.lr)
     kv_heads = {
         heads: composed_run("attention=gqa", f"model.n_heads={heads}", "model.d_model=768").model.attention.n_kv_heads
         for heads in (1, 2, 4, 6, 8, 12, 16)
@@ -213,7 +214,10 @@ BAD = [
         ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
         "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
     ),
-    (("attention=mla", "attention.qk_norm_groups=2"), "qk_norm_groups=2 has no heads to norm with qk_norm=latent"),
+    (
+        ("attention=mla", "model.qk_norm=false", "attention.qk_norm_groups=2"),
+        "qk_norm_groups=2 has no heads to norm with qk_norm=latent",
+    ),
     (("steps=abc",), "steps=abc"),
     (("steps=0",), "steps=0"),
     (("steps=1.5",), "steps=1.5"),
@@ -245,7 +249,10 @@ BAD = [
     ),
     (("attention=mla", "attention.qk_norm=head", "optim.qk_clip=50"), "attention.qk_norm=head undoes any scaling"),
     (("attention=mla", "attention.qk_norm=whole", "optim.qk_clip=50"), "attention.qk_norm=whole undoes any scaling"),
-    (("attention=mla", "position=alibi", "optim.qk_clip=50"), "optim.qk_clip=50.0: position=alibi adds to the scores"),
+    (
+        ("attention=gqa", "attention.qk_norm=false", "position=alibi", "optim.qk_clip=50"),
+        "optim.qk_clip=50.0: position=alibi adds to the scores",
+    ),
     (
         ("attention=stack", "optim=muon", "optim.qk_clip=50"),
         "optim.qk_clip=50.0: attention.parts.local.qk_norm=true",
