@@ -83,7 +83,7 @@ def test_sample_any_execution_writes_text_of_uncached_naive_kernel(place, monkey
 
 
 def test_sample_stats_prints_throughput_and_cache_bytes(place, monkeypatch, capsys):
-    for run, numbers in (("gqa", 2 * 2 * 16), ("mla", 16 + 4)):
+    for run, numbers in (("gqa", 2 * 2 * 16), ("mla", 16 + 12 + 1)):
         _, err = sample(place, monkeypatch, capsys, "The", "--run", f"runs/{run}", "--stats", "--max-new-tokens", "5")
         assert f"cache_bytes_per_token={2 * 4 * numbers}\n" in err
         assert float(re.search(r"decode_tokens_per_second=(.*)", err)[1]) > 0

@@ -142,7 +142,7 @@ def test_mla_without_rope_has_no_rope_key():
         model = small_model("attention=mla", f"position={position}")
         assert model.config.attention.qk_rope_head_dim == 0
         assert model.config.attention.qk_nope_head_dim == 16
-        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * 16
+        assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 1)  # the latent, and a root mean square
         assert model.layers[0].attention.kv_down.weight.shape == (16, 64)
         assert not model.ropes
 

@@ -32,7 +32,8 @@ class TensorboardSink(MetricSink):
         "val_loss": "validation/loss",
         "val_bpb": "validation/bits_per_byte",
         "val_tokens": "validation/tokens",
-        **{key: f"optim/{key}" for key in ("lr", "muon_lr", "grad_norm", "skipped", "max_logit", "clipped_heads")},
+        **{key: f"optim/{key}" for key in ("lr", "muon_lr", "bias_lr", "grad_norm", "skipped")},
+        **{key: f"optim/{key}" for key in ("max_logit", "clipped_heads")},
         **{key: f"speed/{key}" for key in ("tokens_per_second", "flops_per_second", "mfu", "data_seconds")},
         "memory_bytes": "memory/bytes",
     }  # others, such as attention/layer_0/entropy, are in a group already

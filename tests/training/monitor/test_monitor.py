@@ -48,7 +48,7 @@ def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
             ["attention=stack"],
             "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
         ),
-        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 4\n"),
+        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 12\n"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
