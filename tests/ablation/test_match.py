@@ -142,10 +142,7 @@ def test_match_of_different_mlps_moves_each_from_its_own_width():
     assert abs(params(composed(*found["mlp=swiglu"], *matched.overrides["mlp=swiglu"]).model) / target - 1) < 0.005
 
 
-@pytest.mark.parametrize(
-    "size, unit",
-    [("tiny", UNIT), ("small", UNIT)],
-)
+@pytest.mark.parametrize(("size", "unit"), [("tiny", UNIT), ("small", UNIT)])
 def test_match_cache_moves_the_latent_in_the_coarsest_unit_that_is_near(size, unit):
     found = variants("attention=gqa", LATENT, common=(f"model={size}",))
     matched = match(found, ["cache"], VOCAB)

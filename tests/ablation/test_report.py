@@ -24,7 +24,7 @@ from training.run.config import compose
 from training.run.load import load_run
 
 SEEDS = (1, 2, 3)
-TINY = [*SMOKE, "data.size=300", "steps=4", "eval_every=2", "save_every=2"]
+TINY = [*SMOKE, "data.size=300", "steps=4", "batch_tokens=256", "eval_every=2", "save_every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_report_numbers_are_those_of_the_metrics_files(here, monkeypatch, capsys
     report = json.loads((SWEEPS / "three/report.json").read_text())
     for variant in report["variants"]:
         rows = {seed: final(variant["name"], seed) for seed in SEEDS}
-        seconds = [sum(1024 / row["tokens_per_second"] for row in of_seed) for of_seed in rows.values()]
+        seconds = [sum(256 / row["tokens_per_second"] for row in of_seed) for of_seed in rows.values()]
         expected = {
             "val_bpb": [of_seed[-1]["val_bpb"] for of_seed in rows.values()],
             "val_loss": [of_seed[-1]["val_loss"] for of_seed in rows.values()],
@@ -101,7 +101,7 @@ def check_estimate(found, values):
 
 def check_curve(curve, rows, flops_per_token):
     scored = [row for row in rows if "val_loss" in row]
-    totals = accumulate(1024 / row["tokens_per_second"] for row in rows)
+    totals = accumulate(256 / row["tokens_per_second"] for row in rows)
     seconds = dict(zip((row["step"] for row in rows), totals, strict=True))
     assert curve["train_loss"] == [row["train_loss"] for row in rows]
     assert curve["train_bpb"] == [row["train_bpb"] for row in rows]

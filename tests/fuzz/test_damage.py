@@ -210,7 +210,7 @@ def test_resume_damaged_run_gives_same_bits_or_raises_user_error(fuzz, trained, 
             assert trained.newest in damage.file and trained.newest in reported
         return "an older checkpoint" if passed_over else "identical"
 
-    fuzz(check, damages(read), short=12, long=200, shrink=False)
+    fuzz(check, damages(read), short=8, long=200, shrink=False)
 
 
 def test_metrics_file_damaged_keeps_rows_before(fuzz, tmp_path_factory, trained):

@@ -260,10 +260,9 @@ def test_muon_run_with_skipped_float16_steps_resumes_bit_exactly(workplace, monk
     ]
     options += ["batch_tokens=256"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
-    for step in (5, 15):
-        rewind(workplace / "whole", workplace / f"killed{step}", step)
-        assert call("train", [f"resume=killed{step}"], monkeypatch) == 0
-        assert_same_run(workplace / "whole", workplace / f"killed{step}", step=20)
+    rewind(workplace / "whole", workplace / "killed", step=10)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=20)
 
 
 def test_muon_step_without_gradients_keeps_no_state():

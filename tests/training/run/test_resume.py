@@ -30,13 +30,14 @@ def text_of(out: str) -> str:
 
 
 def runs() -> list:
-    """Every attention in both precisions, eager and compiled. To generate code takes long, so most of that is slow: of
-    the default tests, one here does, and one of masked documents; for the others stand the graphs it begins from."""
+    """Every attention in both precisions, eager and compiled. To generate code takes long, so that is slow here: of the
+    default tests, one of masked documents does, and for the others stand the graphs it begins from."""
     cases = []
     for attention, precision in itertools.product(ATTENTIONS, ["fp32", "bf16"]):
-        seldom = [pytest.mark.slow] * ((attention, precision) != ("mla", "bf16"))
-        cases += [(attention, precision, None), pytest.param(attention, precision, "inductor", marks=seldom)]
-    return cases + [(attention, "fp32", "aot_eager") for attention in ATTENTIONS]
+        generated = pytest.param(attention, precision, "inductor", marks=pytest.mark.slow)
+        cases += [(attention, precision, None), generated]
+    seldom = {name: [pytest.mark.slow] * (name not in ("mla", "stack")) for name in ATTENTIONS}
+    return cases + [pytest.param(name, "fp32", "aot_eager", marks=marks) for name, marks in seldom.items()]
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_resume_float16_restores_the_loss_scale(workplace, monkeypatch):
     assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(4, 200), pytest.param(20, STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 120), pytest.param(20, STEPS, marks=pytest.mark.slow)])
 def test_resume_after_sigkill_at_random_moments_is_the_same_run(workplace, monkeypatch, kills, steps):
     options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
