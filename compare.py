@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def compare(args: argparse.Namespace) -> None:
     from ablation.pages.files import write
-    from ablation.pages.table import terminal
+    from ablation.pages.terminal import terminal
     from ablation.report import report_on
     from common import process
     from common.console import to_stderr

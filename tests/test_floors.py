@@ -29,7 +29,8 @@ ORDER = {
     "step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
-    "ablation.pages": "formats words palette axes series columns table tables markdown tags charts html pictures files",
+    "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "
+    "files",
     "training.optim": "newton_schulz qk_clip base adamw muon schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "

@@ -3,18 +3,18 @@
 import pytest
 from rich.cells import cell_len
 
-from ablation.pages.table import terminal
+from ablation.pages.terminal import terminal
 from tests.ablation import support
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 140])
 @pytest.mark.parametrize("name", ["four", "many", "two_runs", "broken"])
-def test_table_fits_its_width(name, width):
+def test_terminal_fits_its_width(name, width):
     lines = terminal(support.ALL[name](), width).splitlines()
     assert max(map(cell_len, lines)) <= width
 
 
-def test_table_has_results_first_then_budgets_then_words():
+def test_terminal_has_results_first_then_budgets_then_words():
     said = terminal(support.broken(), 100)
     order = [
         "made-up",
@@ -36,13 +36,13 @@ def test_table_has_results_first_then_budgets_then_words():
     assert said.endswith(f"  attention=mha,seed=6: altered, {support.ALTERED}\n")
 
 
-def test_table_columns_are_aligned_under_wide_names():
+def test_terminal_columns_are_aligned_under_wide_names():
     lines = terminal(support.weird(), 140).splitlines()
     starts = {cell_len(line[: line.index(" ± ")]) for line in lines[4:] if " ± " in line and "ends lowest" not in line}
     assert len(starts) == 1
 
 
-def test_table_prints_names_as_they_are_but_no_control_characters():
+def test_terminal_prints_names_as_they_are_but_no_control_characters():
     said = terminal(support.weird(), 100)
     for name in ["$x_1$", "_a", "<b>", "a&b|`c`", "漢字\\x1b[31m\\n", "b\\udcff", "[red]*q*[/red]"]:
         assert f"\n{name} " in said
@@ -51,6 +51,6 @@ def test_table_prints_names_as_they_are_but_no_control_characters():
     assert "".join(line for line in said.splitlines() if set(line) == {"x"}).startswith("x" * 58)
 
 
-def test_table_without_a_comparison_has_no_columns_of_one():
+def test_terminal_without_a_comparison_has_no_columns_of_one():
     said = terminal(support.two_runs(), 100)
     assert "verdict" not in said and "memory" not in said and "difference" not in said and "calm-fox" in said
