@@ -20,9 +20,10 @@ from ablation.pages.words import summary
 from ablation.records import Record, read_record, short_name
 from ablation.results import Cell, Report, Variant
 from ablation.statistics import Comparison, Estimate, compare, estimate
-from ablation.sweep.stored import Sweep, by_variant, hint_for, read_outcomes, read_sweep, sweep_command
+from ablation.sweep.stored import Sweep, by_variant, hint_for, read_outcomes, read_sweep
 from common.console import counted
 from common.errors import UserError
+from common.invocation import quoted
 from model import cost
 from training.run.config import flatten_config
 
@@ -77,7 +78,7 @@ def report_on(
         variants = [replace(variant, val_loss=UNKNOWN) for variant in variants]  # nats per token of unlike tokens
     report = Report(
         title=selection.title,
-        command=None if selection.sweep is None else "\n".join(map(sweep_command, selection.sweep.commands)),
+        command=None if selection.sweep is None else "\n".join(map(_command, selection.sweep.commands)),
         hypothesis=None if selection.sweep is None else selection.sweep.hypothesis,
         match=[] if selection.sweep is None else selection.sweep.match,
         metric=metric,
@@ -388,6 +389,11 @@ def config_differences(groups: Mapping[str, list[Member]]) -> dict[str, dict[str
 def _kinds(values: Mapping[str, str]) -> dict[str, str]:
     """Classes as people say them: MLA for model.attention.mla.MLAConfig."""
     return {name: value.rpartition(".")[2].removesuffix("Config") for name, value in values.items()}
+
+
+def _command(typed: Sequence[str]) -> str:
+    """A sweep's command as it is written down: a report is read on other machines."""
+    return " ".join(("python train.py -m", *map(quoted, typed)))
 
 
 def environment_of(records: Sequence[Record]) -> dict[str, Any]:

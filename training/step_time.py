@@ -2,6 +2,7 @@
 where they are short, and one update."""
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def time_step(run: Run, vocab_size: int, flops: Flops, device: torch.device) -> 
         log.info(f"timing an update, and up to {MAX_MICRO_BATCHES} micro-batches for {MAX_SECONDS:.0f} s{compiling}")
         times, updating = step.time_micro_batches()
         measured = f"{'a micro-batch' if len(times) == 1 else f'{len(times)} micro-batches'} and one update"
-        seconds = sum(times) / len(times)
+        seconds = statistics.median(times)  # what else the machine does disturbs some of them
     whole = step.count * seconds + updating
     return StepTime(whole, f"{measured}; the update takes {updating / whole:.0%} of a step")
 

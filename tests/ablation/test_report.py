@@ -86,6 +86,7 @@ def test_report_numbers_are_those_of_the_metrics_files(here, monkeypatch, capsys
         for seed, curve in zip(SEEDS, variant["curves"], strict=True):
             check_curve(curve, rows[seed], variant["flops_per_token"])
     assert report["hypothesis"] == "MLA loses, 7 %" and report["match"] == ["params"]
+    assert report["command"].startswith("python train.py -m experiment=smoke ")
     assert report["config_differences"]["attention"]["attention=mla"] == "MLA"
     assert report["environment"]["packages"]["torch"] and len(report["cells"]) == 9
     assert all(cell["val_bpb"] == final(cell["variant"], cell["seed"])[-1]["val_bpb"] for cell in report["cells"])
