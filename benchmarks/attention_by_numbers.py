@@ -22,7 +22,7 @@ from model.transformer import ModelConfig, TransformerLM
 from training.run.config import compose
 
 DRAW = torch.Generator()
-AS_PUBLISHED = {"qk_norm": "latent", "qk_rope_head_dim": 16}  # a quarter of a head rotated, and no norm of heads
+LATENTS_NORMED = {"qk_norm": "latent", "qk_rope_head_dim": 16}  # as in DeepSeek's, and a quarter of a head rotated
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def sharing() -> None:
 
 def latent() -> None:
     """The shapes of one MLA layer at GPT-2's dimensions, four tokens."""
-    config = _config("mla", **AS_PUBLISHED)
+    config = _config("mla", **LATENTS_NORMED)
     layer, attention = _layer(config), config.attention
     x = torch.randn(1, 4, config.d_model, generator=DRAW)
     down = layer.kv_down(x)
@@ -128,7 +128,7 @@ def absorbing() -> None:
     outputs = {}
     x = torch.randn(1, 64, 768, generator=DRAW)
     for execution in ("naive", "expanded", "absorbed"):
-        layer = _layer(_config("mla", execution=execution, **AS_PUBLISHED))
+        layer = _layer(_config("mla", execution=execution, **LATENTS_NORMED))
         outputs[execution] = layer(x, _context(layer, 0, 64))[0]
     scale = outputs["naive"].abs().max()
     for execution in ("expanded", "absorbed"):
@@ -180,7 +180,7 @@ def _context(layer: MLA, first: int, count: int, kv_len: int | None = None) -> C
 
 
 def _against_a_cache(execution: str, queries: int, cached: int) -> Callable[[], object]:
-    layer = _layer(_config("mla", execution=execution, **AS_PUBLISHED))
+    layer = _layer(_config("mla", execution=execution, **LATENTS_NORMED))
     cache = layer.make_cache(1, cached + queries)
     layer(torch.randn(1, cached, 768, generator=DRAW), _context(layer, 0, cached), cache)
     x, ctx = torch.randn(1, queries, 768, generator=DRAW), _context(layer, cached, queries)

@@ -7,7 +7,16 @@ from safetensors.torch import load_file
 
 from training.metrics_file import read_metrics
 
-COMPARED = ("step", "train_loss", "grad_norm", "lr", "muon_lr", "val_loss", "skipped")  # not what a clock measured
+COMPARED = (
+    "step",
+    "train_loss",
+    "grad_norm",
+    "lr",
+    "muon_lr",
+    "bias_lr",
+    "val_loss",
+    "skipped",
+)  # not what a clock measured
 
 
 def same_run(one: Path, other: Path, step: int) -> bool:

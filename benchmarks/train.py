@@ -136,7 +136,11 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
 
 def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def make(attention: str) -> tuple[nn.Module, Step]:
-        run = run_of(size, f"attention={attention}", "optim=adamw")
+        rotated = size.d_model // size.n_heads // 4
+        like_its_peer = (
+            ("attention.qk_norm=latent", f"attention.qk_rope_head_dim={rotated}") if attention == "mla" else ()
+        )
+        run = run_of(size, f"attention={attention}", *like_its_peer, "optim=adamw")
         model = TransformerLM(run.model, size.vocab)
         mixed, optimizer = MixedPrecision(model, precision), run.optim.build(model)
         loss = maybe_compiled(mean_loss, compiled)

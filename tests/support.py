@@ -68,6 +68,8 @@ CASES = [
     ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
     ("attention=mla", "attention.qk_norm=latent"),
     ("attention=mla", "attention.qk_norm=latent", "position=alibi", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.qk_norm=latent", "attention.k_rope_from=latent", "attention.window=6"),
+    ("attention=mla", "attention.qk_norm=latent", "position=none", "attention.execution=expanded"),
     ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=2", "attention.execution=absorbed"),
     ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=4", "attention.k_rope_from=latent"),
 ]

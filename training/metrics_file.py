@@ -36,7 +36,7 @@ class MetricRow(TypedDict, total=False):
     tokens: int  # trained on so far, this step's included
     lr: float  # learning rate of the update; of AdamW's parameters, where Muon has others
     muon_lr: float  # learning rate of Muon's matrices
-    bias_lr: float  # learning rate of biases, where optim.bias_lr gives them another
+    bias_lr: float  # learning rate of biases, where it is not lr
     grad_norm: float | None  # of the whole gradient, before clipping
     skipped: bool  # true where loss or gradient were not finite, and nothing was updated
     max_logit: float | None  # with optim.qk_clip: the largest attention score of the step

@@ -9,10 +9,10 @@ goes into a few dimensions of its own, rotated, shared by all heads and cached b
     k_nope | v       per head      = kv_up latent
     score                          = (q_nope · k_nope + q_rope · k_rope) / sqrt(n + r)
 
-qk_bias adds a bias to the projections to q and to k_rope, the latter being part of kv_down, which gets one for all its
-rows; model.bias adds one to kv_down, q_down and o_proj, as DeepSeek's attention_bias does. kv_up needs none: in k_nope
-it would add the same to all scores of a query, which softmax ignores, and in v a constant to the output, as o_proj's
-bias does.
+qk_bias adds a bias to the projections to q and to k_rope, the latter being part of kv_down, which gets one for all
+its rows; model.bias adds one to kv_down, q_down and o_proj, as DeepSeek's attention_bias does. kv_up has none: in v
+it would add a constant to the output, as o_proj's bias does, and in k_nope, where keys are not normed, the same to all
+scores of a query, which softmax ignores.
 
 qk_norm=head also norms the queries and keys of the heads, before the rotation; N is RMSNorm with a weight:
 
@@ -70,6 +70,7 @@ from model.norm import GroupedRMSNorm, RMSNorm, inverse_rms, unit_rms
 from model.stats import collect_stats
 
 MAX_FLASH_KEY = 256  # the widest key of flash kernels
+MAX_ROPE_KEY = 64  # the widest by default, as in DeepSeek-V3: wider ones would leave the latent little of those 256
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, v), and auxiliary outputs
 
@@ -77,13 +78,14 @@ AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, 
 class MLAConfig(AttentionConfig):
     """Settings of MLA. Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide
     (n + r = v) and the absorbed key (c + r, and the columns of ALiBi) is at most 256 wide: the shapes flash kernels
-    take. Three quarters of a head rotate and whole heads are normed, with which small models learn to look back sooner
-    (docs/studies/why_mla_is_behind.md). DeepSeek-V3 has c 512, n 128, r 64, v 128, q_lora_rank 1536, qk_norm=latent."""
+    take. Three quarters of a head rotate, up to 64 dimensions, and whole heads are normed, with which small models
+    learn to look back sooner (docs/studies/why_mla_is_behind.md). DeepSeek-V3 has c 512, n 128, r 64, v 128,
+    q_lora_rank 1536 and qk_norm=latent."""
 
     q_lora_rank: int | None = Field(ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
     kv_lora_rank: Size | None  # c; unset: d_model / 4, or what 256 leaves beside r
     qk_nope_head_dim: Size | None  # n; unset: head_dim - qk_rope_head_dim
-    qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: 3/4 head_dim, even; 0 without RoPE
+    qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: 3/4 head_dim, even, up to 64; 0 without RoPE
     v_head_dim: Size | None  # v; unset: head_dim
     k_rope_from: Literal["hidden", "latent"]  # what the rope key is projected from
     # Latents are always normed; head: so are both parts of each head's queries and keys; whole: the two parts together;
@@ -147,7 +149,7 @@ class MLAConfig(AttentionConfig):
         if self.position == "rope":
             if rope_dim == 0:
                 raise ValueError("qk_rope_head_dim=0 leaves position=rope nothing to rotate: choose position=none")
-            rope_dim = rope_dim or max(2, head_dim_of(dimensions) * 3 // 8 * 2)
+            rope_dim = rope_dim or min(max(2, head_dim_of(dimensions) * 3 // 8 * 2), MAX_ROPE_KEY)
             self.check_rotated("qk_rope_head_dim", rope_dim)
             return rope_dim
         if rope_dim:

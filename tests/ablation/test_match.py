@@ -142,14 +142,16 @@ def test_match_of_different_mlps_moves_each_from_its_own_width():
     assert abs(params(composed(*found["mlp=swiglu"], *matched.overrides["mlp=swiglu"]).model) / target - 1) < 0.005
 
 
-@pytest.mark.parametrize(("size", "unit"), [("tiny", UNIT), ("small", UNIT)])
-def test_match_cache_moves_the_latent_in_the_coarsest_unit_that_is_near(size, unit):
-    found = variants("attention=gqa", LATENT, common=(f"model={size}",))
+@pytest.mark.parametrize(("size", "rope_dim", "unit"), [("tiny", 16, UNIT), ("small", 16, UNIT), ("mini", 4, 4)])
+def test_match_cache_moves_the_latent_in_the_coarsest_unit_that_is_near(size, rope_dim, unit):
+    """mini: 64 numbers, 4 of them the rope key's."""
+    latent = f"attention=mla attention.qk_norm=latent attention.qk_rope_head_dim={rope_dim}"
+    found = variants("attention=gqa", latent, common=(f"model={size}",))
     matched = match(found, ["cache"], VOCAB)
-    config = composed(*found[LATENT], *matched.overrides[LATENT]).model
+    config = composed(*found[latent], *matched.overrides[latent]).model
     rank = config.attention.kv_lora_rank
     target = cache(composed(*found["attention=gqa"]).model)
-    assert matched.overrides == {"attention=gqa": [], LATENT: [f"attention.kv_lora_rank={rank}"]}
+    assert matched.overrides == {"attention=gqa": [], latent: [f"attention.kv_lora_rank={rank}"]}
     assert abs(cache(config) - target) < TOLERANCE * target
 
     def best(unit: int) -> int:

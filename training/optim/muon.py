@@ -24,7 +24,7 @@ FIRST_MOMENTUM = 0.85
 class MuonConfig(AdamWConfig):
     """Muon's rate, muon_lr, is for the matrices of the layers and need not change with the width: an update's spectral
     norm is muon_lr · sqrt(max(1, rows/cols)). lr, beta1, beta2 and eps are AdamW's, for embeddings, head and vectors;
-    weight_decay is for all matrices, each at its own rate. The schedule multiplies both rates. Unset, lr is 2 /
+    weight_decay is for all matrices, each at its own rate. The schedule multiplies all rates. Unset, lr is 2 /
     d_model: embeddings bear a larger one than AdamW alone may give the matrices beside them. Unset, bias_lr is 4 · lr:
     heads see positions by the biases of queries and keys, which must outgrow what Muon adds to the matrices beside them
     (docs/studies/why_mla_is_behind.md)."""

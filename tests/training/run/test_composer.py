@@ -200,6 +200,7 @@ def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
     assert found("model=gpt2_medium") == 208 and found("model=gpt2_medium", "attention.qk_rope_head_dim=32") == 224
     assert found("model=gpt2_medium", "position=none") == 256 and found("model=gpt2_medium", "position=alibi") == 248
     assert found("model=gpt2_medium", "attention.kv_lora_rank=300") == 300
+    assert [found("model.d_model=2048", f"model.n_heads={heads}") for heads in (16, 8, 2)] == [192, 192, 192]
     assert found("model.d_model=4096", "model.n_heads=8", "attention.qk_rope_head_dim=384") == 1
 
 

@@ -33,6 +33,17 @@ def test_migrate_format_2_gives_settings_of_later_versions_the_behaviour_of_its_
     assert Run.from_tree(migrate(older(dump(run)), 2)) == run
 
 
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+def test_migrate_keeps_the_rate_that_biases_had(optim):
+    run = composed_run(f"optim={optim}", "optim.lr=0.01")
+    older = dump(run)
+    del older["optim"]["bias_lr"]
+    for format in (4, 5):
+        assert Run.from_tree(migrate(older, format)).optim.bias_lr == 0.01
+    stated = composed_run(f"optim={optim}", "optim.lr=0.01", "optim.bias_lr=0.02")
+    assert Run.from_tree(migrate(dump(stated), 6)) == stated
+
+
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
     assert RUN_RENAMED_4 | {f"optim.{old}": f"optim.{new}" for old, new in optim.items()} == RENAMED
