@@ -99,9 +99,7 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
     run = run.model_copy(update={"data": run.data.with_fixed_revision()})
     state, done, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock, choices)
-    losses = losses_of(
-        run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
-    )
+    losses = losses_of(state.clip, run.compilation)
     monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), done, device)
     advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
@@ -135,25 +133,26 @@ def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Calla
     """The training loop -> the evaluation after the last step. mean_loss: of training, as training.step.losses_of makes
     it; done: steps already done; preview: samples a text. Raises Stopped where a signal came: what counts is saved
     then."""
-    from data.batches import micro_batches
+    from data.batches import TrainingBatches
     from training.run.replay import save_failed_step
     from training.step import train_step
 
     run = session.run
     state = session.state
     monitor = session.monitor
+    corpus = session.corpus
+    batches_by_step = TrainingBatches(
+        corpus.train,
+        run.model.context_length,
+        run.seed,
+        run.sequences,
+        run.micro_batch_size,
+        run.document_start(corpus.tokenizer),
+    )
     evaluation = session.evaluate_before_steps(done)
     for step in range(done, run.steps):
         with monitor.timing_data():
-            batches = micro_batches(
-                session.corpus.train,
-                run.model.context_length,
-                run.seed,
-                step,
-                run.sequences,
-                run.micro_batch_size,
-                monitor.device,
-            )
+            batches = batches_by_step.of_step(step, monitor.device)
         try:
             result = train_step(
                 state.mixed,
@@ -178,7 +177,7 @@ def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Calla
         if stopping or session.save_is_due(done):
             session.save(done, evaluation)
         if monitor.guard.diverged:
-            raise save_failed_step(session.folder, run, session.corpus, state, done, monitor.guard.in_a_row, batches)
+            raise save_failed_step(session.folder, run, corpus, state, done, monitor.guard.in_a_row, batches)
         if stopping:
             session.report_stop(done)
             raise Stopped

@@ -36,7 +36,7 @@ from common import process
 from common.cli import Parser, number, one_line_errors
 from common.errors import UserError
 from common.streams import show
-from data.batches import evaluation_batches
+from data.batches import Batch, evaluation_batches
 from data.shards.prepare import Prepared, prepare
 from model.score import token_losses
 from model.stats import ATTENTION_MAP
@@ -48,7 +48,7 @@ PROGRAM = "-m ablation.probes"
 MAX_LENGTH = 256  # tokens of a text whose attention maps are in memory
 TEXTS = 16  # of the attention maps
 BATCH = 16  # windows, or texts, in a forward pass
-Batches = Iterable[Callable[[], tuple[Tensor, Tensor]]]  # each reads inputs and targets, (B, T) int64
+Batches = Iterable[Callable[[], Batch]]
 
 
 class Kinds(NamedTuple):
@@ -90,9 +90,9 @@ def losses_by_kind(model: TransformerLM, batches: Batches) -> Kinds:
     nats = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.float64)
     for read in batches:
-        inputs, targets = read()
-        losses = token_losses(model, inputs, targets).double()
-        seen = bigram_seen(inputs, targets)
+        batch = read()
+        losses = token_losses(model, batch).double()
+        seen = bigram_seen(batch.inputs, batch.targets)
         for kind, chosen in enumerate((seen, ~seen)):
             nats[kind] += losses[chosen].sum()
             counts[kind] += chosen.sum()
@@ -116,7 +116,7 @@ def copying(model: TransformerLM, repeated: Tensor) -> Copying:
     right = []
     for texts in repeated.split(BATCH):
         targets = texts[:, half + 1 :]
-        logits = model(texts[:, :-1]).logits[:, half:].float()  # (B, half - 1, V)
+        logits = model.logits(model(texts[:, :-1]).x[:, half:]).float()  # (B, half - 1, V)
         losses.append(-logits.log_softmax(-1).gather(-1, targets[..., None]).flatten())
         right.append((logits.argmax(-1) == targets).flatten())
     return Copying(torch.cat(losses).mean().item(), torch.cat(right).float().mean().item())
@@ -164,7 +164,7 @@ def _attention_to(model: TransformerLM, tokens: Tensor, choose: Callable[[Tensor
     total = torch.zeros(len(model.layers), model.config.n_heads)
     queries = 0
     for text in tokens:
-        aux = model(text[None], collect=frozenset({ATTENTION_MAP}), logits=False).aux
+        aux = model(text[None], collect=frozenset({ATTENTION_MAP})).aux
         maps = torch.cat([aux[f"layers.{i}.{ATTENTION_MAP}"] for i in range(len(model.layers))])  # (L, H, T, T)
         chosen = choose(text)
         total += (maps * chosen).sum((2, 3))
@@ -210,7 +210,7 @@ def probe_run(folder: Path, cache_dir: Path, tokens: int, every_checkpoint: bool
         batches = evaluation_batches(corpus.val, config.context_length, BATCH, slice(0, tokens))
         if not batches:
             raise UserError(f"--tokens={tokens} is less than a window: {config.context_length} or more")
-        yield Probed(folder.resolve().name, found.manifest.step, probe(model, batches, batches[0]()[0]))
+        yield Probed(folder.resolve().name, found.manifest.step, probe(model, batches, batches[0]().inputs))
 
 
 def _corpus_of(found: checkpoint.Checkpoint, cache_dir: Path) -> Prepared:

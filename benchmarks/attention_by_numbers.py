@@ -17,6 +17,7 @@ from model.attention.base import Context
 from model.attention.mla import MLA
 from model.kernels.naive import Naive
 from model.mask import Mask
+from model.placement import Placement
 from model.rope import Rope
 from model.transformer import ModelConfig, TransformerLM
 from training.run.config import compose
@@ -174,9 +175,11 @@ def _layer(config: ModelConfig) -> MLA:
     return layer
 
 
-def _context(layer: MLA, first: int, count: int, kv_len: int | None = None) -> Context:
+def _context(layer: MLA, first: int, count: int) -> Context:
+    """Of `count` tokens, the whole text or what goes on from what is cached."""
     positions = torch.arange(first, first + count)[None]
-    return Context(positions, contiguous=first == 0, kv_len=kv_len, rotary={layer.rope: layer.rope.table(positions)})
+    at = Placement.decode(positions, []) if first else Placement.contiguous(count)
+    return Context(at, rotary={layer.rope: layer.rope.table(at.positions)})
 
 
 def _against_a_cache(execution: str, queries: int, cached: int) -> Callable[[], object]:

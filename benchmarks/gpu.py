@@ -33,6 +33,7 @@ from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
 from common.cli import Parser, one_line_errors
 from common.errors import Unsupported, UserError
+from data.batches import Batch
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
@@ -211,7 +212,7 @@ def memory(scale: Scale) -> Iterator[Row]:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            mixed.backward(mean_loss(mixed.model, *batch)[0])
+            mixed.backward(mean_loss(mixed.model, Batch(*batch))[0])
             measured = torch.cuda.max_memory_allocated() - before
             yield row | {"predicted_mb": predicted / 1e6, "measured_mb": measured / 1e6, "ratio": predicted / measured}
 
@@ -306,7 +307,7 @@ def _trained(
     loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
     with Announced() as announced:
         row = _timed_steps(
-            scale, config, lambda *batch: train_step(mixed, optimizer, [batch], 1e-4, 1.0, loss=loss).loss
+            scale, config, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], 1e-4, 1.0, loss=loss).loss
         )
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": precision}
     row |= {"kernel": announced.kernel, "warnings": announced.warnings}
@@ -363,7 +364,7 @@ def _predicted(config: ModelConfig, scale: Scale) -> int:
     with FakeTensorMode(), scale.device, PeakTensorBytes() as peak:
         mixed = MixedPrecision(TransformerLM(traceable(config), VOCAB), "bf16")
         tokens = torch.zeros(scale.micro_batch, config.context_length, dtype=torch.int64)
-        mixed.backward(mean_loss(mixed.model, tokens, tokens)[0])
+        mixed.backward(mean_loss(mixed.model, Batch(tokens, tokens))[0])
     return peak.bytes
 
 

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from benchmarks.side_by_side import count, output, report
 from common.cli import Parser, one_line_errors
+from data.batches import Batch
 from model.loss import token_losses
+from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
+from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
 from training.run.config import compose
@@ -66,7 +69,7 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
     for tokens in args.tokens:
         config = _config(attention, settings, 1, args.d_model, args.heads, tokens)
         mixed = MixedPrecision(TransformerLM(config, VOCAB), precision)
-        peak, seconds = _measured(mixed, _text(tokens, VOCAB), VOCAB - 1 if documents else None, mean_loss)
+        peak, seconds = _measured(mixed, _batch(_text(tokens, VOCAB), VOCAB if documents else None), mean_loss)
         last = rows[-1] if rows else None
         grown = math.log(peak / last["bytes"], tokens / last["tokens"]) if last else math.nan
         rows.append(
@@ -86,11 +89,13 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
 
 def _savings(precision: str) -> list[dict[str, Any]]:
     """12 layers of width 256 on 2048 tokens, where logits and activations are of a size."""
-    mixed = MixedPrecision(TransformerLM(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
-    text, rows = _text(2048, GPT2_VOCAB).view(2, 1024), []
-    for loss_name, loss in (("at once", _at_once), ("chunked", mean_loss)):
-        for activation_checkpointing in (False, True):
-            peak, seconds = _measured(mixed, text, None, loss, activation_checkpointing)
+    batch, rows = _batch(_text(2048, GPT2_VOCAB).view(2, 1024)), []
+    for activation_checkpointing in (False, True):
+        mixed = MixedPrecision(TransformerLM(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
+        if activation_checkpointing:
+            checkpoint_activations(mixed.model)
+        for loss_name, loss in (("at once", _at_once), ("chunked", mean_loss)):
+            peak, seconds = _measured(mixed, batch, loss)
             rows.append(
                 {
                     "precision": precision,
@@ -103,25 +108,17 @@ def _savings(precision: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _at_once(
-    model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    end_of_text: int | None = None,
-    activation_checkpointing: bool = False,
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _at_once(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """mean_loss from the logits of the whole batch."""
-    out = model(inputs, training=True, activation_checkpointing=activation_checkpointing)
-    return token_losses(out.logits, targets).mean(), out.aux
+    out = model(batch.inputs, Placement.of_batch(batch), training=True)
+    return token_losses(model.logits(out.x), batch.targets).mean(), out.aux
 
 
-def _measured(
-    mixed: MixedPrecision, text: Tensor, end_of_text: int | None, loss: Callable, activation_checkpointing: bool = False
-) -> tuple[int, float]:
+def _measured(mixed: MixedPrecision, batch: Batch, loss: Callable) -> tuple[int, float]:
     """Bytes at the peak, the weights not counted but their gradients; seconds of CPU time, the measuring included."""
 
     def step() -> None:
-        mixed.backward(loss(mixed.model, text, text, end_of_text, activation_checkpointing)[0])
+        mixed.backward(loss(mixed.model, batch)[0])
 
     for parameter in mixed.parameters:
         parameter.grad = None
@@ -135,6 +132,11 @@ def _config(attention: str, settings: dict[str, Any], layers: int, width: int, h
     given |= {f"attention.{name}": value for name, value in settings.items()}
     length = f"batch_tokens={context}", f"eval_tokens={context}"
     return compose(f"attention={attention}", *(f"{key}={value}" for key, value in given.items()), *length).model
+
+
+def _batch(text: Tensor, vocab_size: int | None = None) -> Batch:
+    """A text as its own targets. vocab_size: of a text whose documents do not see each other."""
+    return Batch.of(text, text, None if vocab_size is None else vocab_size - 1)
 
 
 def _text(tokens: int, vocab_size: int) -> Tensor:

@@ -33,7 +33,7 @@ from common.cli import Parser, number, one_line_errors
 from common.console import to_stderr
 from common.errors import UserError, reason
 from common.figures import check_writable, legend, new_figure, save
-from data.batches import check_split_lengths, count_windows, micro_batches, read_windows
+from data.batches import TrainingBatches, check_split_lengths, count_windows, evaluation_batches, read_windows
 from runtime.allocator import keep_buffers
 from runtime.device import choose_device
 from training.evaluate import evaluate
@@ -249,10 +249,11 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}", f"precision={args.precision}")
         length, micro = run.model.context_length, run.micro_batch_size
         state = TrainState.create(run, size.vocab, device)
-        mean_loss, token_losses = losses_of(run.data, 0, state.clip, run.activation_checkpointing, run.compilation)
+        mean_loss, token_losses = losses_of(state.clip, run.compilation)
+        by_step = TrainingBatches(text.train, length, seed, run.sequences, micro)
 
         def step(number: int) -> None:
-            batches = micro_batches(text.train, length, seed, number, run.sequences, micro, device)
+            batches = by_step.of_step(number, device)
             seeds = seed, number
             train_step(
                 state.mixed,
@@ -267,8 +268,8 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
 
         def score() -> float:
             state.mixed.copy_master_weights()
-            some, ones = slice(args.val_tokens), torch.ones(size.vocab)
-            return evaluate(state.mixed.model, text.val, length, micro, ones, tokens=some, losses=token_losses).loss
+            some = evaluation_batches(text.val, length, micro, slice(args.val_tokens))
+            return evaluate(state.mixed.model, some, torch.ones(size.vocab), losses=token_losses).loss
 
         return Candidate(step, score)
 
@@ -294,7 +295,8 @@ def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.dev
         def score() -> float:
             nats = 0.0
             for first in range(0, chosen, size.batch):
-                inputs, targets = read_windows(text.val, length, list(range(first, min(first + size.batch, chosen))))
+                some = list(range(first, min(first + size.batch, chosen)))
+                inputs, targets = read_windows(text.val, length, some)[:2]
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     mean = model(inputs.to(device).contiguous(), targets.to(device).contiguous())[1]
                 nats += mean.item() * len(inputs)

@@ -20,7 +20,7 @@ import torch
 from benchmarks.side_by_side import check_no_repeats, count, output, report
 from benchmarks.train import check_not_shared
 from common.cli import Parser, number, one_line_errors
-from data.batches import micro_batches
+from data.batches import TrainingBatches, evaluation_batches
 from data.shards.prepare import Prepared, prepare
 from runtime.allocator import keep_buffers
 from training.evaluate import evaluate
@@ -106,13 +106,13 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
     cpu = torch.device("cpu")
     state = TrainState.create(run, corpus.tokenizer.vocab_size, cpu)
-    mean_loss, token_losses = losses_of(
-        run.data, corpus.tokenizer.end_of_text, state.clip, run.activation_checkpointing, run.compilation
-    )
+    mean_loss, token_losses = losses_of(state.clip, run.compilation)
     window = run.model.context_length
+    start = run.document_start(corpus.tokenizer)
+    by_step = TrainingBatches(corpus.train, window, run.seed, run.sequences, run.micro_batch_size, start)
     seconds = []
     for step in range(run.steps):
-        batches = micro_batches(corpus.train, window, run.seed, step, run.sequences, run.micro_batch_size, cpu)
+        batches = by_step.of_step(step, cpu)
         before = time.process_time()
         seeds = run.seed, step
         train_step(
@@ -128,9 +128,8 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
         seconds.append(time.process_time() - before)
     state.mixed.copy_master_weights()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
-    score = evaluate(
-        state.mixed.model, corpus.val, window, 64, byte_lengths, tokens=slice(0, val_tokens), losses=token_losses
-    )
+    batches = evaluation_batches(corpus.val, window, 64, slice(0, val_tokens), start)
+    score = evaluate(state.mixed.model, batches, byte_lengths, losses=token_losses)
     return score.loss, statistics.median(seconds)
 
 

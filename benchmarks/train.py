@@ -22,6 +22,7 @@ from benchmarks.nanogpt import BETAS, CLIP, DECAY, Step, autocast_step, nanogpt_
 from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked, output, report
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
+from data.batches import Batch
 from model.transformer import TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.precision import MixedPrecision
@@ -144,7 +145,7 @@ def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Calla
         model = TransformerLM(run.model, size.vocab)
         mixed, optimizer = MixedPrecision(model, precision), run.optim.build(model)
         loss = maybe_compiled(mean_loss, compiled)
-        return model, lambda *batch: train_step(mixed, optimizer, [batch], LR, CLIP, loss=loss)
+        return model, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], LR, CLIP, loss=loss)
 
     suffix = ", compiled" if compiled else ""
     return {f"ours {attention}{suffix}": lambda attention=attention: make(attention) for attention in OURS}

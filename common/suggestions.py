@@ -13,6 +13,7 @@ RENAMED = {  # settings, by their former names
     "most_skipped": "max_skipped_updates",
     "checkpoint_activations": "activation_checkpointing",
     "optim.logical_blocks": "optim.per_head",
+    "data.document_mask": "document_mask",
 }
 ALIASES = {  # settings, by the names that other programs give them
     "attn": ("attention",),
@@ -115,7 +116,7 @@ def no_such_setting(key: str, overrides: Sequence[str] = ()) -> str:
     group, _, name = key.rpartition(".")
     if not group:
         return _not_at_the_top(name, known)
-    if group in known.choices and known.of_group(group):
+    if group in known.choices and (known.of_group(group) or _owners(group, name)):
         return _not_of_choice(key, group, known)
     return _of_part(key, known) or _in_no_group(key, known)
 
@@ -175,6 +176,12 @@ def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _of_choices(group: str) -> dict[str, list[str]]:
     return {choice: conf_files.keys(group, choice) for choice in conf_files.choices(group)}
+
+
+def _owners(group: str, name: str) -> list[str]:
+    """The choices of a group that have a setting of about this name."""
+    near = nearest(name, {key for keys in _of_choices(group).values() for key in keys})
+    return [choice for choice, keys in _of_choices(group).items() if near in keys]
 
 
 def _not_of_choice(key: str, group: str, known: Known) -> str:

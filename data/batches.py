@@ -6,6 +6,8 @@ dropped. Sequence g, counted over the whole training, is one window: epoch g // 
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,6 +20,54 @@ from data.shards.token_files import TokenStream
 SAMPLED_TOKENS = 2**18
 
 
+class Batch(NamedTuple):
+    """Windows of a stream, (B, T) int64 each. Of packed documents it also knows which token belongs to which."""
+
+    inputs: Tensor
+    targets: Tensor  # the token after each input
+    positions: Tensor | None = None  # of each input in its document, or in the window if that cuts it
+    docs: Tensor | None = None  # number of each input's document in the window
+
+    @classmethod
+    def of(cls, inputs: Tensor, targets: Tensor, document_start: int | None = None) -> Self:
+        """document_start: the token that begins a document, where documents do not see each other; None: each window is
+        one text."""
+        if document_start is None:
+            return cls(inputs, targets)
+        return cls(inputs, targets, *document_positions(inputs, document_start))
+
+    def to(self, device: torch.device) -> Self:
+        """The batch on a device."""
+        parts = [part for part in self if part is not None]
+        if device.type == "cuda":
+            # or the copy would wait for all work queued on the GPU
+            parts = [part.pin_memory() if part.device.type == "cpu" else part for part in parts]
+        return type(self)(*(part.to(device, non_blocking=True) for part in parts))
+
+    def split(self, size: int) -> list[Self]:
+        """Batches of `size` windows each, and of fewer at the end."""
+        parts = (part.split(size) for part in self if part is not None)
+        return [type(self)(*pieces) for pieces in zip(*parts, strict=True)]
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """What the steps of a run train on: step s takes sequences s·G ... s·G + G - 1, a micro-batch at a time."""
+
+    stream: TokenStream
+    length: int  # tokens in a sequence
+    seed: int
+    sequences: int  # G, in a step
+    micro_batch: int  # sequences at a time; divides G
+    document_start: int | None = None  # as Batch.of takes it
+
+    def of_step(self, step: int, device: torch.device) -> list[Batch]:
+        """Read the micro-batches of a step, on a device."""
+        chosen = _window_indices(self.stream, self.length, self.seed, step * self.sequences, self.sequences)
+        batch = read_windows(self.stream, self.length, chosen, self.document_start)
+        return batch.to(device).split(self.micro_batch)
+
+
 def count_windows(stream: TokenStream, length: int) -> int:
     """The number of windows of `length` tokens in the stream."""
     return max(0, (len(stream) - 1) // length)
@@ -28,31 +78,19 @@ def read_window(stream: TokenStream, length: int, index: int) -> np.ndarray:
     return stream.read(index * length, length + 1)
 
 
-def training_batch(stream: TokenStream, length: int, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Read training sequences first ... first + count - 1 -> inputs and targets, each (count, length) int64."""
-    return read_windows(stream, length, _window_indices(stream, length, seed, first, count))
-
-
-def micro_batches(
-    stream: TokenStream, length: int, seed: int, step: int, sequences: int, micro_batch: int, device: torch.device
-) -> list[tuple[Tensor, Tensor]]:
-    """Read the micro-batches of a step: step s trains on sequences s·G ... s·G + G - 1; micro_batch divides G."""
-    batch = training_batch(stream, length, seed, step * sequences, sequences)
-    if device.type == "cuda":
-        batch = tuple(part.pin_memory() for part in batch)  # or the copy would wait for all work queued on the GPU
-    inputs, targets = (part.to(device, non_blocking=True) for part in batch)
-    return list(zip(inputs.split(micro_batch), targets.split(micro_batch), strict=True))
-
-
 def evaluation_batches(
-    stream: TokenStream, length: int, batch_size: int, tokens: slice = slice(None)
-) -> list[Callable[[], tuple[Tensor, Tensor]]]:
+    stream: TokenStream,
+    length: int,
+    batch_size: int,
+    tokens: slice = slice(None),
+    document_start: int | None = None,
+) -> list[Callable[[], Batch]]:
     """Batches of the windows of the stream, or of those within a slice of its tokens, in order and without overlap.
-    Each is a function that reads inputs and targets, both (at most batch_size, length) int64."""
+    Each is a function that reads at most batch_size windows."""
     start, stop, _ = tokens.indices(count_windows(stream, length) * length)
     chosen = list(range(start // length, stop // length))
     groups = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
-    return [functools.partial(read_windows, stream, length, group) for group in groups]
+    return [functools.partial(read_windows, stream, length, group, document_start) for group in groups]
 
 
 def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:
@@ -61,22 +99,23 @@ def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, seque
     return corpus.training_documents((i * length, (i + 1) * length + 1) for i in chosen)
 
 
-def document_positions(tokens: Tensor, end_of_text: int) -> tuple[Tensor, Tensor]:
-    """Positions and document ids of packed documents, each of which begins with end_of_text: windows (B, T) -> for each
-    token, its position from the start of its document, or of the window if that cuts it, and the number of its document
-    in the window."""
-    begins = tokens == end_of_text  # (B, T)
+def document_positions(tokens: Tensor, document_start: int) -> tuple[Tensor, Tensor]:
+    """Positions and document ids of packed documents, each of which begins with document_start: windows (B, T) -> for
+    each token, its position from the start of its document, or of the window if that cuts it, and the number of its
+    document in the window."""
+    begins = tokens == document_start  # (B, T)
     index = torch.arange(tokens.shape[1], device=tokens.device)  # (T,)
     start = torch.where(begins, index, 0).cummax(dim=1).values  # (B, T)
     return index - start, begins.cumsum(dim=1)
 
 
-def sampled_positions(stream: TokenStream, length: int, end_of_text: int) -> tuple[Tensor, Tensor]:
+def sampled_positions(stream: TokenStream, length: int, document_start: int) -> tuple[Tensor, Tensor]:
     """`document_positions` of windows spread evenly over the stream: all, or enough for SAMPLED_TOKENS."""
     count = count_windows(stream, length)
     every = -(-count * length // SAMPLED_TOKENS)
-    tokens, _ = read_windows(stream, length, list(range(every // 2, count, every)))
-    return document_positions(tokens, end_of_text)
+    return document_positions(
+        read_windows(stream, length, list(range(every // 2, count, every))).inputs, document_start
+    )
 
 
 def check_split_lengths(corpus: Prepared, length: int) -> None:
@@ -89,11 +128,11 @@ def check_split_lengths(corpus: Prepared, length: int) -> None:
             )
 
 
-def read_windows(stream: TokenStream, length: int, indices: list[int]) -> tuple[Tensor, Tensor]:
-    """Read windows by index -> inputs and targets, each (len(indices), length) int64."""
+def read_windows(stream: TokenStream, length: int, indices: list[int], document_start: int | None = None) -> Batch:
+    """Read windows by index, on the CPU."""
     rows = np.stack([read_window(stream, length, i) for i in indices]).astype(np.int64)
     tokens = torch.from_numpy(rows)
-    return tokens[:, :-1], tokens[:, 1:]
+    return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start)
 
 
 def _window_indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:

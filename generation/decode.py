@@ -9,10 +9,10 @@ from common.errors import NotFinite
 from generation.sampler import NO_TOKEN, Sampler
 from generation.state import GenerationState, bucket
 from model.cache import Cache
+from model.placement import PADDING_POSITION, Placement
 from model.transformer import TransformerLM
 
 ENDED = -1  # what `generate` yields, in place of a token, for a row that has ended
-PADDING_POSITION = -1  # of what fills up a row with fewer new tokens: the model takes negative positions for padding
 
 
 @torch.no_grad()
@@ -79,11 +79,9 @@ def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[C
 
     Rows shorter than the longest are padded on the right, so the batch is contiguous: no real token sees the padding.
     """
-    text = text[:, : int(lengths.max())]
-    positions = torch.arange(text.shape[1], device=text.device)[None]
-    if (lengths != lengths[0]).any():
-        positions = positions.where(positions < lengths[:, None], PADDING_POSITION)
-    return model(text, positions=positions, contiguous=True, caches=caches, only=lengths[:, None] - 1).logits[:, 0]
+    at = Placement.prefill(lengths, caches)
+    hidden = model(text[:, : at.positions.shape[1]], at)
+    return model.logits(hidden.x.take_along_dim(lengths[:, None, None] - 1, dim=1))[:, 0]
 
 
 def decode_step(
@@ -96,4 +94,5 @@ def decode_step(
 ) -> Tensor:
     """Decode new tokens (B, T) at positions (B, T) -> logits (B, V) after the first of each row, or after that of index
     `last` (B, 1)."""
-    return model(tokens, positions=positions, caches=caches, kv_len=kv_len, only=last).logits[:, 0]
+    x = model(tokens, Placement.decode(positions, caches, kv_len)).x
+    return model.logits(x[:, :1] if last is None else x.take_along_dim(last[..., None], dim=1))[:, 0]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.errors import NotFinite, UserError
-from data.batches import count_windows, evaluation_batches
+from data.batches import Batch, count_windows, evaluation_batches
 from data.shards.token_files import TokenStream
 from data.tokenizers.base import Tokenizer
 from model.score import Score, score_batches, token_losses
@@ -40,7 +40,7 @@ def check_finite(score: Score, model: nn.Module, tokenizer: Tokenizer, text: str
     device = next(model.parameters()).device
     for start in range(0, tokens.shape[1] - 1, context_length):
         window = tokens[:, start : start + context_length + 1].to(device)
-        broken = (~token_losses(model, window[:, :-1], window[:, 1:]).isfinite()).nonzero()
+        broken = (~token_losses(model, Batch(window[:, :-1], window[:, 1:])).isfinite()).nonzero()
         if len(broken):
             index = start + 2 + int(broken[0, 1])
             raise NotFinite(f"the loss of token {index:,} of the text's {tokens.shape[1]:,} is not finite")

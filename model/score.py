@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.loss import chunked_losses
+from model.placement import Placement, Windows
 
 
 class Score(NamedTuple):
@@ -32,26 +33,26 @@ class Score(NamedTuple):
         return Score(*(mine + its for mine, its in zip(self, other, strict=True)))
 
 
-def token_losses(model: nn.Module, inputs: Tensor, targets: Tensor, **where: Tensor) -> Tensor:
-    """Nats of each token, (B, T). where: `positions` and `docs` of packed documents, as the model takes them."""
-    return chunked_losses(model(inputs, **where, logits=False).hidden, model.lm_head, targets)
+def token_losses(model: nn.Module, batch: Windows) -> Tensor:
+    """Nats of each token, (B, T)."""
+    return chunked_losses(model(batch.inputs, Placement.of_batch(batch)).x, model.lm_head, batch.targets)
 
 
 @torch.no_grad()
 def score_batches(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Windows],
     byte_lengths: Tensor,
-    losses: Callable[[nn.Module, Tensor, Tensor], Tensor] = token_losses,
+    losses: Callable[[nn.Module, Windows], Tensor] = token_losses,
 ) -> Score:
-    """Score batches of (inputs, targets), each (B, T) on the CPU; every token has the same weight in any batch size.
-    byte_lengths: (V,) bytes of text that each token stands for. losses: the function for nats per token, (B, T)."""
+    """Score batches on the CPU; every token has the same weight in any batch size. byte_lengths: (V,) bytes of text
+    that each token stands for. losses: the function for nats per token, (B, T)."""
     device = next(model.parameters()).device
     nats = 0.0
     tokens = 0
     text_bytes = 0
-    for inputs, targets in batches:
-        tokens += targets.numel()
-        text_bytes += int(byte_lengths[targets].sum())
-        nats += losses(model, inputs.to(device), targets.to(device)).cpu().double().sum().item()
+    for batch in batches:
+        tokens += batch.targets.numel()
+        text_bytes += int(byte_lengths[batch.targets].sum())
+        nats += losses(model, batch.to(device)).cpu().double().sum().item()
     return Score(nats, tokens, text_bytes)

@@ -2,14 +2,12 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
 from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common.settings import Change
 from model.attention.base import AttentionChoice, Context
@@ -19,6 +17,7 @@ from model.kernels.base import Kernel
 from model.layout import MatrixLayout, single_matrix
 from model.mlp import MLPConfig
 from model.norm import residual_norm
+from model.placement import Placement
 from model.positions import position_embedding
 
 VOCAB_MULTIPLE = 64  # tensor cores and AMX need aligned widths
@@ -51,12 +50,11 @@ class ModelConfig(Dimensions):
         self.kernel.check(device, training=True, dropout=dropout)
 
 
-class Output(NamedTuple):
-    """Logits, final hidden states and auxiliary outputs of a forward pass."""
+class Hidden(NamedTuple):
+    """What a forward pass returns: hidden states and auxiliary outputs."""
 
-    logits: Tensor | None  # (B, T, V), or (B, K, V) for the K tokens of `only`; None with logits=False
+    x: Tensor  # (B, T, d) after the final norm: the input of the LM head
     aux: dict[str, Tensor]  # auxiliary outputs of the layers, as "layers.3.name"
-    hidden: Tensor  # (B, T, d) or (B, K, d) after the final norm: the input of the LM head
 
 
 class Block(nn.Module):
@@ -120,6 +118,10 @@ class LMHead(NamedTuple):
         return softcapped(F.linear(hidden, self.weight)[..., : self.vocab_size], self.softcap)
 
 
+def run_block(block: Block, x: Tensor, ctx: Context, cache: Cache | None) -> tuple[Tensor, dict[str, Tensor]]:
+    return block(x, ctx, cache)
+
+
 class TransformerLM(nn.Module):
     """Pre-norm decoder. The same seed gives the same float32 weights on every kernel, device and precision."""
 
@@ -138,95 +140,41 @@ class TransformerLM(nn.Module):
         # Distinct rotations in order of first use: in a set the order, and so the traced graph, would change with
         # PYTHONHASHSEED.
         self.ropes = tuple(dict.fromkeys(b.attention.rope for b in self.layers if b.attention.rope is not None))
+        self.run_block = run_block  # runtime.activation_checkpointing has another
         self._initialise(seed)
 
     def forward(
         self,
         tokens: Tensor,
+        at: Placement | None = None,
         *,
-        positions: Tensor | None = None,
-        contiguous: bool = False,
-        docs: Tensor | None = None,
-        caches: Sequence[Cache] | None = None,
-        kv_len: int | None = None,
-        only: Tensor | None = None,
-        logits: bool = True,
         training: bool = False,
-        activation_checkpointing: bool = False,
         collect: frozenset[str] = frozenset(),
-    ) -> Output:
-        """tokens (B, T) int64 -> logits (B, T, V).
+    ) -> Hidden:
+        """tokens (B, T) int64 -> hidden states (B, T, d), which `logits` takes.
 
-        positions: (B, T) or (1, T) of the tokens; negative is padding. Default: 0..T-1, which is contiguous. Required
-            with caches: a decoder that forgot them would restart at 0 unnoticed.
-        contiguous: the caller states that the positions given are 0..T-1, with nothing but padding behind, and that the
-            caches are empty (a prefill).
-        docs: (B, T) document of each token, in packed sequences; positions begin at 0 in each document. For training
-            only: a cache row holds one document.
-        caches: KV caches, one per layer, from `make_caches`; written in place.
-        kv_len: how many cache rows may be visible, if fewer than the capacity.
-        only: (B, K) indices of the tokens to compute hidden states and logits for.
-        logits: false to leave the LM head to the caller, as the chunked loss does.
+        at: where the tokens stand, and the KV caches they go on from; unset, at 0..T-1.
         training: dropout is on, and draws from PyTorch's global generator.
-        activation_checkpointing: save only the input of each block for the backward pass, which recomputes the rest to
-            the same bits (Chen et al. 2016, arXiv:1604.06174).
-        collect: names of the auxiliary outputs that layers shall return, in Output.aux.
+        collect: names of the auxiliary outputs that layers shall return, in Hidden.aux.
         """
-        self._check_arguments(positions, contiguous, docs, caches, activation_checkpointing)
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            contiguous = True
-        rotary = {rope: rope.table(positions) for rope in self.ropes}
-        ctx = Context(
-            positions=positions,
-            contiguous=contiguous,
-            kv_len=kv_len,
-            rotary=rotary,
-            docs=docs,
-            training=training,
-            collect=collect,
-        )
+        at = at or Placement.contiguous(tokens.shape[1], tokens.device)
+        rotary = {rope: rope.table(at.positions) for rope in self.ropes}
+        ctx = Context(at, rotary, training, collect)
         x = self.embedding(tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(positions).to(x.dtype)
-        x, aux = self._run_blocks(ctx.drop(x, self.config.dropout), ctx, caches, activation_checkpointing)
-        if only is not None:
-            x = x.take_along_dim(only[..., None], dim=1)
-        hidden = self.norm(x)
-        return Output(self.lm_head.logits(hidden) if logits else None, aux, hidden)
+            x = x + self.position_embedding(at.positions).to(x.dtype)
+        x, aux = self._run_blocks(ctx.drop(x, self.config.dropout), ctx)
+        return Hidden(self.norm(x), aux)
 
-    def _check_arguments(
-        self,
-        positions: Tensor | None,
-        contiguous: bool,
-        docs: Tensor | None,
-        caches: Sequence[Cache] | None,
-        activation_checkpointing: bool,
-    ) -> None:
-        """Raise ValueError for arguments of `forward` that contradict each other."""
-        if docs is not None and (positions is None or contiguous or caches is not None):
-            raise ValueError("packed documents need positions, which are not contiguous, and no caches")
-        if caches is None:
-            return
-        if not self.causal:
-            raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
-        if activation_checkpointing:
-            raise ValueError(
-                "activation_checkpointing is for training: with caches nothing is saved for a backward pass"
-            )
-        if positions is None:
-            raise ValueError("a forward pass with caches needs positions: where the tokens stand, from 0")
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states (B, T, d) of `forward` -> logits (B, T, V)."""
+        return self.lm_head.logits(x)
 
-    def _run_blocks(
-        self, x: Tensor, ctx: Context, caches: Sequence[Cache] | None, activation_checkpointing: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _run_blocks(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Run all layers on x (B, T, d); returns the residual stream and the auxiliary outputs by layer."""
         aux = {}
         for i, block in enumerate(self.layers):
-            if activation_checkpointing:
-                x, layer_aux = checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=ctx.training)
-            else:
-                x, layer_aux = block(x, ctx, None if caches is None else caches[i])
+            x, layer_aux = self.run_block(block, x, ctx, None if ctx.at.caches is None else ctx.at.caches[i])
             aux |= {f"layers.{i}.{name}": value for name, value in layer_aux.items()}
         return x, aux
 
@@ -236,7 +184,9 @@ class TransformerLM(nn.Module):
         return LMHead((self.head or self.embedding).weight, self.vocab_size, self.config.logit_softcap)
 
     def make_caches(self, batch_size: int, capacity: int) -> list[Cache]:
-        """Create one empty KV cache per layer; the caller owns them."""
+        """Create one empty KV cache per layer; the caller owns them. Raises ValueError for an encoder."""
+        if not self.causal:
+            raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
 
     def param_layout(self) -> dict[str, MatrixLayout]:

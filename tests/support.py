@@ -13,8 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 
 from common.conf_files import choices
 from common.errors import Unsupported, UserError
+from data.batches import Batch
 from model.attention.base import AttentionConfig
 from model.kernels.naive import Naive
+from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
 from training.run.composer import choice, compose_tree, merged
 from training.run.config import Run, compose
@@ -135,10 +137,15 @@ def some_tokens(batch: int, length: int, vocab_size: int = 100, seed: int = 0) -
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def batches(count: int, micro: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def logits_of(model: TransformerLM, tokens: torch.Tensor, at: Placement | None = None, **options) -> torch.Tensor:
+    """(B, T) -> (B, T, V)."""
+    return model.logits(model(tokens, at, **options).x)
+
+
+def batches(count: int, micro: int, seed: int = 0) -> list[Batch]:
     """A step's micro-batches, for `train_step`."""
     tokens = some_tokens(count, 17, seed=seed)
-    return [(part[:, :-1], part[:, 1:]) for part in tokens.split(micro)]
+    return [Batch(part[:, :-1], part[:, 1:]) for part in tokens.split(micro)]
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -5,26 +5,25 @@ from torch import Tensor
 
 from data.batches import count_windows, read_windows
 from data.shards.token_files import TokenStream
+from model.placement import Placement
 from model.stats import MONITORED_STATS
 from model.transformer import TransformerLM
-from training.evaluate import packed_positions
 
 
 @torch.no_grad()
 def attention_stats(
-    model: TransformerLM, stream: TokenStream, length: int, batch_size: int, end_of_text: int | None = None
+    model: TransformerLM, stream: TokenStream, length: int, batch_size: int, document_start: int | None = None
 ) -> dict[str, float]:
-    """Statistics over the stream's first windows, as many as evaluation reads at once. Per layer, as
-    `attention/layer_0/entropy`:
+    """Statistics over the stream's first windows, as many as evaluation reads at once. document_start: as Batch.of
+    takes it. Per layer, as `attention/layer_0/entropy`:
 
     entropy           in nats, the mean over queries and heads: log n for even attention to n keys, 0 for a single one
     lowest_entropy    of the head where it is lowest: near 0, that head hardly learns any more
     max_logit         the largest score before the softmax; where it keeps growing, training becomes unstable
     """
-    inputs, _ = read_windows(stream, length, list(range(min(batch_size, count_windows(stream, length)))))
-    inputs = inputs.to(next(model.parameters()).device)
-    no_logits = inputs[:, :0]
-    aux = model(inputs, **packed_positions(inputs, end_of_text), only=no_logits, collect=MONITORED_STATS).aux
+    first = list(range(min(batch_size, count_windows(stream, length))))
+    batch = read_windows(stream, length, first, document_start).to(next(model.parameters()).device)
+    aux = model(batch.inputs, Placement.of_batch(batch), collect=MONITORED_STATS).aux
     stats = _by_layer(aux)
     values = torch.stack(list(stats.values())).tolist()  # one wait for the device
     return dict(zip(stats, values, strict=True))

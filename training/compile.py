@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
         say_once(logging.INFO, "autotune takes what was fastest when tried: a resumed run may differ in its bits")
     chosen = None
 
-    def call(model: nn.Module, *inputs: Tensor) -> Tensor:
+    def call(model: nn.Module, *inputs: Any) -> Tensor:
         nonlocal chosen
         if chosen is None:
             try:
@@ -39,7 +40,7 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
     return call
 
 
-def _try_once(function: Callable, model: nn.Module, *inputs: Tensor) -> None:
+def _try_once(function: Callable, model: nn.Module, *inputs: Any) -> None:
     """Run forward and backward once, which compiles both, and leave gradients and random generators as they were."""
     with torch.random.fork_rng():  # dropout masks would be drawn
         first = function(model, *inputs)

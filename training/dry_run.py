@@ -43,9 +43,9 @@ def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared
         flops = cost.flops(run.model, vocab_size)
     else:
         vocab_size = corpus.tokenizer.vocab_size
-        flops = flops_of(run.model, corpus, run.data.document_mask)
+        flops = flops_of(run.model, corpus, run.document_mask)
     keys = ""
-    if run.data.document_mask:
+    if run.document_mask:
         keys = " within documents" if corpus else ", an upper bound: pairs across documents are counted"
     needed = memory(run, vocab_size, device)
     for line in _shapes(run, vocab_size, flops, keys):

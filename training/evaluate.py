@@ -5,8 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from data.batches import document_positions, evaluation_batches
-from data.shards.token_files import TokenStream
+from data.batches import Batch
 from model.score import Score, score_batches, token_losses
 
 Between = Callable[[str, int, int], None]  # called before each part of a long computation: what, which, of how many
@@ -29,39 +28,21 @@ def go_on(what: str, index: int, count: int) -> None:
     """A `Between` that does nothing."""
 
 
-def each_loss(model: nn.Module, inputs: Tensor, targets: Tensor, end_of_text: int | None = None) -> Tensor:
-    """Cross-entropy of each token in nats, (B, T)."""
-    return token_losses(model, inputs, targets, **packed_positions(inputs, end_of_text))
-
-
-def packed_positions(inputs: Tensor, end_of_text: int | None) -> dict[str, Tensor]:
-    """Positions and document ids of packed documents, each (B, T), as keyword arguments of the model; {} without a
-    document mask."""
-    if end_of_text is None:
-        return {}
-    positions, docs = document_positions(inputs, end_of_text)
-    return {"positions": positions, "docs": docs}
-
-
 def evaluate(
     model: nn.Module,
-    stream: TokenStream,
-    length: int,
-    batch_size: int,
+    batches: list[Callable[[], Batch]],
     byte_lengths: Tensor,
     *,
-    tokens: slice = slice(None),
-    losses: Callable = each_loss,
+    losses: Callable = token_losses,
     between: Between = go_on,
 ) -> Score:
-    """The validation loss of a stream, in windows of `length` that do not overlap. byte_lengths: (V,) bytes of text
-    that each token stands for. tokens: only the windows that lie between two of the stream's tokens. between: may give
-    the evaluation up by an exception."""
-    batches = evaluation_batches(stream, length, batch_size, tokens)
+    """The validation loss of batches that are read one at a time. byte_lengths: (V,) bytes of text that each token
+    stands for. losses: nats of each token, as token_losses gives them. between: may give the evaluation up by an
+    exception."""
 
-    def announced() -> Iterator[tuple[Tensor, Tensor]]:
-        for index, batch in enumerate(batches):
+    def announced() -> Iterator[Batch]:
+        for index, read in enumerate(batches):
             between("validation batch", index, len(batches))
-            yield batch()
+            yield read()
 
     return score_batches(model, announced(), byte_lengths, losses)

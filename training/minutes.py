@@ -51,7 +51,7 @@ def seconds_per_step(run: Run, corpus: Prepared) -> float:
     device = choose_device(run.device)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})
-    flops = flops_of(run.model, corpus, run.data.document_mask)
+    flops = flops_of(run.model, corpus, run.document_mask)
     return time_step(run, corpus.tokenizer.vocab_size, flops, device).seconds
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.signals import Stopped, StopRequest
+from data.batches import evaluation_batches
 from data.shards.prepare import Prepared
 from model.score import Score
 from training.attention_stats import attention_stats
@@ -114,24 +115,16 @@ def evaluation_of(
     may give the evaluation up by an exception."""
     state.mixed.copy_master_weights()
     length = run.model.context_length
+    document_start = run.document_start(corpus.tokenizer)
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
 
     def score(tokens: slice) -> Score:
-        return evaluate(
-            state.mixed.model,
-            corpus.val,
-            length,
-            run.micro_batch_size,
-            byte_lengths,
-            tokens=tokens,
-            losses=token_losses,
-            between=on_part,
-        )
+        batches = evaluation_batches(corpus.val, length, run.micro_batch_size, tokens, document_start)
+        return evaluate(state.mixed.model, batches, byte_lengths, losses=token_losses, between=on_part)
 
     prefix = score(slice(0, run.eval_tokens))
     reported = prefix.plus(score(slice(run.eval_tokens, None))) if whole else prefix
     attention = {}
     if run.log_attention:
-        end_of_text = corpus.tokenizer.end_of_text if run.data.document_mask else None
-        attention = attention_stats(state.model, corpus.val, length, run.micro_batch_size, end_of_text)
+        attention = attention_stats(state.model, corpus.val, length, run.micro_batch_size, document_start)
     return Evaluation(prefix, reported, attention)

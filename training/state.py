@@ -5,6 +5,7 @@ from typing import NamedTuple, Self
 import torch
 
 from model.transformer import TransformerLM
+from runtime.activation_checkpointing import checkpoint_activations
 from runtime.precision import LossScale, MixedPrecision
 from training.optim.qk_clip import QKClip
 from training.run.config import Run
@@ -23,7 +24,10 @@ class TrainState(NamedTuple):
         """A freshly initialised model of the run, in its precision, with its optimizer. run: with a chosen precision
         (not auto)."""
         model = TransformerLM(run.model, vocab_size, run.seed).to(device)
-        return cls(model, MixedPrecision(model, run.precision), run.optim.build(model), run.optim.clip(model))
+        mixed = MixedPrecision(model, run.precision)
+        if run.activation_checkpointing:
+            checkpoint_activations(mixed.model)
+        return cls(model, mixed, run.optim.build(model), run.optim.clip(model))
 
     @property
     def loss_scale(self) -> LossScale | None:

@@ -9,11 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.sources.corpus import Corpus
+from data.batches import Batch
 from model.loss import chunked_mean
+from model.placement import Placement
+from model.score import token_losses
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
-from training.evaluate import Between, each_loss, go_on, packed_positions
+from training.evaluate import Between, go_on
 from training.optim.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})
@@ -29,7 +31,7 @@ class StepResult(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Loss functions of (model, inputs, targets)."""
+    """Loss functions of (model, batch)."""
 
     mean_loss: Callable  # of training: the mean nats per token, and auxiliary outputs
     token_losses: Callable  # of evaluation: the nats of each token, (B, T)
@@ -37,31 +39,20 @@ class Losses(NamedTuple):
 
 def mean_loss(
     model: nn.Module,
-    inputs: Tensor,
-    targets: Tensor,
-    end_of_text: int | None = None,
-    activation_checkpointing: bool = False,
+    batch: Batch,
     collect: frozenset[str] = frozenset(),
     min_tile: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`. end_of_text: the
-    token that begins a document, with a document mask. activation_checkpointing: activations are recomputed in the
-    backward pass. min_tile: see chunked_mean."""
-    out = model(
-        inputs,
-        **packed_positions(inputs, end_of_text),
-        logits=False,
-        training=True,
-        activation_checkpointing=activation_checkpointing,
-        collect=collect,
-    )
-    return chunked_mean(out.hidden, model.lm_head, targets, min_tile), out.aux
+    """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`.
+    min_tile: see chunked_mean."""
+    out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect)
+    return chunked_mean(out.x, model.lm_head, batch.targets, min_tile), out.aux
 
 
 def train_step(
     mixed: MixedPrecision,
     optimizer: torch.optim.Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     lr: float,
     clip_norm: float,
     *,
@@ -95,7 +86,7 @@ def train_step(
 
 def accumulate_gradients(
     mixed: MixedPrecision,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     seeds: tuple[int, int],
     loss: Callable = mean_loss,
     between: Between = go_on,
@@ -110,10 +101,10 @@ def accumulate_gradients(
     batches = list(batches)
     total = torch.zeros((), device=mixed.parameters[0].device)
     max_logits = None
-    for micro_step, (inputs, targets) in enumerate(batches):
+    for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
         _seed_micro_step(seeds, micro_step)
-        mean, aux = loss(mixed.model, inputs, targets)
+        mean, aux = loss(mixed.model, batch)
         share = mean / len(batches)
         mixed.backward(share)
         total += share.detach()
@@ -148,21 +139,12 @@ def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def losses_of(
-    corpus: Corpus,
-    end_of_text: int,
     clip: QKClip | None = None,
-    activation_checkpointing: bool = False,
     compilation: tuple[bool, bool] = (False, False),
 ) -> Losses:
-    """The loss functions of a run, with the corpus's document mask. clip: the training loss collects MAX_LOGIT for it.
-    compilation: whether they are compiled, and autotuned."""
+    """The loss functions of a run. clip: the training loss collects MAX_LOGIT for it. compilation: whether they are
+    compiled, and autotuned."""
     mean = mean_loss
-    each = each_loss
     if clip is not None:
         mean = functools.partial(mean, collect=MAX_LOGIT)
-    if activation_checkpointing:
-        mean = functools.partial(mean, activation_checkpointing=True)
-    if corpus.document_mask:
-        mean = functools.partial(mean, end_of_text=end_of_text)
-        each = functools.partial(each, end_of_text=end_of_text)
-    return Losses(maybe_compiled(mean, *compilation), maybe_compiled(each, *compilation))
+    return Losses(maybe_compiled(mean, *compilation), maybe_compiled(token_losses, *compilation))

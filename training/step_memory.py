@@ -13,14 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from data.batches import Batch
 from model.cost import on_meta
 from model.kernels.flex import Flex
 from model.kernels.sdpa import SDPA
 from model.transformer import ModelConfig, TransformerLM
+from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import PeakTensorBytes
 from runtime.precision import DTYPES, MixedPrecision
 from training.run.config import Run
-from training.step import accumulate_gradients, losses_of
+from training.step import accumulate_gradients, mean_loss
 
 MAX_TILES = 256  # of logits: the loss goes over them in Python, and a fake operator takes as long as a small real one
 
@@ -76,17 +78,18 @@ def _accumulate_fake(run: Run, vocab_size: int, device: torch.device) -> _Accumu
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second of imports, for who wants it
 
     shape = (run.micro_batch_size, run.model.context_length)
-    end_of_text = vocab_size - 1  # the last token of every vocabulary
-    loss = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing).mean_loss
-    loss = functools.partial(loss, min_tile=math.prod(shape) * vocab_size // MAX_TILES)
+    document_start = vocab_size - 1 if run.document_mask else None  # the last token of every vocabulary
+    loss = functools.partial(mean_loss, min_tile=math.prod(shape) * vocab_size // MAX_TILES)
     with FakeTensorMode(), device, _AccumulationPeak() as peak:
         mixed = MixedPrecision(TransformerLM(traceable(run.model), vocab_size), _traceable_precision(run.precision))
+        if run.activation_checkpointing:
+            checkpoint_activations(mixed.model)
         if run.sequences > run.micro_batch_size:  # a later micro-batch, which meets the gradients of those before
             for parameter in mixed.parameters:
                 parameter.grad = torch.zeros_like(parameter)
         peak.watch([*mixed.parameters, *mixed.copies])
-        batch = torch.zeros(shape, dtype=torch.int64)
-        accumulate_gradients(mixed, [(batch, batch)], (0, 0), loss)
+        tokens = torch.zeros(shape, dtype=torch.int64)
+        accumulate_gradients(mixed, [Batch.of(tokens, tokens, document_start)], (0, 0), loss)
     return peak
 
 

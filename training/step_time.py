@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from common.console import clock
+from data.batches import Batch
 from model.cost import Flops
 from runtime.allocator import keep_buffers
 from training.compile import maybe_compiled
 from training.run.config import Run
 from training.state import TrainState
-from training.step import losses_of, train_step
+from training.step import mean_loss, train_step
 
 MAX_MICRO_BATCHES = 10  # that are timed
 MAX_SECONDS = 5.0  # of timing micro-batches; where two would take longer, a few tokens of one are timed instead
@@ -64,8 +65,7 @@ class _Step:
         self.mixed = state.mixed
         self.mixed.copy_master_weights()
         self.optimizer = state.optimizer
-        end_of_text = vocab_size - 1  # the last token of every vocabulary
-        self.eager = losses_of(run.data, end_of_text, activation_checkpointing=run.activation_checkpointing).mean_loss
+        self.document_start = vocab_size - 1 if run.document_mask else None  # the last token of every vocabulary
         draw = torch.Generator().manual_seed(run.seed)
         shape = (run.micro_batch_size, run.model.context_length)
         self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)
@@ -75,9 +75,9 @@ class _Step:
         which a micro-batch takes whatever its length."""
         few = sample[:1, : SAMPLE_TOKENS // 8]
         for each in (few, sample):
-            self._micro_batch(self.eager, each)  # the first one on a device waits for what is loaded once
-        overhead = self._micro_batch(self.eager, few)
-        seconds = self._micro_batch(self.eager, sample)
+            self._micro_batch(mean_loss, each)  # the first one on a device waits for what is loaded once
+        overhead = self._micro_batch(mean_loss, few)
+        seconds = self._micro_batch(mean_loss, sample)
         if sample.numel() == few.numel():
             return seconds
 
@@ -90,7 +90,7 @@ class _Step:
     def time_micro_batches(self) -> tuple[list[float], float]:
         """Seconds of each of some micro-batches, and of an update. Of either, the first one takes memory and is
         compiled, and is not counted; but of an update that takes long there is no other."""
-        loss = maybe_compiled(self.eager, *self.run.compilation)
+        loss = maybe_compiled(mean_loss, *self.run.compilation)
         first = self._micro_batch(loss, self.tokens)
         updating = self.update()
         spent = 0.0 if self.run.compile else first
@@ -107,7 +107,8 @@ class _Step:
 
     def _micro_batch(self, loss: Callable, tokens: Tensor) -> float:
         mixed = self.mixed
-        return _seconds(self.device, lambda: mixed.backward(loss(mixed.model, tokens, tokens)[0] / self.count))
+        batch = Batch.of(tokens, tokens, self.document_start)
+        return _seconds(self.device, lambda: mixed.backward(loss(mixed.model, batch)[0] / self.count))
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

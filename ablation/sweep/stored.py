@@ -15,12 +15,14 @@ from common.errors import UserError, reason
 from common.invocation import command
 from common.paths import entering, is_folder, raise_unreadable
 from common.settings import FrozenSettings
+from training.run.migrate import migrate
 
 SWEEPS = Path("sweeps")
 SWEEP_FILE = "sweep.json"
 OUTCOMES_FILE = "outcomes.json"  # how the process of a cell ended that did not finish, by the cell's name
 MAX_BYTES = 2**26
-FORMAT = 1
+FORMAT = 2
+RUN_FORMAT_1 = 6  # the format of the settings that a sweep of format 1 holds
 OfVariant = TypeVar("OfVariant")
 
 
@@ -67,12 +69,29 @@ def read_sweep(folder: Path) -> Sweep | None:
         with entering(folder):
             if not exists(path):
                 return None
-        return Sweep(**parse_object(read_regular(path, MAX_BYTES).decode()))
+        return Sweep(**_migrated(parse_object(read_regular(path, MAX_BYTES).decode())))
     except OSError as error:
         fault = reason(error)
     except (ValueError, ValidationError) as error:
         fault = "it is not what a sweep writes" if isinstance(error, ValidationError) else str(error)
     raise UserError(f"{path} is damaged ({fault}): bring it back; its runs can be compared, as {folder}/*")
+
+
+def _migrated(content: dict[str, Any]) -> dict[str, Any]:
+    """Convert what an older Headroom wrote: settings, and the document mask's name. What is not of the form that was
+    written then is left for the caller to refuse."""
+    if content.get("format") != 1 or not isinstance(content.get("settings"), dict):
+        return content
+    settings = {variant: migrate(tree, RUN_FORMAT_1) for variant, tree in content["settings"].items()}
+    return _with_mask_renamed(content) | {"format": FORMAT, "settings": settings}
+
+
+def _with_mask_renamed(content: Any) -> Any:
+    if isinstance(content, str):
+        return content.replace("data.document_mask=", "document_mask=")
+    if isinstance(content, list):
+        return [_with_mask_renamed(each) for each in content]
+    return {key: _with_mask_renamed(each) for key, each in content.items()} if isinstance(content, dict) else content
 
 
 def hint_for(folder: Path) -> str:

@@ -33,8 +33,6 @@ class SplitRule(NamedTuple):
 class Corpus(FrozenSettings, ABC):
     """Reads the same documents in the same order as long as its fingerprint and its settings stay the same."""
 
-    document_mask: bool  # tokens attend within their document only; a setting of training, not of the documents
-
     @property
     @abstractmethod
     def name(self) -> str:
@@ -47,7 +45,7 @@ class Corpus(FrozenSettings, ABC):
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that the documents depend on, except those that the fingerprint covers."""
-        return self.model_dump(exclude={"document_mask"})
+        return self.model_dump()
 
     def with_fixed_revision(self) -> Self:
         """The same corpus with its branch or tag replaced by a commit, so that a resumed run reads the same data."""

@@ -68,7 +68,7 @@ class FilesCorpus(Corpus):
         if self.held_out_by == "index":
             return None
         of_texts = any(self._unit(path) != "file" for path in self._files())
-        rule = self.model_dump(exclude={"path", "document_mask"})
+        rule = self.model_dump(exclude={"path"})
         return SplitRule(rule, self.val_fraction if of_texts else None)
 
     def fingerprint(self) -> str:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any, Self
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from common.errors import UserError
 from common.paths import FileId, file_ids
@@ -19,12 +19,6 @@ log = logging.getLogger("headroom")
 class Part(FrozenSettings):
     quota: float = Field(ge=1e-30, le=1e30)  # bytes of text over it stay finite
     corpus: SerializeAsAny[Corpus]
-
-    @model_validator(mode="after")
-    def _check_mask(self) -> Self:
-        if self.corpus.document_mask:
-            raise ValueError("document_mask is the mix's, not a part's: set it for the whole mix")
-        return self
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import MatrixLayout
 from model.mask import Mask, Pattern
+from model.placement import Placement
 from model.positions import PositionConfig
 from model.rope import Rope
 
@@ -24,14 +25,11 @@ UNUSED_BLOCKS = {"block_size": 64, "pattern_seed": 0}  # as in conf/; others are
 
 @dataclass(frozen=True)
 class Context:
-    """What all layers share in one forward pass: positions, documents, rotary tables. Built by TransformerLM; layers
+    """What all layers share in one forward pass: where tokens stand, and rotary tables. Built by TransformerLM; layers
     only read it."""
 
-    positions: Tensor  # (B, T) or (1, T): tokens from the start of their document; negative is padding
-    contiguous: bool  # positions are 0..T-1 and nothing was cached before, as the caller stated
-    kv_len: int | None  # cache rows that may be visible, rounded up in buckets; None is all
+    at: Placement
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
-    docs: Tensor | None = None  # (B, T) document of each token, in packed sequences
     training: bool = False  # dropout is on
     collect: frozenset[str] = frozenset()  # names of the auxiliary outputs to return
 
@@ -200,12 +198,13 @@ def update_cache(
 
     Without a cache, and in a contiguous prefill (nothing was cached before), these are the fresh tensors themselves.
     """
-    if cache is not None and not ctx.contiguous:
-        view = cache.extend(ctx.positions, ctx.kv_len, **fresh)
-        return view.columns, Mask(ctx.positions, view.positions, contiguous=False, pattern=pattern)
+    at = ctx.at
+    if cache is not None and not at.is_contiguous:
+        view = cache.extend(at.positions, at.kv_len, **fresh)
+        return view.columns, Mask(at.positions, view.positions, contiguous=False, pattern=pattern)
     if cache is not None:
-        cache.write(ctx.positions, **fresh)
-    return tuple(fresh.values()), Mask(ctx.positions, ctx.positions, ctx.contiguous, pattern, ctx.docs, ctx.docs)
+        cache.write(at.positions, **fresh)
+    return tuple(fresh.values()), Mask(at.positions, at.positions, at.is_contiguous, pattern, at.docs, at.docs)
 
 
 def divisors(n: int) -> list[int]:

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from ablation import probes
+from data.batches import Batch
 from model.kernels.naive import Naive
-from model.transformer import Output
-from tests.support import SMOKE, call, small_config, small_model, some_tokens
+from model.transformer import Hidden
+from tests.support import SMOKE, call, logits_of, small_config, small_model, some_tokens
 
 HEADS = 4
 LAYERS = 2
@@ -24,11 +25,11 @@ class Attending:
         self.layers = [None] * LAYERS
         self.config = small_config(kernel=Naive())
 
-    def __call__(self, tokens, **_) -> Output:
+    def __call__(self, tokens, **_) -> Hidden:
         maps = torch.zeros(LAYERS, 1, HEADS, len(self.keys), len(self.keys))
         maps[:-1, ..., 0] = 1
         maps[-1, 0, :, torch.arange(len(self.keys)), self.keys] = 1
-        return Output(None, {f"layers.{i}.attention_map": layer for i, layer in enumerate(maps)}, tokens)
+        return Hidden(tokens, {f"layers.{i}.attention_map": layer for i, layer in enumerate(maps)})
 
 
 class Copier:
@@ -38,14 +39,17 @@ class Copier:
         self.vocab_size = vocab_size
         self.distance = distance
 
-    def __call__(self, tokens) -> Output:
+    def __call__(self, tokens) -> Hidden:
         copied = tokens.roll(self.distance - 1, 1)
-        return Output(50.0 * torch.nn.functional.one_hot(copied, self.vocab_size), {}, tokens)
+        return Hidden(50.0 * torch.nn.functional.one_hot(copied, self.vocab_size), {})
+
+    def logits(self, x):
+        return x
 
 
 def windows(*rows: list[int]) -> list:
     tokens = torch.tensor(rows)
-    return [lambda: (tokens[:, :-1], tokens[:, 1:])]
+    return [lambda: Batch(tokens[:, :-1], tokens[:, 1:])]
 
 
 def test_bigram_seen_is_true_from_its_second_occurrence_on():
@@ -59,10 +63,10 @@ def test_losses_by_kind_are_means_over_the_tokens_of_each_kind():
     model = small_model()
     tokens = some_tokens(6, 41, vocab_size=5)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    batches = [lambda: (inputs[:4], targets[:4]), lambda: (inputs[4:], targets[4:])]
+    batches = [lambda: Batch(inputs[:4], targets[:4]), lambda: Batch(inputs[4:], targets[4:])]
     found = probes.losses_by_kind(model, batches)
     with torch.no_grad():
-        losses = torch.nn.functional.cross_entropy(model(inputs).logits.mT, targets, reduction="none")
+        losses = torch.nn.functional.cross_entropy(logits_of(model, inputs).mT, targets, reduction="none")
     seen = probes.bigram_seen(inputs, targets)
     assert 0.2 < found.share < 0.9
     assert found.share == pytest.approx(seen.float().mean().item())

@@ -57,7 +57,7 @@ CASES = {
         for optim in ("muon", "adamw")
         for precision in ("fp32", "bf16", "fp16")
     },
-    "document_mask": [*WORDS, "attention=gqa", "data.document_mask=true", "precision=fp32"],
+    "document_mask": [*WORDS, "attention=gqa", "document_mask=true", "precision=fp32"],
     "mix": [*TINY, "data=mix", MIX, "tokenizer=byte", "precision=fp32"],
     "qk_clip": [*WORDS, "attention=mla", "optim.qk_clip=0.05", "precision=fp32"],
     "alibi": [*WORDS, "position=alibi", "model.n_heads=6", "attention.head_dim=2", "precision=fp32"],

@@ -12,12 +12,12 @@ import torch
 
 from common.errors import UserError
 from data.batches import (
+    Batch,
+    TrainingBatches,
     check_split_lengths,
     count_windows,
     document_positions,
     documents_of_step,
-    micro_batches,
-    training_batch,
 )
 from data.shards.prepare import prepare
 from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
@@ -94,29 +94,37 @@ def test_open_shard_of_other_tokenizer_raises_error(tmp_path):
         open_stream(tmp_path, "train", "other")
 
 
-def test_training_batch_epoch_predicts_every_token_once_and_drops_tail(stream):
+def sequences(stream: TokenStream, seed: int, first: int, count: int, document_start: int | None = None) -> Batch:
+    """`count` of them in one step, the first of which is `first`, a multiple of it."""
+    batches = TrainingBatches(stream, T, seed, count, count, document_start)
+    return batches.of_step(first // count, torch.device("cpu"))[0]
+
+
+def test_training_batches_epoch_predicts_every_token_once_and_drops_tail(stream):
     n = count_windows(stream, T)
     assert n == (1000 - 1) // T
-    inputs, targets = training_batch(stream, T, seed=0, first=0, count=n)
-    assert sorted(targets.flatten().tolist()) == list(range(1, n * T + 1))
-    assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    again, _ = training_batch(stream, T, seed=0, first=n, count=n)
-    assert sorted(again.flatten().tolist()) == sorted(inputs.flatten().tolist())
-    assert not torch.equal(again, inputs)  # another epoch, another order
-    assert not torch.equal(training_batch(stream, T, seed=1, first=0, count=n)[0], inputs)
+    batch = sequences(stream, seed=0, first=0, count=n)
+    assert sorted(batch.targets.flatten().tolist()) == list(range(1, n * T + 1))
+    assert torch.equal(batch.inputs[:, 1:], batch.targets[:, :-1])
+    again = sequences(stream, seed=0, first=n, count=n).inputs
+    assert sorted(again.flatten().tolist()) == sorted(batch.inputs.flatten().tolist())
+    assert not torch.equal(again, batch.inputs)  # another epoch, another order
+    assert not torch.equal(sequences(stream, seed=1, first=0, count=n).inputs, batch.inputs)
 
 
-def test_training_batch_order_is_fixed(stream):
-    first = [int(row[0]) // T for row in training_batch(stream, T, seed=0, first=0, count=8)[0]]
+def test_training_batches_order_is_fixed(stream):
+    first = [int(row[0]) // T for row in sequences(stream, seed=0, first=0, count=8).inputs]
     assert first == [28, 54, 24, 15, 0, 50, 61, 11]
 
 
 def test_micro_batches_of_any_size_give_consecutive_sequences(stream):
-    whole, _ = training_batch(stream, T, seed=3, first=0, count=24)
+    whole = sequences(stream, seed=3, first=0, count=24, document_start=9)
     for micro_batch in (1, 4, 12):
-        steps = [micro_batches(stream, T, 3, step, 12, micro_batch, torch.device("cpu")) for step in (0, 1)]
-        assert all(len(inputs) == micro_batch for step in steps for inputs, _ in step)
-        assert torch.equal(torch.cat([inputs for step in steps for inputs, _ in step]), whole)
+        batches = TrainingBatches(stream, T, 3, 12, micro_batch, document_start=9)
+        parts = [part for step in (0, 1) for part in batches.of_step(step, torch.device("cpu"))]
+        assert all(len(part.inputs) == micro_batch for part in parts)
+        for column in Batch._fields:
+            assert torch.equal(torch.cat([getattr(part, column) for part in parts]), getattr(whole, column))
 
 
 def test_prepare_again_finds_shards(workplace):
@@ -191,15 +199,9 @@ def test_prepare_unwritable_cache_folder_raises_user_error(workplace):
 
 def test_document_positions_of_packed_documents():
     tokens = torch.tensor([[5, 6, 9, 7, 9, 9, 8], [9, 1, 2, 3, 4, 5, 6]])
-    positions, docs = document_positions(tokens, end_of_text=9)
+    positions, docs = document_positions(tokens, document_start=9)
     assert positions.tolist() == [[0, 1, 0, 1, 0, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
     assert docs.tolist() == [[0, 0, 1, 1, 2, 3, 3], [1] * 7]
-
-
-def test_prepare_with_document_mask_shares_shards(workplace):
-    plain, masked = configured(SyntheticCorpus, size=20), configured(SyntheticCorpus, size=20, document_mask=True)
-    folders = {prepare(corpus, configured(ByteConfig), workplace / "cache").folder for corpus in (plain, masked)}
-    assert len(folders) == 1
 
 
 def test_count_windows_of_empty_stream_is_zero():
@@ -241,7 +243,7 @@ def test_documents_of_step_are_found_by_their_tokens(workplace):
     assert made.training_documents([(second, second + 1)]) == ["b.txt"]
     assert made.training_documents([(second + 9, second + 19), (second - 1, second + 1)]) == ["a.txt", "b.txt"]
     shown = documents_of_step(made, T, seed=0, step=3, sequences=1)
-    (row,), _ = training_batch(made.train, T, seed=0, first=3, count=1)
+    (row,) = sequences(made.train, seed=0, first=3, count=1).inputs
     assert ["first" in made.tokenizer.decode(row.tolist())] == [name == "a.txt" for name in shown]
     (made.folder / "train_documents.jsonl").unlink()
     assert made.training_documents([(0, 5)]) == []

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 
 from common.conf_files import choices
 from common.errors import Unsupported, UserError
+from data.batches import Batch
 from model.attention.base import divisors
 from model.attention.mla import Execution
 from model.kernels.naive import Naive
+from model.placement import Placement
 from model.positions import Position
 from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
-from tests.support import NEEDS, assert_one_line, composed_tree, relative_error, sharpened, some_tokens
+from tests.support import NEEDS, assert_one_line, composed_tree, logits_of, relative_error, sharpened, some_tokens
 from training.run.config import Run, dump, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.step import train_step
@@ -181,7 +183,7 @@ def check_training(run: Run, spoilt: bool) -> None:
     model = TransformerLM(run.model, VOCAB, run.seed)
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
-    batches = [(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
+    batches = [Batch(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
     result = train_step(
         MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, seeds=(run.seed, 0)
     )
@@ -211,15 +213,16 @@ def check_decoding(config: ModelConfig, seed: int) -> None:
     tokens, positions = some_tokens(2, length, VOCAB, seed), torch.arange(length)[None]
     caches = model.make_caches(2, between(length, length + 5))
     start = between(1, length)
-    found = [model(tokens[:, :start], positions=positions[:, :start], contiguous=True, caches=caches).logits]
+    found = [logits_of(model, tokens[:, :start], Placement.prefill(torch.tensor([start, start]), caches))]
     longest = between(1, 5)
     while start < length:
         end = min(length, start + between(1, longest))
         kv_len = end + between(0, 3) if between(0, 1) else None
         chunk = slice(start, end)
-        found.append(model(tokens[:, chunk], positions=positions[:, chunk], caches=caches, kv_len=kv_len).logits)
+        at = Placement.decode(positions[:, chunk], caches, kv_len)
+        found.append(logits_of(model, tokens[:, chunk], at))
         start = end
-    expected = oracle(tokens).logits
+    expected = logits_of(oracle, tokens)
     error = relative_error(torch.cat(found, 1), expected)
     # A width of two or so can make a model whose logits hang on the last bit of its weights.
     assert error <= 1e-5 or error <= min(1e-3, 3 * last_bit(oracle, tokens, expected))
@@ -232,7 +235,7 @@ def last_bit(model: TransformerLM, tokens: torch.Tensor, logits: torch.Tensor) -
         draw = torch.Generator().manual_seed(seed)
         for parameter in model.parameters():
             parameter.mul_(1 + 2**-23 * torch.randint(-1, 2, parameter.shape, generator=draw))
-        errors.append(relative_error(model(tokens).logits, logits))
+        errors.append(relative_error(logits_of(model, tokens), logits))
         model.load_state_dict(exact)
     return max(errors)
 

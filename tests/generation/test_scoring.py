@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.tokenizers.bpe import BPEConfig
 from data.tokenizers.byte import ByteTokenizer
 from generation.scoring import score_text
-from tests.support import configured, small_model
+from tests.support import configured, logits_of, small_model
 
 TEXT = "The query sees the key, é漢🙂. " * 30
 
@@ -25,7 +25,7 @@ def test_score_text_of_any_length_predicts_every_token_but_the_first_once(length
     for i in range(1, len(tokens)):
         window = tokens[(i - 1) // 64 * 64 : i]
         with torch.no_grad():
-            nats -= float(model(torch.tensor([window])).logits[0, -1].log_softmax(-1)[tokens[i]])
+            nats -= float(logits_of(model, torch.tensor([window]))[0, -1].log_softmax(-1)[tokens[i]])
     score = score_text(model, tokenizer, text, 64)
     text_bytes = len(text.encode()) - len(tokenizer.tokens[tokens[0]])
     assert (score.tokens, score.text_bytes) == (len(tokens) - 1, text_bytes)

@@ -8,7 +8,7 @@ from data.batches import document_positions
 from model import cost
 from model.mask import CAUSAL, Mask
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, CASES, composed_run, small_config, some_tokens
+from tests.support import ATTENTIONS, CASES, composed_run, logits_of, small_config, some_tokens
 
 MLPS = [
     (f"mlp={mlp}", f"model.tie_embeddings={tied}")
@@ -44,7 +44,7 @@ def test_flops_equal_those_that_pytorch_counts(case):
     model, tokens = TransformerLM(config, VOCAB), some_tokens(2, config.context_length, VOCAB)
     predicted = cost.flops(config, VOCAB)
     with FlopCounterMode(display=False) as counter:
-        logits = model(tokens).logits
+        logits = logits_of(model, tokens)
         assert counter.get_total_flops() == tokens.numel() * predicted.forward(keys=config.context_length)
         logits.sum().backward()
     assert counter.get_total_flops() == tokens.numel() * predicted.training(keys=config.context_length)
@@ -64,7 +64,7 @@ def test_flops_with_documents_count_the_pairs_within_them(attention):
     config, length = small_config(f"attention={attention}"), 64
     tokens = torch.zeros(2, length, dtype=torch.int64)
     tokens[0, ::16] = tokens[1, 32] = 9  # four documents of 16 tokens, and two of 32
-    predicted = cost.flops(config, VOCAB, document_positions(tokens, end_of_text=9))
+    predicted = cost.flops(config, VOCAB, document_positions(tokens, document_start=9))
     assert predicted.keys == (17 / 2 + 33 / 2) / 2
     assert predicted.forward() == predicted.per_token + predicted.per_pair * 12.5
 

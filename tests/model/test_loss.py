@@ -5,11 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.batches import Batch
 from model import loss
+from model.score import token_losses
 from model.transformer import LMHead
 from runtime.precision import MixedPrecision
-from tests.support import batches, relative_error, small_model, some_tokens
-from training.evaluate import each_loss
+from tests.support import batches, logits_of, relative_error, small_model, some_tokens
 from training.step import mean_loss
 
 VOCAB, TOLERANCE = 100, {torch.float32: 1e-6, torch.bfloat16: 0.015, torch.float16: 0.002}
@@ -99,16 +100,16 @@ def test_chunked_mean_second_backward_raises():
 def test_mean_loss_gradients_of_a_model_equal_those_by_logits(monkeypatch, precision, options):
     cut_small(monkeypatch)
     model = small_model("attention=mla", *options)
-    mixed, ((inputs, targets),) = MixedPrecision(model, precision), batches(4, 4)
-    mixed.backward(mean_loss(mixed.model, inputs, targets)[0])
+    mixed, (batch,) = MixedPrecision(model, precision), batches(4, 4)
+    mixed.backward(mean_loss(mixed.model, batch)[0])
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    each = loss.token_losses(mixed.model(inputs).logits, targets)
+    each = loss.token_losses(logits_of(mixed.model, batch.inputs), batch.targets)
     mixed.backward(each.mean())
     for name, parameter in model.named_parameters():
         difference = (found[name] - parameter.grad).norm() / parameter.grad.norm()
         assert difference <= (1e-5 if precision == "fp32" else 0.03), name
-    assert relative_error(each_loss(mixed.model, inputs, targets), each) <= (1e-6 if precision == "fp32" else 0.02)
+    assert relative_error(token_losses(mixed.model, batch), each) <= (1e-6 if precision == "fp32" else 0.02)
 
 
 class Largest(TorchDispatchMode):
@@ -135,11 +136,11 @@ def test_mean_loss_never_holds_the_logits_of_a_batch(monkeypatch, precision):
     mixed = MixedPrecision(model, precision)
     weights = model.embedding.weight.numel()
     with Largest() as largest:
-        mixed.backward(mean_loss(mixed.model, tokens, tokens)[0])
-        each_loss(mixed.model, tokens, tokens)
+        mixed.backward(mean_loss(mixed.model, Batch(tokens, tokens))[0])
+        token_losses(mixed.model, Batch(tokens, tokens))
     assert largest.of[torch.float32] <= max(weights, 32 * 5056) < tokens.numel() * 5000 / 3
     with Largest() as naive:
-        loss.token_losses(mixed.model(tokens).logits, tokens)
+        loss.token_losses(logits_of(mixed.model, tokens), tokens)
     assert naive.of[torch.float32] == tokens.numel() * 5056 or precision == "bf16"
     assert naive.of[torch.float32] >= tokens.numel() * 5000
 

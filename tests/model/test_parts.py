@@ -7,9 +7,10 @@ import torch
 
 from model.cache import FullCache, WindowCache
 from model.norm import GroupedRMSNorm, LayerNorm, RMSNorm
+from model.placement import Placement
 from model.rope import Rope
 from model.transformer import TransformerLM, softcapped
-from tests.support import ATTENTIONS, composed_run, relative_error, small_config, small_model, some_tokens
+from tests.support import ATTENTIONS, composed_run, logits_of, relative_error, small_config, small_model, some_tokens
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -104,9 +105,9 @@ def test_grouped_rms_norm_shares_one_rms_among_neighbouring_heads(groups):
 
 def test_softcap_bounds_large_logits_and_keeps_small_ones():
     free, capped = small_model("attention=gqa"), small_model("attention=gqa", "model.logit_softcap=2")
-    logits = free(some_tokens(2, 9)).logits
+    logits = logits_of(free, some_tokens(2, 9))
     assert logits.abs().max() > 3
-    assert torch.allclose(capped(some_tokens(2, 9)).logits, 2 * torch.tanh(logits / 2), atol=1e-5)
+    assert torch.allclose(logits_of(capped, some_tokens(2, 9)), 2 * torch.tanh(logits / 2), atol=1e-5)
     small = torch.linspace(-0.1, 0.1, 9)
     assert torch.allclose(softcapped(small, 50.0), small, rtol=1e-5)
     exact = (30 * torch.tanh(torch.tensor(100.0, dtype=torch.float64) / 30)).bfloat16()
@@ -141,7 +142,7 @@ def test_qk_bias_by_default_is_on_queries_and_rotated_keys(choice, biased):
     assert found == {f"layers.{i}.attention.{part}.bias" for i in (0, 1) for part in biased}
     without = TransformerLM(small_config(*choice, "attention.qk_bias=false"), 100)
     tokens = some_tokens(2, 9)
-    assert torch.equal(model(tokens).logits, without(tokens).logits)  # they begin at zero
+    assert torch.equal(logits_of(model, tokens), logits_of(without, tokens))  # they begin at zero
 
 
 def test_residual_outputs_without_zero_init_start_small():
@@ -183,16 +184,16 @@ def test_plain_mlp_equals_its_formula(choice, activation):
 def test_learned_positions_are_rows_added_to_the_embedding():
     learned = ("attention=mha", "attention.position=none", "model.position_embedding=learned")
     model = small_model(*learned, "model.n_layers=1")
-    tokens, plain = some_tokens(1, 9), model(some_tokens(1, 9)).logits
-    moved = model(tokens, positions=torch.arange(9)[None] + 5).logits
+    tokens, plain = some_tokens(1, 9), logits_of(model, some_tokens(1, 9))
+    moved = logits_of(model, tokens, Placement(torch.arange(9)[None] + 5))
     assert relative_error(moved, plain) > 0.01
     with torch.no_grad():
         model.position_embedding.weight[:9] = model.position_embedding.weight[5:14].clone()
-    assert relative_error(model(tokens).logits, moved) <= 1e-6
+    assert relative_error(logits_of(model, tokens), moved) <= 1e-6
     with torch.no_grad():
         model.position_embedding.weight.zero_()
     swapped = tokens[:, [0, 1, 2, 4, 3, 5, 6, 7, 8]]  # one layer without positions reads a bag of words
-    assert relative_error(model(swapped).logits[:, 5:], model(tokens).logits[:, 5:]) <= 1e-5
+    assert relative_error(logits_of(model, swapped)[:, 5:], logits_of(model, tokens)[:, 5:]) <= 1e-5
 
 
 def test_full_cache_stores_positions_in_rows_and_padding_in_the_spare_row():
@@ -233,9 +234,9 @@ def test_padded_embedding_padding_is_never_scored_saved_or_trained(tied):
     model = TransformerLM(small_config("attention=mha", f"model.tie_embeddings={tied}"), vocab_size=100)
     assert model.embedding.weight.shape[0] == 128
     tokens = some_tokens(2, 8)
-    output = model(tokens)
-    assert output.logits.shape == (2, 8, 100)
-    output.logits.square().mean().backward()
+    logits = logits_of(model, tokens)
+    assert logits.shape == (2, 8, 100)
+    logits.square().mean().backward()
     matrix = model.head or model.embedding
     assert (matrix.weight.grad[100:] == 0).all()
     assert (matrix.weight[100:] == 0).all()
@@ -244,7 +245,7 @@ def test_padded_embedding_padding_is_never_scored_saved_or_trained(tied):
     assert ("head.weight" in state) == (tied == "false")
     again = TransformerLM(model.config, 100, seed=9)
     again.load_state_dict(state)
-    assert torch.equal(again(tokens).logits, output.logits)
+    assert torch.equal(logits_of(again, tokens), logits)
     assert (again.embedding.weight[100:] == 0).all()
 
 
@@ -265,15 +266,6 @@ def test_model_ropes_are_in_order_of_first_use():
     pattern = f"attention.pattern=[{','.join([*thetas, 'd'])}]"
     model = small_model("attention=stack", "model.n_layers=5", pattern, *parts)
     assert [rope.theta for rope in model.ropes] == list(thetas.values())
-
-
-def test_forward_with_only_computes_those_logits():
-    model = TransformerLM(small_config("attention=mla"), 100)
-    tokens = some_tokens(2, 6)
-    wanted = torch.tensor([[5], [2]])
-    found = model(tokens, only=wanted).logits
-    everything = model(tokens).logits
-    assert torch.allclose(found[:, 0], everything[torch.arange(2), wanted[:, 0]], atol=1e-5)
 
 
 @pytest.mark.parametrize("size", ["tiny", "small", "gpt2", "gpt2_medium"])

@@ -11,10 +11,11 @@ from model.attention.base import Context
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
+from model.placement import Placement
 from model.positions import alibi, slopes
 from model.rope import Rope
 from model.transformer import TransformerLM
-from tests.support import composed_run, relative_error, small_config, small_model, some_tokens
+from tests.support import composed_run, logits_of, relative_error, small_config, small_model, some_tokens
 from training.run.config import Run, dump
 from training.run.migrate import UNSTATED, migrate
 
@@ -159,7 +160,7 @@ def test_mla_rope_key_comes_from_hidden_state_or_normed_latent():
         for inputs in (x, unseen):
             cache = layer.make_cache(1, 3)
             rotary = {layer.rope: layer.rope.table(positions)}
-            layer(inputs, Context(positions, contiguous=True, kv_len=None, rotary=rotary), cache)
+            layer(inputs, Context(Placement(positions, is_contiguous=True), rotary), cache)
             found.append(cache.columns["latent_and_k_rope"][0, 1:, 0])
         assert torch.allclose(found[0][:, :16], found[1][:, :16], atol=1e-4)
         assert torch.allclose(found[0][:, 16:], found[1][:, 16:], atol=1e-4) == (source == "latent")
@@ -174,12 +175,12 @@ def test_sinusoidal_positions_equal_the_formula():
             angle = position / 10000 ** (2 * i / 64)
             expected = [math.sin(angle) / 8, math.cos(angle) / 8]
             assert found[0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(expected, abs=1e-5)
-    assert small_model("attention=mha", "position=sinusoidal")(some_tokens(1, 100)).logits.isfinite().all()
+    assert logits_of(small_model("attention=mha", "position=sinusoidal"), some_tokens(1, 100)).isfinite().all()
 
 
 def test_sinusoidal_positions_of_odd_width_lack_the_last_cosine():
     model = small_model("position=sinusoidal", "model.d_model=21", "model.n_heads=3", "attention=mha")
-    assert model(some_tokens(1, 5)).logits.shape == (1, 5, 100)
+    assert logits_of(model, some_tokens(1, 5)).shape == (1, 5, 100)
 
 
 def test_learned_positions_are_initialised_like_the_embedding():
@@ -211,12 +212,12 @@ def test_model_config_positions_names_the_encodings(overrides, expected):
 
 def test_learned_positions_beyond_the_context_are_refused():
     model = small_model("attention=gqa", "position=learned")
-    assert model(some_tokens(1, 64)).logits.isfinite().all()
+    assert logits_of(model, some_tokens(1, 64)).isfinite().all()
     with pytest.raises(ValueError, match="65 tokens are more than the context_length=64"):
         model(some_tokens(1, 65))
     caches = model.make_caches(1, 128)
     with pytest.raises(IndexError):
-        model(some_tokens(1, 1), positions=torch.tensor([[64]]), caches=caches)
+        model(some_tokens(1, 1), Placement.decode(torch.tensor([[64]]), caches))
 
 
 @pytest.mark.parametrize("tied", ["true", "false"])

@@ -5,12 +5,13 @@ import torch
 
 from model.kernels.naive import Naive
 from model.mask import CAUSAL, Mask, Pattern
+from model.placement import Placement
 from model.stats import Statistics, attention_map, collect_stats, head_summed, statistics
 from model.transformer import TransformerLM
 from runtime.memory import PeakTensorBytes
 from tests.model.attention import laws
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
-from tests.support import CASES, relative_error, small_model, some_tokens
+from tests.support import CASES, logits_of, relative_error, small_model, some_tokens
 
 ALL = frozenset({"max_logit", "entropy", "attention_map"})
 PATTERNS = {
@@ -103,7 +104,7 @@ def test_collect_stats_ignores_padding():
 def test_attention_with_collect_returns_stats_and_equal_logits(case):
     model, tokens = small_model(*case), some_tokens(2, 20)
     without, with_stats = model(tokens), model(tokens, collect=ALL)
-    assert without.aux == {} and torch.equal(without.logits, with_stats.logits)
+    assert without.aux == {} and torch.equal(without.x, with_stats.x)
     assert with_stats.aux.keys() == {f"layers.{i}.{name}" for i in range(2) for name in ALL}
     for i, block in enumerate(model.layers):
         entropy, largest, probabilities = (
@@ -130,7 +131,7 @@ def test_mla_executions_return_equal_stats_with_and_without_a_cache():
         caches = model.make_caches(2, 20)
         laws.decode_in_chunks(model, tokens[:, :19], [12, 7], caches)
         with torch.no_grad():
-            last = model(tokens[:, 19:], positions=torch.full((2, 1), 19), caches=caches, collect=ALL).aux
+            last = model(tokens[:, 19:], Placement.decode(torch.full((2, 1), 19), caches), collect=ALL).aux
         for i in range(2):
             name = f"layers.{i}.attention_map"
             assert relative_error(last[name], expected[name][:, :, 19:]) <= 1e-5, (execution, name)
@@ -166,10 +167,8 @@ def test_max_logit_with_alibi_equals_the_definition():
     slopes = torch.tensor([2 ** (-8 * i / heads) for i in range(1, heads + 1)], dtype=torch.float64)
     scores = attention.scale * torch.einsum("bthd,bshd->bhts", q, k) - slopes[:, None, None] * distance
     largest = scores.masked_fill(distance < 0, float("-inf")).amax((0, 2, 3))
-    for cached in (False, True):
-        caches = model.make_caches(2, length) if cached else None
-        where = {"positions": torch.arange(length)[None], "caches": caches} if cached else {}
-        found = model(tokens, collect=ALL, **where).aux["layers.0.max_logit"]
+    for at in (None, Placement.decode(torch.arange(length)[None], model.make_caches(2, length))):
+        found = model(tokens, at, collect=ALL).aux["layers.0.max_logit"]
         assert relative_error(found, largest) <= 1e-5
 
 
@@ -178,6 +177,6 @@ def test_gradients_with_collect_are_unchanged():
     gradients = []
     for collect in (frozenset(), ALL):
         model.zero_grad()
-        model(tokens, collect=collect).logits.square().mean().backward()
+        logits_of(model, tokens, collect=collect).square().mean().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -1,19 +1,23 @@
 """Memory of activations for the backward pass: it grows linearly with the text, and with activation_checkpointing=true
 there is little of it, and not a bit else changes."""
 
+import copy
 import functools
 import math
 
 import pytest
 import torch
 
+from data.batches import Batch
 from model.kernels import sdpa
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.mask import Mask
 from model.transformer import TransformerLM
+from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
+from tests.model.attention import laws
 from tests.support import (
     ATTENTIONS,
     SMOKE,
@@ -25,32 +29,31 @@ from tests.support import (
     some_tokens,
 )
 from training.metrics_file import read_metrics
-from training.step import MAX_LOGIT, accumulate_gradients, losses_of, mean_loss
+from training.step import MAX_LOGIT, accumulate_gradients, mean_loss
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 
 
-def gradients(model: TransformerLM, precision: str, activation_checkpointing: bool, **options):
+def gradients(model: TransformerLM, precision: str, checkpointed: bool, document_start: int | None = None, **options):
     """Of two micro-steps, by the parameter's name, and what the loss reported. options: of mean_loss."""
-    model.zero_grad()
-    reported = accumulate_gradients(
-        MixedPrecision(model, precision),
-        batches(4, 2),
-        (0, 0),
-        functools.partial(mean_loss, activation_checkpointing=activation_checkpointing, **options),
-    )
+    model = copy.deepcopy(model)
+    mixed = MixedPrecision(model, precision)
+    if checkpointed:
+        checkpoint_activations(mixed.model)
+    parts = [Batch.of(*batch[:2], document_start) for batch in batches(4, 2)]
+    reported = accumulate_gradients(mixed, parts, (0, 0), functools.partial(mean_loss, **options))
     return reported, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("end_of_text", [None, 7], ids=["", "documents"])
-def test_checkpointing_changes_no_bit(attention, precision, dropout, end_of_text):
+@pytest.mark.parametrize("document_start", [None, 7], ids=["", "documents"])
+def test_checkpointing_changes_no_bit(attention, precision, dropout, document_start):
     options = () if not dropout else DROPOUT[:1] if attention == "stack" else DROPOUT  # whose parts have their own
     model = small_model(f"attention={attention}", *options, kernel=Auto())
-    (kept, _), exact = gradients(model, precision, activation_checkpointing=False, end_of_text=end_of_text)
-    (recomputed, _), found = gradients(model, precision, activation_checkpointing=True, end_of_text=end_of_text)
+    (kept, _), exact = gradients(model, precision, False, document_start)
+    (recomputed, _), found = gradients(model, precision, True, document_start)
     assert torch.equal(kept, recomputed)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
@@ -59,17 +62,17 @@ def test_checkpointing_does_recompute(monkeypatch):
     """A block's MLP runs once more in the backward pass, and dropout would draw other numbers if not told to repeat."""
     model, calls = small_model("attention=mha", *DROPOUT, kernel=Auto()), []
     model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    _, exact = gradients(model, "fp32", activation_checkpointing=False)
+    _, exact = gradients(model, "fp32", False)
     assert len(calls) == 2  # micro-steps
-    gradients(model, "fp32", activation_checkpointing=True)
+    gradients(model, "fp32", True)
     assert len(calls) == 6
     monkeypatch.setattr(
-        "model.transformer.checkpoint",
+        "runtime.activation_checkpointing.checkpoint",
         lambda *arguments, **_: torch.utils.checkpoint.checkpoint(
             *arguments, use_reentrant=False, preserve_rng_state=False
         ),
     )
-    _, found = gradients(model, "fp32", activation_checkpointing=True)
+    _, found = gradients(model, "fp32", True)
     assert any(not torch.equal(found[name], exact[name]) for name in exact)
 
 
@@ -79,31 +82,28 @@ def test_the_scores_for_clipping_are_said_once():
     (recomputed, again), found = gradients(model, "fp32", True, collect=MAX_LOGIT)
     assert torch.equal(kept, recomputed) and torch.equal(scores, again)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
-    tokens = some_tokens(2, 16)
-    aux = model(tokens, training=True, activation_checkpointing=True, collect=MAX_LOGIT).aux
+    checkpoint_activations(model)
+    aux = model(some_tokens(2, 16), training=True, collect=MAX_LOGIT).aux
     assert list(aux) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
 
 
 def test_checkpointing_compiles_whole():
-    model, ((inputs, targets),) = small_model("attention=mla", kernel=Auto()), batches(4, 4)
-    expected = torch.autograd.grad(mean_loss(model, inputs, targets)[0], list(model.parameters()))
+    model, (batch,) = small_model("attention=mla", kernel=Auto()), batches(4, 4)
+    expected = torch.autograd.grad(mean_loss(model, batch)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
-    found = torch.autograd.grad(
-        compiled(model, inputs, targets, activation_checkpointing=True)[0], list(model.parameters())
-    )
+    checkpoint_activations(model)
+    found = torch.autograd.grad(compiled(model, batch)[0], list(model.parameters()))
     for gradient, exact in zip(found, expected, strict=True):
         assert relative_error(gradient, exact) <= 1e-4
 
 
-def test_caches_and_recomputation_exclude_each_other():
-    model = small_model("attention=mha")
-    with pytest.raises(ValueError, match="activation_checkpointing is for training"):
-        model(
-            some_tokens(1, 4),
-            positions=torch.arange(4)[None],
-            caches=model.make_caches(1, 8),
-            activation_checkpointing=True,
-        )
+def test_checkpointed_model_decodes_as_before():
+    """As a preview during training does in float32."""
+    model = small_model("attention=mla")
+    expected = list(laws.ways_to_decode(model, some_tokens(2, 23)))
+    checkpoint_activations(model)
+    for (way, found), (_, exact) in zip(laws.ways_to_decode(model, some_tokens(2, 23)), expected, strict=True):
+        assert torch.equal(found, exact), way
 
 
 def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
@@ -122,8 +122,8 @@ PATHS = [
     ("attention=gqa",),
     ("attention=mla",),
     ("attention=mha", "attention.window=64"),
-    ("attention=mha", "data.document_mask=true"),
-    ("attention=mla", "data.document_mask=true"),
+    ("attention=mha", "document_mask=true"),
+    ("attention=mla", "document_mask=true"),
 ]
 
 
@@ -136,7 +136,7 @@ def test_memory_grows_as_the_text_does(options, precision):
 
 def test_memory_that_keeps_every_mask_grows_faster(monkeypatch):
     monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", math.inf)
-    assert growth(("attention=mha", "data.document_mask=true"), "fp32", (2048, 4096)) > 1.3
+    assert growth(("attention=mha", "document_mask=true"), "fp32", (2048, 4096)) > 1.3
 
 
 def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -> float:
@@ -146,8 +146,8 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
         size = ["model.n_layers=1", "model.d_model=32", f"model.context_length={length}", f"batch_tokens={length}"]
         run = composed_run("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
         mixed, text = MixedPrecision(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
-        loss = losses_of(run.data, 255).mean_loss
-        peaks.append(allocated_peak(lambda loss=loss, w=mixed, text=text: w.backward(loss(w.model, text, text)[0])))
+        batch = Batch.of(text, text, 255 if run.document_mask else None)
+        peaks.append(allocated_peak(lambda w=mixed, batch=batch: w.backward(mean_loss(w.model, batch)[0])))
     return math.log(peaks[1] / peaks[0], lengths[1] / lengths[0])
 
 

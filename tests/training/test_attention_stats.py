@@ -64,7 +64,7 @@ def test_attention_stats_cover_the_first_windows_and_documents_apart():
         of_layer = [found[f"attention/layer_{i}/{name}"] for name in STATISTICS]
         assert of_layer == pytest.approx([float(x) for x in (entropy.mean(), entropy.min(), largest.max())])
     assert attention_stats(model, stream, 16, batch_size=500) == attention_stats(model, stream, 16, batch_size=5)
-    apart = attention_stats(model, stream, 16, batch_size=2, end_of_text=99)
+    apart = attention_stats(model, stream, 16, batch_size=2, document_start=99)
     assert all(apart[f"attention/layer_{i}/entropy"] < math.log(5) for i in range(2))
     assert all(found[f"attention/layer_{i}/entropy"] > apart[f"attention/layer_{i}/entropy"] for i in range(2))
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.kernels.base import forget_logged
-from tests.support import small_model, some_tokens
+from tests.support import batches, small_model
 from training.compile import maybe_compiled
 from training.step import mean_loss
 
@@ -16,10 +16,10 @@ def test_autotune_is_asked_of_the_compiler_and_its_price_is_said(monkeypatch, ca
     forget_logged()
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
-    model, tokens = small_model(), some_tokens(2, 17)
+    model, (batch,) = small_model(), batches(2, 2)
     with caplog.at_level(logging.INFO, logger="headroom"):
-        loss, _ = maybe_compiled(mean_loss, True, autotune)(model, tokens[:, :-1], tokens[:, 1:])
-    assert torch.equal(loss, mean_loss(model, tokens[:, :-1], tokens[:, 1:])[0])
+        loss, _ = maybe_compiled(mean_loss, True, autotune)(model, batch)
+    assert torch.equal(loss, mean_loss(model, batch)[0])
     assert [how["mode"] for how in asked] == [mode]
     assert ("may differ in its bits" in caplog.text) == autotune
 

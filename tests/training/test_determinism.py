@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from model.kernels.naive import Naive
+from model.placement import Placement
 from model.transformer import TransformerLM
 from runtime.precision import choose_precision, multiplies_bf16
-from tests.support import ATTENTIONS, SMOKE, call, relative_error, small_config, small_model, some_tokens
+from tests.support import ATTENTIONS, SMOKE, call, logits_of, relative_error, small_config, small_model, some_tokens
 from tests.training import golden
 from tests.training.runs import assert_same_run, losses
 
@@ -50,7 +51,7 @@ def test_a_deterministic_run_comes_out_twice_alike(workplace, monkeypatch, resto
 def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
     workplace, monkeypatch, capsys, restored_determinism
 ):
-    def indeterminate(model, inputs, targets):
+    def indeterminate(model, batch):
         return torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False).sum()
 
     monkeypatch.setattr("training.step.mean_loss", indeterminate)
@@ -81,21 +82,21 @@ def test_dropout_draws_while_training_only():
     model.load_state_dict(sharp.state_dict())
     tokens = some_tokens(2, 10)
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, sharp(tokens).logits)
+        assert torch.equal(logits_of(model, tokens), logits_of(sharp, tokens))
         drawn = []
         for seed in (0, 0, 1):
             torch.manual_seed(seed)
-            drawn.append(model(tokens, training=True).logits)
+            drawn.append(logits_of(model, tokens, training=True))
         assert torch.equal(drawn[0], drawn[1])
         assert relative_error(drawn[2], drawn[0]) > 0.1
-        assert torch.equal(sharp(tokens, training=True).logits, sharp(tokens).logits)
+        assert torch.equal(logits_of(sharp, tokens, training=True), logits_of(sharp, tokens))
 
 
 def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
     block = small_model("attention=gqa", "model.dropout=0.25").layers[0]
     from model.attention.base import Context
 
-    ctx = Context(positions=torch.zeros(1, 1), contiguous=True, kv_len=None, rotary={}, training=True)
+    ctx = Context(Placement.contiguous(1), rotary={}, training=True)
     torch.manual_seed(0)
     dropped = ctx.drop(torch.ones(100_000), block.dropout)
     assert (dropped == 0).double().mean() == pytest.approx(0.25, abs=0.01)

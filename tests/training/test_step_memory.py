@@ -5,12 +5,15 @@ import gc
 import pytest
 import torch
 
+from data.batches import Batch
 from model import cost
 from model.transformer import TransformerLM
+from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
-from tests.support import ATTENTIONS, SMOKE, changed, composed_run, some_tokens
-from training.step import accumulate_gradients, losses_of
+from tests.support import ATTENTIONS, SMOKE, changed, composed_run, logits_of, some_tokens
+from training.state import TrainState
+from training.step import accumulate_gradients, mean_loss
 from training.step_memory import memory
 
 VOCAB = 100
@@ -57,7 +60,7 @@ def test_memory_with_attention_dropout_counts_all_products(options):
 def test_memory_of_masked_documents_counts_the_masks(attention, options):
     """In windows of several tiles of queries, whose masks are the larger part of it."""
     window = ["model.context_length=600", "batch_tokens=4800"]
-    masked = check_memory(f"attention={attention}", options, *window, "data.document_mask=true")
+    masked = check_memory(f"attention={attention}", options, *window, "document_mask=true")
     plain = memory(composed_run(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
     assert masked > 1.2 * plain.peak
 
@@ -101,11 +104,11 @@ def test_memory_of_activations_is_what_a_micro_batch_adds_to_its_gradients(atten
     options = [f"attention={attention}", "precision=fp32", f"activation_checkpointing={checkpointing}"]
     run = composed_run(*SMOKE, *options, "batch_tokens=1024", "micro_batch_size=16")
     tokens = some_tokens(16, run.model.context_length, VOCAB)
-    mixed = MixedPrecision(TransformerLM(run.model, VOCAB), run.precision)
-    loss = losses_of(run.data, VOCAB - 1, activation_checkpointing=run.activation_checkpointing).mean_loss
-    mixed.backward(loss(mixed.model, tokens, tokens)[0])
+    mixed = TrainState.create(run, VOCAB, CPU).mixed
+    batch = Batch(tokens, tokens)
+    mixed.backward(mean_loss(mixed.model, batch)[0])
     gc.collect()
-    measured = allocated_peak(lambda: mixed.backward(loss(mixed.model, tokens, tokens)[0]))
+    measured = allocated_peak(lambda: mixed.backward(mean_loss(mixed.model, batch)[0]))
     assert memory(run, VOCAB, CPU).activations == pytest.approx(measured, rel=0.02)
 
 
@@ -135,8 +138,10 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
     def step() -> None:
         nonlocal mixed
         mixed = MixedPrecision(TransformerLM(run.model, vocab), run.precision)
-        loss = losses_of(run.data, vocab - 1, activation_checkpointing=run.activation_checkpointing).mean_loss
-        accumulate_gradients(mixed, [(tokens, tokens)] * min(2, micro_batches), (0, 0), loss)
+        if run.activation_checkpointing:
+            checkpoint_activations(mixed.model)
+        batch = Batch.of(tokens, tokens, vocab - 1 if run.document_mask else None)
+        accumulate_gradients(mixed, [batch] * min(2, micro_batches), (0, 0))
 
     peak = allocated_peak(step)
     assert predicted.weights == predicted.gradients == sum(p.grad.nbytes for p in mixed.parameters)
@@ -149,7 +154,7 @@ def test_state_bytes_of_adamw_equal_what_it_keeps():
     run = composed_run(*SMOKE)
     model = TransformerLM(run.model, VOCAB)
     optimizer = run.optim.build(model)
-    model(some_tokens(1, 8)).logits.sum().backward()
+    logits_of(model, some_tokens(1, 8)).sum().backward()
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
     assert run.optim.state_bytes(cost.on_meta(run.model, VOCAB)) == kept

@@ -8,20 +8,21 @@ import pytest
 import torch
 
 from common.errors import UserError
+from data.batches import Batch, evaluation_batches
 from data.shards.token_files import TokenStream
-from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.byte import ByteTokenizer
+from model import score
 from model.kernels.sdpa import SDPA
 from model.loss import token_losses
 from model.transformer import TransformerLM
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
-from tests.support import batches, composed_run, configured, relative_error, small_config, small_model
+from tests.support import batches, composed_run, configured, logits_of, relative_error, small_config, small_model
 from training.compile import maybe_compiled
-from training.evaluate import each_loss, evaluate
+from training.evaluate import evaluate
 from training.optim.adamw import AdamWConfig
 from training.optim.schedule import WSD, Cosine, Linear
-from training.step import losses_of, mean_loss, train_step
+from training.step import mean_loss, train_step
 
 
 def test_token_losses_are_cross_entropy_of_the_next_token():
@@ -73,13 +74,13 @@ def test_mixed_precision_in_bfloat16_keeps_float32_master_weights(case):
         model.layers[0].mlp.up_proj.weight.mul_(2)
     mixed.copy_master_weights()
     assert torch.equal(mixed.model.layers[0].mlp.up_proj.weight, model.layers[0].mlp.up_proj.weight.bfloat16())
-    ((inputs, targets),) = batches(4, 4)
-    mixed.backward(mean_loss(mixed.model, inputs, targets)[0])
+    (batch,) = batches(4, 4)
+    mixed.backward(mean_loss(mixed.model, batch)[0])
     low = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert all(grad.dtype == torch.float32 for grad in low.values())
     assert all(p.grad is None for p in mixed.copies)
     model.zero_grad()
-    mean_loss(model, inputs, targets)[0].backward()
+    mean_loss(model, batch)[0].backward()
     for name, parameter in model.named_parameters():
         cosine = torch.nn.functional.cosine_similarity(parameter.grad.flatten(), low[name].flatten(), dim=0)
         assert cosine > 0.98, name
@@ -184,17 +185,18 @@ def test_evaluate_with_any_batch_size_weighs_tokens_alike():
     text = "The mask sees a key — ñ.\n" * 40
     tokens = np.array([256, *text.encode()], np.uint16)
     stream, lengths = TokenStream([tokens]), torch.from_numpy(ByteTokenizer().byte_lengths)
-    scores = [evaluate(model, stream, 16, batch, lengths) for batch in (1, 5, 1000)]
+    scores = [evaluate(model, evaluation_batches(stream, 16, batch), lengths) for batch in (1, 5, 1000)]
     count = (len(tokens) - 1) // 16 * 16
     with torch.no_grad():
         inputs = torch.from_numpy(tokens[:count].astype(np.int64)).view(-1, 16)
         targets = torch.from_numpy(tokens[1 : count + 1].astype(np.int64)).view(-1, 16)
-        nats = token_losses(model(inputs).logits, targets).double().sum().item()
-    for score in scores:
-        assert score.tokens == count
-        assert score.loss == pytest.approx(nats / count, rel=1e-6)
-        assert score.bpb == pytest.approx(nats / math.log(2) / count, rel=1e-6)  # each of these tokens is one byte
-    first, rest = (evaluate(model, stream, 16, 4, lengths, tokens=part) for part in (slice(0, 100), slice(100, None)))
+        nats = token_losses(logits_of(model, inputs), targets).double().sum().item()
+    for found in scores:
+        assert found.tokens == count
+        assert found.loss == pytest.approx(nats / count, rel=1e-6)
+        assert found.bpb == pytest.approx(nats / math.log(2) / count, rel=1e-6)  # each of these tokens is one byte
+    parts = [evaluation_batches(stream, 16, 4, part) for part in (slice(0, 100), slice(100, None))]
+    first, rest = (evaluate(model, part, lengths) for part in parts)
     assert first.tokens == 96
     assert first.plus(rest).loss == pytest.approx(scores[0].loss)
     assert first.plus(rest)[1:] == scores[0][1:]
@@ -205,23 +207,22 @@ def test_losses_with_a_document_mask_are_those_of_documents_alone():
     model = small_model("attention=mla", vocab_size=257, kernel=SDPA())
     tokens = torch.tensor([[256, *b"a text", 256, *b"another"]])
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    mean, each = losses_of(configured(SyntheticCorpus, document_mask=True), ByteTokenizer().end_of_text)
+    batch, masked = Batch(inputs, targets), Batch.of(inputs, targets, ByteTokenizer().end_of_text)
     cut = 7  # where the second document begins
-    alone = [token_losses(model(part).logits, goal) for part, goal in
+    alone = [token_losses(logits_of(model, part), goal) for part, goal in
              ((inputs[:, :cut], targets[:, :cut]), (inputs[:, cut:], targets[:, cut:]))]  # fmt: skip
     expected = torch.cat(alone, dim=1)
-    assert relative_error(each(model, inputs, targets), expected) <= 1e-5
-    assert relative_error(mean(model, inputs, targets)[0], expected.mean()) <= 1e-5
-    unmasked = losses_of(configured(SyntheticCorpus), ByteTokenizer().end_of_text).token_losses(model, inputs, targets)
-    assert torch.equal(unmasked[:, :cut], each_loss(model, inputs, targets)[:, :cut])
-    assert relative_error(unmasked, expected) > 1e-3
+    assert relative_error(score.token_losses(model, masked), expected) <= 1e-5
+    assert relative_error(mean_loss(model, masked)[0], expected.mean()) <= 1e-5
+    assert relative_error(score.token_losses(model, batch), expected) > 1e-3
 
 
 def test_evaluate_counts_a_separators_nats_but_no_bytes():
     model = TransformerLM(small_config("attention=gqa"), 257)
     tokens = np.array([256, 65, 66, 256, 67], np.uint16)
-    score = evaluate(model, TokenStream([tokens]), 4, 1, torch.from_numpy(ByteTokenizer().byte_lengths))
-    assert score.bpb == pytest.approx(score.loss * 4 / (math.log(2) * 3))
+    batches = evaluation_batches(TokenStream([tokens]), 4, 1)
+    found = evaluate(model, batches, torch.from_numpy(ByteTokenizer().byte_lengths))
+    assert found.bpb == pytest.approx(found.loss * 4 / (math.log(2) * 3))
 
 
 def test_maybe_compiled_that_fails_runs_eagerly_with_a_warning(caplog, monkeypatch):
@@ -232,9 +233,9 @@ def test_maybe_compiled_that_fails_runs_eagerly_with_a_warning(caplog, monkeypat
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
-    model, ((inputs, targets),) = small_model("attention=gqa", kernel=SDPA()), batches(2, 2)
+    model, (batch,) = small_model("attention=gqa", kernel=SDPA()), batches(2, 2)
     fallen = maybe_compiled(mean_loss, enabled=True)
-    assert fallen(model, inputs, targets) == fallen(model, inputs, targets) == mean_loss(model, inputs, targets)
+    assert fallen(model, batch) == fallen(model, batch) == mean_loss(model, batch)
     assert caplog.text.count("running eagerly: no compiler here") == 1
     assert maybe_compiled(mean_loss, enabled=False) is mean_loss
 
@@ -253,17 +254,17 @@ def test_maybe_compiled_with_a_failing_backward_runs_eagerly(caplog, monkeypatch
         return lambda *arguments: (NoBackward.apply(function(*arguments)[0]), {})
 
     monkeypatch.setattr(torch, "compile", broken)
-    model, ((inputs, targets),) = small_model("attention=gqa", kernel=SDPA()), batches(2, 2)
-    maybe_compiled(mean_loss, enabled=True)(model, inputs, targets)[0].backward()
+    model, (batch,) = small_model("attention=gqa", kernel=SDPA()), batches(2, 2)
+    maybe_compiled(mean_loss, enabled=True)(model, batch)[0].backward()
     assert "running eagerly: the backward does not compile" in caplog.text
 
 
 def test_compiled_loss_has_the_same_gradients():
     model = small_model("attention=mla", kernel=SDPA())
-    ((inputs, targets),) = batches(4, 4)
-    expected = torch.autograd.grad(mean_loss(model, inputs, targets)[0], list(model.parameters()))
+    (batch,) = batches(4, 4)
+    expected = torch.autograd.grad(mean_loss(model, batch)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
     for found, exact in zip(
-        torch.autograd.grad(compiled(model, inputs, targets)[0], list(model.parameters())), expected, strict=True
+        torch.autograd.grad(compiled(model, batch)[0], list(model.parameters())), expected, strict=True
     ):
         assert relative_error(found, exact) <= 1e-4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from common import process
-from data.batches import documents_of_step
+from data.batches import Batch, documents_of_step
 from data.shards.prepare import Prepared
 from runtime.memory import peak_memory
 from training.evaluate import Evaluation
@@ -62,7 +62,7 @@ class Monitor:
         self.profile = Profile(run.profile_steps, folder, device, done, run.steps)
         self.timer = TrainingTimer(device)
         self.pending: list[PendingRow] = []
-        self.flops_per_token = flops_of(run.model, corpus, run.data.document_mask).training()
+        self.flops_per_token = flops_of(run.model, corpus, run.document_mask).training()
         self.peak_flops = peak_flops(device, run.precision, run.peak_flops)  # per second
 
     def __enter__(self) -> Self:
@@ -128,7 +128,7 @@ class Monitor:
         self,
         step: int,
         result: StepResult,
-        batches: list[tuple[Tensor, Tensor]],
+        batches: list[Batch],
         evaluation: Evaluation | None = None,
         unscored: bool = False,
     ) -> None:
@@ -136,7 +136,7 @@ class Monitor:
         self.done = step
         self.last_reported_step = step
         self.unscored = unscored
-        targets = torch.cat([targets for _, targets in batches])
+        targets = torch.cat([batch.targets for batch in batches])
         row = MetricRow(step=step, tokens=step * targets.numel(), **self.run.learning_rates(step - 1))
         row["data_seconds"] = self.timer.step(targets.numel())
         if evaluation is not None:

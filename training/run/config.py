@@ -9,7 +9,7 @@ from common.conf_files import choices
 from common.errors import UserError
 from common.settings import MAX_COUNT, Change, FrozenSettings
 from data.sources.corpus import Corpus
-from data.tokenizers.base import TokenizerConfig
+from data.tokenizers.base import Tokenizer, TokenizerConfig
 from model.attention.base import divisors
 from model.transformer import Dimensions, ModelConfig
 from training.loggers.base import Logger
@@ -59,6 +59,7 @@ class Run(FrozenSettings):
     profile_steps: Annotated[int, Change.ON_RESUME] = Field(ge=0, le=1000)
     log_attention: Annotated[bool, Change.ON_RESUME]
     activation_checkpointing: Annotated[bool, Change.ON_RESUME]
+    document_mask: Annotated[bool, Change.FINE_TUNING]
     threads: Annotated[int | None, Change.ON_RESUME] = Field(ge=1, le=1024)
     dry_run: Annotated[bool, Change.ON_RESUME]
     run_dir: Annotated[str | None, Change.FINE_TUNING] = Field(min_length=1)
@@ -150,6 +151,10 @@ class Run(FrozenSettings):
     def lr(self, step: int) -> float:
         """Learning rate of the update that step (counted from 0) makes."""
         return self.learning_rates(step)["lr"]
+
+    def document_start(self, tokenizer: Tokenizer) -> int | None:
+        """The token that begins a document, where documents do not see each other (document_mask)."""
+        return tokenizer.end_of_text if self.document_mask else None
 
     def learning_rates(self, step: int) -> dict[str, float]:
         """All of them, where an optimizer has more than one, by their settings."""

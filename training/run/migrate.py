@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 6  # of config.yaml and manifest.json
+FORMAT = 7  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -109,7 +109,9 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
     if format < 5 and isinstance(tree.get("model"), Mapping):
         classic = CLASSIC_GPT_4.items() <= tree["model"].items()
         tree["model"] = (CLASSIC_MODEL_4 if classic else MODEL_4) | tree["model"]
-    return _each_part(tree, _to_6) if format < 6 else tree
+    if format < 6:
+        tree = _each_part(tree, _to_6)
+    return _to_7(tree) if format < 7 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -149,6 +151,17 @@ def _to_4(part: dict[str, Any]) -> dict[str, Any]:
 
 def _to_6(part: dict[str, Any]) -> dict[str, Any]:
     return {"bias_lr": part["lr"]} | part if part.get("_target_") in OPTIMIZERS_5 and "lr" in part else part
+
+
+def _to_7(tree: dict[str, Any]) -> dict[str, Any]:
+    """Move the document mask from the corpus, where parts of a mix had one too, to the run."""
+    data = tree.get("data")
+    mask = {"document_mask": data["document_mask"]} if isinstance(data, Mapping) and "document_mask" in data else {}
+    return mask | tree | ({"data": _each_part(data, _without_mask)} if mask else {})
+
+
+def _without_mask(part: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in part.items() if name != "document_mask"}
 
 
 def _renamed(part: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

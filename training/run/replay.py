@@ -22,15 +22,16 @@ from common.errors import UserError, reason
 from common.invocation import command
 from common.paths import entering
 from common.streams import print_line
+from data.batches import Batch
 from data.shards.prepare import Prepared
 from data.tokenizers.load import load_tokenizer
-from model.transformer import Output
+from model.transformer import Hidden
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
 from training.run import checkpoint
 from training.run.config import Run
 from training.run.folder import check_is_run
-from training.step import accumulate_gradients, losses_of
+from training.step import accumulate_gradients, mean_loss
 
 BATCH = "batch.safetensors"
 MAX_TEXT_SHOWN = 120  # characters of each text
@@ -44,7 +45,7 @@ def save_failed_step(
     state: checkpoint.TrainState,
     step: int,
     in_a_row: int,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: list[Batch],
 ) -> UserError:
     """Store the step in failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
     weights are still those it met."""
@@ -54,8 +55,8 @@ def save_failed_step(
         f"{in_a_row} updates in a row were skipped up to step {step}: training has diverged; start again with "
         f"a smaller {rates}"
     )
-    inputs, targets = (torch.stack(part) for part in zip(*batches, strict=True))  # (micro-steps, B, T)
-    files = {checkpoint.MODEL: state.model.state_dict(), BATCH: {"inputs": inputs, "targets": targets}}
+    tokens = {name: torch.stack([getattr(batch, name) for batch in batches]) for name in ("inputs", "targets")}
+    files = {checkpoint.MODEL: state.model.state_dict(), BATCH: tokens}  # (micro-steps, B, T) each
     try:
         checkpoint.write(path, run, corpus, state, step, files)
     except OSError as error:
@@ -83,13 +84,13 @@ def replay(path: Path) -> None:
     if found.manifest.loss_scale is not None and mixed.loss_scale is not None:
         before = found.manifest.loss_scale.scale * 2  # this step halved it
         mixed.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
-    batches = list(zip(inputs.to(device), targets.to(device), strict=True))
+    start = run.document_start(tokenizer)
+    batches = [Batch.of(*tokens, start).to(device) for tokens in zip(inputs, targets, strict=True)]
     first = FirstNotFinite(mixed.model)
-    mean_loss = losses_of(run.data, tokenizer.end_of_text).mean_loss
 
-    def watched(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, aux = mean_loss(model, inputs, targets)
-        text = tokenizer.decode(inputs[0].tolist())[:MAX_TEXT_SHOWN]
+    def watched(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, aux = mean_loss(model, batch)
+        text = tokenizer.decode(batch.inputs[0].tolist())[:MAX_TEXT_SHOWN]
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
         return loss, aux
 
@@ -126,9 +127,9 @@ class FirstNotFinite:
             module.register_forward_hook(self._watch(name or "the logits", module))
 
     def _watch(self, name: str, module: nn.Module):
-        def hook(_module: nn.Module, inputs: tuple, output: Tensor | tuple | Output) -> None:
-            if isinstance(output, Output):  # the loss makes its logits a piece at a time
-                result = module.lm_head.logits(output.hidden)
+        def hook(_module: nn.Module, inputs: tuple, output: Tensor | tuple | Hidden) -> None:
+            if isinstance(output, Hidden):  # the loss makes its logits a piece at a time
+                result = module.logits(output.x)
             else:
                 result = output[0] if isinstance(output, tuple) else output
             if self.where is None and not result.isfinite().all():

@@ -117,6 +117,18 @@ def test_sweep_of_other_settings_in_conf_is_refused_whatever_variant_is_added(la
         run_sweep([*TINY, "attention=mha", "seed=3", "sweep=conf"], launcher)
 
 
+def test_sweep_of_format_1_whose_document_mask_was_the_corpuss_continues(launcher, quick, workplace):
+    typed = [*TINY, "attention=mha", "seed=1,2", "document_mask=true", "sweep=old"]
+    assert run_sweep(typed, launcher) == 0
+    path = SWEEPS / "old/sweep.json"
+    content = json.loads(path.read_text().replace("document_mask=true", "data.document_mask=true")) | {"format": 1}
+    for tree in content["settings"].values():
+        tree["data"]["document_mask"] = tree.pop("document_mask")
+    path.write_text(json.dumps(content))
+    assert run_sweep([*typed[:-3], "seed=1,2,3", *typed[-2:]], launcher) == 0 and len(launcher.launched) == 3
+    assert run_sweep(typed, launcher) == 0 and len(launcher.launched) == 3
+
+
 def test_sweep_does_without_scipy(workplace):
     code = "import sys, ablation.sweep.run; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0

@@ -239,7 +239,7 @@ def test_prepare_large_corpus_uses_bounded_memory(workplace):
         "import resource; from pathlib import Path; from tests.data.shards.test_build import Endless;"
         "from data.shards import build; build.PART_BYTES = 2**22; from data.shards.prepare import prepare;"
         "from data.tokenizers.byte import ByteConfig;"
-        "small, large = (Endless(size=size, seed=0, document_mask=False) for size in (10, 100));"
+        "small, large = (Endless(size=size, seed=0) for size in (10, 100));"
         "prepare(small, ByteConfig(), Path('first'));"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "made = prepare(large, ByteConfig(), Path('second'));"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from model.cache import Cache
+from model.placement import Placement
 from model.transformer import TransformerLM
-from tests.support import relative_error, some_tokens
+from tests.support import logits_of, relative_error, some_tokens
 
 
 def check_reach(model: TransformerLM) -> None:
@@ -21,7 +22,7 @@ def check_reach(model: TransformerLM) -> None:
     for block in model.layers:
         seen = block.attention.pattern.sees(positions[:, None], positions).float()
         chains = (seen + torch.eye(length)) @ chains  # along the residual stream each token goes on by itself
-    logits = model(tokens).logits[0]
+    logits = logits_of(model, tokens)[0]
     for t in range(length):
         (grad,) = torch.autograd.grad(logits[t].square().sum(), model.embedding.weight, retain_graph=True)
         reach = grad[tokens[0]].abs().sum(-1)
@@ -50,7 +51,7 @@ def decode_in_chunks(
                 if cache.capacity < start + size:
                     cache.grow(max(start + size, 2 * cache.capacity))
         seen = None if kv_len is None else kv_len(start + size)
-        outputs.append(model(tokens[:, start : start + size], positions=positions, caches=caches, kv_len=seen).logits)
+        outputs.append(logits_of(model, tokens[:, start : start + size], Placement.decode(positions, caches, seen)))
         start += size
     return torch.cat(outputs, dim=1)
 
@@ -61,7 +62,8 @@ def ways_to_decode(model: TransformerLM, tokens: Tensor) -> Iterator[tuple[str, 
     batch, length = tokens.shape
     positions = torch.arange(length)[None].expand(batch, -1)
     caches = model.make_caches(batch, length)
-    yield "plain prefill", model(tokens, positions=positions, contiguous=True, caches=caches).logits
+    whole = torch.full((batch,), length)
+    yield "prefill", logits_of(model, tokens, Placement.prefill(whole, caches))
     yield "prefill by positions", decode_in_chunks(model, tokens, [length], model.make_caches(batch, length))
     yield "token by token", decode_in_chunks(model, tokens, [1] * length, model.make_caches(batch, length))
     odd = [5, 1, 7, 3, 1, 1, length - 18]
@@ -71,18 +73,19 @@ def ways_to_decode(model: TransformerLM, tokens: Tensor) -> Iterator[tuple[str, 
     yield "extents", decode_in_chunks(model, tokens, odd, caches, kv_len=lambda seen: seen + 3)
     yield "stale rows", decode_in_chunks(model, tokens, odd, caches)  # the same caches again, full of old rows
     caches = model.make_caches(batch, length)
-    first = model(tokens[:, :9], positions=positions[:, :9], contiguous=True, caches=caches).logits
+    first = logits_of(model, tokens[:, :9], Placement.prefill(torch.full((batch,), 9), caches))
     rest = [
-        model(tokens[:, t : t + 1], positions=positions[:, t : t + 1], caches=caches).logits for t in range(9, length)
+        logits_of(model, tokens[:, t : t + 1], Placement.decode(positions[:, t : t + 1], caches))
+        for t in range(9, length)
     ]
-    yield "plain prefill, then token by token", torch.cat([first, *rest], dim=1)
+    yield "prefill, then token by token", torch.cat([first, *rest], dim=1)
 
 
 def check_cached(model: TransformerLM, oracle: TransformerLM, tolerance: float = 1e-5) -> None:
     """Decoding gives, at every position, the logits of the oracle's one uncached forward."""
     tokens = some_tokens(2, 23)
     with torch.no_grad():
-        expected = oracle(tokens).logits
+        expected = logits_of(oracle, tokens)
     for way, found in ways_to_decode(model, tokens):
         assert relative_error(found, expected) <= tolerance, way
 
@@ -92,21 +95,21 @@ def check_ragged(model: TransformerLM, oracle: TransformerLM, tolerance: float =
     """Rows of different length, padded on the left with negative positions, decode as each does alone."""
     lengths, total = (5, 11, 8), 11
     rows = [some_tokens(1, n + 4, seed=n)[0] for n in lengths]
-    expected = [oracle(row[None]).logits[0] for row in rows]
+    expected = [logits_of(oracle, row[None])[0] for row in rows]
     tokens = torch.zeros(len(rows), total, dtype=torch.int64)
     positions = torch.full((len(rows), total), -1)
     for i, n in enumerate(lengths):
         tokens[i, total - n :], positions[i, total - n :] = rows[i][:n], torch.arange(n)
-    uncached = model(tokens, positions=positions).logits
+    uncached = logits_of(model, tokens, Placement(positions))
     caches = model.make_caches(len(rows), total + 4)
-    prefill = model(tokens, positions=positions, caches=caches).logits
+    prefill = logits_of(model, tokens, Placement.decode(positions, caches))
     for i, n in enumerate(lengths):
         assert relative_error(uncached[i, total - n :], expected[i][:n]) <= tolerance, "uncached"
         assert relative_error(prefill[i, total - n :], expected[i][:n]) <= tolerance, "prefill"
     for step in range(4):
         token = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])[:, None]
         position = torch.tensor([[n + step] for n in lengths])
-        logits = model(token, positions=position, caches=caches).logits
+        logits = logits_of(model, token, Placement.decode(position, caches))
         for i, n in enumerate(lengths):
             assert relative_error(logits[i, 0], expected[i][n + step]) <= tolerance, f"row {i}, step {step}"
 
@@ -116,8 +119,8 @@ def check_relative_positions(model: TransformerLM, tolerance: float = 1e-4) -> N
     """Moving all positions by the same amount changes nothing."""
     tokens, positions = some_tokens(2, 16), torch.arange(16)[None]
     for shift in (1, 37):
-        moved = model(tokens, positions=positions + shift).logits
-        assert relative_error(moved, model(tokens).logits) <= tolerance, f"shift {shift}"
+        moved = logits_of(model, tokens, Placement(positions + shift))
+        assert relative_error(moved, logits_of(model, tokens)) <= tolerance, f"shift {shift}"
 
 
 def check_packed_documents(model: TransformerLM) -> None:
@@ -126,8 +129,8 @@ def check_packed_documents(model: TransformerLM) -> None:
     tokens = some_tokens(2, sum(lengths))
     positions = torch.cat([torch.arange(length) for length in lengths]).expand(2, -1)
     docs = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).expand(2, -1)
-    packed = model(tokens, positions=positions, docs=docs).logits
-    alone = torch.cat([model(part).logits for part in tokens.split(lengths, dim=1)], dim=1)
+    packed = logits_of(model, tokens, Placement.packed(positions, docs))
+    alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, dim=1)], dim=1)
     assert relative_error(packed, alone) <= 1e-5
     parameters = list(model.parameters())
     found, expected = (torch.autograd.grad(logits.square().mean(), parameters) for logits in (packed, alone))

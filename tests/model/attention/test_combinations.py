@@ -11,7 +11,7 @@ from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
 from tests.model.attention import laws
-from tests.support import sharpened, small_config, some_tokens
+from tests.support import logits_of, sharpened, small_config, some_tokens
 
 KERNELS = [Naive(), SDPA(), Online(query_tile=5, key_tile=3)]
 
@@ -77,7 +77,7 @@ def check(overrides: list[str], kernel) -> None:
     laws.check_ragged(model, oracle, tolerance=2e-5)
     laws.check_packed_documents(model)
     gradients = [
-        torch.autograd.grad(one(some_tokens(2, 24)).logits.square().mean(), list(one.parameters()))
+        torch.autograd.grad(logits_of(one, some_tokens(2, 24)).square().mean(), list(one.parameters()))
         for one in (model, oracle)
     ]
     laws.check_gradients(*gradients, tolerance=2e-4)

@@ -1,5 +1,6 @@
 """Every law, for every file under conf/attention and the choices within them (DESIGN: the laws)."""
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 
@@ -19,9 +20,19 @@ from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
+from model.placement import Placement
 from model.transformer import TransformerLM
 from tests.model.attention import laws
-from tests.support import ATTENTIONS, CASES, relative_error, sharpened, small_config, small_model, some_tokens
+from tests.support import (
+    ATTENTIONS,
+    CASES,
+    logits_of,
+    relative_error,
+    sharpened,
+    small_config,
+    small_model,
+    some_tokens,
+)
 
 # Auto takes one of these. Flex needs texts of a block, and seconds to compile: tests/model/test_flex.py.
 KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=7)]
@@ -87,8 +98,8 @@ def test_kernels_on_one_model_agree_with_gradients(case, kernel):
     tokens = some_tokens(2, 24)
     naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=kernel)
     for model in (naive, fused):
-        model(tokens).logits.square().mean().backward()
-    assert relative_error(fused(tokens).logits, naive(tokens).logits) <= 1e-5
+        logits_of(model, tokens).square().mean().backward()
+    assert relative_error(logits_of(fused, tokens), logits_of(naive, tokens)) <= 1e-5
     expected = dict(naive.named_parameters())
     for name, parameter in fused.named_parameters():
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
@@ -178,13 +189,13 @@ def test_encoder_reads_tokens_on_both_sides(case, kernel):
     )
     laws.check_reach(encoder)
     twin = sharpened(TransformerLM(small_config(*case, "model.tie_embeddings=false"), 100, causal=False))
-    assert relative_error(encoder(some_tokens(2, 20)).logits, twin(some_tokens(2, 20)).logits) <= 1e-5
+    assert relative_error(logits_of(encoder, some_tokens(2, 20)), logits_of(twin, some_tokens(2, 20))) <= 1e-5
 
 
 def test_encoder_with_caches_is_refused():
     encoder = TransformerLM(small_config("attention=gqa"), 100, causal=False)
     with pytest.raises(ValueError, match="causal=True"):
-        encoder(some_tokens(1, 3), positions=torch.arange(3)[None], caches=encoder.make_caches(1, 8))
+        encoder.make_caches(1, 8)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -236,9 +247,9 @@ def test_mla_executions_give_equal_logits(changed):
         execution: small_model(*common, f"attention.execution={execution}")
         for execution in ("naive", "expanded", "absorbed", "auto")
     }
-    expected = models["naive"](tokens).logits
+    expected = logits_of(models["naive"], tokens)
     for execution, model in models.items():
-        assert relative_error(model(tokens).logits, expected) <= 1e-5, execution
+        assert relative_error(logits_of(model, tokens), expected) <= 1e-5, execution
         assert relative_error(_decoded(model, tokens), expected) <= 1e-5, execution
 
 
@@ -274,7 +285,7 @@ def test_mla_qk_norm_of_heads_equals_its_formula(groups):
             scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
             outputs.append(scores.softmax(-1) @ values[:, :, h])
         expected = torch.cat(outputs, -1) @ layer.o_proj.weight.T
-        found, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
+        found, _ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -304,7 +315,7 @@ def test_mla_qk_norm_of_whole_heads_equals_its_formula(groups):
         scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
         outputs = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), values)
         expected = outputs.flatten(2) @ layer.o_proj.weight.T
-        found, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
+        found, _ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -329,7 +340,7 @@ def test_mla_with_prefused_matrices_gives_equal_logits():
         scores = (scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * (n + r) ** -0.5
         probs = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
         found = torch.einsum("bhts,bsc,dhc->btd", probs, latent, fused_o)
-        expected, _ = layer(x, Context(positions, contiguous=True, kv_len=None, rotary={layer.rope: table}))
+        expected, _ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -355,8 +366,8 @@ def test_logits_in_bfloat16_are_near_float32(case):
         if parameter.ndim >= 2:
             parameter.data = parameter.data.bfloat16()
     with torch.no_grad():
-        expected = exact(tokens).logits
-        assert relative_error(low(tokens).logits, expected) <= 0.07
+        expected = logits_of(exact, tokens)
+        assert relative_error(logits_of(low, tokens), expected) <= 0.07
         assert relative_error(_decoded(low, tokens), expected) <= 0.07
 
 
@@ -368,7 +379,7 @@ def test_last_logits_after_swapped_tokens_change_unless_position_is_none(case):
         *case, "model.n_layers=1", *(["attention.pattern=[local]"] if "attention=stack" in case else [])
     )
     tokens = some_tokens(1, 3)
-    moved = relative_error(model(tokens[:, [1, 0, 2]]).logits[:, -1], model(tokens).logits[:, -1])
+    moved = relative_error(logits_of(model, tokens[:, [1, 0, 2]])[:, -1], logits_of(model, tokens)[:, -1])
     assert (moved <= 1e-6) == ("position=none" in case)
 
 
@@ -418,9 +429,9 @@ def test_law_of_kernels_catches_a_misprinted_online_softmax(monkeypatch, misprin
 
 def test_law_of_caches_catches_positions_restarted_at_zero():
     class Forgetful(TransformerLM):
-        def forward(self, tokens, *, positions=None, **rest):
-            restarted = None if positions is None else torch.arange(tokens.shape[1])[None].expand_as(tokens)
-            return super().forward(tokens, positions=restarted, **rest)
+        def forward(self, tokens, at=None, **rest):
+            restarted = torch.arange(tokens.shape[1])[None].expand_as(tokens)
+            return super().forward(tokens, at and dataclasses.replace(at, positions=restarted), **rest)
 
     model = small_model("attention=mla")
     model.__class__ = Forgetful
@@ -432,25 +443,16 @@ def test_law_of_caches_catches_positions_restarted_at_zero():
 def test_law_of_packed_documents_catches_a_missing_mask_or_reset(monkeypatch, forgotten):
     model, real = small_model("attention=gqa"), TransformerLM.forward
 
-    def forgetful(self, tokens, positions=None, docs=None, **rest):
-        if docs is not None and forgotten == "documents":
-            docs = torch.zeros_like(docs)
-        if docs is not None and forgotten == "positions":
-            positions = torch.zeros_like(positions) + 5  # each token sees all of its document
-        return real(self, tokens, positions=positions, docs=docs, **rest)
+    def forgetful(self, tokens, at=None, **rest):
+        if at is not None and forgotten == "documents":
+            at = Placement.packed(at.positions, torch.zeros_like(at.docs))
+        if at is not None and forgotten == "positions":
+            at = Placement.packed(torch.zeros_like(at.positions) + 5, at.docs)  # each token sees all of its document
+        return real(self, tokens, at, **rest)
 
     monkeypatch.setattr(TransformerLM, "forward", forgetful)
     with pytest.raises(AssertionError):
         laws.check_packed_documents(model)
-
-
-def test_forward_of_packed_documents_without_positions_or_with_caches_is_refused():
-    model, tokens = small_model("attention=mla"), some_tokens(1, 4)
-    docs, positions = torch.zeros(1, 4, dtype=torch.int64), torch.arange(4)[None]
-    caches = model.make_caches(1, 4)
-    for how in ({}, {"positions": positions, "contiguous": True}, {"positions": positions, "caches": caches}):
-        with pytest.raises(ValueError, match="packed documents need positions"):
-            model(tokens, docs=docs, **how)
 
 
 def test_law_of_causality_catches_a_look_ahead():
@@ -461,12 +463,6 @@ def test_law_of_causality_catches_a_look_ahead():
 
     with pytest.raises(AssertionError):
         laws.check_causality(small_model("attention=mha", "model.tie_embeddings=false", kernel=SeesAll()))
-
-
-def test_forward_with_caches_without_positions_is_refused():
-    model = small_model("attention=mha")
-    with pytest.raises(ValueError, match="positions"):
-        model(some_tokens(1, 3), caches=model.make_caches(1, 8))
 
 
 def _decoded(model: TransformerLM, tokens: Tensor) -> Tensor:

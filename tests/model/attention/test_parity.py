@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model.transformer import TransformerLM
 from tests.model.attention.laws import ways_to_decode
-from tests.support import composed_run, relative_error, some_tokens
+from tests.support import composed_run, logits_of, relative_error, some_tokens
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,7 +85,7 @@ def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
     mine.load_state_dict(state)
     tokens = some_tokens(2, 40)
     with torch.no_grad():
-        assert relative_error(mine(tokens).logits, theirs(tokens, use_cache=False).logits) <= 1e-4
+        assert relative_error(logits_of(mine, tokens), theirs(tokens, use_cache=False).logits) <= 1e-4
 
 
 @pytest.mark.parametrize(("kv_heads", "attention"), [(4, "mha"), (2, "gqa"), (1, "mqa")])
@@ -199,6 +199,6 @@ def test_mha_with_gpt2s_weights_gives_its_logits(activation, approximate):
     tokens = some_tokens(2, 40)
     with torch.no_grad():
         expected = theirs(tokens, use_cache=False).logits
-        assert relative_error(mine(tokens).logits, expected) <= 1e-4
+        assert relative_error(logits_of(mine, tokens), expected) <= 1e-4
     for way, found in ways_to_decode(mine, tokens):
         assert relative_error(found, expected) <= 1e-4, way

@@ -23,10 +23,10 @@ from training.run import checkpoint, replay
 from training.step import mean_loss, train_step
 
 
-def sometimes_nan(model, inputs, targets):
+def sometimes_nan(model, batch):
     """A loss that some batches make NaN."""
-    loss, aux = mean_loss(model, inputs, targets)
-    return loss * (math.nan if inputs.sum() % 4 == 0 else 1.0), aux
+    loss, aux = mean_loss(model, batch)
+    return loss * (math.nan if batch.inputs.sum() % 4 == 0 else 1.0), aux
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -93,10 +93,10 @@ def test_loss_scale_stays_within_its_limits_and_recovers(monkeypatch):
 def test_float16_gradients_equal_those_of_float32():
     """The smallest would be lost without the scale."""
     model = small_model("attention=gqa", kernel=SDPA())
-    ((inputs, targets),) = batches(8, 8)
-    expected = torch.autograd.grad(mean_loss(model, inputs, targets)[0], list(model.parameters()))
+    (batch,) = batches(8, 8)
+    expected = torch.autograd.grad(mean_loss(model, batch)[0], list(model.parameters()))
     mixed = MixedPrecision(model, "fp16")
-    mixed.backward(mean_loss(mixed.model, inputs, targets)[0])
+    mixed.backward(mean_loss(mixed.model, batch)[0])
     mixed.unscale()
     for (name, parameter), exact in zip(model.named_parameters(), expected, strict=True):
         assert (parameter.grad - exact).norm() < 0.01 * exact.norm(), name

@@ -82,7 +82,7 @@ def test_attention_differences_are_what_was_set_off_too(overrides, expected):
 
 
 def test_flops_document_mask_counts_pairs_within_documents(workplace, monkeypatch):
-    assert call("train", [*SMOKE, "data.document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*SMOKE, "document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
     run = composed_run(*SMOKE)
     counted = flops_of(run.model, prepare(run.data, run.tokenizer, workplace / "cache"), document_mask=True)
     whole = cost.flops(run.model, 257)

@@ -17,6 +17,7 @@ from tests.support import (
     call,
     composed_run,
     configured,
+    logits_of,
     relative_error,
     small_model,
     some_tokens,
@@ -220,7 +221,7 @@ def test_muon_state_bytes_equal_what_it_keeps_by_name():
     assert run.optim.lr == 2 / 64 and composed_run(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
     model = TransformerLM(run.model, 257)
     optimizer = run.optim.build(model)
-    model(some_tokens(1, 8)).logits.sum().backward()
+    logits_of(model, some_tokens(1, 8)).sum().backward()
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept

@@ -94,16 +94,16 @@ def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
 
 
 def test_mean_loss_that_collects_has_the_same_loss():
-    model, ((inputs, targets),) = small_model("attention=gqa"), batches(4, 4)
-    assert torch.equal(collecting(model, inputs, targets)[0], mean_loss(model, inputs, targets)[0])
+    model, (batch,) = small_model("attention=gqa"), batches(4, 4)
+    assert torch.equal(collecting(model, batch)[0], mean_loss(model, batch)[0])
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla"])
 def test_mean_loss_that_collects_compiles_as_one_graph(attention):
-    model, ((inputs, targets),) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
-    expected, scores = collecting(model, inputs, targets)
+    model, (batch,) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
+    expected, scores = collecting(model, batch)
     compiled = torch.compile(collecting, backend="aot_eager", dynamic=False, fullgraph=True)
-    loss, found = compiled(model, inputs, targets)
+    loss, found = compiled(model, batch)
     assert relative_error(loss, expected) <= 1e-5 and found.keys() == scores.keys() and len(scores) == 2
     assert all(relative_error(found[name], scores[name]) <= 1e-5 for name in scores)
     parameters = list(model.parameters())

@@ -32,9 +32,9 @@ def test_every_file_under_conf_composes_and_loads(group, choice):
 
 @pytest.mark.parametrize("choice", choices("data"))
 def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
-    run = composed_run(f"data={choice}", *NEEDS.get(("data", choice), ()), "data.document_mask=true")
+    run = composed_run(f"data={choice}", *NEEDS.get(("data", choice), ()), "document_mask=true")
     again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))
-    assert again == run and again.data.document_mask
+    assert again == run and again.document_mask
 
 
 CHOSEN_WITHIN = [
@@ -56,11 +56,6 @@ def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(exper
     if group == "model":
         alone["dropout"] = tree["model"]["dropout"]
     assert tree[group] == alone
-
-
-def test_a_part_of_a_mix_has_no_document_mask_of_its_own():
-    with pytest.raises(UserError, match=r"document_mask is the mix's, not a part's"):
-        composed_run("data=mix", "data.parts={sympy: {quota: 1, document_mask: true}}")
 
 
 @pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
@@ -316,7 +311,7 @@ BAD = [
     (("attention.parts.local.window=2",), "attention.parts.local.window=2: parts are of attention=stack"),
     (("data.parts.sympy=1",), "data.parts.sympy=1: parts are of data=mix"),
     (("data=mix", "data.parts.sympy.quot=1"), "data.parts.sympy.quot=1: no such key; did you mean quota?"),
-    (("data=mix", "data.parts.sympy.document_mask=false"), "data.parts.sympy.quota is not set"),
+    (("data=mix", "data.parts.files.path=a.txt"), "data.parts.files.quota is not set"),
     (
         ("data=mix", "data.parts={a: {data: files, quota: 1, pth: x}}"),
         "data.parts.a.pth='x': no such key; did you mean path?",

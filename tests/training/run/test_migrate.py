@@ -46,4 +46,12 @@ def test_migrate_keeps_the_rate_that_biases_had(optim):
 
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
-    assert RUN_RENAMED_4 | {f"optim.{old}": f"optim.{new}" for old, new in optim.items()} == RENAMED
+    moved = {"data.document_mask": "document_mask"}  # format 7
+    assert RUN_RENAMED_4 | {f"optim.{old}": f"optim.{new}" for old, new in optim.items()} | moved == RENAMED
+
+
+def test_migrate_moves_the_document_mask_of_a_corpus_and_of_parts_to_the_run():
+    parts = {"a": {"quota": 1, "corpus": {"_target_": "x", "size": 3, "document_mask": False}}}
+    old = {"data": {"_target_": "y", "parts": parts, "document_mask": True}}
+    expected = {"a": {"quota": 1, "corpus": {"_target_": "x", "size": 3}}}
+    assert migrate(old, 6) == {"document_mask": True, "data": {"_target_": "y", "parts": expected}}

@@ -91,7 +91,7 @@ def test_resume_with_attention_dropout_is_the_same_run(workplace, monkeypatch, c
 def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
     parts = "data.parts={a: {quota: 1, data: synthetic, size: 12}, b: {quota: 2, data: synthetic, size: 30, seed: 1}}"
     options = [option for option in BUSY if not option.startswith("data.")] + ["data=mix", parts]
-    assert call("train", [*options, "data.document_mask=true", "run_dir=whole"], monkeypatch) == 0
+    assert call("train", [*options, "document_mask=true", "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
@@ -99,7 +99,7 @@ def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
 
 @pytest.mark.parametrize("backend", [None, "inductor"])
 def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, backend):
-    options = [*BUSY, "attention=gqa", "data.document_mask=true", compiled_by(backend), "model.n_layers=1"]
+    options = [*BUSY, "attention=gqa", "document_mask=true", compiled_by(backend), "model.n_layers=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -237,8 +237,18 @@ STOPS = {
         [5, 8],
         "within step 9, which does not count; step 8 is saved; co",
     ),
-    "in an evaluation": ("each_loss", 16 + 3, [5, 8], "after step 8; saved, its evaluation is still to come; continue"),
-    "in the last one": ("each_loss", 32 + 20, [5, 10, 12], "after step 12; saved, its evaluation is still to come; co"),
+    "in an evaluation": (
+        "token_losses",
+        16 + 3,
+        [5, 8],
+        "after step 8; saved, its evaluation is still to come; continue",
+    ),
+    "in the last one": (
+        "token_losses",
+        32 + 20,
+        [5, 10, 12],
+        "after step 12; saved, its evaluation is still to come; co",
+    ),
 }
 
 
@@ -267,7 +277,7 @@ def test_signal_within_step_or_evaluation_stops_and_resumes_to_the_same_run(work
 )
 def test_kill_during_delayed_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
     options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
-    undo, saved = signals_at("each_loss", 3), workplace / "run/checkpoints/step_00000002"
+    undo, saved = signals_at("token_losses", 3), workplace / "run/checkpoints/step_00000002"
     assert call("train", [*options, "run_dir=run"], monkeypatch) == 130
     undo()
     before = (saved / MODEL).stat()
