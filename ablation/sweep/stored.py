@@ -80,9 +80,14 @@ def read_sweep(folder: Path) -> Sweep | None:
 def _migrated(content: dict[str, Any]) -> dict[str, Any]:
     """Convert what an older Headroom wrote: settings, and the document mask's name. What is not of the form that was
     written then is left for the caller to refuse."""
-    if content.get("format") != 1 or not isinstance(content.get("settings"), dict):
+    old = content.get("settings")
+    if (
+        content.get("format") != 1
+        or not isinstance(old, dict)
+        or not all(isinstance(tree, dict) for tree in old.values())
+    ):
         return content
-    settings = {variant: migrate(tree, RUN_FORMAT_1) for variant, tree in content["settings"].items()}
+    settings = {variant: migrate(tree, RUN_FORMAT_1) for variant, tree in old.items()}
     return _with_mask_renamed(content) | {"format": FORMAT, "settings": settings}
 
 

@@ -127,6 +127,10 @@ def test_sweep_of_format_1_whose_document_mask_was_the_corpuss_continues(launche
     path.write_text(json.dumps(content))
     assert run_sweep([*typed[:-3], "seed=1,2,3", *typed[-2:]], launcher) == 0 and len(launcher.launched) == 3
     assert run_sweep(typed, launcher) == 0 and len(launcher.launched) == 3
+    for damaged in (5, {"attention=mha": 5}):
+        path.write_text(json.dumps(content | {"settings": damaged}))
+        with pytest.raises(UserError, match=r"sweep\.json is damaged \(it is not what a sweep writes\)"):
+            read_sweep(path.parent)
 
 
 def test_sweep_does_without_scipy(workplace):
