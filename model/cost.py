@@ -9,11 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.layout import Kind, Role
 from model.mask import Mask, Pattern
-from model.norm import NORMS
 from model.transformer import ModelConfig, TransformerLM
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
+PART_OF_ROLE = {  # attention and MLP share the others
+    Role.EMBEDDING: "embedding",
+    Role.POSITION: "embedding",
+    Role.HEAD: "head",
+    Role.NORM: "norms",
+}
 TRAINING = 3  # a backward pass computes two products for each one of the forward pass
 MAX_SCANNED = 2**24  # entries of a mask that are looked at
 
@@ -28,10 +34,11 @@ def parameters(model: TransformerLM) -> dict[str, int]:
     """Numbers by part, as they lie in memory: the padding of a vocabulary counts, a tied head has none of its own.
     Norms within attention are norms."""
     counts = dict.fromkeys(PARTS, 0)
-    for name, module in model.named_modules():
-        part = next((part for part in ("attention", "mlp", "head") if part in name.split(".")), "embedding")
-        part = "norms" if isinstance(module, NORMS) else part
-        counts[part] += sum(p.numel() for p in module.parameters(recurse=False))
+    layouts = model.layout()
+    of_attention = {parameter for block in model.layers for parameter in block.attention.parameters()}
+    for name, parameter in model.named_parameters():
+        part = PART_OF_ROLE.get(layouts[name].role) or ("attention" if parameter in of_attention else "mlp")
+        counts[part] += parameter.numel()
     return counts
 
 
@@ -71,12 +78,10 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
 
 def _macs_of_matrices(model: TransformerLM) -> int:
     """Multiply-adds per token. To look up a row of an embedding is no product; but a tied embedding is the head too."""
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
-    if model.head is not None:
-        matrices -= model.embedding.weight.numel()
-    if model.position_embedding is not None:
-        matrices -= sum(p.numel() for p in model.position_embedding.parameters())
-    return matrices
+    head = Role.EMBEDDING if model.head is None else Role.HEAD
+    layouts = model.layout()
+    multiplied = {name for name, layout in layouts.items() if layout.kind is Kind.MATRIX or layout.role is head}
+    return sum(model.get_parameter(name).numel() for name in multiplied)
 
 
 def _visible(pattern: Pattern, positions: Tensor, docs: Tensor | None = None) -> float:

@@ -1,31 +1,155 @@
-"""Layout of weight matrices: which rows belong to which head and part, for optimizers and QK-clip.
+"""ParamLayout: what optimizers, QK-clip, initialisation, costs, and import and export may know of a parameter.
 
-Muon orthogonalises each logical matrix by itself, and QK-clip scales the rows that make a head's queries and keys; a
-stored matrix holds several of them, one below the other."""
+Each module has `layout()`, a table of its parameters by name; nobody else matches names.
+
+    def layout(self):                                                             # of an attention
+        return {
+            **linear("q_proj", self.q_proj, Role.QUERY, self.n_heads, Part("q", self.head_dim, clip_power=0.5)),
+            ...
+            **linear("o_proj", self.o_proj, Role.RESIDUAL_OUTPUT),
+            **nested("q_norm", self.q_norm),
+        }
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import NamedTuple, Self
 
-from torch import Tensor
+from torch import Tensor, nn
+
+
+class Role(Enum):
+    """Use of a matrix, and of the bias beside it."""
+
+    EMBEDDING = "embedding"
+    HEAD = "head"
+    POSITION = "position"
+    QUERY = "query"
+    KEY = "key"
+    VALUE = "value"
+    LATENT_DOWN = "latent_down"  # from the hidden state to a latent
+    LATENT_UP = "latent_up"  # from a latent to what is each head's
+    GATE = "gate"
+    UP = "up"
+    RESIDUAL_OUTPUT = "residual_output"  # writes to the residual stream
+    NORM = "norm"
+
+
+class Kind(Enum):
+    """What an optimizer treats alike."""
+
+    MATRIX = "matrix"  # multiplies vectors: Muon orthogonalises its logical matrices
+    TABLE = "table"  # of vectors, of which each token or position has one: embeddings and the LM head
+    VECTOR = "vector"
+    BIAS = "bias"  # a vector that is added, and starts at zero
+
+
+class Names(NamedTuple):
+    """Names in published checkpoints, in transformers' format; None where there is none.
+
+    Where several matrices have one name, as GPT-2's queries, keys and values, these are the rows of one, in the order
+    of the table. GPT-2 stores matrices (but no tables) transposed.
+    """
+
+    llama: str | None = None  # and Qwen3 and DeepSeek-V3
+    gpt2: str | None = None
+
+    def join(self, inner: Self) -> Self:
+        """Names of what is `inner` within the module of these names."""
+        joined = (f"{a}.{b}" if a and b else None for a, b in zip(self, inner, strict=True))
+        return Names(*joined)
+
+
+UNPUBLISHED = Names()
+
+
+class Part(NamedTuple):
+    """Neighbouring rows of each head with a use of their own."""
+
+    name: str
+    rows: int
+    clip_power: float = 0.0  # QK-clip scales these rows by γ to this power, and so the head's scores by γ
 
 
 @dataclass(frozen=True)
-class MatrixLayout:
-    """Divides the rows of a stored matrix into heads, one after another, and each head into named parts.
+class ParamLayout:
+    """Description of a parameter. Its rows (dimension 0) are divided into heads, one after another, and each head into
+    parts: heads · sum of the parts' rows = rows. What is used whole has one head with one part."""
 
-    heads · sum(parts) = rows. A matrix that is used whole has one head with one part.
-    """
-
+    role: Role
+    kind: Kind
     heads: int
-    parts: Mapping[str, int]  # name -> rows of this part in each head, in order
+    parts: tuple[Part, ...]
+    fan_in: int | None  # of a matrix or table, its columns
+    published: Names
+
+    @property
+    def rows(self) -> int:
+        return self.heads * sum(part.rows for part in self.parts)
+
+    @property
+    def shard_axis(self) -> int | None:
+        """Dimension that tensor parallelism would split, attention's by heads; None: each device has the whole."""
+        if self.role is Role.RESIDUAL_OUTPUT:  # whose bias is added once, to the sum over the devices
+            return 1 if self.kind is Kind.MATRIX else None
+        by_rows = self.heads > 1 or self.role in (Role.EMBEDDING, Role.HEAD, Role.GATE, Role.UP)
+        return 0 if by_rows else None
 
     def views(self, stored: Tensor) -> dict[str, Tensor]:
         """Views of each part: of the matrix (rows, cols), (heads, part rows, cols); of its bias (rows,),
         (heads, part rows)."""
-        pieces = stored.unflatten(0, (self.heads, -1)).split(list(self.parts.values()), dim=1)
-        return dict(zip(self.parts, pieces, strict=True))
+        pieces = stored.unflatten(0, (self.heads, -1)).split([part.rows for part in self.parts], dim=1)
+        return dict(zip((part.name for part in self.parts), pieces, strict=True))
+
+    def whole(self) -> Self:
+        """The same parameter, used whole."""
+        return replace(self, heads=1, parts=(Part("whole", self.rows),))
 
 
-def single_matrix(name: str, rows: int) -> MatrixLayout:
-    """Layout of a matrix that is used whole."""
-    return MatrixLayout(1, {name: rows})
+def leaf(
+    module: nn.Module, role: Role, kind: Kind, heads: int = 1, parts: tuple[Part, ...] = ()
+) -> dict[str, ParamLayout]:
+    """Table of a module with a `weight`, and perhaps a `bias` of as many rows. Without parts it is used whole."""
+    parts = tuple(part for part in parts if part.rows) or (Part("whole", len(module.weight)),)
+    fan_in = None if kind is Kind.VECTOR else module.weight.shape[1]
+    table = {"weight": ParamLayout(role, kind, heads, parts, fan_in, Names("weight", "weight"))}
+    if getattr(module, "bias", None) is not None:
+        table["bias"] = ParamLayout(role, Kind.BIAS, heads, parts, None, Names("bias", "bias"))
+    return table
+
+
+def linear(
+    name: str, module: nn.Linear | None, role: Role, heads: int = 1, *parts: Part, published: Names = UNPUBLISHED
+) -> dict[str, ParamLayout]:
+    """Table of a linear layer called `name`, its weight and its bias; of None, an empty one. Parts without rows are
+    left out; without any, the matrix is used whole."""
+    return {} if module is None else _within(name, leaf(module, role, Kind.MATRIX, heads, parts), published)
+
+
+def nested(name: str, module: nn.Module | None, published: Names = UNPUBLISHED) -> dict[str, ParamLayout]:
+    """Table of a module called `name` that has a `layout()`; of one without parameters, an empty one."""
+    has_parameters = module is not None and any(True for _ in module.parameters())
+    return _within(name, module.layout(), published) if has_parameters else {}
+
+
+def _within(name: str, table: Mapping[str, ParamLayout], published: Names) -> dict[str, ParamLayout]:
+    return {
+        f"{name}.{inner}": replace(layout, published=published.join(layout.published))
+        for inner, layout in table.items()
+    }
+
+
+def check_layouts(module: nn.Module, table: Mapping[str, ParamLayout]) -> None:
+    """Raise ValueError where a table does not describe all parameters of the module, or not in their sizes."""
+    named = dict(module.named_parameters())
+    for name in {**named, **table}:
+        if name not in table:
+            fault = f"{name} is in no layout(): add it to that of its module, as linear() or nested() do"
+        elif name not in named:
+            fault = f"{name} is in a layout(), and is no parameter"
+        elif len(named[name]) != table[name].rows:
+            fault = f"{name} has {len(named[name])} rows, and {table[name].rows} in its layout()"
+        else:
+            continue
+        raise ValueError(f"{fault} (model/layout.py)")

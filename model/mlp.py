@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from common.settings import FrozenSettings
 from model.dimensions import MAX_SIZE, Dimensions
+from model.layout import Names, ParamLayout, Role, linear
 from model.linear import Linear
 
 
@@ -25,7 +26,7 @@ class MLPConfig(FrozenSettings, ABC):
 
     @abstractmethod
     def build(self, dimensions: Dimensions) -> nn.Module:
-        """Build the module; call it on a derived config. `down_proj` writes to the residual stream."""
+        """Build the module, with a `layout()`; call it on a derived config."""
 
 
 class SwiGLUConfig(MLPConfig):
@@ -75,6 +76,13 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
+    def layout(self) -> dict[str, ParamLayout]:
+        return {
+            **linear("gate_proj", self.gate_proj, Role.GATE, published=Names("gate_proj")),
+            **linear("up_proj", self.up_proj, Role.UP, published=Names("up_proj")),
+            **linear("down_proj", self.down_proj, Role.RESIDUAL_OUTPUT, published=Names("down_proj")),
+        }
+
 
 class PlainMLP(nn.Module):
     """MLP with one hidden layer, down(activation(up x)): ReLU, ReLU² (So et al. 2021, arXiv:2109.08668) or GELU
@@ -88,6 +96,12 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
+
+    def layout(self) -> dict[str, ParamLayout]:
+        return {
+            **linear("up_proj", self.up_proj, Role.UP, published=Names(gpt2="c_fc")),
+            **linear("down_proj", self.down_proj, Role.RESIDUAL_OUTPUT, published=Names(gpt2="c_proj")),
+        }
 
 
 class _ReLU2(torch.autograd.Function):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from model.dimensions import Dimensions
+from model.layout import Kind, ParamLayout, Role, leaf
 
 RMS_EPS = 1e-6
 
@@ -24,6 +25,9 @@ class RMSNorm(nn.Module):
         if x.is_cuda:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS).to(x.dtype)
         return _RMSNorm.apply(x, self.weight)
+
+    def layout(self) -> dict[str, ParamLayout]:
+        return leaf(self, Role.NORM, Kind.VECTOR)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -64,6 +68,9 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, eps=1e-5).to(x.dtype)
 
+    def layout(self) -> dict[str, ParamLayout]:
+        return leaf(self, Role.NORM, Kind.VECTOR)
+
 
 class GroupedRMSNorm(nn.Module):
     """RMSNorm of heads (..., H, n) with one root mean square for each of G groups of neighbouring heads, and one weight
@@ -82,6 +89,9 @@ class GroupedRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x.float() * _per_head(self.inverse_rms(x), x.shape[-2]) * self.weight).to(x.dtype)
 
+    def layout(self) -> dict[str, ParamLayout]:
+        return leaf(self, Role.NORM, Kind.VECTOR)
+
 
 def inverse_rms(x: Tensor, groups: int) -> Tensor:
     """1 / sqrt(mean of x² + 1e-6) over the heads and dims of each group of neighbouring heads: (..., H, n) -> (..., G)
@@ -97,9 +107,6 @@ def unit_rms(x: Tensor, groups: int) -> Tensor:
 def _per_head(inverse: Tensor, heads: int) -> Tensor:
     """Repeat a value of each group for its heads: (..., G) -> (..., H, 1)."""
     return inverse.repeat_interleave(heads // inverse.shape[-1], dim=-1)[..., None]
-
-
-NORMS = (RMSNorm, LayerNorm, GroupedRMSNorm)
 
 
 def residual_norm(dimensions: Dimensions) -> nn.Module:

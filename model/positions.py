@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from common.settings import Change, FrozenSettings
 from model.dimensions import MAX_SIZE, Dimensions
+from model.layout import Kind, ParamLayout, Role, leaf
 from model.mask import Mask
 from model.rope import Layout, Rope, Scaling
 
@@ -176,6 +177,9 @@ class Learned(nn.Module):
                 "give fewer, or train with position_embedding=sinusoidal"
             )
         return F.embedding(positions.clamp(min=0), self.weight)
+
+    def layout(self) -> dict[str, ParamLayout]:
+        return leaf(self, Role.POSITION, Kind.TABLE)
 
 
 class Sinusoidal(nn.Module):

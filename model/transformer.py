@@ -14,15 +14,13 @@ from model.attention.base import AttentionChoice, Context
 from model.cache import Cache
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
-from model.layout import MatrixLayout, single_matrix
+from model.layout import Kind, Names, ParamLayout, Role, check_layouts, leaf, nested
 from model.mlp import MLPConfig
 from model.norm import residual_norm
 from model.placement import Placement
 from model.positions import position_embedding
 
 VOCAB_MULTIPLE = 64  # tensor cores and AMX need aligned widths
-# matrices that write to the residual stream
-RESIDUAL_OUTPUTS = ("attention.o_proj.weight", "mlp.down_proj.weight")
 
 
 class ModelConfig(Dimensions):
@@ -73,14 +71,23 @@ class Block(nn.Module):
         x = x + ctx.drop(y, self.dropout)
         return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), aux
 
+    def layout(self) -> dict[str, ParamLayout]:
+        return {
+            **nested("attention_norm", self.attention_norm, Names("input_layernorm", "ln_1")),
+            **nested("attention", self.attention, Names("self_attn", "attn")),
+            **nested("mlp_norm", self.mlp_norm, Names("post_attention_layernorm", "ln_2")),
+            **nested("mlp", self.mlp, Names("mlp", "mlp")),
+        }
+
 
 class PaddedEmbedding(nn.Module):
     """Token embedding or LM head matrix, its vocabulary padded to a multiple of 64. The padding rows are zero and stay
     zero (nothing reads them, so their gradient is zero), and the state dict leaves them out."""
 
-    def __init__(self, vocab_size: int, d_model: int):
+    def __init__(self, vocab_size: int, d_model: int, role: Role):
         super().__init__()
         self.vocab_size = vocab_size
+        self.role = role
         self.weight = nn.Parameter(torch.empty(-(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE, d_model))
         self.register_state_dict_post_hook(_without_padding)
         self.register_load_state_dict_pre_hook(_with_padding)
@@ -88,6 +95,9 @@ class PaddedEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Look up embeddings: (B, T) -> (B, T, d)."""
         return F.embedding(tokens, self.weight)
+
+    def layout(self) -> dict[str, ParamLayout]:
+        return leaf(self, self.role, Kind.TABLE)
 
 
 def _without_padding(module: PaddedEmbedding, state: dict, prefix: str, _metadata) -> None:
@@ -132,11 +142,11 @@ class TransformerLM(nn.Module):
         self.config = config
         self.vocab_size = vocab_size
         self.causal = causal
-        self.embedding = PaddedEmbedding(vocab_size, config.d_model)
+        self.embedding = PaddedEmbedding(vocab_size, config.d_model, Role.EMBEDDING)
         self.position_embedding = position_embedding(config)
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = residual_norm(config)
-        self.head = None if config.tie_embeddings else PaddedEmbedding(vocab_size, config.d_model)
+        self.head = None if config.tie_embeddings else PaddedEmbedding(vocab_size, config.d_model, Role.HEAD)
         # Distinct rotations in order of first use: in a set the order, and so the traced graph, would change with
         # PYTHONHASHSEED.
         self.ropes = tuple(dict.fromkeys(b.attention.rope for b in self.layers if b.attention.rope is not None))
@@ -189,17 +199,18 @@ class TransformerLM(nn.Module):
             raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
 
-    def param_layout(self) -> dict[str, MatrixLayout]:
-        """Layout of each matrix in the layers, by parameter name. Embedding and LM head are left out: they are tables
-        of token vectors rather than matrices for Muon."""
-        layouts = {}
+    def layout(self) -> dict[str, ParamLayout]:
+        """Describe every parameter, by its name. Raises ValueError where a module's layout() lacks one."""
+        table = {
+            **nested("embedding", self.embedding, Names("model.embed_tokens", "transformer.wte")),
+            **nested("position_embedding", self.position_embedding, Names(gpt2="transformer.wpe")),
+        }
         for i, block in enumerate(self.layers):
-            for name, layout in block.attention.param_layout().items():
-                layouts[f"layers.{i}.attention.{name}"] = layout
-            for name, parameter in block.mlp.named_parameters():
-                if parameter.ndim >= 2:
-                    layouts[f"layers.{i}.mlp.{name}"] = single_matrix(name, parameter.shape[0])
-        return layouts
+            table |= nested(f"layers.{i}", block, Names(f"model.layers.{i}", f"transformer.h.{i}"))
+        table |= nested("norm", self.norm, Names("model.norm", "transformer.ln_f"))
+        table |= nested("head", self.head, Names("lm_head", "lm_head"))
+        check_layouts(self, table)
+        return table
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
@@ -212,16 +223,17 @@ class TransformerLM(nn.Module):
         divided by sqrt(2 · n_layers), so that together they add about as much as one alone would (Radford et al. 2019,
         section 2.3).
         """
-        for name, parameter in self.named_parameters():
+        for name, layout in self.layout().items():
+            parameter = self.get_parameter(name)
             if parameter.is_meta:
                 continue  # has no memory to fill
-            is_residual_output = name.endswith(RESIDUAL_OUTPUTS)
-            if name.endswith(".bias") or (is_residual_output and self.config.zero_init):
+            is_residual_output = layout.role is Role.RESIDUAL_OUTPUT
+            if layout.kind is Kind.BIAS or (is_residual_output and self.config.zero_init):
                 parameter.zero_()
-            elif parameter.ndim >= 2:  # norms start at one
+            elif layout.fan_in is not None:  # norms start at one
                 digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                weight = torch.empty(parameter.shape).normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+                weight = torch.empty(parameter.shape).normal_(0, layout.fan_in**-0.5, generator=generator)
                 parameter.copy_(weight / math.sqrt(2 * self.config.n_layers) if is_residual_output else weight)
         for matrix in (self.embedding, self.head):
             if matrix is not None:

@@ -14,7 +14,7 @@ from common.settings import Change, FrozenSettings
 from model.cache import Cache
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
-from model.layout import MatrixLayout
+from model.layout import ParamLayout
 from model.mask import Mask, Pattern
 from model.placement import Placement
 from model.positions import PositionConfig
@@ -164,10 +164,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
 
 
 class Attention(nn.Module, ABC):
-    """Attention layer: a pure function of its input, the context and the KV cache it is given. It owns weights only.
-
-    The output matrix is named `o_proj`: it writes to the residual stream and is initialised accordingly.
-    """
+    """Attention layer: a pure function of its input, the context and the KV cache it is given. It owns weights only."""
 
     rope: Rope | None  # None with another positional encoding, or none
     pattern: Pattern
@@ -183,12 +180,10 @@ class Attention(nn.Module, ABC):
         """Create an empty KV cache on the device and in the dtype of the weights. The caller owns it."""
 
     @abstractmethod
-    def param_layout(self) -> dict[str, MatrixLayout]:
-        """Layout of each matrix, by parameter name: which rows belong to which head, and to which of the parts with
-        different uses (latent and rope key, keys and values). o_proj is a single matrix: it sums over the heads.
-
-        Part names are q and k if all dimensions of a head are alike, else q_nope, q_rope and k_nope (the shared rope
-        key belongs to no head): by these names QK-clip finds the rows that make a head's scores."""
+    def layout(self) -> dict[str, ParamLayout]:
+        """Describe every parameter, by its name in this module: see model/layout.py. Where the rows of a matrix are of
+        heads, or of parts with different uses (latent and rope key, keys and values), it names them; o_proj is used
+        whole, since it sums over the heads. The rows that make a head's scores have a clip_power."""
 
 
 def update_cache(

@@ -20,7 +20,7 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
-from model.layout import MatrixLayout, single_matrix
+from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.stats import collect_stats
@@ -123,11 +123,14 @@ class GQA(Attention):
         head = (self.n_kv_heads, self.head_dim)
         return cache_for(self.pattern, batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
 
-    def param_layout(self) -> dict[str, MatrixLayout]:
-        heads = self.o_proj.in_features // self.head_dim
+    def layout(self) -> dict[str, ParamLayout]:
+        n_heads, head_dim = self.o_proj.in_features // self.head_dim, self.head_dim
+        q, k, v = Part("q", head_dim, clip_power=0.5), Part("k", head_dim, clip_power=0.5), Part("v", head_dim)
         return {
-            "q_proj.weight": MatrixLayout(heads, {"q": self.head_dim}),
-            "k_proj.weight": MatrixLayout(self.n_kv_heads, {"k": self.head_dim}),
-            "v_proj.weight": MatrixLayout(self.n_kv_heads, {"v": self.head_dim}),
-            "o_proj.weight": single_matrix("o", self.o_proj.out_features),
+            **linear("q_proj", self.q_proj, Role.QUERY, n_heads, q, published=Names("q_proj", "c_attn")),
+            **linear("k_proj", self.k_proj, Role.KEY, self.n_kv_heads, k, published=Names("k_proj", "c_attn")),
+            **linear("v_proj", self.v_proj, Role.VALUE, self.n_kv_heads, v, published=Names("v_proj", "c_attn")),
+            **linear("o_proj", self.o_proj, Role.RESIDUAL_OUTPUT, published=Names("o_proj", "c_proj")),
+            **nested("q_norm", self.q_norm, Names("q_norm")),
+            **nested("k_norm", self.k_norm, Names("k_norm")),
         }

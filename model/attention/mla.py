@@ -63,7 +63,7 @@ from model.attention.base import (
 from model.cache import Cache, cache_for
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
-from model.layout import MatrixLayout, single_matrix
+from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
 from model.mask import Mask
 from model.norm import GroupedRMSNorm, RMSNorm, inverse_rms, unit_rms
@@ -273,24 +273,34 @@ class MLA(Attention):
                 columns["inverse_rms"] = (self.key_groups, 1)
         return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
 
-    def param_layout(self) -> dict[str, MatrixLayout]:
-        q_parts = {"q_nope": self.nope_dim}
-        down_parts = {"latent": self.rank}
-        if self.rope_dim:
-            q_parts["q_rope"] = self.rope_dim
-        if self.rope_dim and self.k_rope_proj is None:
-            down_parts["k_rope"] = self.rope_dim
-        query = MatrixLayout(self.n_heads, q_parts)
-        layout = {"q_proj.weight": query}
-        if isinstance(self.q_proj, nn.Sequential):
-            q_latent = single_matrix("q_latent", self.q_proj.down.out_features)
-            layout = {"q_proj.down.weight": q_latent, "q_proj.up.weight": query}
-        layout["kv_down.weight"] = MatrixLayout(1, down_parts)
-        layout["kv_up.weight"] = MatrixLayout(self.n_heads, {"k_nope": self.nope_dim, "v": self.v_dim})
-        layout["o_proj.weight"] = single_matrix("o", self.o_proj.out_features)
-        if self.k_rope_proj is not None:
-            layout["k_rope_proj.weight"] = single_matrix("k_rope", self.rope_dim)
-        return layout
+    def layout(self) -> dict[str, ParamLayout]:
+        # The rope key is no head's own: QK-clip leaves it, and q_rope makes up for it.
+        query = (Part("q_nope", self.nope_dim, clip_power=0.5), Part("q_rope", self.rope_dim, clip_power=1.0))
+        down = (Part("latent", self.rank), Part("k_rope", self.kv_down.out_features - self.rank))
+        up = (Part("k_nope", self.nope_dim, clip_power=0.5), Part("v", self.v_dim))
+        return {
+            **self._query_layout(query),
+            **linear("kv_down", self.kv_down, Role.LATENT_DOWN, 1, *down, published=Names("kv_a_proj_with_mqa")),
+            **linear("kv_up", self.kv_up, Role.LATENT_UP, self.n_heads, *up, published=Names("kv_b_proj")),
+            **linear("o_proj", self.o_proj, Role.RESIDUAL_OUTPUT, published=Names("o_proj")),
+            **linear("k_rope_proj", self.k_rope_proj, Role.KEY, 1, Part("k_rope", self.rope_dim)),
+            **nested("kv_norm", self.kv_norm, Names("kv_a_layernorm")),
+            **nested("q_norm", self.q_norm),
+            **nested("q_nope_norm", self.q_nope_norm),
+            **nested("q_rope_norm", self.q_rope_norm),
+            **nested("k_rope_norm", self.k_rope_norm),
+            **nested("k_nope_norm", self.k_nope_norm),
+        }
+
+    def _query_layout(self, parts: tuple[Part, ...]) -> dict[str, ParamLayout]:
+        if isinstance(self.q_proj, Linear):
+            return linear("q_proj", self.q_proj, Role.QUERY, self.n_heads, *parts, published=Names("q_proj"))
+        down, norm, up = self.q_proj
+        return {
+            **linear("q_proj.down", down, Role.LATENT_DOWN, published=Names("q_a_proj")),
+            **linear("q_proj.up", up, Role.QUERY, self.n_heads, *parts, published=Names("q_b_proj")),
+            **nested("q_proj.norm", norm, Names("q_a_layernorm")),
+        }
 
     def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> AttentionOutput:
         k, v = self._expand(row)

@@ -7,6 +7,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from model.layout import Kind, ParamLayout
+from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer, without_compiler_marks
 from training.optim.base import OptimConfig, StateTensor
 
@@ -44,17 +46,20 @@ class AdamWConfig(OptimConfig):
         lr = self.lr or self.lr_times_width / d_model
         return self.model_copy(update={"lr": lr, "bias_lr": self.bias_lr or self.bias_lr_factor * lr})
 
-    def build(self, model: nn.Module) -> AdamW:
-        groups = self.groups(dict(model.named_parameters()))
+    def build(self, model: TransformerLM) -> AdamW:
+        groups = self.groups(model.layout(), model)
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
-    def groups(self, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-        """Parameter groups: matrices, other vectors, biases. `factor` is what the scheduled rate is multiplied by."""
-        biases = [p for name, p in named.items() if p.ndim < 2 and name.endswith("bias")]
-        vectors = [p for name, p in named.items() if p.ndim < 2 and not name.endswith("bias")]
+    def groups(self, layouts: Mapping[str, ParamLayout], model: TransformerLM) -> list[dict[str, Any]]:
+        """Groups of the model's parameters in `layouts`: matrices and tables, vectors, biases. `factor` is what the
+        scheduled rate is multiplied by."""
+        of_kind = {kind: [] for kind in Kind}
+        for name, layout in layouts.items():
+            of_kind[layout.kind].append(model.get_parameter(name))
+        decayed = of_kind[Kind.MATRIX] + of_kind[Kind.TABLE]
         found = [
-            {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": self.weight_decay, "factor": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
-            {"params": biases, "weight_decay": 0.0, "factor": (self.bias_lr or self.lr) / self.lr},
+            {"params": decayed, "weight_decay": self.weight_decay, "factor": 1.0},
+            {"params": of_kind[Kind.VECTOR], "weight_decay": 0.0, "factor": 1.0},
+            {"params": of_kind[Kind.BIAS], "weight_decay": 0.0, "factor": (self.bias_lr or self.lr) / self.lr},
         ]
         return [group for group in found if group["params"]]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from common.settings import MAX_COUNT
-from model.layout import MatrixLayout, single_matrix
+from model.layout import Kind, ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer
 from runtime.precision import multiplies_bf16
@@ -42,13 +42,15 @@ class MuonConfig(AdamWConfig):
         return {"muon_lr": self.muon_lr, **super().base_lrs}
 
     def build(self, model: TransformerLM) -> "Muon":
-        splits, named = model.param_layout(), dict(model.named_parameters())
-        if not self.per_head:
-            splits = {name: single_matrix(name, named[name].shape[0]) for name in splits}
-        others = {name: parameter for name, parameter in named.items() if name not in splits}
+        layouts = model.layout()
+        matrices = {name: layout for name, layout in layouts.items() if layout.kind is Kind.MATRIX}
+        others = {name: layout for name, layout in layouts.items() if layout.kind is not Kind.MATRIX}
+        logical = {
+            model.get_parameter(name): layout if self.per_head else layout.whole() for name, layout in matrices.items()
+        }
         common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
         hidden = {
-            "params": [named[name] for name in splits],
+            "params": list(logical),
             "lr": self.lr,
             "peak_lr": self.lr,
             "muon_lr": self.muon_lr,
@@ -56,15 +58,11 @@ class MuonConfig(AdamWConfig):
             "momentum": self.momentum,
             "momentum_warmup": self.momentum_warmup,
         }
-        return Muon(
-            hidden,
-            [group | common for group in self.groups(others)],
-            {named[name]: split for name, split in splits.items()},
-        )
+        return Muon(hidden, [group | common for group in self.groups(others, model)], logical)
 
     def state_bytes(self, model: TransformerLM) -> int:
-        hidden = model.param_layout().keys()
-        return sum((4 if name in hidden else 2 * 4) * p.numel() for name, p in model.named_parameters())
+        moments = {name: 1 if layout.kind is Kind.MATRIX else 2 for name, layout in model.layout().items()}
+        return sum(4 * moments[name] * p.numel() for name, p in model.named_parameters())
 
 
 class Muon(UncompiledOptimizer, torch.optim.Optimizer):
@@ -88,13 +86,13 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_scale = found_inf = None  # arguments of `step`, set while it runs, as PyTorch's gradient scaler does
 
-    def __init__(self, hidden: dict, others: list[dict], splits: Mapping[nn.Parameter, MatrixLayout]):
+    def __init__(self, hidden: dict, others: list[dict], layouts: Mapping[nn.Parameter, ParamLayout]):
         super().__init__([hidden, *others], {})
-        self.splits = splits
+        self.layouts = layouts
 
     def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
         """State tensors of a parameter after a step, by name."""
-        if parameter in self.splits:
+        if parameter in self.layouts:
             moments = {"momentum_buffer": StateTensor(parameter.shape)}
         else:
             moments = {"exp_avg": StateTensor(parameter.shape), "exp_avg_sq": StateTensor(parameter.shape, 0.0)}
@@ -140,8 +138,8 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
         """Views (heads, rows, cols) of logical matrices, and of their directions, those of a shape together."""
         found = {}
         for parameter, direction in zip(parameters, directions, strict=True):
-            split = self.splits[parameter]
-            for part, along in zip(split.views(parameter).values(), split.views(direction).values(), strict=True):
+            layout = self.layouts[parameter]
+            for part, along in zip(layout.views(parameter).values(), layout.views(direction).values(), strict=True):
                 matrices, alongs = found.setdefault(part.shape[1:], ([], []))
                 matrices.append(part)
                 alongs.append(along)

@@ -8,10 +8,6 @@ from torch import Tensor
 
 from model.transformer import TransformerLM
 
-# The power of γ by which each part is scaled, so that every score of the head becomes γ times what it was. The rope key
-# of MLA is no head's own: it stays, and q_rope makes up for it.
-POWERS = {"q": 0.5, "k": 0.5, "q_nope": 0.5, "k_nope": 0.5, "q_rope": 1.0}
-
 
 class Clipped(NamedTuple):
     """Result of one step's QK-clip; scalars on the device."""
@@ -26,17 +22,15 @@ class QKClip:
 
     def __init__(self, model: TransformerLM, threshold: float):
         self.threshold = threshold
-        named = dict(model.named_parameters())
         self.parts: list[tuple[int, float, Tensor]] = []  # layer, power, a view of the parameter: (heads, rows, ...)
         self.keys = []  # key heads of each layer
         for i, block in enumerate(model.layers):
             heads = []
-            for name, split in block.attention.param_layout().items():
-                bias = f"{name.removesuffix('weight')}bias"
-                for stored in (named.get(f"layers.{i}.attention.{each}") for each in (name, bias)):
-                    views = {} if stored is None else split.views(stored.detach())
-                    self.parts += [(i, POWERS[part], view) for part, view in views.items() if part in POWERS]
-                    heads += [split.heads for part in views if part in POWERS]
+            for name, layout in block.attention.layout().items():
+                views = layout.views(block.attention.get_parameter(name).detach())
+                clipped = [part for part in layout.parts if part.clip_power]
+                self.parts += [(i, part.clip_power, views[part.name]) for part in clipped]
+                heads += [layout.heads for _ in clipped]
             self.keys.append(min(heads))
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
+from model.layout import Kind, Role
 from model.mask import Mask
 from model.placement import Placement
 from model.transformer import TransformerLM
@@ -126,34 +127,41 @@ def test_cache_bytes_per_token_equal_the_formula(case):
 
 
 @every_case
-def test_param_layout_covers_every_row_of_every_matrix(case):
-    """Each matrix of an attention is published, its parts in their heads are all of its rows, each once."""
-    model = small_model(*case)
-    for block in model.layers:
-        matrices = {name: p for name, p in block.attention.named_parameters() if p.ndim >= 2}
-        blocks = block.attention.param_layout()
-        assert blocks.keys() == matrices.keys()
-        for name, split in blocks.items():
-            assert all(rows > 0 for rows in split.parts.values())
-            assert split.heads * sum(split.parts.values()) == matrices[name].shape[0]
-            assert split.views(matrices[name]).keys() == split.parts.keys()
-    hidden = {name for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim >= 2}
-    assert model.param_layout().keys() == hidden
+def test_layout_describes_every_parameter_once(case):
+    """Rows of the parts in their heads are all of its rows, and fan-in is its other dimension."""
+    model = small_model(*case, "model.tie_embeddings=false")
+    named, table = dict(model.named_parameters()), model.layout()
+    assert table.keys() == named.keys()
+    for name, layout in table.items():
+        rows, *columns = named[name].shape
+        assert all(part.rows > 0 for part in layout.parts)
+        assert layout.heads * sum(part.rows for part in layout.parts) == rows
+        assert [layout.fan_in] == (columns or [None]), name
+        assert list(layout.views(named[name])) == [part.name for part in layout.parts]
+        assert (layout.kind in (Kind.VECTOR, Kind.BIAS)) == (not columns)
+        assert layout.shard_axis is None or layout.shard_axis < named[name].ndim
 
 
-def test_param_layout_names_the_rows_the_forward_pass_reads():
-    """Zeroing the keys of a head, as the blocks name them, leaves that head without scores, and no other."""
+@every_case
+def test_layout_of_blocks_names_queries_and_one_residual_output_each_for_attention_and_mlp(case):
+    for block in small_model(*case).layers:
+        matrices = [layout.role for layout in block.attention.layout().values() if layout.kind is Kind.MATRIX]
+        assert matrices.count(Role.RESIDUAL_OUTPUT) == matrices.count(Role.QUERY) == 1
+        assert [layout.role for layout in block.mlp.layout().values()].count(Role.RESIDUAL_OUTPUT) >= 1
+
+
+def test_layout_names_the_rows_the_forward_pass_reads():
+    """Zeroing the keys of a head, as the layout names them, leaves that head without scores, and no other."""
     seen = {}
     for attention, part in (("gqa", "k"), ("mla", "k_nope")):
         norm = "false" if part == "k" else "latent"
         model = small_model(f"attention={attention}", f"attention.qk_norm={norm}", "attention.qk_bias=false")
         with torch.no_grad():
-            for name, split in model.param_layout().items():
-                views = split.views(dict(model.named_parameters())[name])
-                if part in views:
-                    views[part][1] = 0
-                if "q_rope" in views:
-                    views["q_rope"][1] = 0
+            for name, layout in model.layout().items():
+                views = layout.views(dict(model.named_parameters())[name])
+                for zeroed in (part, "q_rope"):
+                    if zeroed in views:
+                        views[zeroed][1] = 0
         aux = model(some_tokens(1, 16), collect=frozenset({"max_logit"})).aux
         seen[attention] = [value > 0 for value in aux["layers.0.max_logit"].tolist()]
     assert seen == {"gqa": [True, True, False, False], "mla": [True, False, True, True]}

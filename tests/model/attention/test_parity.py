@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.layout import Kind
 from model.transformer import TransformerLM
 from tests.model.attention.laws import ways_to_decode
 from tests.support import composed_run, logits_of, relative_error, some_tokens
@@ -36,31 +37,6 @@ OURS = (
     "mlp.d_ff=96",
     "attention.qk_bias=false",
 )
-NAMES = {
-    "model.embed_tokens": "embedding",
-    "lm_head": "head",
-    "model.norm": "norm",
-    "model.layers": "layers",
-    "input_layernorm": "attention_norm",
-    "post_attention_layernorm": "mlp_norm",
-    "self_attn": "attention",
-    # MLA
-    "q_a_proj": "q_proj.down",
-    "q_a_layernorm": "q_proj.norm",
-    "q_b_proj": "q_proj.up",
-    "kv_a_proj_with_mqa": "kv_down",
-    "kv_a_layernorm": "kv_norm",
-    "kv_b_proj": "kv_up",
-}
-
-
-def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in state.items():
-        for theirs, mine in NAMES.items():
-            name = name.replace(theirs, mine)
-        ours[name] = tensor
-    return ours
 
 
 def spread_out(theirs: torch.nn.Module) -> None:
@@ -73,16 +49,28 @@ def spread_out(theirs: torch.nn.Module) -> None:
             parameter.copy_(1 + 0.3 * spread if norm else spread * parameter.shape[-1] ** -0.5 * 2)
 
 
+def load_published(mine: TransformerLM, state: dict[str, Tensor]) -> None:
+    """All of their weights, and nothing else but zeros: DeepSeek has biases in attention only."""
+    table = mine.layout()
+    assert state.keys() <= {layout.published.llama for layout in table.values()}
+    for name, parameter in mine.named_parameters():
+        theirs = state.get(table[name].published.llama)
+        assert theirs is not None or table[name].kind is Kind.BIAS, name
+        parameter.data.copy_(torch.zeros_like(parameter) if theirs is None else padded(theirs, parameter))
+
+
+def padded(theirs: Tensor, parameter: Tensor) -> Tensor:
+    """Rows of zeros behind a vocabulary."""
+    behind = torch.zeros(len(parameter) - len(theirs), *theirs.shape[1:])
+    return torch.cat((theirs, behind))
+
+
 def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
     theirs = theirs.eval()
     spread_out(theirs)
     config = composed_run(*OURS, "kernel=naive", *overrides).model
     mine = TransformerLM(config, VOCAB)
-    state = renamed(theirs.state_dict())
-    for name, parameter in mine.named_parameters():
-        if "mlp" in name and name.endswith("bias") and name not in state:  # DeepSeek has biases in attention only
-            state[name] = torch.zeros_like(parameter)
-    mine.load_state_dict(state)
+    load_published(mine, theirs.state_dict())
     tokens = some_tokens(2, 40)
     with torch.no_grad():
         assert relative_error(logits_of(mine, tokens), theirs(tokens, use_cache=False).logits) <= 1e-4
@@ -158,32 +146,16 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
     )
 
 
-GPT2_NAMES = {
-    "transformer.wte": "embedding",
-    "transformer.wpe": "position_embedding",
-    "transformer.ln_f": "norm",
-    "transformer.h": "layers",
-    "ln_1": "attention_norm",
-    "ln_2": "mlp_norm",
-    "attn.c_proj": "attention.o_proj",
-    "mlp.c_fc": "mlp.up_proj",
-    "mlp.c_proj": "mlp.down_proj",
-}
-
-
-def from_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def load_gpt2(mine: TransformerLM, state: dict[str, Tensor]) -> None:
     """Its matrices are stored as (inputs, outputs), and those of queries, keys and values as one."""
-    ours = {}
-    for name, tensor in state.items():
-        for theirs, mine in GPT2_NAMES.items():
-            name = name.replace(theirs, mine)
-        tensor = tensor.T if "proj.weight" in name or "c_attn.weight" in name else tensor
-        if "c_attn" in name:
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                ours[name.replace("attn.c_attn", f"attention.{part}_proj")] = rows
-        elif name != "lm_head.weight":  # the embedding again
-            ours[name] = tensor
-    return ours
+    named, table = dict(mine.named_parameters()), mine.layout()
+    assert state.keys() == {layout.published.gpt2 for layout in table.values()} | {"lm_head.weight"}
+    for published in state.keys() - {"lm_head.weight"}:  # the embedding again
+        sharing = [named[name] for name, layout in table.items() if layout.published.gpt2 == published]
+        is_matrix = any(layout.published.gpt2 == published and layout.kind is Kind.MATRIX for layout in table.values())
+        theirs = padded(state[published].T if is_matrix else state[published], torch.cat(sharing))
+        for parameter, rows in zip(sharing, theirs.split([len(one) for one in sharing]), strict=True):
+            parameter.data.copy_(rows)
 
 
 @pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_new", "tanh")])
@@ -195,7 +167,7 @@ def test_mha_with_gpt2s_weights_gives_its_logits(activation, approximate):
     sizes = [override for override in OURS if "tie" not in override and override != "mlp=swiglu"]
     tied = ("model.tie_embeddings=true", "model.context_length=64", f"mlp.approximate={approximate}")
     mine = TransformerLM(composed_run("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
-    mine.load_state_dict(from_gpt2(theirs.state_dict()))
+    load_gpt2(mine, theirs.state_dict())
     tokens = some_tokens(2, 40)
     with torch.no_grad():
         expected = theirs(tokens, use_cache=False).logits

@@ -79,11 +79,16 @@ def test_newton_schulz_of_zeros_is_zero():
     assert not newton_schulz(torch.zeros(2, 4, 8)).any()
 
 
+def hidden_names(model: TransformerLM) -> list[str]:
+    """The matrices of the layers."""
+    return [name for name, p in model.named_parameters() if name.startswith("layers.") and p.ndim >= 2]
+
+
 def naive_update(model: TransformerLM, name: str, direction: Tensor) -> Tensor:
     """Of one stored matrix, its logical ones taken out by their row numbers, one at a time."""
-    split, update, row = model.param_layout()[name], torch.zeros_like(direction, dtype=torch.float64), 0
-    for _ in range(split.heads):
-        for rows in split.parts.values():
+    layout, update, row = model.layout()[name], torch.zeros_like(direction, dtype=torch.float64), 0
+    for _ in range(layout.heads):
+        for _, rows, _ in layout.parts:
             matrix = direction[row : row + rows]
             update[row : row + rows] = math.sqrt(max(1, rows / matrix.shape[1])) * polynomial(matrix)
             row += rows
@@ -103,7 +108,7 @@ def test_muon_update_equals_the_formula(attention, monkeypatch):
             p.grad = drawn(*p.shape, seed=100 * step + i)
         optimizer.param_groups[0]["lr"] = 5e-4  # as the schedule says it: half of both rates
         optimizer.step()
-        for name in model.param_layout():
+        for name in hidden_names(model):
             grad = named[name].grad.double()
             buffers[name] = 0.9 * buffers.get(name, torch.zeros_like(grad)) + 0.1 * grad
             update = naive_update(model, name, 0.9 * buffers[name] + 0.1 * grad)
@@ -123,7 +128,7 @@ def test_muon_with_whole_matrices_equals_that_of_pytorch(attention, rounded, tol
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     model, twin = (small_model(f"attention={attention}", "model.n_layers=2") for _ in range(2))
     settings = PLAIN | {"weight_decay": 0.5, "momentum": 0.9, "per_head": False}
-    optimizer, names = configured(MuonConfig, **settings).build(model), model.param_layout().keys()
+    optimizer, names = configured(MuonConfig, **settings).build(model), hidden_names(model)
     mine, its = dict(model.named_parameters()), dict(twin.named_parameters())
     reference = torch.optim.Muon([its[name] for name in names], lr=0.02, weight_decay=0.5, momentum=0.9)
     start = {name: p.detach().clone() for name, p in mine.items()}
@@ -146,9 +151,10 @@ def test_muon_per_head_moves_each_logical_matrix_by_an_orthogonal_matrix():
         for i, (name, p) in enumerate(model.named_parameters()):
             before[name], p.grad = p.detach().clone(), drawn(*p.shape, seed=i)
         optimizer.step()
-        for name, split in model.param_layout().items():
+        for name in hidden_names(model):
+            layout = model.layout()[name]
             moved = (dict(model.named_parameters())[name] - before[name]).detach() / 0.02
-            for part, rows in split.views(moved).items():
+            for part, rows in layout.views(moved).items():
                 spectra = torch.linalg.svdvals(rows / math.sqrt(max(1, rows.shape[1] / rows.shape[2])))
                 near[logical, name, part] = ((spectra > 0.6) & (spectra < 1.25)).float().mean().item()
     assert all(share > 0.9 for (logical, *_), share in near.items() if logical)
@@ -160,7 +166,7 @@ def test_muon_per_head_moves_each_logical_matrix_by_an_orthogonal_matrix():
 def test_muon_updates_embeddings_head_and_vectors_by_adamw():
     model = small_model("attention=gqa", "model.tie_embeddings=false", "model.bias=true", "position=learned")
     twin = small_model("attention=gqa", "model.tie_embeddings=false", "model.bias=true", "position=learned")
-    hidden = model.param_layout().keys()
+    hidden = hidden_names(model)
     assert not [name for name in hidden if "embedding" in name or "head" in name or "norm" in name]
     others = {name: p for name, p in twin.named_parameters() if name not in hidden}
     optimizer = configured(MuonConfig, lr=1e-3).build(model)
