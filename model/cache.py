@@ -3,25 +3,83 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from model.mask import Pattern
 
+SLACK = 16  # positions that a window's cache holds beyond the window, so that it can rewind
+
 
 class CacheView(NamedTuple):
-    """The cached columns (keys and values, or latents) that queries attend to, and the position of each row."""
+    """The columns (keys and values, or latents) that queries attend to, and the position of each row."""
 
     columns: tuple[Tensor, ...]  # (B, S, ...) each
     positions: Tensor  # (B, S) or (1, S); negative for an empty row
 
 
+class Fresh(Protocol):
+    """Where the tokens of a forward pass stand, as model.placement.Placement says it."""
+
+    positions: Tensor  # (B, T) or (1, T); negative is padding
+    is_contiguous: bool  # from 0 on, with nothing but padding behind, and nothing was cached before
+    kv_len: int | None  # cache rows that may be visible; None is all
+
+
 class Cache(ABC):
-    """One layer's KV cache: named columns, each an array with one row per position. Row 0 is spare: writes to negative
-    positions (padding) land there, and it is never read. The row of a position follows by arithmetic, so there is no
-    length counter: stale and unfilled rows have positions that no mask shows."""
+    """One layer's KV cache. The caller owns it; attention updates it in place."""
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Number of positions that fit before the cache must grow."""
+
+    @property
+    @abstractmethod
+    def max_rewind(self) -> int:
+        """Number of the latest positions that `rewind` may take back; at least 16."""
+
+    @property
+    @abstractmethod
+    def bytes_per_sequence(self) -> int:
+        """Bytes that one sequence takes, counted from the tensors."""
+
+    @property
+    @abstractmethod
+    def bytes_per_token(self) -> int:
+        """Bytes that each position cached takes of one sequence; 0 if they do not grow with the text."""
+
+    @abstractmethod
+    def update(self, at: Fresh, **fresh: Tensor) -> CacheView:
+        """Store fresh (B, T, *shape), by name of the column, at the positions of `at`, which are below the capacity.
+        Returns all rows that these positions may see, their own included; in a contiguous prefill, where nothing was
+        cached before, these are the fresh tensors themselves."""
+
+    @abstractmethod
+    def read(self, lengths: Tensor) -> CacheView:
+        """Return what is cached of the first `lengths` (B,) positions of each sequence. Every other row has a negative
+        position."""
+
+    @abstractmethod
+    def rewind(self, lengths: Tensor) -> None:
+        """Forget all but the first `lengths` (B,) positions of each sequence: at most the latest `max_rewind`. The next
+        update begins there."""
+
+    @abstractmethod
+    def copy_row(self, source: int, target: int) -> None:
+        """Let one sequence of the batch continue another: copy all that is cached of it."""
+
+    @abstractmethod
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` positions; cached ones stay."""
+
+
+class ColumnCache(Cache):
+    """Named columns, each an array with one row per position. Row 0 is spare: writes to negative positions (padding)
+    land there, and it is never read. The row of a position follows by arithmetic, so there is no length counter: stale
+    and unfilled rows have positions that no mask shows, and rewinding needs no work."""
 
     def __init__(self, batch_size: int, rows: int, columns: Mapping[str, tuple[int, ...]], like: Tensor):
         """columns: name -> shape of one row; dtype and device are those of `like`."""
@@ -35,35 +93,28 @@ class Cache(ABC):
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one row of one sequence takes in all columns, counted from the tensors."""
         return sum(column[0, 0].nbytes for column in self.columns.values())
 
     @property
-    @abstractmethod
-    def capacity(self) -> int:
-        """Number of positions that fit before the cache must grow."""
+    def bytes_per_sequence(self) -> int:
+        return self.rows * self.bytes_per_token
 
-    @abstractmethod
-    def write(self, positions: Tensor, **fresh: Tensor) -> None:
-        """Store each fresh (B, T, *shape) at positions (B, T) or (1, T), which are below the capacity."""
+    def rewind(self, lengths: Tensor) -> None:
+        pass  # what comes next overwrites what no mask shows until then
 
-    @abstractmethod
-    def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
-        """Write, and return all rows that these positions may see: those of the first `kv_len` positions, if the caller
-        knows that there are no others."""
-
-    @abstractmethod
-    def grow(self, capacity: int) -> None:
-        """Make room for `capacity` positions; cached rows stay."""
+    def copy_row(self, source: int, target: int) -> None:
+        for column in self.columns.values():
+            column[target] = column[source]
 
     def _put(self, rows: Tensor, fresh: Mapping[str, Tensor]) -> None:
         """Store fresh values in rows (B, T) or (1, T); -1 is the spare one."""
         for name, value in fresh.items():
             self.columns[name][self.sequences, rows + 1] = value
 
-    def _read(self, rows: int) -> tuple[Tensor, ...]:
-        """Return the first rows of every column, (B, rows, *shape); views, not copies."""
-        return tuple(column[:, 1 : 1 + rows] for column in self.columns.values())
+    def _first(self, rows: int | None) -> tuple[Tensor, ...]:
+        """The first rows of every column, (B, rows, *shape), or all; views, not copies."""
+        stop = None if rows is None else 1 + rows
+        return tuple(column[:, 1:stop] for column in self.columns.values())
 
     def _resize(self, rows: int) -> None:
         old_rows = self.rows
@@ -72,34 +123,42 @@ class Cache(ABC):
             self.columns[name][:, : old_rows + 1] = column
 
 
-class FullCache(Cache):
+class FullCache(ColumnCache):
     """A KV cache that stores every position p, in row p. A query at p sees rows <= p."""
+
+    max_rewind = sys.maxsize
 
     @property
     def capacity(self) -> int:
         return self.rows
 
-    def write(self, positions: Tensor, **fresh: Tensor) -> None:
-        self._put(positions.clamp(min=-1), fresh)
+    def update(self, at: Fresh, **fresh: Tensor) -> CacheView:
+        self._put(at.positions.clamp(min=-1), fresh)
+        if at.is_contiguous:
+            return CacheView(tuple(fresh.values()), at.positions)
+        rows = self.rows if at.kv_len is None else min(at.kv_len, self.rows)
+        return CacheView(self._first(rows), torch.arange(rows, device=at.positions.device)[None])
 
-    def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
-        self.write(positions, **fresh)
-        rows = self.rows if kv_len is None else min(kv_len, self.rows)
-        return CacheView(self._read(rows), torch.arange(rows, device=positions.device)[None])
+    def read(self, lengths: Tensor) -> CacheView:
+        row = torch.arange(self.rows, device=lengths.device)[None]
+        return CacheView(self._first(None), row.where(row < lengths[:, None], -1))
 
     def grow(self, capacity: int) -> None:
         self._resize(capacity)
 
 
-class WindowCache(Cache):
-    """A rolling KV cache for sliding windows, whose memory does not grow with the text. It stores the latest `window`
-    positions, and always the first `num_global` ones (global tokens): position p >= num_global is in row
-    num_global + (p - num_global) mod window.
+class WindowCache(ColumnCache):
+    """A rolling KV cache for sliding windows, whose memory does not grow with the text. It stores the latest
+    `window + SLACK` positions, a ring, and always the first `num_global` ones (global tokens): position
+    p >= num_global is in row num_global + (p - num_global) mod (window + SLACK).
 
-    The positions of a sequence must continue where they ended, or begin again at 0: overwritten rows cannot be
-    restored. A chunk of queries sees the rows cached before it, copied in front of its own; a single query, the common
-    case in decoding, needs no copy.
+    The positions of a sequence must continue where they ended, or at most SLACK before, or begin again at 0: what was
+    overwritten cannot be restored. After rewinding by n <= SLACK, the rows of the n positions taken back count as those
+    that were there before them, which are out of the window. A chunk of queries sees the rows cached before it, copied
+    in front of its own; a single query, the common case in decoding, needs no copy.
     """
+
+    max_rewind = SLACK
 
     def __init__(
         self,
@@ -111,42 +170,49 @@ class WindowCache(Cache):
         window: int,
         num_global: int = 0,
     ):
-        super().__init__(batch_size, min(capacity, window + num_global), columns, like)
-        self.window = window
         self.num_global = num_global
+        self.ring = window + SLACK
+        super().__init__(batch_size, min(capacity, num_global + self.ring), columns, like)
 
     @property
     def capacity(self) -> int:
-        return self.rows if self.rows < self.window + self.num_global else sys.maxsize
+        return self.rows if self.rows < self.num_global + self.ring else sys.maxsize
 
-    def write(self, positions: Tensor, **fresh: Tensor) -> None:
-        last = positions.amax(1, keepdim=True)
-        ring = self.num_global + (positions - self.num_global) % self.window
-        rows = ring.where((positions >= self.num_global) & (positions > last - self.window), -1)
-        self._put(positions.where((positions >= 0) & (positions < self.num_global), rows), fresh)
-
-    def extend(self, positions: Tensor, kv_len: int | None, **fresh: Tensor) -> CacheView:
-        rows = self.rows if kv_len is None else min(kv_len, self.rows)
-        if positions.shape[1] == 1:
-            self.write(positions, **fresh)
-            return CacheView(self._read(rows), self._positions(positions, rows))
-        first = positions.where(positions >= 0, sys.maxsize).amin(1, keepdim=True)
-        before = self._positions(first - 1, rows).expand(len(self.sequences), -1)
-        cached = zip(self.columns, self._read(rows), strict=True)
-        columns = tuple(torch.cat((column, fresh[name]), 1) for name, column in cached)
-        view = CacheView(columns, torch.cat((before, positions.expand(len(self.sequences), -1)), 1))
-        self.write(positions, **fresh)
+    def update(self, at: Fresh, **fresh: Tensor) -> CacheView:
+        if at.is_contiguous:
+            self._write(at.positions, fresh)
+            return CacheView(tuple(fresh.values()), at.positions)
+        if at.positions.shape[1] == 1:
+            self._write(at.positions, fresh)
+            return self._stored(at.positions, at.kv_len)
+        first = at.positions.where(at.positions >= 0, sys.maxsize).amin(1, keepdim=True)
+        before = self._stored(first - 1, at.kv_len)
+        columns = (torch.cat((old, fresh[name]), 1) for name, old in zip(self.columns, before.columns, strict=True))
+        positions = (x.expand(len(self.sequences), -1) for x in (before.positions, at.positions))
+        view = CacheView(tuple(columns), torch.cat(tuple(positions), 1))
+        self._write(at.positions, fresh)
         return view
 
-    def grow(self, capacity: int) -> None:
-        self._resize(min(capacity, self.window + self.num_global))
+    def read(self, lengths: Tensor) -> CacheView:
+        return self._stored(lengths[:, None] - 1)
 
-    def _positions(self, last: Tensor, rows: int) -> Tensor:
-        """Position stored in each row, (B, rows), when `last` (B, 1) is the latest one written; negative if none is."""
+    def grow(self, capacity: int) -> None:
+        self._resize(min(capacity, self.num_global + self.ring))
+
+    def _write(self, positions: Tensor, fresh: Mapping[str, Tensor]) -> None:
+        last = positions.amax(1, keepdim=True)
+        ring = self.num_global + (positions - self.num_global) % self.ring
+        rows = ring.where((positions >= self.num_global) & (positions > last - self.ring), -1)
+        self._put(positions.where((positions >= 0) & (positions < self.num_global), rows), fresh)
+
+    def _stored(self, last: Tensor, kv_len: int | None = None) -> CacheView:
+        """The rows, and the position that each holds when `last` (B, 1) is the latest one; negative for none."""
+        rows = self.rows if kv_len is None else min(kv_len, self.rows)
         row = torch.arange(rows, device=last.device)[None]
-        latest = last - (last - row) % self.window  # among the positions that share the row
+        latest = last - (last - row) % self.ring  # among the positions that share the row
         latest = latest.where(latest >= self.num_global, -1)
-        return row.where((row < self.num_global) & (row <= last), latest.where(row >= self.num_global, -1))
+        positions = row.where((row < self.num_global) & (row <= last), latest.where(row >= self.num_global, -1))
+        return CacheView(self._first(rows), positions)
 
 
 def cache_for(

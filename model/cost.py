@@ -98,5 +98,5 @@ def cache_bytes_per_token(model: TransformerLM) -> int:
 
 
 def cache_bytes(model: TransformerLM, tokens: int) -> int:
-    """While decoding one text of that many tokens: windows hold no more than they are wide."""
-    return sum(cache.rows * cache.bytes_per_token for cache in model.make_caches(1, tokens))
+    """While decoding one text of that many tokens: windows hold little more than they are wide."""
+    return sum(cache.bytes_per_sequence for cache in model.make_caches(1, tokens))

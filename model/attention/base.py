@@ -190,16 +190,12 @@ def update_cache(
     pattern: Pattern, ctx: Context, cache: Cache | None, **fresh: Tensor
 ) -> tuple[tuple[Tensor, ...], Mask]:
     """Write `fresh` (B, T, ...) to the KV cache, if there is one; return the columns to attend to, and their mask.
-
-    Without a cache, and in a contiguous prefill (nothing was cached before), these are the fresh tensors themselves.
-    """
+    Without a cache these are the fresh tensors themselves."""
     at = ctx.at
-    if cache is not None and not at.is_contiguous:
-        view = cache.extend(at.positions, at.kv_len, **fresh)
-        return view.columns, Mask(at.positions, view.positions, contiguous=False, pattern=pattern)
-    if cache is not None:
-        cache.write(at.positions, **fresh)
-    return tuple(fresh.values()), Mask(at.positions, at.positions, at.is_contiguous, pattern, at.docs, at.docs)
+    if cache is None:
+        return tuple(fresh.values()), Mask(at.positions, at.positions, at.is_contiguous, pattern, at.docs, at.docs)
+    view = cache.update(at, **fresh)
+    return view.columns, Mask(at.positions, view.positions, at.is_contiguous, pattern)
 
 
 def divisors(n: int) -> list[int]:

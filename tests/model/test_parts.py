@@ -5,7 +5,6 @@ import cmath
 import pytest
 import torch
 
-from model.cache import FullCache, WindowCache
 from model.norm import GroupedRMSNorm, LayerNorm, RMSNorm
 from model.placement import Placement
 from model.rope import Rope
@@ -196,21 +195,6 @@ def test_learned_positions_are_rows_added_to_the_embedding():
     assert relative_error(logits_of(model, swapped)[:, 5:], logits_of(model, tokens)[:, 5:]) <= 1e-5
 
 
-def test_full_cache_stores_positions_in_rows_and_padding_in_the_spare_row():
-    cache = FullCache(2, 4, {"k": (1,)}, like=torch.zeros(()))
-    cache.write(torch.tensor([[2, -1], [0, 3]]), k=torch.tensor([[[5.0], [6.0]], [[7.0], [8.0]]]))
-    nothing = {"positions": torch.full((2, 1), -1), "k": torch.zeros(2, 1, 1)}
-    (k,), stored = cache.extend(kv_len=None, **nothing)
-    assert k[:, :, 0].tolist() == [[0, 0, 5, 0], [7, 0, 0, 8]]
-    assert stored.tolist() == [[0, 1, 2, 3]]
-    assert cache.extend(kv_len=3, **nothing).columns[0].shape == (2, 3, 1)
-    cache.grow(6)
-    assert cache.extend(kv_len=None, **nothing).columns[0][:, :, 0].tolist() == [[0, 0, 5, 0, 0, 0], [7, 0, 0, 8, 0, 0]]
-    assert cache.capacity == 6
-    with pytest.raises(IndexError):
-        cache.write(torch.tensor([[6], [6]]), k=torch.zeros(2, 1, 1))
-
-
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_weights_of_one_seed_are_equal_on_every_kernel(attention):
     models = [
@@ -289,23 +273,3 @@ def test_mla_with_a_cache_larger_than_gqa_warns(caplog):
         assert not caplog.records
         TransformerLM(small_config("attention=mla", "attention.kv_lora_rank=512"), 100)
     assert caplog.text.count("larger than the 64 of grouped-query attention") == 1
-
-
-@pytest.mark.parametrize("num_global", [0, 2])
-def test_window_cache_holds_the_latest_positions_and_the_first_ones(num_global):
-    """Written in chunks of any length, rows at different positions: the cache holds the values of those positions."""
-    window, firsts = 4, torch.tensor([[0], [-3]])  # the second row begins with three tokens of padding
-    cache = WindowCache(2, 3, {"k": ()}, like=torch.zeros(()), window=window, num_global=num_global)
-    start = 0
-    for size in (1, 2, 3, 1, 1, 9, 1):
-        positions = (firsts + torch.arange(start, start + size)).clamp(min=-1)
-        if cache.capacity < start + size:
-            cache.grow(start + size)
-        (k,), stored = cache.extend(positions, None, k=positions.float())
-        start += size
-        for row, last in enumerate(positions[:, -1].tolist()):
-            seen = {int(p): float(value) for p, value in zip(stored[row], k[row], strict=True) if 0 <= p <= last}
-            wanted = [p for p in range(last + 1) if p < num_global or p > last - window]
-            assert all(seen[p] == p for p in wanted), (size, row)
-            assert all(p == value for p, value in seen.items())
-    assert cache.rows == window + num_global

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from model.cache import Cache
+from model.cache import SLACK, Cache
 from model.placement import Placement
 from model.transformer import TransformerLM
 from tests.support import logits_of, relative_error, some_tokens
@@ -79,6 +79,28 @@ def ways_to_decode(model: TransformerLM, tokens: Tensor) -> Iterator[tuple[str, 
         for t in range(9, length)
     ]
     yield "prefill, then token by token", torch.cat([first, *rest], dim=1)
+    yield "after rewinding", decode_with_rewinding(model, tokens)
+
+
+@torch.no_grad()
+def decode_with_rewinding(model: TransformerLM, tokens: Tensor) -> Tensor:
+    """Logits (B, T, V), where before each chunk other tokens are decoded and taken back, up to as many as a cache
+    allows: first in one chunk, then one by one."""
+    batch, length = tokens.shape
+    caches = model.make_caches(batch, length + SLACK)
+    assert all(cache.max_rewind >= SLACK for cache in caches)
+    outputs, start = [], 0
+    for i, size in enumerate((1, 6, 1, 9, length - 17)):
+        ahead = torch.arange(start, start + SLACK)[None].expand(batch, -1)
+        wrong = (ahead * 7 + 3) % model.vocab_size
+        for part in [ahead] if i % 2 else ahead.split(1, dim=1):
+            logits_of(model, wrong[:, part[0] - start], Placement.decode(part, caches))
+        for cache in caches:
+            cache.rewind(torch.full((batch,), start))
+        positions = torch.arange(start, start + size)[None].expand(batch, -1)
+        outputs.append(logits_of(model, tokens[:, start : start + size], Placement.decode(positions, caches)))
+        start += size
+    return torch.cat(outputs, dim=1)
 
 
 def check_cached(model: TransformerLM, oracle: TransformerLM, tolerance: float = 1e-5) -> None:

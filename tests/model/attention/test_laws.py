@@ -13,6 +13,7 @@ from generation.decode import decode_step
 from generation.state import bucket
 from model.attention.base import Context
 from model.attention.mla import MLA
+from model.cache import Cache
 from model.kernels import online
 from model.kernels.base import Kernel
 from model.kernels.matmul import Matmul
@@ -433,6 +434,23 @@ def test_law_of_kernels_catches_a_misprinted_online_softmax(monkeypatch, misprin
     monkeypatch.setattr(online, "rescale", misprint)
     with pytest.raises(AssertionError):
         laws.check_cached(model, expected)
+
+
+def test_law_of_caches_catches_a_window_that_forgets_what_rewinding_needs():
+    model = small_model("attention=gqa", "attention.window=6")
+    tokens = some_tokens(2, 23)
+    expected = logits_of(oracle_for(("attention=gqa", "attention.window=6")), tokens)
+    assert relative_error(laws.decode_with_rewinding(model, tokens), expected) <= 1e-5
+    made = model.make_caches
+
+    def without_slack(batch_size: int, capacity: int) -> list[Cache]:
+        caches = made(batch_size, capacity)
+        for cache in caches:
+            cache.ring = 6
+        return caches
+
+    model.make_caches = without_slack
+    assert relative_error(laws.decode_with_rewinding(model, tokens), expected) > 1e-3
 
 
 def test_law_of_caches_catches_positions_restarted_at_zero():
