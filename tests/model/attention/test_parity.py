@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.transformer import TransformerLM
+from model.initialise import initialised
 from tests.model.attention.laws import ways_to_decode
 from tests.support import composed_run, logits_of, relative_error, some_tokens
 
@@ -77,7 +77,7 @@ def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
     theirs = theirs.eval()
     spread_out(theirs)
     config = composed_run(*OURS, "kernel=naive", *overrides).model
-    mine = TransformerLM(config, VOCAB)
+    mine = initialised(config, VOCAB)
     state = renamed(theirs.state_dict())
     for name, parameter in mine.named_parameters():
         if "mlp" in name and name.endswith("bias") and name not in state:  # DeepSeek has biases in attention only
@@ -194,7 +194,7 @@ def test_mha_with_gpt2s_weights_gives_its_logits(activation, approximate):
     spread_out(theirs)
     sizes = [override for override in OURS if "tie" not in override and override != "mlp=swiglu"]
     tied = ("model.tie_embeddings=true", "model.context_length=64", f"mlp.approximate={approximate}")
-    mine = TransformerLM(composed_run("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
+    mine = initialised(composed_run("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
     mine.load_state_dict(from_gpt2(theirs.state_dict()))
     tokens = some_tokens(2, 40)
     with torch.no_grad():
