@@ -15,11 +15,12 @@ from benchmarks.side_by_side import in_turns
 from model import cost
 from model.attention.base import Context
 from model.attention.mla import MLA
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.mask import Mask
 from model.placement import Placement
 from model.rope import Rope
-from model.transformer import ModelConfig, TransformerLM
+from model.transformer import ModelConfig
 from training.run.config import compose
 
 DRAW = torch.Generator()
@@ -170,7 +171,7 @@ def _config(attention: str, **settings: object) -> ModelConfig:
 
 
 def _layer(config: ModelConfig) -> MLA:
-    layer = TransformerLM(config.model_copy(update={"n_layers": 1}), 64, seed=0).layers[0].attention
+    layer = initialised(config.model_copy(update={"n_layers": 1}), 64, seed=0).layers[0].attention
     torch.nn.init.normal_(layer.o_proj.weight, std=0.03, generator=torch.Generator().manual_seed(1))
     return layer
 

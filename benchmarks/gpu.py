@@ -38,6 +38,7 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from model import cost
+from model.initialise import initialised
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
 from model.kernels.flex import Flex
@@ -208,7 +209,7 @@ def memory(scale: Scale) -> Iterator[Row]:
             if scale.device.type != "cuda":
                 yield row | {"predicted_mb": predicted / 1e6}
                 continue
-            mixed, batch = MixedPrecision(TransformerLM(config, VOCAB).to(scale.device), "bf16"), _batch(config, scale)
+            mixed, batch = MixedPrecision(initialised(config, VOCAB).to(scale.device), "bf16"), _batch(config, scale)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -222,7 +223,7 @@ def decoding(scale: Scale) -> Iterator[Row]:
     for size in scale.sizes:
         for attention in ATTENTIONS:
             config = compose(f"model={size}", f"attention={attention}").model
-            model = TransformerLM(config, VOCAB).to(scale.device)
+            model = initialised(config, VOCAB).to(scale.device)
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
                     parameter.data = parameter.data.bfloat16()
@@ -302,7 +303,7 @@ def _trained(
     config = compose(f"model={size}", f"attention={attention}").model
     config = config if kernel is None else config.model_copy(update={"kernel": kernel})
     config.check_training(scale.device)
-    model = TransformerLM(config, VOCAB).to(scale.device)
+    model = initialised(config, VOCAB).to(scale.device)
     mixed, optimizer = MixedPrecision(model, precision), compose("optim=adamw", "optim.lr=1e-4").optim.build(model)
     loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
     with Announced() as announced:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from benchmarks.side_by_side import count, output, report
 from common.cli import Parser, one_line_errors
 from data.batches import Batch
+from model.initialise import initialised
 from model.loss import token_losses
 from model.placement import Placement
-from model.transformer import ModelConfig, TransformerLM
+from model.transformer import ModelConfig
 from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
@@ -68,7 +69,7 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
         config = _config(attention, settings, 1, args.d_model, args.heads, tokens)
-        mixed = MixedPrecision(TransformerLM(config, VOCAB), precision)
+        mixed = MixedPrecision(initialised(config, VOCAB), precision)
         peak, seconds = _measured(mixed, _batch(_text(tokens, VOCAB), VOCAB if documents else None), mean_loss)
         last = rows[-1] if rows else None
         grown = math.log(peak / last["bytes"], tokens / last["tokens"]) if last else math.nan
@@ -91,7 +92,7 @@ def _savings(precision: str) -> list[dict[str, Any]]:
     """12 layers of width 256 on 2048 tokens, where logits and activations are of a size."""
     batch, rows = _batch(_text(2048, GPT2_VOCAB).view(2, 1024)), []
     for activation_checkpointing in (False, True):
-        mixed = MixedPrecision(TransformerLM(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
+        mixed = MixedPrecision(initialised(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
         if activation_checkpointing:
             checkpoint_activations(mixed.model)
         for loss_name, loss in (("at once", _at_once), ("chunked", mean_loss)):

@@ -23,7 +23,7 @@ from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
 from data.batches import Batch
-from model.transformer import TransformerLM
+from model.initialise import initialised
 from runtime.allocator import keep_buffers
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
@@ -142,7 +142,7 @@ def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Calla
             ("attention.qk_norm=latent", f"attention.qk_rope_head_dim={rotated}") if attention == "mla" else ()
         )
         run = run_of(size, f"attention={attention}", *like_its_peer, "optim=adamw")
-        model = TransformerLM(run.model, size.vocab)
+        model = initialised(run.model, size.vocab)
         mixed, optimizer = MixedPrecision(model, precision), run.optim.build(model)
         loss = maybe_compiled(mean_loss, compiled)
         return model, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], LR, CLIP, loss=loss)

@@ -1,7 +1,5 @@
 """Transformer language model: embedding, pre-norm blocks of attention and MLP on a residual stream, LM head."""
 
-import hashlib
-import math
 from typing import Annotated, NamedTuple
 
 import torch
@@ -133,9 +131,9 @@ def run_block(block: Block, x: Tensor, ctx: Context, cache: Cache | None) -> tup
 
 
 class TransformerLM(nn.Module):
-    """Pre-norm decoder. The same seed gives the same float32 weights on every kernel, device and precision."""
+    """Pre-norm decoder. Its memory is undefined until model.initialise fills it, or weights are loaded."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, seed: int = 0, *, causal: bool = True):
+    def __init__(self, config: ModelConfig, vocab_size: int, *, causal: bool = True):
         """causal=False makes an encoder: tokens also see those after them, and there are no KV caches."""
         # causal=False is reached by no setting yet: it is for an encoder to come.
         super().__init__()
@@ -151,7 +149,6 @@ class TransformerLM(nn.Module):
         # PYTHONHASHSEED.
         self.ropes = tuple(dict.fromkeys(b.attention.rope for b in self.layers if b.attention.rope is not None))
         self.run_block = run_block  # runtime.activation_checkpointing has another
-        self._initialise(seed)
 
     def forward(
         self,
@@ -211,30 +208,3 @@ class TransformerLM(nn.Module):
         table |= nested("head", self.head, Names("lm_head", "lm_head"))
         check_layouts(self, table)
         return table
-
-    @torch.no_grad()
-    def _initialise(self, seed: int) -> None:
-        """Initialise weights, each matrix from a generator seeded by (seed, its name): models that differ in one part
-        share the weights of the rest.
-
-        The std is 1/sqrt(fan-in) for matrices and 1/sqrt(d_model) for embeddings, so that a tied LM head begins with
-        logits of about unit size. Biases start at zero. So do the matrices that write to the residual stream, and
-        every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321); without `zero_init` their std is
-        divided by sqrt(2 · n_layers), so that together they add about as much as one alone would (Radford et al. 2019,
-        section 2.3).
-        """
-        for name, layout in self.layout().items():
-            parameter = self.get_parameter(name)
-            if parameter.is_meta:
-                continue  # has no memory to fill
-            is_residual_output = layout.role is Role.RESIDUAL_OUTPUT
-            if layout.kind is Kind.BIAS or (is_residual_output and self.config.zero_init):
-                parameter.zero_()
-            elif layout.fan_in is not None:  # norms start at one
-                digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                weight = torch.empty(parameter.shape).normal_(0, layout.fan_in**-0.5, generator=generator)
-                parameter.copy_(weight / math.sqrt(2 * self.config.n_layers) if is_residual_output else weight)
-        for matrix in (self.embedding, self.head):
-            if matrix is not None:
-                matrix.weight[matrix.vocab_size :] = 0

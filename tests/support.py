@@ -15,6 +15,7 @@ from common.conf_files import choices
 from common.errors import Unsupported, UserError
 from data.batches import Batch
 from model.attention.base import AttentionConfig
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
@@ -116,7 +117,7 @@ def small_config(*overrides: str, kernel=None) -> ModelConfig:
 
 
 def small_model(*overrides: str, kernel=None, vocab_size: int = 100, seed: int = 0) -> TransformerLM:
-    return sharpened(TransformerLM(small_config(*overrides, kernel=kernel), vocab_size, seed), seed)
+    return sharpened(initialised(small_config(*overrides, kernel=kernel), vocab_size, seed), seed)
 
 
 def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:

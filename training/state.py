@@ -4,6 +4,7 @@ from typing import NamedTuple, Self
 
 import torch
 
+from model.initialise import initialised
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
 from runtime.precision import LossScale, MixedPrecision
@@ -23,7 +24,7 @@ class TrainState(NamedTuple):
     def create(cls, run: Run, vocab_size: int, device: torch.device) -> Self:
         """A freshly initialised model of the run, in its precision, with its optimizer. run: with a chosen precision
         (not auto)."""
-        model = TransformerLM(run.model, vocab_size, run.seed).to(device)
+        model = initialised(run.model, vocab_size, run.seed).to(device)
         mixed = MixedPrecision(model, run.precision)
         if run.activation_checkpointing:
             checkpoint_activations(mixed.model)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from model.transformer import TransformerLM
+from model.initialise import initialised
 from tests.support import small_config
 
 
 def weights(seed: int, *overrides: str) -> dict[str, torch.Tensor]:
-    return TransformerLM(small_config("model.zero_init=false", *overrides), 100, seed).state_dict()
+    return initialised(small_config("model.zero_init=false", *overrides), 100, seed).state_dict()
 
 
 @pytest.mark.parametrize("variant", ["attention=gqa", "attention=mla", "mlp.d_ff=264"])

@@ -14,6 +14,7 @@ from common.errors import Unsupported, UserError
 from data.batches import Batch
 from model.attention.base import divisors
 from model.attention.mla import Execution
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.placement import Placement
 from model.positions import Position
@@ -180,7 +181,7 @@ def is_small(run: Run) -> bool:
 
 def check_training(run: Run, spoilt: bool) -> None:
     """One update in float32 on random tokens."""
-    model = TransformerLM(run.model, VOCAB, run.seed)
+    model = initialised(run.model, VOCAB, run.seed)
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
     batches = [Batch(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
@@ -201,8 +202,8 @@ def check_decoding(config: ModelConfig, seed: int) -> None:
     attention = config.attention
     if "naive" in attention.executions:
         attention = attention.model_copy(update={"execution": "naive"})
-    oracle = TransformerLM(config.model_copy(update={"kernel": Naive(), "attention": attention}), VOCAB)
-    model = TransformerLM(config, VOCAB)
+    oracle = initialised(config.model_copy(update={"kernel": Naive(), "attention": attention}), VOCAB)
+    model = initialised(config, VOCAB)
     model.load_state_dict(sharpened(oracle).state_dict())
     draw = torch.Generator().manual_seed(seed)
 

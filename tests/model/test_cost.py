@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.batches import document_positions
 from model import cost
+from model.initialise import initialised
 from model.mask import CAUSAL, Mask
-from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, CASES, composed_run, logits_of, small_config, some_tokens
 
 MLPS = [
@@ -25,7 +25,7 @@ def label(case) -> str:
 @pytest.mark.parametrize("case", [*CASES, *MLPS], ids=label)
 def test_parameters_by_part_equal_those_of_the_model(case):
     config = small_config(*case)
-    model = TransformerLM(config, VOCAB)
+    model = initialised(config, VOCAB)
     parts = cost.parameters(cost.on_meta(config, VOCAB))
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters())
     learned = 64 * 64 if "position=learned" in case else 0
@@ -41,7 +41,7 @@ def test_flops_equal_those_that_pytorch_counts(case):
     the pairs that the mask shows, (T + 1) / 2 keys a query where causal; the naive kernel computes all T and hides
     some, so here it is asked for T."""
     config = small_config(*case)
-    model, tokens = TransformerLM(config, VOCAB), some_tokens(2, config.context_length, VOCAB)
+    model, tokens = initialised(config, VOCAB), some_tokens(2, config.context_length, VOCAB)
     predicted = cost.flops(config, VOCAB)
     with FlopCounterMode(display=False) as counter:
         logits = logits_of(model, tokens)
@@ -101,6 +101,6 @@ def test_flops_keys_of_a_long_window_are_sampled_within_a_thousandth():
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_cache_bytes_equal_those_of_the_caches(case):
     config = small_config(*case)
-    caches = TransformerLM(config, VOCAB).make_caches(3, 7)
+    caches = initialised(config, VOCAB).make_caches(3, 7)
     held = sum(column[:, 1:].nbytes / (3 * cache.rows) for cache in caches for column in cache.columns.values())
     assert cost.cache_bytes_per_token(cost.on_meta(config, VOCAB)) == held

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from model.attention.gqa import GQA
+from model.initialise import initialised
 from model.layout import Kind, Names, Part, Role, check_layouts, linear, nested
 from model.linear import Linear
 from model.norm import LayerNorm, RMSNorm
-from model.transformer import TransformerLM
 from tests.support import small_config, small_model
 
 
@@ -56,7 +56,7 @@ class Forgetful(GQA):
 def test_model_with_a_parameter_in_no_layout_says_which(monkeypatch):
     monkeypatch.setattr("model.attention.gqa.GQA", Forgetful)
     with pytest.raises(ValueError, match=r"^layers\.0\.attention\.gate\.weight is in no layout\(\): add it to that of"):
-        TransformerLM(small_config("attention=gqa"), 100)
+        initialised(small_config("attention=gqa"), 100)
 
 
 def test_check_layouts_finds_what_is_no_parameter_and_other_sizes():

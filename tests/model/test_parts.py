@@ -5,6 +5,7 @@ import cmath
 import pytest
 import torch
 
+from model.initialise import initialised
 from model.norm import GroupedRMSNorm, LayerNorm, RMSNorm
 from model.placement import Placement
 from model.rope import Rope
@@ -114,15 +115,15 @@ def test_softcap_bounds_large_logits_and_keeps_small_ones():
 
 
 def test_model_bias_is_on_the_documented_matrices_and_starts_at_zero():
-    model = TransformerLM(small_config("attention=gqa", "model.bias=true", "model.tie_embeddings=false"), 100)
+    model = initialised(small_config("attention=gqa", "model.bias=true", "model.tie_embeddings=false"), 100)
     biases = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
     parts = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.up_proj")
     parts += ("mlp.down_proj",)
     assert biases.keys() == {f"layers.{i}.{part}.bias" for i in (0, 1) for part in parts}
     assert not any(bias.any() for bias in biases.values())
-    layer = TransformerLM(small_config("attention=gqa", "model.bias=true", "model.norm=layer"), 100)
+    layer = initialised(small_config("attention=gqa", "model.bias=true", "model.norm=layer"), 100)
     assert {"norm.bias", "layers.1.mlp_norm.bias"} <= dict(layer.named_parameters()).keys()
-    none = TransformerLM(small_config("attention=gqa", "model.norm=layer", "attention.qk_bias=false"), 100)
+    none = initialised(small_config("attention=gqa", "model.norm=layer", "attention.qk_bias=false"), 100)
     assert not any(name.endswith("bias") for name, _ in none.named_parameters())
 
 
@@ -136,17 +137,17 @@ def test_model_bias_is_on_the_documented_matrices_and_starts_at_zero():
     ],
 )
 def test_qk_bias_by_default_is_on_queries_and_rotated_keys(choice, biased):
-    model = TransformerLM(small_config(*choice), 100)
+    model = initialised(small_config(*choice), 100)
     found = {name for name, _ in model.named_parameters() if name.endswith("bias")}
     assert found == {f"layers.{i}.attention.{part}.bias" for i in (0, 1) for part in biased}
-    without = TransformerLM(small_config(*choice, "attention.qk_bias=false"), 100)
+    without = initialised(small_config(*choice, "attention.qk_bias=false"), 100)
     tokens = some_tokens(2, 9)
     assert torch.equal(logits_of(model, tokens), logits_of(without, tokens))  # they begin at zero
 
 
 def test_residual_outputs_without_zero_init_start_small():
     size = ("model.d_model=256", "model.n_layers=8", "attention=mla")
-    zero, small = (TransformerLM(small_config(*size, f"model.zero_init={init}"), 100) for init in ("true", "false"))
+    zero, small = (initialised(small_config(*size, f"model.zero_init={init}"), 100) for init in ("true", "false"))
     for name, parameter in small.named_parameters():
         twin = zero.get_parameter(name)
         if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -198,7 +199,7 @@ def test_learned_positions_are_rows_added_to_the_embedding():
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_weights_of_one_seed_are_equal_on_every_kernel(attention):
     models = [
-        TransformerLM(composed_run(f"attention={attention}", f"kernel={kernel}").model, 300, seed)
+        initialised(composed_run(f"attention={attention}", f"kernel={kernel}").model, 300, seed)
         for kernel, seed in (("naive", 1), ("sdpa", 1), ("auto", 2))
     ]
     first, second, other = (model.state_dict() for model in models)
@@ -207,7 +208,7 @@ def test_weights_of_one_seed_are_equal_on_every_kernel(attention):
 
 
 def test_weights_of_two_attentions_are_equal_in_common_parts():
-    mha, mla = (TransformerLM(small_config(f"attention={name}"), 100).state_dict() for name in ("mha", "mla"))
+    mha, mla = (initialised(small_config(f"attention={name}"), 100).state_dict() for name in ("mha", "mla"))
     shared = [name for name in mha if "attention." not in name]
     assert len(shared) == 2 * 4 + 2
     assert all(torch.equal(mha[name], mla[name]) for name in shared)
@@ -215,7 +216,7 @@ def test_weights_of_two_attentions_are_equal_in_common_parts():
 
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_padded_embedding_padding_is_never_scored_saved_or_trained(tied):
-    model = TransformerLM(small_config("attention=mha", f"model.tie_embeddings={tied}"), vocab_size=100)
+    model = initialised(small_config("attention=mha", f"model.tie_embeddings={tied}"), vocab_size=100)
     assert model.embedding.weight.shape[0] == 128
     tokens = some_tokens(2, 8)
     logits = logits_of(model, tokens)
@@ -227,14 +228,14 @@ def test_padded_embedding_padding_is_never_scored_saved_or_trained(tied):
     state = model.state_dict()
     assert state["embedding.weight"].shape[0] == 100
     assert ("head.weight" in state) == (tied == "false")
-    again = TransformerLM(model.config, 100, seed=9)
+    again = initialised(model.config, 100, seed=9)
     again.load_state_dict(state)
     assert torch.equal(logits_of(again, tokens), logits)
     assert (again.embedding.weight[100:] == 0).all()
 
 
 def test_forward_returns_auxiliary_outputs_by_layer():
-    model = TransformerLM(small_config("attention=mha"), 100)
+    model = initialised(small_config("attention=mha"), 100)
     quiet = model(some_tokens(1, 4))
     assert quiet.aux == {}
     attention = model.layers[1].attention
@@ -271,5 +272,5 @@ def test_mla_with_a_cache_larger_than_gqa_warns(caplog):
     with caplog.at_level("WARNING", logger="headroom"):
         small_config("attention=mla")
         assert not caplog.records
-        TransformerLM(small_config("attention=mla", "attention.kv_lora_rank=512"), 100)
+        initialised(small_config("attention=mla", "attention.kv_lora_rank=512"), 100)
     assert caplog.text.count("larger than the 64 of grouped-query attention") == 1

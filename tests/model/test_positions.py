@@ -8,13 +8,13 @@ import torch
 
 from model import cost
 from model.attention.base import Context
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
 from model.placement import Placement
 from model.positions import alibi, slopes
 from model.rope import Rope
-from model.transformer import TransformerLM
 from tests.support import composed_run, logits_of, relative_error, small_config, small_model, some_tokens
 from training.run.config import Run, dump
 from training.run.migrate import UNSTATED, migrate
@@ -185,13 +185,13 @@ def test_sinusoidal_positions_of_odd_width_lack_the_last_cosine():
 
 def test_learned_positions_are_initialised_like_the_embedding():
     config = small_config("attention=mha", "position=learned")
-    model = TransformerLM(config, 100)
+    model = initialised(config, 100)
     matrix = model.position_embedding.weight
     assert matrix.shape == (64, 64)
     assert matrix.std().item() == pytest.approx(model.embedding.weight[:100].std().item(), rel=0.1)
     positions = torch.tensor([[5, 0, -1]])
     assert torch.equal(model.position_embedding(positions)[0], matrix[[5, 0, 0]])
-    same, other = TransformerLM(config, 100), TransformerLM(config, 100, seed=1)
+    same, other = initialised(config, 100), initialised(config, 100, seed=1)
     assert torch.equal(same.position_embedding.weight, matrix)
     assert not torch.equal(other.position_embedding.weight, matrix)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from common.errors import UserError
-from model.transformer import TransformerLM
+from model.initialise import initialised
 from runtime import precision
 from runtime.precision import MixedPrecision, choose_precision
 from tests.support import SMOKE, assert_one_line, batches, call, configured, relative_error, small_config
@@ -76,7 +76,7 @@ def test_multiply_in_fp8_names_the_layers_that_stay_in_bfloat16(monkeypatch, cap
     asked = stand_in(monkeypatch)
     config = small_config("attention=mla")  # whose kv_down has a side of 20
     with caplog.at_level(logging.INFO, logger="headroom"):
-        mixed = MixedPrecision(TransformerLM(config, 100), "fp8")
+        mixed = MixedPrecision(initialised(config, 100), "fp8")
     rounded = {name for name, module in mixed.model.named_modules() if isinstance(module, Rounded)}
     left = {name for name, module in mixed.model.named_modules() if isinstance(module, nn.Linear)} - rounded
     assert left == {"layers.0.attention.kv_down", "layers.1.attention.kv_down"} and rounded
@@ -88,7 +88,7 @@ def test_multiply_in_fp8_names_the_layers_that_stay_in_bfloat16(monkeypatch, cap
 def test_multiply_in_fp8_without_torchao_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install"):
-        MixedPrecision(TransformerLM(small_config(), 100), "fp8")
+        MixedPrecision(initialised(small_config(), 100), "fp8")
 
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -100,7 +100,7 @@ def test_fp8_gradients_equal_those_of_float32_within_the_rounding(attention):
     """Its naive twin is the same model in float32; torchao imitates the products on a CPU."""
     found = {}
     for name in ("fp32", "fp8"):
-        model = TransformerLM(small_config(f"attention={attention}", "model.zero_init=false"), 100)
+        model = initialised(small_config(f"attention={attention}", "model.zero_init=false"), 100)
         loss, _ = accumulate_gradients(MixedPrecision(model, name), batches(8, 4), (0, 0))
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
@@ -117,7 +117,7 @@ def test_fp8_gradients_equal_those_of_float32_within_the_rounding(attention):
 def test_fp8_training_lowers_the_loss_as_float32_does():
     losses = {}
     for name in ("fp32", "fp8"):
-        model = TransformerLM(small_config(), 100)
+        model = initialised(small_config(), 100)
         mixed, optimizer = MixedPrecision(model, name), configured(AdamWConfig, lr=3e-3).build(model)
         losses[name] = [train_step(mixed, optimizer, batches(8, 4), 3e-3, 1.0).loss.item() for _ in range(20)]
     assert losses["fp8"][-1] < 0.75 * losses["fp8"][0]

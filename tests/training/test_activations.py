@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.batches import Batch
+from model.initialise import initialised
 from model.kernels import sdpa
 from model.kernels.auto import Auto
 from model.kernels.base import Kernel
@@ -145,7 +146,7 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
     for length in lengths:
         size = ["model.n_layers=1", "model.d_model=32", f"model.context_length={length}", f"batch_tokens={length}"]
         run = composed_run("model.n_heads=2", f"precision={precision}", *size, *options, f"eval_tokens={length}")
-        mixed, text = MixedPrecision(TransformerLM(run.model, 256), precision), some_tokens(1, length, 256)
+        mixed, text = MixedPrecision(initialised(run.model, 256), precision), some_tokens(1, length, 256)
         batch = Batch.of(text, text, 255 if run.document_mask else None)
         peaks.append(allocated_peak(lambda w=mixed, batch=batch: w.backward(mean_loss(w.model, batch)[0])))
     return math.log(peaks[1] / peaks[0], lengths[1] / lengths[0])

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.placement import Placement
-from model.transformer import TransformerLM
 from runtime.precision import choose_precision, multiplies_bf16
 from tests.support import ATTENTIONS, SMOKE, call, logits_of, relative_error, small_config, small_model, some_tokens
 from tests.training import golden
@@ -77,7 +77,7 @@ def test_the_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace
 
 
 def test_dropout_draws_while_training_only():
-    model = TransformerLM(small_config("attention=gqa", "model.dropout=0.5"), 100)
+    model = initialised(small_config("attention=gqa", "model.dropout=0.5"), 100)
     sharp = small_model("attention=gqa")
     model.load_state_dict(sharp.state_dict())
     tokens = some_tokens(2, 10)

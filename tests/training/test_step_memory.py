@@ -7,7 +7,7 @@ import torch
 
 from data.batches import Batch
 from model import cost
-from model.transformer import TransformerLM
+from model.initialise import initialised
 from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
 from runtime.precision import MixedPrecision
@@ -137,7 +137,7 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
 
     def step() -> None:
         nonlocal mixed
-        mixed = MixedPrecision(TransformerLM(run.model, vocab), run.precision)
+        mixed = MixedPrecision(initialised(run.model, vocab), run.precision)
         if run.activation_checkpointing:
             checkpoint_activations(mixed.model)
         batch = Batch.of(tokens, tokens, vocab - 1 if run.document_mask else None)
@@ -152,7 +152,7 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
 
 def test_state_bytes_of_adamw_equal_what_it_keeps():
     run = composed_run(*SMOKE)
-    model = TransformerLM(run.model, VOCAB)
+    model = initialised(run.model, VOCAB)
     optimizer = run.optim.build(model)
     logits_of(model, some_tokens(1, 8)).sum().backward()
     optimizer.step()

@@ -12,9 +12,9 @@ from data.batches import Batch, evaluation_batches
 from data.shards.token_files import TokenStream
 from data.tokenizers.byte import ByteTokenizer
 from model import score
+from model.initialise import initialised
 from model.kernels.sdpa import SDPA
 from model.loss import token_losses
-from model.transformer import TransformerLM
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
 from tests.support import batches, composed_run, configured, logits_of, relative_error, small_config, small_model
@@ -119,7 +119,7 @@ def test_weight_decay_applies_to_matrices_only():
     assert all(p.ndim < 2 for p in vectors) and all(group["weight_decay"] == 0 for group in rest)
     assert len(decayed["params"]) + len(vectors) == len(list(model.parameters()))
     classic = composed_run("model=classic_gpt", "model.n_layers=1").model
-    model = TransformerLM(classic, 100)
+    model = initialised(classic, 100)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed, *others = (
         {names[id(p)] for p in group["params"]} for group in configured(AdamWConfig, lr=1e-3).build(model).param_groups
@@ -181,7 +181,7 @@ def test_settings_that_are_not_finite_are_refused():
 
 
 def test_evaluate_with_any_batch_size_weighs_tokens_alike():
-    model = TransformerLM(small_config("attention=gqa"), 257)
+    model = initialised(small_config("attention=gqa"), 257)
     text = "The mask sees a key — ñ.\n" * 40
     tokens = np.array([256, *text.encode()], np.uint16)
     stream, lengths = TokenStream([tokens]), torch.from_numpy(ByteTokenizer().byte_lengths)
@@ -218,7 +218,7 @@ def test_losses_with_a_document_mask_are_those_of_documents_alone():
 
 
 def test_evaluate_counts_a_separators_nats_but_no_bytes():
-    model = TransformerLM(small_config("attention=gqa"), 257)
+    model = initialised(small_config("attention=gqa"), 257)
     tokens = np.array([256, 65, 66, 256, 67], np.uint16)
     batches = evaluation_batches(TokenStream([tokens]), 4, 1)
     found = evaluate(model, batches, torch.from_numpy(ByteTokenizer().byte_lengths))

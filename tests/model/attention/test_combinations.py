@@ -6,10 +6,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.errors import UserError
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
-from model.transformer import TransformerLM
 from tests.model.attention import laws
 from tests.support import logits_of, sharpened, small_config, some_tokens
 
@@ -69,8 +69,8 @@ def check(overrides: list[str], kernel) -> None:
         assume(False)
     attention = config.attention
     reference = attention.with_execution("naive") if attention.executions else attention
-    model = TransformerLM(config, 100)
-    oracle = TransformerLM(config.model_copy(update={"kernel": Naive(), "attention": reference}), 100)
+    model = initialised(config, 100)
+    oracle = initialised(config.model_copy(update={"kernel": Naive(), "attention": reference}), 100)
     model.load_state_dict(sharpened(oracle).state_dict())
     laws.check_causality(model)
     laws.check_cached(model, oracle, tolerance=2e-5)

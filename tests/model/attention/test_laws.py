@@ -14,6 +14,7 @@ from generation.state import bucket
 from model.attention.base import Context
 from model.attention.mla import MLA
 from model.cache import Cache
+from model.initialise import initialised
 from model.kernels import online
 from model.kernels.base import Kernel
 from model.kernels.matmul import Matmul
@@ -194,15 +195,15 @@ def test_window_cache_of_a_long_text_is_bounded_by_the_window():
 @on_kernels(KERNELS, [case for case in CASES if "position=alibi" not in case])
 def test_encoder_reads_tokens_on_both_sides(case, kernel):
     encoder = sharpened(
-        TransformerLM(small_config(*case, "model.tie_embeddings=false", kernel=kernel), 100, causal=False)
+        initialised(small_config(*case, "model.tie_embeddings=false", kernel=kernel), 100, causal=False)
     )
     laws.check_reach(encoder)
-    twin = sharpened(TransformerLM(small_config(*case, "model.tie_embeddings=false"), 100, causal=False))
+    twin = sharpened(initialised(small_config(*case, "model.tie_embeddings=false"), 100, causal=False))
     assert relative_error(logits_of(encoder, some_tokens(2, 20)), logits_of(twin, some_tokens(2, 20))) <= 1e-5
 
 
 def test_encoder_with_caches_is_refused():
-    encoder = TransformerLM(small_config("attention=gqa"), 100, causal=False)
+    encoder = initialised(small_config("attention=gqa"), 100, causal=False)
     with pytest.raises(ValueError, match="causal=True"):
         encoder.make_caches(1, 8)
 
@@ -210,7 +211,7 @@ def test_encoder_with_caches_is_refused():
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_encoder_with_alibi_is_refused(attention):
     with pytest.raises(ValueError, match="position=alibi is for causal models"):
-        TransformerLM(small_config(f"attention={attention}", "position=alibi"), 100, causal=False)
+        initialised(small_config(f"attention={attention}", "position=alibi"), 100, causal=False)
 
 
 def test_latent_cache_holds_no_tensor_per_head():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.initialise import initialised
 from model.layout import Kind
 from model.transformer import TransformerLM
 from tests.model.attention.laws import ways_to_decode
@@ -69,7 +70,7 @@ def check_parity(theirs: torch.nn.Module, *overrides: str) -> None:
     theirs = theirs.eval()
     spread_out(theirs)
     config = composed_run(*OURS, "kernel=naive", *overrides).model
-    mine = TransformerLM(config, VOCAB)
+    mine = initialised(config, VOCAB)
     load_published(mine, theirs.state_dict())
     tokens = some_tokens(2, 40)
     with torch.no_grad():
@@ -166,7 +167,7 @@ def test_mha_with_gpt2s_weights_gives_its_logits(activation, approximate):
     spread_out(theirs)
     sizes = [override for override in OURS if "tie" not in override and override != "mlp=swiglu"]
     tied = ("model.tie_embeddings=true", "model.context_length=64", f"mlp.approximate={approximate}")
-    mine = TransformerLM(composed_run("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
+    mine = initialised(composed_run("model=classic_gpt", *sizes, *tied, "kernel=naive").model, VOCAB)
     load_gpt2(mine, theirs.state_dict())
     tokens = some_tokens(2, 40)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model import cost
+from model.initialise import initialised
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
 from runtime.precision import MixedPrecision
@@ -225,7 +226,7 @@ def test_momentum_after_warms_up_to_its_value():
 def test_muon_state_bytes_equal_what_it_keeps_by_name():
     run = composed_run(*SMOKE, "optim=muon")
     assert run.optim.lr == 2 / 64 and composed_run(*SMOKE, "optim=muon", "optim.lr=0.1").optim.lr == 0.1
-    model = TransformerLM(run.model, 257)
+    model = initialised(run.model, 257)
     optimizer = run.optim.build(model)
     logits_of(model, some_tokens(1, 8)).sum().backward()
     optimizer.step()
