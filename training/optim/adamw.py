@@ -49,12 +49,12 @@ class AdamWConfig(OptimConfig):
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def groups(self, named: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-        """Parameter groups: matrices, other vectors, biases. `factor` is what the scheduled rate is multiplied by."""
+        """Parameter groups, each with its peak learning rate: matrices, other vectors, biases."""
         biases = [p for name, p in named.items() if p.ndim < 2 and name.endswith("bias")]
         vectors = [p for name, p in named.items() if p.ndim < 2 and not name.endswith("bias")]
         found = [
-            {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": self.weight_decay, "factor": 1.0},
-            {"params": vectors, "weight_decay": 0.0, "factor": 1.0},
-            {"params": biases, "weight_decay": 0.0, "factor": (self.bias_lr or self.lr) / self.lr},
+            {"params": [p for p in named.values() if p.ndim >= 2], "weight_decay": self.weight_decay, "lr": self.lr},
+            {"params": vectors, "weight_decay": 0.0, "lr": self.lr},
+            {"params": biases, "weight_decay": 0.0, "lr": self.bias_lr or self.lr},
         ]
         return [group for group in found if group["params"]]

@@ -46,7 +46,7 @@ class MuonConfig(AdamWConfig):
         if not self.per_head:
             splits = {name: single_matrix(name, named[name].shape[0]) for name in splits}
         others = {name: parameter for name, parameter in named.items() if name not in splits}
-        common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        common = {"betas": (self.beta1, self.beta2), "eps": self.eps}
         hidden = {
             "params": [named[name] for name in splits],
             "lr": self.lr,
