@@ -158,7 +158,7 @@ def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Calla
                 state.mixed,
                 state.optimizer,
                 batches,
-                run.lr(step),
+                run.lr_factor(step),
                 run.clip_norm,
                 seeds=(run.seed, step),
                 loss=mean_loss,

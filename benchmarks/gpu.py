@@ -308,7 +308,7 @@ def _trained(
     loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
     with Announced() as announced:
         row = _timed_steps(
-            scale, config, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], 1e-4, 1.0, loss=loss).loss
+            scale, config, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], 1.0, 1.0, loss=loss).loss
         )
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": precision}
     row |= {"kernel": announced.kernel, "warnings": announced.warnings}

@@ -259,7 +259,7 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
                 state.mixed,
                 state.optimizer,
                 batches,
-                run.lr(number),
+                run.lr_factor(number),
                 run.clip_norm,
                 seeds=seeds,
                 loss=mean_loss,

@@ -119,7 +119,7 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
             state.mixed,
             state.optimizer,
             batches,
-            run.lr(step),
+            run.lr_factor(step),
             run.clip_norm,
             seeds=seeds,
             loss=mean_loss,

@@ -141,11 +141,11 @@ def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Calla
         like_its_peer = (
             ("attention.qk_norm=latent", f"attention.qk_rope_head_dim={rotated}") if attention == "mla" else ()
         )
-        run = run_of(size, f"attention={attention}", *like_its_peer, "optim=adamw")
+        run = run_of(size, f"attention={attention}", *like_its_peer, "optim=adamw", f"optim.lr={LR}")
         model = initialised(run.model, size.vocab)
         mixed, optimizer = MixedPrecision(model, precision), run.optim.build(model)
         loss = maybe_compiled(mean_loss, compiled)
-        return model, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], LR, CLIP, loss=loss)
+        return model, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], 1.0, CLIP, loss=loss)
 
     suffix = ", compiled" if compiled else ""
     return {f"ours {attention}{suffix}": lambda attention=attention: make(attention) for attention in OURS}

@@ -16,6 +16,7 @@ from model.score import token_losses
 from runtime.precision import MixedPrecision
 from training.compile import maybe_compiled
 from training.evaluate import Between, go_on
+from training.optim.base import scale_rates
 from training.optim.qk_clip import Clipped, QKClip
 
 MAX_LOGIT = frozenset({"max_logit"})
@@ -53,7 +54,7 @@ def train_step(
     mixed: MixedPrecision,
     optimizer: torch.optim.Optimizer,
     batches: Iterable[Batch],
-    lr: float,
+    factor: float,
     clip_norm: float,
     *,
     seeds: tuple[int, int] = (0, 0),
@@ -63,9 +64,9 @@ def train_step(
 ) -> StepResult:
     """One update from equally large micro-batches. A loss or gradient that is not finite skips it.
 
-    seeds: the run's, and the step. clip_norm 0 does not clip. loss: mean_loss; with `clip`, which acts on the updated
-    weights, one that collects MAX_LOGIT. between: may give the step up by an exception, which leaves weights and
-    optimizer as they were.
+    factor: of each parameter group's base rate. seeds: the run's, and the step. clip_norm 0 does not clip. loss:
+    mean_loss; with `clip`, which acts on the updated weights, one that collects MAX_LOGIT. between: may give the step
+    up by an exception, which leaves weights and optimizer as they were.
     """
     try:
         mean, max_logits = accumulate_gradients(mixed, batches, seeds, loss, between)
@@ -74,8 +75,7 @@ def train_step(
         raise
     grad_norm = nn.utils.clip_grad_norm_(mixed.parameters, clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("factor", 1.0)
+    scale_rates(optimizer, factor)
     _step_unless(skipped, optimizer)
     clipped = None if clip is None else clip(max_logits, skipped)
     if mixed.loss_scale is not None:

@@ -102,8 +102,8 @@ class _Step:
 
     def update(self) -> float:
         """Seconds of all that a step does besides its micro-batches, with the gradients there are."""
-        lr, clip_norm = self.run.lr(0), self.run.clip_norm
-        return _seconds(self.device, lambda: train_step(self.mixed, self.optimizer, [], lr, clip_norm))
+        factor = self.run.lr_factor(0)
+        return _seconds(self.device, lambda: train_step(self.mixed, self.optimizer, [], factor, self.run.clip_norm))
 
     def _micro_batch(self, loss: Callable, tokens: Tensor) -> float:
         mixed = self.mixed

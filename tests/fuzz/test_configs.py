@@ -186,7 +186,7 @@ def check_training(run: Run, spoilt: bool) -> None:
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
     batches = [Batch(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
     result = train_step(
-        MixedPrecision(model, "fp32"), optimizer, batches, run.lr(0), run.clip_norm, seeds=(run.seed, 0)
+        MixedPrecision(model, "fp32"), optimizer, batches, run.lr_factor(0), run.clip_norm, seeds=(run.seed, 0)
     )
     assert result.loss.isfinite()
     after = model.state_dict()
@@ -248,7 +248,7 @@ def check(case: Case) -> str:
         assert_one_line(error)
         return "refused"
     assert Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run)))) == run
-    assert all(math.isfinite(run.lr(step)) for step in (0, run.steps // 2, run.steps - 1))
+    assert all(math.isfinite(run.learning_rates(step)["lr"]) for step in (0, run.steps // 2, run.steps - 1))
     if not is_small(run):
         return "legal, too large to build"
     try:

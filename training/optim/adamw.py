@@ -51,15 +51,15 @@ class AdamWConfig(OptimConfig):
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def groups(self, layouts: Mapping[str, ParamLayout], model: TransformerLM) -> list[dict[str, Any]]:
-        """Groups of the model's parameters in `layouts`: matrices and tables, vectors, biases. `factor` is what the
-        scheduled rate is multiplied by."""
+        """Groups of the model's parameters in `layouts`: matrices and tables, vectors, biases, each with its
+        peak learning rate."""
         of_kind = {kind: [] for kind in Kind}
         for name, layout in layouts.items():
             of_kind[layout.kind].append(model.get_parameter(name))
         decayed = of_kind[Kind.MATRIX] + of_kind[Kind.TABLE]
         found = [
-            {"params": decayed, "weight_decay": self.weight_decay, "factor": 1.0},
-            {"params": of_kind[Kind.VECTOR], "weight_decay": 0.0, "factor": 1.0},
-            {"params": of_kind[Kind.BIAS], "weight_decay": 0.0, "factor": (self.bias_lr or self.lr) / self.lr},
+            {"params": decayed, "weight_decay": self.weight_decay, "lr": self.lr},
+            {"params": of_kind[Kind.VECTOR], "weight_decay": 0.0, "lr": self.lr},
+            {"params": of_kind[Kind.BIAS], "weight_decay": 0.0, "lr": self.bias_lr or self.lr},
         ]
         return [group for group in found if group["params"]]

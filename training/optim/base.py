@@ -24,6 +24,13 @@ class StateTensor(NamedTuple):
         return cls(torch.Size(), 0.0)
 
 
+def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set the learning rate of every parameter group to its base rate times a factor. The base rate of a group is the
+    rate it was made with, kept as `base_lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("base_lr", group["lr"]) * factor
+
+
 class OptimConfig(FrozenSettings, ABC):
     lr: float | None = Field(gt=0)  # peak; unset, it derives from d_model
     qk_clip: float | None = Field(gt=0)  # QK-clip: the largest score a head may have and keep its scale
@@ -39,7 +46,7 @@ class OptimConfig(FrozenSettings, ABC):
 
     @abstractmethod
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer over all of the model's parameters."""
+        """An optimizer over all of the model's parameters, each group at its peak rate."""
 
     def clip(self, model: TransformerLM) -> QKClip | None:
         """QK-clip, which acts on the model after each update, where it is on."""

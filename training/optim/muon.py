@@ -48,7 +48,7 @@ class MuonConfig(AdamWConfig):
         logical = {
             model.get_parameter(name): layout if self.per_head else layout.whole() for name, layout in matrices.items()
         }
-        common = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        common = {"betas": (self.beta1, self.beta2), "eps": self.eps}
         hidden = {
             "params": list(logical),
             "lr": self.lr,

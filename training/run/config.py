@@ -148,17 +148,17 @@ class Run(FrozenSettings):
         """Whether to compile, and whether to try several kernels."""
         return self.compile, self.autotune
 
-    def lr(self, step: int) -> float:
-        """Learning rate of the update that step (counted from 0) makes."""
-        return self.learning_rates(step)["lr"]
+    def lr_factor(self, step: int) -> float:
+        """Fraction of its peak that every learning rate is at in the update that step (counted from 0) makes."""
+        return self.schedule(step, self.steps)
 
     def document_start(self, tokenizer: Tokenizer) -> int | None:
         """The token that begins a document, where documents do not see each other (document_mask)."""
         return tokenizer.end_of_text if self.document_mask else None
 
     def learning_rates(self, step: int) -> dict[str, float]:
-        """All of them, where an optimizer has more than one, by their settings."""
-        factor = self.schedule(step, self.steps)
+        """Learning rates of the update that step makes, by their settings."""
+        factor = self.lr_factor(step)
         return {name: peak * factor for name, peak in self.optim.base_lrs.items()}
 
 

@@ -35,14 +35,14 @@ def test_train_step_with_a_nan_loss_changes_nothing(precision, fused):
     model = small_model("attention=mla", kernel=SDPA())
     optimizer, mixed = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), MixedPrecision(model, precision)
     good, bad = batches(4, 2), lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})
-    assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
+    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    result = train_step(mixed, optimizer, good, 1e-3, 1.0, loss=bad)
+    result = train_step(mixed, optimizer, good, 1.0, 1.0, loss=bad)
     assert result.skipped and not result.loss.isfinite()
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
-    assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
+    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
     assert not all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
@@ -55,7 +55,7 @@ def test_train_step_with_an_infinite_gradient_is_skipped():
         return loss + (loss - loss.detach()) * 1e38 * 1e38, aux
 
     before = [p.detach().clone() for p in model.parameters()]
-    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1e-3, 1.0, loss=steep)
+    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1.0, 1.0, loss=steep)
     assert result.loss.isfinite() and not result.grad_norm.isfinite() and result.skipped
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 

@@ -17,7 +17,7 @@ def after_a_step(run: Run) -> dict[str, torch.Tensor]:
     """How far each parameter moves in one step from weights that are the same for all runs."""
     model = small_model("attention=mla", "attention.q_lora_rank=8", "model.bias=true", "model.norm=layer")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_step(MixedPrecision(model, "fp32"), run.optim.build(model), batches(4, 4), run.lr(10), 0.0)
+    train_step(MixedPrecision(model, "fp32"), run.optim.build(model), batches(4, 4), run.lr_factor(10), 0.0)
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 

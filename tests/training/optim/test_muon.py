@@ -193,7 +193,7 @@ def test_muon_training_lowers_the_loss(precision):
         MixedPrecision(model, precision),
         batches(8, 8),
     )
-    losses = [train_step(mixed, optimizer, data, 3e-3, 1.0).loss.item() for _ in range(30)]
+    losses = [train_step(mixed, optimizer, data, 1.0, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
 
 
@@ -204,14 +204,14 @@ def test_muon_step_with_nan_loss_changes_nothing(precision, first):
     optimizer, mixed = configured(MuonConfig, lr=1e-3).build(model), MixedPrecision(model, precision)
     good, bad = batches(4, 2), lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})
     if not first:
-        assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
+        assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    assert train_step(mixed, optimizer, good, 1e-3, 1.0, loss=bad).skipped
+    assert train_step(mixed, optimizer, good, 1.0, 1.0, loss=bad).skipped
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
     assert all(part.isfinite().all() for parts in optimizer.state.values() for part in parts.values())
-    assert not train_step(mixed, optimizer, good, 1e-3, 1.0).skipped
+    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
     assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert reads_found_inf(optimizer) and optimizer.found_inf is None
 

@@ -86,7 +86,7 @@ def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
     model.zero_grad()
     threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
     result = train_step(
-        mixed, configured(AdamWConfig, lr=1e-6).build(model), batches(4, 1), 1e-6, 1.0, loss=collecting,
+        mixed, configured(AdamWConfig, lr=1e-6).build(model), batches(4, 1), 1.0, 1.0, loss=collecting,
         clip=QKClip(model, threshold),
     )  # fmt: skip
     assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0
