@@ -51,9 +51,7 @@ class MuonConfig(AdamWConfig):
         common = {"betas": (self.beta1, self.beta2), "eps": self.eps}
         hidden = {
             "params": list(logical),
-            "lr": self.lr,
-            "peak_lr": self.lr,
-            "muon_lr": self.muon_lr,
+            "lr": self.muon_lr,
             "weight_decay": self.weight_decay,
             "momentum": self.momentum,
             "momentum_warmup": self.momentum_warmup,
@@ -67,8 +65,7 @@ class MuonConfig(AdamWConfig):
 
 class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     """For every logical matrix W of the first group (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
-    with momentum m, gradient g and rate η = muon_lr · lr / peak_lr, where lr is what the schedule gives
-    every group:
+    with momentum m, gradient g and the group's rate η, muon_lr times what the schedule gives every group:
 
         M <- m M + (1 - m) g
         W <- (1 - η · weight_decay) W - η · sqrt(max(1, rows/cols)) · orthogonal(m M + (1 - m) g)
@@ -118,7 +115,7 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
         skipped = torch.zeros_like(counts[0]) if self.found_inf is None else self.found_inf
         # A skipped step counts for nothing: zero gradients, a momentum factor of one, a rate of zero.
         momentum = torch.where(skipped > 0, 1.0, momentum_after(counts[0], group["momentum"], group["momentum_warmup"]))
-        rate = group["muon_lr"] * (group["lr"] / group["peak_lr"]) * (1 - skipped)
+        rate = group["lr"] * (1 - skipped)
         fresh = [torch.where(skipped > 0, 0.0, p.grad) * (1 - momentum) for p in parameters]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, fresh)
