@@ -30,6 +30,7 @@ NEEDS = {
     ("data", "files"): ("data.path='*.txt'",),
     ("data", "hub"): ("data.path=owner/name",),
     ("data", "mix"): ("data.parts={sympy: 2, texts: {quota: 0.5, data: files, path: '*.txt'}}",),
+    ("optim", "torch"): ("optim.name=Adagrad",),
     ("experiment", "shakespeare_char"): ("data.path='*.txt'",),
 }
 SMOKE = ["experiment=smoke", "tune_malloc=false"]

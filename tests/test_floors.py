@@ -32,7 +32,7 @@ ORDER = {
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "
     "files",
-    "training.optim": "newton_schulz qk_clip base adamw muon schedule",
+    "training.optim": "newton_schulz qk_clip groups base adamw muon torch_optim schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
     "folder resume checkpoint load start replay",

@@ -25,6 +25,7 @@ class TrainState(NamedTuple):
         """A freshly initialised model of the run, in its precision, with its optimizer. run: with a chosen precision
         (not auto)."""
         model = initialised(run.model, vocab_size, run.seed).to(device)
+        run.optim.freeze(model)
         mixed = MixedPrecision(model, run.precision)
         if run.activation_checkpointing:
             checkpoint_activations(mixed.model)

@@ -1,6 +1,5 @@
 """AdamW, PyTorch's fused one, and its settings."""
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -11,6 +10,7 @@ from model.layout import Kind, ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer, without_compiler_marks
 from training.optim.base import OptimConfig, StateTensor
+from training.optim.groups import parameter_groups
 
 
 class AdamW(UncompiledOptimizer, torch.optim.AdamW):
@@ -18,11 +18,12 @@ class AdamW(UncompiledOptimizer, torch.optim.AdamW):
 
     def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
         """State tensors of a parameter after a step, by name."""
-        return {
-            "step": StateTensor.count(),
-            "exp_avg": StateTensor(parameter.shape),
-            "exp_avg_sq": StateTensor(parameter.shape, 0.0),
-        }
+        return {"step": StateTensor.count(), **moments(parameter.shape)}
+
+
+def moments(shape: torch.Size) -> dict[str, StateTensor]:
+    """The means of gradients and of their squares."""
+    return {"exp_avg": StateTensor(shape), "exp_avg_sq": StateTensor(shape, 0.0)}
 
 
 class AdamWConfig(OptimConfig):
@@ -47,19 +48,17 @@ class AdamWConfig(OptimConfig):
         return self.model_copy(update={"lr": lr, "bias_lr": self.bias_lr or self.bias_lr_factor * lr})
 
     def build(self, model: TransformerLM) -> AdamW:
-        groups = self.groups(model.layout(), model)
+        groups = parameter_groups(model, self.groups, self.options)
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
-    def groups(self, layouts: Mapping[str, ParamLayout], model: TransformerLM) -> list[dict[str, Any]]:
-        """Groups of the model's parameters in `layouts`: matrices and tables, vectors, biases, each with its
-        peak learning rate."""
-        of_kind = {kind: [] for kind in Kind}
-        for name, layout in layouts.items():
-            of_kind[layout.kind].append(model.get_parameter(name))
-        decayed = of_kind[Kind.MATRIX] + of_kind[Kind.TABLE]
-        found = [
-            {"params": decayed, "weight_decay": self.weight_decay, "lr": self.lr},
-            {"params": of_kind[Kind.VECTOR], "weight_decay": 0.0, "lr": self.lr},
-            {"params": of_kind[Kind.BIAS], "weight_decay": 0.0, "lr": self.bias_lr or self.lr},
-        ]
-        return [group for group in found if group["params"]]
+    def options(self, layout: ParamLayout) -> dict[str, Any]:
+        """Options of AdamW for a parameter."""
+        return {
+            "lr": self.bias_lr or self.lr if layout.kind is Kind.BIAS else self.lr,
+            "weight_decay": 0.0 if layout.fan_in is None else self.weight_decay,
+            "betas": (self.beta1, self.beta2),
+            "eps": self.eps,
+        }
+
+    def state_layout(self, layout: ParamLayout, shape: torch.Size) -> dict[str, StateTensor]:
+        return {"step": StateTensor.count(), **moments(shape)}

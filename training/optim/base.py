@@ -6,22 +6,29 @@ from typing import NamedTuple, Self
 
 import torch
 from pydantic import Field
-from torch import nn
 
 from common.settings import FrozenSettings
+from model.layout import ParamLayout
 from model.transformer import TransformerLM
+from training.optim.groups import GroupConfig, check_groups, freeze
 from training.optim.qk_clip import QKClip
 
 
 class StateTensor(NamedTuple):
-    """A float32 tensor in the optimizer's state of a parameter, as a checkpoint must hold it."""
+    """A tensor in the optimizer's state of a parameter, as a checkpoint must hold it."""
 
     shape: torch.Size
     minimum: float = -math.inf  # no number in it is smaller
+    dtype: torch.dtype = torch.float32
+    counts: bool = False  # it is how many updates there were
 
     @classmethod
     def count(cls) -> Self:
-        return cls(torch.Size(), 0.0)
+        return cls(torch.Size(), 0.0, counts=True)
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -34,6 +41,7 @@ def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 class OptimConfig(FrozenSettings, ABC):
     lr: float | None = Field(gt=0)  # peak; unset, it derives from d_model
     qk_clip: float | None = Field(gt=0)  # QK-clip: the largest score a head may have and keep its scale
+    groups: list[GroupConfig]  # of each parameter, the first that matches
 
     @property
     def base_lrs(self) -> dict[str, float]:
@@ -45,13 +53,28 @@ class OptimConfig(FrozenSettings, ABC):
         """The same choice with the learning rate filled in."""
 
     @abstractmethod
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """An optimizer over all of the model's parameters, each group at its peak rate."""
+    def build(self, model: TransformerLM) -> torch.optim.Optimizer:
+        """An optimizer over the model's parameters that are not frozen, each group at its peak rate. It has a method
+        `state_layout(parameter)`, as the one below."""
+
+    @abstractmethod
+    def state_layout(self, layout: ParamLayout, shape: torch.Size) -> dict[str, StateTensor]:
+        """State tensors of a parameter after a step, by name."""
+
+    def check_groups(self, model: TransformerLM) -> None:
+        """Raise ValueError where `groups` do not fit the model's parameters."""
+        check_groups(self.groups, [name for name, _ in model.named_parameters()])
+
+    def freeze(self, model: TransformerLM) -> None:
+        """Freeze the parameters of groups that do not train. Call it before anything else learns of the model."""
+        freeze(model, self.groups)
 
     def clip(self, model: TransformerLM) -> QKClip | None:
         """QK-clip, which acts on the model after each update, where it is on."""
         return None if self.qk_clip is None else QKClip(model, self.qk_clip)
 
-    def state_bytes(self, model: nn.Module) -> int:
-        """Bytes of the optimizer's state: two float32 moments of each parameter, unless a subclass overrides it."""
-        return sum(2 * 4 * p.numel() for p in model.parameters())
+    def state_bytes(self, model: TransformerLM) -> int:
+        """Bytes of the optimizer's state, of the parameters that are not frozen."""
+        named = ((model.get_parameter(name), layout) for name, layout in model.layout().items())
+        states = (self.state_layout(layout, p.shape).values() for p, layout in named if p.requires_grad)
+        return sum(state.nbytes for of_parameter in states for state in of_parameter)

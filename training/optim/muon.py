@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -14,8 +14,9 @@ from model.layout import Kind, ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer
 from runtime.precision import multiplies_bf16
-from training.optim.adamw import AdamWConfig
+from training.optim.adamw import AdamWConfig, moments
 from training.optim.base import StateTensor
+from training.optim.groups import parameter_groups
 from training.optim.newton_schulz import newton_schulz
 
 FIRST_MOMENTUM = 0.85
@@ -42,30 +43,35 @@ class MuonConfig(AdamWConfig):
         return {"muon_lr": self.muon_lr, **super().base_lrs}
 
     def build(self, model: TransformerLM) -> "Muon":
-        layouts = model.layout()
-        matrices = {name: layout for name, layout in layouts.items() if layout.kind is Kind.MATRIX}
-        others = {name: layout for name, layout in layouts.items() if layout.kind is not Kind.MATRIX}
-        logical = {
-            model.get_parameter(name): layout if self.per_head else layout.whole() for name, layout in matrices.items()
+        layouts = {
+            model.get_parameter(name): layout if self.per_head else layout.whole()
+            for name, layout in model.layout().items()
         }
-        common = {"betas": (self.beta1, self.beta2), "eps": self.eps}
-        hidden = {
-            "params": list(logical),
+        return Muon(parameter_groups(model, self.groups, self.options), layouts)
+
+    def options(self, layout: ParamLayout) -> dict[str, Any]:
+        """Options of Muon for a matrix, and of AdamW for others."""
+        if layout.kind is not Kind.MATRIX:
+            return super().options(layout)
+        return {
             "lr": self.muon_lr,
             "weight_decay": self.weight_decay,
             "momentum": self.momentum,
             "momentum_warmup": self.momentum_warmup,
         }
-        return Muon(hidden, [group | common for group in self.groups(others, model)], logical)
 
-    def state_bytes(self, model: TransformerLM) -> int:
-        moments = {name: 1 if layout.kind is Kind.MATRIX else 2 for name, layout in model.layout().items()}
-        return sum(4 * moments[name] * p.numel() for name, p in model.named_parameters())
+    def state_layout(self, layout: ParamLayout, shape: torch.Size) -> dict[str, StateTensor]:
+        return state_of(layout, shape)
+
+
+def state_of(layout: ParamLayout, shape: torch.Size) -> dict[str, StateTensor]:
+    of_matrix = {"momentum_buffer": StateTensor(shape)}
+    return (of_matrix if layout.kind is Kind.MATRIX else moments(shape)) | {"updates": StateTensor.count()}
 
 
 class Muon(UncompiledOptimizer, torch.optim.Optimizer):
-    """For every logical matrix W of the first group (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon),
-    with momentum m, gradient g and the group's rate η, muon_lr times what the schedule gives every group:
+    """For every logical matrix W (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), with momentum m,
+    gradient g and the group's rate η, muon_lr times what the schedule gives every group:
 
         M <- m M + (1 - m) g
         W <- (1 - η · weight_decay) W - η · sqrt(max(1, rows/cols)) · orthogonal(m M + (1 - m) g)
@@ -74,7 +80,7 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     that one rate suits every shape and width (Yang et al. 2023, arXiv:2310.17813). The update does not depend on the
     gradient's size: clipping only changes how much of the momentum each step is.
 
-    Matrices of equal shape are orthogonalised together. The groups after the first learn by AdamW.
+    Matrices of equal shape in a group are orthogonalised together. Embeddings, head and vectors learn by AdamW.
 
     With found_inf set, as PyTorch's gradient scaler does, a step changes nothing where that is 1, and the device is not
     waited for.
@@ -83,26 +89,24 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_scale = found_inf = None  # arguments of `step`, set while it runs, as PyTorch's gradient scaler does
 
-    def __init__(self, hidden: dict, others: list[dict], layouts: Mapping[nn.Parameter, ParamLayout]):
-        super().__init__([hidden, *others], {})
+    def __init__(self, groups: list[dict], layouts: Mapping[nn.Parameter, ParamLayout]):
+        """groups: those of matrices have a momentum, the others what AdamW needs."""
+        super().__init__(groups, {})
         self.layouts = layouts
 
     def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
         """State tensors of a parameter after a step, by name."""
-        if parameter in self.layouts:
-            moments = {"momentum_buffer": StateTensor(parameter.shape)}
-        else:
-            moments = {"exp_avg": StateTensor(parameter.shape), "exp_avg_sq": StateTensor(parameter.shape, 0.0)}
-        return moments | {"updates": StateTensor.count()}
+        return state_of(self.layouts[parameter], parameter.shape)
 
     @torch.no_grad()
     def step(self) -> None:
-        hidden, *others = self.param_groups
-        self._step_hidden(hidden)
-        for group in others:
-            self._step_adamw(group)
+        for group in self.param_groups:
+            if "momentum" in group:
+                self._step_matrices(group)
+            else:
+                self._step_adamw(group)
 
-    def _step_hidden(self, group: dict) -> None:
+    def _step_matrices(self, group: dict) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return

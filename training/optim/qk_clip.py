@@ -18,7 +18,7 @@ class Clipped(NamedTuple):
 
 class QKClip:
     """γ = threshold / max_logit for each head beyond the threshold, and 1 for the others. Heads that share a key
-    shrink together, by the smallest γ among them."""
+    shrink together, by the smallest γ among them. What is frozen stays as it is."""
 
     def __init__(self, model: TransformerLM, threshold: float):
         self.threshold = threshold
@@ -27,10 +27,12 @@ class QKClip:
         for i, block in enumerate(model.layers):
             heads = []
             for name, layout in block.attention.layout().items():
-                views = layout.views(block.attention.get_parameter(name).detach())
+                parameter = block.attention.get_parameter(name)
+                views = layout.views(parameter.detach())
                 clipped = [part for part in layout.parts if part.clip_power]
-                self.parts += [(i, part.clip_power, views[part.name]) for part in clipped]
                 heads += [layout.heads for _ in clipped]
+                if parameter.requires_grad:
+                    self.parts += [(i, part.clip_power, views[part.name]) for part in clipped]
             self.keys.append(min(heads))
 
     @torch.no_grad()

@@ -523,11 +523,11 @@ def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step
         return f"it holds {key}, which this optimizer does not have"
     if tensor.shape != kept.shape:
         return f"{key} has shape {tuple(tensor.shape)}, not {tuple(kept.shape)}"
-    if tensor.dtype != torch.float32:
-        return f"{key} is {tensor.dtype}, not torch.float32"
+    if tensor.dtype != kept.dtype:
+        return f"{key} is {tensor.dtype}, not {kept.dtype}"
     if not (tensor >= kept.minimum).all():
         return f"{key} holds a number that is not at least {kept.minimum}"
-    if not tensor.ndim and not (tensor <= step and tensor == tensor.floor()):
+    if kept.counts and not (tensor <= step and tensor == tensor.floor()):
         return f"{key} is {tensor.item():g}, in a checkpoint of {step} steps"
     return None
 

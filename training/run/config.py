@@ -11,6 +11,7 @@ from common.settings import MAX_COUNT, Change, FrozenSettings
 from data.sources.corpus import Corpus
 from data.tokenizers.base import Tokenizer, TokenizerConfig
 from model.attention.base import divisors
+from model.cost import on_meta
 from model.transformer import Dimensions, ModelConfig
 from training.loggers.base import Logger
 from training.optim.base import OptimConfig
@@ -107,6 +108,12 @@ class Run(FrozenSettings):
         reason = None if self.optim.qk_clip is None else self.model.attention.qk_clip_obstacle()
         if reason:
             raise ValueError(f"optim.qk_clip={self.optim.qk_clip}: {reason}, or leave optim.qk_clip unset")
+        return self
+
+    @model_validator(mode="after")
+    def _groups_have_parameters(self) -> Self:
+        if self.optim.groups:
+            self.optim.check_groups(on_meta(self.model, vocab_size=1))  # the names are those of any vocabulary
         return self
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 7  # of config.yaml and manifest.json
+FORMAT = 8  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -69,7 +69,8 @@ PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head
 MODEL_4 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # what conf/ set in each attention
 CLASSIC_MODEL_4 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}  # with model=classic_gpt
 CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which that model is recognised
-OPTIMIZERS_5 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")  # biases learned at the rate lr
+# Until 5 biases learned at the rate lr; until 7 there were no groups:
+OPTIMIZERS_7 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -111,7 +112,9 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree["model"] = (CLASSIC_MODEL_4 if classic else MODEL_4) | tree["model"]
     if format < 6:
         tree = _each_part(tree, _to_6)
-    return _to_7(tree) if format < 7 else tree
+    if format < 7:
+        tree = _to_7(tree)
+    return _each_part(tree, _to_8) if format < 8 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -150,7 +153,7 @@ def _to_4(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_6(part: dict[str, Any]) -> dict[str, Any]:
-    return {"bias_lr": part["lr"]} | part if part.get("_target_") in OPTIMIZERS_5 and "lr" in part else part
+    return {"bias_lr": part["lr"]} | part if part.get("_target_") in OPTIMIZERS_7 and "lr" in part else part
 
 
 def _to_7(tree: dict[str, Any]) -> dict[str, Any]:
@@ -158,6 +161,10 @@ def _to_7(tree: dict[str, Any]) -> dict[str, Any]:
     data = tree.get("data")
     mask = {"document_mask": data["document_mask"]} if isinstance(data, Mapping) and "document_mask" in data else {}
     return mask | tree | ({"data": _each_part(data, _without_mask)} if mask else {})
+
+
+def _to_8(part: dict[str, Any]) -> dict[str, Any]:
+    return {"groups": []} | part if part.get("_target_") in OPTIMIZERS_7 else part
 
 
 def _without_mask(part: dict[str, Any]) -> dict[str, Any]:

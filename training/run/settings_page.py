@@ -78,7 +78,14 @@ def _own(text: str) -> Iterator[tuple[str, Setting]]:
         lines = [line.partition("# ") for line in rest.strip().splitlines() if line.strip()]
         values = [value.strip() for value, _, _ in lines if value.strip()]
         default = values[0] if len(values) == 1 else f"{{{', '.join(values)}}}"
-        yield key, Setting(default, " ".join(comment.strip() for _, _, comment in lines if comment))
+        comments = [_named(value, comment) if len(values) > 1 else comment.strip() for value, _, comment in lines]
+        yield key, Setting(default, ("; " if len(values) > 1 else " ").join(filter(None, comments)))
+
+
+def _named(value: str, comment: str) -> str:
+    """The comment of a key within a key, behind its name."""
+    name = value.partition(":")[0].strip()
+    return f"{name}: {comment}" if name and comment else comment
 
 
 def _group(group: str) -> str:

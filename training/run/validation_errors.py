@@ -18,6 +18,8 @@ KINDS = {  # what a value is asked to be, by how pydantic's name for the error b
     "finite": "a finite number",
     "bool": "true or false",
     "dict": "a dict, as {name: value}",
+    "model": "a dict, as {name: value}",
+    "list": "a list, as [value, value]",
     "string": """text; what looks like something else goes in two pairs of quotes: '"7"'""",
 }
 

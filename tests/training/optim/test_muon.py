@@ -24,6 +24,7 @@ from tests.support import (
     some_tokens,
 )
 from tests.training.runs import assert_same_run, rewind
+from training.optim.base import scale_rates
 from training.optim.muon import Muon, MuonConfig, momentum_after
 from training.optim.newton_schulz import COEFFICIENTS, STEPS, newton_schulz
 from training.run.checkpoint import TrainState, _optimizer_tensors
@@ -107,7 +108,7 @@ def test_muon_update_equals_the_formula(attention, monkeypatch):
         before = {name: p.detach().double() for name, p in named.items()}
         for i, p in enumerate(named.values()):
             p.grad = drawn(*p.shape, seed=100 * step + i)
-        optimizer.param_groups[0]["lr"] = 0.01  # as the schedule says it: half of the rate
+        scale_rates(optimizer, 0.5)  # as the schedule says it: of muon_lr=0.02, 0.01
         optimizer.step()
         for name in hidden_names(model):
             grad = named[name].grad.double()
@@ -230,7 +231,7 @@ def test_muon_state_bytes_equal_what_it_keeps_by_name():
     optimizer = run.optim.build(model)
     logits_of(model, some_tokens(1, 8)).sum().backward()
     optimizer.step()
-    kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values() if part.ndim)
+    kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values())
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
     names = set(_optimizer_tensors(TrainState(model, None, optimizer)))
     assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names

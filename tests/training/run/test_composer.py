@@ -110,7 +110,7 @@ def test_choice_alone_is_what_hydra_composes_of_it(group, name):
     if group not in ("attention", "tokenizer"):  # which position= and cache_dir have a say in
         whole = compose_tree(f"{group}={name}", *NEEDS.get((group, name), ()))[group]
         assert choice(group, name).keys() == whole.keys()
-        assert {key: value for key, value in whole.items() if value != found[key]}.keys() <= {"path", "parts"}
+        assert {key: value for key, value in whole.items() if value != found[key]}.keys() <= {"path", "parts", "name"}
 
 
 ROPE = {"position": "rope", "qk_bias": True, "dropout": 0.0}
@@ -178,7 +178,7 @@ def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
     refused = set()
     for row in covering():
         typed = [f"{group}={name}" for group, name in row.items()]
-        needs = NEEDS.get(("data", row["data"]), ())
+        needs = [need for group in ("data", "optim") for need in NEEDS.get((group, row[group]), ())]
         try:
             compose(*typed, *needs)
         except UserError as error:

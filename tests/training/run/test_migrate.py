@@ -44,6 +44,17 @@ def test_migrate_keeps_the_rate_that_biases_had(optim):
     assert Run.from_tree(migrate(dump(stated), 6)) == stated
 
 
+@pytest.mark.parametrize("optim", ["muon", "adamw"])
+def test_migrate_format_7_gives_optimizers_no_groups(optim):
+    run = composed_run(f"optim={optim}")
+    older = dump(run)
+    del older["optim"]["groups"]
+    assert Run.from_tree(migrate(older, 7)) == run
+    grouped = composed_run(f"optim={optim}", "optim.groups=[{match: '*.mlp.*', lr: 0.1}]")
+    assert migrate(dump(grouped), FORMAT) == dump(grouped)
+    assert Run.from_tree(dump(grouped)) == grouped
+
+
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
     moved = {"data.document_mask": "document_mask"}  # format 7

@@ -1,0 +1,113 @@
+"""Groups of parameters, by patterns of their names, with a learning rate or weight decay of their own, or frozen."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from common.settings import FrozenSettings
+from common.suggestions import MAX_SUGGESTED, hint, nearest
+from model.layout import ParamLayout
+from model.transformer import TransformerLM
+
+
+class GroupConfig(FrozenSettings):
+    """Settings of the parameters whose names match a pattern, in which * stands for anything, dots too."""
+
+    # A list in conf/ has no place for defaults of its entries, so they are here.
+    match: str = Field(min_length=1)
+    lr: float | None = Field(None, gt=0)  # peak; unset: as without the group
+    weight_decay: float | None = Field(None, ge=0)  # of vectors only where the pattern matches nothing else
+    train: bool = True  # false: frozen
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, given: Any) -> Any:
+        unknown = [key for key in given if key not in cls.model_fields] if isinstance(given, dict) else []
+        if unknown:
+            meant = hint(nearest(str(unknown[0]), cls.model_fields)) or f"valid: {', '.join(cls.model_fields)}"
+            raise ValueError(f"optim.groups: {unknown[0]}={given[unknown[0]]}: no such key of a group; {meant}")
+        return given
+
+    @model_validator(mode="after")
+    def _check_frozen(self) -> Self:
+        given = [name for name in ("lr", "weight_decay") if getattr(self, name) is not None]
+        if given and not self.train:
+            raise ValueError(
+                f"optim.groups: match={self.match} with train=false has no use for {given[0]}="
+                f"{getattr(self, given[0])}: leave one of the two out"
+            )
+        return self
+
+    def matches(self, name: str) -> bool:
+        return fnmatchcase(name, self.match)
+
+
+def group_of(name: str, groups: Sequence[GroupConfig]) -> GroupConfig | None:
+    """The group of a parameter: the first that matches."""
+    return next((group for group in groups if group.matches(name)), None)
+
+
+def check_groups(groups: Sequence[GroupConfig], names: Sequence[str]) -> None:
+    """Raise ValueError where a group has no parameters, or all are frozen."""
+    chosen = [group_of(name, groups) for name in names]
+    for i, group in enumerate(groups):
+        where = f"optim.groups.{i}.match={group.match}"
+        if not any(map(group.matches, names)):
+            raise ValueError(f"{where} matches no parameter; {hint(*_near(group.match, names)) or _examples(names)}")
+        if not any(one is group for one in chosen):
+            raise ValueError(f"{where} matches only what groups before it match, and the first counts: put it ahead")
+    if all(group is not None and not group.train for group in chosen):
+        raise ValueError("optim.groups freeze all parameters: leave some to train")
+
+
+def freeze(model: TransformerLM, groups: Sequence[GroupConfig]) -> None:
+    """Set requires_grad to false in the parameters of groups that do not train."""
+    for name, parameter in model.named_parameters():
+        group = group_of(name, groups)
+        if group is not None and not group.train:
+            parameter.requires_grad_(False)
+
+
+def parameter_groups(
+    model: TransformerLM, groups: Sequence[GroupConfig], options_of: Callable[[ParamLayout], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Parameter groups for torch.optim: what is trained, parameters of equal options together. options_of(layout): lr,
+    weight_decay and others, which the parameter's group may change."""
+    table = model.layout()
+    with_matrices = [group_of(name, groups) for name, layout in table.items() if layout.fan_in is not None]
+    found: list[tuple[dict[str, Any], list]] = []
+    for name, layout in table.items():
+        parameter, group = model.get_parameter(name), group_of(name, groups)
+        if not parameter.requires_grad:
+            continue
+        options = options_of(layout)
+        if group is not None:
+            decays = layout.fan_in is not None or group not in with_matrices
+            options |= _given(lr=group.lr, weight_decay=group.weight_decay if decays else None)
+        members = next((members for others, members in found if others == options), None)
+        if members is None:
+            found.append((options, members := []))
+        members.append(parameter)
+    return [{"params": members, **options} for options, members in found]
+
+
+def _given(**options: float | None) -> dict[str, float]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _near(pattern: str, names: Iterable[str]) -> list[str]:
+    """The patterns that it is most likely a slip of: names of parameters and of modules, of all layers."""
+    ends = [re.sub(r"\.\d+\.", ".*.", name).split(".") for name in names]
+    starts = {".".join([*parts[:i], "*"]) for parts in ends for i in range(1, len(parts))}
+    known = [".".join(parts) for parts in ends] + sorted(starts)
+    return get_close_matches(
+        re.sub(r"\.\d+\.", ".*.", pattern), list(dict.fromkeys(known)), n=MAX_SUGGESTED, cutoff=0.7
+    )
+
+
+def _examples(names: Sequence[str]) -> str:
+    return f"names are {names[0]}, {names[len(names) // 2]}, {names[-1]} and the like"
