@@ -40,7 +40,7 @@ from generation.state import GenerationState
 from model import cost
 from model.initialise import initialised
 from model.kernels.auto import Auto
-from model.kernels.base import Kernel
+from model.kernels.base import How, Kernel
 from model.kernels.flex import Flex
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
@@ -249,7 +249,7 @@ def decoding(scale: Scale) -> Iterator[Row]:
 
 def both_passes(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> list[torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = kernel(*leaves, mask, q.shape[-1] ** -0.5)
+    out = kernel(*leaves, mask, How(q.shape[-1] ** -0.5)).out
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)]
 
 

@@ -13,7 +13,7 @@ import torch
 from benchmarks.side_by_side import count, in_turns, marked, output, report
 from common.cli import Parser, one_line_errors
 from common.errors import Unsupported
-from model.kernels.base import Kernel
+from model.kernels.base import How, Kernel
 from model.kernels.flex import Flex
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
@@ -100,12 +100,12 @@ def _runner(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, m
     if phase == "forward":
         return lambda: _without_gradients(kernel, q, k, v, mask)
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    return lambda: torch.autograd.grad(kernel(*leaves, mask, 0.125).float().sum(), leaves)
+    return lambda: torch.autograd.grad(kernel(*leaves, mask, How(0.125)).out.float().sum(), leaves)
 
 
 @torch.no_grad()
 def _without_gradients(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask):
-    return kernel(q, k, v, mask, 0.125)
+    return kernel(q, k, v, mask, How(0.125)).out
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Attention masks as predicates over positions: which keys a query may see. Kernels turn them into what they need."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 HASH_BITS = 2**31 - 1
+MAX_SHARED = 2**18  # elements of a bias that the layers of a forward pass share
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Mask:
     pattern: Pattern = CAUSAL
     q_doc: Tensor | None = None  # (B, T) document of each token, if packed
     k_doc: Tensor | None = None  # (B, S)
+    _biases: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_plain_causal(self) -> bool:
@@ -96,6 +100,20 @@ class Mask:
         q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
         k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
         return self.sees(*q, *k)
+
+    def bias(self, rows: slice, keys: slice, dtype: torch.dtype, repeats: int = 1) -> Tensor:
+        """The mask as a term of the scores, 0 or -∞ for a hidden key: (B or 1, t · repeats, s), each query's row
+        repeated. Layers that share this mask compute it once, unless it is large."""
+        key = (rows.start, rows.stop, keys.start, keys.stop, dtype, repeats)
+        bias = self._biases.get(key)
+        if bias is None:
+            visible = self.visible(rows, keys)
+            bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+            if repeats > 1:
+                bias = bias.repeat_interleave(repeats, dim=1)
+            if bias.numel() <= MAX_SHARED:
+                self._biases[key] = bias
+        return bias
 
     def sees(self, q_pos: Tensor, q_doc: Tensor | None, k_pos: Tensor, k_doc: Tensor | None) -> Tensor:
         """Bool tensor for positions and documents that broadcast. Elementwise: flex calls it on single pairs."""

@@ -24,10 +24,21 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS).to(x.dtype)
+        if not torch.is_grad_enabled():
+            return _rms_norm(x, self.weight)[0]  # the same bits in a third of a token's time
         return _RMSNorm.apply(x, self.weight)
 
     def layout(self) -> dict[str, ParamLayout]:
         return leaf(self, Role.NORM, Kind.VECTOR)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm in the dtype of x, and inv, float32."""
+    exact = x.float()
+    norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
+    inverse = norm.mul_(norm).div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
+    y = exact * inverse if exact is x else exact.mul_(inverse)
+    return y.mul_(weight).to(x.dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -38,11 +49,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        exact = x.to(torch.float32, copy=True)
-        square = torch.linalg.vector_norm(exact, dim=-1, keepdim=True).square_()
-        inverse = square.div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
+        y, inverse = _rms_norm(x, weight)
         ctx.save_for_backward(x, weight, inverse)
-        return exact.mul_(inverse).mul_(weight).to(x.dtype)
+        return y
 
     @staticmethod
     @once_differentiable

@@ -1,6 +1,6 @@
 """Transformer language model: embedding, pre-norm blocks of attention and MLP on a residual stream, LM head."""
 
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,13 @@ class Block(nn.Module):
         self.mlp = config.mlp.build(config)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        y, aux = self.attention(self.attention_norm(x), ctx, cache)
+    def forward(
+        self, x: Tensor, ctx: Context, cache: Cache | None = None, carried: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """x (B, T, d) -> the same shape, auxiliary outputs, and what the attention leaves for the next layer's."""
+        y, aux, carried = self.attention(self.attention_norm(x), ctx, cache, carried)
         x = x + ctx.drop(y, self.dropout)
-        return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), aux
+        return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), aux, carried
 
     def layout(self) -> dict[str, ParamLayout]:
         return {
@@ -126,8 +129,10 @@ class LMHead(NamedTuple):
         return softcapped(F.linear(hidden, self.weight)[..., : self.vocab_size], self.softcap)
 
 
-def run_block(block: Block, x: Tensor, ctx: Context, cache: Cache | None) -> tuple[Tensor, dict[str, Tensor]]:
-    return block(x, ctx, cache)
+def run_block(
+    block: Block, x: Tensor, ctx: Context, cache: Cache | None, carried: Any
+) -> tuple[Tensor, dict[str, Tensor], Any]:
+    return block(x, ctx, cache, carried)
 
 
 class TransformerLM(nn.Module):
@@ -179,10 +184,13 @@ class TransformerLM(nn.Module):
 
     def _run_blocks(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         """Run all layers on x (B, T, d); returns the residual stream and the auxiliary outputs by layer."""
-        aux = {}
+        aux: dict[str, Tensor] = {}
+        carried = None
         for i, block in enumerate(self.layers):
-            x, layer_aux = self.run_block(block, x, ctx, None if ctx.at.caches is None else ctx.at.caches[i])
-            aux |= {f"layers.{i}.{name}": value for name, value in layer_aux.items()}
+            cache = None if ctx.at.caches is None else ctx.at.caches[i]
+            x, layer_aux, carried = self.run_block(block, x, ctx, cache, carried)
+            for name, value in layer_aux.items():
+                aux[f"layers.{i}.{name}"] = value
         return x, aux
 
     @property

@@ -13,8 +13,8 @@ def checkpoint_activations(model: nn.Module) -> None:
     model.run_block = _recomputed
 
 
-def _recomputed(block: nn.Module, x: Tensor, ctx: Any, cache: Any = None) -> Any:
+def _recomputed(block: nn.Module, x: Tensor, ctx: Any, cache: Any = None, carried: Any = None) -> Any:
     """Run a block. With a cache, or without gradients, nothing is saved for a backward pass anyway."""
     if cache is not None or not torch.is_grad_enabled():
-        return block(x, ctx, cache)
-    return checkpoint(block, x, ctx, use_reentrant=False, preserve_rng_state=ctx.training)
+        return block(x, ctx, cache, carried)
+    return checkpoint(block, x, ctx, None, carried, use_reentrant=False, preserve_rng_state=ctx.training)

@@ -1,17 +1,30 @@
-"""Base classes of attention variants: configuration, module, and the Context that layers get of a forward pass."""
+"""Base classes of attention variants: configuration, module, and the Context that layers get of a forward pass.
+
+An attention of one's own is a config class and a module, and a file in conf/attention/; docs/own_attention.md adds one:
+
+1. A subclass of AttentionConfig holds its settings; `derive` fills in those that follow from the model's, and `build`
+   makes the module.
+2. A subclass of Attention makes its projections, a norm or a Rope where it has one, an output matrix `o_proj`, and an
+   AttentionCore. Its `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position
+   bias, attends, drops weights and collects statistics; the base class multiplies by `o_proj`.
+3. `make_cache` names the columns that a token caches, and `layout` describes each parameter (model/layout.py).
+4. conf/attention/<name>.yaml has the defaults of its settings, and `_target_`, which names the config class.
+
+The laws (tests/model/attention) then apply to it unasked.
+"""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
 
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.settings import Change, FrozenSettings
-from model.cache import Cache
+from model.cache import Cache, CacheView
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import ParamLayout
@@ -19,6 +32,9 @@ from model.mask import Mask, Pattern
 from model.placement import Placement
 from model.positions import PositionConfig
 from model.rope import Rope
+
+if TYPE_CHECKING:
+    from model.attention.core import AttentionCore
 
 UNUSED_BLOCKS = {"block_size": 64, "pattern_seed": 0}  # as in conf/; others are refused without random blocks
 
@@ -32,6 +48,7 @@ class Context:
     rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
     training: bool = False  # dropout is on
     collect: frozenset[str] = frozenset()  # names of the auxiliary outputs to return
+    _masks: dict[Any, Mask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def dropped(self, probability: float) -> float:
         """The dropout probability in force: 0 outside training."""
@@ -40,6 +57,16 @@ class Context:
     def drop(self, x: Tensor, probability: float) -> Tensor:
         """Dropout (Srivastava et al. 2014); outside training, x unchanged."""
         return F.dropout(x, probability) if self.training and probability else x
+
+    def mask(self, pattern: Pattern, view: CacheView | None) -> Mask:
+        """The mask of this pattern, over what a cache returned or, without one, over the tokens themselves. Layers of
+        one pattern share it: caches alike have the same positions in the same rows."""
+        key = (pattern, None if view is None else view.positions.shape)
+        if key not in self._masks:
+            at = self.at
+            k_pos = at.positions if view is None else view.positions
+            self._masks[key] = Mask(at.positions, k_pos, at.is_contiguous, pattern, at.docs, at.docs)
+        return self._masks[key]
 
     def rotated(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Apply RoPE to x (B, T, H, D) by its tokens' positions; without a rope, x unchanged."""
@@ -163,17 +190,43 @@ class AttentionConfig(AttentionChoice, PositionConfig):
         """KV cache size in elements per token and layer; call it on a derived config."""
 
 
+class Heads(NamedTuple):
+    """What the heads of an attention return."""
+
+    out: Tensor  # (B, T, H, v)
+    aux: dict[str, Tensor]  # auxiliary outputs by name
+    carried: Any = None  # for the layers above, as in a value residual; None hands on what came from those below
+
+
 class Attention(nn.Module, ABC):
     """Attention layer: a pure function of its input, the context and the KV cache it is given. It owns weights only."""
 
+    core: "AttentionCore"
     rope: Rope | None  # None with another positional encoding, or none
-    pattern: Pattern
     macs_per_pair: int  # multiply-adds per query and key in training: heads · (width of keys + width of values)
     extra_macs_per_token: int = 0  # multiply-adds per token, without a cache, beyond applying each matrix once
 
+    @property
+    def pattern(self) -> Pattern:
+        """The mask pattern."""
+        return self.core.pattern
+
+    def forward(
+        self, x: Tensor, ctx: Context, cache: Cache | None = None, carried: Any = None
+    ) -> tuple[Tensor, dict[str, Tensor], Any]:
+        """x (B, T, d_model) -> the same shape, auxiliary outputs by name, and what the next layer gets as `carried`.
+        Causal: no position reads a later one."""
+        heads, aux, left = self.heads(x, ctx, cache, carried)
+        return self.o_proj(self.modify(heads, x, ctx).flatten(2)), aux, carried if left is None else left
+
     @abstractmethod
-    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, d_model) -> the same shape, and auxiliary outputs by name. Causal: no position reads a later one."""
+    def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
+        """The output of each head, (B, T, H, v), of x (B, T, d_model). carried: what the layer below left, or None."""
+
+    def modify(self, heads: Tensor, x: Tensor, ctx: Context) -> Tensor:
+        """Change the output of the heads (B, T, H, v), given the input x of this layer: for a gate, or for what else
+        acts between the heads and o_proj, whatever the attention. (Scores are the core's.)"""
+        return heads
 
     @abstractmethod
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
@@ -184,18 +237,6 @@ class Attention(nn.Module, ABC):
         """Describe every parameter, by its name in this module: see model/layout.py. Where the rows of a matrix are of
         heads, or of parts with different uses (latent and rope key, keys and values), it names them; o_proj is used
         whole, since it sums over the heads. The rows that make a head's scores have a clip_power."""
-
-
-def update_cache(
-    pattern: Pattern, ctx: Context, cache: Cache | None, **fresh: Tensor
-) -> tuple[tuple[Tensor, ...], Mask]:
-    """Write `fresh` (B, T, ...) to the KV cache, if there is one; return the columns to attend to, and their mask.
-    Without a cache these are the fresh tensors themselves."""
-    at = ctx.at
-    if cache is None:
-        return tuple(fresh.values()), Mask(at.positions, at.positions, at.is_contiguous, pattern, at.docs, at.docs)
-    view = cache.update(at, **fresh)
-    return view.columns, Mask(at.positions, view.positions, at.is_contiguous, pattern)
 
 
 def divisors(n: int) -> list[int]:

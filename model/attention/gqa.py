@@ -4,7 +4,7 @@ MHA (Vaswani et al. 2017, arXiv:1706.03762) has as many KV heads as query heads,
 arXiv:1911.02150) has one, GQA (Ainslie et al. 2023, arXiv:2305.13245) a divisor in between.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -12,18 +12,18 @@ from model.attention.base import (
     Attention,
     AttentionConfig,
     Context,
+    Heads,
     divisors,
     grouped_kv_heads,
     head_dim_of,
-    update_cache,
 )
-from model.cache import Cache, cache_for
+from model.attention.core import AttentionCore
+from model.cache import Cache
 from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
 from model.norm import RMSNorm
-from model.stats import collect_stats
 
 
 class GQAConfig(AttentionConfig):
@@ -94,12 +94,8 @@ class GQA(Attention):
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         self.head_dim = config.head_dim
         self.n_kv_heads = config.n_kv_heads
-        self.attend = kernel
-        self.dropout = config.dropout
-        self.pattern = config.pattern(causal)
+        self.core = AttentionCore(config, kernel, causal, config.head_dim)
         self.rope = config.rope(config.rope_dim)
-        self.scale = config.head_dim**-0.5 * config.softmax_scale_factor
-        self.add_position_bias = config.position_bias(causal)
         self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns)
         # Without RoPE or a norm behind it, a key bias adds the same to all scores of a query, which softmax ignores.
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
@@ -110,18 +106,15 @@ class GQA(Attention):
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = Linear(n_heads * config.head_dim, d_model, dimensions.bias)
 
-    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
-        (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)  # (B, S, G, D)
-        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
-        y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))  # (B, T, H, D)
-        return self.o_proj(y.flatten(2)), collect_stats(ctx.collect, q, k, mask, self.scale, row_offset)
+        return self.core(q, {"k": k, "v": v}, ctx, cache)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)
-        return cache_for(self.pattern, batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
+        return self.core.make_cache(batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
 
     def layout(self) -> dict[str, ParamLayout]:
         n_heads, head_dim = self.o_proj.in_features // self.head_dim, self.head_dim

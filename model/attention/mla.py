@@ -43,36 +43,34 @@ The same parameters run in three ways (`execution`):
 
 import logging
 import math
-from collections import OrderedDict
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.attention.base import (
     Attention,
     AttentionConfig,
     Context,
+    Heads,
     divisors,
     grouped_kv_heads,
     head_dim_of,
-    update_cache,
 )
-from model.cache import Cache, cache_for
+from model.attention.core import AttentionCore
+from model.attention.latent import LatentProjections, Projected
+from model.cache import Cache
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
-from model.mask import Mask
-from model.norm import GroupedRMSNorm, RMSNorm, inverse_rms, unit_rms
-from model.stats import collect_stats
+from model.norm import GroupedRMSNorm, inverse_rms, unit_rms
 
 MAX_FLASH_KEY = 256  # the widest key of flash kernels
 MAX_ROPE_KEY = 64  # the widest by default, as in DeepSeek-V3: wider ones would leave the latent little of those 256
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
-AttentionOutput = tuple[Tensor, dict[str, Tensor]]  # output per head (B, T, H, v), and auxiliary outputs
 
 
 class MLAConfig(AttentionConfig):
@@ -182,26 +180,18 @@ class MLAConfig(AttentionConfig):
         return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}"
 
 
-class MLA(Attention):
+class MLA(LatentProjections, Attention):
     """Multi-head latent attention; the formulas stand at the top. Letters: H heads, n and r the key dimensions
     without and with rotation, v the value dimension, c the latent's width (kv_lora_rank)."""
 
     def __init__(self, config: MLAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
-        super().__init__()
-        self.n_heads = dimensions.n_heads
-        self.nope_dim = config.qk_nope_head_dim
-        self.rope_dim = config.qk_rope_head_dim
+        super().__init__(config, dimensions)
+        self.core = AttentionCore(config, kernel, causal, self.nope_dim + self.rope_dim)
         self.v_dim = config.v_head_dim
-        self.rank = config.kv_lora_rank
-        key_dim = self.nope_dim + self.rope_dim
-        self.scale = key_dim**-0.5 * config.softmax_scale_factor  # also when absorbed, whose keys are c + r wide
-        self.attend = kernel
-        self.dropout = config.dropout
-        self.pattern = config.pattern(causal)
-        self.rope = config.rope(self.rope_dim)
-        self.add_position_bias = config.position_bias(causal)
-        self._add_down_projections(config, dimensions)
-        self._add_qk_norms(config)
+        self.whole_keys = config.qk_norm == "whole"
+        self.key_groups = config.qk_norm_groups
+        self.caches_inverse = config.qk_norm != "latent"
+        self.k_nope_norm = GroupedRMSNorm(self.nope_dim, self.key_groups) if config.qk_norm == "head" else None
         self.kv_up = Linear(self.rank, self.n_heads * (self.nope_dim + self.v_dim), bias=False)  # per head: k_nope | v
         self.o_proj = Linear(self.n_heads * self.v_dim, dimensions.d_model, dimensions.bias)
         self.break_even = break_even(self.rank, self.nope_dim + self.v_dim)
@@ -223,46 +213,8 @@ class MLA(Attention):
         width = 2 * (self.rank + self.rope_dim) if absorbed else self.nope_dim + self.rope_dim + self.v_dim
         return self.n_heads * (width + config.bias_columns)
 
-    def _add_down_projections(self, config: MLAConfig, dimensions: Dimensions) -> None:
-        """Add the projections to queries, latent and rope key."""
-        d_model, c, r = dimensions.d_model, self.rank, self.rope_dim
-        q_width = self.n_heads * (self.nope_dim + r)  # rows of a head: nope | rope
-        self.q_proj = _query(d_model, config.q_lora_rank, q_width, config.qk_bias, dimensions.bias)
-        k_bias = config.qk_bias and r > 0
-        k_rope_from_latent = config.k_rope_from == "latent"
-        if k_rope_from_latent:
-            self.kv_down = Linear(d_model, c, dimensions.bias)
-        else:
-            self.kv_down = Linear(d_model, c + r, dimensions.bias or k_bias)  # rows: latent | rope key
-        self.kv_norm = RMSNorm(c)
-        self.k_rope_proj = Linear(c, r, k_bias) if k_rope_from_latent else None
-
-    def _add_qk_norms(self, config: MLAConfig) -> None:
-        """Add the norms of the heads' queries and keys, which qk_norm=head and qk_norm=whole have."""
-        per_head = config.qk_norm == "head"
-        rope_norm = per_head and self.rope_dim > 0
-        self.whole_keys = config.qk_norm == "whole"
-        self.key_groups = config.qk_norm_groups
-        self.caches_inverse = per_head or self.whole_keys
-        self.q_norm = RMSNorm(self.nope_dim + self.rope_dim) if self.whole_keys else nn.Identity()
-        self.q_nope_norm = RMSNorm(self.nope_dim) if per_head else nn.Identity()
-        self.q_rope_norm = RMSNorm(self.rope_dim) if rope_norm else nn.Identity()
-        self.k_rope_norm = RMSNorm(self.rope_dim) if rope_norm else nn.Identity()
-        self.k_nope_norm = GroupedRMSNorm(self.nope_dim, config.qk_norm_groups) if per_head else None
-
-    def forward(self, x: Tensor, ctx: Context, cache: Cache | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, -1))  # (B, T, H, n + r)
-        down = self.kv_down(x).unsqueeze(2)
-        latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
-        if self.k_rope_proj is not None:
-            k_rope = self.k_rope_proj(latent)
-        q_nope, q_rope = self.q_norm(q).split([self.nope_dim, self.rope_dim], -1)
-        q_nope = self.q_nope_norm(q_nope)  # (B, T, H, n)
-        q_rope = ctx.rotated(self.q_rope_norm(q_rope), self.rope)  # (B, T, H, r)
-        # One row per token, which is what a latent KV cache stores (besides inv): (B, T, 1, c + r)
-        row = torch.cat((latent, ctx.rotated(self.k_rope_norm(k_rope), self.rope)), dim=-1)
-        y, aux = self.execute(q_nope, q_rope, row, ctx, cache)  # (B, T, H, v)
-        return self.o_proj(y.flatten(2)), aux
+    def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
+        return self.execute(self.project(x, ctx), ctx, cache)
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         if self.caches_heads:
@@ -271,7 +223,7 @@ class MLA(Attention):
             columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
             if self.caches_inverse:
                 columns["inverse_rms"] = (self.key_groups, 1)
-        return cache_for(self.pattern, batch_size, capacity, columns, like=self.kv_up.weight)
+        return self.core.make_cache(batch_size, capacity, columns, like=self.kv_up.weight)
 
     def layout(self) -> dict[str, ParamLayout]:
         # The rope key is no head's own: QK-clip leaves it, and q_rope makes up for it.
@@ -302,49 +254,42 @@ class MLA(Attention):
             **nested("q_proj.norm", norm, Names("q_a_layernorm")),
         }
 
-    def _naive(self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None) -> AttentionOutput:
-        k, v = self._expand(row)
-        (k, v), mask = update_cache(self.pattern, ctx, cache, k=k, v=v)
-        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
+    def _naive(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
+        k, v = self._expand(given.row)
+        return self.core(torch.cat((given.q_nope, given.q_rope), -1), {"k": k, "v": v}, ctx, cache)
 
-    def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
-    ) -> AttentionOutput:
+    def _expanded(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
         # inv is for the cache alone: _expand norms keys by itself
-        entries = {"latent_and_k_rope": row} if cache is None else self._cache_entries(row)
-        (row, *_), mask = update_cache(self.pattern, ctx, cache, **entries)
-        k, v = self._expand(row)
-        return self._attend(torch.cat((q_nope, q_rope), -1), k, v, mask, ctx)
+        entries = {"latent_and_k_rope": given.row} if cache is None else self._cache_entries(given.row)
+        return self.core(torch.cat((given.q_nope, given.q_rope), -1), entries, ctx, cache, self._expand)
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
-    ) -> AttentionOutput:
-        (row, *inverse), mask = update_cache(self.pattern, ctx, cache, **self._cache_entries(row))
+    def _absorbed(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
         w_uk, w_uv = self._up_per_head()
-        key = row
-        if self.caches_inverse:
-            row = row.expand(-1, -1, self.key_groups, -1)
-            key = row * inverse[0]  # (B, S, G, c + r)
+        q_nope = given.q_nope
         if self.k_nope_norm is not None:
-            q_nope = (q_nope * self.k_nope_norm.weight).to(row.dtype)
-            key = torch.cat((key[..., : self.rank], row[..., self.rank :]), -1)
-        q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), q_rope), -1)  # (B, T, H, c + r)
+            q_nope = (q_nope * self.k_nope_norm.weight).to(given.row.dtype)
+        q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), given.q_rope), -1)  # (B, T, H, c + r)
         # The row serves as value too, without a copy; its rope columns are dropped from the output.
-        y, aux = self._attend(q, key, row, mask, ctx)
-        return torch.einsum("bthc,hvc->bthv", y[..., : self.rank], w_uv), aux
+        v_dim = None if self.caches_inverse else self.rank
+        heads = self.core(q, self._cache_entries(given.row), ctx, cache, self._latent_keys, v_dim)
+        return heads._replace(out=torch.einsum("bthc,hvc->bthv", heads.out[..., : self.rank], w_uv))
 
-    def _cheaper(
-        self, q_nope: Tensor, q_rope: Tensor, row: Tensor, ctx: Context, cache: Cache | None
-    ) -> AttentionOutput:
-        absorb = cache is not None and row.shape[1] <= self.break_even
-        return (self._absorbed if absorb else self._expanded)(q_nope, q_rope, row, ctx, cache)
+    def _cheaper(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
+        absorb = cache is not None and given.row.shape[1] <= self.break_even
+        return (self._absorbed if absorb else self._expanded)(given, ctx, cache)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, ctx: Context) -> AttentionOutput:
-        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
-        y = self.attend(q, k, v, mask, self.scale, ctx.dropped(self.dropout))
-        return y, collect_stats(ctx.collect, q, k, mask, self.scale, row_offset)
+    def _latent_keys(self, row: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Absorbed keys (B, S, G, c + r) of rows (B, S, 1, c + r) and their inv (B, S, G, 1); and the values, the rows
+        themselves, where these are not columns of the keys."""
+        if inverse is None:
+            return row, None
+        row = row.expand(-1, -1, self.key_groups, -1)
+        key = row * inverse
+        if self.k_nope_norm is not None:
+            key = torch.cat((key[..., : self.rank], row[..., self.rank :]), -1)
+        return key, row
 
-    def _expand(self, row: Tensor) -> tuple[Tensor, Tensor]:
+    def _expand(self, row: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
         """Project latents up: (B, S, 1, c + r) -> keys (B, S, H, n + r) and values (B, S, H, v)."""
         latent = row[..., 0, : self.rank]
         k_nope, v = self.kv_up(latent).unflatten(-1, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], -1)
@@ -380,11 +325,3 @@ def break_even(rank: int, head_rows: int) -> float:
     """
     extra = 2 * rank - head_rows
     return rank * head_rows / extra if extra > 0 else math.inf
-
-
-def _query(d_model: int, rank: int, width: int, bias: bool, down_bias: bool) -> nn.Module:
-    """Query projection, d_model -> width: one matrix, or with a rank through a normed latent (`down`, `norm`, `up`)."""
-    if not rank:
-        return Linear(d_model, width, bias)
-    down, up = Linear(d_model, rank, down_bias), Linear(rank, width, bias)
-    return nn.Sequential(OrderedDict(down=down, norm=RMSNorm(rank), up=up))

@@ -1,43 +1,108 @@
-"""Kernel auto: selects a kernel by device, dtype, sequence length and whether gradients are needed."""
+"""Kernel auto: selects a kernel by device, dtype, shape and whether gradients are needed."""
 
+import functools
 import logging
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from common.errors import Unsupported
-from model.kernels.base import Kernel, say_once
+from model.kernels.base import Attended, Case, How, Kernel, say_once, unannounced
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
+from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
-from model.mask import Mask
+from model.mask import CAUSAL, Mask, Pattern
 
 SDPA_DEFAULT = SDPA()
 MATMUL = Matmul()
+ONLINE = Online()
 FALLBACK = Naive()
 # Beyond, kernel=matmul is still no slower, but the weights it saves outgrow all other activations.
 MAX_MATMUL_KEYS = 512
+TRIAL_TOKENS = 8
+TRIAL_ERROR = {torch.float32: 1e-3}  # relative to the largest number; of lower precisions, 0.05
 
 
 class Auto(Kernel):
-    """Uses the fused kernel; on a CPU kernel=matmul if it is faster or the fused one cannot drop weights; and with a
-    warning the naive one, if this device or shape has no fused kernel."""
+    """Uses the fused kernel; on a CPU kernel=matmul if it is faster or the fused one cannot drop weights; another one
+    if the fused one lacks the log-sum-exp that is asked for; and with a warning the naive one, if this device or shape
+    has no fused kernel, or it fails a trial."""
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type == "cuda":
             SDPA_DEFAULT.check(device, training, dropout)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
+        case, few_keys = Case.of(q, k, v, mask, how), k.shape[1] <= MAX_MATMUL_KEYS
+        kernel, warning = (preferred(case, few_keys), "") if torch.compiler.is_compiling() else tried(case, few_keys)
+        if warning:
+            say_once(logging.WARNING, warning)
         try:
-            return preferred(q.device, q, k, dropout)(q, k, v, mask, scale, dropout)
+            return kernel(q, k, v, mask, how)
         except Unsupported as error:
-            say_once(logging.WARNING, f"kernel auto takes the slow naive kernel: {error}")
-            return FALLBACK(q, k, v, mask, scale, dropout)
+            say_once(logging.WARNING, slow(error))
+            return FALLBACK(q, k, v, mask, how)
 
 
-def preferred(device: torch.device, q: Tensor, k: Tensor, dropout: float) -> Kernel:
+def preferred(case: Case, few_keys: bool) -> Kernel:
     """Choose the kernel that auto tries first, as measured (benchmarks/README.md): on a CPU the fused kernel is slow to
     train in bfloat16, and has no dropout."""
-    trains = torch.is_grad_enabled() and q.requires_grad
-    short = trains and q.dtype == torch.bfloat16 and k.shape[1] <= MAX_MATMUL_KEYS
-    return MATMUL if device.type == "cpu" and (short or dropout) else SDPA_DEFAULT
+    if case.device == "cpu":
+        short = case.trains and case.dtype == torch.bfloat16 and few_keys
+        return MATMUL if short or case.dropout else SDPA_DEFAULT
+    if case.lse and not SDPA_DEFAULT.gives_lse(case.device):
+        return MATMUL if few_keys or case.dropout else ONLINE
+    return SDPA_DEFAULT
+
+
+@functools.cache
+def tried(case: Case, few_keys: bool) -> tuple[Kernel, str]:
+    """The preferred kernel after a trial, and no warning; or the fallback and a warning that says why."""
+    kernel = preferred(case, few_keys)
+    try:
+        with unannounced(), _disable_current_modes():  # whoever counts memory or operations counts those of the run
+            _try(kernel, case)
+    except Unsupported as error:
+        return FALLBACK, slow(error)
+    return kernel, ""
+
+
+def slow(reason: Exception) -> str:
+    return f"kernel auto takes the slow naive kernel: {reason}"
+
+
+def _try(kernel: Kernel, case: Case) -> None:
+    """Run a kernel on a few made-up tokens, and backward where that is what it is for. Leaves generators as they were.
+    Raises Unsupported if it does not run, or computes something else than the naive kernel."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, TRIAL_TOKENS, heads, dim, generator=draw).to(case.device, case.dtype).requires_grad_(case.trains)
+        for heads, dim in (
+            (case.n_heads, case.key_dim),
+            (case.n_kv_heads, case.key_dim),
+            (case.n_kv_heads, case.v_dim),
+        )
+    )
+    positions = torch.arange(TRIAL_TOKENS, device=case.device)[None]
+    pattern = Pattern(window=TRIAL_TOKENS // 2) if case.mask == "patterned" else CAUSAL
+    mask = Mask(positions, positions, case.mask != "positions", pattern)
+    how = How(case.key_dim**-0.5, 0.1 if case.dropout else 0.0, case.lse)
+    devices = [torch.cuda.current_device()] if case.device == "cuda" else []
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(case.trains):
+        try:
+            found = [x for x in kernel(q, k, v, mask, how) if x is not None]
+            if case.trains:
+                found += torch.autograd.grad(sum(x.float().sum() for x in found), (q, k, v))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Unsupported(f"{type(kernel).__name__} does not run on {case.device}: {reason}") from None
+        if not case.dropout:
+            _compare(kernel, found[0].detach(), FALLBACK(q, k, v, mask, how._replace(lse=False)).out.detach())
+
+
+def _compare(kernel: Kernel, found: Tensor, expected: Tensor) -> None:
+    error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    if not error <= TRIAL_ERROR.get(found.dtype, 0.05):
+        raise Unsupported(f"{type(kernel).__name__} computes something else, by {error:.1g} of the largest number")

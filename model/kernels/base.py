@@ -1,15 +1,70 @@
-"""Base class of attention kernels, and the log line that says which one ran."""
+"""Base class of attention kernels: what they are given and return, and the log line that says which one ran."""
 
+import contextlib
 import functools
 import logging
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from common.errors import Unsupported
 from common.settings import FrozenSettings
 from model.mask import Mask
+
+
+class How(NamedTuple):
+    """How to attend, besides the tensors and the mask."""
+
+    scale: float  # of the scores; never the kernel's to choose: absorbed keys are wider than those it is for
+    dropout: float = 0.0  # probability with which each weight of the softmax is dropped
+    lse: bool = False  # whether Attended.lse is wanted
+    v_dim: int | None = None  # the values are the first v_dim columns of the keys, as in absorbed MLA; v is not read
+
+    def values(self, k: Tensor, v: Tensor | None) -> Tensor:
+        """The values: v, or a view of the keys."""
+        return v if self.v_dim is None else k[..., : self.v_dim]
+
+
+class Attended(NamedTuple):
+    """What a kernel returns."""
+
+    out: Tensor  # (B, T, H, Dv), in the dtype of the queries
+    lse: Tensor | None = (
+        None  # (B, T, H) float32, log Σ exp(scores) over the visible keys, with its gradient; if wanted
+    )
+
+
+class Case(NamedTuple):
+    """What calls that are alike have in common. The number of tokens is left out, because decoding has all of them."""
+
+    device: str
+    dtype: torch.dtype
+    n_heads: int
+    n_kv_heads: int
+    key_dim: int
+    v_dim: int
+    mask: str
+    trains: bool  # whether a backward pass follows
+    dropout: bool
+    lse: bool
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Self:
+        return cls(
+            q.device.type,
+            q.dtype,
+            q.shape[2],
+            k.shape[2],
+            q.shape[3],
+            v.shape[3] if how.v_dim is None else how.v_dim,
+            "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions",
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad),
+            how.dropout > 0,
+            how.lse,
+        )
 
 
 class Kernel(FrozenSettings, ABC):
@@ -21,13 +76,26 @@ class Kernel(FrozenSettings, ABC):
         """Raise Unsupported if this kernel cannot run there, before a run has created anything.
         dropout: whether attention weights will be dropped."""
 
+    def gives_lse(self, device: str) -> bool:
+        """Whether this kernel can return the log-sum-exp there. One that is asked and cannot raises Unsupported."""
+        return True
+
     @abstractmethod
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
         """softmax(scale · q kᵀ | mask) v, each weight of the softmax dropped with probability `dropout`.
 
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); G divides H, and query head i attends to
         KV head i // (H / G). Raises Unsupported if this device, dtype or shape lacks the kernel.
         """
+
+
+def check_drops_nothing(name: str, dropout: bool, device: str = "") -> None:
+    """Raise Unsupported if attention weights are to be dropped, which that kernel cannot."""
+    if dropout:
+        raise Unsupported(
+            f"kernel={name} drops no attention weights{device}: kernel=auto or matmul, or attention.dropout=0 (of a "
+            "stack, model.attention_dropout=0)"
+        )
 
 
 def group_queries(q: Tensor, n_kv_heads: int) -> Tensor:
@@ -36,6 +104,8 @@ def group_queries(q: Tensor, n_kv_heads: int) -> Tensor:
 
 
 _log_once = functools.cache(logging.getLogger("headroom").log)
+_announced: set[tuple[str, Case]] = set()
+_silent: list[None] = []  # an element for each trial in progress
 
 
 def say_once(level: int, message: str) -> None:
@@ -48,21 +118,34 @@ say_once._dynamo_marked_constant = True
 
 
 def forget_logged() -> None:
-    """Forget the messages that `say_once` logged: each is logged again when it comes next."""
+    """Forget the messages that were logged once: each is logged again when it comes next."""
     _log_once.cache_clear()
+    _announced.clear()
 
 
-def _heads(x: Tensor, kind: str) -> str:
-    count = x.shape[2]
-    return f"{count} {kind} {'head' if count == 1 else 'heads'}"
+@contextlib.contextmanager
+def unannounced() -> Iterator[None]:
+    """Within its `with` block kernels run without being announced, as in a trial."""
+    _silent.append(None)
+    try:
+        yield
+    finally:
+        _silent.pop()
 
 
-def announce(name: str, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
-    """Log once per shape which kernel ran. Sequence lengths are left out, because decoding has all of them."""
-    phase = "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions"
-    grad = ", with gradients" if torch.is_grad_enabled() and q.requires_grad else ""
+def announce(name: str, case: Case) -> None:
+    """Log once per case which kernel ran."""
+    if not torch.compiler.is_compiling():
+        if _silent or (name, case) in _announced:
+            return
+        _announced.add((name, case))
+    grad = ", with gradients" if case.trains else ""
     say_once(
         logging.INFO,
-        f"kernel {name}: {_heads(q, 'query')} on {_heads(k, 'key')} of {q.shape[3]}, "
-        f"values of {v.shape[3]}, {phase} mask, {str(q.dtype).removeprefix('torch.')} on {q.device.type}{grad}",
+        f"kernel {name}: {_heads(case.n_heads, 'query')} on {_heads(case.n_kv_heads, 'key')} of {case.key_dim}, "
+        f"values of {case.v_dim}, {case.mask} mask, {str(case.dtype).removeprefix('torch.')} on {case.device}{grad}",
     )
+
+
+def _heads(count: int, kind: str) -> str:
+    return f"{count} {kind} {'head' if count == 1 else 'heads'}"

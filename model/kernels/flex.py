@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import Unsupported
-from model.kernels.base import Kernel, announce
+from model.kernels.base import Attended, Case, How, Kernel, announce, check_drops_nothing
 from model.kernels.sdpa import SDPA
 from model.mask import Mask, Pattern
 
@@ -33,24 +33,23 @@ class Flex(Kernel):
             raise Unsupported(f"kernel=flex compiles for cpu and cuda, not for {device.type}: kernel=naive")
         if device.type == "cpu" and training:
             raise Unsupported("kernel=flex has no backward pass on a CPU: to train there, kernel=auto or kernel=online")
-        if dropout:
-            raise Unsupported(
-                "kernel=flex drops no attention weights: kernel=auto or matmul, or attention.dropout=0 (of a stack, "
-                "model.attention_dropout=0)"
-            )
+        check_drops_nothing("flex", dropout)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
         t = q.shape[1]
-        if t < BLOCK:
-            return SHORT_QUERY_KERNEL(q, k, v, mask, scale, dropout)
-        self.check(q.device, torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)), dropout > 0)
-        announce("flex", q, k, v, mask)
+        if t < BLOCK and (not how.lse or SHORT_QUERY_KERNEL.gives_lse(q.device.type)):
+            return SHORT_QUERY_KERNEL(q, k, v, mask, how)
+        case = Case.of(q, k, v, mask, how)
+        self.check(q.device, case.trains, case.dropout)
+        announce("flex", case)
+        v = how.values(k, v)
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, _length(x.shape[1]) - x.shape[1])).transpose(1, 2) for x in (q, k, v))
         if _by_index(mask):
             blocks = _blocks_of(mask.pattern, q.shape[2], q.device)
         else:
             blocks = _blocks(_lengthened(mask, q.shape[0]))
-        return _run_compiled(q, k, v, blocks, scale).transpose(1, 2)[:, :t]
+        out, lse = _run_compiled(q, k, v, blocks, how)
+        return Attended(out.transpose(1, 2)[:, :t], lse.transpose(1, 2)[:, :t] if how.lse else None)
 
 
 def _length(tokens: int) -> int:
@@ -124,14 +123,14 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32)[:, None], indices.to(torch.int32)[:, None].contiguous()
 
 
-def _run_compiled(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float) -> Tensor:
+def _run_compiled(q: Tensor, k: Tensor, v: Tensor, blocks: Any, how: How) -> tuple[Tensor, Tensor | None]:
     """Run the program for this pattern and these shapes, compiling it first if it is new."""
     # By default dynamo compiles a function for 8 patterns and shapes, and would run any other uncompiled, tens of times
     # slower, with no more than a log line.
     limits = {"recompile_limit": MAX_PROGRAMS, "accumulated_recompile_limit": MAX_PROGRAMS}
     try:
         with torch._dynamo.config.patch(limits):
-            return _compiled()(q, k, v, blocks, scale)
+            return _compiled()(q, k, v, blocks, how.scale, how.lse)
     except RuntimeError as error:
         from torch._dynamo.exc import BackendCompilerFailed
 
@@ -146,7 +145,8 @@ def _compiled() -> Any:
     return torch.compile(_attend, dynamic=False)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocks: Any, scale: float, lse: bool) -> tuple[Tensor, Tensor | None]:
     from torch.nn.attention.flex_attention import flex_attention  # a second of imports, only for runs that use flex
 
-    return flex_attention(q, k, v, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    options = {"block_mask": blocks, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    return flex_attention(q, k, v, **options, return_lse=True) if lse else (flex_attention(q, k, v, **options), None)

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common.errors import Unsupported
 from model.dimensions import Size
-from model.kernels.base import Kernel, announce, group_queries
+from model.kernels.base import Attended, Case, How, Kernel, announce, check_drops_nothing, group_queries
 from model.mask import Mask
 
 LOWEST = torch.finfo(torch.float32).min  # initial maximum; -∞ would give NaN in a tile where a row sees no key
@@ -34,23 +33,22 @@ class Online(Kernel):
     key_tile: Size = 128
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
-        if dropout:
-            raise Unsupported(
-                "kernel=online drops no attention weights: kernel=auto or matmul, or attention.dropout=0 (of a stack, "
-                "model.attention_dropout=0)"
-            )
+        check_drops_nothing("online", dropout)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        self.check(q.device, q.requires_grad, dropout > 0)
-        announce("online", q, k, v, mask)
-        return _Attention.apply(q, k, v, mask, scale, self.query_tile, self.key_tile)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
+        check_drops_nothing("online", how.dropout > 0)
+        announce("online", Case.of(q, k, v, mask, how))
+        out, lse = _Attention.apply(q, k, how.values(k, v), mask, how.scale, (self.query_tile, self.key_tile))
+        return Attended(out, lse if how.lse else None)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, query_tile: int, key_tile: int
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, tile_sizes: tuple[int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """tile_sizes: of queries, and of keys. Returns the output and L, which has a gradient too."""
+        query_tile, key_tile = tile_sizes
         out = q.new_empty(*q.shape[:3], v.shape[3])  # (B, T, H, Dv)
         log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, T, H)
         for rows in tiles(slice(0, q.shape[1]), query_tile):
@@ -69,30 +67,36 @@ class _Attention(torch.autograd.Function):
             out[:, rows] = (o / total[..., None]).flatten(2, 3)  # in the caller's dtype
             log_sum_exp[:, rows] = (m + total.log()).flatten(2, 3)
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
-        ctx.mask, ctx.scale, ctx.query_tile, ctx.key_tile = mask, scale, query_tile, key_tile
-        return out
+        ctx.mask, ctx.scale, ctx.tile_sizes = mask, scale, tile_sizes
+        ctx.set_materialize_grads(False)
+        return out, log_sum_exp
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """With P the probabilities and A = QKᵀ:
 
             dV = Pᵀ dO        dP = dO Vᵀ        dA = scale · P ∘ (dP - D)        dQ = dA K        dK = dAᵀ Q
 
-        where D = rowsum(P ∘ dP), through the sum that a softmax divides by, is rowsum(dO ∘ O): no pass over the keys.
-        FlashAttention-2 has the loop over keys outside, so that thread blocks need not add to the same dK and dV; here
-        tiles run one after another.
+        where D = rowsum(P ∘ dP) - dL. The first term comes through the sum that a softmax divides by, and is
+        rowsum(dO ∘ O): no pass over the keys; the second is the gradient of L itself, as dL/dx = P. FlashAttention-2
+        has the loop over keys outside, so that thread blocks need not add to the same dK and dV; here tiles run one
+        after another.
         """
         q, k, v, out, log_sum_exp = ctx.saved_tensors
         n_groups, scale = k.shape[2], ctx.scale
+        query_tile, key_tile = ctx.tile_sizes
+        d_out = torch.zeros_like(out) if d_out is None else d_out
         d_q, d_k, d_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
-        for rows in tiles(slice(0, q.shape[1]), ctx.query_tile):
+        for rows in tiles(slice(0, q.shape[1]), query_tile):
             # all are views: adding to d_q_i adds to d_q
             q_i, do_i, o_i, d_q_i = (group_queries(x[:, rows], n_groups) for x in (q, d_out, out, d_q))
             do_i = do_i.float()  # (B, t, G, R, Dv)
             lse_i = log_sum_exp[:, rows].unflatten(2, (n_groups, -1))  # (B, t, G, R)
             d_i = (do_i * o_i).sum(-1)  # (B, t, G, R)
-            for keys in tiles(ctx.mask.span(rows), ctx.key_tile):
+            if d_lse is not None:
+                d_i = d_i - d_lse[:, rows].unflatten(2, (n_groups, -1))
+            for keys in tiles(ctx.mask.span(rows), key_tile):
                 x = scores_of_tile(q_i, k, ctx.mask, scale, rows, keys)
                 p = (x - lse_i[..., None]).exp()  # (B, t, G, R, s), which sums to 1 over all tiles
                 d_v[:, keys] += torch.einsum("btgrs,btgrv->bsgv", p, do_i)
@@ -100,7 +104,7 @@ class _Attention(torch.autograd.Function):
                 d_a = scale * p * (d_p - d_i[..., None])  # (B, t, G, R, s)
                 d_q_i += torch.einsum("btgrs,bsgd->btgrd", d_a, k[:, keys].float())
                 d_k[:, keys] += torch.einsum("btgrs,btgrd->bsgd", d_a, q_i.float())
-        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None, None
+        return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
 
 
 def tiles(span: slice, size: int) -> Iterator[slice]:

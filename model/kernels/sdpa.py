@@ -1,19 +1,21 @@
 """PyTorch's fused attention: flash, memory-efficient or cuDNN, never its unfused math fallback."""
 
 import importlib
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from contextlib import AbstractContextManager
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.nn.attention as fused_attention
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from common.errors import Unsupported
-from model.kernels.base import Kernel, announce, group_queries
+from model.kernels.base import Attended, Case, How, Kernel, announce, check_drops_nothing, group_queries
+from model.kernels.online import tiles
 from model.mask import Mask
 
 BACKENDS = {
@@ -31,7 +33,9 @@ NO_KERNEL_MESSAGES = (
 )
 ACTIVATED: set[str] = set()  # flash kernels that this process activated in place of PyTorch's own
 PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}  # what PyTorch's adapter for each imports
-DEVICES = ("cpu", "cuda")  # where sdpa_kernel(BACKENDS) is obeyed
+DEVICES = ("cpu", "cuda")  # that have fused kernels
+CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+CPU_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 QUERY_TILE = 256  # queries whose boolean mask is in memory at one time
 MAX_SAVED_MASK_KEYS = 1024  # width up to which a tile's mask is saved for the backward pass
 
@@ -63,29 +67,32 @@ class SDPA(Kernel):
             raise Unsupported(f"kernel.backend={self.backend} runs on a GPU, not on cpu: leave it unset")
         if self.backend == "cudnn" and not torch.backends.cudnn.is_available():
             raise Unsupported("kernel.backend=cudnn: there is no cuDNN here: leave kernel.backend unset")
-        if dropout and device.type == "cpu":
-            raise Unsupported(
-                "kernel=sdpa drops no attention weights on a CPU: kernel=auto or matmul, or attention.dropout=0 (of a "
-                "stack, model.attention_dropout=0)"
-            )
+        check_drops_nothing("sdpa", dropout and device.type == "cpu", " on a CPU")
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        self.check(q.device, q.requires_grad, dropout > 0)
-        if q.device.type == "cuda":
-            _activate(self.flash)
-        inputs = (q, k, v)
-        value_dim = v.shape[-1]
+    def gives_lse(self, device: str) -> bool:
+        return device == "cpu"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
+        case = Case.of(q, k, v, mask, how)
+        fused = self._fused(q.device, case)
         # Fused kernels need q, k and v equally wide. Zero columns change neither scores (the scale is explicit) nor the
-        # output columns that are returned.
-        width = max(q.shape[-1], value_dim)
-        q, k, v = (widened(x, width) for x in (q, k, v))
-        fused = FusedSDPA(self.backend if mask.is_plain_causal and q.dtype != torch.float32 else None)
-        if mask.is_plain_causal:
-            out = _causal(q, k, v, scale, dropout, fused)
-        else:
-            out = by_positions(q, k, v, mask, scale, dropout, fused)
-        announce(f"sdpa ({fused.ran})", *inputs, mask)
-        return out[..., :value_dim]
+        # output columns that are returned; nor do the columns of keys that stand behind their values.
+        width = max(case.key_dim, case.v_dim)
+        q, k = widened(q, width), widened(k, width)
+        v = k if how.v_dim is not None else widened(v, width)
+        out, lse = (_causal if mask.is_plain_causal else by_positions)(q, k, v, mask, how, fused)
+        announce(f"sdpa ({fused.ran})", case)
+        return Attended(out if case.v_dim == width else out[..., : case.v_dim], lse)
+
+    def _fused(self, device: torch.device, case: Case) -> "Fused":
+        """The fused function for such calls. Raises Unsupported if there is none."""
+        self.check(device, case.trains, case.dropout)
+        if case.device == "cpu":
+            return FLASH_ON_CPU
+        if case.lse:
+            raise Unsupported(f"kernel=sdpa returns no log-sum-exp on {case.device}: kernel=auto, flex or online")
+        _activate(self.flash)
+        return FusedSDPA(self.backend if case.mask == "causal" and case.dtype != torch.float32 else None)
 
 
 def widened(x: Tensor, width: int) -> Tensor:
@@ -93,53 +100,121 @@ def widened(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, fused: Callable[..., Tensor]) -> Tensor:
+def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "Fused") -> Attended:
     grouped = q.shape[2] != k.shape[2]
     if grouped and q.device.type == "cuda" and q.dtype == torch.float32:
         # in float32 only the memory-efficient kernel runs, which does not support grouped heads
         k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
         grouped = False
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    options = {"is_causal": True, "scale": scale, "dropout_p": dropout, "enable_gqa": grouped}
-    return fused(*heads_first, **options).transpose(1, 2)
+    out, lse = fused(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), how, is_causal=True, enable_gqa=grouped)
+    return Attended(out.transpose(1, 2), lse if lse is None else lse.transpose(1, 2))
 
 
-def by_positions(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float, fused: Callable[..., Tensor]
-) -> Tensor:
-    """Attention with a boolean mask from positions, a tile of queries at a time against the span of keys they may see.
+def by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "Fused") -> Attended:
+    """Attention under a mask from positions, a tile of queries at a time against the span of keys they may see.
 
     With a window, neither memory nor time grows as T × S. Without one memory does not either: a mask wider than
     MAX_SAVED_MASK_KEYS is not saved for the backward pass, which recomputes the tile.
 
     The query heads that share a KV head become rows of one head, so keys are read once and never repeated.
-
-    fused(q, k, v, attn_mask=, scale=, dropout_p=): (B, heads, rows, D) each, as F.scaled_dot_product_attention.
     """
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, S, D)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
 
-    def tile(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Tensor:
-        grouped = group_queries(q, k.shape[1])  # (B, t, G, R, D)
-        t, repeats = grouped.shape[1], grouped.shape[3]
-        visible = mask.visible(rows, keys)[:, None]  # (B or 1, 1, t, s)
-        if t > 1:
-            visible = visible.repeat_interleave(repeats, dim=2)  # (B or 1, 1, t·R, s); a single query broadcasts
-        out = fused(
-            grouped.permute(0, 2, 1, 3, 4).flatten(2, 3), k, v, attn_mask=visible, scale=scale, dropout_p=dropout
-        )
-        return out.unflatten(2, (t, repeats)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, t, H, D)
+    def tile(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Attended:
+        t, repeats = q.shape[1], q.shape[2] // k.shape[1]
+        # (B or 1, 1, t·R, s); that of a single query broadcasts
+        bias = mask.bias(rows, keys, q.dtype, repeats if t > 1 else 1)[:, None]
+        out, lse = fused(_rows_of_key_heads(q, k.shape[1]), k, v, how, attn_mask=bias)
+        return Attended(_by_token(out, t), None if lse is None else _by_token(lse[..., None], t).squeeze(-1))
 
-    outputs = []
-    for start in range(0, q.shape[1], QUERY_TILE):
-        rows = slice(start, min(start + QUERY_TILE, q.shape[1]))
+    def run(rows: slice) -> Attended:
         keys = mask.span(rows)
         inputs = q[:, rows], k[:, :, keys], v[:, :, keys], rows, keys
         if trains and keys.stop - keys.start > MAX_SAVED_MASK_KEYS:
-            outputs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
-        else:
-            outputs.append(tile(*inputs))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+            return checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=how.dropout > 0)
+        return tile(*inputs)
+
+    found = [run(rows) for rows in tiles(slice(0, q.shape[1]), QUERY_TILE)]
+    if len(found) == 1:
+        return found[0]
+    return Attended(*(None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*found, strict=True)))
+
+
+def _rows_of_key_heads(q: Tensor, n_kv_heads: int) -> Tensor:
+    """(B, t, H, D) -> (B, G, t·R, D)."""
+    if q.shape[1] == 1:
+        return q.reshape(q.shape[0], n_kv_heads, -1, q.shape[3])
+    return group_queries(q, n_kv_heads).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+def _by_token(x: Tensor, t: int) -> Tensor:
+    """Inverse of _rows_of_key_heads: (B, G, t·R, D) -> (B, t, H, D)."""
+    if t == 1:
+        return x.reshape(x.shape[0], 1, -1, x.shape[3])
+    return x.unflatten(2, (t, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
+class Fused(Protocol):
+    """A fused kernel of PyTorch: q (B, H, T, D), k and v (B, G, S, D) -> (B, H, T, D), and the log-sum-exp (B, H, T) if
+    wanted. options: is_causal, enable_gqa and attn_mask, as of F.scaled_dot_product_attention."""
+
+    ran: str  # name of the backend
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, how: How, **options: Any) -> tuple[Tensor, Tensor | None]: ...
+
+
+class FlashOnCPU:
+    """The one fused kernel of a CPU, without the dispatcher of F.scaled_dot_product_attention, which finds it too."""
+
+    ran = "flash"
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        how: How,
+        *,
+        is_causal: bool = False,
+        attn_mask: Tensor | None = None,
+        enable_gqa: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        if how.lse and torch.is_grad_enabled():
+            return _FlashWithLSE.apply(q, k, v, attn_mask, is_causal, how.scale)
+        out, lse = CPU_FLASH(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=how.scale)
+        return out, lse if how.lse else None
+
+
+FLASH_ON_CPU = FlashOnCPU()
+
+
+class _FlashWithLSE(torch.autograd.Function):
+    """The CPU's flash kernel, with the gradient of its log-sum-exp L, which PyTorch leaves out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = CPU_FLASH(q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse, bias)
+        ctx.is_causal, ctx.scale = is_causal, scale
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
+        """The kernel's backward pass computes dX = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O), and dL/dX = P asks for
+        D - dL in place of D. So O, dO and V get one more column, of -1, dL and 0 (q and k too, of 0: it wants equal
+        widths), which adds -dL to D and nothing to dO Vᵀ."""
+        q, k, v, out, lse, bias = ctx.saved_tensors
+        width = q.shape[-1]
+        d_out = torch.cat((d_out, d_lse[..., None].to(d_out.dtype)), -1)
+        q, k, v = (widened(x, width + 1) for x in (q, k, v))
+        gradients = CPU_FLASH_BACKWARD(
+            d_out, q, k, v, F.pad(out, (0, 1), value=-1.0), lse, 0.0, ctx.is_causal, attn_mask=bias, scale=ctx.scale
+        )
+        return *(grad[..., :width] for grad in gradients), None, None, None
 
 
 class FusedSDPA:
@@ -149,15 +224,15 @@ class FusedSDPA:
 
     def __init__(self, backend: str | None):
         self.backend = backend
-        self.allowed = list(BACKENDS.values()) if backend is None else [BACKENDS[backend]]
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        """q, k, v: (B, heads, rows, D). Raises Unsupported where PyTorch would silently take its slow math path."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, how: How, **options: Any) -> tuple[Tensor, None]:
+        """Raises Unsupported where PyTorch would silently take its slow math path."""
+        options |= {"scale": how.scale, "dropout_p": how.dropout}
         try:
-            with sdpa_kernel(self.allowed):
+            with _allowed(self.backend):
                 if not torch.compiler.is_compiling():  # setting an attribute breaks the trace of a recomputed tile
                     self.ran = _chosen(q, k, v, options)
-                return F.scaled_dot_product_attention(q, k, v, **options)
+                return F.scaled_dot_product_attention(q, k, v, **options), None
         except RuntimeError as error:
             if not any(message in str(error).lower() for message in NO_KERNEL_MESSAGES):
                 raise
@@ -171,10 +246,27 @@ class FusedSDPA:
             ) from None
 
 
+class _NoMath:
+    """Within its `with` block PyTorch has fused kernels only. Says what sdpa_kernel(BACKENDS) says in a tenth of the
+    time, which in decoding is that of an operation."""
+
+    def __enter__(self) -> None:
+        self.before = torch.backends.cuda.math_sdp_enabled()
+        torch.backends.cuda.enable_math_sdp(False)
+
+    def __exit__(self, *_) -> None:
+        torch.backends.cuda.enable_math_sdp(self.before)
+
+
+def _allowed(backend: str | None) -> AbstractContextManager:
+    """Restrict PyTorch to that backend, or to all that are fused."""
+    if backend is None and not torch.compiler.is_compiling():
+        return _NoMath()
+    return sdpa_kernel(list(BACKENDS.values()) if backend is None else [BACKENDS[backend]])
+
+
 def _chosen(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> str:
     """Name the backend that PyTorch chooses for this call; "fused" if it does not tell."""
-    if q.device.type == "cpu":
-        return "flash"
     if not hasattr(torch, "_fused_sdp_choice"):
         return "fused"
     choice = torch._fused_sdp_choice(q, k, v, **options)

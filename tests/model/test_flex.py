@@ -9,7 +9,7 @@ from model.kernels import flex
 from model.kernels.flex import BLOCK, Flex
 from model.kernels.naive import Naive
 from model.mask import Mask, Pattern
-from tests.model.test_kernels import inputs
+from tests.model.test_kernels import attend, inputs
 from tests.support import call, logits_of, relative_error, small_model, some_tokens
 
 T = 2 * BLOCK + 44
@@ -52,7 +52,7 @@ def test_flex_with_more_patterns_than_dynamos_limit_equals_naive():
     one_program = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), one_program:  # Flex lifts the limit for its own function
         for mask in (MASKS[name] for name in ("sparse", "documents", "padding")):
-            found, expected = Flex()(q, k, v, mask, 0.4), Naive()(q, k, v, mask, 0.4)
+            found, expected = (attend(kernel, q, k, v, mask, 0.4) for kernel in (Flex(), Naive()))
             real = (mask.q_pos >= 0).expand(2, -1)
             assert relative_error(found[real], expected[real]) <= 1e-5
 
@@ -79,7 +79,7 @@ def test_flex_length_buckets_are_at_most_half_longer():
 def test_flex_decoding_runs_on_the_fused_kernel():
     q, k, v = inputs(1, 21, 4, 2, 8, 8)
     mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], contiguous=False)
-    assert relative_error(Flex()(q, k, v, mask, 0.4), Naive()(q, k, v, mask, 0.4)) <= 1e-5
+    assert relative_error(*(attend(kernel, q, k, v, mask, 0.4) for kernel in (Flex(), Naive()))) <= 1e-5
 
 
 def test_flex_training_on_a_cpu_is_refused_before_a_run_folder_exists(monkeypatch, tmp_path, capsys):
@@ -89,14 +89,14 @@ def test_flex_training_on_a_cpu_is_refused_before_a_run_folder_exists(monkeypatc
     assert not list(tmp_path.iterdir())
     q, k, v = inputs(T, T, 2, 2, 8, 8)
     with pytest.raises(Unsupported, match="no backward pass on a CPU"):
-        Flex()(q, k, v, MASKS["window"], 0.4)
+        attend(Flex(), q, k, v, MASKS["window"], 0.4)
 
 
 def test_flex_with_dropout_or_without_a_compiler_is_refused():
     q, k, v = (x.detach() for x in inputs(T, T, 2, 2, 8, 8))
     with pytest.raises(Unsupported, match=r"attention\.dropout=0"):
-        Flex()(q, k, v, MASKS["window"], 0.4, dropout=0.1)
+        attend(Flex(), q, k, v, MASKS["window"], 0.4, dropout=0.1)
     without = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent"), "force_disable_caches": True})
     with without, pytest.raises(Unsupported, match="cannot be compiled here") as refusal:
-        Flex()(q, k, v, MASKS["sparse"], 0.4)
+        attend(Flex(), q, k, v, MASKS["sparse"], 0.4)
     assert len(str(refusal.value).splitlines()) == 1

@@ -10,6 +10,7 @@ import torch
 from common.errors import Unsupported
 from model.kernels import base, online, sdpa
 from model.kernels.auto import MAX_MATMUL_KEYS, Auto
+from model.kernels.base import How, Kernel
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -40,6 +41,10 @@ def positions(first: int, count: int) -> torch.Tensor:
     return torch.arange(first, first + count)[None].expand(2, -1)
 
 
+def attend(kernel: Kernel, q, k, v, mask: Mask, scale: float, **how) -> torch.Tensor:
+    return kernel(q, k, v, mask, How(scale, **how)).out
+
+
 def by_definition(q, k, v, visible, scale):
     """One query, one head at a time, in float64."""
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=torch.float64)
@@ -57,7 +62,7 @@ def test_naive_equals_the_definition(shape):
     q, k, v = inputs(*shape)
     mask = Mask(positions(0, shape[0]), positions(0, shape[1]), contiguous=True)
     expected = by_definition(q, k, v, mask.visible(), 0.3)
-    assert relative_error(Naive()(q, k, v, mask, 0.3), expected) <= 1e-5
+    assert relative_error(attend(Naive(), q, k, v, mask, 0.3), expected) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ def check_against_naive(kernel, given, mask, tolerance=1e-5):
     real = (mask.q_pos >= 0).expand(q.shape[:2])[..., None, None]
     results = []
     for chosen in (Naive(), kernel):
-        out = chosen(*given, mask, 0.4).where(real, 0)
+        out = attend(chosen, *given, mask, 0.4).where(real, 0)
         results.append([out, *torch.autograd.grad((out * draw).sum(), given)])
     for found, expected in zip(results[1], results[0], strict=True):
         assert relative_error(found, expected) <= tolerance
@@ -133,7 +138,7 @@ def test_online_memory_grows_linearly_with_the_length(pattern):
     def peak(kernel, length: int) -> int:
         given, places = inputs(length, length, 4, 2, 8, 8), positions(0, length)
         with PeakTensorBytes() as peak_bytes:
-            kernel(*given, Mask(places, places, True, pattern), 0.4).sum().backward()
+            attend(kernel, *given, Mask(places, places, True, pattern), 0.4).sum().backward()
         return peak_bytes.bytes
 
     kernel = Online(query_tile=16, key_tile=16)
@@ -151,7 +156,7 @@ def test_online_skips_fully_hidden_tiles(monkeypatch):
     kernel, places = Online(query_tile=4, key_tile=4), positions(0, 32)
     for pattern, tiles in ((CAUSAL, 36), (Pattern(window=4), 15), (Pattern(causal=False), 64)):
         computed.clear()
-        out = kernel(*inputs(32, 32, 2, 1, 4, 4), Mask(places, places, True, pattern), 0.5)
+        out = attend(kernel, *inputs(32, 32, 2, 1, 4, 4), Mask(places, places, True, pattern), 0.5)
         assert len(computed) == tiles
         out.sum().backward()
         assert len(computed) == 2 * tiles
@@ -159,7 +164,7 @@ def test_online_skips_fully_hidden_tiles(monkeypatch):
 
 def test_online_second_derivative_is_refused():
     given = inputs(4, 4, 1, 1, 4, 4)
-    out = Online()(*given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+    out = attend(Online(), *given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -168,12 +173,12 @@ def test_online_second_derivative_is_refused():
 def test_online_with_dropout_is_refused():
     mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
     with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*kernel=auto"):
-        Online()(*inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
+        attend(Online(), *inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
 
 
 def test_matmul_second_derivative_is_refused():
     given = inputs(4, 4, 1, 1, 4, 4)
-    out = PRODUCTS(*given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+    out = attend(PRODUCTS, *given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -185,11 +190,11 @@ def test_matmul_dropout_is_the_same_forward_and_backward():
     q, k, v = given
     identity = torch.eye(16)[:, None].expand(2, 16, 2, 16)
     draw = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(9))
-    weights = Naive()(q, k, identity, mask, 0.4)  # (B, T, H, S)
+    weights = attend(Naive(), q, k, identity, mask, 0.4)  # (B, T, H, S)
     torch.manual_seed(3)
-    left = Matmul()(q, k, identity, mask, 0.4, dropout=0.25) / weights.where(weights > 0, 1)
+    left = attend(Matmul(), q, k, identity, mask, 0.4, dropout=0.25) / weights.where(weights > 0, 1)
     torch.manual_seed(3)
-    found = Matmul()(*given, mask, 0.4, dropout=0.25)
+    found = attend(Matmul(), *given, mask, 0.4, dropout=0.25)
     expected = torch.einsum("bths,bshv->bthv", left.detach() * weights, v.repeat_interleave(2, dim=2))
     assert (left[weights > 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
     assert torch.allclose(left[left > 0], torch.tensor(1 / 0.75))
@@ -206,7 +211,7 @@ def test_auto_on_a_cpu_training_on_short_texts_in_bfloat16_selects_matmul(caplog
         base.forget_logged()
         caplog.clear()
         with caplog.at_level("INFO", logger="headroom"):
-            Auto()(*given, mask, 0.5, dropout)
+            attend(Auto(), *given, mask, 0.5, dropout=dropout)
         return caplog.messages[-1].split(":")[0]
 
     assert taken(MAX_MATMUL_KEYS) == "kernel matmul"
@@ -220,16 +225,16 @@ def test_sdpa_on_long_chunks_runs_in_query_tiles():
     t, s = 2 * QUERY_TILE + 7, 2 * QUERY_TILE + 40
     q, k, v = inputs(t, s, 2, 1, 4, 4)
     mask = Mask(positions(33, t), positions(0, s), contiguous=False)
-    assert relative_error(SDPA()(q, k, v, mask, 0.5), Naive()(q, k, v, mask, 0.5)) <= 1e-5
+    assert relative_error(*(attend(kernel, q, k, v, mask, 0.5) for kernel in (SDPA(), Naive()))) <= 1e-5
 
 
 def test_kernels_in_bfloat16_are_within_rounding():
     low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
     mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
-    expected = Naive()(*(x.float() for x in low), mask, 0.35)
+    expected = attend(Naive(), *(x.float() for x in low), mask, 0.35)
     gradients = torch.autograd.grad(expected.square().sum(), low)
     for kernel in (Naive(), SDPA(), TILED, PRODUCTS, Auto()):
-        found = kernel(*low, mask, 0.35)
+        found = attend(kernel, *low, mask, 0.35)
         assert found.dtype == torch.bfloat16
         assert relative_error(found, expected) <= 0.02
         for grad, exact in zip(torch.autograd.grad(found.float().square().sum(), low), gradients, strict=True):
@@ -240,16 +245,18 @@ def test_kernels_in_bfloat16_are_within_rounding():
 def test_sdpa_on_an_unknown_device_is_refused():
     q, k, v = (x.detach().to("meta") for x in inputs(4, 4, 1, 1, 4, 4))
     with pytest.raises(ValueError, match="kernel=naive"):
-        SDPA()(q, k, v, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+        attend(SDPA(), q, k, v, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
 
 
-def test_sdpa_without_a_fused_backend_is_refused(monkeypatch):
-    def no_fused_kernel(*_, **__):
-        raise RuntimeError("No available kernel. Aborting execution.")
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", no_fused_kernel)
-    with pytest.raises(ValueError, match=r"head dim 4.*kernel=naive"):
-        SDPA()(*inputs(4, 4, 1, 1, 4, 4), Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+def test_sdpa_without_a_fused_backend_is_refused():
+    """PyTorch would take its slow math path, which a CPU takes for values that are not as wide as keys."""
+    q, v = torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 6)
+    enabled = torch.backends.cuda.math_sdp_enabled()
+    with pytest.raises(ValueError, match=r"no fused kernel for head dim 8.*kernel=naive"):
+        sdpa.FusedSDPA(None)(q, q, v, How(0.5))
+    assert torch.backends.cuda.math_sdp_enabled() == enabled
+    found, _ = sdpa.FusedSDPA(None)(q, q, q, How(0.5))
+    assert found.shape == q.shape
 
 
 def test_announce_logs_each_kernel_once_per_shape(caplog):
@@ -257,7 +264,7 @@ def test_announce_logs_each_kernel_once_per_shape(caplog):
     mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(3):
-            Auto()(q, k, v, mask, 0.5)
+            attend(Auto(), q, k, v, mask, 0.5)
     messages = [record.message for record in caplog.records if "7 query heads" in record.message]
     assert len(messages) == 1
     assert messages[0].startswith("kernel sdpa (flash)")
@@ -386,7 +393,7 @@ def test_sdpa_backend_without_a_kernel_is_refused_with_a_way_out(monkeypatch, me
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
     with pytest.raises(RuntimeError if message == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
-        sdpa.FusedSDPA("cudnn")(q, q, q)
+        sdpa.FusedSDPA("cudnn")(q, q, q, How(1.0))
     assert (complaint in str(refusal.value)) == (message != NO_KERNEL_MESSAGES[2])
 
 
@@ -409,4 +416,4 @@ def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu, taken, expected):
 
 def test_sdpa_backend_flash_equals_default():
     given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
-    assert torch.equal(SDPA(backend="flash")(*given, mask, 0.4), SDPA()(*given, mask, 0.4))
+    assert torch.equal(*(attend(kernel, *given, mask, 0.4) for kernel in (SDPA(backend="flash"), SDPA())))

@@ -9,6 +9,7 @@ import torch
 from model import cost
 from model.attention.base import Context
 from model.initialise import initialised
+from model.kernels.base import How
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from model.mask import Mask
@@ -61,7 +62,7 @@ def test_rope_yarn_keeps_fast_pairs_slows_slow_ones_and_ramps_between():
 def test_yarn_multiplies_the_softmax_scale_in_every_execution():
     mscale = 0.1 * math.log(4) + 1
     yarn = ("attention.rope_scaling=yarn", "attention.rope_factor=4")
-    assert small_model("attention=gqa", *yarn).layers[0].attention.scale == pytest.approx(16**-0.5 * mscale**2)
+    assert small_model("attention=gqa", *yarn).layers[0].attention.core.scale == pytest.approx(16**-0.5 * mscale**2)
     for execution in ("naive", "expanded", "absorbed"):
         mla = small_model("attention=mla", *yarn, f"attention.execution={execution}").layers[0].attention
         assert mla.scale == pytest.approx(16**-0.5 * mscale**2)
@@ -101,7 +102,7 @@ def test_alibi_on_every_kernel_equals_the_distance_bias(rule, heads, start, kern
     q_pos = torch.tensor([[start + 299, start + 260, start + 7, -1], [start + 3, start + 280, start + 9, start + 50]])
     mask = Mask(q_pos, k_pos, contiguous=False)
     biased = alibi(q, k, mask, scale, rule)
-    found = kernel(biased.q, biased.k, v, mask, scale)
+    found = kernel(biased.q, biased.k, v, mask, How(scale)).out
     m = torch.tensor([2**power for power in SLOPES[rule, heads]], dtype=torch.float64)
     scores = scale * torch.einsum("bthd,bsgd->bhts", q.double(), k.double())
     scores -= m[:, None, None] * (q_pos[:, None, :, None] - k_pos[:, None, None, :])
@@ -135,7 +136,7 @@ def test_alibi_of_an_older_run_keeps_geometric_slopes(attention):
         found = Run.from_tree(migrate(stored, UNSTATED)).model.attention
         assert {found.of_layer(i).alibi_slopes for i in range(2)} == {rule}
     model = small_model("attention=mha", "position=alibi", "attention.alibi_slopes=geometric", "model.n_heads=2")
-    assert model.layers[0].attention.add_position_bias.keywords == {"rule": "geometric"}
+    assert model.layers[0].attention.core.add_position_bias.keywords == {"rule": "geometric"}
 
 
 def test_mla_without_rope_has_no_rope_key():

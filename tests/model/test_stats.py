@@ -142,9 +142,9 @@ def test_layer_stats_equal_statistics_of_the_kernels_inputs():
     seen = []
 
     class Spy(Naive):
-        def __call__(self, q, k, v, mask, scale, dropout=0.0):
-            seen.append(by_definition(q, k, mask, scale)[0])
-            return super().__call__(q, k, v, mask, scale, dropout)
+        def __call__(self, q, k, v, mask, how):
+            seen.append(by_definition(q, k, mask, how.scale)[0])
+            return super().__call__(q, k, v, mask, how)
 
     for case in ("attention=gqa", "attention=mla"):
         seen.clear()
@@ -165,7 +165,7 @@ def test_max_logit_with_alibi_equals_the_definition():
         q, k = attention.q_norm(q.float()).double(), attention.k_norm(k.float()).double()
     distance = (torch.arange(length)[:, None] - torch.arange(length)).double()
     slopes = torch.tensor([2 ** (-8 * i / heads) for i in range(1, heads + 1)], dtype=torch.float64)
-    scores = attention.scale * torch.einsum("bthd,bshd->bhts", q, k) - slopes[:, None, None] * distance
+    scores = attention.core.scale * torch.einsum("bthd,bshd->bhts", q, k) - slopes[:, None, None] * distance
     largest = scores.masked_fill(distance < 0, float("-inf")).amax((0, 2, 3))
     for at in (None, Placement.decode(torch.arange(length)[None], model.make_caches(2, length))):
         found = model(tokens, at, collect=ALL).aux["layers.0.max_logit"]

@@ -12,7 +12,7 @@ from data.batches import Batch
 from model.initialise import initialised
 from model.kernels import sdpa
 from model.kernels.auto import Auto
-from model.kernels.base import Kernel
+from model.kernels.base import How, Kernel
 from model.mask import Mask
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
@@ -168,9 +168,9 @@ def test_tile_recomputed_in_backward_is_bit_identical(monkeypatch, groups):
 
 
 def passes_of(kernel: Kernel, mask: Mask):
-    return lambda q, k, v: kernel(q, k, v, mask, 0.3)
+    return lambda q, k, v: kernel(q, k, v, mask, How(0.3)).out
 
 
 def passes(kernel: Kernel, q, k, v, mask: Mask) -> list[torch.Tensor]:
-    out = kernel(q, k, v, mask, 0.3)
+    out = kernel(q, k, v, mask, How(0.3)).out
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]

@@ -118,13 +118,14 @@ def test_dropout_of_attention_weights_drops_the_share_it_says_while_training_onl
     recorded = []
 
     class Recording(Naive):
-        def __call__(self, q, k, v, mask, scale, dropout=0.0):
+        def __call__(self, q, k, v, mask, how):
             rows = torch.eye(k.shape[1])[None, :, None].expand(*k.shape[:3], -1)
             seed = torch.random.get_rng_state()
-            weights = [super(Recording, self).__call__(q, k, rows, mask, scale, p) for p in (dropout, 0.0)]
+            shown = (how._replace(dropout=p, v_dim=None) for p in (how.dropout, 0.0))
+            weights = [super(Recording, self).__call__(q, k, rows, mask, one).out for one in shown]
             torch.random.set_rng_state(seed)
             recorded.append(weights)
-            return super().__call__(q, k, v, mask, scale, dropout)
+            return super().__call__(q, k, v, mask, how)
 
     model, tokens = small_model(*case, kernel=Recording()), some_tokens(8, 64)
     torch.manual_seed(0)

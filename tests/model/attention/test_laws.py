@@ -12,11 +12,12 @@ from torch import Tensor
 from generation.decode import decode_step
 from generation.state import bucket
 from model.attention.base import Context
+from model.attention.latent import Projected
 from model.attention.mla import MLA
 from model.cache import Cache
 from model.initialise import initialised
 from model.kernels import online
-from model.kernels.base import Kernel
+from model.kernels.base import Attended, How, Kernel
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -295,7 +296,7 @@ def test_mla_qk_norm_of_heads_equals_its_formula(groups):
             scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
             outputs.append(scores.softmax(-1) @ values[:, :, h])
         expected = torch.cat(outputs, -1) @ layer.o_proj.weight.T
-        found, _ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
+        found, *_ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -325,7 +326,7 @@ def test_mla_qk_norm_of_whole_heads_equals_its_formula(groups):
         scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
         outputs = torch.einsum("bhts,bshv->bthv", scores.softmax(-1), values)
         expected = outputs.flatten(2) @ layer.o_proj.weight.T
-        found, _ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
+        found, *_ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -350,7 +351,7 @@ def test_mla_with_prefused_matrices_gives_equal_logits():
         scores = (scores + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)) * (n + r) ** -0.5
         probs = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf")).softmax(-1)
         found = torch.einsum("bhts,bsc,dhc->btd", probs, latent, fused_o)
-        expected, _ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
+        expected, *_ = layer(x, Context(Placement(positions, is_contiguous=True), {layer.rope: table}))
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -362,9 +363,9 @@ def test_mla_auto_execution_absorbs_up_to_break_even_and_expands_above():
     assert round(deepseek_v3) == 171
     layer._absorbed, layer._expanded = lambda *_: "absorbed", lambda *_: "expanded"
     for queries, expected in ((1, "absorbed"), (int(layer.break_even) + 1, "expanded")):
-        row = torch.zeros(1, queries, 1, 1)
-        assert layer._cheaper(row, row, row, None, cache=object()) == expected
-        assert layer._cheaper(row, row, row, None, cache=None) == "expanded"
+        given = Projected(None, *[torch.zeros(1, queries, 1, 1)] * 3)
+        assert layer._cheaper(given, None, cache=object()) == expected
+        assert layer._cheaper(given, None, cache=None) == "expanded"
 
 
 @every_case
@@ -399,15 +400,15 @@ def test_last_logits_after_swapped_tokens_change_unless_position_is_none(case):
 class ScaleFromKeyDim(Naive):
     """Scores scaled by the width of the key it is handed: right for MHA, wrong for absorbed MLA."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        return super().__call__(q, k, v, mask, k.shape[-1] ** -0.5)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
+        return super().__call__(q, k, v, mask, how._replace(scale=k.shape[-1] ** -0.5))
 
 
 class TopLeftCausal(SDPA):
     """Takes the causal fast path whatever the positions: one query then sees the first key only."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
-        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, contiguous=True), scale)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
+        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, contiguous=True), how)
 
 
 def test_law_of_executions_catches_a_scale_from_the_key_width():
@@ -484,9 +485,9 @@ def test_law_of_packed_documents_catches_a_missing_mask_or_reset(monkeypatch, fo
 
 def test_law_of_causality_catches_a_look_ahead():
     class SeesAll(Naive):
-        def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, dropout: float = 0.0) -> Tensor:
+        def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
             everywhere = torch.full_like(mask.q_pos, 10**6)
-            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, contiguous=False), scale)
+            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, contiguous=False), how)
 
     with pytest.raises(AssertionError):
         laws.check_causality(small_model("attention=mha", "model.tie_embeddings=false", kernel=SeesAll()))

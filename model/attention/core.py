@@ -1,0 +1,60 @@
+"""AttentionCore: what every attention does between its projections and its output matrix."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from model.attention.base import AttentionConfig, Context, Heads
+from model.cache import Cache, cache_for
+from model.kernels.base import How, Kernel
+from model.mask import Mask
+from model.stats import collect_stats
+
+
+class AttentionCore:
+    """Attends: updates the KV cache, masks by position, adds the position bias, runs the kernel with dropout, and
+    collects statistics. It has no weights; what a call may find ready is made at construction."""
+
+    def __init__(self, config: AttentionConfig, kernel: Kernel, causal: bool, key_dim: int):
+        """key_dim: the width of the keys that scores are of, whose square root divides them; an absorbed key is
+        wider."""
+        self.attend = kernel
+        self.pattern = config.pattern(causal)
+        self.scale = key_dim**-0.5 * config.softmax_scale_factor
+        self.dropout = config.dropout
+        self.add_position_bias = config.position_bias(causal)
+
+    def __call__(
+        self,
+        q: Tensor,
+        fresh: Mapping[str, Tensor],
+        ctx: Context,
+        cache: Cache | None,
+        keys_and_values: Callable[..., tuple[Tensor, Tensor | None]] | None = None,
+        v_dim: int | None = None,
+    ) -> Heads:
+        """q (B, T, H, D) -> output of the heads (B, T, H, Dv), and auxiliary outputs.
+
+        fresh: the columns (B, T, ...) that these tokens cache. keys_and_values turns the columns of all tokens seen
+        (B, S, ...) into k (B, S, G, D) and v (B, S, G, Dv); unset, they are these. v_dim: the values are the first
+        columns of the keys.
+        """
+        columns, mask = self._update(fresh, ctx, cache)
+        k, v = columns if keys_and_values is None else keys_and_values(*columns)
+        q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
+        how = How(self.scale, ctx.dropped(self.dropout), v_dim=v_dim)
+        out = self.attend(q, k, v, mask, how).out
+        return Heads(out, collect_stats(ctx.collect, q, k, mask, self.scale, row_offset) if ctx.collect else {})
+
+    def make_cache(self, batch_size: int, capacity: int, columns: Mapping[str, tuple[int, ...]], like: Tensor) -> Cache:
+        """Create an empty KV cache of these columns, name -> shape of one row, which holds what the pattern shows."""
+        return cache_for(self.pattern, batch_size, capacity, columns, like)
+
+    def _update(
+        self, fresh: Mapping[str, Tensor], ctx: Context, cache: Cache | None
+    ) -> tuple[tuple[Tensor, ...], Mask]:
+        """Cache the fresh columns, if there is a cache; return those to attend to, and their mask."""
+        if cache is None:
+            return tuple(fresh.values()), ctx.mask(self.pattern, None)
+        view = cache.update(ctx.at, **fresh)
+        return view.columns, ctx.mask(self.pattern, view)
