@@ -69,6 +69,7 @@ PART_RENAMED_4 = {"training.optim.muon.MuonConfig": {"logical_blocks": "per_head
 MODEL_4 = {"qk_norm": True, "qk_bias": True, "attention_dropout": 0.0}  # what conf/ set in each attention
 CLASSIC_MODEL_4 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}  # with model=classic_gpt
 CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which that model is recognised
+MODEL_8 = {"own_logit_init": None}  # the last norm started at one
 OPTIMIZERS_5 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")  # biases learned at the rate lr
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
@@ -111,7 +112,9 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree["model"] = (CLASSIC_MODEL_4 if classic else MODEL_4) | tree["model"]
     if format < 6:
         tree = _each_part(tree, _to_6)
-    return _to_7(tree) if format < 7 else tree
+    if format < 7:
+        tree = _to_7(tree)
+    return _to_8(tree) if format < 8 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -158,6 +161,11 @@ def _to_7(tree: dict[str, Any]) -> dict[str, Any]:
     data = tree.get("data")
     mask = {"document_mask": data["document_mask"]} if isinstance(data, Mapping) and "document_mask" in data else {}
     return mask | tree | ({"data": _each_part(data, _without_mask)} if mask else {})
+
+
+def _to_8(tree: dict[str, Any]) -> dict[str, Any]:
+    model = tree.get("model")
+    return tree | {"model": MODEL_8 | model} if isinstance(model, Mapping) else tree
 
 
 def _without_mask(part: dict[str, Any]) -> dict[str, Any]:
