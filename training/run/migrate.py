@@ -71,6 +71,7 @@ CLASSIC_MODEL_4 = {"qk_norm": False, "qk_bias": False, "attention_dropout": 0.1}
 CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which that model is recognised
 # Until 5 biases learned at the rate lr; until 7 there were no groups:
 OPTIMIZERS_7 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")
+MODEL_7 = {"own_logit_init": None}  # the last norm started at one
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -114,7 +115,7 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _each_part(tree, _to_6)
     if format < 7:
         tree = _to_7(tree)
-    return _each_part(tree, _to_8) if format < 8 else tree
+    return _to_8(tree) if format < 8 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -163,7 +164,13 @@ def _to_7(tree: dict[str, Any]) -> dict[str, Any]:
     return mask | tree | ({"data": _each_part(data, _without_mask)} if mask else {})
 
 
-def _to_8(part: dict[str, Any]) -> dict[str, Any]:
+def _to_8(tree: dict[str, Any]) -> dict[str, Any]:
+    tree = _each_part(tree, _with_groups)
+    model = tree.get("model")
+    return tree | {"model": MODEL_7 | model} if isinstance(model, Mapping) else tree
+
+
+def _with_groups(part: dict[str, Any]) -> dict[str, Any]:
     return {"groups": []} | part if part.get("_target_") in OPTIMIZERS_7 else part
 
 

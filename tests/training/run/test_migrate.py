@@ -23,7 +23,16 @@ def test_migrate_format_3_gives_settings_their_new_names():
 def test_migrate_format_2_gives_settings_of_later_versions_the_behaviour_of_its_day(attention):
     run = composed_run(f"attention={attention}")
     later = {"position", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context", "dropout", "k_rope_from"}
-    later |= {"position_embedding", "norm", "bias", "logit_softcap", "zero_init", "qk_norm_groups", "approximate"}
+    later |= {
+        "position_embedding",
+        "norm",
+        "bias",
+        "logit_softcap",
+        "zero_init",
+        "own_logit_init",
+        "qk_norm_groups",
+        "approximate",
+    }
 
     def older(tree):
         return (
@@ -66,3 +75,12 @@ def test_migrate_moves_the_document_mask_of_a_corpus_and_of_parts_to_the_run():
     old = {"data": {"_target_": "y", "parts": parts, "document_mask": True}}
     expected = {"a": {"quota": 1, "corpus": {"_target_": "x", "size": 3}}}
     assert migrate(old, 6) == {"document_mask": True, "data": {"_target_": "y", "parts": expected}}
+
+
+def test_migrate_format_7_keeps_the_first_loss_that_a_run_had():
+    run = composed_run("model.own_logit_init=null")
+    older = dump(run)
+    del older["model"]["own_logit_init"]
+    assert Run.from_tree(migrate(older, 7)) == run
+    stated = composed_run("model.own_logit_init=1")
+    assert Run.from_tree(migrate(dump(stated), 7)) == stated
