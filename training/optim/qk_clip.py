@@ -24,6 +24,9 @@ class QKClip:
     """γ = threshold / max_logit for each head beyond the threshold, and 1 for the others. Heads that share a key
     shrink together, by the smallest γ among them."""
 
+    collects = "max_logit"
+    reduce = staticmethod(torch.maximum)
+
     def __init__(self, model: TransformerLM, threshold: float):
         self.threshold = threshold
         named = dict(model.named_parameters())
