@@ -118,7 +118,7 @@ class MixedPrecision(Precision):
         for parameter in self.parameters:
             twins[id(parameter)] = parameter
             if dtype != torch.float32 and parameter.ndim >= 2:
-                twins[id(parameter)] = nn.Parameter(parameter.detach().to(dtype))
+                twins[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
                 self.master_weights.append(parameter)
                 self.copies.append(twins[id(parameter)])
         self.model = copy.deepcopy(model, twins) if self.copies else model
@@ -134,6 +134,8 @@ class MixedPrecision(Precision):
     def backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
         for master, twin in zip(self.master_weights, self.copies, strict=True):
+            if twin.grad is None:  # frozen, or not used
+                continue
             if master.grad is None:
                 master.grad = twin.grad.float()
             else:

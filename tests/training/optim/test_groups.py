@@ -1,0 +1,157 @@
+"""Groups of parameters by patterns of their names: their rates, their decay, and what is frozen."""
+
+import pytest
+import torch
+
+from common.errors import UserError
+from model import cost
+from model.kernels.sdpa import SDPA
+from model.transformer import TransformerLM
+from runtime.precision import MixedPrecision
+from tests.support import SMOKE, batches, call, composed_run, small_model
+from tests.training.runs import assert_same_run, rewind, tensors
+from training.metrics_file import read_metrics
+from training.optim.qk_clip import QKClip
+from training.run.config import compose
+from training.step import train_step
+
+OPTIMIZERS = ("muon", "adamw", "sgd", "adafactor")
+every_optimizer = pytest.mark.parametrize("optim", OPTIMIZERS)
+MLP_FASTER = "optim.groups=[{match: 'layers.*.mlp.*', lr: 0.004}]"
+MLP_FROZEN = "optim.groups=[{match: 'layers.*.mlp.*', train: false}, {match: embedding.weight, train: false}]"
+
+
+def model() -> TransformerLM:
+    return small_model("attention=mla", "attention.qk_norm=latent", "model.bias=true", kernel=SDPA())
+
+
+def after_a_step(*settings: str) -> dict[str, torch.Tensor]:
+    """How far each parameter moves in a step, from weights that are the same for all."""
+    optim, mine = composed_run("optim.lr=0.001", *settings).optim, model()
+    optim.freeze(mine)
+    before = {name: p.detach().clone() for name, p in mine.named_parameters()}
+    train_step(MixedPrecision(mine, "fp32"), optim.build(mine), batches(4, 4), 1.0, 0.0)
+    return {name: p.detach() - before[name] for name, p in mine.named_parameters()}
+
+
+@every_optimizer
+def test_lr_of_a_group_is_the_rate_of_what_it_matches_and_of_nothing_else(optim):
+    """Of Muon's matrices it takes the place of muon_lr, of biases that of bias_lr."""
+    settings = (f"optim={optim}", "optim.weight_decay=0")
+    equal = [*settings, *(["optim.muon_lr=0.001"] if optim == "muon" else [])]
+    equal += ["optim.bias_lr=0.001"] if optim in ("muon", "adamw") else []
+    usual, faster = after_a_step(*equal), after_a_step(*equal, MLP_FASTER)
+    assert sum(".mlp." in name for name in usual) > 4
+    for name, moved in usual.items():
+        torch.testing.assert_close(faster[name], 4 * moved if ".mlp." in name else moved, rtol=2e-3, atol=3e-7)
+
+
+@every_optimizer
+def test_weight_decay_of_a_group_is_of_its_matrices_and_of_vectors_alone(optim):
+    """A pattern of more than vectors leaves them without decay."""
+    settings = (f"optim={optim}", "optim.weight_decay=0")
+    usual = after_a_step(*settings)
+
+    def changed(pattern: str) -> set[str]:
+        found = after_a_step(*settings, f"optim.groups=[{{match: '{pattern}', weight_decay: 0.5}}]")
+        return {name for name in found if not torch.equal(found[name], usual[name])}
+
+    matrices = {name for name, p in model().named_parameters() if p.ndim >= 2}
+    assert changed("layers.0.*") == {name for name in matrices if name.startswith("layers.0.")}
+    norms = {name for name in usual if name.endswith("norm.weight")}
+    assert changed("*norm.weight") == norms and len(norms) > 4
+
+
+@every_optimizer
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_frozen_parameters_stay_and_have_no_state(optim, precision):
+    optim, mine, before = composed_run(f"optim={optim}", MLP_FROZEN).optim, model(), dict(model().named_parameters())
+    optim.freeze(mine)
+    optimizer, mixed = optim.build(mine), MixedPrecision(mine, precision)
+    norms = [train_step(mixed, optimizer, batches(4, 2), 1.0, 1.0).grad_norm for _ in range(3)]
+    assert max(norms) < 3 * norms[0]  # gradients of what is frozen would add up
+    frozen = {name for name in before if ".mlp." in name or name == "embedding.weight"}
+    assert {name for name, p in mine.named_parameters() if torch.equal(p, before[name])} == frozen
+    assert all((name in frozen) == (p not in optimizer.state) for name, p in mine.named_parameters())
+    on_meta = cost.on_meta(mine.config, 100)
+    optim.freeze(on_meta)
+    assert optim.state_bytes(on_meta) == sum(v.nbytes for kept in optimizer.state.values() for v in kept.values())
+
+
+def test_first_group_that_matches_counts():
+    groups = "[{match: '*.up_proj.*', lr: 0.5}, {match: 'layers.*.mlp.*', lr: 0.25}]"
+    mine = model()
+    optimizer = composed_run("optim=adamw", "optim.lr=0.001", f"optim.groups={groups}").optim.build(mine)
+    rate = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    rates = {name: rate[p] for name, p in mine.named_parameters()}
+    assert rates["layers.1.mlp.up_proj.weight"] == 0.5 and rates["layers.1.mlp.down_proj.bias"] == 0.25
+    assert rates["layers.1.attention.o_proj.weight"] == rates["norm.weight"] == 0.001
+
+
+def test_qk_clip_leaves_frozen_parameters_alone():
+    mine, twin = model(), model()
+    composed_run("optim.groups=[{match: '*.q_proj.*', train: false}]").optim.freeze(mine)
+    QKClip(mine, 1e-3)(torch.ones(2, 4), torch.tensor(False))
+    changed = {name for (name, a), b in zip(mine.named_parameters(), twin.parameters(), strict=True)
+               if not torch.equal(a, b)}  # fmt: skip
+    assert changed == {f"layers.{i}.attention.kv_up.weight" for i in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        ["optim=muon", "precision=fp32", MLP_FROZEN],
+        ["optim=muon", "precision=bf16", "optim.qk_clip=0.05", "attention.qk_norm=latent", MLP_FROZEN],
+        ["optim=sgd", "precision=fp32", MLP_FROZEN],
+        ["optim=adamw", "precision=fp32", MLP_FASTER],
+    ],
+    ids=lambda choice: " ".join(choice[:2]),
+)
+def test_run_with_groups_resumed_is_bit_exact(workplace, monkeypatch, choice):
+    options = [*SMOKE, "attention=mla", *choice, "micro_batch_size=4", "data.size=12", "steps=8"]
+    options += ["save_every=3", "model.zero_init=false"]
+    options = list({option.partition("=")[0]: option for option in options}.values())
+    assert call("train", [*options, "eval_every=4", "model.n_layers=1", "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=3)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=8)
+    early, late = (tensors(workplace / "whole", step) for step in (3, 8))
+    same = {name for name, tensor in early.items() if torch.equal(tensor, late[name])}
+    frozen = (
+        {name for name in early if ".mlp." in name or name == "embedding.weight"} if MLP_FROZEN in choice else set()
+    )
+    assert same == frozen and not any(name.partition("/")[0] in frozen for name in late if "/" in name)
+    assert read_metrics(workplace / "whole/metrics.jsonl")[-1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "line"),
+    [
+        (
+            "[{match: 'layers.*.mpl.*', lr: 0.1}]",
+            r"groups.0.match=layers.\*.mpl.\* matches no .* mean layers.\*.mlp.\*",
+        ),
+        ("[{match: norm.wieght, lr: 0.1}]", "did you mean norm.weight"),
+        ("[{match: zzz, lr: 0.1}]", "matches no parameter; names are embedding.weight, .*, norm.weight and the like"),
+        ("[{match: '*', lr: 0.1}, {match: 'layers.*', lr: 0.2}]", "groups.1.match=.* only what groups before it match"),
+        ("[{match: '*', train: false}]", "optim.groups freeze all parameters"),
+        ("[{match: '*', train: false, lr: 0.1}]", r"match=\* with train=false has no use for lr=0.1"),
+        ("[{mach: '*', lr: 0.1}]", r"mach=\*: no such key of a group; did you mean match"),
+        ("[{lr: 0.1}]", "optim.groups.0.match is not set"),
+        ("[{match: '*', lr: -1}]", "optim.groups.0.lr=-1: give more than 0"),
+        ("3", "optim.groups=3: give a list"),
+        ("[3]", "optim.groups.0=3: give a dict"),
+    ],
+    ids=str,
+)
+def test_groups_that_do_not_fit_are_refused_in_one_line(groups, line):
+    with pytest.raises(UserError, match=line) as refused:
+        compose(f"optim.groups={groups}")
+    assert "\n" not in str(refused.value)
+
+
+def test_resume_with_other_groups_is_refused_and_fine_tuning_is_not(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "steps=2", "save_every=1", "run_dir=run"], monkeypatch) == 0
+    assert call("train", ["resume=run", "steps=4", MLP_FROZEN], monkeypatch) == 2
+    assert "optim.groups" in capsys.readouterr().err.splitlines()[-1]
+    assert call("train", ["init_from=run", "steps=2", "run_dir=tuned", *SMOKE, MLP_FROZEN], monkeypatch) == 0
