@@ -52,7 +52,7 @@ class ReLUConfig(PlainMLPConfig):
 
 class ReLU2Config(PlainMLPConfig):
     def build(self, dimensions: Dimensions) -> nn.Module:
-        return PlainMLP(dimensions.d_model, self.d_ff, _ReLU2.apply, dimensions.bias)
+        return PlainMLP(dimensions.d_model, self.d_ff, relu2, dimensions.bias)
 
 
 class GELUConfig(PlainMLPConfig):
@@ -88,6 +88,11 @@ class PlainMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)²."""
+    return _ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square()
 
 
 class _ReLU2(torch.autograd.Function):

@@ -391,6 +391,7 @@ def test_sdpa_backend_without_a_kernel_is_refused_with_a_way_out(monkeypatch, me
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(sdpa, "_chosen", lambda *_: "cudnn")
     q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
     with pytest.raises(RuntimeError if message == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
         sdpa.FusedSDPA("cudnn")(q, q, q, How(1.0))
