@@ -3,12 +3,12 @@
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from model.mask import Pattern
+from model.mask import Pattern, made_once
 
 SLACK = 16  # positions that a window's cache holds beyond the window, so that it can rewind
 
@@ -26,6 +26,7 @@ class Fresh(Protocol):
     positions: Tensor  # (B, T) or (1, T); negative is padding
     is_contiguous: bool  # from 0 on, with nothing but padding behind, and nothing was cached before
     kv_len: int | None  # cache rows that may be visible; None is all
+    made: dict[Any, Any]  # what caches alike share in this pass: which rows they write, and whose these are
 
 
 class Cache(ABC):
@@ -106,10 +107,10 @@ class ColumnCache(Cache):
         for column in self.columns.values():
             column[target] = column[source]
 
-    def _put(self, rows: Tensor, fresh: Mapping[str, Tensor]) -> None:
-        """Store fresh values in rows (B, T) or (1, T); -1 is the spare one."""
+    def _put(self, index: Tensor, fresh: Mapping[str, Tensor]) -> None:
+        """Store fresh values at an index (B, T) or (1, T) of the columns: 1 + row, or 0 for the spare one."""
         for name, value in fresh.items():
-            self.columns[name][self.sequences, rows + 1] = value
+            self.columns[name][self.sequences, index] = value
 
     def _first(self, rows: int | None) -> tuple[Tensor, ...]:
         """The first rows of every column, (B, rows, *shape), or all; views, not copies."""
@@ -133,11 +134,12 @@ class FullCache(ColumnCache):
         return self.rows
 
     def update(self, at: Fresh, **fresh: Tensor) -> CacheView:
-        self._put(at.positions.clamp(min=-1), fresh)
+        self._put(made_once(at.made, FullCache, lambda: at.positions.clamp(min=-1) + 1), fresh)
         if at.is_contiguous:
             return CacheView(tuple(fresh.values()), at.positions)
         rows = self.rows if at.kv_len is None else min(at.kv_len, self.rows)
-        return CacheView(self._first(rows), torch.arange(rows, device=at.positions.device)[None])
+        positions = made_once(at.made, (FullCache, rows), lambda: torch.arange(rows, device=at.positions.device)[None])
+        return CacheView(self._first(rows), positions)
 
     def read(self, lengths: Tensor) -> CacheView:
         row = torch.arange(self.rows, device=lengths.device)[None]
@@ -179,40 +181,46 @@ class WindowCache(ColumnCache):
         return self.rows if self.rows < self.num_global + self.ring else sys.maxsize
 
     def update(self, at: Fresh, **fresh: Tensor) -> CacheView:
+        index = made_once(at.made, (self.num_global, self.ring), lambda: self._index(at.positions))
         if at.is_contiguous:
-            self._write(at.positions, fresh)
+            self._put(index, fresh)
             return CacheView(tuple(fresh.values()), at.positions)
+        rows = self.rows if at.kv_len is None else min(at.kv_len, self.rows)
+        columns = self._first(rows)
         if at.positions.shape[1] == 1:
-            self._write(at.positions, fresh)
-            return self._stored(at.positions, at.kv_len)
-        first = at.positions.where(at.positions >= 0, sys.maxsize).amin(1, keepdim=True)
-        before = self._stored(first - 1, at.kv_len)
-        columns = (torch.cat((old, fresh[name]), 1) for name, old in zip(self.columns, before.columns, strict=True))
-        positions = (x.expand(len(self.sequences), -1) for x in (before.positions, at.positions))
-        view = CacheView(tuple(columns), torch.cat(tuple(positions), 1))
-        self._write(at.positions, fresh)
-        return view
+            positions_of = self._positions_of_rows
+        else:
+            positions_of = self._positions_before
+            columns = tuple(torch.cat((old, fresh[name]), 1) for name, old in zip(self.columns, columns, strict=True))
+        self._put(index, fresh)
+        key = (self.num_global, self.ring, rows)
+        return CacheView(columns, made_once(at.made, key, lambda: positions_of(at.positions, rows)))
 
     def read(self, lengths: Tensor) -> CacheView:
-        return self._stored(lengths[:, None] - 1)
+        return CacheView(self._first(None), self._positions_of_rows(lengths[:, None] - 1, self.rows))
 
     def grow(self, capacity: int) -> None:
         self._resize(min(capacity, self.num_global + self.ring))
 
-    def _write(self, positions: Tensor, fresh: Mapping[str, Tensor]) -> None:
+    def _index(self, positions: Tensor) -> Tensor:
+        """Index of the columns at which tokens at these positions are stored, (B, T); 0 for those that are not."""
         last = positions.amax(1, keepdim=True)
         ring = self.num_global + (positions - self.num_global) % self.ring
         rows = ring.where((positions >= self.num_global) & (positions > last - self.ring), -1)
-        self._put(positions.where((positions >= 0) & (positions < self.num_global), rows), fresh)
+        return positions.where((positions >= 0) & (positions < self.num_global), rows) + 1
 
-    def _stored(self, last: Tensor, kv_len: int | None = None) -> CacheView:
-        """The rows, and the position that each holds when `last` (B, 1) is the latest one; negative for none."""
-        rows = self.rows if kv_len is None else min(kv_len, self.rows)
+    def _positions_of_rows(self, last: Tensor, rows: int) -> Tensor:
+        """The position in each row when `last` (B, 1) is the latest one; negative for none."""
         row = torch.arange(rows, device=last.device)[None]
         latest = last - (last - row) % self.ring  # among the positions that share the row
         latest = latest.where(latest >= self.num_global, -1)
-        positions = row.where((row < self.num_global) & (row <= last), latest.where(row >= self.num_global, -1))
-        return CacheView(self._first(rows), positions)
+        return row.where((row < self.num_global) & (row <= last), latest.where(row >= self.num_global, -1))
+
+    def _positions_before(self, positions: Tensor, rows: int) -> Tensor:
+        """The position of each row before tokens at these positions came, and then theirs, (B, rows + T)."""
+        first = positions.where(positions >= 0, sys.maxsize).amin(1, keepdim=True)
+        parts = self._positions_of_rows(first - 1, rows), positions
+        return torch.cat([x.expand(len(self.sequences), -1) for x in parts], 1)
 
 
 def cache_for(

@@ -1,13 +1,14 @@
 """Attention masks as predicates over positions: which keys a query may see. Kernels turn them into what they need."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 HASH_BITS = 2**31 - 1
-MAX_SHARED = 2**18  # elements of a bias that the layers of a forward pass share
+MAX_SHARED = 2**18  # elements, of each sequence, of a bias that the layers of a forward pass share
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,17 @@ class Pattern:
 
 
 CAUSAL = Pattern()
+T = TypeVar("T")
+
+
+def made_once(made: dict[Any, T], key: Any, make: Callable[[], T]) -> T:
+    """What `make` returns, stored for the next who asks: for what the layers of a forward pass share. A compiler finds
+    by itself what is computed twice, and wants no side effects."""
+    if torch.compiler.is_compiling():
+        return make()
+    if key not in made:
+        made[key] = make()
+    return made[key]
 
 
 @dataclass(frozen=True)
@@ -105,15 +117,13 @@ class Mask:
         """The mask as a term of the scores, 0 or -∞ for a hidden key: (B or 1, t · repeats, s), each query's row
         repeated. Layers that share this mask compute it once, unless it is large."""
         key = (rows.start, rows.stop, keys.start, keys.stop, dtype, repeats)
-        bias = self._biases.get(key)
-        if bias is None:
-            visible = self.visible(rows, keys)
-            bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
-            if repeats > 1:
-                bias = bias.repeat_interleave(repeats, dim=1)
-            if bias.numel() <= MAX_SHARED:
-                self._biases[key] = bias
-        return bias
+        few = (rows.stop - rows.start) * (keys.stop - keys.start) * repeats <= MAX_SHARED
+        return made_once(self._biases if few else {}, key, lambda: self._bias(*key))
+
+    def _bias(self, first: int, last: int, first_key: int, last_key: int, dtype: torch.dtype, repeats: int) -> Tensor:
+        visible = self.visible(slice(first, last), slice(first_key, last_key))
+        bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
+        return bias.repeat_interleave(repeats, dim=1) if repeats > 1 else bias
 
     def sees(self, q_pos: Tensor, q_doc: Tensor | None, k_pos: Tensor, k_doc: Tensor | None) -> Tensor:
         """Bool tensor for positions and documents that broadcast. Elementwise: flex calls it on single pairs."""

@@ -53,7 +53,7 @@ class ReLUConfig(PlainMLPConfig):
 
 class ReLU2Config(PlainMLPConfig):
     def build(self, dimensions: Dimensions) -> nn.Module:
-        return PlainMLP(dimensions.d_model, self.d_ff, _ReLU2.apply, dimensions.bias)
+        return PlainMLP(dimensions.d_model, self.d_ff, relu2, dimensions.bias)
 
 
 class GELUConfig(PlainMLPConfig):
@@ -102,6 +102,11 @@ class PlainMLP(nn.Module):
             **linear("up_proj", self.up_proj, Role.UP, published=Names(gpt2="c_fc")),
             **linear("down_proj", self.down_proj, Role.RESIDUAL_OUTPUT, published=Names(gpt2="c_proj")),
         }
+
+
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)²."""
+    return _ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square()
 
 
 class _ReLU2(torch.autograd.Function):

@@ -2,8 +2,8 @@
 the combinations that there are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Placement:
     docs: Tensor | None = None  # (B, T) document of each token, in packed sequences
     caches: Sequence[Cache] | None = None  # one KV cache per layer, written in place
     kv_len: int | None = None  # cache rows that may be visible; None is all
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # by caches
 
     def __post_init__(self):
         assert self.docs is None or (self.caches is None and not self.is_contiguous), "no cache holds documents"

@@ -13,6 +13,7 @@ An attention of one's own is a config class and a module, and a file in conf/att
 The laws (tests/model/attention) then apply to it unasked.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ from model.cache import Cache, CacheView
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import ParamLayout
-from model.mask import Mask, Pattern
+from model.mask import Mask, Pattern, made_once
 from model.placement import Placement
 from model.positions import PositionConfig
 from model.rope import Rope
@@ -61,12 +62,9 @@ class Context:
     def mask(self, pattern: Pattern, view: CacheView | None) -> Mask:
         """The mask of this pattern, over what a cache returned or, without one, over the tokens themselves. Layers of
         one pattern share it: caches alike have the same positions in the same rows."""
-        key = (pattern, None if view is None else view.positions.shape)
-        if key not in self._masks:
-            at = self.at
-            k_pos = at.positions if view is None else view.positions
-            self._masks[key] = Mask(at.positions, k_pos, at.is_contiguous, pattern, at.docs, at.docs)
-        return self._masks[key]
+        at, k_pos = self.at, self.at.positions if view is None else view.positions
+        make = functools.partial(Mask, at.positions, k_pos, at.is_contiguous, pattern, at.docs, at.docs)
+        return made_once(self._masks, (pattern, k_pos.shape), make)
 
     def rotated(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Apply RoPE to x (B, T, H, D) by its tokens' positions; without a rope, x unchanged."""

@@ -77,8 +77,14 @@ class Kernel(FrozenSettings, ABC):
         dropout: whether attention weights will be dropped."""
 
     def gives_lse(self, device: str) -> bool:
-        """Whether this kernel can return the log-sum-exp there. One that is asked and cannot raises Unsupported."""
+        """Whether this kernel can return the log-sum-exp there."""
         return True
+
+    def check_lse(self, case: Case) -> None:
+        """Raise Unsupported if the log-sum-exp is wanted of a kernel that has none."""
+        if case.lse and not self.gives_lse(case.device):
+            name = type(self).__name__.lower()
+            raise Unsupported(f"kernel={name} returns no log-sum-exp on {case.device}: kernel=auto, naive or online")
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:

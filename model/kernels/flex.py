@@ -35,12 +35,16 @@ class Flex(Kernel):
             raise Unsupported("kernel=flex has no backward pass on a CPU: to train there, kernel=auto or kernel=online")
         check_drops_nothing("flex", dropout)
 
+    def gives_lse(self, device: str) -> bool:
+        return device != "cpu"  # where PyTorch's compiler has none
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
         t = q.shape[1]
         if t < BLOCK and (not how.lse or SHORT_QUERY_KERNEL.gives_lse(q.device.type)):
             return SHORT_QUERY_KERNEL(q, k, v, mask, how)
         case = Case.of(q, k, v, mask, how)
         self.check(q.device, case.trains, case.dropout)
+        self.check_lse(case)
         announce("flex", case)
         v = how.values(k, v)
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, _length(x.shape[1]) - x.shape[1])).transpose(1, 2) for x in (q, k, v))

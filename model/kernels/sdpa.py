@@ -89,8 +89,7 @@ class SDPA(Kernel):
         self.check(device, case.trains, case.dropout)
         if case.device == "cpu":
             return FLASH_ON_CPU
-        if case.lse:
-            raise Unsupported(f"kernel=sdpa returns no log-sum-exp on {case.device}: kernel=auto, flex or online")
+        self.check_lse(case)
         _activate(self.flash)
         return FusedSDPA(self.backend if case.mask == "causal" and case.dtype != torch.float32 else None)
 

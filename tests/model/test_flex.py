@@ -57,6 +57,15 @@ def test_flex_with_more_patterns_than_dynamos_limit_equals_naive():
             assert relative_error(found[real], expected[real]) <= 1e-5
 
 
+def test_flex_values_that_are_columns_of_keys_equal_naive_and_lse_on_a_cpu_is_refused():
+    q, k, _ = (x.detach() for x in inputs(T, T, 4, 2, 16, 24))
+    found, expected = (attend(kernel, q, k, None, MASKS["window"], 0.4, v_dim=12) for kernel in (Flex(), Naive()))
+    assert relative_error(found, expected) <= 1e-5
+    with pytest.raises(Unsupported, match="kernel=flex returns no log-sum-exp on cpu: kernel=auto, naive or online"):
+        attend(Flex(), q, k, None, MASKS["window"], 0.4, v_dim=12, lse=True)
+    assert not Flex().gives_lse("cpu")
+
+
 def test_flex_in_a_model_equals_naive_and_compiles_once_per_length_bucket():
     models = [
         small_model("attention=gqa", "attention.window=30", "model.context_length=512", kernel=kernel)

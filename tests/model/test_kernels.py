@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from common.errors import Unsupported
-from model.kernels import base, online, sdpa
+from model.kernels import auto, base, online, sdpa
 from model.kernels.auto import MAX_MATMUL_KEYS, Auto
-from model.kernels.base import How, Kernel
+from model.kernels.base import Case, How, Kernel
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -123,6 +123,149 @@ def test_kernels_with_any_tile_size_equal_naive_under_every_mask(monkeypatch, pa
     monkeypatch.setattr(sdpa, "QUERY_TILE", tiles[0])
     for kernel in (Online(query_tile=tiles[0], key_tile=tiles[1]), Matmul(query_tile=tiles[0]), SDPA()):
         check_against_naive(kernel, inputs(LENGTH, LENGTH, 4, 2, 8, 6), mask)
+
+
+CAN = {
+    "naive": Naive(),
+    "sdpa": SDPA(),
+    "auto": Auto(),
+    "online": Online(query_tile=3, key_tile=4),
+    "matmul": Matmul(query_tile=5),
+}
+
+
+def lse_by_definition(q, k, visible, scale):
+    """log Σ e^score in float64, differentiable."""
+    scores = scale * torch.einsum(
+        "bthd,bshd->bths", q.double(), k.double().repeat_interleave(q.shape[2] // k.shape[2], 2)
+    )
+    return scores.masked_fill(~visible[:, :, None], float("-inf")).logsumexp(-1)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+def test_lse_of_every_kernel_equals_the_definition_with_its_gradient(pattern, situation, heads):
+    """Alone, and beside that of the output: both pull at the same scores."""
+    mask = mask_of(situation, pattern)
+    given = inputs(LENGTH, LENGTH, *heads, 8, 6)
+    real = (mask.q_pos >= 0).expand(2, LENGTH)
+    draw = torch.Generator().manual_seed(5)
+    d_lse = torch.randn(2, LENGTH, heads[0], generator=draw) * real[..., None]
+    d_out = torch.randn(2, LENGTH, heads[0], 6, generator=draw) * real[..., None, None]
+    exact = lse_by_definition(*given[:2], mask.visible(), 0.4)
+    plain = attend(Naive(), *given, mask, 0.4)
+    expected = torch.autograd.grad((exact * d_lse).sum() + (plain * d_out).sum(), given)
+    alone = torch.autograd.grad((lse_by_definition(*given[:2], mask.visible(), 0.4) * d_lse).sum(), given[:2])
+    for name, kernel in CAN.items():
+        out, lse = kernel(*given, mask, How(0.4, lse=True))
+        assert lse.dtype == torch.float32 and lse.shape == (2, LENGTH, heads[0]), name
+        assert relative_error(lse[real], exact[real]) <= 1e-5, name
+        found = torch.autograd.grad((lse * d_lse).sum() + (out * d_out).sum(), given, retain_graph=True)
+        for grad, other in zip(found, expected, strict=True):
+            assert relative_error(grad, other) <= 2e-5, name
+        only = torch.autograd.grad((lse * d_lse).sum(), given[:2], retain_graph=True)
+        for grad, other in zip(only, alone, strict=True):
+            assert relative_error(grad, other) <= 2e-5, name
+        with torch.no_grad():
+            again = kernel(*given, mask, How(0.4, lse=True))
+        assert torch.equal(again.lse, lse) and kernel(*given, mask, How(0.4)).lse is None, name
+
+
+@pytest.mark.parametrize("situation", ["chunk", "one query", "tiles"])
+def test_lse_of_queries_behind_a_cache_equals_the_definition(monkeypatch, situation):
+    monkeypatch.setattr(sdpa, "QUERY_TILE", 3)
+    t = {"chunk": 3, "one query": 1, "tiles": 7}[situation]
+    mask = Mask(positions(13, t), positions(0, 21), contiguous=False)
+    given = inputs(t, 21, 6, 2, 8, 8)
+    exact = lse_by_definition(*given[:2], mask.visible(), 0.4)
+    for name, kernel in CAN.items():
+        assert relative_error(kernel(*given, mask, How(0.4, lse=True)).lse, exact) <= 1e-5, name
+
+
+def test_lse_in_bfloat16_is_float32_within_rounding():
+    low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    exact = lse_by_definition(*low[:2], mask.visible(), 0.4)
+    expected = torch.autograd.grad(exact.square().sum(), low[:2])
+    for name, kernel in CAN.items():
+        lse = kernel(*low, mask, How(0.4, lse=True)).lse
+        assert lse.dtype == torch.float32 and relative_error(lse, exact) <= 0.02, name
+        for grad, other in zip(torch.autograd.grad(lse.square().sum(), low[:2]), expected, strict=True):
+            assert relative_error(grad, other) <= 0.04, name
+
+
+def test_lse_from_a_kernel_that_has_none_is_refused_and_auto_takes_another():
+    case = Case("cuda", torch.bfloat16, 4, 2, 8, 8, "causal", True, False, True)
+    with pytest.raises(Unsupported, match=r"sdpa returns no log-sum-exp on cuda: kernel=auto") as refusal:
+        SDPA().check_lse(case)
+    assert_one_line(refusal.value)
+    assert not SDPA().gives_lse("cuda")
+    assert auto.preferred(case, few_keys=True) == auto.MATMUL and auto.preferred(case, few_keys=False) == auto.ONLINE
+    assert auto.preferred(case._replace(lse=False), few_keys=True) == auto.SDPA_DEFAULT
+    for few_keys in (True, False):
+        assert auto.preferred(case, few_keys).gives_lse("cuda")
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize("heads", [(4, 1), (6, 2)], ids=str)
+def test_values_that_are_columns_of_the_keys_equal_values_passed(situation, heads):
+    """As in absorbed MLA: by name of their width, with v unread, and gradients that come by both ways."""
+    mask = mask_of(situation, CAUSAL)
+    q, k, _ = inputs(LENGTH, LENGTH, *heads, 8, 8)
+    real = (mask.q_pos >= 0).expand(2, LENGTH)[..., None, None]
+    draw = torch.randn(2, LENGTH, heads[0], 5, generator=torch.Generator().manual_seed(5)) * real
+    expected = attend(Naive(), q, k, k[..., :5], mask, 0.4)
+    gradients = torch.autograd.grad((expected * draw).sum(), (q, k))
+    for name, kernel in CAN.items():
+        for unread in (None, k):
+            out = attend(kernel, q, k, unread, mask, 0.4, v_dim=5)
+            assert out.shape == expected.shape and relative_error(out * real, expected * real) <= 1e-5, name
+            for grad, exact in zip(torch.autograd.grad((out * draw).sum(), (q, k)), gradients, strict=True):
+                assert relative_error(grad, exact) <= 2e-5, name
+
+
+def test_auto_tries_a_kernel_once_and_leaves_the_generator_as_it_was(monkeypatch):
+    calls = []
+
+    class Counted(Matmul):
+        def __call__(self, q, k, v, mask, how):
+            calls.append(q.shape[1])
+            return super().__call__(q, k, v, mask, how)
+
+    monkeypatch.setattr(auto, "MATMUL", Counted())
+    auto.tried.cache_clear()
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    torch.manual_seed(3)
+    expected = attend(Matmul(), *given, mask, 0.4, dropout=0.25)
+    torch.manual_seed(3)
+    assert torch.equal(attend(Auto(), *given, mask, 0.4, dropout=0.25), expected)
+    with PeakTensorBytes() as peak:
+        attend(Auto(), *given, mask, 0.4, dropout=0.25)
+    assert calls == [auto.TRIAL_TOKENS, 16, 16] and peak.bytes > 0
+    auto.tried.cache_clear()
+
+
+@pytest.mark.parametrize("fault", ["wrong", "broken"])
+def test_auto_that_finds_a_kernel_at_fault_takes_the_naive_one_with_a_warning(monkeypatch, caplog, fault):
+    class Faulty(SDPA):
+        def __call__(self, q, k, v, mask, how):
+            if fault == "broken":
+                raise RuntimeError("an illegal memory access\nwas encountered")
+            return super().__call__(q, k, v, mask, how._replace(scale=2 * how.scale))
+
+    monkeypatch.setattr(auto, "SDPA_DEFAULT", Faulty())
+    auto.tried.cache_clear()
+    base.forget_logged()
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    with caplog.at_level("INFO", logger="headroom"):
+        for _ in range(2):
+            assert torch.equal(attend(Auto(), *given, mask, 0.4), attend(Naive(), *given, mask, 0.4))
+    auto.tried.cache_clear()
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and len(warnings[0].splitlines()) == 1
+    assert warnings[0].startswith("kernel auto takes the slow naive kernel: Faulty")
+    assert not [message for message in caplog.messages if message.startswith("kernel sdpa")]
 
 
 def test_online_with_distant_scores_equals_naive():
@@ -391,6 +534,7 @@ def test_sdpa_backend_without_a_kernel_is_refused_with_a_way_out(monkeypatch, me
         raise RuntimeError(message)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
+    monkeypatch.setattr(sdpa, "_chosen", lambda *_: "cudnn")
     q, complaint = torch.zeros(1, 2, 4, 8), "no cudnn kernel for head dim 8, torch.float32 on cpu: leave kernel.backend"
     with pytest.raises(RuntimeError if message == NO_KERNEL_MESSAGES[2] else Unsupported) as refusal:
         sdpa.FusedSDPA("cudnn")(q, q, q, How(1.0))

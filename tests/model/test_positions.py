@@ -65,7 +65,7 @@ def test_yarn_multiplies_the_softmax_scale_in_every_execution():
     assert small_model("attention=gqa", *yarn).layers[0].attention.core.scale == pytest.approx(16**-0.5 * mscale**2)
     for execution in ("naive", "expanded", "absorbed"):
         mla = small_model("attention=mla", *yarn, f"attention.execution={execution}").layers[0].attention
-        assert mla.scale == pytest.approx(16**-0.5 * mscale**2)
+        assert mla.core.scale == pytest.approx(16**-0.5 * mscale**2)
     assert small_config("attention=gqa", *yarn).attention.rope_original_context == 64 / 4
 
 
