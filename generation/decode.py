@@ -34,7 +34,7 @@ def generate(
             break
         logits = next_logits(model, state).float().cpu()
         seen = state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
-        tokens = sampler(logits, state.draw_uniform(), seen)
+        tokens = sampler(logits, state.seeds, state.indices, seen)
         broken |= state.alive & (tokens == NO_TOKEN)
         state.not_finite |= broken
         state.alive &= ~broken

@@ -1,4 +1,4 @@
-"""Sampling of the next token: pure functions from logits, and one uniform random number per row, to tokens."""
+"""Sampling of the next token: pure functions from logits seeds and indices to tokens."""
 
 import torch
 from pydantic import Field
@@ -6,22 +6,9 @@ from torch import Tensor
 
 from common.settings import FrozenSettings
 from generation.defaults import SAMPLING
+from generation.gumbel import gumbel
 
 NO_TOKEN = -1  # sampled from a row whose logits define no distribution
-
-
-def has_no_distribution(logits: Tensor) -> Tensor:
-    """Rows of logits (B, V) whose softmax is NaN throughout -> (B,) bool: those with a NaN, and those that rule out
-    every token, all of their logits being -inf."""
-    return logits.isnan().any(-1) | logits.isneginf().all(-1)
-
-
-def resolve_infinite_logits(logits: Tensor) -> Tensor:
-    """Logits (B, V) with the same limit of their softmax, but no +inf: where a row has some, these are 0 and its others
-    -inf. Softmax itself would make NaN of inf - inf."""
-    infinite = logits.isposinf()
-    shared = torch.where(infinite, 0.0, float("-inf")).to(logits)
-    return torch.where(infinite.any(-1, keepdim=True), shared, logits)
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -64,28 +51,33 @@ class Sampler(FrozenSettings):
     top_p: float | None = Field(SAMPLING["top_p"], ge=0, le=1)
     min_p: float | None = Field(SAMPLING["min_p"], ge=0, le=1)
 
-    def __call__(self, logits: Tensor, uniform: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Sample by inverting the cumulative distribution: logits (B, V), uniform (B,) numbers in [0, 1) -> tokens
-        (B,); NO_TOKEN for a row without a distribution. +inf is certain, -inf impossible.
+    def __call__(self, logits: Tensor, hashed_seeds: Tensor, indices: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Sample the tokens at the indices (B,) of texts: logits (B, V) -> (B,), on their device; NO_TOKEN for a row
+        without a distribution, which has a NaN or rules out every token. +inf is certain, -inf impossible.
 
+        hashed_seeds (B,): as `generation.gumbel.hash_seeds` makes them.
         seen (B, V) bool: the tokens in each row's context; only a repetition penalty asks for them.
         """
-        undefined = has_no_distribution(logits)
-        logits = resolve_infinite_logits(logits.double())
+        logits = logits.float() if logits.device.type == "mps" else logits.double()  # which mps does not have
         if self.repetition_penalty != 1:
             if seen is None:
                 raise ValueError(f"repetition_penalty={self.repetition_penalty} needs to know which tokens were seen")
             logits = apply_repetition_penalty(logits, seen, self.repetition_penalty)
-        if self.temperature == 0:
-            return logits.argmax(-1).masked_fill(undefined, NO_TOKEN)
-        logits = (logits - logits.max(-1, keepdim=True).values) / self.temperature
+        largest, tokens = logits.max(-1)  # NaN where any is
+        if self.temperature != 0:
+            noise = gumbel(hashed_seeds, indices, logits.shape[-1])
+            tokens = (self._filtered(logits - largest[:, None]) + noise).argmax(-1)
+        return tokens.where(largest > float("-inf"), NO_TOKEN)
+
+    def _filtered(self, logits: Tensor) -> Tensor:
+        """Divide by the temperature, and filter, logits (B, V) of which the largest in each row is 0."""
+        logits = logits.nan_to_num(0.0, neginf=float("-inf"))  # inf - inf: where tokens are certain
+        limits = torch.finfo(logits.dtype)
+        logits = logits / min(max(self.temperature, limits.tiny), limits.max)
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:
             logits = keep_top_p(logits, self.top_p)
         if self.min_p is not None:
             logits = keep_min_p(logits, self.min_p)
-        cumulative = logits.softmax(-1).cumsum(-1)
-        threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-        return tokens.masked_fill(undefined, NO_TOKEN)
+        return logits

@@ -1,10 +1,11 @@
-"""The state of generation: token sequences that grow, their KV caches, and a random generator for each."""
+"""The state of generation: token sequences that grow, their KV caches, and the seed of each."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from generation.gumbel import hash_seeds
 from model.transformer import TransformerLM
 
 
@@ -36,14 +37,15 @@ class GenerationState:
         cached: bool = True,
         slide: bool = False,
     ):
-        """Row i is sampled with a generator of seeds[i] alone. cached=False recomputes the whole text for each token:
+        """Row i is sampled with seeds[i] alone. cached=False recomputes the whole text for each token:
         the slow twin. Raises ValueError for a prompt that cannot be appended."""
         rows = len(prompts)
         self.context_length = model.config.context_length
         self.slide = slide
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # one for each row
+        self.seeds = hash_seeds(seeds)
         self.tokens = torch.zeros(rows, self.context_length, dtype=torch.int64)  # padded on the right
         self.lengths = torch.zeros(rows, dtype=torch.int64)  # tokens in each row's context
+        self.dropped = torch.zeros(rows, dtype=torch.int64)  # tokens that were before them, and slid out of it
         self.num_cached = torch.zeros(rows, dtype=torch.int64)  # of these, in the KV caches: all but the last sampled
         self.alive = torch.zeros(rows, dtype=torch.bool)
         self.not_finite = torch.zeros(rows, dtype=torch.bool)  # rows that ended because no next token followed
@@ -68,6 +70,7 @@ class GenerationState:
         self.alive[row] = True
         self.not_finite[row] = False
         if dropped:
+            self.dropped[row] += dropped
             self.num_cached[row] = 0  # each token stands elsewhere now
 
     def append_token(self, tokens: Tensor) -> None:
@@ -89,16 +92,14 @@ class GenerationState:
         seen[row[written], self.tokens[written]] = True
         return seen
 
-    def draw_uniform(self) -> Tensor:
-        """(B,) the next random number in [0, 1) of each row that is alive: one for each token that it samples."""
-        uniform = torch.zeros(len(self.generators), dtype=torch.float64)
-        for row in self.alive.nonzero()[:, 0].tolist():
-            uniform[row] = torch.rand((), generator=self.generators[row], dtype=torch.float64)
-        return uniform
+    @property
+    def indices(self) -> Tensor:
+        """(B,) index of the next token in each row's whole text, what slid out of its context counted."""
+        return self.lengths + self.dropped
 
     def reseed(self, row: int, seed: int) -> None:
-        """Restart the row's random generator from a seed."""
-        self.generators[row] = torch.Generator().manual_seed(seed)
+        """Sample the row's next tokens with another seed."""
+        self.seeds[row] = hash_seeds([seed])[0]
 
     def _num_dropped(self, total: int) -> int:
         """Number of tokens to drop, in halves of the context, so that one more token fits."""

@@ -2,7 +2,6 @@
 two turns."""
 
 import pytest
-import torch
 
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
@@ -114,19 +113,22 @@ def test_generate_with_a_sliding_context_equals_the_uncached_second_half(case):
         windows = [[*window, token] for window, token in zip(windows, tokens, strict=True)]
 
 
-def test_generate_of_a_waiting_row_draws_no_random_number():
+@pytest.mark.parametrize("slide", [False, True])
+def test_generate_in_parts_or_of_a_text_so_far_continues_as_in_one_go(slide):
+    """Also beyond a context of 64, by dropping its first half; and beside a row that does not wait."""
     model = small_model("attention=mha")
-
-    def second_turn(rows: int) -> list[int]:
-        state = GenerationState(model, PROMPTS[:rows], [1, 2][:rows])
-        state.alive[1:] = False
-        continued(model, state, max_new_tokens=2)
-        state.alive[:] = torch.arange(rows) == 1  # where there is a neighbour, it writes while row 0 waits
+    prompt = PROMPTS[0]
+    whole = generated(model, [prompt], [1], slide=slide, max_new_tokens=100 if slide else 50)[0]
+    for first in (1, 7, 30):
+        state = GenerationState(model, [prompt, PROMPTS[1]], [1, 2], slide=slide)
+        parts = continued(model, state, max_new_tokens=first)[0]
+        state.alive[0] = False
         continued(model, state, max_new_tokens=9)
-        state.append(0, [5])
-        return continued(model, state, max_new_tokens=10)[0]
-
-    assert second_turn(2) == second_turn(1)
+        state.append(0, [])
+        parts += continued(model, state, max_new_tokens=len(whole) - first)[0]
+        assert parts == whole
+        again = generated(model, [prompt + whole[:first]], [1], slide=slide, max_new_tokens=len(whole) - first)
+        assert again[0] == whole[first:]
 
 
 def test_generate_over_several_turns_computes_only_new_tokens():

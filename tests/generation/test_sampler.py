@@ -4,14 +4,30 @@ import math
 
 import pytest
 import torch
+from scipy import stats
 
+from generation.gumbel import hash_seeds
 from generation.options import DEFAULTS
 from generation.sampler import NO_TOKEN, Sampler, apply_repetition_penalty, keep_min_p, keep_top_k, keep_top_p
 
 
+def drawn(sampler: Sampler, logits: list[float], draws: int = 20_000) -> torch.Tensor:
+    """Tokens of rows with the same logits: of several seeds, at the indices of a text."""
+    indices = torch.arange(draws)
+    return sampler(torch.tensor(logits).expand(draws, -1), hash_seeds((indices // 500).tolist()), indices % 500)
+
+
+def assert_frequencies(tokens: torch.Tensor, expected: list[float]) -> None:
+    found = torch.bincount(tokens, minlength=len(expected)).tolist()
+    likely = [i for i, p in enumerate(expected) if p > 0]
+    assert sum(found[i] for i in likely) == len(tokens)  # and none that is impossible
+    if len(likely) > 1:
+        test = stats.chisquare([found[i] for i in likely], [expected[i] * len(tokens) for i in likely])
+        assert test.pvalue > 1e-3, (found, expected)
+
+
 def test_sampler_with_each_filter_draws_from_its_distribution():
-    logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
-    uniform_grid = torch.linspace(0, 1, 20_001)[:-1].double()
+    logits = [2.0, 0.0, 1.0, -1.0, 1.5]
     for sampler, allowed in (
         (Sampler(temperature=1.0), [0, 1, 2, 3, 4]),
         (Sampler(temperature=0.5), [0, 1, 2, 3, 4]),
@@ -25,14 +41,21 @@ def test_sampler_with_each_filter_draws_from_its_distribution():
         (Sampler(temperature=1.0, min_p=1), [0]),
         (Sampler(temperature=1.0, top_k=2, min_p=0.9), [0]),
     ):
-        filtered = torch.full((1, 5), float("-inf"))
-        filtered[0, allowed] = logits[0, allowed]
-        expected = (filtered / sampler.temperature).softmax(-1)[0]
-        chosen = sampler(logits.expand(len(uniform_grid), -1), uniform_grid)
-        found = torch.bincount(chosen, minlength=5) / len(uniform_grid)
-        assert torch.allclose(found, expected, atol=2e-3), sampler
-    assert (Sampler(temperature=1e-308)(logits.expand(len(uniform_grid), -1), uniform_grid) == 0).all()
-    assert Sampler(temperature=0)(logits, torch.tensor([0.99])).tolist() == [0]
+        filtered = torch.full((5,), float("-inf"), dtype=torch.float64)
+        filtered[allowed] = torch.tensor(logits).double()[allowed]
+        assert_frequencies(drawn(sampler, logits), (filtered / sampler.temperature).softmax(-1).tolist())
+    assert (drawn(Sampler(temperature=1e-308), logits) == 0).all()
+    assert (drawn(Sampler(temperature=0), logits) == 0).all()
+
+
+def test_sampler_with_a_repetition_penalty_draws_from_what_it_leaves():
+    logits = torch.tensor([2.0, 0.0, 1.0, -1.0, 1.5])
+    seen = torch.tensor([True, False, True, True, False])
+    indices = torch.arange(20_000)
+    sampler = Sampler(temperature=0.7, repetition_penalty=1.5)
+    tokens = sampler(logits.expand(20_000, -1), hash_seeds([4]).expand(20_000), indices, seen.expand(20_000, -1))
+    expected = torch.tensor([2 / 1.5, 0, 1 / 1.5, -1.5, 1.5], dtype=torch.float64) / 0.7
+    assert_frequencies(tokens, expected.softmax(-1).tolist())
 
 
 def test_sampler_without_settings_is_that_of_sample_py_without_flags():
@@ -42,14 +65,14 @@ def test_sampler_without_settings_is_that_of_sample_py_without_flags():
 
 def test_sampler_with_a_repetition_penalty_applies_it_first():
     logits = torch.tensor([[2.0, 0.0, 1.0, -1.0, 1.5]])
-    uniform = torch.tensor([0.99])
+    at = (hash_seeds([0]), torch.tensor([5]))
     seen = torch.tensor([[True, False, False, True, False]])
     greedy = Sampler(temperature=0, repetition_penalty=1.5)
-    assert greedy(logits, uniform, seen).tolist() == [4]  # 2 / 1.5 < 1.5
-    assert greedy(logits, uniform, ~seen).tolist() == [0]
-    assert Sampler(top_k=1, repetition_penalty=1.5)(logits, uniform, seen).tolist() == [4]
+    assert greedy(logits, *at, seen).tolist() == [4]  # 2 / 1.5 < 1.5
+    assert greedy(logits, *at, ~seen).tolist() == [0]
+    assert Sampler(top_k=1, repetition_penalty=1.5)(logits, *at, seen).tolist() == [4]
     with pytest.raises(ValueError, match="needs to know which tokens were seen"):
-        greedy(logits, uniform)
+        greedy(logits, *at)
 
 
 def test_filters_of_random_logits_keep_the_tokens_of_their_definition():
@@ -138,16 +161,14 @@ SETTINGS = [{}, {"temperature": 0}, {"temperature": 1e-300}, {"temperature": 1e3
 def test_sampler_with_logits_that_are_not_finite_equals_a_naive_one(settings):
     """+inf is certain, several share it; -inf is impossible; NaN, or nothing possible, is no token."""
     sampler = Sampler(**settings)
-    uniform_grid = torch.linspace(0, 1, 2001)[:-1].double()
     for row in NOT_FINITE:
-        found = sampler(torch.tensor(row).expand(len(uniform_grid), -1), uniform_grid)
         expected = naive_distribution(row, sampler)
         if expected is None:
-            assert (found == NO_TOKEN).all(), row
+            assert (drawn(sampler, row, 100) == NO_TOKEN).all(), row
         else:
-            frequencies = torch.bincount(found, minlength=4) / len(uniform_grid)
-            assert frequencies.tolist() == pytest.approx(expected, abs=2e-3), row
-    logits = torch.tensor(NOT_FINITE)  # a row's neighbours do not matter
-    uniform = torch.full((len(logits),), 0.3)
-    alone = [int(sampler(row[None], uniform[:1])) for row in logits]
-    assert sampler(logits, uniform).tolist() == alone
+            assert_frequencies(drawn(sampler, row, 5000), expected)
+    rows = len(NOT_FINITE)  # a row's neighbours do not matter
+    seeds = hash_seeds([3] * rows)
+    indices = torch.full((rows,), 9)
+    alone = [int(sampler(torch.tensor([row]), seeds[:1], indices[:1])) for row in NOT_FINITE]
+    assert sampler(torch.tensor(NOT_FINITE), seeds, indices).tolist() == alone
