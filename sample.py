@@ -92,7 +92,7 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
     prompt = encode_prompt(run.tokenizer, args.prompt, run.context_length, args.context == "slide")
     print_stderr(f"run {run.folder}")
     state = new_state(args, run, prompt)
-    num_read = int(state.lengths[0])
+    num_read = int(state.rows.lengths[0])
     if num_read < len(prompt):
         print_stderr(
             f"[the context of {run.context_length} tokens keeps the last {num_read} of the prompt's {len(prompt)}]"
