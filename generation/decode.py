@@ -30,6 +30,8 @@ def generate(
     What the caller's changes to `state` make void is computed again.
     """
     state.discard_ahead()
+    if state.compiled is not None:
+        _make_room(state, int(state.rows.lengths.max()) + state.compiled.tokens)
     state.rows = state.rows._replace(not_finite=torch.zeros_like(state.rows.not_finite))
     for left in reversed(range(max_new_tokens)):
         step = state.ahead or _begin(model, state, sampler, end_token)
@@ -89,9 +91,7 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
     cache these."""
     rows = state.rows
     known = rows.known
-    for cache in state.caches or []:
-        if cache.capacity < known.longest:
-            cache.grow(max(2 * cache.capacity, bucket(known.longest)))
+    _make_room(state, known.longest)
     if state.caches is None or known.fresh:
         return _prefill(model, state.tokens, rows.lengths, state.caches)
     new = (rows.lengths - rows.num_cached) * rows.alive
@@ -99,8 +99,18 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
     index = rows.num_cached[:, None] + ahead  # (B, T)
     positions = index.where(ahead < new[:, None], PADDING_POSITION)
     tokens = state.tokens.gather(1, index.clamp(max=state.context_length))
+    if state.compiled is not None and known.new == 1:
+        return state.compiled(model, tokens, positions, state.caches)
     last = (new[:, None] - 1).clamp(min=0) if known.new > 1 else None
     return decode_step(model, tokens, positions, state.caches, bucket(known.longest), last)
+
+
+def _make_room(state: GenerationState, length: int) -> None:
+    """Grow the KV caches that do not hold a text of that length, or a full context."""
+    length = min(length, state.context_length)
+    for cache in state.caches or []:
+        if cache.capacity < length:
+            cache.grow(bucket(length))
 
 
 def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[Cache] | None = None) -> Tensor:
@@ -118,10 +128,10 @@ def decode_step(
     tokens: Tensor,
     positions: Tensor,
     caches: list[Cache],
-    kv_len: int,
+    kv_len: int | None = None,
     last: Tensor | None = None,
 ) -> Tensor:
     """Decode new tokens (B, T) at positions (B, T) -> logits (B, V) after the first of each row, or after that of index
-    `last` (B, 1)."""
+    `last` (B, 1). kv_len: how many cache rows may be visible, if fewer than there are."""
     x = model(tokens, Placement.decode(positions, caches, kv_len)).x
     return model.logits(x[:, :1] if last is None else x.take_along_dim(last[..., None], dim=1))[:, 0]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from generation.compiled_step import CompiledStep
 from generation.gumbel import hash_seeds
 from model.transformer import TransformerLM
 
@@ -97,11 +98,14 @@ class GenerationState:
         *,
         cached: bool = True,
         slide: bool = False,
+        compiled: CompiledStep | None = None,
     ):
         """Row i is sampled with seeds[i] alone. cached=False recomputes the whole text for each token: the slow twin.
+        compiled: what to decode single tokens with; rows may share it, and states one after the other.
         Raises ValueError for a prompt that cannot be appended."""
         self.context_length = model.config.context_length
         self.slide = slide
+        self.compiled = compiled
         self.caches = None
         self.ahead: Step | None = None  # the next step, begun before the caller had the tokens of this one
         # Padded on the right. The last column is what rows with a full context write to.
