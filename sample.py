@@ -26,6 +26,7 @@ from generation.options import parse_arguments
 
 if TYPE_CHECKING:
     from data.tokenizers.base import Tokenizer
+    from generation.compiled_step import CompiledStep
     from generation.sampler import Sampler
     from generation.state import GenerationState
     from model.transformer import TransformerLM
@@ -38,6 +39,7 @@ class LoadedRun:
     folder: Path
     model: "TransformerLM"
     tokenizer: "Tokenizer"
+    compiled: "CompiledStep | None" = None
 
     @property
     def context_length(self) -> int:
@@ -79,7 +81,17 @@ def load(args: argparse.Namespace) -> LoadedRun:
     model = MixedPrecision(model, choose_precision(precision, device)).model
     if not args.stats:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
-    return LoadedRun(folder, model, tokenizer)
+    return LoadedRun(folder, model, tokenizer, compiled_step(args, model.config.context_length))
+
+
+def compiled_step(args: argparse.Namespace, context_length: int) -> "CompiledStep | None":
+    """The compiled decode step, where it was asked for. A conversation may fill the context."""
+    if not args.compile:
+        return None
+    from generation.compiled_step import CompiledStep
+    from generation.decode import decode_step
+
+    return CompiledStep(decode_step, context_length if args.interactive else args.max_new_tokens)
 
 
 def generate(args: argparse.Namespace, run: LoadedRun) -> None:
@@ -92,7 +104,7 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
     prompt = encode_prompt(run.tokenizer, args.prompt, run.context_length, args.context == "slide")
     print_stderr(f"run {run.folder}")
     state = new_state(args, run, prompt)
-    num_read = int(state.lengths[0])
+    num_read = int(state.rows.lengths[0])
     if num_read < len(prompt):
         print_stderr(
             f"[the context of {run.context_length} tokens keeps the last {num_read} of the prompt's {len(prompt)}]"
@@ -165,7 +177,8 @@ def new_state(args: argparse.Namespace, run: LoadedRun, prompt: list[int]) -> "G
     from generation.state import GenerationState
 
     rows = [prompt] * args.num_samples
-    return GenerationState(run.model, rows, seeds(args), cached=not args.no_cache, slide=args.context == "slide")
+    options = {"cached": not args.no_cache, "slide": args.context == "slide", "compiled": run.compiled}
+    return GenerationState(run.model, rows, seeds(args), **options)
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def _whole_way(attention: str, device: torch.device) -> Row:
 def _text(model: Any, tokenizer: Any, cached: bool) -> str:
     state = GenerationState(model, [tokenizer.encode("The ").tolist()], [0], cached=cached)
     steps = generate(model, state, Sampler(temperature=0), max_new_tokens=WRITTEN)
-    return tokenizer.decode([int(step[0]) for step in steps])
+    return tokenizer.decode([int(step) for step in steps])
 
 
 def _compiled(attention: str, device: torch.device) -> Row:

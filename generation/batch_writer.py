@@ -39,17 +39,14 @@ class Sample:
         """Number of sampled tokens, with those of a stop string and the end of text, which are not shown."""
         return len(self.times) - 1
 
-    def feed(self, token: int, *, now: float, alive: bool) -> str:
-        """Add a sampled token -> the text that no stop string can change any more. alive: whether another token may
-        follow."""
+    def feed(self, token: int, now: float) -> str:
+        """Add a sampled token -> the text that no stop string can change any more."""
         self.times.append(now)
         piece = self.stream.feed(token)
         if self.stream.stopped:
             self.finish = "stop"
         elif token == self.end_token:
             self.finish = "end"
-        elif not alive:
-            self.finish = "context"
         return piece
 
     def as_json(self) -> dict[str, Any]:
@@ -80,29 +77,33 @@ def write(
             for step in steps:
                 yield _feed_step(step, state, samples)
                 if interrupt.requested:
-                    _mark_interrupted(state, samples, max_new_tokens)
                     break
-        for broken, sample in zip(state.not_finite, samples, strict=True):
-            if broken:
-                sample.finish = "not_finite"
+        _note_ends(state, samples, max_new_tokens, interrupt.requested)
         rest = [sample.stream.close() for sample in samples]
         yield rest[0]
 
 
 def _feed_step(step: Tensor, state: GenerationState, samples: Sequence[Sample]) -> str:
-    """Hand each row's token (B,) to its sample, and end rows at a stop string -> the first row's piece of text."""
+    """Hand each row's tokens (B, k) to its sample, and end rows at a stop string -> the first row's piece of text."""
     now = time.perf_counter()
     pieces = [""] * len(samples)
-    for row, (token, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
-        if token != ENDED:
-            pieces[row] = sample.feed(token, now=now, alive=bool(state.alive[row]))
-            state.alive[row] &= not sample.stream.stopped
+    for row, (tokens, sample) in enumerate(zip(step.tolist(), samples, strict=True)):
+        for token in tokens:
+            if token != ENDED and not sample.stream.stopped:
+                pieces[row] += sample.feed(token, now)
+                if sample.stream.stopped:
+                    state.end(row)
     return pieces[0]
 
 
-def _mark_interrupted(state: GenerationState, samples: Sequence[Sample], max_new_tokens: int) -> None:
-    for alive, sample in zip(state.alive, samples, strict=True):
-        if alive and sample.num_tokens < max_new_tokens:
+def _note_ends(state: GenerationState, samples: Sequence[Sample], max_new_tokens: int, interrupted: bool) -> None:
+    """Write into each sample why it ended, where its last token does not say so."""
+    for row, sample in enumerate(samples):
+        if state.rows.not_finite[row]:
+            sample.finish = "not_finite"
+        elif sample.finish == "length" and not state.rows.alive[row]:
+            sample.finish = "context"
+        elif interrupted and sample.finish == "length" and sample.num_tokens < max_new_tokens:
             sample.finish = "interrupted"
 
 

@@ -6,72 +6,111 @@ import torch
 from torch import Tensor
 
 from common.errors import NotFinite
-from generation.sampler import NO_TOKEN, Sampler
-from generation.state import GenerationState, bucket
+from generation.sampler import Sampler
+from generation.state import ENDED, GenerationState, Step, bucket
 from model.cache import Cache
 from model.placement import PADDING_POSITION, Placement
 from model.transformer import TransformerLM
-
-ENDED = -1  # what `generate` yields, in place of a token, for a row that has ended
 
 
 @torch.no_grad()
 def generate(
     model: TransformerLM, state: GenerationState, sampler: Sampler, *, max_new_tokens: int, end_token: int | None = None
 ) -> Iterator[Tensor]:
-    """Generate text: yield the next token of every row, (B,) int64 on the CPU, up to max_new_tokens times, after
-    appending it to `state`.
+    """Generate text: yield the next tokens of every row, (B, k) int64 on the CPU (k is 1), up to max_new_tokens times,
+    after appending them to `state`.
 
     A row's text does not depend on the other rows of the batch (except where two tokens are equally likely up to
     rounding, which bfloat16 has a lot of). It ends after `end_token`, which is yielded, when its context is full, or
-    when the caller sets `state.alive[row] = False`; from then on ENDED is yielded for it. When all rows have ended, the
-    iteration ends. A row for which the model's output is no distribution ends too (`state.not_finite`); the others go
-    on, and NotFinite is raised at the end of the iteration.
+    when the caller ends it (`state.end`); from then on ENDED is yielded for it. When all rows have ended, the iteration
+    ends. A row for which the model's output is no distribution ends too (`state.rows.not_finite`); the others go on,
+    and NotFinite is raised at the end of the iteration.
+
+    A GPU computes the next step while the caller reads the tokens of this one: nothing is read back but these, late.
+    What the caller's changes to `state` make void is computed again.
     """
-    broken = torch.zeros_like(state.alive)
-    for _ in range(max_new_tokens):
-        if not state.alive.any():
+    state.discard_ahead()
+    if state.compiled is not None:
+        _make_room(state, int(state.rows.lengths.max()) + state.compiled.tokens)
+    state.rows = state.rows._replace(not_finite=torch.zeros_like(state.rows.not_finite))
+    for left in reversed(range(max_new_tokens)):
+        step = state.ahead or _begin(model, state, sampler, end_token)
+        if step is None:
             break
-        logits = next_logits(model, state).float().cpu()
-        seen = state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
-        tokens = sampler(logits, state.seeds, state.indices, seen)
-        broken |= state.alive & (tokens == NO_TOKEN)
-        state.not_finite |= broken
-        state.alive &= ~broken
-        if broken.any() and not state.alive.any():
+        state.rows = step.rows
+        state.ahead = None
+        if left and _can_look_ahead(state):
+            state.ahead = _begin(model, state, sampler, end_token)
+            state.rows = step.rows
+        tokens, alive = step.read()
+        if sum(alive) < step.live:
+            state.forget_known()
+        if (tokens == ENDED).all():
             break
-        tokens = tokens.where(state.alive, ENDED)
-        state.append_token(tokens)
-        if end_token is not None:
-            state.alive &= tokens != end_token
         yield tokens
-    if broken.any():
-        row = int(broken.nonzero()[0])
-        which = f" of text {row + 1}" if len(broken) > 1 else ""
-        raise NotFinite(f"the model's output is not finite after {int(state.lengths[row])} tokens{which}")
+    state.discard_ahead()
+    _check_finite(state)
+
+
+def _check_finite(state: GenerationState) -> None:
+    broken = state.rows.not_finite.nonzero()[:, 0].tolist()
+    if broken:
+        which = f" of text {broken[0] + 1}" if len(state.tokens) > 1 else ""
+        length = int(state.rows.lengths[broken[0]])
+        raise NotFinite(f"the model's output is not finite after {length} tokens{which}")
+
+
+def _can_look_ahead(state: GenerationState) -> bool:
+    """Whether the next step can be begun before the tokens of this one were read: on a GPU, which goes on while Python
+    waits, and where no row's context will be full, which would shift its text."""
+    known = state.rows.known
+    return works_alone(state.tokens.device) and known is not None and known.longest + 1 < state.context_length
+
+
+def works_alone(device: torch.device) -> bool:
+    """Whether the device computes while Python goes on."""
+    return device.type == "cuda"
+
+
+def _begin(model: TransformerLM, state: GenerationState, sampler: Sampler, end_token: int | None) -> Step | None:
+    """Begin a step: compute, sample and append the next token of every row. None if no row is alive."""
+    if state.rows.known is None:
+        state.rows = state.rows.read_back()
+    if not state.rows.known.live:
+        return None
+    logits = next_logits(model, state)
+    seen = state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
+    sampled = sampler(logits, state.rows.seeds, state.indices, seen)
+    live = state.rows.known.live
+    tokens = state.append_sampled(sampled, end_token)
+    return Step(state.rows, tokens, live)
 
 
 def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
     """Logits (B, V) after each live row's last token, computed from the tokens that are not in the KV caches yet, and
     cache these."""
-    caches = state.caches
-    device = next(model.parameters()).device
-    longest = int(state.lengths.max())
-    for cache in caches or []:
-        if cache.capacity < longest:
-            cache.grow(max(2 * cache.capacity, bucket(longest)))
-    if caches is None or not state.num_cached.any():
-        logits = _prefill(model, state.tokens.to(device), state.lengths.to(device), caches)
-    else:
-        new = (state.lengths - state.num_cached) * state.alive
-        ahead = torch.arange(int(new.max()))
-        index = state.num_cached[:, None] + ahead  # (B, T)
-        positions = index.where(ahead < new[:, None], PADDING_POSITION)
-        tokens = state.tokens.gather(1, index.clamp(max=state.context_length - 1))
-        last = (new[:, None] - 1).clamp(min=0).to(device) if len(ahead) > 1 else None
-        logits = decode_step(model, tokens.to(device), positions.to(device), caches, bucket(longest), last)
-    state.num_cached = state.lengths.where(state.alive, state.num_cached)
-    return logits
+    rows = state.rows
+    known = rows.known
+    _make_room(state, known.longest)
+    if state.caches is None or known.fresh:
+        return _prefill(model, state.tokens, rows.lengths, state.caches)
+    new = (rows.lengths - rows.num_cached) * rows.alive
+    ahead = torch.arange(known.new, device=new.device)
+    index = rows.num_cached[:, None] + ahead  # (B, T)
+    positions = index.where(ahead < new[:, None], PADDING_POSITION)
+    tokens = state.tokens.gather(1, index.clamp(max=state.context_length))
+    if state.compiled is not None and known.new == 1:
+        return state.compiled(model, tokens, positions, state.caches)
+    last = (new[:, None] - 1).clamp(min=0) if known.new > 1 else None
+    return decode_step(model, tokens, positions, state.caches, bucket(known.longest), last)
+
+
+def _make_room(state: GenerationState, length: int) -> None:
+    """Grow the KV caches that do not hold a text of that length, or a full context."""
+    length = min(length, state.context_length)
+    for cache in state.caches or []:
+        if cache.capacity < length:
+            cache.grow(bucket(length))
 
 
 def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[Cache] | None = None) -> Tensor:
@@ -89,10 +128,10 @@ def decode_step(
     tokens: Tensor,
     positions: Tensor,
     caches: list[Cache],
-    kv_len: int,
+    kv_len: int | None = None,
     last: Tensor | None = None,
 ) -> Tensor:
     """Decode new tokens (B, T) at positions (B, T) -> logits (B, V) after the first of each row, or after that of index
-    `last` (B, 1)."""
+    `last` (B, 1). kv_len: how many cache rows may be visible, if fewer than there are."""
     x = model(tokens, Placement.decode(positions, caches, kv_len)).x
     return model.logits(x[:, :1] if last is None else x.take_along_dim(last[..., None], dim=1))[:, 0]

@@ -43,6 +43,7 @@ DEFAULTS = {
     "kernel": "auto",
     "execution": None,
     "no_cache": False,
+    "compile": False,
 }
 PROMPTS = ("prompt", "prompt_file")
 FILTERS = ("top_k", "top_p", "min_p")
@@ -51,10 +52,15 @@ WRITING = ("max_new_tokens", "num_samples", "seed", "stop", "context", "temperat
 CONTRADICTIONS = (
     (
         "score",
-        (*PROMPTS, "attention_map", "interactive", *WRITING, "stats", "no_cache"),
+        (*PROMPTS, "attention_map", "interactive", *WRITING, "stats", "no_cache", "compile"),
         "a text is read, none is written",
     ),
-    ("attention_map", ("interactive", *WRITING, "json", "stats", "no_cache"), "a prompt is drawn, not continued"),
+    (
+        "attention_map",
+        ("interactive", *WRITING, "json", "stats", "no_cache", "compile"),
+        "a prompt is drawn, not continued",
+    ),
+    ("compile", ("no_cache",), "what is compiled is the step that reads the cache"),
     ("interactive", ("prompt_file", "num_samples"), "one text is written, as a conversation"),
     ("interactive", ("json",), "a JSON object holds a finished text, and a conversation goes on"),
     ("interactive", ("stats",), "speeds are measured on one text without pauses, and a conversation waits for you"),
@@ -62,7 +68,7 @@ CONTRADICTIONS = (
 )
 SETTING = re.compile(r"\+{0,2}(\w+(?:\.\w+)*)=(\S+)")  # as train.py takes them
 SETTINGS_OF_RUN = ("resume", "run_dir", "init_from")  # what train.py calls the folder that --run names
-SWITCHES = ("interactive", "json", "stats", "no_cache")  # flags without a value
+SWITCHES = ("interactive", "json", "stats", "no_cache", "compile")  # flags without a value
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
@@ -261,6 +267,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine("--kernel", choices=choices("kernel"), help=f"how attention is computed; {_default('kernel')}")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="recompute the whole text for every token")
+    machine("--compile", action="store_true", help="compile the step from token to token: pays for long texts only")
     return parser
 
 
@@ -293,6 +300,8 @@ def _check_contradictions(given: dict[str, Any]) -> None:
         for other in others:
             if flag in given and other in given:
                 raise UserError(f"{_flag(flag)} with {_flag(other)}: {why}; leave one of them out")
+    if "compile" in given and given.get("kernel") == "flex":
+        raise UserError("--compile with --kernel flex: that kernel compiles itself; leave one of them out")
     if given.get("interactive") and given.get("prompt") == "-":
         raise UserError("--interactive with -: stdin is where the turns come from; give the prompt as text")
 

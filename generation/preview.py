@@ -31,7 +31,7 @@ def continuation(model: TransformerLM, tokenizer: Tokenizer, start: list[int], s
     ending = ""
     try:
         for step in generate(model, state, sampler, max_new_tokens=MAX_NEW_TOKENS, end_token=tokenizer.end_of_text):
-            written.append(int(step[0]))
+            written += step[0].tolist()
     except NotFinite as error:
         ending = f"\n[{error}]"
     return tokenizer.decode(written) + ending

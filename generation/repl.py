@@ -100,8 +100,8 @@ class Conversation:
                 for step in generate(
                     self.model, self.state, self.sampler, max_new_tokens=self.max_new_tokens, end_token=end_token
                 ):
-                    token = int(step[0])
-                    write(stream.feed(token))
+                    for token in step[0].tolist():
+                        write(stream.feed(token))
                     if stream.stopped or interrupt.requested:
                         break
             except NotFinite as error:
@@ -118,13 +118,13 @@ class Conversation:
             return "[stopped]"
         if last_token == self.tokenizer.end_of_text:
             return "[end of document]"
-        if not self.state.alive[0] and not stopped:
+        if not self.state.rows.alive[0] and not stopped:
             return f"[the context of {self.state.context_length} tokens is full: /reset starts again]"
         return ""
 
     def _no_room(self, num_tokens: int) -> str:
         limit = self.model.config.context_length
-        free = limit - 1 - (0 if self.state is None else int(self.state.lengths[0]))
+        free = limit - 1 - (0 if self.state is None else int(self.state.rows.lengths[0]))
         full = f"the context of {limit} tokens is full" if free <= 0 else f"{num_tokens} tokens do not fit: {free} do"
         return f"{full}; /reset starts again, --context slide would drop the oldest half"
 

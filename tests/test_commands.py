@@ -227,7 +227,7 @@ def test_sample_second_ctrl_c_ends_before_the_token(place, monkeypatch, capsys, 
 
 def test_sample_json_ctrl_c_prints_objects_of_the_text_so_far(place, monkeypatch, capsys, ctrl_c_at):
     """Of two rows, the second ended before at its stop string."""
-    common = ["The", "--json", "--num-samples", "2", "--max-new-tokens", "20"]
+    common = ["The", "--json", "--num-samples", "2", "--max-new-tokens", "20", "--seed", "2"]
     whole = samples(place, monkeypatch, capsys, *common)
     stop = whole[1]["text"][:2]
     assert stop not in whole[0]["text"][:8]

@@ -1,13 +1,14 @@
-"""torch.compile, with a fallback to eager execution and a warning where it does not work."""
+"""torch.compile for the losses of training, with a fallback to eager execution."""
 
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from model.kernels.base import say_once
+from runtime.compile import compiled_or_eager
 
 AUTOTUNED = "max-autotune-no-cudagraphs"  # as torch.compile calls it
 
@@ -23,21 +24,8 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
         return function
     if autotune:
         say_once(logging.INFO, "autotune takes what was fastest when tried: a resumed run may differ in its bits")
-    chosen = None
-
-    def call(model: nn.Module, *inputs: Any) -> Tensor:
-        nonlocal chosen
-        if chosen is None:
-            try:
-                chosen = torch.compile(function, dynamic=False, mode=AUTOTUNED if autotune else None)
-                _try_once(chosen, model, *inputs)
-            except Exception as error:
-                reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
-                logging.getLogger("headroom").warning(f"compile=true failed, running eagerly: {reason}")
-                chosen = function
-        return chosen(model, *inputs)
-
-    return call
+    mode = AUTOTUNED if autotune else None
+    return compiled_or_eager(function, "compile=true", _try_once, dynamic=False, mode=mode)
 
 
 def _try_once(function: Callable, model: nn.Module, *inputs: Any) -> None:

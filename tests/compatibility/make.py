@@ -101,7 +101,7 @@ def sampled(run: Path, sampler: Sampler) -> list[int]:
     """What follows the end-of-text token, beyond the context of 32 tokens too."""
     model, tokenizer = load_run(run)
     state = GenerationState(model, [[tokenizer.end_of_text]], [0], slide=True)
-    return [int(step[0]) for step in generate(model, state, sampler, max_new_tokens=TOKENS)]
+    return [int(step) for step in generate(model, state, sampler, max_new_tokens=TOKENS)]
 
 
 def losses_after(run: Path) -> list[float | None]:

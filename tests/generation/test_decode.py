@@ -17,7 +17,7 @@ def generated(model, prompts, seeds, *, cached=True, slide=False, **options) -> 
 
 def continued(model, state: GenerationState, **options) -> list[list[int]]:
     steps = list(generate(model, state, options.pop("sampler", Sampler(temperature=1.0)), **options))
-    return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(state.lengths))]
+    return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(state.tokens))]
 
 
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
@@ -83,8 +83,8 @@ def test_generate_over_several_turns_equals_the_uncached_whole_text(case):
     wrote = continued(model, state, **options)
     whole = [[*prompt, *new] for prompt, new in zip(PROMPTS, wrote, strict=True)]
     for turn, lines in enumerate([[[11, 12], [13] * 90, []], [[], [14], None], [None, [], [15, 16, 17]]]):
-        state.alive[:] = False
         for row, line in enumerate(lines):
+            state.end(row)
             if line is not None:
                 state.append(row, line)
                 whole[row] += line
@@ -122,7 +122,7 @@ def test_generate_in_parts_or_of_a_text_so_far_continues_as_in_one_go(slide):
     for first in (1, 7, 30):
         state = GenerationState(model, [prompt, PROMPTS[1]], [1, 2], slide=slide)
         parts = continued(model, state, max_new_tokens=first)[0]
-        state.alive[0] = False
+        state.end(0)
         continued(model, state, max_new_tokens=9)
         state.append(0, [])
         parts += continued(model, state, max_new_tokens=len(whole) - first)[0]
@@ -155,9 +155,9 @@ def test_generate_with_a_row_ended_by_the_caller_leaves_its_neighbours_alone():
     state = GenerationState(model, PROMPTS, [1, 2, 3])
     found = []
     for step in generate(model, state, Sampler(temperature=1.0), max_new_tokens=12):
-        found.append(step.tolist())
+        found.append(step[:, 0].tolist())
         if len(found) == 5:
-            state.alive[1] = False
+            state.end(1)
     columns = [list(column) for column in zip(*found, strict=True)]
     free = generated(model, PROMPTS, [1, 2, 3], max_new_tokens=12)
     assert columns == [free[0], free[1][:5] + [ENDED] * 7, free[2]]

@@ -28,7 +28,7 @@ def conversation(model, *, slide=False, cached=True, **options) -> Conversation:
 
 
 def written(conversation: Conversation) -> list[int]:
-    return conversation.state.tokens[0, : conversation.state.lengths[0]].tolist()
+    return conversation.state.tokens[0, : conversation.state.rows.lengths[0]].tolist()
 
 
 def ignore(_: str) -> None:
@@ -49,7 +49,7 @@ def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(case, slide):
         talk.turn(ignore)
         whole += TOKENIZER.encode(line).tolist()
         uncached = GenerationState(model, [whole], [0], cached=False, slide=slide)
-        new = [int(step[0]) for step in generate(model, uncached, GREEDY, max_new_tokens=10, end_token=256)]
+        new = [int(step) for step in generate(model, uncached, GREEDY, max_new_tokens=10, end_token=256)]
         whole += new
         in_context = written(talk)
         assert in_context == whole[len(whole) - len(in_context) :]
@@ -130,12 +130,12 @@ def test_set_seed_applies_to_the_next_turn_and_to_later_texts():
         talk.append("" if talk.state else "The ")
         talk.turn(ignore)
         alone = generate(model, GenerationState(model, [whole], [seed]), sampler, max_new_tokens=10, end_token=256)
-        assert written(talk) == whole + [int(step[0]) for step in alone]
+        assert written(talk) == whole + [int(step) for step in alone]
     talk.reset()
     talk.append("The ")
     talk.turn(ignore)
     alone = generate(model, GenerationState(model, [[*b"The "]], [3]), sampler, max_new_tokens=10, end_token=256)
-    assert written(talk) == [*b"The "] + [int(step[0]) for step in alone]
+    assert written(talk) == [*b"The "] + [int(step) for step in alone]
 
 
 @pytest.mark.parametrize(("line", "shown"), [("", "🙂b\n"), ("x", "\ufffdb\n")])
@@ -144,9 +144,9 @@ def test_turn_with_an_incomplete_character_completes_it_unless_text_comes_betwee
 
     def recite(model, state, sampler, *, max_new_tokens, end_token):
         for _ in range(max_new_tokens):
-            token = torch.tensor([script.pop(0)])
-            state.append_token(token)
-            yield token
+            token = script.pop(0)
+            state.append(0, [token])
+            yield torch.tensor([[token]])
 
     monkeypatch.setattr(repl, "generate", recite)
     talk = conversation(small_model("attention=mha", vocab_size=257), max_new_tokens=4)
