@@ -128,6 +128,8 @@ def sharpened(model: TransformerLM, seed: int = 0) -> TransformerLM:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if name == "norm.weight":  # of a size that training gives it
+                parameter.fill_(1)
             if parameter.ndim == 1:  # norms and biases
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
             elif not parameter.any():  # what starts at zero would hide all before it

@@ -118,6 +118,7 @@ def cases(draw) -> Case:
         "norm": draw(st.sampled_from(["rms", "layer"])),
         "bias": draw(st.booleans()),
         "logit_softcap": draw(unset_or(st.sampled_from([0.5, 30.0]))),
+        "own_logit_init": draw(unset_or(st.sampled_from([0.5, 1.0]))),
         "zero_init": draw(st.booleans()),
     }
     tree["attention"] |= {name: draw(ATTENTION[name]) for name in tree["attention"] if name in ATTENTION}

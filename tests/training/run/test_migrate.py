@@ -21,7 +21,7 @@ def test_migrate_format_3_gives_settings_their_new_names():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_migrate_format_2_gives_settings_of_later_versions_the_behaviour_of_its_day(attention):
-    run = composed_run(f"attention={attention}")
+    run = composed_run("experiment=v1", f"attention={attention}")
     later = {"position", "rope_dim", "rope_scaling", "rope_factor", "rope_original_context", "dropout", "k_rope_from"}
     later |= {
         "position_embedding",
