@@ -40,7 +40,8 @@ def frames() -> list[str]:
     frame = sys._getframe(1)
     while frame is not None:
         file = Path(frame.f_code.co_filename)
-        if file.is_relative_to(ROOT) and file != Path(__file__) and not frame.f_code.co_name.startswith("<"):
+        ours = file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] not in ("docs", "tests", ".venv")
+        if ours and not frame.f_code.co_name.startswith("<"):
             found.append(f"{file.relative_to(ROOT)}: {frame.f_code.co_qualname.replace('.<locals>', '')}")
         frame = frame.f_back
     return found[::-1]
@@ -72,24 +73,24 @@ def train_one_step() -> Path:
     return folder
 
 
-@section
-def loss() -> None:
-    """The frames of the forward pass and of the loss."""
+def frames_of_training() -> dict[str, list[str]]:
+    """Frames above the forward pass of a training step, and above its loss."""
     from model import loss
     from model.transformer import TransformerLM
 
     seen: dict[str, list[str]] = {}
-
-    def forward(hidden: Any, model: Any, tokens: Any, *rest: Any) -> None:
-        if tokens.requires_grad is False and "forward" not in seen:
-            seen["forward"] = frames()
-
     with (
-        watched(TransformerLM, "forward", forward),
+        watched(TransformerLM, "forward", lambda *_: seen.setdefault("forward", frames())),
         watched(loss, "_losses", lambda *_: seen.setdefault("loss", frames())),
     ):
         train_one_step()
-    for name, found in seen.items():
+    return seen
+
+
+@section
+def loss() -> None:
+    """The frames of the forward pass and of the loss."""
+    for name, found in frames_of_training().items():
         print(f"{name}: {len(found)} frames")
         print("\n".join(f"  {each}" for each in found))
 
@@ -135,7 +136,7 @@ def column() -> None:
     watch = CacheWatch(cache)
     with watched(FullCache, "update", watch.update), watched(FullCache, "grow", watch.grow):
         list(generate(model, state, Sampler(temperature=0.0), max_new_tokens=8))
-    length = int(state.lengths[0])
+    length = int(state.rows.lengths[0])
     cache.rewind(torch.tensor([length - 4]))
     readable = int((cache.read(torch.tensor([length - 4])).positions >= 0).sum())
     print(f"rewind: of {length} positions the last 4 are taken back; {readable} can be read")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.attention_by_numbers import SECTIONS, show
+from docs import code_tour
 from model.transformer import ModelConfig
 from tests.support import ROOT, small_model
 from training.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
@@ -30,6 +31,18 @@ def test_links_lead_to_files_and_the_lines_they_name(page):
             assert text.strip("`") in file.read_text().splitlines()[int(line) - 1], (
                 f"{page.name}: {text} is not at {target}"
             )
+
+
+@pytest.mark.parametrize("section", code_tour.SECTIONS)
+def test_the_frames_of_the_tour_are_those_of_the_code(section, capsys):
+    code_tour.SECTIONS[section]()
+    assert f"```\n{capsys.readouterr().out.strip()}\n```" in (ROOT / "docs" / "code_tour.md").read_text()
+
+
+def test_a_training_loss_is_few_frames_from_the_command():
+    depths = {name: len(found) for name, found in code_tour.frames_of_training().items()}
+    assert depths["forward"] <= 6
+    assert depths["loss"] <= 8
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name not in MEASURED])
