@@ -25,6 +25,7 @@ from common.streams import print_line
 from data.batches import Batch
 from data.shards.prepare import Prepared
 from data.tokenizers.load import load_tokenizer
+from model.loss import NOT_COUNTED
 from model.transformer import Hidden
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
@@ -100,8 +101,9 @@ def replay(path: Path) -> None:
     state.losses = Losses(watched)
     accumulate_gradients(state, batches)
     print_line(f"forward      {first.where or 'finite everywhere'}")
-    bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    norm = nn.utils.get_total_norm(list(gradients.values()))
     more = f" and {len(bad) - MAX_PARAMETERS_NAMED} more" if len(bad) > MAX_PARAMETERS_NAMED else ""
     print_line(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:MAX_PARAMETERS_NAMED]) or 'none'}{more}")
     largest = max(model.named_parameters(), key=lambda item: item[1].abs().max().nan_to_num(torch.inf))
@@ -117,7 +119,8 @@ def stored_batch(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tup
         tokens = tensors.get(name)
         if tokens is None or tokens.shape != shape or tokens.dtype != torch.int64:
             raise UserError(f"{found.path}/{BATCH} does not fit the run's settings: {name} is not of {shape} int64")
-        if not ((tokens >= 0) & (tokens < vocab_size)).all():
+        lowest = NOT_COUNTED if name == "targets" else 0
+        if not ((tokens >= lowest) & (tokens < vocab_size)).all():
             raise UserError(f"{found.path}/{BATCH} holds {name} that are no tokens of a vocabulary of {vocab_size:,}")
     return tensors["inputs"], tensors["targets"]
 
