@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
     process.start()
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,6 @@ from common.streams import escaped_for_terminal, print_line, print_stderr, write
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
-    from training.session import Session
 
 # Hydra is imported inside `main`, where its absence is one line, and torch, with all that needs it, inside `train`:
 # --help answers before it would have loaded.
@@ -64,31 +63,19 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     """Train one run. tree: the composed configuration; typed: the overrides on the command line; choices: the choice of
     each group."""
     from common import process
-    from common.console import to_stderr
     from data.batches import check_split_lengths
     from data.shards.prepare import prepare
     from generation.preview import continuation, preview_prompt
-    from runtime.device import choose_device, set_determinism, set_threads
-    from runtime.precision import choose_precision
     from training.dry_run import dry_run
-    from training.experimental_settings import warn_experimental_settings
     from training.measure import measure
     from training.monitor.monitor import Monitor
     from training.run import checkpoint
     from training.run.start import begin_or_resume
     from training.session import Session
-    from training.step import losses_of
+    from training.step import train_step
 
     process.end_by_unwinding()
-    to_stderr(logging.WARNING if process.in_sweep else logging.INFO)
-    run, folder, run_lock = requested_run(tree, typed)
-    run.logger.check_installed()
-    set_determinism(run.deterministic)
-    set_threads(run.threads)
-    device = choose_device(run.device)
-    run.model.check_training(device)
-    run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
-    warn_experimental_settings(run, device, typed)
+    run, folder, run_lock, device = requested_run(tree, typed)
     length = run.model.context_length
     if run.dry_run:
         done = checkpoint.steps_done(folder) if folder else 0
@@ -98,93 +85,57 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     check_split_lengths(corpus, length)
     preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
     run = run.model_copy(update={"data": run.data.with_fixed_revision()})
-    state, done, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock, choices)
-    losses = losses_of(state.clip, run.compilation)
-    monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), done, device)
+    state, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock, choices)
+    monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state.step, device)
     advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
     def preview() -> str:
         return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
 
     with run_lock, advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
-        session = Session(run, folder, corpus, state, losses.token_losses, monitor, stop, saved_step=done)
-        evaluation = run_steps(session, losses.mean_loss, done, preview)
+        session = Session(run, folder, corpus, state, monitor, stop)
+        session.evaluate_before_steps()
+        for step in range(state.step, run.steps):
+            batches = session.next_batches()
+            with session.saving_where_stopped():
+                result = train_step(state, batches, run.lr_factor(step), session.check_stop)
+            session.end_step(result, batches)
+            if session.preview_is_due():
+                with monitor.paused_timer():
+                    monitor.print_text(preview())
     if process.in_sweep:
-        print_score(evaluation)
+        print_score(session.evaluation)
     else:
-        print_result(preview(), monitor.final_lines(evaluation), folder)
+        print_result(preview(), monitor.final_lines(session.evaluation), folder)
     monitor.draw_picture()
 
 
 def requested_run(tree: dict, typed: list[str]) -> tuple:
-    """The run that a command asks for; and its folder, and the lock on it, if it has one already."""
+    """The run that a command asks for; its folder, and the lock on it, if it has one already; and the device, which is
+    set up for it."""
+    from common import process
+    from common.console import to_stderr
+    from runtime.device import choose_device, set_determinism, set_threads
+    from runtime.precision import choose_precision
+    from training.experimental_settings import warn_experimental_settings
     from training.minutes import steps_for
     from training.run.config import check_not_of_sweep, pop_command_settings
     from training.run.start import resolve_run
 
+    to_stderr(logging.WARNING if process.in_sweep else logging.INFO)
     given = pop_command_settings(tree)
     check_not_of_sweep(given)
     if given["minutes"] is not None:
         tree["steps"] = steps_for(given, resolve_run(tree, typed)[0], typed)
-    return resolve_run(tree, typed, given["resume"])
-
-
-def run_steps(session: "Session", mean_loss: Callable, done: int, preview: Callable[[], str]) -> "Evaluation":
-    """The training loop -> the evaluation after the last step. mean_loss: of training, as training.step.losses_of makes
-    it; done: steps already done; preview: samples a text. Raises Stopped where a signal came: what counts is saved
-    then."""
-    from data.batches import TrainingBatches
-    from training.run.replay import save_failed_step
-    from training.step import train_step
-
-    run = session.run
-    state = session.state
-    monitor = session.monitor
-    corpus = session.corpus
-    batches_by_step = TrainingBatches(
-        corpus.train,
-        run.model.context_length,
-        run.seed,
-        run.sequences,
-        run.micro_batch_size,
-        run.document_start(corpus.tokenizer),
-    )
-    evaluation = session.evaluate_before_steps(done)
-    for step in range(done, run.steps):
-        with monitor.timing_data():
-            batches = batches_by_step.of_step(step, monitor.device)
-        try:
-            result = train_step(
-                state.mixed,
-                state.optimizer,
-                batches,
-                run.lr_factor(step),
-                run.clip_norm,
-                seeds=(run.seed, step),
-                loss=mean_loss,
-                clip=state.clip,
-                between=session.check_stop,
-            )
-        except Stopped:
-            session.save_if_new(step, evaluation)
-            session.report_stop(step, within=True)
-            raise
-        done = step + 1
-        evaluation_due = done == run.steps or (run.eval_every > 0 and done % run.eval_every == 0)
-        evaluation = session.evaluate(done) if evaluation_due else None
-        monitor.step(done, result, batches, evaluation, unscored=evaluation_due and evaluation is None)
-        stopping = session.stop.signal is not None
-        if stopping or session.save_is_due(done):
-            session.save(done, evaluation)
-        if monitor.guard.diverged:
-            raise save_failed_step(session.folder, run, corpus, state, done, monitor.guard.in_a_row, batches)
-        if stopping:
-            session.report_stop(done)
-            raise Stopped
-        if run.sample_every and done % run.sample_every == 0 and done < run.steps:
-            with monitor.paused_timer():
-                monitor.print_text(preview())
-    return evaluation
+    run, folder, run_lock = resolve_run(tree, typed, given["resume"])
+    run.logger.check_installed()
+    set_determinism(run.deterministic)
+    set_threads(run.threads)
+    device = choose_device(run.device)
+    run.model.check_training(device)
+    run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
+    warn_experimental_settings(run, device, typed)
+    return run, folder, run_lock, device
 
 
 def print_score(evaluation: "Evaluation") -> None:

@@ -49,11 +49,12 @@ from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
 from model.mask import Mask, Pattern
 from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import PeakTensorBytes
-from runtime.precision import MixedPrecision, choose_precision
-from training.compile import maybe_compiled
+from runtime.precision import choose_precision
+from training.losses import mean_loss
 from training.monitor.mfu import peak_flops
-from training.run.config import compose
-from training.step import mean_loss, train_step
+from training.run.config import Run, compose
+from training.state import TrainState
+from training.step import train_step
 from training.step_memory import traceable
 
 DEADLINE = 8.5 * 60  # seconds of a section: a row that may take longer than is left of them is not begun
@@ -203,17 +204,17 @@ def memory(scale: Scale) -> Iterator[Row]:
     """The peak that the meta device predicts for a micro-batch, and what the device's allocator saw."""
     for size in scale.sizes:
         for attention in ATTENTIONS:
-            config = compose(f"model={size}", f"attention={attention}").model
+            run = compose(f"model={size}", f"attention={attention}", "precision=bf16")
             row = {"size": size, "attention": attention}
-            predicted = _predicted(config, scale)
+            predicted = _predicted(run, scale)
             if scale.device.type != "cuda":
                 yield row | {"predicted_mb": predicted / 1e6}
                 continue
-            mixed, batch = MixedPrecision(initialised(config, VOCAB).to(scale.device), "bf16"), _batch(config, scale)
+            state, batch = TrainState.create(run, VOCAB, scale.device), _batch(run.model, scale)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            mixed.backward(mean_loss(mixed.model, Batch(*batch))[0])
+            state.precision.backward(mean_loss(state.precision.model, Batch(*batch))[0])
             measured = torch.cuda.max_memory_allocated() - before
             yield row | {"predicted_mb": predicted / 1e6, "measured_mb": measured / 1e6, "ratio": predicted / measured}
 
@@ -300,17 +301,15 @@ def _trained(
     kernel: Kernel | None = None,
 ) -> Row:
     precision = choose_precision(precision, scale.device)
-    config = compose(f"model={size}", f"attention={attention}").model
-    config = config if kernel is None else config.model_copy(update={"kernel": kernel})
+    settings = "optim=adamw", "optim.lr=1e-4", f"precision={precision}", f"compile={scale.compiled}"
+    run = compose(f"model={size}", f"attention={attention}", *settings, f"autotune={autotune}")
+    config = run.model if kernel is None else run.model.model_copy(update={"kernel": kernel})
     config.check_training(scale.device)
-    model = initialised(config, VOCAB).to(scale.device)
-    mixed, optimizer = MixedPrecision(model, precision), compose("optim=adamw", "optim.lr=1e-4").optim.build(model)
-    loss, flops = maybe_compiled(mean_loss, scale.compiled, autotune), cost.flops(config, VOCAB).training()
+    state = TrainState.create(run.model_copy(update={"model": config}), VOCAB, scale.device)
+    flops = cost.flops(config, VOCAB).training()
     with Announced() as announced:
-        row = _timed_steps(
-            scale, config, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], 1.0, 1.0, loss=loss).loss
-        )
-    row |= {"parameters": sum(p.numel() for p in model.parameters()), "precision": precision}
+        row = _timed_steps(scale, config, lambda *batch: train_step(state, [Batch(*batch)], 1.0).loss)
+    row |= {"parameters": sum(p.numel() for p in state.model.parameters()), "precision": precision}
     row |= {"kernel": announced.kernel, "warnings": announced.warnings}
     return row | {"mfu": _mfu(scale, precision, row["tokens_per_second"] * flops)}
 
@@ -361,11 +360,11 @@ def _mfu(scale: Scale, precision: str, flops_per_second: float) -> float | None:
     return flops_per_second / peak if peak else None
 
 
-def _predicted(config: ModelConfig, scale: Scale) -> int:
+def _predicted(run: Run, scale: Scale) -> int:
     with FakeTensorMode(), scale.device, PeakTensorBytes() as peak:
-        mixed = MixedPrecision(TransformerLM(traceable(config), VOCAB), "bf16")
-        tokens = torch.zeros(scale.micro_batch, config.context_length, dtype=torch.int64)
-        mixed.backward(mean_loss(mixed.model, Batch(tokens, tokens))[0])
+        precision = TrainState.of(run, TransformerLM(traceable(run.model), VOCAB)).precision
+        tokens = torch.zeros(scale.micro_batch, run.model.context_length, dtype=torch.int64)
+        precision.backward(mean_loss(precision.model, Batch(tokens, tokens))[0])
     return peak.bytes
 
 

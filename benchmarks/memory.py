@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from benchmarks.side_by_side import count, output, report
 from common.cli import Parser, one_line_errors
 from data.batches import Batch
-from model.initialise import initialised
 from model.loss import token_losses
 from model.placement import Placement
-from model.transformer import ModelConfig
-from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
-from runtime.precision import MixedPrecision
+from training.losses import mean_loss
 from training.run.config import compose
-from training.step import mean_loss
+from training.state import TrainState
 
 VOCAB, GPT2_VOCAB = 256, 50_257
 DOCUMENT = 500  # tokens from one separator to the next
@@ -68,9 +65,10 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
     attention, settings, documents = PATHS[name]
     rows: list[dict[str, Any]] = []
     for tokens in args.tokens:
-        config = _config(attention, settings, 1, args.d_model, args.heads, tokens)
-        mixed = MixedPrecision(initialised(config, VOCAB), precision)
-        peak, seconds = _measured(mixed, _batch(_text(tokens, VOCAB), VOCAB if documents else None), mean_loss)
+        shape = {"n_layers": 1, "d_model": args.d_model, "n_heads": args.heads, "context_length": tokens}
+        given = (f"attention={attention}", *(f"attention.{key}={value}" for key, value in settings.items()))
+        state = _state(VOCAB, shape, f"precision={precision}", *given)
+        peak, seconds = _measured(state, _batch(_text(tokens, VOCAB), VOCAB if documents else None), mean_loss)
         last = rows[-1] if rows else None
         grown = math.log(peak / last["bytes"], tokens / last["tokens"]) if last else math.nan
         rows.append(
@@ -91,12 +89,12 @@ def _growth(args: argparse.Namespace, name: str, precision: str) -> list[dict[st
 def _savings(precision: str) -> list[dict[str, Any]]:
     """12 layers of width 256 on 2048 tokens, where logits and activations are of a size."""
     batch, rows = _batch(_text(2048, GPT2_VOCAB).view(2, 1024)), []
+    shape = {"n_layers": 12, "d_model": 256, "n_heads": 4, "context_length": 1024}
     for activation_checkpointing in (False, True):
-        mixed = MixedPrecision(initialised(_config("mha", {}, 12, 256, 4, 1024), GPT2_VOCAB), precision)
-        if activation_checkpointing:
-            checkpoint_activations(mixed.model)
+        given = f"precision={precision}", f"activation_checkpointing={activation_checkpointing}"
+        state = _state(GPT2_VOCAB, shape, "attention=mha", *given)
         for loss_name, loss in (("at once", _at_once), ("chunked", mean_loss)):
-            peak, seconds = _measured(mixed, batch, loss)
+            peak, seconds = _measured(state, batch, loss)
             rows.append(
                 {
                     "precision": precision,
@@ -115,24 +113,23 @@ def _at_once(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]
     return token_losses(model.logits(out.x), batch.targets).mean(), out.aux
 
 
-def _measured(mixed: MixedPrecision, batch: Batch, loss: Callable) -> tuple[int, float]:
+def _measured(state: TrainState, batch: Batch, loss: Callable) -> tuple[int, float]:
     """Bytes at the peak, the weights not counted but their gradients; seconds of CPU time, the measuring included."""
 
     def step() -> None:
-        mixed.backward(loss(mixed.model, batch)[0])
+        state.precision.backward(loss(state.precision.model, batch)[0])
 
-    for parameter in mixed.parameters:
+    for parameter in state.precision.parameters:
         parameter.grad = None
     start = time.process_time()
     return allocated_peak(step), time.process_time() - start
 
 
-def _config(attention: str, settings: dict[str, Any], layers: int, width: int, heads: int, context: int) -> ModelConfig:
-    shape = {"n_layers": layers, "d_model": width, "n_heads": heads, "context_length": context}
-    given = {f"model.{name}": value for name, value in shape.items()}
-    given |= {f"attention.{name}": value for name, value in settings.items()}
-    length = f"batch_tokens={context}", f"eval_tokens={context}"
-    return compose(f"attention={attention}", *(f"{key}={value}" for key, value in given.items()), *length).model
+def _state(vocab_size: int, shape: dict[str, int], *overrides: str) -> TrainState:
+    length = shape["context_length"]
+    given = (*(f"model.{name}={value}" for name, value in shape.items()), *overrides)
+    run = compose(*given, f"batch_tokens={length}", f"eval_tokens={length}")
+    return TrainState.create(run, vocab_size, torch.device("cpu"))
 
 
 def _batch(text: Tensor, vocab_size: int | None = None) -> Batch:

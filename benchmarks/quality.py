@@ -38,7 +38,7 @@ from runtime.allocator import keep_buffers
 from runtime.device import choose_device
 from training.evaluate import evaluate
 from training.state import TrainState
-from training.step import losses_of, train_step
+from training.step import train_step
 
 NANOGPT = "nanoGPT"
 WARM, TIMED = 3, 9  # steps before the clock starts: to warm up, and to estimate a step by
@@ -249,27 +249,16 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
         run = run_of(size, *overrides, f"steps={steps}", f"seed={seed}", f"precision={args.precision}")
         length, micro = run.model.context_length, run.micro_batch_size
         state = TrainState.create(run, size.vocab, device)
-        mean_loss, token_losses = losses_of(state.clip, run.compilation)
         by_step = TrainingBatches(text.train, length, seed, run.sequences, micro)
 
         def step(number: int) -> None:
             batches = by_step.of_step(number, device)
-            seeds = seed, number
-            train_step(
-                state.mixed,
-                state.optimizer,
-                batches,
-                run.lr_factor(number),
-                run.clip_norm,
-                seeds=seeds,
-                loss=mean_loss,
-                clip=state.clip,
-            )
+            train_step(state, batches, run.lr_factor(number))
 
         def score() -> float:
-            state.mixed.copy_master_weights()
+            state.precision.copy_master_weights()
             some = evaluation_batches(text.val, length, micro, slice(args.val_tokens))
-            return evaluate(state.mixed.model, some, torch.ones(size.vocab), losses=token_losses).loss
+            return evaluate(state.precision.model, some, torch.ones(size.vocab), losses=state.losses.token_losses).loss
 
         return Candidate(step, score)
 

@@ -20,14 +20,15 @@ import torch
 from benchmarks.side_by_side import check_no_repeats, count, output, report
 from benchmarks.train import check_not_shared
 from common.cli import Parser, number, one_line_errors
-from data.batches import TrainingBatches, evaluation_batches
+from data.batches import evaluation_batches
 from data.shards.prepare import Prepared, prepare
 from runtime.allocator import keep_buffers
 from training.evaluate import evaluate
 from training.run.composer import merged
 from training.run.config import Run, compose
+from training.session import training_batches
 from training.state import TrainState
-from training.step import losses_of, train_step
+from training.step import train_step
 
 SIZE_I = ("model.n_layers=4", "model.n_heads=4", "model.d_model=128", "model.context_length=64", "batch_tokens=768")
 LEFT_OUT = (
@@ -106,30 +107,18 @@ def _trained(run: Run, corpus: Prepared, val_tokens: int) -> tuple[float, float]
     """The validation loss after the run's steps, and the median CPU seconds of a step."""
     cpu = torch.device("cpu")
     state = TrainState.create(run, corpus.tokenizer.vocab_size, cpu)
-    mean_loss, token_losses = losses_of(state.clip, run.compilation)
-    window = run.model.context_length
-    start = run.document_start(corpus.tokenizer)
-    by_step = TrainingBatches(corpus.train, window, run.seed, run.sequences, run.micro_batch_size, start)
+    by_step = training_batches(run, corpus)
     seconds = []
     for step in range(run.steps):
         batches = by_step.of_step(step, cpu)
         before = time.process_time()
-        seeds = run.seed, step
-        train_step(
-            state.mixed,
-            state.optimizer,
-            batches,
-            run.lr_factor(step),
-            run.clip_norm,
-            seeds=seeds,
-            loss=mean_loss,
-            clip=state.clip,
-        )
+        train_step(state, batches, run.lr_factor(step))
         seconds.append(time.process_time() - before)
-    state.mixed.copy_master_weights()
+    state.precision.copy_master_weights()
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
-    batches = evaluation_batches(corpus.val, window, 64, slice(0, val_tokens), start)
-    score = evaluate(state.mixed.model, batches, byte_lengths, losses=token_losses)
+    start = run.document_start(corpus.tokenizer)
+    batches = evaluation_batches(corpus.val, run.model.context_length, 64, slice(0, val_tokens), start)
+    score = evaluate(state.precision.model, batches, byte_lengths, losses=state.losses.token_losses)
     return score.loss, statistics.median(seconds)
 
 

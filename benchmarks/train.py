@@ -23,13 +23,11 @@ from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
 from data.batches import Batch
-from model.initialise import initialised
 from runtime.allocator import keep_buffers
-from runtime.precision import MixedPrecision
-from training.compile import maybe_compiled
 from training.run.composer import merged
 from training.run.config import Run, compose
-from training.step import mean_loss, train_step
+from training.state import TrainState
+from training.step import train_step
 
 LR = 1e-4
 # Settings that recipes which are compared have in common.
@@ -141,11 +139,10 @@ def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Calla
         like_its_peer = (
             ("attention.qk_norm=latent", f"attention.qk_rope_head_dim={rotated}") if attention == "mla" else ()
         )
-        run = run_of(size, f"attention={attention}", *like_its_peer, "optim=adamw", f"optim.lr={LR}")
-        model = initialised(run.model, size.vocab)
-        mixed, optimizer = MixedPrecision(model, precision), run.optim.build(model)
-        loss = maybe_compiled(mean_loss, compiled)
-        return model, lambda *batch: train_step(mixed, optimizer, [Batch(*batch)], 1.0, CLIP, loss=loss)
+        settings = "optim=adamw", f"optim.lr={LR}", f"clip_norm={CLIP}", f"precision={precision}", f"compile={compiled}"
+        run = run_of(size, f"attention={attention}", *like_its_peer, *settings)
+        state = TrainState.create(run, size.vocab, torch.device("cpu"))
+        return state.model, lambda *batch: train_step(state, [Batch(*batch)], 1.0)
 
     suffix = ", compiled" if compiled else ""
     return {f"ours {attention}{suffix}": lambda attention=attention: make(attention) for attention in OURS}

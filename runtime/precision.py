@@ -3,6 +3,7 @@ bfloat16 or float16 copies of the matrices."""
 
 import copy
 import logging
+from abc import ABC, abstractmethod
 
 import torch
 from pydantic import Field
@@ -79,8 +80,30 @@ class LossScale:
         self.good_steps.fill_(state.good_steps)
 
 
-class MixedPrecision:
-    """The model that forward and backward run on, `model`, beside its float32 master weights.
+class Precision(ABC):
+    """A precision strategy: the model that forward and backward run on, and how its gradients come to the float32
+    parameters that the optimizer updates. A step calls `copy_master_weights`, `backward` for the loss of each
+    micro-batch, and `unscale`; after the update, `loss_scale.update`."""
+
+    model: nn.Module  # forward and backward run on it
+    parameters: list[nn.Parameter]  # float32
+    loss_scale: LossScale | None = None  # of float16
+
+    @abstractmethod
+    def copy_master_weights(self) -> None:
+        """Bring the parameters' numbers to `model`. Call before the first forward after they changed."""
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradients to those of the parameters; in float16 they are scaled until `unscale`."""
+
+    @abstractmethod
+    def unscale(self) -> None:
+        """Call after the last backward of a step."""
+
+
+class MixedPrecision(Precision):
+    """Master weights: the model that forward and backward run on, `model`, beside its float32 master weights.
 
     In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and has
     low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by
@@ -105,12 +128,10 @@ class MixedPrecision:
 
     @torch.no_grad()
     def copy_master_weights(self) -> None:
-        """Call before the first forward of a step."""
         if self.copies:
             torch._foreach_copy_(self.copies, self.master_weights)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the loss's gradients to those of the float32 parameters; in float16 they are scaled until `unscale`."""
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
         for master, twin in zip(self.master_weights, self.copies, strict=True):
             if twin.grad is None:  # frozen, or not used
@@ -122,7 +143,6 @@ class MixedPrecision:
             twin.grad = None
 
     def unscale(self) -> None:
-        """Call after the last backward of a step."""
         if self.loss_scale is not None:
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
             torch._foreach_div_(gradients, self.loss_scale.scale)

@@ -19,9 +19,11 @@ from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
+from runtime.precision import MixedPrecision
 from training.run.composer import choice, compose_tree, merged
 from training.run.config import Run, compose
 from training.run.parts import MODEL_PARTS, RUN_PARTS
+from training.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = choices("attention")
@@ -148,6 +150,12 @@ def batches(count: int, micro: int, seed: int = 0) -> list[Batch]:
     """A step's micro-batches, for `train_step`."""
     tokens = some_tokens(count, 17, seed=seed)
     return [Batch(part[:, :-1], part[:, 1:]) for part in tokens.split(micro)]
+
+
+def training_state(model: TransformerLM, optimizer=None, precision: str = "fp32", **fields: Any) -> TrainState:
+    """The model in training, with that optimizer or plain gradient descent. fields: others of TrainState."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1.0)
+    return TrainState(model, MixedPrecision(model, precision), optimizer, **fields)
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -26,7 +26,7 @@ ORDER = {
     "transformer initialise loss cost",
     "data": "tokenizers sources shards batches",
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
-    "experimental_settings epochs compile state evaluate attention_stats step run measure monitor session "
+    "experimental_settings epochs compile losses state evaluate attention_stats step run measure monitor session "
     "step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",

@@ -1,13 +1,13 @@
 """Session: evaluation, checkpoints and stopping on a signal, for the training loop of one process."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from common.signals import Stopped, StopRequest
-from data.batches import evaluation_batches
+from data.batches import Batch, TrainingBatches, evaluation_batches
 from data.shards.prepare import Prepared
 from model.score import Score
 from training.attention_stats import attention_stats
@@ -16,29 +16,74 @@ from training.monitor import summary
 from training.monitor.monitor import Monitor
 from training.run import checkpoint
 from training.run.config import Run
+from training.run.replay import save_failed_step
 from training.run.start import how_to_continue
 from training.state import TrainState
+from training.step import StepResult
 
 
-@dataclass
 class Session:
-    """Evaluates, saves and stops, for the training loop between its steps."""
+    """Evaluates, saves and stops, for the training loop around its steps. `evaluation` is that after the last step
+    done, None where none was due."""
 
-    run: Run
-    folder: Path
-    corpus: Prepared
-    state: TrainState
-    token_losses: Callable  # nats of each token, as training.step.losses_of makes it
-    monitor: Monitor
-    stop: StopRequest
-    saved_step: int  # the step of the newest checkpoint
+    def __init__(
+        self, run: Run, folder: Path, corpus: Prepared, state: TrainState, monitor: Monitor, stop: StopRequest
+    ):
+        self.run = run
+        self.folder = folder
+        self.corpus = corpus
+        self.state = state
+        self.monitor = monitor
+        self.stop = stop
+        self.saved_step = state.step  # of the newest checkpoint
+        self.evaluation: Evaluation | None = None
+        self.batches_by_step = training_batches(run, corpus)
+
+    def next_batches(self) -> list[Batch]:
+        """Read the micro-batches of the next step."""
+        with self.monitor.timing_data():
+            return self.batches_by_step.of_step(self.state.step, self.state.device)
+
+    @contextmanager
+    def saving_where_stopped(self) -> Iterator[None]:
+        """A context around a step: where a signal gives the step up, what was done before it is saved."""
+        try:
+            yield
+        except Stopped:
+            if self.state.step > self.saved_step:
+                self.save()
+            self.report_stop(within=True)
+            raise
+
+    def end_step(self, result: StepResult, batches: list[Batch]) -> None:
+        """Evaluate, record and save, as is due after a step. Raises Stopped where a signal came, and UserError where
+        training has diverged."""
+        run = self.run
+        step = self.state.step
+        due = step == run.steps or (run.eval_every > 0 and step % run.eval_every == 0)
+        self.evaluation = self.evaluate() if due else None
+        self.monitor.step(step, result, batches, self.evaluation, unscored=due and self.evaluation is None)
+        stopping = self.stop.signal is not None
+        guard = self.monitor.guard
+        if stopping or guard.diverged or step == run.steps or step % run.save_every == 0:
+            self.save()
+        if guard.diverged:
+            raise save_failed_step(self.folder, run, self.corpus, self.state, guard.in_a_row, batches)
+        if stopping:
+            self.report_stop()
+            raise Stopped
+
+    def preview_is_due(self) -> bool:
+        """Whether a text is sampled after the step."""
+        step = self.state.step
+        return self.run.sample_every > 0 and step % self.run.sample_every == 0 and step < self.run.steps
 
     def check_stop(self, what: str, index: int, count: int) -> None:
         """Call between two parts of a step or an evaluation. Raises Stopped where a signal came."""
         self.stop.raise_if_stopped()
         self.monitor.show_part_progress(what, index, count)
 
-    def evaluate(self, step: int) -> Evaluation | None:
+    def evaluate(self) -> Evaluation | None:
         """The evaluation after a step: on the first eval_tokens of the validation set, and after the last step on all
         of it. None where a signal came: a resumed run makes up for it."""
         try:
@@ -47,55 +92,45 @@ class Session:
                     self.run,
                     self.corpus,
                     self.state,
-                    self.token_losses,
-                    whole=step == self.run.steps,
+                    whole=self.state.step == self.run.steps,
                     on_part=self.check_stop,
                 )
         except Stopped:
             return None
 
-    def evaluate_before_steps(self, done: int) -> Evaluation | None:
-        """The evaluation that is due before the first step of this process, if any: one that a signal cut short, that
-        of a run whose steps are all done, or that of the weights that training begins with. Raises Stopped where a
+    def evaluate_before_steps(self) -> None:
+        """Make the evaluation that is due before the first step of this process, if any: one that a signal cut short,
+        that of a run whose steps are all done, or that of the weights that training begins with. Raises Stopped where a
         signal came."""
+        done = self.state.step
         due = self.monitor.unscored or done == self.run.steps or (self.run.evaluates_before and not done)
         if not due:
-            return None
-        evaluation = self.evaluate(done)
-        if evaluation is None:
-            self.report_stop(done)
+            return
+        self.evaluation = self.evaluate()
+        if self.evaluation is None:
+            self.report_stop()
             raise Stopped
         if self.monitor.unscored:
             # First the checkpoint: a kill between the two leaves the row's mark, which says that it is due.
-            checkpoint.score(self.folder, done, evaluation.prefix.loss)
-            self.monitor.record_late_evaluation(evaluation)
+            checkpoint.score(self.folder, done, self.evaluation.prefix.loss)
+            self.monitor.record_late_evaluation(self.evaluation)
         elif not done:
-            self.monitor.record_initial_evaluation(evaluation)
-        return evaluation
+            self.monitor.record_initial_evaluation(self.evaluation)
 
-    def save_is_due(self, step: int) -> bool:
-        """Whether a step is followed by a checkpoint."""
-        last = step == self.run.steps
-        return last or step % self.run.save_every == 0 or self.monitor.guard.diverged
-
-    def save(self, step: int, evaluation: Evaluation | None) -> None:
-        """Write the rows of metrics, then the checkpoint of a step. evaluation: that after the same step."""
+    def save(self) -> None:
+        """Write the rows of metrics, then the checkpoint."""
         self.monitor.flush_to_disk()
         # A resumed run that had diverged, and does still, has nothing new; but float16's loss scale has halved.
         if not self.monitor.guard.diverged_before or self.run.precision == "fp16":
             with self.monitor.paused_timer():
-                val_loss = None if evaluation is None else evaluation.prefix.loss
-                checkpoint.save(self.folder, self.run, self.corpus, self.state, step, val_loss)
-        self.saved_step = step
+                val_loss = None if self.evaluation is None else self.evaluation.prefix.loss
+                checkpoint.save(self.folder, self.run, self.corpus, self.state, val_loss)
+        self.saved_step = self.state.step
 
-    def save_if_new(self, step: int, evaluation: Evaluation | None) -> None:
-        """Save a step that has no checkpoint yet."""
-        if step > self.saved_step:
-            self.save(step, evaluation)
-
-    def report_stop(self, step: int, within: bool = False) -> None:
+    def report_stop(self, within: bool = False) -> None:
         """Print the last line of a process that a signal stops after a step that is saved; within: in the midst of the
         next one."""
+        step = self.state.step
         self.monitor.print_last_line(
             summary.stopped_line(
                 self.stop.signal.name,
@@ -108,19 +143,23 @@ class Session:
         )
 
 
-def evaluation_of(
-    run: Run, corpus: Prepared, state: TrainState, token_losses: Callable, whole: bool, on_part: Between
-) -> Evaluation:
+def training_batches(run: Run, corpus: Prepared) -> TrainingBatches:
+    """The batches that the steps of a run train on."""
+    start = run.document_start(corpus.tokenizer)
+    return TrainingBatches(corpus.train, run.model.context_length, run.seed, run.sequences, run.micro_batch_size, start)
+
+
+def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on_part: Between) -> Evaluation:
     """Score the first eval_tokens of the validation set; whole: and the rest of it. on_part: called before each part,
     may give the evaluation up by an exception."""
-    state.mixed.copy_master_weights()
+    state.precision.copy_master_weights()
     length = run.model.context_length
     document_start = run.document_start(corpus.tokenizer)
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
 
     def score(tokens: slice) -> Score:
         batches = evaluation_batches(corpus.val, length, run.micro_batch_size, tokens, document_start)
-        return evaluate(state.mixed.model, batches, byte_lengths, losses=token_losses, between=on_part)
+        return evaluate(state.precision.model, batches, byte_lengths, losses=state.losses.token_losses, between=on_part)
 
     prefix = score(slice(0, run.eval_tokens))
     reported = prefix.plus(score(slice(run.eval_tokens, None))) if whole else prefix

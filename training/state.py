@@ -1,37 +1,75 @@
-"""TrainState: the model, its mixed precision, the optimizer and QK-clip."""
+"""TrainState: a model in training, and all that its step needs."""
 
-from typing import NamedTuple, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
+from torch import Tensor
 
 from model.initialise import initialised
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
-from runtime.precision import LossScale, MixedPrecision
+from runtime.precision import LossScale, MixedPrecision, Precision
+from training.losses import EAGER, Losses
 from training.optim.qk_clip import QKClip
 from training.run.config import Run
 
 
-class TrainState(NamedTuple):
-    """A model in training. Weights, optimizer state and loss scale are what a checkpoint holds of it."""
+class AfterStep(Protocol):
+    """A hook that moves weights or buffers of the model after an update, by what its layers reported during the step.
+    QK-clip is one."""
+
+    collects: str  # the auxiliary output that it goes by
+    reduce: Callable[[Tensor, Tensor], Tensor]  # joins those of two micro-batches
+
+    def __call__(self, collected: Tensor, skipped: Tensor) -> Any:
+        """collected: the auxiliary output of all layers that have it, stacked. skipped: scalar bool; a step that was
+        skipped moves nothing."""
+
+
+@dataclass
+class TrainState:
+    """A model in training. Weights, buffers, optimizer state, loss scale and step are what a checkpoint holds of it."""
 
     model: TransformerLM  # the float32 master weights
-    mixed: MixedPrecision  # what forward and backward run on
+    precision: Precision  # what forward and backward run on
     optimizer: torch.optim.Optimizer
-    clip: QKClip | None = None
+    losses: Losses = EAGER
+    clip_norm: float = 0.0  # 0 does not clip
+    seed: int = 0
+    after_step: Sequence[AfterStep] = ()
+    step: int = 0  # steps done
 
     @classmethod
     def create(cls, run: Run, vocab_size: int, device: torch.device) -> Self:
-        """A freshly initialised model of the run, in its precision, with its optimizer. run: with a chosen precision
-        (not auto)."""
-        model = initialised(run.model, vocab_size, run.seed).to(device)
+        """The state that a run begins with: freshly initialised weights. run: with a chosen precision (not auto)."""
+        return cls.of(run, initialised(run.model, vocab_size, run.seed).to(device))
+
+    @classmethod
+    def of(cls, run: Run, model: TransformerLM) -> Self:
+        """The state around a model that is on its device with its weights, initialised or loaded. The rest is applied
+        from outside, in this order: what is frozen, precision, activation checkpointing, compilation."""
         run.optim.freeze(model)
-        mixed = MixedPrecision(model, run.precision)
+        precision = MixedPrecision(model, run.precision)
         if run.activation_checkpointing:
-            checkpoint_activations(mixed.model)
-        return cls(model, mixed, run.optim.build(model), run.optim.clip(model))
+            checkpoint_activations(precision.model)
+        after_step = after_step_hooks(run, model)
+        losses = Losses.of(frozenset(hook.collects for hook in after_step), run.compilation)
+        optimizer = run.optim.build(model)
+        return cls(model, precision, optimizer, losses, run.clip_norm, run.seed, after_step)
 
     @property
     def loss_scale(self) -> LossScale | None:
         """The loss scale of float16; None in other precisions."""
-        return self.mixed.loss_scale
+        return self.precision.loss_scale
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def after_step_hooks(run: Run, model: TransformerLM) -> list[AfterStep]:
+    """The hooks of a run, in the order in which they are called."""
+    clip: QKClip | None = run.optim.clip(model)
+    return [] if clip is None else [clip]

@@ -1,25 +1,18 @@
 """One optimizer step: gradient accumulation over micro-batches, clipping, update."""
 
-import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
-from model.loss import chunked_mean
-from model.placement import Placement
-from model.score import token_losses
-from runtime.precision import MixedPrecision
-from training.compile import maybe_compiled
 from training.evaluate import Between, go_on
 from training.optim.base import scale_rates
-from training.optim.qk_clip import Clipped, QKClip
-
-MAX_LOGIT = frozenset({"max_logit"})
+from training.optim.qk_clip import Clipped
+from training.state import AfterStep, TrainState
 
 
 class StepResult(NamedTuple):
@@ -31,88 +24,71 @@ class StepResult(NamedTuple):
     clipped: Clipped | None = None  # where QK-clip is on
 
 
-class Losses(NamedTuple):
-    """Loss functions of (model, batch)."""
-
-    mean_loss: Callable  # of training: the mean nats per token, and auxiliary outputs
-    token_losses: Callable  # of evaluation: the nats of each token, (B, T)
-
-
-def mean_loss(
-    model: nn.Module,
-    batch: Batch,
-    collect: frozenset[str] = frozenset(),
-    min_tile: int = 0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`.
-    min_tile: see chunked_mean."""
-    out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect)
-    return chunked_mean(out.x, model.lm_head, batch.targets, min_tile), out.aux
-
-
-def train_step(
-    mixed: MixedPrecision,
-    optimizer: torch.optim.Optimizer,
-    batches: Iterable[Batch],
-    factor: float,
-    clip_norm: float,
-    *,
-    seeds: tuple[int, int] = (0, 0),
-    loss: Callable = mean_loss,
-    clip: QKClip | None = None,
-    between: Between = go_on,
-) -> StepResult:
+def train_step(state: TrainState, batches: Iterable[Batch], factor: float, between: Between = go_on) -> StepResult:
     """One update from equally large micro-batches. A loss or gradient that is not finite skips it.
 
-    factor: of each parameter group's base rate. seeds: the run's, and the step. clip_norm 0 does not clip. loss:
-    mean_loss; with `clip`, which acts on the updated weights, one that collects MAX_LOGIT. between: may give the step
-    up by an exception, which leaves weights and optimizer as they were.
+    factor: of each parameter group's base rate. between: may give the step up by an exception, which leaves weights and
+    optimizer as they were.
     """
+    optimizer = state.optimizer
     try:
-        mean, max_logits = accumulate_gradients(mixed, batches, seeds, loss, between)
+        mean, aux = accumulate_gradients(state, batches, between)
     except Exception:
         optimizer.zero_grad(set_to_none=True)
         raise
-    grad_norm = nn.utils.clip_grad_norm_(mixed.parameters, clip_norm or math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(state.precision.parameters, state.clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     scale_rates(optimizer, factor)
     _step_unless(skipped, optimizer)
-    clipped = None if clip is None else clip(max_logits, skipped)
-    if mixed.loss_scale is not None:
-        mixed.loss_scale.update(skipped)
+    reports = [_call(hook, aux, skipped) for hook in state.after_step] if aux else []
+    if state.loss_scale is not None:
+        state.loss_scale.update(skipped)
     optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    clipped = next((report for report in reports if isinstance(report, Clipped)), None)
     return StepResult(mean, grad_norm, skipped, clipped)
 
 
 def accumulate_gradients(
-    mixed: MixedPrecision,
-    batches: Iterable[Batch],
-    seeds: tuple[int, int],
-    loss: Callable = mean_loss,
-    between: Between = go_on,
-) -> tuple[Tensor, Tensor | None]:
+    state: TrainState, batches: Iterable[Batch], between: Between = go_on
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient accumulation: adds the gradients of the mean loss over all micro-batches to the float32 parameters ->
-    that loss, a scalar, and the largest attention score of each head, (layers, heads) float32, where the loss function
-    collects MAX_LOGIT.
+    that loss, a scalar, and the auxiliary outputs that the loss function collects, joined over the micro-batches.
 
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
-    mixed.copy_master_weights()
+    precision = state.precision
+    precision.copy_master_weights()
     batches = list(batches)
-    total = torch.zeros((), device=mixed.parameters[0].device)
-    max_logits = None
+    total = torch.zeros((), device=state.device)
+    joined = {}
     for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
-        _seed_micro_step(seeds, micro_step)
-        mean, aux = loss(mixed.model, batch)
+        _seed_micro_step((state.seed, state.step), micro_step)
+        mean, aux = state.losses.mean_loss(precision.model, batch)
         share = mean / len(batches)
-        mixed.backward(share)
+        precision.backward(share)
         total += share.detach()
-        if aux:
-            scores = torch.stack(list(aux.values()))
-            max_logits = scores if max_logits is None else torch.maximum(max_logits, scores)
-    mixed.unscale()
-    return total, max_logits
+        joined = _joined(joined, aux, state.after_step)
+    precision.unscale()
+    return total, joined
+
+
+def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[AfterStep]) -> dict[str, Tensor]:
+    """Join the auxiliary outputs of a micro-batch with those of the ones before it, each by its hook's rule."""
+    if not before:
+        return aux
+    reduce = {hook.collects: hook.reduce for hook in hooks}
+    return {name: reduce[_own_name(name)](before[name], value) for name, value in aux.items()}
+
+
+def _call(hook: AfterStep, aux: dict[str, Tensor], skipped: Tensor) -> Any:
+    return hook(torch.stack([value for name, value in aux.items() if _own_name(name) == hook.collects]), skipped)
+
+
+def _own_name(output: str) -> str:
+    """The name of an auxiliary output within its layer."""
+    return output.rpartition(".")[2]
 
 
 def _seed_micro_step(seeds: tuple[int, int], micro_step: int) -> None:
@@ -136,15 +112,3 @@ def reads_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step of the optimizer skips itself where its attribute found_inf is 1. Fused optimizers of PyTorch and
     Muon do; they say so by this attribute, which torch.amp.GradScaler looks for, and PyTorch has no public name for."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def losses_of(
-    clip: QKClip | None = None,
-    compilation: tuple[bool, bool] = (False, False),
-) -> Losses:
-    """The loss functions of a run. clip: the training loss collects MAX_LOGIT for it. compilation: whether they are
-    compiled, and autotuned."""
-    mean = mean_loss
-    if clip is not None:
-        mean = functools.partial(mean, collect=MAX_LOGIT)
-    return Losses(maybe_compiled(mean, *compilation), maybe_compiled(token_losses, *compilation))

@@ -18,20 +18,26 @@ from model.cost import on_meta
 from model.kernels.flex import Flex
 from model.kernels.sdpa import SDPA
 from model.transformer import ModelConfig, TransformerLM
-from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import PeakTensorBytes
-from runtime.precision import DTYPES, MixedPrecision
+from runtime.precision import DTYPES
+from training.losses import Losses, mean_loss
 from training.run.config import Run
-from training.step import accumulate_gradients, mean_loss
+from training.state import TrainState
+from training.step import accumulate_gradients
 
 MAX_TILES = 256  # of logits: the loss goes over them in Python, and a fake operator takes as long as a small real one
+
+
+def made_up_document_start(run: Run, vocab_size: int) -> int | None:
+    """What `run.document_start` is where there is no tokenizer: the last token of every vocabulary ends a text."""
+    return vocab_size - 1 if run.document_mask else None
 
 
 class StepMemory(NamedTuple):
     """Bytes of tensors in a training step."""
 
     weights: int
-    gradients: int  # in float32, of all weights
+    gradients: int  # in float32, of all weights that are not frozen
     optimizer: int
     copies: int  # of the matrices, in low precision
     activations: int  # the most that a micro-batch holds of all else, for its backward pass or for a moment
@@ -40,6 +46,7 @@ class StepMemory(NamedTuple):
 
 def memory(run: Run, vocab_size: int, device: torch.device) -> StepMemory:
     model = on_meta(run.model, vocab_size)
+    run.optim.freeze(model)
     weights = sum(p.nbytes for p in model.parameters())
     dtype = DTYPES[run.precision]
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
@@ -47,7 +54,7 @@ def memory(run: Run, vocab_size: int, device: torch.device) -> StepMemory:
     accumulation = _accumulate_fake(run, vocab_size, device)
     return StepMemory(
         weights=weights,
-        gradients=weights,
+        gradients=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer=optimizer,
         copies=0 if dtype == torch.float32 else matrices * dtype.itemsize,
         activations=accumulation.activations,
@@ -78,18 +85,18 @@ def _accumulate_fake(run: Run, vocab_size: int, device: torch.device) -> _Accumu
     from torch._subclasses.fake_tensor import FakeTensorMode  # half a second of imports, for who wants it
 
     shape = (run.micro_batch_size, run.model.context_length)
-    document_start = vocab_size - 1 if run.document_mask else None  # the last token of every vocabulary
+    document_start = made_up_document_start(run, vocab_size)
     loss = functools.partial(mean_loss, min_tile=math.prod(shape) * vocab_size // MAX_TILES)
     with FakeTensorMode(), device, _AccumulationPeak() as peak:
-        mixed = MixedPrecision(TransformerLM(traceable(run.model), vocab_size), _traceable_precision(run.precision))
-        if run.activation_checkpointing:
-            checkpoint_activations(mixed.model)
+        state = TrainState.of(eager_run(run), TransformerLM(traceable(run.model), vocab_size))
+        state.losses = Losses(loss)
+        precision = state.precision
         if run.sequences > run.micro_batch_size:  # a later micro-batch, which meets the gradients of those before
-            for parameter in mixed.parameters:
-                parameter.grad = torch.zeros_like(parameter)
-        peak.watch([*mixed.parameters, *mixed.copies])
+            for parameter in precision.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        peak.watch({id(p): p for p in (*precision.parameters, *precision.model.parameters())}.values())
         tokens = torch.zeros(shape, dtype=torch.int64)
-        accumulate_gradients(mixed, [Batch.of(tokens, tokens, document_start)], (0, 0), loss)
+        accumulate_gradients(state, [Batch.of(tokens, tokens, document_start)])
     return peak
 
 
@@ -99,6 +106,8 @@ def traceable(config: ModelConfig) -> ModelConfig:
     return config.model_copy(update={"kernel": SDPA()}) if isinstance(config.kernel, Flex | SDPA) else config
 
 
-def _traceable_precision(precision: str) -> str:
-    """Float8 products keep bfloat16 for the backward pass."""
-    return "bf16" if precision == "fp8" else precision
+def eager_run(run: Run) -> Run:
+    """The run as it can be traced: not compiled, and with bfloat16 for float8, whose products keep as much for the
+    backward pass."""
+    precision = "bf16" if run.precision == "fp8" else run.precision
+    return run.model_copy(update={"precision": precision, "compile": False, "autotune": False})

@@ -14,10 +14,11 @@ from common.console import clock
 from data.batches import Batch
 from model.cost import Flops
 from runtime.allocator import keep_buffers
-from training.compile import maybe_compiled
+from training.losses import mean_loss
 from training.run.config import Run
 from training.state import TrainState
-from training.step import mean_loss, train_step
+from training.step import train_step
+from training.step_memory import made_up_document_start
 
 MAX_MICRO_BATCHES = 10  # that are timed
 MAX_SECONDS = 5.0  # of timing micro-batches; where two would take longer, a few tokens of one are timed instead
@@ -62,10 +63,9 @@ class _Step:
         self.run = run
         self.device = device
         self.count = run.sequences // run.micro_batch_size  # micro-batches of a step
-        self.mixed = state.mixed
-        self.mixed.copy_master_weights()
-        self.optimizer = state.optimizer
-        self.document_start = vocab_size - 1 if run.document_mask else None  # the last token of every vocabulary
+        self.state = state
+        state.precision.copy_master_weights()
+        self.document_start = made_up_document_start(run, vocab_size)
         draw = torch.Generator().manual_seed(run.seed)
         shape = (run.micro_batch_size, run.model.context_length)
         self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)
@@ -90,7 +90,7 @@ class _Step:
     def time_micro_batches(self) -> tuple[list[float], float]:
         """Seconds of each of some micro-batches, and of an update. Of either, the first one takes memory and is
         compiled, and is not counted; but of an update that takes long there is no other."""
-        loss = maybe_compiled(mean_loss, *self.run.compilation)
+        loss = self.state.losses.mean_loss
         first = self._micro_batch(loss, self.tokens)
         updating = self.update()
         spent = 0.0 if self.run.compile else first
@@ -103,12 +103,12 @@ class _Step:
     def update(self) -> float:
         """Seconds of all that a step does besides its micro-batches, with the gradients there are."""
         factor = self.run.lr_factor(0)
-        return _seconds(self.device, lambda: train_step(self.mixed, self.optimizer, [], factor, self.run.clip_norm))
+        return _seconds(self.device, lambda: train_step(self.state, [], factor))
 
     def _micro_batch(self, loss: Callable, tokens: Tensor) -> float:
-        mixed = self.mixed
+        precision = self.state.precision
         batch = Batch.of(tokens, tokens, self.document_start)
-        return _seconds(self.device, lambda: mixed.backward(loss(mixed.model, batch)[0] / self.count))
+        return _seconds(self.device, lambda: precision.backward(loss(precision.model, batch)[0] / self.count))
 
 
 def _seconds(device: torch.device, what: Callable[[], Any]) -> float:

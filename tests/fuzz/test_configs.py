@@ -20,8 +20,16 @@ from model.placement import Placement
 from model.positions import Position
 from model.rope import Layout, Scaling
 from model.transformer import ModelConfig, TransformerLM
-from runtime.precision import MixedPrecision
-from tests.support import NEEDS, assert_one_line, composed_tree, logits_of, relative_error, sharpened, some_tokens
+from tests.support import (
+    NEEDS,
+    assert_one_line,
+    composed_tree,
+    logits_of,
+    relative_error,
+    sharpened,
+    some_tokens,
+    training_state,
+)
 from training.run.config import Run, dump, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.step import train_step
@@ -185,9 +193,8 @@ def check_training(run: Run, spoilt: bool) -> None:
     before, optimizer = copy.deepcopy(model.state_dict()), run.optim.build(model)
     tokens = some_tokens(run.sequences, run.model.context_length + 1, VOCAB)
     batches = [Batch(rows[:, :-1], rows[:, 1:]) for rows in tokens.split(run.micro_batch_size)]
-    result = train_step(
-        MixedPrecision(model, "fp32"), optimizer, batches, run.lr_factor(0), run.clip_norm, seeds=(run.seed, 0)
-    )
+    state = training_state(model, optimizer, clip_norm=run.clip_norm, seed=run.seed)
+    result = train_step(state, batches, run.lr_factor(0))
     assert result.loss.isfinite()
     after = model.state_dict()
     changed = any(not torch.equal(tensor, before[name]) for name, tensor in after.items())

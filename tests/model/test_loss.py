@@ -11,7 +11,7 @@ from model.score import token_losses
 from model.transformer import LMHead
 from runtime.precision import MixedPrecision
 from tests.support import batches, logits_of, relative_error, small_model, some_tokens
-from training.step import mean_loss
+from training.losses import mean_loss
 
 VOCAB, TOLERANCE = 100, {torch.float32: 1e-6, torch.bfloat16: 0.015, torch.float16: 0.002}
 

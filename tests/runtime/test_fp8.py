@@ -13,7 +13,16 @@ from common.errors import UserError
 from model.initialise import initialised
 from runtime import precision
 from runtime.precision import MixedPrecision, choose_precision
-from tests.support import SMOKE, assert_one_line, batches, call, configured, relative_error, small_config
+from tests.support import (
+    SMOKE,
+    assert_one_line,
+    batches,
+    call,
+    configured,
+    relative_error,
+    small_config,
+    training_state,
+)
 from tests.training.runs import assert_same_run, rewind
 from training.optim.adamw import AdamWConfig
 from training.step import accumulate_gradients, train_step
@@ -101,7 +110,7 @@ def test_fp8_gradients_equal_those_of_float32_within_the_rounding(attention):
     found = {}
     for name in ("fp32", "fp8"):
         model = initialised(small_config(f"attention={attention}", "model.zero_init=false"), 100)
-        loss, _ = accumulate_gradients(MixedPrecision(model, name), batches(8, 4), (0, 0))
+        loss, _ = accumulate_gradients(training_state(model, precision=name), batches(8, 4))
         gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
         assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
         found[name] = loss, gradients
@@ -118,8 +127,8 @@ def test_fp8_training_lowers_the_loss_as_float32_does():
     losses = {}
     for name in ("fp32", "fp8"):
         model = initialised(small_config(), 100)
-        mixed, optimizer = MixedPrecision(model, name), configured(AdamWConfig, lr=3e-3).build(model)
-        losses[name] = [train_step(mixed, optimizer, batches(8, 4), 1.0, 1.0).loss.item() for _ in range(20)]
+        state = training_state(model, configured(AdamWConfig, lr=3e-3).build(model), name, clip_norm=1.0)
+        losses[name] = [train_step(state, batches(8, 4), 1.0).loss.item() for _ in range(20)]
     assert losses["fp8"][-1] < 0.75 * losses["fp8"][0]
     assert losses["fp8"][-1] == pytest.approx(losses["fp32"][-1], abs=0.05)
 

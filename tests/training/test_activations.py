@@ -28,9 +28,12 @@ from tests.support import (
     relative_error,
     small_model,
     some_tokens,
+    training_state,
 )
+from training.losses import Losses, mean_loss
 from training.metrics_file import read_metrics
-from training.step import MAX_LOGIT, accumulate_gradients, mean_loss
+from training.optim.qk_clip import QKClip
+from training.step import accumulate_gradients
 
 DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 
@@ -38,11 +41,13 @@ DROPOUT = ("model.dropout=0.1", "attention.dropout=0.1")
 def gradients(model: TransformerLM, precision: str, checkpointed: bool, document_start: int | None = None, **options):
     """Of two micro-steps, by the parameter's name, and what the loss reported. options: of mean_loss."""
     model = copy.deepcopy(model)
-    mixed = MixedPrecision(model, precision)
+    losses = Losses(functools.partial(mean_loss, **options))
+    hooks = [QKClip(model, 1.0)] if options else []
+    state = training_state(model, precision=precision, losses=losses, after_step=hooks)
     if checkpointed:
-        checkpoint_activations(mixed.model)
+        checkpoint_activations(state.precision.model)
     parts = [Batch.of(*batch[:2], document_start) for batch in batches(4, 2)]
-    reported = accumulate_gradients(mixed, parts, (0, 0), functools.partial(mean_loss, **options))
+    reported = accumulate_gradients(state, parts)
     return reported, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -79,12 +84,13 @@ def test_checkpointing_does_recompute(monkeypatch):
 
 def test_the_scores_for_clipping_are_said_once():
     model = small_model("attention=gqa", "attention.qk_norm=false", kernel=Auto())
-    (kept, scores), exact = gradients(model, "fp32", False, collect=MAX_LOGIT)
-    (recomputed, again), found = gradients(model, "fp32", True, collect=MAX_LOGIT)
-    assert torch.equal(kept, recomputed) and torch.equal(scores, again)
+    (kept, scores), exact = gradients(model, "fp32", False, collect=frozenset({QKClip.collects}))
+    (recomputed, again), found = gradients(model, "fp32", True, collect=frozenset({QKClip.collects}))
+    assert torch.equal(kept, recomputed)
+    assert scores and all(torch.equal(scores[name], again[name]) for name in scores)
     assert all(torch.equal(found[name], exact[name]) for name in exact)
     checkpoint_activations(model)
-    aux = model(some_tokens(2, 16), training=True, collect=MAX_LOGIT).aux
+    aux = model(some_tokens(2, 16), training=True, collect=frozenset({QKClip.collects})).aux
     assert list(aux) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
 
 

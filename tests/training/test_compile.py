@@ -8,7 +8,7 @@ import torch
 from model.kernels.base import forget_logged
 from tests.support import batches, small_model
 from training.compile import maybe_compiled
-from training.step import mean_loss
+from training.losses import mean_loss
 
 
 @pytest.mark.parametrize(("autotune", "mode"), [(False, None), (True, "max-autotune-no-cudagraphs")])

@@ -54,7 +54,7 @@ def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
     def indeterminate(model, batch):
         return torch.zeros(4).put_(torch.tensor([0, 0]), torch.tensor([1.0, 2.0]), accumulate=False).sum()
 
-    monkeypatch.setattr("training.step.mean_loss", indeterminate)
+    monkeypatch.setattr("training.losses.mean_loss", indeterminate)
     assert call("train", [*BUSY, "deterministic=true"], monkeypatch) == 2
     assert "error: deterministic=true: put_ does not have a deterministic" in capsys.readouterr().err
 

@@ -11,7 +11,7 @@ from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
 from tests.support import ROOT, SMOKE, call, composed_run
-from training.step import mean_loss
+from training.losses import mean_loss
 
 VOCAB, CPU = 100, torch.device("cpu")
 
@@ -88,10 +88,11 @@ def test_clock_formats_hours_minutes_and_seconds():
 def counted(monkeypatch) -> list:
     """Fills with the windows that each call of the timed loss was given."""
     shapes = []
-    monkeypatch.setattr(
-        "training.step_time.mean_loss",
-        lambda model, batch: shapes.append(batch.inputs.shape) or mean_loss(model, batch),
-    )
+    for module in ("training.losses", "training.step_time"):
+        monkeypatch.setattr(
+            f"{module}.mean_loss",
+            lambda model, batch: shapes.append(batch.inputs.shape) or mean_loss(model, batch),
+        )
     return shapes
 
 

@@ -8,12 +8,11 @@ import torch
 from data.batches import Batch
 from model import cost
 from model.initialise import initialised
-from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
-from runtime.precision import MixedPrecision
 from tests.support import ATTENTIONS, SMOKE, changed, composed_run, logits_of, some_tokens
+from training.losses import mean_loss
 from training.state import TrainState
-from training.step import accumulate_gradients, mean_loss
+from training.step import accumulate_gradients
 from training.step_memory import memory
 
 VOCAB = 100
@@ -104,7 +103,7 @@ def test_memory_of_activations_is_what_a_micro_batch_adds_to_its_gradients(atten
     options = [f"attention={attention}", "precision=fp32", f"activation_checkpointing={checkpointing}"]
     run = composed_run(*SMOKE, *options, "batch_tokens=1024", "micro_batch_size=16")
     tokens = some_tokens(16, run.model.context_length, VOCAB)
-    mixed = TrainState.create(run, VOCAB, CPU).mixed
+    mixed = TrainState.create(run, VOCAB, CPU).precision
     batch = Batch(tokens, tokens)
     mixed.backward(mean_loss(mixed.model, batch)[0])
     gc.collect()
@@ -133,19 +132,17 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
     micro_batches = run.sequences // run.micro_batch_size
     predicted = memory(run, vocab, CPU)
     gc.collect()
-    mixed = None
+    state = None
 
     def step() -> None:
-        nonlocal mixed
-        mixed = MixedPrecision(initialised(run.model, vocab), run.precision)
-        if run.activation_checkpointing:
-            checkpoint_activations(mixed.model)
+        nonlocal state
+        state = TrainState.create(run, vocab, CPU)
         batch = Batch.of(tokens, tokens, vocab - 1 if run.document_mask else None)
-        accumulate_gradients(mixed, [batch] * min(2, micro_batches), (0, 0))
+        accumulate_gradients(state, [batch] * min(2, micro_batches))
 
     peak = allocated_peak(step)
-    assert predicted.weights == predicted.gradients == sum(p.grad.nbytes for p in mixed.parameters)
-    assert predicted.copies == sum(copy.nbytes for copy in mixed.copies)
+    assert predicted.weights == predicted.gradients == sum(p.grad.nbytes for p in state.precision.parameters)
+    assert predicted.copies == sum(copy.nbytes for copy in state.precision.copies)
     assert predicted.peak - predicted.optimizer == pytest.approx(peak, rel=tolerance)
     return predicted.peak
 

@@ -17,12 +17,22 @@ from model.kernels.sdpa import SDPA
 from model.loss import token_losses
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
-from tests.support import batches, composed_run, configured, logits_of, relative_error, small_config, small_model
+from tests.support import (
+    batches,
+    composed_run,
+    configured,
+    logits_of,
+    relative_error,
+    small_config,
+    small_model,
+    training_state,
+)
 from training.compile import maybe_compiled
 from training.evaluate import evaluate
+from training.losses import mean_loss
 from training.optim.adamw import AdamWConfig
 from training.optim.schedule import WSD, Cosine, Linear
-from training.step import mean_loss, train_step
+from training.step import train_step
 
 
 def test_token_losses_are_cross_entropy_of_the_next_token():
@@ -36,9 +46,9 @@ def test_token_losses_are_cross_entropy_of_the_next_token():
 
 def test_train_step_repeated_lowers_the_loss():
     model = small_model("attention=gqa", kernel=SDPA())
-    optimizer, mixed = configured(AdamWConfig, lr=3e-3).build(model), MixedPrecision(model, "fp32")
+    state = training_state(model, configured(AdamWConfig, lr=3e-3).build(model), clip_norm=1.0)
     data = batches(8, 8)
-    losses = [train_step(mixed, optimizer, data, 1.0, 1.0).loss.item() for _ in range(30)]
+    losses = [train_step(state, data, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
 
 
@@ -49,9 +59,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(precision, tolerance
     for micro in (8, 2, 1):
         model = small_model("attention=mla", kernel=SDPA())
         before = [p.detach().clone() for p in model.parameters()]
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        data = batches(8, micro)
-        result = train_step(MixedPrecision(model, precision), optimizer, data, 1.0, 0.0)
+        result = train_step(training_state(model, precision=precision), batches(8, micro), 1.0)
         losses.append(result.loss.item())
         updates.append([(p - b).detach() for p, b in zip(model.parameters(), before, strict=True)])
     for other, loss in zip(updates[1:], losses[1:], strict=True):
@@ -103,9 +111,8 @@ def test_choose_device_that_is_missing_is_refused():
 def test_train_step_clips_the_gradient_norm_unless_zero():
     for clip_norm, expected in ((0.5, 0.5), (0.0, None)):
         model = small_model("attention=mha", kernel=SDPA())
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         before = [p.detach().clone() for p in model.parameters()]
-        result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1.0, clip_norm)
+        result = train_step(training_state(model, clip_norm=clip_norm), batches(4, 4), 1.0)
         moved = torch.stack([(p - b).norm() for p, b in zip(model.parameters(), before, strict=True)]).norm()
         assert moved.item() == pytest.approx(expected or result.grad_norm.item(), rel=1e-3)
         assert result.grad_norm > 0.5

@@ -20,6 +20,9 @@ class QKClip:
     """γ = threshold / max_logit for each head beyond the threshold, and 1 for the others. Heads that share a key
     shrink together, by the smallest γ among them. What is frozen stays as it is."""
 
+    collects = "max_logit"
+    reduce = staticmethod(torch.maximum)
+
     def __init__(self, model: TransformerLM, threshold: float):
         self.threshold = threshold
         self.parts: list[tuple[int, float, Tensor]] = []  # layer, power, a view of the parameter: (heads, rows, ...)

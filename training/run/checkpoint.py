@@ -91,17 +91,17 @@ class Removed(UserError):
     """A checkpoint is not there any more."""
 
 
-def save(folder: Path, run: Run, corpus: Prepared, state: TrainState, step: int, val_loss: float | None) -> None:
+def save(folder: Path, run: Run, corpus: Prepared, state: TrainState, val_loss: float | None) -> None:
     """Write checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then remove all but the last
     run.keep_last and the best."""
-    path = folder / "checkpoints" / f"step_{step:08d}"
+    path = folder / "checkpoints" / f"step_{state.step:08d}"
     files = {MODEL: state.model.state_dict(), OPTIMIZER: _optimizer_tensors(state)}
     try:
-        write(path, run, corpus, state, step, files, val_loss)
+        write(path, run, corpus, state, files, val_loss)
     except OSError as error:
         raise _write_error(folder, path, error) from None
     try:
-        others = checkpoints_to_remove(folder, step, run.keep_last)
+        others = checkpoints_to_remove(folder, state.step, run.keep_last)
     except UserError as fault:
         others = []
         log.warning(f"{fault}; so none is removed")
@@ -139,7 +139,6 @@ def write(
     run: Run,
     corpus: Prepared,
     state: TrainState,
-    step: int,
     files: Mapping[str, Mapping[str, Tensor]],
     val_loss: float | None = None,
 ) -> None:
@@ -153,13 +152,13 @@ def write(
             marks[name] = FileMark(size=len(content), sha256=hashlib.sha256(content).hexdigest())
         manifest = Manifest(
             format=FORMAT,
-            step=step,
+            step=state.step,
             val_loss=_finite(val_loss),
             loss_scale=state.loss_scale and state.loss_scale.state(),
             tokenizer=corpus.tokenizer.hash,
             corpus=corpus.fingerprint,
             config=dump(run),
-            machine=_machine(state.model),
+            machine=_machine(state.device),
             files=marks,
         )
         (writing / MANIFEST).write_text(with_checksum(manifest.model_dump()))
@@ -319,36 +318,43 @@ def _tensor_shapes(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged: {error}") from None
 
 
-def resume(folder: Path, run: Run, corpus: Prepared, state: TrainState) -> int:
-    """Restore `state` from the run's newest whole checkpoint -> how many steps are done; 0, saying so, where there
-    is none yet. Raises UserError, and then leaves the run as it was, where data or settings are not what the run began
-    with, every checkpoint is damaged, or nothing is left to do."""
+def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device) -> TrainState | None:
+    """The state of the run's newest whole checkpoint; None, saying so, where there is none yet. Raises UserError, and
+    then leaves the run as it was, where data or settings are not what the run began with, every checkpoint is damaged,
+    or nothing is left to do."""
     check_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
+    state = None
     if found is None:
         check_no_checkpoint_lost(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _check_same_run(folder, run, corpus, state, found)
-        check_finite(found)
-        load_weights(found, state.model)
-        load_optimizer(found, state)
-        if state.loss_scale is not None:
-            state.loss_scale.load(found.manifest.loss_scale)
-        if found.manifest.step < run.steps:
-            log.info(f"resuming {folder} after step {found.manifest.step}")
+        _check_same_run(folder, run, corpus, device, found)
+        state = _state_of(found, run, corpus.tokenizer.vocab_size, device)
+        if state.step < run.steps:
+            log.info(f"resuming {folder} after step {state.step}")
         else:
-            log.info(f"{folder} is complete at step {found.manifest.step}, but for its last text and its picture")
+            log.info(f"{folder} is complete at step {state.step}, but for its last text and its picture")
     write_config(folder, run)
-    return found.manifest.step if found else 0
+    return state
+
+
+def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device) -> TrainState:
+    """Build the state that a checkpoint holds, into memory that nothing was drawn for."""
+    check_finite(found)
+    state = TrainState.of(run, load_model(found, run.model, vocab_size).to(device))
+    load_optimizer(found, state)
+    if state.loss_scale is not None:
+        state.loss_scale.load(found.manifest.loss_scale)
+    state.step = found.manifest.step
+    return state
 
 
 def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> TransformerLM:
     """Build the model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
     file = found.path / MODEL
-    model = shaped(file, found.tensors[MODEL], config, vocab_size)
-    model = allocate_empty(model)
-    load_weights(found, model)
+    model = allocate_empty(shaped(file, found.tensors[MODEL], config, vocab_size))
+    model.load_state_dict(found.tensors[MODEL])
     return model
 
 
@@ -384,12 +390,6 @@ def check_no_checkpoint_lost(folder: Path) -> None:
             f"{folder} has no checkpoint, but its metrics.jsonl has {rows[-1]['step']} steps, and save_every={every}: "
             f"bring {folder}/checkpoints back, or start a new run"
         )
-
-
-def load_weights(found: Checkpoint, model: TransformerLM) -> None:
-    """Load a checkpoint's weights into the model. Raises UserError where they are not those of such a model."""
-    _check_tensors(found.path / MODEL, found.tensors[MODEL], model)
-    model.load_state_dict(found.tensors[MODEL])
 
 
 def check_finite(found: Checkpoint) -> None:
@@ -459,7 +459,7 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_same_run(folder: Path, run: Run, corpus: Prepared, state: TrainState, found: Checkpoint) -> None:
+def _check_same_run(folder: Path, run: Run, corpus: Prepared, device: torch.device, found: Checkpoint) -> None:
     manifest = found.manifest
     if manifest.corpus != corpus.fingerprint:
         raise UserError(
@@ -470,17 +470,16 @@ def _check_same_run(folder: Path, run: Run, corpus: Prepared, state: TrainState,
     trained = settings_of(found.path, manifest)
     check_same_settings(folder, run, trained)
     check_steps(folder, run, trained.steps, manifest.step, is_finished(folder))
-    if (manifest.loss_scale is None) != (state.loss_scale is None):
+    if (manifest.loss_scale is None) != (run.precision != "fp16"):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
-    for name, now in _machine(state.model).items():
+    for name, now in _machine(device).items():
         before = manifest.machine.get(name)
         if before != now:
             log.warning(f"{folder} ran with {name} {before}, this process has {now}: it goes on, not bit for bit")
 
 
-def _machine(model: TransformerLM) -> dict[str, str | int]:
+def _machine(device: torch.device) -> dict[str, str | int]:
     """The machine's properties that the bits of a run depend on."""
-    device = next(model.parameters()).device
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
     return {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -28,10 +28,12 @@ from data.tokenizers.load import load_tokenizer
 from model.transformer import Hidden
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
+from training.losses import Losses, mean_loss
 from training.run import checkpoint
 from training.run.config import Run
 from training.run.folder import check_is_run
-from training.step import accumulate_gradients, mean_loss
+from training.state import TrainState
+from training.step import accumulate_gradients
 
 BATCH = "batch.safetensors"
 MAX_TEXT_SHOWN = 120  # characters of each text
@@ -42,13 +44,13 @@ def save_failed_step(
     folder: Path,
     run: Run,
     corpus: Prepared,
-    state: checkpoint.TrainState,
-    step: int,
+    state: TrainState,
     in_a_row: int,
     batches: list[Batch],
 ) -> UserError:
     """Store the step in failures/ -> what to tell the user. Call it before another step: the step was skipped, so the
     weights are still those it met."""
+    step = state.step
     path = folder / "failures" / f"step_{step:08d}"
     rates = ", or ".join(f"optim.{name} than {rate:.3g}" for name, rate in run.optim.base_lrs.items())
     diverged = (
@@ -58,7 +60,7 @@ def save_failed_step(
     tokens = {name: torch.stack([getattr(batch, name) for batch in batches]) for name in ("inputs", "targets")}
     files = {checkpoint.MODEL: state.model.state_dict(), BATCH: tokens}  # (micro-steps, B, T) each
     try:
-        checkpoint.write(path, run, corpus, state, step, files)
+        checkpoint.write(path, run, corpus, state, files)
     except OSError as error:
         return UserError(f"{diverged} (the step cannot be stored in {path}: {reason(error)})")
     return UserError(f"{diverged}, or see where it begins: {command('-m training.run.replay', str(path))}")
@@ -80,13 +82,14 @@ def replay(path: Path) -> None:
     inputs, targets = stored_batch(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)
     precision = choose_precision(run.precision, device) if run.precision == "auto" else run.precision
-    mixed = MixedPrecision(model.to(device), precision)
-    if found.manifest.loss_scale is not None and mixed.loss_scale is not None:
+    model = model.to(device)
+    state = TrainState(model, MixedPrecision(model, precision), run.optim.build(model), seed=run.seed, step=step - 1)
+    if found.manifest.loss_scale is not None and state.loss_scale is not None:
         before = found.manifest.loss_scale.scale * 2  # this step halved it
-        mixed.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
+        state.loss_scale.load(found.manifest.loss_scale.model_copy(update={"scale": before}))
     start = run.document_start(tokenizer)
     batches = [Batch.of(*tokens, start).to(device) for tokens in zip(inputs, targets, strict=True)]
-    first = FirstNotFinite(mixed.model)
+    first = FirstNotFinite(state.precision.model)
 
     def watched(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, aux = mean_loss(model, batch)
@@ -94,7 +97,8 @@ def replay(path: Path) -> None:
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
         return loss, aux
 
-    accumulate_gradients(mixed, batches, (run.seed, step - 1), watched)
+    state.losses = Losses(watched)
+    accumulate_gradients(state, batches)
     print_line(f"forward      {first.where or 'finite everywhere'}")
     bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
     norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])

@@ -14,7 +14,7 @@ from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
-from model.transformer import TransformerLM
+from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from training.run import checkpoint
 from training.run.changes import change_of
@@ -101,13 +101,14 @@ def _check_changeable(key: str, base: Path, base_run: Run, vocab_size: int) -> N
     raise UserError(f"{refused}: the model is that run's; {', '.join(may)} may change")
 
 
-def load_pretrained_weights(base: Path, model: TransformerLM) -> None:
-    """Give the model the weights of the base run's newest whole checkpoint."""
+def pretrained_model(base: Path, config: ModelConfig, vocab_size: int) -> TransformerLM:
+    """Build the model with the weights of the base run's newest whole checkpoint."""
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
-    checkpoint.load_weights(found, model)
+    model = checkpoint.load_model(found, config, vocab_size)
     log.info(f"loaded the weights of {found.path}")
+    return model
 
 
 def begin_or_resume(
@@ -117,20 +118,24 @@ def begin_or_resume(
     folder: Path | None,
     run_lock: AbstractContextManager | None,
     choices: Mapping[str, str],
-) -> tuple[TrainState, int, Path, AbstractContextManager]:
-    """The training state of a run, from its newest checkpoint if it has one, the steps done, its folder and the lock on
-    it. folder, run_lock: None for a new run; choices: the choice of each group that it was composed of."""
+) -> tuple[TrainState, Path, AbstractContextManager]:
+    """The training state of a run, from its newest checkpoint if it has one; its folder; and the lock on it. folder,
+    run_lock: None for a new run; choices: the choice of each group that it was composed of."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
-    state = TrainState.create(run, corpus.tokenizer.vocab_size, device)
+    state = folder and checkpoint.restore(folder, run, corpus, device)
+    if state is None:
+        state = first_state(run, corpus.tokenizer.vocab_size, device)
     if folder is None:
         folder, run_lock = create(run, corpus.tokenizer, choices)
-        done = 0
-    else:
-        done = checkpoint.resume(folder, run, corpus, state)
-    if run.init_from and not done:
-        load_pretrained_weights(Path(run.init_from), state.model)
-    return state, done, folder, run_lock
+    return state, folder, run_lock
+
+
+def first_state(run: Run, vocab_size: int, device: torch.device) -> TrainState:
+    """The state that a run begins with: the weights of its base, or freshly initialised ones."""
+    if run.init_from is None:
+        return TrainState.create(run, vocab_size, device)
+    return TrainState.of(run, pretrained_model(Path(run.init_from), run.model, vocab_size).to(device))
 
 
 def how_to_continue(folder: Path) -> str:

@@ -14,13 +14,14 @@ from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from model.score import Score
 from runtime.precision import LossScale, MixedPrecision
-from tests.support import ROOT, SMOKE, batches, call, composed_run, configured, small_model
+from tests.support import ROOT, SMOKE, batches, call, composed_run, configured, small_model, training_state
 from tests.training.runs import assert_same_run, losses, rewind
+from training.losses import Losses, mean_loss
 from training.metrics_file import read_metrics
 from training.monitor.guard import SPIKE_WINDOW, Guard
 from training.optim.adamw import AdamWConfig
 from training.run import checkpoint, replay
-from training.step import mean_loss, train_step
+from training.step import train_step
 
 
 def sometimes_nan(model, batch):
@@ -33,16 +34,19 @@ def sometimes_nan(model, batch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_train_step_with_a_nan_loss_changes_nothing(precision, fused):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, mixed = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused), MixedPrecision(model, precision)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+    training = training_state(model, optimizer, precision, clip_norm=1.0)
     good, bad = batches(4, 2), lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})
-    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
+    assert not train_step(training, good, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    result = train_step(mixed, optimizer, good, 1.0, 1.0, loss=bad)
+    training.losses = Losses(bad)
+    result = train_step(training, good, 1.0)
+    training.losses = Losses()
     assert result.skipped and not result.loss.isfinite()
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
-    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
+    assert not train_step(training, good, 1.0).skipped
     assert not all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
 
@@ -55,7 +59,7 @@ def test_train_step_with_an_infinite_gradient_is_skipped():
         return loss + (loss - loss.detach()) * 1e38 * 1e38, aux
 
     before = [p.detach().clone() for p in model.parameters()]
-    result = train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1.0, 1.0, loss=steep)
+    result = train_step(training_state(model, optimizer, clip_norm=1.0, losses=Losses(steep)), batches(4, 4), 1.0)
     assert result.loss.isfinite() and not result.grad_norm.isfinite() and result.skipped
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
 
@@ -103,7 +107,7 @@ def test_float16_gradients_equal_those_of_float32():
 
 
 def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("training.step.mean_loss", sometimes_nan)
+    monkeypatch.setattr("training.losses.mean_loss", sometimes_nan)
     options = [*SMOKE, "steps=30", "save_every=9", "micro_batch_size=8", "keep_last=9"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rows = read_metrics(workplace / "whole/metrics.jsonl")
@@ -153,7 +157,7 @@ def test_updates_skipped_in_a_row_stop_the_run_and_the_printed_command_replays_i
 
 def test_resume_of_a_diverged_run_continues_when_losses_are_finite(workplace, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("training.step.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
+        patch.setattr("training.losses.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
         assert call("train", [*SMOKE, "max_skipped_updates=3", "run_dir=run"], patch) == 2
     capsys.readouterr()
     stopped = len(losses(workplace / "run"))
@@ -201,11 +205,11 @@ def test_replay_names_the_first_module_that_is_not_finite(workplace, monkeypatch
     options = [*SMOKE, "steps=3", "max_skipped_updates=1", "model.tie_embeddings=false", "run_dir=run"]
     real = checkpoint.write
 
-    def spoilt(path, run, corpus, training, step, files, *rest):
+    def spoilt(path, run, corpus, training, files, *rest):
         files[checkpoint.MODEL][name][:] = math.inf
-        real(path, run, corpus, training, step, files, *rest)
+        real(path, run, corpus, training, files, *rest)
 
-    monkeypatch.setattr("training.step.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
+    monkeypatch.setattr("training.losses.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write", spoilt)
         assert call("train", options, patch) == 2
@@ -269,7 +273,7 @@ def test_spike_in_a_run_is_reported_with_its_documents(workplace, monkeypatch, c
         loss, aux = mean_loss(*arguments)
         return loss + (5.0 if len(calls) == 90 else 0.0), aux
 
-    monkeypatch.setattr("training.step.mean_loss", spiking)
+    monkeypatch.setattr("training.losses.mean_loss", spiking)
     assert call("train", [*SMOKE, "steps=100", "batch_tokens=256", "run_dir=run"], monkeypatch) == 0
     (shown,) = [line for line in capsys.readouterr().err.splitlines() if "spike" in line]
     assert re.match(r"step 90: loss \S+ is a spike, \S+ was usual; its documents: synthetic/", shown)

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.precision import MixedPrecision
-from tests.support import SMOKE, batches, call, composed_run, small_model
+from tests.support import SMOKE, batches, call, composed_run, small_model, training_state
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run.config import Run
@@ -17,7 +16,7 @@ def after_a_step(run: Run) -> dict[str, torch.Tensor]:
     """How far each parameter moves in one step from weights that are the same for all runs."""
     model = small_model("attention=mla", "attention.q_lora_rank=8", "model.bias=true", "model.norm=layer")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_step(MixedPrecision(model, "fp32"), run.optim.build(model), batches(4, 4), run.lr_factor(10), 0.0)
+    train_step(training_state(model, run.optim.build(model)), batches(4, 4), run.lr_factor(10))
     return {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 

@@ -10,7 +10,6 @@ from model import cost
 from model.initialise import initialised
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from runtime.precision import MixedPrecision
 from tests.support import (
     ATTENTIONS,
     SMOKE,
@@ -22,13 +21,15 @@ from tests.support import (
     relative_error,
     small_model,
     some_tokens,
+    training_state,
 )
 from tests.training.runs import assert_same_run, rewind
+from training.losses import Losses, mean_loss
 from training.optim.base import scale_rates
 from training.optim.muon import Muon, MuonConfig, momentum_after
 from training.optim.newton_schulz import COEFFICIENTS, STEPS, newton_schulz
-from training.run.checkpoint import TrainState, _optimizer_tensors
-from training.step import mean_loss, reads_found_inf, train_step
+from training.run.checkpoint import _optimizer_tensors
+from training.step import reads_found_inf, train_step
 
 # lr, and then what is Muon's; decay and warmup are off where a test does not want them
 PLAIN = {"lr": 1e-3, "muon_lr": 0.02, "weight_decay": 0.0, "momentum_warmup": 0}
@@ -189,12 +190,9 @@ def test_muon_updates_embeddings_head_and_vectors_by_adamw():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_training_lowers_the_loss(precision):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, mixed, data = (
-        configured(MuonConfig, lr=3e-3).build(model),
-        MixedPrecision(model, precision),
-        batches(8, 8),
-    )
-    losses = [train_step(mixed, optimizer, data, 1.0, 1.0).loss.item() for _ in range(30)]
+    state = training_state(model, configured(MuonConfig, lr=3e-3).build(model), precision, clip_norm=1.0)
+    data = batches(8, 8)
+    losses = [train_step(state, data, 1.0).loss.item() for _ in range(30)]
     assert losses[-1] < losses[0] / 3
 
 
@@ -202,17 +200,20 @@ def test_muon_training_lowers_the_loss(precision):
 @pytest.mark.parametrize("first", [True, False])
 def test_muon_step_with_nan_loss_changes_nothing(precision, first):
     model = small_model("attention=mla", kernel=SDPA())
-    optimizer, mixed = configured(MuonConfig, lr=1e-3).build(model), MixedPrecision(model, precision)
+    optimizer = configured(MuonConfig, lr=1e-3).build(model)
+    training = training_state(model, optimizer, precision, clip_norm=1.0)
     good, bad = batches(4, 2), lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})
     if not first:
-        assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
+        assert not train_step(training, good, 1.0).skipped
     before = [p.detach().clone() for p in model.parameters()]
     state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    assert train_step(mixed, optimizer, good, 1.0, 1.0, loss=bad).skipped
+    training.losses = Losses(bad)
+    assert train_step(training, good, 1.0).skipped
+    training.losses = Losses()
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
     assert all(part.isfinite().all() for parts in optimizer.state.values() for part in parts.values())
-    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
+    assert not train_step(training, good, 1.0).skipped
     assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert reads_found_inf(optimizer) and optimizer.found_inf is None
 
@@ -233,7 +234,7 @@ def test_muon_state_bytes_equal_what_it_keeps_by_name():
     optimizer.step()
     kept = sum(part.nbytes for state in optimizer.state.values() for part in state.values())
     assert run.optim.state_bytes(cost.on_meta(run.model, 257)) == kept
-    names = set(_optimizer_tensors(TrainState(model, None, optimizer)))
+    names = set(_optimizer_tensors(training_state(model, optimizer)))
     assert {"layers.0.mlp.up_proj.weight/momentum_buffer", "embedding.weight/exp_avg"} <= names
 
 

@@ -7,13 +7,13 @@ import torch
 
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
-from runtime.precision import MixedPrecision
-from tests.support import SMOKE, batches, call, configured, relative_error, small_model, some_tokens
+from tests.support import SMOKE, batches, call, configured, relative_error, small_model, some_tokens, training_state
 from tests.training.runs import assert_same_run, rewind
+from training.losses import Losses, mean_loss
 from training.metrics_file import read_metrics
 from training.optim.adamw import AdamWConfig
 from training.optim.qk_clip import QKClip
-from training.step import MAX_LOGIT, accumulate_gradients, mean_loss, train_step
+from training.step import accumulate_gradients, train_step
 
 CASES = [
     ("attention=mha", "attention.qk_norm=false"),
@@ -32,7 +32,7 @@ CASES = [
     ("attention=mla", "attention.qk_norm=latent", "position=none"),
 ]
 GOOD = torch.tensor(False)
-collecting = functools.partial(mean_loss, collect=MAX_LOGIT)
+collecting = functools.partial(mean_loss, collect=frozenset({QKClip.collects}))
 
 
 def max_logits(model) -> torch.Tensor:
@@ -78,17 +78,22 @@ def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
 
 def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
     model = small_model("attention=mla", "attention.qk_norm=latent", kernel=Naive())
-    mixed = MixedPrecision(model, "fp32")
-    each = [accumulate_gradients(mixed, [batch], (0, 0), collecting)[1] for batch in batches(4, 1)]
-    together = accumulate_gradients(mixed, batches(4, 1), (0, 0), collecting)[1]
+
+    def largest(threshold: float, data: list) -> torch.Tensor:
+        """(layers, heads)"""
+        state = training_state(model, losses=Losses(collecting), after_step=[QKClip(model, threshold)])
+        return torch.stack(list(accumulate_gradients(state, data)[1].values()))
+
+    each = [largest(1.0, [batch]) for batch in batches(4, 1)]
+    together = largest(1.0, batches(4, 1))
     assert torch.equal(torch.stack(each).amax(0), together) and together.shape == (2, 4)
     assert not together.requires_grad
     model.zero_grad()
     threshold, before = together.median().item(), model.layers[0].attention.kv_up.weight.detach().clone()
-    result = train_step(
-        mixed, configured(AdamWConfig, lr=1e-6).build(model), batches(4, 1), 1.0, 1.0, loss=collecting,
-        clip=QKClip(model, threshold),
-    )  # fmt: skip
+    optimizer = configured(AdamWConfig, lr=1e-6).build(model)
+    clip = QKClip(model, threshold)
+    state = training_state(model, optimizer, clip_norm=1.0, losses=Losses(collecting), after_step=[clip])
+    result = train_step(state, batches(4, 1), 1.0)
     assert result.clipped.max_logit == together.amax() and result.clipped.heads == (together > threshold).sum() > 0
     assert relative_error(model.layers[0].attention.kv_up.weight, before) > 1e-3
 

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from common.checksummed_json import digest, parse_verified
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
-from tests.support import SMOKE, call, relative_error, some_tokens
+from tests.support import SMOKE, call, relative_error, some_tokens, training_state
 from tests.training.runs import assert_same_run, losses, rewind
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run import folder as run_folder
-from training.run.checkpoint import MODEL, OPTIMIZER, TrainState, newest
+from training.run.checkpoint import MODEL, OPTIMIZER, newest
 from training.run.config import Run
 from training.run.load import load_run
 from training.run.migrate import FORMAT
@@ -131,7 +131,7 @@ def test_load_optimizer_wrong_tensor_raises_user_error(trained, name, change, co
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
-    training = checkpoint.TrainState(model, None, settings.optim.build(model))
+    training = training_state(model, settings.optim.build(model))
     checkpoint.load_optimizer(found, training)
     found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
     with pytest.raises(UserError, match=complaint):
@@ -246,9 +246,8 @@ def test_save_unlistable_checkpoints_removes_none(run, monkeypatch, caplog):
     monkeypatch.setattr(checkpoint, "write", lambda *_: None)
     monkeypatch.setattr(checkpoint, "_optimizer_tensors", lambda _: {})
     monkeypatch.setattr(run_folder, "names_in", lambda _: os.listdir("/nowhere"))
-    checkpoint.save(
-        run, SimpleNamespace(keep_last=1), None, TrainState(SimpleNamespace(state_dict=dict), None, None), 9, None
-    )
+    state = SimpleNamespace(model=SimpleNamespace(state_dict=dict), step=9)
+    checkpoint.save(run, SimpleNamespace(keep_last=1), None, state, None)
     assert "so none is removed" in caplog.text and sorted((run / "checkpoints").iterdir()) == before
     with pytest.raises(UserError, match="run/checkpoints cannot be read"):  # and no run starts from step 0
         newest(run, (MODEL,))

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-import training.step
+import training.losses
 from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
 from tests.support import ATTENTIONS, SMOKE, call, changed
@@ -202,11 +202,11 @@ def test_train_with_closed_output_runs_to_the_end(workplace):
 
 @pytest.fixture
 def signals_at(monkeypatch):
-    """Call it with a function of training.step that computes a loss, and n: a signal comes, once or more often, while
+    """Call it with a function of training.losses that computes a loss, and n: a signal comes, once or more often, while
     it runs for the n-th time."""
 
     def arrange(name: str, n: int, times: int = 1, sent: signal.Signals = signal.SIGINT) -> None:
-        calls, real = [], getattr(training.step, name)
+        calls, real = [], getattr(training.losses, name)
 
         def interrupted(*arguments):
             calls.append(1)
@@ -215,8 +215,8 @@ def signals_at(monkeypatch):
                     signal.raise_signal(sent)
             return real(*arguments)
 
-        monkeypatch.setattr(training.step, name, interrupted)
-        return lambda: monkeypatch.setattr(training.step, name, real)
+        monkeypatch.setattr(training.losses, name, interrupted)
+        return lambda: monkeypatch.setattr(training.losses, name, real)
 
     return arrange
 

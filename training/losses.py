@@ -1,0 +1,42 @@
+"""Loss functions of training and evaluation, compiled or not."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Self
+
+from torch import Tensor, nn
+
+from data.batches import Batch
+from model.loss import chunked_mean
+from model.placement import Placement
+from model.score import token_losses
+from training.compile import maybe_compiled
+
+
+def mean_loss(
+    model: nn.Module,
+    batch: Batch,
+    collect: frozenset[str] = frozenset(),
+    min_tile: int = 0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`.
+    min_tile: see chunked_mean."""
+    out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect)
+    return chunked_mean(out.x, model.lm_head, batch.targets, min_tile), out.aux
+
+
+class Losses(NamedTuple):
+    """Loss functions of (model, batch)."""
+
+    mean_loss: Callable = mean_loss  # of training: the mean nats per token, and auxiliary outputs
+    token_losses: Callable = token_losses  # of evaluation: the nats of each token, (B, T)
+
+    @classmethod
+    def of(cls, collect: frozenset[str], compilation: tuple[bool, bool]) -> Self:
+        """The loss functions of a run. collect: auxiliary outputs that the training loss collects. compilation: whether
+        they are compiled, and autotuned."""
+        mean = functools.partial(mean_loss, collect=collect) if collect else mean_loss
+        return cls(maybe_compiled(mean, *compilation), maybe_compiled(token_losses, *compilation))
+
+
+EAGER = Losses()
