@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """Windows of a stream, (B, T) int64 each. Of packed documents it also knows which token belongs to which."""
 
     inputs: Tensor
-    targets: Tensor  # the token after each input
+    targets: Tensor  # the token after each input; -1 is not counted
     positions: Tensor | None = None  # of each input in its document, or in the window if that cuts it
     docs: Tensor | None = None  # number of each input's document in the window
 
@@ -35,6 +35,11 @@ class Batch(NamedTuple):
         if document_start is None:
             return cls(inputs, targets)
         return cls(inputs, targets, *document_positions(inputs, document_start))
+
+    @property
+    def counted(self) -> Tensor:
+        """The number of targets that count, a scalar on the device."""
+        return (self.targets >= 0).sum()
 
     def to(self, device: torch.device) -> Self:
         """The batch on a device."""

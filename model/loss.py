@@ -9,6 +9,8 @@ gradient.
 F.linear_cross_entropy of PyTorch 2.13 would do so too, but knows no softcap, leaves compiled code, adds up a bfloat16
 loss in bfloat16, and on a CPU takes two to five times as long (benchmarks/README.md).
 
+A target of -1 is not counted: it has neither loss nor gradient.
+
 Letters: N tokens, n of a chunk, d width, V vocabulary, V' its matrix's rows, padding counted.
 """
 
@@ -29,11 +31,15 @@ MAX_FLOAT16_TOKENS = 1024  # in a chunk in float16: sums over more tokens could 
 TILE = {"cpu": 2**18}  # logits in float32 at one time: as many as a cache holds
 LARGE_TILE = 2**23  # logits in float32 at one time on a GPU: enough to keep it busy
 
+NOT_COUNTED = -1  # a target that has no loss
+
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy by its definition, all at once: logits (B, T, V), targets (B, T) -> nats of each token, (B, T)
-    float32."""
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    float32, 0 where a target is not counted."""
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=NOT_COUNTED
+    )
     return losses.view_as(targets)
 
 
@@ -45,40 +51,37 @@ def chunked_losses(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
 
 
 def chunked_mean(hidden: Tensor, lm_head: LMHead, targets: Tensor, min_tile: int = 0) -> Tensor:
-    """Mean cross-entropy in chunks, a scalar, with its gradient. min_tile: number of logits to take to float32 at one
-    time, if the device's own tile is smaller."""
+    """Mean cross-entropy of the counted targets in chunks, a scalar, with its gradient; 0 where none is counted.
+    min_tile: number of logits to take to float32 at one time, if the device's own tile is smaller."""
     if not torch.is_grad_enabled():
-        return chunked_losses(hidden, lm_head, targets).mean()
-    weight, vocab_size, softcap = lm_head
-    return _Mean.apply(hidden.flatten(0, 1), weight, targets.flatten(), vocab_size, softcap, min_tile)
+        return chunked_losses(hidden, lm_head, targets).sum() / _count(targets)
+    return _Mean.apply(hidden.flatten(0, 1), lm_head.weight, targets.flatten(), lm_head, min_tile)
+
+
+def _count(targets: Tensor) -> Tensor:
+    """The number of counted targets, at least 1, float32."""
+    return (targets != NOT_COUNTED).sum().clamp(min=1).float()
 
 
 class _Mean(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        vocab_size: int,
-        softcap: float | None,
-        min_tile: int,
-    ) -> Tensor:
-        """x (N, d), weight (V', d), targets (N) -> scalar."""
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lm_head: LMHead, min_tile: int) -> Tensor:
+        """x (N, d), weight (V', d), targets (N) -> scalar. weight: that of the lm_head, which autograd knows by it."""
         d_x = torch.empty_like(x)
         d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        losses = _losses(x, LMHead(weight, vocab_size, softcap), targets, (d_x, d_weight), min_tile)
-        ctx.save_for_backward(d_x, d_weight)
-        ctx.tokens, ctx.dtype = len(x), weight.dtype
-        return losses.mean()
+        losses = _losses(x, lm_head._replace(weight=weight), targets, (d_x, d_weight), min_tile)
+        count = _count(targets)
+        ctx.save_for_backward(d_x, d_weight, count)
+        ctx.dtype = weight.dtype
+        return losses.sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mean: Tensor) -> tuple[Tensor | None, ...]:
         """The saved gradient is that of the sum, which float16 can represent whatever the number of tokens."""
-        d_x, d_weight = ctx.saved_tensors
-        share = d_mean / ctx.tokens
-        return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None, None
+        d_x, d_weight, count = ctx.saved_tensors
+        share = d_mean / count
+        return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None
 
 
 def _losses(
@@ -89,15 +92,22 @@ def _losses(
     min_tile: int = 0,
 ) -> Tensor:
     """Losses in chunks: x (N, d), targets (N) -> nats of each token, (N) float32. gradients: buffers for the gradients
-    of their sum, with respect to x and to the weight (zeros, float32)."""
+    of their sum, with respect to x and to the weight (zeros, float32).
+
+    A target that is not counted has the hidden state 0 here, whose product with any gradient is 0: masking costs N · d
+    numbers, not N · V.
+    """
     weight, vocab_size, softcap = lm_head
     losses = x.new_empty(len(x), dtype=torch.float32)
+    masked = targets == NOT_COUNTED
+    targets = targets.masked_fill(masked, 0)
     compiling = torch.compiler.is_compiling()
     chunk_bytes = LARGE_CHUNK if compiling else CHUNK.get(x.device.type, LARGE_CHUNK)
     tokens = MAX_FLOAT16_TOKENS if weight.dtype == torch.float16 else MAX_TOKENS
     tokens = min(tokens, chunk_bytes // (len(weight) * weight.element_size()))
     for chunk in _cut(len(x), tokens):
-        logits = x[chunk] @ weight.mT  # (n, V')
+        hidden = x[chunk].masked_fill(masked[chunk, None], 0)
+        logits = hidden @ weight.mT  # (n, V')
         # a compiler makes its own tiles, and would write ours out one after the other
         tile = len(logits) if compiling else max(min_tile, TILE.get(x.device.type, LARGE_TILE)) // len(weight)
         for rows in _cut(len(logits), tile):
@@ -109,10 +119,12 @@ def _losses(
         logits[:, vocab_size:] = 0
         d_x[chunk] = logits @ weight
         if weight.dtype == torch.float32:
-            d_weight.addmm_(logits.mT, x[chunk])
+            d_weight.addmm_(logits.mT, hidden)
         else:
-            d_weight += logits.mT @ x[chunk]
-    return losses
+            d_weight += logits.mT @ hidden
+    if gradients is not None:
+        gradients[0].masked_fill_(masked[:, None], 0)
+    return losses.masked_fill_(masked, 0)
 
 
 def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentiate: bool) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.loss import chunked_losses
+from model.loss import NOT_COUNTED, chunked_losses
 from model.placement import Placement, Windows
 
 
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
 
 def token_losses(model: nn.Module, batch: Windows) -> Tensor:
-    """Nats of each token, (B, T)."""
+    """Nats of each token, (B, T), 0 where a target is not counted."""
     return chunked_losses(model(batch.inputs, Placement.of_batch(batch)).x, model.lm_head, batch.targets)
 
 
@@ -45,14 +45,15 @@ def score_batches(
     byte_lengths: Tensor,
     losses: Callable[[nn.Module, Windows], Tensor] = token_losses,
 ) -> Score:
-    """Score batches on the CPU; every token has the same weight in any batch size. byte_lengths: (V,) bytes of text
-    that each token stands for. losses: the function for nats per token, (B, T)."""
+    """Score batches on the CPU; every counted token has the same weight in any batch size. byte_lengths: (V,) bytes of
+    text that each token stands for. losses: the function for nats per token, (B, T)."""
     device = next(model.parameters()).device
     nats = 0.0
     tokens = 0
     text_bytes = 0
     for batch in batches:
-        tokens += batch.targets.numel()
-        text_bytes += int(byte_lengths[batch.targets].sum())
+        counted = batch.targets[batch.targets != NOT_COUNTED]
+        tokens += counted.numel()
+        text_bytes += int(byte_lengths[counted].sum())
         nats += losses(model, batch.to(device)).cpu().double().sum().item()
     return Score(nats, tokens, text_bytes)

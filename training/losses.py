@@ -19,7 +19,7 @@ def mean_loss(
     collect: frozenset[str] = frozenset(),
     min_tile: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean cross-entropy in nats per token, a scalar, and the auxiliary outputs named in `collect`.
+    """Mean cross-entropy in nats per counted token, a scalar, and the auxiliary outputs named in `collect`.
     min_tile: see chunked_mean."""
     out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect)
     return chunked_mean(out.x, model.lm_head, batch.targets, min_tile), out.aux

@@ -18,14 +18,15 @@ from training.state import AfterStep, TrainState
 class StepResult(NamedTuple):
     """Scalars on the device: reading one waits for the device."""
 
-    loss: Tensor  # mean nats per token
+    loss: Tensor  # mean nats per counted token
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # bool: one of the two is not finite, and nothing was updated
     clipped: Clipped | None = None  # where QK-clip is on
 
 
 def train_step(state: TrainState, batches: Iterable[Batch], factor: float, between: Between = go_on) -> StepResult:
-    """One update from equally large micro-batches. A loss or gradient that is not finite skips it.
+    """One update from micro-batches. A loss or gradient that is not finite skips it, and so does a batch of which no
+    target is counted.
 
     factor: of each parameter group's base rate. between: may give the step up by an exception, which leaves weights and
     optimizer as they were.
@@ -52,21 +53,24 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
 def accumulate_gradients(
     state: TrainState, batches: Iterable[Batch], between: Between = go_on
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient accumulation: adds the gradients of the mean loss over all micro-batches to the float32 parameters ->
-    that loss, a scalar, and the auxiliary outputs that the loss function collects, joined over the micro-batches.
+    """Gradient accumulation: adds the gradients of the mean loss over the counted targets of all micro-batches to the
+    float32 parameters -> that loss, a scalar, NaN where none is counted; and the auxiliary outputs that the loss
+    function collects, joined over the micro-batches.
 
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
     precision = state.precision
     precision.copy_master_weights()
     batches = list(batches)
+    counts = [batch.counted for batch in batches]
+    counted = sum(counts)
     total = torch.zeros((), device=state.device)
     joined = {}
     for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
         _seed_micro_step((state.seed, state.step), micro_step)
         mean, aux = state.losses.mean_loss(precision.model, batch)
-        share = mean / len(batches)
+        share = mean / (counted / counts[micro_step])  # of equal counts exactly their number: / N, not / n · n / N
         precision.backward(share)
         total += share.detach()
         joined = _joined(joined, aux, state.after_step)

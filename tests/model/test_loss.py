@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from data.batches import Batch
 from model import loss
-from model.score import token_losses
+from model.score import score_batches, token_losses
 from model.transformer import LMHead
 from runtime.precision import MixedPrecision
 from tests.support import batches, logits_of, relative_error, small_model, some_tokens
@@ -32,26 +32,68 @@ def cut_small(monkeypatch, chunk_tokens: int = 7, tile_tokens: int = 2) -> None:
     monkeypatch.setattr(loss, "TILE", {"cpu": tile_tokens * 128})
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_chunked_loss_and_gradients_equal_those_of_all_logits_at_once(monkeypatch, dtype, softcap, cut):
+def test_chunked_loss_and_gradients_equal_those_of_all_logits_at_once(monkeypatch, dtype, softcap, cut, masked):
     """Of numbers that the dtype holds, in float32: the truth. A gradient comes in as a float16 loss scale does."""
     if cut:
         cut_small(monkeypatch)
     hidden, lm_head, targets = a_case(dtype, softcap)
+    if masked:
+        targets[0, 3:9] = targets[2] = -1
+    counted = targets >= 0
     exact = [x.detach().float().requires_grad_() for x in (hidden, lm_head.weight)]
     expected = loss.token_losses(lm_head._replace(weight=exact[1]).logits(exact[0]), targets)
     each = loss.chunked_losses(hidden, lm_head, targets)
     assert each.dtype == torch.float32 and each.shape == targets.shape and not each.requires_grad
     assert relative_error(each, expected) <= TOLERANCE[dtype]
     mean = loss.chunked_mean(hidden, lm_head, targets)
-    assert mean.dtype == torch.float32 and torch.equal(mean, each.mean())
+    assert mean.dtype == torch.float32 and torch.equal(mean, each.sum() / counted.sum())
+    assert masked or torch.equal(mean, each.mean())
     found = torch.autograd.grad(mean * 64, (hidden, lm_head.weight))
-    for gradient, its in zip(found, torch.autograd.grad(expected.mean() * 64, exact), strict=True):
+    for gradient, its in zip(found, torch.autograd.grad(expected[counted].mean() * 64, exact), strict=True):
         assert gradient.dtype == dtype
         assert relative_error(gradient, its) <= TOLERANCE[dtype]
-    assert not found[1][VOCAB:].any()
+    assert not found[1][VOCAB:].any() and not found[0][~counted].any() and not each[~counted].any()
+
+
+def test_chunked_mean_without_a_counted_target_is_zero_and_has_no_gradient():
+    hidden, lm_head, targets = a_case()
+    mean = loss.chunked_mean(hidden, lm_head, targets.fill_(-1))
+    assert mean == 0 and not any(grad.any() for grad in torch.autograd.grad(mean, (hidden, lm_head.weight)))
+
+
+def test_chunked_mean_ignores_what_stands_at_masked_targets():
+    hidden, lm_head, targets = a_case()
+    targets[1] = -1
+    spoilt = hidden.detach().clone()
+    spoilt[1] = float("nan")
+    spoilt.requires_grad_()
+    pairs = []
+    for x in (hidden, spoilt):
+        mean = loss.chunked_mean(x, lm_head, targets)
+        pairs.append((mean, *torch.autograd.grad(mean, (x, lm_head.weight))))
+    assert all(torch.equal(one, other) for one, other in zip(*pairs, strict=True))
+
+
+def test_chunked_losses_of_a_target_out_of_range_raise():
+    hidden, lm_head, targets = a_case()
+    targets[0, 0] = -100
+    with pytest.raises(RuntimeError):
+        loss.chunked_losses(hidden, lm_head, targets)
+
+
+def test_score_batches_counts_only_counted_targets():
+    model, (batch,) = small_model(), batches(2, 2)
+    masked = batch.targets.clone()
+    masked[0, 5:] = masked[1, :3] = -1
+    lengths = torch.arange(100)
+    score = score_batches(model, [Batch(batch.inputs, masked)], lengths)
+    counted = masked >= 0
+    assert score.tokens == counted.sum() and score.text_bytes == batch.targets[counted].sum()
+    assert score.nats == pytest.approx(token_losses(model, batch)[counted].sum().item(), rel=1e-6)
 
 
 def test_chunked_mean_equals_linear_cross_entropy_of_pytorch():

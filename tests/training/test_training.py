@@ -108,6 +108,41 @@ def test_choose_device_that_is_missing_is_refused():
         choose_device("cuda:99")
 
 
+def masked(count: int, micro: int, *rows: int) -> list[Batch]:
+    """Batches some of whose targets are not counted, and none of these rows."""
+    (whole,) = batches(count, count)
+    targets = whole.targets.clone()
+    targets[::3, 4:] = -1
+    for row in rows:
+        targets[row] = -1
+    return Batch(whole.inputs, targets).split(micro)
+
+
+@pytest.mark.parametrize("rows", [(), (2, 3)], ids=["", "a micro-batch without any"])
+def test_train_step_weighs_every_counted_target_alike(rows):
+    """Against the naive twin: the mean over the counted targets of the whole batch, from all logits at once."""
+    model, twin = (small_model("attention=gqa", kernel=SDPA()) for _ in range(2))
+    before = [p.detach().clone() for p in model.parameters()]
+    result = train_step(training_state(model), masked(8, 2, *rows), 1.0)
+    (whole,) = masked(8, 8, *rows)
+    each = token_losses(logits_of(twin, whole.inputs), whole.targets)
+    expected = each.sum() / (whole.targets >= 0).sum()
+    assert not result.skipped and result.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = torch.autograd.grad(expected, list(twin.parameters()))
+    for parameter, was, gradient in zip(model.parameters(), before, gradients, strict=True):
+        assert relative_error(was - parameter, gradient) <= 1e-4
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_train_step_without_a_counted_target_is_skipped(precision):
+    model = small_model("attention=gqa", kernel=SDPA())
+    state = training_state(model, configured(AdamWConfig, lr=1e-3).build(model), precision, clip_norm=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    assert train_step(state, masked(4, 2, 0, 1, 2, 3), 1.0).skipped
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+    assert not train_step(state, batches(4, 2), 1.0).skipped
+
+
 def test_train_step_clips_the_gradient_norm_unless_zero():
     for clip_norm, expected in ((0.5, 0.5), (0.0, None)):
         model = small_model("attention=mha", kernel=SDPA())

@@ -37,7 +37,7 @@ class PendingRow(NamedTuple):
     """A step whose numbers are still on the device."""
 
     row: MetricRow
-    numbers: Tensor  # loss, gradient norm, bytes of text, skipped, and with QK-clip its two
+    numbers: Tensor  # loss, gradient norm, bytes and number of counted targets, skipped, and with QK-clip its two
 
 
 class Monitor:
@@ -151,8 +151,9 @@ class Monitor:
 
     def _numbers(self, result: StepResult, targets: Tensor) -> Tensor:
         """(numbers,) of a step, on the device."""
-        text_bytes = self.byte_lengths[targets].sum()
-        numbers = (result.loss, result.grad_norm, text_bytes, result.skipped, *(result.clipped or ()))
+        counted = targets >= 0
+        text_bytes = (self.byte_lengths[targets] * counted).sum()
+        numbers = (result.loss, result.grad_norm, text_bytes, counted.sum(), result.skipped, *(result.clipped or ()))
         return torch.stack([number.to(result.loss) for number in numbers])
 
     def _flush_is_due(self, result: StepResult, evaluated: bool) -> bool:
@@ -192,9 +193,10 @@ class Monitor:
         )
 
     def _step_columns(
-        self, shared: MetricRow, loss: float, grad_norm: float, text_bytes: float, skipped: float, *clipped: float
+        self, shared: MetricRow, loss: float, grad_norm: float, text_bytes: float, *rest: float
     ) -> MetricRow:
-        bpb = loss * self.run.batch_tokens / (math.log(2) * max(1.0, text_bytes))
+        counted, skipped, *clipped = rest
+        bpb = loss * counted / (math.log(2) * max(1.0, text_bytes))
         columns = MetricRow(train_loss=loss, train_bpb=bpb, grad_norm=grad_norm, **shared)
         if skipped:
             columns["skipped"] = True

@@ -25,6 +25,7 @@ from common.streams import print_line
 from data.batches import Batch
 from data.shards.prepare import Prepared
 from data.tokenizers.load import load_tokenizer
+from model.loss import NOT_COUNTED
 from model.transformer import Hidden
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
@@ -117,7 +118,8 @@ def stored_batch(found: checkpoint.Checkpoint, run: Run, vocab_size: int) -> tup
         tokens = tensors.get(name)
         if tokens is None or tokens.shape != shape or tokens.dtype != torch.int64:
             raise UserError(f"{found.path}/{BATCH} does not fit the run's settings: {name} is not of {shape} int64")
-        if not ((tokens >= 0) & (tokens < vocab_size)).all():
+        lowest = NOT_COUNTED if name == "targets" else 0
+        if not ((tokens >= lowest) & (tokens < vocab_size)).all():
             raise UserError(f"{found.path}/{BATCH} holds {name} that are no tokens of a vocabulary of {vocab_size:,}")
     return tensors["inputs"], tensors["targets"]
 
