@@ -35,13 +35,17 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
+    request = {}
+
     def composed(cfg: Any) -> None:
-        """cfg: what Hydra composed for one run."""
+        """cfg: what Hydra composed for one run, which begins when Hydra is done."""
         from hydra.core.hydra_config import HydraConfig
 
         hydra_config = HydraConfig.get()
         with one_line_errors():
-            train(plain_tree(cfg), typed=hydra_config.overrides.task, choices=dict(hydra_config.runtime.choices))
+            request["tree"] = plain_tree(cfg)
+        request["typed"] = hydra_config.overrides.task
+        request["choices"] = dict(hydra_config.runtime.choices)
 
     with one_line_errors(), one_line_hydra_errors(sys.argv[1:]):  # here, for the overrides themselves
         if "--version" in sys.argv[1:]:
@@ -57,6 +61,9 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
         hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
+    if request:  # none where Hydra only shows something, as with --help
+        with one_line_errors():
+            train(**request)
 
 
 def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:

@@ -318,10 +318,8 @@ def _nanogpt(scale: Scale, size: str) -> Row:
     """Compiled and by autocast, as its train.py has it. Its FLOPs are counted as ours: of MHA in the same shape, whose
     MLP holds as many numbers."""
     config = compose(f"model={size}", "attention=mha").model
-    shape = {"n_layers": config.n_layers, "n_heads": config.n_heads, "d_model": config.d_model}
-    model, optimizer = nanogpt_of(
-        scale.nanogpt, scale.device, **shape, context_length=config.context_length, vocab=PADDED_VOCAB, lr=1e-4
-    )
+    shape = {name: getattr(config, name) for name in ("n_layers", "n_heads", "d_model", "context_length")}
+    model, optimizer = nanogpt_of(scale.nanogpt, scale.device, shape | {"vocab": PADDED_VOCAB}, lr=1e-4)
     run = torch.compile(model) if scale.compiled else model
     step = autocast_step(model, optimizer, lambda *batch: run(*batch)[1], scale.device, "bf16")
     row = _timed_steps(scale, config, lambda *batch: step(*(part.contiguous() for part in batch)))

@@ -3,7 +3,7 @@
 import contextlib
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,22 +16,21 @@ Step = Callable[[Tensor, Tensor], object]
 def nanogpt_of(
     checkout: Path,
     device: torch.device,
-    *,
-    n_layers: int,
-    n_heads: int,
-    d_model: int,
-    context_length: int,
-    vocab: int,
+    shape: Mapping[str, int],
     lr: float,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The model, without dropout and biases, and its optimizer as it builds it. model.py is imported under a name that
+    """The model, without dropout and biases, and its optimizer as it builds it. shape: n_layers, n_heads, d_model,
+    context_length, vocab. model.py is imported under a name that
     leaves our own package `model` alone."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
-    shape = {"n_layer": n_layers, "n_head": n_heads, "n_embd": d_model, "block_size": context_length}
+    names = {"n_layer": "n_layers", "n_head": "n_heads", "n_embd": "d_model", "block_size": "context_length"}
+    config = theirs.GPTConfig(
+        **{its: shape[ours] for its, ours in names.items()}, vocab_size=shape["vocab"], dropout=0.0, bias=False
+    )
     with contextlib.redirect_stdout(io.StringIO()):  # it says how many parameters it has
-        model = theirs.GPT(theirs.GPTConfig(**shape, vocab_size=vocab, dropout=0.0, bias=False)).to(device)
+        model = theirs.GPT(config).to(device)
         return model, model.configure_optimizers(DECAY, lr, BETAS, device.type)
 
 

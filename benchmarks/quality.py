@@ -268,7 +268,7 @@ def _ours(args: argparse.Namespace, size: Size, overrides: list[str], text: Text
 def _nanogpt(args: argparse.Namespace, size: Size, text: Text, device: torch.device) -> Recipe:
     def begin(seed: int, steps: int) -> Candidate:
         torch.manual_seed(seed)
-        model, optimizer = nanogpt_of(args.nanogpt, device, **size.shape, lr=args.lr)
+        model, optimizer = nanogpt_of(args.nanogpt, device, size.shape, lr=args.lr)
         update = autocast_step(model, optimizer, lambda *batch: model(*batch)[1], device, args.precision)
         length = size.tokens
         chosen = count_windows(text.val, length) if args.val_tokens is None else args.val_tokens // length

@@ -159,7 +159,7 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
         return autocast_step(model, optimizer, loss, torch.device("cpu"), precision)
 
     def nano() -> tuple[nn.Module, Step]:
-        model, optimizer = nanogpt_of(nanogpt, torch.device("cpu"), **size.shape, lr=LR)
+        model, optimizer = nanogpt_of(nanogpt, torch.device("cpu"), size.shape, lr=LR)
         return model, stepping(model, optimizer, lambda inputs, targets: model(inputs, targets)[1])
 
     def hugging(kind: str, **more: Any) -> tuple[nn.Module, Step]:

@@ -105,8 +105,8 @@ class Precision(ABC):
 class MixedPrecision(Precision):
     """Master weights: the model that forward and backward run on, `model`, beside its float32 master weights.
 
-    In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and has
-    low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by
+    In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and the buffers, and
+    has low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by
     micro-batch.
     """
 
@@ -114,7 +114,8 @@ class MixedPrecision(Precision):
         dtype = DTYPES[precision]
         self.parameters = list(model.parameters())  # float32
         self.master_weights, self.copies = [], []
-        twins = {}  # what deepcopy puts in the place of a parameter: the vector itself, or a matrix's copy
+        # What deepcopy puts in the place of a tensor: a vector or a buffer itself, or a matrix's copy.
+        twins = {id(buffer): buffer for buffer in model.buffers()}
         for parameter in self.parameters:
             twins[id(parameter)] = parameter
             if dtype != torch.float32 and parameter.ndim >= 2:
@@ -145,4 +146,5 @@ class MixedPrecision(Precision):
     def unscale(self) -> None:
         if self.loss_scale is not None:
             gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            torch._foreach_div_(gradients, self.loss_scale.scale)
+            if gradients:
+                torch._foreach_div_(gradients, self.loss_scale.scale)

@@ -46,4 +46,5 @@ def _try_once(function: Callable, model: nn.Module, *inputs: Any) -> None:
         first = function(model, *inputs)
         loss = first[0] if isinstance(first, tuple) else first
         if loss.requires_grad:
-            torch.autograd.grad(loss, list(model.parameters()))
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            torch.autograd.grad(loss, trained, allow_unused=True)

@@ -195,8 +195,8 @@ def _encode(
             totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
             continue
         with atomic_folder(folder) as building:
-            kind = (tokenizer.dtype, tokenizer.hash, 2**62, number)
-            writers = {split: ShardWriter(building, split, *kind, totals[split]) for split in SPLITS}
+            kind = (tokenizer.dtype, tokenizer.hash, 2**62)
+            writers = {split: ShardWriter(building, split, *kind, after=(number, totals[split])) for split in SPLITS}
             _write_part(building, writers, _encoded(part, tokenizer, workers), tokenizer.end_of_text, advance)
             for split, writer in writers.items():
                 writer.close(last=documents.ended)

@@ -25,8 +25,8 @@ DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 
 class ShardWriter:
-    """Writes `<folder>/<split>_00000.tokens`, `..._00001.tokens`, and so on; with `shards`, continues after that many
-    shards of `total` tokens."""
+    """Writes `<folder>/<split>_00000.tokens`, `..._00001.tokens`, and so on; `after`: continues after
+    so many shards of so many tokens together."""
 
     def __init__(
         self,
@@ -35,16 +35,14 @@ class ShardWriter:
         dtype: type,
         tokenizer_hash: str,
         shard_tokens: int = SHARD_TOKENS,
-        shards: int = 0,
-        total: int = 0,
+        after: tuple[int, int] = (0, 0),
     ):
         self.folder = folder
         self.split = split
         self.dtype = np.dtype(dtype)
         self.tokenizer_hash = tokenizer_hash
         self.shard_tokens = shard_tokens
-        self.shards = shards
-        self.total = total
+        self.shards, self.total = after
         self._open()
 
     def write(self, tokens: np.ndarray) -> None:

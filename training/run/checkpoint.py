@@ -52,6 +52,7 @@ MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "mani
 MAX_MANIFEST_BYTES = 2**24
 MAX_READ_ATTEMPTS = 20  # to read a checkpoint before the run in training removes it
 MAX_SHOWN = 80  # characters of a value
+MAX_NAMED = 3  # parameters
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 log = logging.getLogger("headroom")
@@ -492,26 +493,42 @@ def is_finished(folder: Path) -> bool:
 
 
 def load_optimizer(found: Checkpoint, state: TrainState) -> None:
-    """Load a checkpoint's optimizer state. Raises UserError where it is not that of this optimizer after the
-    checkpoint's steps."""
+    """Load a checkpoint's optimizer state. A parameter that had no update, since it is frozen or got no gradient, has
+    none. Raises UserError where it is not that of this optimizer after the checkpoint's steps."""
     tensors = found.tensors[OPTIMIZER]
     names = _parameter_names(state)
-    parameters = dict(state.model.named_parameters())
-    expected = {
-        f"{name}/{part}": kept
-        for name in names
-        for part, kept in state.optimizer.state_layout(parameters[name]).items()
-    }
+    expected = _expected_state(found, state)
     for key in {**expected, **tensors}:
         fault = _state_fault(key, tensors.get(key), expected.get(key), found.manifest.step)
         if fault:
             raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {fault}")
-    state_by_index = {i: {} for i in range(len(names))}
+    index = {name: i for i, name in enumerate(names)}
+    state_by_index = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
-        state_by_index[names.index(name)][part] = tensor
+        state_by_index.setdefault(index[name], {})[part] = tensor
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": state_by_index, "param_groups": groups})
+
+
+def _expected_state(found: Checkpoint, state: TrainState) -> dict[str, StateTensor]:
+    """The tensors that a checkpoint must hold for the optimizer. Parameters that are trained and have none at all are
+    named in a warning."""
+    expected = {}
+    without = []
+    for name in _parameter_names(state):
+        parameter = state.model.get_parameter(name)
+        layout = {f"{name}/{part}": kept for part, kept in state.optimizer.state_layout(parameter).items()}
+        if found.tensors[OPTIMIZER].keys() & layout.keys():
+            expected |= layout
+        elif layout and parameter.requires_grad:
+            without.append(name)
+    if without:
+        more = f" and {len(without) - MAX_NAMED} more" if len(without) > MAX_NAMED else ""
+        log.warning(
+            f"{found.path}/{OPTIMIZER} holds nothing of {', '.join(without[:MAX_NAMED])}{more}: they had no update"
+        )
+    return expected
 
 
 def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
@@ -540,4 +557,9 @@ def _parameter_names(state: TrainState) -> list[str]:
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
     names = _parameter_names(state)
     state_by_index = state.optimizer.state_dict()["state"]
-    return {f"{names[i]}/{part}": tensor for i, parts in state_by_index.items() for part, tensor in parts.items()}
+    return {
+        f"{names[i]}/{part}": tensor
+        for i, parts in state_by_index.items()
+        for part, tensor in parts.items()
+        if tensor is not None  # such as the momentum of an SGD that has none
+    }

@@ -101,8 +101,9 @@ def replay(path: Path) -> None:
     state.losses = Losses(watched)
     accumulate_gradients(state, batches)
     print_line(f"forward      {first.where or 'finite everywhere'}")
-    bad = [name for name, parameter in model.named_parameters() if not parameter.grad.isfinite().all()]
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not gradient.isfinite().all()]
+    norm = nn.utils.get_total_norm(list(gradients.values()))
     more = f" and {len(bad) - MAX_PARAMETERS_NAMED} more" if len(bad) > MAX_PARAMETERS_NAMED else ""
     print_line(f"gradients    norm {norm:.4g}; not finite in {', '.join(bad[:MAX_PARAMETERS_NAMED]) or 'none'}{more}")
     largest = max(model.named_parameters(), key=lambda item: item[1].abs().max().nan_to_num(torch.inf))

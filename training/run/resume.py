@@ -77,7 +77,9 @@ def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Ru
         settings["tokenizer"]["path"] = str(folder / "tokenizer.json")  # the run it began with may be gone
     changed = {key.partition(".")[0] for key in keys if key not in repeated} - {"resume"}
     run = _load(settings | {key: tree[key] for key in changed}, f"in {folder}/config.yaml, or on the command line")
-    check_foreign(folder, own, run, signed, keys, tree, begun=bool(checkpoint_paths(folder)))
+    # A run with a checkpoint needs nothing of the one it began from.
+    agreed = [*keys, "init_from"] if checkpoint_paths(folder) else keys
+    check_foreign(folder, own, run, signed, agreed, tree)
     return run, folder, acquire_run_lock(folder)
 
 

@@ -49,13 +49,13 @@ def signature(run: Run) -> str | None:
 
 
 def check_foreign(
-    folder: Path, stored: Run, run: Run, signed: Any, typed: Collection[str], usual: Mapping[str, Any], begun: bool
+    folder: Path, stored: Run, run: Run, signed: Any, agreed: Collection[str], usual: Mapping[str, Any]
 ) -> None:
     """Raise UserError where settings of a run to resume reach out of its folder and are not this user's: neither
-    `signed`, nor typed, nor what a new run would have too.
+    `signed`, nor agreed to, nor what a new run would have too.
 
-    stored: as its config.yaml says. run: with what was typed. typed: keys of the command line. usual: the composed
-    settings. begun: it has a checkpoint, and needs nothing of the run it began from. Links in place of the folders that
+    stored: as its config.yaml says. run: with what was typed. agreed: keys that need no signature, such as those of the
+    command line. usual: the composed settings. Links in place of the folders that
     it writes to reach out, too.
     """
     settings = external_settings(run)
@@ -63,10 +63,7 @@ def check_foreign(
     foreign = {
         key: value
         for key, value in settings.items()
-        if value is not None
-        and value != usual_places.get(key)
-        and not (key == "init_from" and begun)
-        and not any(_covers(given, key) for given in typed)
+        if value is not None and value != usual_places.get(key) and not any(_covers(given, key) for given in agreed)
     }
     places = [folder / name for name in WRITTEN_TO]
     links = [path for place in places for path in (place, *place.glob("*")) if os.path.islink(path)]

@@ -475,8 +475,8 @@ def test_save_rows_are_on_disk_before_the_checkpoint(workplace, monkeypatch):
     """A kill right after saving must find every row up to there."""
     seen = []
 
-    def spy(folder, run, corpus, training, step, *rest):
-        seen.append((step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
+    def spy(folder, run, corpus, training, *rest):
+        seen.append((training.step, [row["step"] for row in read_metrics(folder / "metrics.jsonl")]))
 
     monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 1e9)
     monkeypatch.setattr("training.run.checkpoint.save", spy)

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 import train
 from common.conf_files import choices, groups
 from common.errors import UserError
+from common.hydra_errors import plain_tree
 from tests.support import NEEDS, ROOT, call
 from training.run.composer import choice, compose_tree, merged
 from training.run.config import Run, compose, dump, pop_command_settings
@@ -45,13 +46,14 @@ TYPED = [
 def test_compose_within_hydra_and_without_equals_the_command_line(typed, monkeypatch):
     found = {}
 
-    def trained(tree, typed_to_hydra):
+    def within(cfg):
         outer = GlobalHydra.instance().hydra
         found["within"] = compose_tree(*typed)
         assert outer is not None and GlobalHydra.instance().hydra is outer
-        found["command line"] = tree
+        return plain_tree(cfg)
 
-    monkeypatch.setattr(train, "train", lambda tree, typed, choices: trained(tree, typed))
+    monkeypatch.setattr(train, "plain_tree", within)
+    monkeypatch.setattr(train, "train", lambda tree, typed, choices: found.update({"command line": tree}))
     monkeypatch.setattr(sys, "argv", ["train.py", *typed])
     GlobalHydra.instance().clear()
     train.main()

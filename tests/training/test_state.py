@@ -1,0 +1,178 @@
+"""TrainState: parameters that are frozen or unused, buffers that are state, and how far a command is from its loss."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from model import loss
+from model.transformer import TransformerLM
+from tests.support import ROOT, SMOKE, batches, call, composed_run
+from tests.training.runs import assert_same_run, rewind
+from training.run.config import Run
+from training.state import TrainState
+from training.step import train_step
+
+FROZEN = ("embedding.weight", "layers.0.attention.q_proj.weight", "layers.1.attention_norm.weight")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def partly_trained(monkeypatch):
+    """Models are built with some parameters frozen and one that nothing uses."""
+    build = TransformerLM.__init__
+
+    def patched(self, *arguments, **options) -> None:
+        build(self, *arguments, **options)
+        self.unused = nn.Parameter(torch.zeros(8, 8))
+        for name in FROZEN:
+            self.get_parameter(name).requires_grad_(False)
+
+    monkeypatch.setattr(TransformerLM, "__init__", patched)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_train_step_leaves_frozen_and_unused_parameters_alone(partly_trained, precision, optim):
+    """They have no decay either, and no state."""
+    run = composed_run(*SMOKE, f"optim={optim}", f"precision={precision}", "optim.weight_decay=1")
+    state = TrainState.create(run, 100, CPU)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    for _ in range(3):
+        result = train_step(state, batches(4, 2), 1.0)
+        assert result.grad_norm.isfinite() and result.grad_norm > 0
+    still = {name for name, p in state.model.named_parameters() if torch.equal(p, before[name])}
+    assert still == {*FROZEN, "unused"}
+    assert not any(state.optimizer.state.get(state.model.get_parameter(name)) for name in still)
+    copies = dict(state.precision.model.named_parameters())
+    assert all(copies[name].requires_grad == p.requires_grad for name, p in state.model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [("optim=adamw",), ("optim=muon", "precision=bf16", "clip_norm=0.1")], ids=" ".join)
+def test_run_with_frozen_and_unused_parameters_resumed_is_bit_exact(
+    partly_trained, workplace, monkeypatch, capsys, options
+):
+    short = [*SMOKE, *options, "data.size=12", "steps=6", "save_every=3", "eval_every=3"]
+    assert call("train", [*short, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=3)
+    capsys.readouterr()
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert "holds nothing of unused: they had no update" in capsys.readouterr().err
+    assert_same_run(workplace / "whole", workplace / "killed", step=6)
+
+
+class ScoreAverage:
+    """Moves a buffer towards the largest attention scores of each layer, as the bias of an expert goes by its load."""
+
+    collects = "max_logit"
+    reduce = staticmethod(torch.maximum)
+
+    def __init__(self, model: TransformerLM):
+        self.buffer = model.average
+
+    def __call__(self, collected: torch.Tensor, skipped: torch.Tensor) -> None:
+        self.buffer.lerp_(collected.amax(1), torch.where(skipped, 0.0, 0.1))
+
+
+@pytest.fixture
+def averaging(monkeypatch):
+    """Models have a buffer, which their output depends on, and runs a hook that moves it."""
+    build, forward = TransformerLM.__init__, TransformerLM.forward
+
+    def patched(self, config, *arguments, **options) -> None:
+        build(self, config, *arguments, **options)
+        self.register_buffer("average", torch.zeros(config.n_layers))
+
+    def shifted(self, *arguments, **options):
+        out = forward(self, *arguments, **options)
+        return out._replace(x=out.x * (1 + 0.1 * self.average.mean()).to(out.x.dtype))
+
+    def hooks(run: Run, model: TransformerLM) -> list[ScoreAverage]:
+        return [ScoreAverage(model)]
+
+    monkeypatch.setattr(TransformerLM, "__init__", patched)
+    monkeypatch.setattr(TransformerLM, "forward", shifted)
+    monkeypatch.setattr("training.state.after_step_hooks", hooks)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_buffers_are_shared_with_the_low_precision_copy_in_float32(averaging, precision):
+    state = TrainState.create(composed_run(*SMOKE, f"precision={precision}"), 100, CPU)
+    train_step(state, batches(4, 2), 1.0)
+    assert state.model.average.all() and state.model.average.dtype == torch.float32
+    assert state.precision.model.average is state.model.average
+
+
+def test_hooks_of_a_skipped_step_move_nothing(averaging):
+    state = TrainState.create(composed_run(*SMOKE, "precision=fp32"), 100, CPU)
+    with torch.no_grad():
+        state.model.norm.weight.fill_(float("nan"))
+    assert train_step(state, batches(4, 2), 1.0).skipped
+    assert not state.model.average.any()
+
+
+def test_run_with_a_buffer_resumed_is_bit_exact(averaging, workplace, monkeypatch):
+    options = [*SMOKE, "precision=bf16", "data.size=12", "steps=6", "save_every=3", "eval_every=3"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=3)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=6)
+    averages = [
+        load_file(workplace / "whole/checkpoints" / step / "model.safetensors")["average"]
+        for step in ("step_00000003", "step_00000006")
+    ]
+    assert averages[0].all() and not torch.equal(*averages)
+
+
+def test_restored_state_draws_no_weights(workplace, monkeypatch):
+    options = [*SMOKE, "steps=2", "save_every=1"]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=1)
+
+    def refuse(*_) -> None:
+        raise AssertionError("weights were drawn")
+
+    monkeypatch.setattr("training.state.initialised", refuse)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert call("train", [*options, "init_from=whole", "run_dir=tuned"], monkeypatch) == 0
+
+
+def own_frames(last: str) -> list[str]:
+    """Functions of the project's own files on the stack, outermost first, from train.main to the function `last`. Not
+    counted: frames of Python, Hydra and PyTorch, the module's own, and this file's."""
+    frame = sys._getframe(1)
+    names = []
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and ROOT / "tests" not in path.parents:
+            names.append(frame.f_code.co_name)
+        frame = frame.f_back
+    names = names[names.index(last) :]
+    return names[::-1]
+
+
+def test_a_command_is_few_frames_from_its_forward_and_its_loss(workplace, monkeypatch):
+    """Of an uncompiled training step: at most 6 functions of ours from train.main to TransformerLM.forward, and 8 to
+    the loop over chunks of logits in which the loss is computed, both ends counted."""
+    found = {}
+    forward, losses = TransformerLM.forward, loss._losses
+
+    def seen_forward(self, *arguments, training: bool = False, **options):
+        if training:
+            found["forward"] = [*own_frames("mean_loss"), "forward"]
+        return forward(self, *arguments, training=training, **options)
+
+    def seen_losses(*arguments):
+        if len(arguments) > 3:  # with gradients
+            found["loss"] = [*own_frames("forward"), "_losses"]
+        return losses(*arguments)
+
+    monkeypatch.setattr(TransformerLM, "forward", seen_forward)
+    monkeypatch.setattr(loss, "_losses", seen_losses)
+    assert call("train", [*SMOKE, "steps=1", "run_dir=run"], monkeypatch) == 0
+    assert found["forward"][0] == found["loss"][0] == "main"
+    assert len(found["forward"]) <= 6, found["forward"]
+    assert len(found["loss"]) <= 8, found["loss"]
