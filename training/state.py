@@ -49,7 +49,7 @@ class TrainState:
     @classmethod
     def of(cls, run: Run, model: TransformerLM) -> Self:
         """The state around a model that is on its device with its weights, initialised or loaded. The rest is applied
-        from outside, in this order: frozen parameters, precision, activation checkpointing, compilation."""
+        from outside, in this order: what is frozen, precision, activation checkpointing, compilation."""
         run.optim.freeze(model)
         precision = MixedPrecision(model, run.precision)
         if run.activation_checkpointing:

@@ -37,7 +37,7 @@ class StepMemory(NamedTuple):
     """Bytes of tensors in a training step."""
 
     weights: int
-    gradients: int  # in float32, of all weights
+    gradients: int  # in float32, of all weights that are not frozen
     optimizer: int
     copies: int  # of the matrices, in low precision
     activations: int  # the most that a micro-batch holds of all else, for its backward pass or for a moment
@@ -46,6 +46,7 @@ class StepMemory(NamedTuple):
 
 def memory(run: Run, vocab_size: int, device: torch.device) -> StepMemory:
     model = on_meta(run.model, vocab_size)
+    run.optim.freeze(model)
     weights = sum(p.nbytes for p in model.parameters())
     dtype = DTYPES[run.precision]
     matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
@@ -53,7 +54,7 @@ def memory(run: Run, vocab_size: int, device: torch.device) -> StepMemory:
     accumulation = _accumulate_fake(run, vocab_size, device)
     return StepMemory(
         weights=weights,
-        gradients=weights,
+        gradients=sum(p.nbytes for p in model.parameters() if p.requires_grad),
         optimizer=optimizer,
         copies=0 if dtype == torch.float32 else matrices * dtype.itemsize,
         activations=accumulation.activations,
@@ -92,7 +93,7 @@ def _accumulate_fake(run: Run, vocab_size: int, device: torch.device) -> _Accumu
         precision = state.precision
         if run.sequences > run.micro_batch_size:  # a later micro-batch, which meets the gradients of those before
             for parameter in precision.parameters:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         peak.watch({id(p): p for p in (*precision.parameters, *precision.model.parameters())}.values())
         tokens = torch.zeros(shape, dtype=torch.int64)
         accumulate_gradients(state, [Batch.of(tokens, tokens, document_start)])

@@ -68,6 +68,11 @@ CASES = {
     "lines": [*TINY, "data=files", "data.path=texts/*.txt", "data.document=line", "tokenizer=byte", "precision=fp32"],
     "rows": [*TINY, "data=files", "data.path=texts/rows.jsonl", "tokenizer=byte", "precision=fp32"],
     "hub": [*TINY, "data=hub", "data.path=texts/table", "data.val_fraction=0.1", "tokenizer=byte", "precision=fp32"],
+    "groups": [
+        *(*WORDS, "attention=gqa", "precision=fp32", "model.zero_init=false"),
+        "optim.groups=[{match: '*.mlp.*', train: false}, {match: '*.attention.*', lr: 0.01, weight_decay: 0.2}]",
+    ],
+    "adafactor": [*WORDS, "attention=gqa", "optim=adafactor", "precision=fp32"],
     "init_from": [*RUN, "init_from=base", "data=synthetic", "data.size=30", "data.seed=7", "precision=fp32"],
 }
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
 
 from model import loss
+from model.layout import Role, linear
+from model.linear import Linear
 from model.transformer import TransformerLM
 from tests.support import ROOT, SMOKE, batches, call, composed_run
 from tests.training.runs import assert_same_run, rewind
@@ -17,6 +18,7 @@ from training.state import TrainState
 from training.step import train_step
 
 FROZEN = ("embedding.weight", "layers.0.attention.q_proj.weight", "layers.1.attention_norm.weight")
+UNUSED = "layers.0.mlp.unused.weight"
 CPU = torch.device("cpu")
 
 
@@ -27,7 +29,9 @@ def partly_trained(monkeypatch):
 
     def patched(self, *arguments, **options) -> None:
         build(self, *arguments, **options)
-        self.unused = nn.Parameter(torch.zeros(8, 8))
+        mlp = self.layers[0].mlp
+        mlp.unused, described = Linear(8, 8, bias=False), mlp.layout
+        mlp.layout = lambda: {**described(), **linear("unused", mlp.unused, Role.UP)}
         for name in FROZEN:
             self.get_parameter(name).requires_grad_(False)
 
@@ -45,7 +49,7 @@ def test_train_step_leaves_frozen_and_unused_parameters_alone(partly_trained, pr
         result = train_step(state, batches(4, 2), 1.0)
         assert result.grad_norm.isfinite() and result.grad_norm > 0
     still = {name for name, p in state.model.named_parameters() if torch.equal(p, before[name])}
-    assert still == {*FROZEN, "unused"}
+    assert still == {*FROZEN, UNUSED}
     assert not any(state.optimizer.state.get(state.model.get_parameter(name)) for name in still)
     copies = dict(state.precision.model.named_parameters())
     assert all(copies[name].requires_grad == p.requires_grad for name, p in state.model.named_parameters())
@@ -60,7 +64,7 @@ def test_run_with_frozen_and_unused_parameters_resumed_is_bit_exact(
     rewind(workplace / "whole", workplace / "killed", step=3)
     capsys.readouterr()
     assert call("train", ["resume=killed"], monkeypatch) == 0
-    assert "holds nothing of unused: they had no update" in capsys.readouterr().err
+    assert f"holds nothing of {UNUSED}: they had no update" in capsys.readouterr().err
     assert_same_run(workplace / "whole", workplace / "killed", step=6)
 
 

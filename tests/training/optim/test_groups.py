@@ -7,13 +7,13 @@ from common.errors import UserError
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from runtime.precision import MixedPrecision
-from tests.support import SMOKE, batches, call, composed_run, small_model
+from tests.support import SMOKE, batches, call, composed_run, small_model, training_state
 from tests.training.runs import assert_same_run, rewind, tensors
 from training.metrics_file import read_metrics
 from training.optim.qk_clip import QKClip
 from training.run.config import compose
 from training.step import train_step
+from training.step_memory import memory
 
 OPTIMIZERS = ("muon", "adamw", "sgd", "adafactor")
 every_optimizer = pytest.mark.parametrize("optim", OPTIMIZERS)
@@ -30,7 +30,7 @@ def after_a_step(*settings: str) -> dict[str, torch.Tensor]:
     optim, mine = composed_run("optim.lr=0.001", *settings).optim, model()
     optim.freeze(mine)
     before = {name: p.detach().clone() for name, p in mine.named_parameters()}
-    train_step(MixedPrecision(mine, "fp32"), optim.build(mine), batches(4, 4), 1.0, 0.0)
+    train_step(training_state(mine, optim.build(mine)), batches(4, 4), 1.0)
     return {name: p.detach() - before[name] for name, p in mine.named_parameters()}
 
 
@@ -67,8 +67,9 @@ def test_weight_decay_of_a_group_is_of_its_matrices_and_of_vectors_alone(optim):
 def test_frozen_parameters_stay_and_have_no_state(optim, precision):
     optim, mine, before = composed_run(f"optim={optim}", MLP_FROZEN).optim, model(), dict(model().named_parameters())
     optim.freeze(mine)
-    optimizer, mixed = optim.build(mine), MixedPrecision(mine, precision)
-    norms = [train_step(mixed, optimizer, batches(4, 2), 1.0, 1.0).grad_norm for _ in range(3)]
+    optimizer = optim.build(mine)
+    state = training_state(mine, optimizer, precision, clip_norm=1.0)
+    norms = [train_step(state, batches(4, 2), 1.0).grad_norm for _ in range(3)]
     assert max(norms) < 3 * norms[0]  # gradients of what is frozen would add up
     frozen = {name for name in before if ".mlp." in name or name == "embedding.weight"}
     assert {name for name, p in mine.named_parameters() if torch.equal(p, before[name])} == frozen
@@ -76,6 +77,18 @@ def test_frozen_parameters_stay_and_have_no_state(optim, precision):
     on_meta = cost.on_meta(mine.config, 100)
     optim.freeze(on_meta)
     assert optim.state_bytes(on_meta) == sum(v.nbytes for kept in optimizer.state.values() for v in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_predicted_memory_has_no_gradients_of_what_is_frozen(precision):
+    free, frozen = (
+        memory(composed_run(*SMOKE, f"precision={precision}", *groups), 100, torch.device("cpu"))
+        for groups in ((), (MLP_FROZEN,))
+    )
+    mine = cost.on_meta(composed_run(*SMOKE).model, 100)
+    numbers = sum(p.numel() for name, p in mine.named_parameters() if ".mlp." in name or name == "embedding.weight")
+    assert free.gradients - frozen.gradients == 4 * numbers and free.weights == frozen.weights
+    assert free.peak - frozen.peak >= 4 * numbers
 
 
 def test_first_group_that_matches_counts():

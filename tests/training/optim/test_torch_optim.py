@@ -8,12 +8,12 @@ import torch
 from common.errors import UserError
 from model import cost
 from model.kernels.sdpa import SDPA
-from runtime.precision import MixedPrecision
-from tests.support import SMOKE, batches, call, composed_run, small_model
+from tests.support import SMOKE, batches, call, composed_run, small_model, training_state
 from tests.training.runs import assert_same_run, rewind
+from training.losses import Losses, mean_loss
 from training.optim.torch_optim import available
 from training.run.config import compose
-from training.step import mean_loss, train_step
+from training.step import train_step
 
 SHIPPED = ("sgd", "adam", "nadam", "radam", "adafactor", "rmsprop")
 SHIPPED_NAMES = {composed_run(f"optim={name}").optim.name for name in SHIPPED}
@@ -37,8 +37,8 @@ def test_available_are_pytorchs_optimizers_that_train_a_whole_model():
 @every_optimizer
 def test_training_lowers_the_loss(name):
     model = small_model("attention=gqa", "mlp=swiglu", kernel=SDPA())
-    optimizer, mixed = chosen(name).build(model), MixedPrecision(model, "fp32")
-    losses = [train_step(mixed, optimizer, batches(8, 8), 1.0, 1.0).loss.item() for _ in range(15)]
+    state = training_state(model, chosen(name).build(model), clip_norm=1.0)
+    losses = [train_step(state, batches(8, 8), 1.0).loss.item() for _ in range(15)]
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -46,15 +46,17 @@ def test_training_lowers_the_loss(name):
 @pytest.mark.parametrize("first", [True, False])
 def test_step_with_nan_loss_changes_nothing(name, first):
     model = small_model("attention=mla", "model.n_layers=1", kernel=SDPA())
-    optimizer, mixed, good = chosen(name).build(model), MixedPrecision(model, "fp32"), batches(4, 2)
+    optimizer, good = chosen(name).build(model), batches(4, 2)
+    state = training_state(model, optimizer, clip_norm=1.0)
     if not first:
-        assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
+        assert not train_step(state, good, 1.0).skipped
     before, kept = [p.detach().clone() for p in model.parameters()], state_of(optimizer)
-    bad = lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})  # noqa: E731
-    assert train_step(mixed, optimizer, good, 1.0, 1.0, loss=bad).skipped
+    state.losses = Losses(lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
+    assert train_step(state, good, 1.0).skipped
     assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert all(torch.equal(optimizer.state[p][key], was) for p, parts in kept.items() for key, was in parts.items())
-    assert not train_step(mixed, optimizer, good, 1.0, 1.0).skipped
+    state.losses = Losses()
+    assert not train_step(state, good, 1.0).skipped
 
 
 @every_optimizer
@@ -62,7 +64,7 @@ def test_state_layout_and_state_bytes_are_what_it_keeps(name):
     config = chosen(name)
     model = small_model("attention=mla", "model.n_layers=1", "model.bias=true", kernel=SDPA())
     optimizer = config.build(model)
-    train_step(MixedPrecision(model, "fp32"), optimizer, batches(4, 4), 1.0, 1.0)
+    train_step(training_state(model, optimizer), batches(4, 4), 1.0)
     for parameter in model.parameters():
         kept, expected = optimizer.state[parameter], optimizer.state_layout(parameter)
         assert {key: (value.shape, value.dtype) for key, value in kept.items()} == {
@@ -78,7 +80,7 @@ def test_weight_decay_is_of_matrices_and_not_of_vectors(optim):
     for decay in (0.0, 0.5):
         run = composed_run(f"optim={optim}", "optim.lr=0.01", f"optim.weight_decay={decay}")
         model = small_model("attention=gqa", "model.bias=true", "model.n_layers=1", kernel=SDPA())
-        train_step(MixedPrecision(model, "fp32"), run.optim.build(model), batches(4, 4), 1.0, 1.0)
+        train_step(training_state(model, run.optim.build(model)), batches(4, 4), 1.0)
         moved[decay] = dict(model.named_parameters())
     equal = {name: torch.equal(moved[0.0][name], moved[0.5][name]) for name in moved[0.0]}
     assert equal == {name: p.ndim < 2 for name, p in moved[0.0].items()}
