@@ -13,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.side_by_side import in_turns
 from model import cost
-from model.attention.base import Context
 from model.attention.mla import MLA
+from model.context import Context
 from model.initialise import initialised
+from model.kernels.base import How
 from model.kernels.naive import Naive
 from model.mask import Mask
 from model.placement import Placement
@@ -53,9 +54,8 @@ def definition() -> None:
     print("weights:", _numbers(weights))
     print("weights @ v:", _numbers(weights @ v))
     positions = torch.arange(3)[None]
-    ours = Naive()(
-        *(x[None, :, None] for x in (q, k, v)), Mask(positions, positions, contiguous=True), 1 / math.sqrt(2)
-    )
+    mask = Mask(positions, positions, contiguous=True)
+    ours = Naive()(*(x[None, :, None] for x in (q, k, v)), mask, How(1 / math.sqrt(2))).out
     print("kernel=naive:", _numbers(ours[0, :, 0]))
     for tokens in (1024, 32768):
         print(f"scores of 12 heads over {tokens:,} tokens in float32: {12 * tokens**2 * 4 / 1e9:.2f} GB")

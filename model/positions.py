@@ -96,7 +96,7 @@ class PositionConfig(FrozenSettings):
         """Columns that position_bias adds to queries and keys."""
         return ALIBI_COLUMNS if self.position == "alibi" else 0
 
-    def position_bias(self, causal: bool) -> Callable[[Tensor, Tensor, Mask, float], "BiasedQK"]:
+    def position_bias(self, causal: bool) -> "PositionBias":
         """Return the function (q, k, mask, scale) -> BiasedQK that adds the position bias to the scores."""
         if self.position != "alibi":
             return no_position_bias
@@ -111,6 +111,9 @@ class BiasedQK(NamedTuple):
     q: Tensor
     k: Tensor
     row_offset: Tensor | float  # (B or 1, T, H) left out of the scores: the same for all keys of a query
+
+
+PositionBias = Callable[[Tensor, Tensor, Mask, float], BiasedQK]  # (q, k, mask, scale)
 
 
 def slopes(heads: int, rule: Slopes = "published", device: torch.device | None = None) -> Tensor:

@@ -8,8 +8,9 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from common.settings import Change
-from model.attention.base import AttentionChoice, Context
+from model.attention.base import AttentionChoice
 from model.cache import Cache
+from model.context import Context
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
 from model.layout import Kind, Names, ParamLayout, Role, check_layouts, leaf, nested

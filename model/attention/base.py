@@ -1,11 +1,11 @@
-"""Base classes of attention variants: configuration, module, and the Context that layers get of a forward pass.
+"""Base classes of attention variants: configuration and module.
 
 An attention of one's own is a config class and a module, and a file in conf/attention/; docs/own_attention.md adds one:
 
 1. A subclass of AttentionConfig holds its settings; `derive` fills in those that follow from the model's, and `build`
    makes the module.
-2. A subclass of Attention makes its projections, a norm or a Rope where it has one, an output matrix `o_proj`, and an
-   AttentionCore. Its `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position
+2. A subclass of Attention makes its projections, a norm or a Rope where it has one, an output matrix `o_proj`, and
+   `config.core(...)`. Its `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position
    bias, attends, drops weights and collects statistics; the base class multiplies by `o_proj`.
 3. `make_cache` names the columns that a token caches, and `layout` describes each parameter (model/layout.py).
 4. conf/attention/<name>.yaml has the defaults of its settings, and `_target_`, which names the config class.
@@ -13,62 +13,25 @@ An attention of one's own is a config class and a module, and a file in conf/att
 The laws (tests/model/attention) then apply to it unasked.
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Self
 
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from common.settings import Change, FrozenSettings
-from model.cache import Cache, CacheView
+from model.attention.core import AttentionCore, Heads
+from model.cache import Cache
+from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import ParamLayout
-from model.mask import Mask, Pattern, made_once
-from model.placement import Placement
+from model.mask import Pattern
 from model.positions import PositionConfig
 from model.rope import Rope
 
-if TYPE_CHECKING:
-    from model.attention.core import AttentionCore
-
 UNUSED_BLOCKS = {"block_size": 64, "pattern_seed": 0}  # as in conf/; others are refused without random blocks
-
-
-@dataclass(frozen=True)
-class Context:
-    """What all layers share in one forward pass: where tokens stand, and rotary tables. Built by TransformerLM; layers
-    only read it."""
-
-    at: Placement
-    rotary: Mapping[Rope, tuple[Tensor, Tensor]]  # float32 cos and sin, one entry per distinct Rope
-    training: bool = False  # dropout is on
-    collect: frozenset[str] = frozenset()  # names of the auxiliary outputs to return
-    _masks: dict[Any, Mask] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def dropped(self, probability: float) -> float:
-        """The dropout probability in force: 0 outside training."""
-        return probability if self.training else 0.0
-
-    def drop(self, x: Tensor, probability: float) -> Tensor:
-        """Dropout (Srivastava et al. 2014); outside training, x unchanged."""
-        return F.dropout(x, probability) if self.training and probability else x
-
-    def mask(self, pattern: Pattern, view: CacheView | None) -> Mask:
-        """The mask of this pattern, over what a cache returned or, without one, over the tokens themselves. Layers of
-        one pattern share it: caches alike have the same positions in the same rows."""
-        at, k_pos = self.at, self.at.positions if view is None else view.positions
-        make = functools.partial(Mask, at.positions, k_pos, at.is_contiguous, pattern, at.docs, at.docs)
-        return made_once(self._masks, (pattern, k_pos.shape), make)
-
-    def rotated(self, x: Tensor, rope: Rope | None) -> Tensor:
-        """Apply RoPE to x (B, T, H, D) by its tokens' positions; without a rope, x unchanged."""
-        return x if rope is None else rope.rotate(x, self.rotary[rope])
 
 
 class AttentionChoice(FrozenSettings, ABC):
@@ -160,6 +123,11 @@ class AttentionConfig(AttentionChoice, PositionConfig):
     def of_layer(self, index: int) -> "AttentionConfig":
         return self
 
+    def core(self, kernel: Kernel, causal: bool, key_dim: int) -> AttentionCore:
+        """Build what attends. Scores are divided by the square root of key_dim; an absorbed key is wider than that."""
+        scale = key_dim**-0.5 * self.softmax_scale_factor
+        return AttentionCore(kernel, self.pattern(causal), scale, self.dropout, self.position_bias(causal))
+
     def qk_clip_obstacle(self) -> str | None:
         if self.position == "alibi":
             return "position=alibi adds to the scores what no scaling of queries and keys changes: choose another"
@@ -188,18 +156,10 @@ class AttentionConfig(AttentionChoice, PositionConfig):
         """KV cache size in elements per token and layer; call it on a derived config."""
 
 
-class Heads(NamedTuple):
-    """What the heads of an attention return."""
-
-    out: Tensor  # (B, T, H, v)
-    aux: dict[str, Tensor]  # auxiliary outputs by name
-    carried: Any = None  # for the layers above, as in a value residual; None hands on what came from those below
-
-
 class Attention(nn.Module, ABC):
     """Attention layer: a pure function of its input, the context and the KV cache it is given. It owns weights only."""
 
-    core: "AttentionCore"
+    core: AttentionCore
     rope: Rope | None  # None with another positional encoding, or none
     macs_per_pair: int  # multiply-adds per query and key in training: heads · (width of keys + width of values)
     extra_macs_per_token: int = 0  # multiply-adds per token, without a cache, beyond applying each matrix once

@@ -1,28 +1,36 @@
 """AttentionCore: what every attention does between its projections and its output matrix."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from model.attention.base import AttentionConfig, Context, Heads
 from model.cache import Cache, cache_for
+from model.context import Context
 from model.kernels.base import How, Kernel
-from model.mask import Mask
+from model.mask import Mask, Pattern
+from model.positions import PositionBias
 from model.stats import collect_stats
+
+
+class Heads(NamedTuple):
+    """What the heads of an attention return."""
+
+    out: Tensor  # (B, T, H, v)
+    aux: dict[str, Tensor]  # auxiliary outputs by name
+    carried: Any = None  # for the layers above, as in a value residual; None hands on what came from those below
 
 
 class AttentionCore:
     """Attends: updates the KV cache, masks by position, adds the position bias, runs the kernel with dropout, and
     collects statistics. It has no weights; what a call may find ready is made at construction."""
 
-    def __init__(self, config: AttentionConfig, kernel: Kernel, causal: bool, key_dim: int):
-        """key_dim: the width of the keys that scores are of, whose square root divides them; an absorbed key is
-        wider."""
+    def __init__(self, kernel: Kernel, pattern: Pattern, scale: float, dropout: float, add_position_bias: PositionBias):
         self.attend = kernel
-        self.pattern = config.pattern(causal)
-        self.scale = key_dim**-0.5 * config.softmax_scale_factor
-        self.dropout = config.dropout
-        self.add_position_bias = config.position_bias(causal)
+        self.pattern = pattern
+        self.scale = scale
+        self.dropout = dropout
+        self.add_position_bias = add_position_bias
 
     def __call__(
         self,

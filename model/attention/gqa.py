@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from model.attention.base import (
     Attention,
     AttentionConfig,
-    Context,
-    Heads,
     divisors,
     grouped_kv_heads,
     head_dim_of,
 )
-from model.attention.core import AttentionCore
+from model.attention.core import Heads
 from model.cache import Cache
+from model.context import Context
 from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
@@ -94,7 +93,7 @@ class GQA(Attention):
         d_model, n_heads = dimensions.d_model, dimensions.n_heads
         self.head_dim = config.head_dim
         self.n_kv_heads = config.n_kv_heads
-        self.core = AttentionCore(config, kernel, causal, config.head_dim)
+        self.core = config.core(kernel, causal, config.head_dim)
         self.rope = config.rope(config.rope_dim)
         self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns)
         # Without RoPE or a norm behind it, a key bias adds the same to all scores of a query, which softmax ignores.

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model.attention.base import AttentionConfig, Context
+from model.attention.base import AttentionConfig
+from model.context import Context
 from model.dimensions import Dimensions
 from model.linear import Linear
 from model.norm import RMSNorm

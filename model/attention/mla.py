@@ -53,15 +53,14 @@ from torch import Tensor
 from model.attention.base import (
     Attention,
     AttentionConfig,
-    Context,
-    Heads,
     divisors,
     grouped_kv_heads,
     head_dim_of,
 )
-from model.attention.core import AttentionCore
+from model.attention.core import Heads
 from model.attention.latent import LatentProjections, Projected
 from model.cache import Cache
+from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
@@ -186,7 +185,7 @@ class MLA(LatentProjections, Attention):
 
     def __init__(self, config: MLAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
         super().__init__(config, dimensions)
-        self.core = AttentionCore(config, kernel, causal, self.nope_dim + self.rope_dim)
+        self.core = config.core(kernel, causal, self.nope_dim + self.rope_dim)
         self.v_dim = config.v_head_dim
         self.whole_keys = config.qk_norm == "whole"
         self.key_groups = config.qk_norm_groups

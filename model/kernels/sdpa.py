@@ -177,7 +177,7 @@ class FlashOnCPU:
         *,
         is_causal: bool = False,
         attn_mask: Tensor | None = None,
-        enable_gqa: bool = True,
+        **_grouped: bool,  # enable_gqa: it always does
     ) -> tuple[Tensor, Tensor | None]:
         if how.lse and torch.is_grad_enabled():
             return _FlashWithLSE.apply(q, k, v, attn_mask, is_causal, how.scale)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model import cost
-from model.attention.base import Context
+from model.context import Context
 from model.initialise import initialised
 from model.kernels.base import How
 from model.kernels.naive import Naive

@@ -94,7 +94,7 @@ def test_dropout_draws_while_training_only():
 
 def test_dropout_keeps_the_mean_and_drops_the_share_it_says():
     block = small_model("attention=gqa", "model.dropout=0.25").layers[0]
-    from model.attention.base import Context
+    from model.context import Context
 
     ctx = Context(Placement.contiguous(1), rotary={}, training=True)
     torch.manual_seed(0)

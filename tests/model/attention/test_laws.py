@@ -11,10 +11,10 @@ from torch import Tensor
 
 from generation.decode import decode_step
 from generation.state import bucket
-from model.attention.base import Context
 from model.attention.latent import Projected
 from model.attention.mla import MLA
 from model.cache import Cache
+from model.context import Context
 from model.initialise import initialised
 from model.kernels import online
 from model.kernels.base import Attended, How, Kernel
