@@ -82,6 +82,14 @@ def test_sample_any_execution_writes_text_of_uncached_naive_kernel(place, monkey
     assert sample(place, monkeypatch, capsys, *arguments, "--execution", execution)[0] == expected
 
 
+def test_sample_compile_without_a_compiler_writes_the_same_text_with_a_warning(place, monkeypatch, capsys):
+    arguments = ["The", "--max-new-tokens", "9"]
+    expected, _ = sample(place, monkeypatch, capsys, *arguments)
+    monkeypatch.setattr("torch.compile", lambda function, **_: lambda *inputs: 1 / 0)
+    text, err = sample(place, monkeypatch, capsys, *arguments, "--compile")
+    assert text == expected and err.count("--compile failed, running eagerly: division by zero") == 1
+
+
 def test_sample_stats_prints_throughput_and_cache_bytes(place, monkeypatch, capsys):
     for run, numbers in (("gqa", 2 * 2 * 16), ("mla", 16 + 12 + 1)):
         _, err = sample(place, monkeypatch, capsys, "The", "--run", f"runs/{run}", "--stats", "--max-new-tokens", "5")
