@@ -206,11 +206,13 @@ class MLA(LatentProjections, Attention):
             self.extra_macs_per_token = self.n_heads * self.nope_dim * self.rank  # k_nope, for the norm
 
     def _macs_per_pair(self, config: MLAConfig) -> int:
-        """Multiply-adds per query and key in training. Absorbed, the latent row is the value too, and its rope columns
-        are multiplied before they are dropped."""
-        absorbed = config.execution == "absorbed"
-        width = 2 * (self.rank + self.rope_dim) if absorbed else self.nope_dim + self.rope_dim + self.v_dim
-        return self.n_heads * (width + config.bias_columns)
+        """Multiply-adds per query and key in training. Absorbed, the latent row is the value too; where it is
+        not the key itself, its rope columns are multiplied before they are dropped."""
+        key, value = self.nope_dim + self.rope_dim, self.v_dim
+        if config.execution == "absorbed":
+            key = self.rank + self.rope_dim
+            value = key if self.caches_inverse else self.rank
+        return self.n_heads * (key + value + config.bias_columns)
 
     def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
         return self.execute(self.project(x, ctx), ctx, cache)

@@ -5,6 +5,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from common.errors import Unsupported
@@ -62,11 +63,16 @@ def tried(case: Case, few_keys: bool) -> tuple[Kernel, str]:
     """The preferred kernel after a trial, and no warning; or the fallback and a warning that says why."""
     kernel = preferred(case, few_keys)
     try:
-        with unannounced(), _disable_current_modes():  # whoever counts memory or operations counts those of the run
+        # Whoever counts memory or operations, or saves tensors to recompute them, shall see those of the run alone.
+        with unannounced(), _disable_current_modes(), saved_tensors_hooks(_unchanged, _unchanged):
             _try(kernel, case)
     except Unsupported as error:
         return FALLBACK, slow(error)
     return kernel, ""
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def slow(reason: Exception) -> str:

@@ -44,7 +44,7 @@ class Online(Kernel):
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 (ctx is as self)
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, tile_sizes: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """tile_sizes: of queries, and of keys. Returns the output and L, which has a gradient too."""

@@ -59,4 +59,7 @@ def test_aliases_are_no_settings_and_name_some():
     known = {*known_settings([]).settings, *groups(), *ALL}
     assert {one for meant in ALIASES.values() for one in meant} <= known
     assert not ALIASES.keys() & {*known_settings([]).at_the_top(), *groups()}
-    assert {key.partition(".")[2] for key in ALL} & ALIASES.keys() <= {"block_size"}  # of sparse masks
+    assert {key.partition(".")[2] for key in ALL} & ALIASES.keys() <= {
+        "block_size",
+        "name",
+    }  # of sparse masks, of an optimizer

@@ -240,7 +240,7 @@ def test_forward_returns_auxiliary_outputs_by_layer():
     assert quiet.aux == {}
     attention = model.layers[1].attention
     speak = attention.forward
-    attention.forward = lambda x, ctx, cache=None: (speak(x, ctx, cache)[0], {"max_logit": torch.tensor(2.5)})
+    attention.forward = lambda *given: (speak(*given)[0], {"max_logit": torch.tensor(2.5)}, None)
     assert model(some_tokens(1, 4)).aux == {"layers.1.max_logit": torch.tensor(2.5)}
 
 

@@ -10,7 +10,7 @@ import torch
 
 from data.batches import Batch
 from model.initialise import initialised
-from model.kernels import sdpa
+from model.kernels import auto, sdpa
 from model.kernels.auto import Auto
 from model.kernels.base import How, Kernel
 from model.mask import Mask
@@ -45,6 +45,7 @@ def gradients(model: TransformerLM, precision: str, checkpointed: bool, document
     hooks = [QKClip(model, 1.0)] if options else []
     state = training_state(model, precision=precision, losses=losses, after_step=hooks)
     if checkpointed:
+        auto.tried.cache_clear()  # whose trial of a kernel is then within a block that is recomputed
         checkpoint_activations(state.precision.model)
     parts = [Batch.of(*batch[:2], document_start) for batch in batches(4, 2)]
     reported = accumulate_gradients(state, parts)

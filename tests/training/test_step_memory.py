@@ -57,11 +57,11 @@ def test_memory_with_attention_dropout_counts_all_products(options):
     [("mha", "precision=bf16"), ("gqa", "precision=fp32"), ("mla", "precision=bf16"), ("stack", "precision=fp32")],
 )
 def test_memory_of_masked_documents_counts_the_masks(attention, options):
-    """In windows of several tiles of queries, whose masks are the larger part of it."""
+    """In windows of several tiles of queries, whose masks, once for all layers alike, add to it."""
     window = ["model.context_length=600", "batch_tokens=4800"]
     masked = check_memory(f"attention={attention}", options, *window, "document_mask=true")
     plain = memory(composed_run(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
-    assert masked > 1.2 * plain.peak
+    assert masked > 1.15 * plain.peak
 
 
 def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():

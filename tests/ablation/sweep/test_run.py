@@ -85,8 +85,8 @@ def _stop_after(patch):
 
     save = Session.save
 
-    def saved(self, step, evaluation):
-        save(self, step, evaluation)
+    def saved(self):
+        save(self)
         raise KeyboardInterrupt
 
     return saved

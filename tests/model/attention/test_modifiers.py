@@ -7,8 +7,10 @@ from torch import nn
 from model.attention.base import Attention
 from model.attention.gqa import GQA, GQAConfig
 from model.attention.mla import MLA, MLAConfig
+from model.initialise import initialised
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
+from model.layout import Role, linear
 from model.linear import Linear
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
@@ -21,6 +23,9 @@ class Gate(Attention):
 
     def modify(self, heads, x, ctx):
         return heads * torch.sigmoid(self.gate_proj(x)).view_as(heads)
+
+    def layout(self):
+        return super().layout() | linear("gate_proj", self.gate_proj, Role.GATE)
 
 
 class ValueResidual(GQA):
@@ -75,7 +80,7 @@ def model_of(variant: str, kernel=None, *more: str) -> TransformerLM:
     cls, overrides = VARIANTS[variant]
     config = small_config(*overrides, "model.n_layers=3", *more, kernel=kernel)
     attention = cls(**config.attention.model_dump())
-    return sharpened(TransformerLM(config.model_copy(update={"attention": attention}), 100))
+    return sharpened(initialised(config.model_copy(update={"attention": attention}), 100))
 
 
 @every_variant
