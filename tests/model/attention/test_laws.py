@@ -184,7 +184,7 @@ def test_cache_bytes_per_token_equal_hand_computed_sizes():
 
 
 def test_window_cache_of_a_long_text_is_bounded_by_the_window():
-    """However long the text: 5 rows and the slack, beside 2 for the global tokens; not where random blocks lead back."""
+    """However long the text: 5 rows and slack, beside 2 for the global tokens; not where random blocks lead back."""
     window, tokens = ("attention=mla", "attention.window=5"), some_tokens(1, 60)
     for more, rows in (((), 21), (("attention.global_tokens=2",), 23), (("attention.random_blocks=0.5",), 64)):
         model = small_model(*window, *more)
