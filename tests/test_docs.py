@@ -41,8 +41,8 @@ def test_the_frames_of_the_tour_are_those_of_the_code(section, capsys):
 
 def test_a_training_loss_is_few_frames_from_the_command():
     depths = {name: len(found) for name, found in code_tour.frames_of_training().items()}
-    assert depths["forward"] <= 6
-    assert depths["loss"] <= 8
+    assert depths["forward"] + 1 <= 6  # above it, and itself
+    assert depths["loss"] + 1 <= 8
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name not in MEASURED])

@@ -32,7 +32,14 @@ def text(model, prompt: list[int], compiled: CompiledStep | None, tokens: int = 
     return torch.cat(list(generate(model, state, SAMPLER, max_new_tokens=tokens)), 1).tolist()
 
 
-@pytest.mark.parametrize("attention", [["attention=gqa"], ["attention=mla"], ["attention=mqa", "attention.window=4"]])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        ["attention=mla"],
+        pytest.param(["attention=gqa"], marks=pytest.mark.slow),
+        pytest.param(["attention=mqa", "attention.window=4"], marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_step_traces_once_for_prompts_of_one_bucket(traced, attention, caplog):
     """40 tokens after prompts of 27, 41 and 50: the caches grow to 96, and would have grown to it in between."""
     model = small_model(*attention, "model.context_length=128")

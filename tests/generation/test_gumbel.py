@@ -98,6 +98,7 @@ def test_noise_of_a_grid_of_seeds_and_indices_never_meets():
     assert len(found.unique(dim=0)) == 300 * 300
 
 
+@pytest.mark.slow
 def test_noise_compiled_equals_eager():
     seeds, indices = hash_seeds(range(50)), torch.arange(50)
     compiled = torch.compile(gumbel, dynamic=False)

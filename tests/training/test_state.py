@@ -1,17 +1,13 @@
-"""TrainState: parameters that are frozen or unused, buffers that are state, and how far a command is from its loss."""
-
-import sys
-from pathlib import Path
+"""TrainState: parameters that are frozen or unused, and buffers that are state."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from model import loss
 from model.layout import Role, linear
 from model.linear import Linear
 from model.transformer import TransformerLM
-from tests.support import ROOT, SMOKE, batches, call, composed_run
+from tests.support import SMOKE, batches, call, composed_run
 from tests.training.runs import assert_same_run, rewind
 from training.run.config import Run
 from training.state import TrainState
@@ -142,41 +138,3 @@ def test_restored_state_draws_no_weights(workplace, monkeypatch):
     monkeypatch.setattr("training.state.initialised", refuse)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert call("train", [*options, "init_from=whole", "run_dir=tuned"], monkeypatch) == 0
-
-
-def own_frames(last: str) -> list[str]:
-    """Functions of the project's own files on the stack, outermost first, from train.main to the function `last`. Not
-    counted: frames of Python, Hydra and PyTorch, the module's own, and this file's."""
-    frame = sys._getframe(1)
-    names = []
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(ROOT) and ROOT / "tests" not in path.parents:
-            names.append(frame.f_code.co_name)
-        frame = frame.f_back
-    names = names[names.index(last) :]
-    return names[::-1]
-
-
-def test_a_command_is_few_frames_from_its_forward_and_its_loss(workplace, monkeypatch):
-    """Of an uncompiled training step: at most 6 functions of ours from train.main to TransformerLM.forward, and 8 to
-    the loop over chunks of logits in which the loss is computed, both ends counted."""
-    found = {}
-    forward, losses = TransformerLM.forward, loss._losses
-
-    def seen_forward(self, *arguments, training: bool = False, **options):
-        if training:
-            found["forward"] = [*own_frames("mean_loss"), "forward"]
-        return forward(self, *arguments, training=training, **options)
-
-    def seen_losses(*arguments):
-        if len(arguments) > 3:  # with gradients
-            found["loss"] = [*own_frames("forward"), "_losses"]
-        return losses(*arguments)
-
-    monkeypatch.setattr(TransformerLM, "forward", seen_forward)
-    monkeypatch.setattr(loss, "_losses", seen_losses)
-    assert call("train", [*SMOKE, "steps=1", "run_dir=run"], monkeypatch) == 0
-    assert found["forward"][0] == found["loss"][0] == "main"
-    assert len(found["forward"]) <= 6, found["forward"]
-    assert len(found["loss"]) <= 8, found["loss"]
