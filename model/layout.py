@@ -82,7 +82,7 @@ class ParamLayout:
     heads: int
     parts: tuple[Part, ...]
     fan_in: int | None  # of a matrix or table, its columns
-    published: Names
+    published: Names = UNPUBLISHED
 
     @property
     def rows(self) -> int:
@@ -125,6 +125,11 @@ def linear(
     """Table of a linear layer called `name`, its weight and its bias; of None, an empty one. Parts without rows are
     left out; without any, the matrix is used whole."""
     return {} if module is None else _within(name, leaf(module, role, Kind.MATRIX, heads, parts), published)
+
+
+def vector(name: str, parameter: nn.Parameter, role: Role) -> dict[str, ParamLayout]:
+    """Table of a vector that is a parameter itself, called `name`. It starts with what it is constructed with."""
+    return {name: ParamLayout(role, Kind.VECTOR, 1, (Part("whole", len(parameter)),), None)}
 
 
 def nested(name: str, module: nn.Module | None, published: Names = UNPUBLISHED) -> dict[str, ParamLayout]:

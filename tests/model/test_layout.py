@@ -8,7 +8,7 @@ from torch import nn
 
 from model.attention.gqa import GQA
 from model.initialise import initialised
-from model.layout import Kind, Names, Part, Role, check_layouts, linear, nested
+from model.layout import Kind, Names, Part, Role, check_layouts, linear, nested, vector
 from model.linear import Linear
 from model.norm import LayerNorm, RMSNorm
 from tests.support import small_config, small_model
@@ -24,6 +24,14 @@ def test_linear_describes_weight_and_bias_and_leaves_out_empty_parts():
     assert weight.views(torch.zeros(6, 8))["q_nope"].shape == (2, 3, 8)
     assert weight.whole().views(torch.zeros(6, 8))["whole"].shape == (1, 6, 8)
     assert linear("q_proj", None, Role.QUERY) == {}
+
+
+def test_vector_describes_a_parameter_that_is_no_modules_weight():
+    module = nn.Module()
+    module.temperature = nn.Parameter(torch.ones(4))
+    table = vector("temperature", module.temperature, Role.NORM)
+    check_layouts(module, table)
+    assert table["temperature"].kind is Kind.VECTOR and table["temperature"].shard_axis is None
 
 
 def test_nested_of_modules_without_parameters_is_empty():
