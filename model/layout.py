@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, Self
 
+import torch
 from torch import Tensor, nn
 
 
@@ -158,3 +159,14 @@ def check_layouts(module: nn.Module, table: Mapping[str, ParamLayout]) -> None:
         else:
             continue
         raise ValueError(f"{fault} (model/layout.py)")
+
+
+def check_buffers(module: nn.Module) -> None:
+    """Raise ValueError where a buffer would not come back from a checkpoint as it was: one that is not saved, or is not
+    float32."""
+    for path, inner in module.named_modules():
+        for name, buffer in inner.named_buffers(prefix=path, recurse=False):
+            if name.rpartition(".")[2] in inner._non_persistent_buffers_set:
+                raise ValueError(f"the buffer {name} is not saved: make it persistent, or compute it in forward")
+            if buffer.dtype != torch.float32:
+                raise ValueError(f"the buffer {name} is {buffer.dtype}: checkpoints hold float32")

@@ -13,7 +13,7 @@ from model.cache import Cache
 from model.context import Context
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
-from model.layout import Kind, Names, ParamLayout, Role, check_layouts, leaf, nested
+from model.layout import Kind, Names, ParamLayout, Role, check_buffers, check_layouts, leaf, nested
 from model.mlp import MLPConfig
 from model.norm import residual_norm
 from model.placement import Placement
@@ -155,6 +155,7 @@ class TransformerLM(nn.Module):
         # PYTHONHASHSEED.
         self.ropes = tuple(dict.fromkeys(b.attention.rope for b in self.layers if b.attention.rope is not None))
         self.run_block = run_block  # runtime.activation_checkpointing has another
+        check_buffers(self)
 
     def forward(
         self,

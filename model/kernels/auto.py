@@ -101,6 +101,8 @@ def _try(kernel: Kernel, case: Case) -> None:
             found = [x for x in kernel(q, k, v, mask, how) if x is not None]
             if case.trains:
                 found += torch.autograd.grad(sum(x.float().sum() for x in found), (q, k, v))
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernel
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise Unsupported(f"{type(kernel).__name__} does not run on {case.device}: {reason}") from None

@@ -61,7 +61,7 @@ class Case(NamedTuple):
             q.shape[3],
             v.shape[3] if how.v_dim is None else how.v_dim,
             "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions",
-            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad),
+            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)),
             how.dropout > 0,
             how.lse,
         )

@@ -179,6 +179,7 @@ class FlashOnCPU:
         attn_mask: Tensor | None = None,
         **_grouped: bool,  # enable_gqa: it always does
     ) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the operator itself does not look
         if how.lse and torch.is_grad_enabled():
             return _FlashWithLSE.apply(q, k, v, attn_mask, is_causal, how.scale)
         out, lse = CPU_FLASH(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=how.scale)

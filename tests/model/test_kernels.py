@@ -561,3 +561,22 @@ def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu, taken, expected):
 def test_sdpa_backend_flash_equals_default():
     given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
     assert torch.equal(*(attend(kernel, *given, mask, 0.4) for kernel in (SDPA(backend="flash"), SDPA())))
+
+
+@pytest.mark.parametrize(
+    "kernel", [Naive(), Online(), Matmul(), SDPA(), Auto()], ids=lambda kernel: type(kernel).__name__
+)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_kernels_take_tensors_of_any_strides(kernel, contiguous):
+    """As an einsum or a transposition leaves them."""
+    q, k, v = (torch.randn(2, 16, 8, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    places = torch.arange(16)[None]
+    mask = Mask(places, places, contiguous=contiguous)
+    expected = attend(Naive(), q, k, v, mask, 0.3)
+    strided = [x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in (q, k, v)]
+    found = attend(kernel, *strided, mask, 0.3)
+    assert torch.allclose(found, expected, atol=1e-5)
+    wanted = [x.clone().requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad(found.square().sum(), strided)
+    exact = torch.autograd.grad(attend(Naive(), *wanted, mask, 0.3).square().sum(), wanted)
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(gradients, exact, strict=True))

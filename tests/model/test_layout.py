@@ -8,7 +8,7 @@ from torch import nn
 
 from model.attention.gqa import GQA
 from model.initialise import initialised
-from model.layout import Kind, Names, Part, Role, check_layouts, linear, nested, vector
+from model.layout import Kind, Names, Part, Role, check_buffers, check_layouts, linear, nested, vector
 from model.linear import Linear
 from model.norm import LayerNorm, RMSNorm
 from tests.support import small_config, small_model
@@ -75,3 +75,20 @@ def test_check_layouts_finds_what_is_no_parameter_and_other_sizes():
         check_layouts(module, {**table, "other": table["norm.weight"]})
     with pytest.raises(ValueError, match=r"norm\.weight has 4 rows, and 5 in its layout"):
         check_layouts(module, {"norm.weight": dataclasses.replace(table["norm.weight"], parts=(Part("whole", 5),))})
+
+
+@pytest.mark.parametrize(
+    ("buffer", "persistent", "complaint"),
+    [
+        (torch.ones(2), False, "the buffer inner.count is not saved"),
+        (torch.tensor(1), True, "inner.count is torch.int64"),
+    ],
+)
+def test_buffer_that_no_checkpoint_brings_back_is_refused(buffer, persistent, complaint):
+    module = nn.Sequential()
+    module.inner = nn.Identity()
+    module.inner.register_buffer("mean", torch.zeros(2))
+    check_buffers(module)
+    module.inner.register_buffer("count", buffer, persistent=persistent)
+    with pytest.raises(ValueError, match=complaint):
+        check_buffers(module)

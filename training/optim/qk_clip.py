@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from model.transformer import TransformerLM
 
 
@@ -36,6 +37,11 @@ class QKClip:
                 heads += [layout.heads for _ in clipped]
                 if parameter.requires_grad:
                     self.parts += [(i, part.clip_power, views[part.name]) for part in clipped]
+            if not heads:
+                raise UserError(
+                    f"optim.qk_clip={threshold} scales the rows that make a head's queries and keys, and the attention "
+                    f"of layer {i} has none with a clip_power in its layout(): leave optim.qk_clip unset"
+                )
             self.keys.append(min(heads))
 
     @torch.no_grad()
