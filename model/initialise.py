@@ -56,6 +56,7 @@ def _initialise_final_norm(model: TransformerLM) -> None:
     The embeddings stay as they are, and with them what the blocks read, and what the optimizer's rate is measured by.
     The weight learns its size: in d / 2 steps or more to be one, at AdamW's rate of 2 / d beside Muon."""
     c = model.config.own_logit_init
+    assert c != "auto", "a Run fills it in"
     if c is not None:
         model.norm.weight.fill_(c * model.config.d_model**-0.5)
 

@@ -35,6 +35,11 @@ def first_loss(*overrides: str) -> float:
         return token_losses(logits, tokens[:, 1:]).mean().item()
 
 
+@pytest.mark.parametrize("size", ["mini", "tiny", "small"])
+def test_first_loss_by_default_is_that_of_a_guess(size):
+    assert first_loss(f"model={size}") == pytest.approx(math.log(VOCABULARY), rel=0.02)
+
+
 @pytest.mark.parametrize("tied", ["true", "false"])
 @pytest.mark.parametrize("init", [0.5, 1, 4])
 @pytest.mark.parametrize("size", ["mini", "tiny", "small"])

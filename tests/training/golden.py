@@ -20,16 +20,18 @@ OPTIONS += ["model.n_layers=2", "model.d_model=64", "model.context_length=64", "
 OPTIONS += ["tokenizer.cut=line_ends"]  # as they were recorded
 CASES = [("adamw", "fp32", attention) for attention in ATTENTIONS]
 CASES += [("muon", precision, attention) for precision in ("fp32", "bf16") for attention in ("mha", "mla")]
+CASES += [("muon", "bf16", attention, "v1") for attention in ("mha", "mla")]
 
 
-def losses(case: tuple[str, str, str], folder: Path, monkeypatch) -> list[float]:
-    """Of `python train.py *OPTIONS optim=... precision=... attention=...` in a folder; the evaluation, which takes
-    longest, is left out."""
-    optim, precision, attention = case
+def losses(case: tuple[str, ...], folder: Path, monkeypatch) -> list[float]:
+    """Of `python train.py *OPTIONS optim=... precision=... attention=...`, and experiment=... where the case has one,
+    in a folder; the evaluation, which takes longest, is left out."""
+    optim, precision, attention, *experiments = case
     name = " ".join(case)
     monkeypatch.setattr("training.session.evaluate", lambda *_, **__: Score(1.0, 1, 1))
     monkeypatch.chdir(folder)
     choice = [f"optim={optim}", f"precision={precision}", f"attention={attention}", f"run_dir={name}"]
+    choice += [f"experiment={experiment}" for experiment in experiments]
     assert call("train", [*OPTIONS, *choice], monkeypatch) == 0
     return [row["train_loss"] for row in read_metrics(folder / name / "metrics.jsonl")]
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -39,6 +39,8 @@ def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 class OptimConfig(FrozenSettings, ABC):
+    own_logit_init: ClassVar[float | None] = None  # of a model that leaves it to the optimizer
+
     lr: float | None = Field(gt=0)  # peak; unset, it derives from d_model
     qk_clip: float | None = Field(gt=0)  # QK-clip: the largest score a head may have and keep its scale
     groups: list[GroupConfig]  # of each parameter, the first that matches

@@ -32,6 +32,7 @@ class MuonConfig(AdamWConfig):
 
     lr_times_width: ClassVar[float] = 2.0
     bias_lr_factor: ClassVar[float] = 4.0
+    own_logit_init: ClassVar[float | None] = 1.0  # the weight of the last norm grows fast enough at 2 / d_model
 
     muon_lr: float = Field(gt=0)
     momentum: float = Field(ge=0, lt=1)

@@ -58,8 +58,22 @@ def _one_line(cls: type[BaseModel], key: str, error: ValidationError) -> str:
         message = str(first["ctx"]["error"])
         message = in_part(key, message) if ".parts." in key else message
     else:
-        message = _complaint(dotted(key, *first["loc"]), first, _limits(cls, *first["loc"]))
+        place = _without_member(first["loc"])
+        message = _complaint(dotted(key, *place), first, _limits(cls, *place))
+        others = [other for other in rest if _without_member(other["loc"]) == place]  # that a union allows as well
+        words = [_expected(other) for other in others if other["type"] == "literal_error"]
+        message, rest = ", or ".join([message, *words]), [other for other in rest if other not in others]
     return message + (f" (and {len(rest)} more)" if rest else "")
+
+
+def _without_member(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """The place of an error, without pydantic's name for the member of a union that was tried."""
+    return tuple(name for name in place if not str(name).startswith(("constrained-", "literal[")))
+
+
+def _expected(error: Mapping[str, Any]) -> str:
+    """The values of which one is expected."""
+    return error["ctx"]["expected"].replace("'", "")
 
 
 def _limits(cls: type[BaseModel], field: Any, *_: Any) -> dict[str, Any]:
@@ -77,7 +91,7 @@ def _complaint(where: str, error: Mapping[str, Any], field_limits: Mapping[str, 
     if kind in ("string_too_short", "too_short"):
         return f"{given} is empty: give it a value"
     if kind == "literal_error":
-        return f"{given}: choose " + limits["expected"].replace("'", "")
+        return f"{given}: choose {_expected(error)}"
     if limits.keys() & LIMITS.keys():
         both = {name: limit for name, limit in {**field_limits, **limits}.items() if name in LIMITS}
         words = (f"{LIMITS[name]} {_in_digits(limit)}" for name, limit in both.items())

@@ -47,14 +47,14 @@ CHOSEN_WITHIN = [
 
 @pytest.mark.parametrize(("experiment", "group", "choice"), CHOSEN_WITHIN, ids=lambda x: x)
 def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(experiment, group, choice):
-    """Whole: nothing that the experiment would have chosen instead is left in it, but for dropout."""
+    """Whole: nothing that the experiment would have chosen instead is left in it, but for what fits any model."""
     needs = NEEDS.get((group, choice), ())
     texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
     tree = composed_tree(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
     Run.from_tree({key: value for key, value in tree.items() if key not in OF_COMMANDS})
     alone = composed_tree(f"{group}={choice}", *needs)[group]
     if group == "model":
-        alone["dropout"] = tree["model"]["dropout"]
+        alone |= {name: tree["model"][name] for name in ("dropout", "own_logit_init")}
     assert tree[group] == alone
 
 
@@ -276,6 +276,12 @@ BAD = [
     (("autotune=true",), "autotune=true chooses among compiled kernels: set compile=true, or leave it"),
     (("kernel=sdpa", "kernel.flash=FA2"), "kernel.flash=FA2: choose FA3 or FA4"),
     (("kernel=sdpa", "kernel.backend=math"), "kernel.backend=math: choose flash, efficient or cudnn"),
+    (("model.own_logit_init=0",), "model.own_logit_init=0: give more than 0, or auto"),
+    (("model.own_logit_init=1e4",), "model.own_logit_init=10000: give at most 1000, or auto"),
+    (
+        ("attention=gqa", "attention.n_kv_heads=some"),
+        "attention.n_kv_heads=some: give a whole number, written in digits, or all",
+    ),
     (("model.dropout=1",), "model.dropout=1: give at least 0 and less than 1"),
     (("profile_steps=1001",), "profile_steps=1001: give at least 0 and at most 1000"),
     (("precision=int8",), "precision=int8: choose auto, bf16, fp16, fp32 or fp8"),

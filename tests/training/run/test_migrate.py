@@ -83,4 +83,5 @@ def test_migrate_format_7_keeps_the_first_loss_that_a_run_had():
     del older["model"]["own_logit_init"]
     assert Run.from_tree(migrate(older, 7)) == run
     stated = composed_run("model.own_logit_init=1")
+    assert stated == composed_run(), "the default, filled in"
     assert Run.from_tree(migrate(dump(stated), 7)) == stated
