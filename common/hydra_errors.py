@@ -9,7 +9,7 @@ from typing import Any
 
 from common import conf_files
 from common.errors import UserError
-from common.suggestions import no_such_setting
+from common.suggestions import known_settings, misfit, no_such_setting
 
 
 @contextmanager
@@ -45,7 +45,7 @@ def _complaint(error: Exception, overrides: Sequence[str]) -> str | None:
     missing = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
     if missing and not conf_files.is_group(missing[1]):
         return no_such_setting(missing[1], overrides)
-    return _unknown_choice(overrides) or " ".join(str(error).split())
+    return _unknown_choice(overrides) or _misfit(overrides) or " ".join(str(error).split())
 
 
 def _raised_by_hydra(error: Exception) -> bool:
@@ -55,7 +55,12 @@ def _raised_by_hydra(error: Exception) -> bool:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals["__name__"].partition(".")[0] == "hydra"
+    return isinstance(error, ValueError) and frame.f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf")
+
+
+def _misfit(overrides: Sequence[str]) -> str | None:
+    known = known_settings(overrides)
+    return next((line for line in (misfit(override, known) for override in overrides) if line), None)
 
 
 def _unknown_choice(overrides: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from common import conf_files
-from common.invocation import ROOT, command, shortest
+from common.invocation import ROOT, command, quoted, shortest
 
 RENAMED = {  # settings, by their former names
     "most_skipped": "max_skipped_updates",
@@ -58,6 +58,7 @@ ALIASES = {  # settings, by the names that other programs give them
     "sequence_length": ("model.context_length",),
     "sliding_window": ("attention.window",),
 }
+LIST_EXAMPLES = {"optim.groups": '[{match: "layers.*.mlp.*", lr: 0.001}]'}  # of those that are empty in conf/
 MAX_SUGGESTED = 3
 CUTOFF = 0.75  # of difflib's similarity: a slip or two, and not a word of its own
 DOTTED_CUTOFF = 0.85  # of keys with their groups, which make unlike ones alike
@@ -67,7 +68,7 @@ class Known(NamedTuple):
     """The settings and choices that exist."""
 
     choices: dict[str, str | None]  # by group
-    settings: list[str]  # as group.name, and the names at the top
+    settings: dict[str, Any]  # by group.name, or the name at the top; and what they are where they are not given
 
     def of_group(self, group: str) -> list[str]:
         """The settings of the group's choice, by their names."""
@@ -98,6 +99,24 @@ def hint(*meant: str | None) -> str:
 def aliased(key: str) -> tuple[str, ...]:
     """The settings that other programs call `key`, or call by its last name."""
     return ALIASES.get(key.rpartition(".")[2], ())
+
+
+def misfit(override: str, known: Known) -> str | None:
+    """Return one line on an override that gives a dict for a list, or a list for a dict, or an entry that a list does
+    not have: none of which Hydra merges. None for any other."""
+    key, _, value = override.lstrip("+~").partition("=")
+    opening = value.lstrip()[:1]
+    if isinstance(known.settings.get(key), dict) and opening == "[":
+        return f"{override}: give a dict, as {quoted(f'{key}={{name: value}}')}"
+    lists = [name for name, usual in known.settings.items() if isinstance(usual, list)]
+    whole = next((name for name in lists if f"{key}.".startswith(f"{name}.")), None)
+    if whole is None or (key == whole and opening != "{"):
+        return None
+    usual = known.settings[whole]
+    if key != whole and key.removeprefix(f"{whole}.") in map(str, range(len(usual))):
+        return None
+    example = LIST_EXAMPLES.get(whole) or f"[{', '.join(map(str, usual))}]"
+    return f"{override}: {whole} is a list: give it as a whole, as {quoted(f'{whole}={example}')}"
 
 
 def where_all_are() -> str:
@@ -160,18 +179,18 @@ def _composed(choices: list[str]) -> Known:
         tree = OmegaConf.to_container(compose("train", choices, return_hydra_config=True))
     chosen = tree.pop("hydra")["runtime"]["choices"]
     groups = {group: chosen[group] for group in reversed(chosen) if group.isidentifier()}  # none of Hydra's own
-    settings = dict.fromkeys(_keys(tree))
+    settings = dict(_items(tree))
     if groups["attention"] != "stack":  # whose parts have masks, not the whole
         settings |= dict.fromkeys(mask_settings())
-    return Known(groups, list(settings))
+    return Known(groups, settings)
 
 
-def _keys(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _items(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if key != "_target_":
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}", value
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{prefix}{key}.")
+            yield from _items(value, f"{prefix}{key}.")
 
 
 def _of_choices(group: str) -> dict[str, list[str]]:

@@ -67,9 +67,10 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, lm_head: LMHead, min_tile: int) -> Tensor:
         """x (N, d), weight (V', d), targets (N) -> scalar. weight: that of the lm_head, which autograd knows by it."""
-        d_x = torch.empty_like(x)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32)
-        losses = _losses(x, lm_head._replace(weight=weight), targets, (d_x, d_weight), min_tile)
+        # none of what is frozen: that of a vocabulary is as large as its matrix, and takes a third of the products
+        d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        losses = _losses(x, lm_head._replace(weight=weight), targets, d_x, d_weight, min_tile)
         count = _count(targets)
         ctx.save_for_backward(d_x, d_weight, count)
         ctx.dtype = weight.dtype
@@ -81,23 +82,31 @@ class _Mean(torch.autograd.Function):
         """The saved gradient is that of the sum, which float16 can represent whatever the number of tokens."""
         d_x, d_weight, count = ctx.saved_tensors
         share = d_mean / count
-        return (d_x.float() * share).to(d_x.dtype), d_weight.mul_(share).to(ctx.dtype), None, None, None
+        if d_x is not None:
+            d_x = (d_x.float() * share).to(d_x.dtype)
+        if d_weight is not None:
+            # In place, as another of its size would be the most that a step holds. Autograd knows of it: a second
+            # backward pass raises.
+            d_weight = d_weight.mul_(share).to(ctx.dtype)
+        return d_x, d_weight, None, None, None
 
 
 def _losses(
     x: Tensor,
     lm_head: LMHead,
     targets: Tensor,
-    gradients: tuple[Tensor, Tensor] | None = None,
+    d_x: Tensor | None = None,
+    d_weight: Tensor | None = None,
     min_tile: int = 0,
 ) -> Tensor:
-    """Losses in chunks: x (N, d), targets (N) -> nats of each token, (N) float32. gradients: buffers for the gradients
-    of their sum, with respect to x and to the weight (zeros, float32).
+    """Losses in chunks: x (N, d), targets (N) -> nats of each token, (N) float32. d_x, d_weight: buffers for the
+    gradients of their sum, with respect to x and to the weight (zeros, float32); None where it is not needed.
 
     A target that is not counted has the hidden state 0 here, whose product with any gradient is 0: masking costs N · d
     numbers, not N · V.
     """
     weight, vocab_size, softcap = lm_head
+    differentiate = d_x is not None or d_weight is not None
     losses = x.new_empty(len(x), dtype=torch.float32)
     masked = targets == NOT_COUNTED
     targets = targets.masked_fill(masked, 0)
@@ -112,19 +121,24 @@ def _losses(
         tile = len(logits) if compiling else max(min_tile, TILE.get(x.device.type, LARGE_TILE)) // len(weight)
         for rows in _cut(len(logits), tile):
             part = logits[rows, :vocab_size]
-            losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, gradients is not None)
-        if gradients is None:
-            continue
-        d_x, d_weight = gradients
-        logits[:, vocab_size:] = 0
-        d_x[chunk] = logits @ weight
-        if weight.dtype == torch.float32:
-            d_weight.addmm_(logits.mT, hidden)
-        else:
-            d_weight += logits.mT @ hidden
-    if gradients is not None:
-        gradients[0].masked_fill_(masked[:, None], 0)
+            losses[chunk][rows] = _of_tile(part, targets[chunk][rows], softcap, differentiate)
+        if differentiate:
+            logits[:, vocab_size:] = 0
+        if d_x is not None:
+            d_x[chunk] = logits @ weight
+        if d_weight is not None:
+            _add_product(d_weight, logits, hidden)
+    if d_x is not None:
+        d_x.masked_fill_(masked[:, None], 0)
     return losses.masked_fill_(masked, 0)
+
+
+def _add_product(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """Add d_logitsᵀ hidden, (n, V') and (n, d), to d_weight (V', d) in float32."""
+    if hidden.dtype == torch.float32:
+        d_weight.addmm_(d_logits.mT, hidden)
+    else:
+        d_weight += d_logits.mT @ hidden
 
 
 def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentiate: bool) -> Tensor:

@@ -17,8 +17,8 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
     """Compile a function(model, ...) -> tensor, or tuple with the loss first, if enabled.
 
     autotune: of several kernels for a matrix product, the one that is fastest when tried; without CUDA graphs, which
-    PyTorch's max-autotune records besides. What cannot be compiled runs eagerly, after a warning at the first call: the
-    backward pass too is compiled by then, since its compiler would otherwise fail in the midst of a step.
+    PyTorch's max-autotune records besides. What cannot be compiled runs eagerly, after a warning at the first call of
+    such shapes: the backward pass too is compiled by then, since its compiler would otherwise fail amid a step.
     """
     if not enabled:
         return function

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from data.batches import Batch
 from training.evaluate import Between, go_on
 from training.optim.base import scale_rates
@@ -29,11 +30,13 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
     target is counted.
 
     factor: of each parameter group's base rate. between: may give the step up by an exception, which leaves weights and
-    optimizer as they were.
+    optimizer as they were; so does the UserError where no layer reports what an after-step hook goes by.
     """
-    optimizer = state.optimizer
+    optimizer, batches = state.optimizer, list(batches)
+    hooks = state.after_step if batches else ()  # without any, as where only the update is timed, nothing is reported
     try:
         mean, aux = accumulate_gradients(state, batches, between)
+        _check_reported(hooks, aux)
     except Exception:
         optimizer.zero_grad(set_to_none=True)
         raise
@@ -41,7 +44,7 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     scale_rates(optimizer, factor)
     _step_unless(skipped, optimizer)
-    reports = [_call(hook, aux, skipped) for hook in state.after_step] if aux else []
+    reports = [_call(hook, aux, skipped) for hook in hooks]
     if state.loss_scale is not None:
         state.loss_scale.update(skipped)
     optimizer.zero_grad(set_to_none=True)
@@ -84,6 +87,19 @@ def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[A
         return aux
     reduce = {hook.collects: hook.reduce for hook in hooks}
     return {name: reduce[_own_name(name)](before[name], value) for name, value in aux.items()}
+
+
+def _check_reported(hooks: Iterable[AfterStep], aux: dict[str, Tensor]) -> None:
+    """Raise UserError where no layer reported what a hook goes by."""
+    reported = {_own_name(name) for name in aux}
+    for hook in hooks:
+        if hook.collects not in reported:
+            name = type(hook).__name__
+            raise UserError(
+                f"{name} acts after each step by the auxiliary output {hook.collects}, which no layer returns: return "
+                f"it from the layer's forward where it is collected, or train without {name} (after_step_hooks in "
+                "training/state.py; QKClip: optim.qk_clip unset)"
+            )
 
 
 def _call(hook: AfterStep, aux: dict[str, Tensor], skipped: Tensor) -> Any:

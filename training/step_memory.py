@@ -90,6 +90,7 @@ def _accumulate_fake(run: Run, vocab_size: int, device: torch.device) -> _Accumu
     with FakeTensorMode(), device, _AccumulationPeak() as peak:
         state = TrainState.of(eager_run(run), TransformerLM(traceable(run.model), vocab_size))
         state.losses = Losses(loss)
+        state.optimizer.state.clear()  # Adagrad has it before the first step, and `memory` adds it for all
         precision = state.precision
         if run.sequences > run.micro_batch_size:  # a later micro-batch, which meets the gradients of those before
             for parameter in precision.parameters:

@@ -82,6 +82,22 @@ def slow(reason: Exception) -> str:
 def _try(kernel: Kernel, case: Case) -> None:
     """Run a kernel on a few made-up tokens, and backward where that is what it is for. Leaves generators as they were.
     Raises Unsupported if it does not run, or computes something else than the naive kernel."""
+    given, how = _made_up(case)
+    devices = [torch.cuda.current_device()] if case.device == "cuda" else []
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(case.trains):
+        try:
+            found = _computed(kernel, *given, how)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernel
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise Unsupported(f"{type(kernel).__name__} does not run on {case.device}: {reason}") from None
+        if not case.dropout:  # else each draws weights of its own to drop
+            _compare(kernel, found, _computed(FALLBACK, *given, how))
+
+
+def _made_up(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor, Mask], How]:
+    """A call of this case: q, k, v and the mask; and how to attend."""
     draw = torch.Generator().manual_seed(0)
     q, k, v = (
         torch.randn(1, TRIAL_TOKENS, heads, dim, generator=draw).to(case.device, case.dtype).requires_grad_(case.trains)
@@ -94,23 +110,27 @@ def _try(kernel: Kernel, case: Case) -> None:
     positions = torch.arange(TRIAL_TOKENS, device=case.device)[None]
     pattern = Pattern(window=TRIAL_TOKENS // 2) if case.mask == "patterned" else CAUSAL
     mask = Mask(positions, positions, case.mask != "positions", pattern)
-    how = How(case.key_dim**-0.5, 0.1 if case.dropout else 0.0, case.lse)
-    devices = [torch.cuda.current_device()] if case.device == "cuda" else []
-    with torch.random.fork_rng(devices), torch.set_grad_enabled(case.trains):
-        try:
-            found = [x for x in kernel(q, k, v, mask, how) if x is not None]
-            if case.trains:
-                found += torch.autograd.grad(sum(x.float().sum() for x in found), (q, k, v))
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the kernel
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise Unsupported(f"{type(kernel).__name__} does not run on {case.device}: {reason}") from None
-        if not case.dropout:
-            _compare(kernel, found[0].detach(), FALLBACK(q, k, v, mask, how._replace(lse=False)).out.detach())
+    return (q, k, v, mask), How(case.key_dim**-0.5, 0.1 if case.dropout else 0.0, case.lse)
 
 
-def _compare(kernel: Kernel, found: Tensor, expected: Tensor) -> None:
-    error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
-    if not error <= TRIAL_ERROR.get(found.dtype, 0.05):
-        raise Unsupported(f"{type(kernel).__name__} computes something else, by {error:.1g} of the largest number")
+def _computed(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How) -> dict[str, Tensor]:
+    """What a kernel computes, by name: the output, the log-sum-exp if wanted, and where gradients are needed those of
+    both together."""
+    attended = kernel(q, k, v, mask, how)
+    results = {"outputs": attended.out, "log-sum-exps": attended.lse} if how.lse else {"outputs": attended.out}
+    if not torch.is_grad_enabled():
+        return results
+    # weighted, and differently: the sum of all would hide a gradient that is another query's or column's
+    loss = sum((x.float() * torch.arange(x.numel(), device=x.device).cos().view_as(x)).sum() for x in results.values())
+    names = ("gradients of queries", "gradients of keys", "gradients of values")
+    return results | dict(zip(names, torch.autograd.grad(loss, (q, k, v), materialize_grads=True), strict=True))
+
+
+def _compare(kernel: Kernel, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raise Unsupported where a result differs by more than rounding."""
+    bound = TRIAL_ERROR.get(expected["outputs"].dtype, 0.05)
+    for name, exact in expected.items():
+        exact = exact.detach().float()
+        error = float((found[name].detach().float() - exact).abs().max() / exact.abs().max())
+        if not error <= bound:
+            raise Unsupported(f"{type(kernel).__name__} computes other {name}, by {error:.1g} of the largest number")

@@ -4,7 +4,9 @@ import pytest
 
 from common import conf_files
 from common.conf_files import choices, groups
+from common.errors import UserError
 from common.suggestions import ALIASES, known_settings, no_such_setting
+from training.run.config import compose
 
 ALL = {f"{group}.{key}" for group in groups() for name in choices(group) for key in conf_files.keys(group, name)}
 GUESSES = {
@@ -47,6 +49,27 @@ def test_no_such_setting_of_a_part_names_the_part():
     line = no_such_setting("attention.window", stack)
     assert "it belongs to attention=gqa or mha or mla or mqa" in line
     assert line.endswith("so set it in a part, as attention.parts.local.window=")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        (
+            "optim.groups={a: 1}",
+            "optim.groups is a list: .*, as 'optim.groups=\\[{match: \"layers.*\", lr: 0.001}\\]'$",
+        ),
+        ("optim.groups.0.lr=1", "optim.groups is a list"),
+        ("optim.groups.match=norm.weight", "optim.groups is a list"),
+        ("attention.pattern={a: 1}", r"list: give it as a whole, as 'attention.pattern=\[local, global\]'$"),
+        ("attention.pattern.2=local", "attention.pattern is a list"),
+        ("attention.parts=[1]", "attention.parts=.*: give a dict, as 'attention.parts={name: value}'$"),
+    ],
+)
+def test_value_that_does_not_fit_a_list_or_a_dict_is_refused_with_an_example(override, line):
+    """Hydra itself says that it cannot merge it, or raises what it did not mean to."""
+    with pytest.raises(UserError, match=line) as refused:
+        compose("attention=stack", "attention.pattern.0=global", override)
+    assert str(refused.value).startswith(f"{override}: ")
 
 
 def test_no_such_setting_looks_at_the_overrides():

@@ -10,7 +10,7 @@ import torch
 from common.errors import Unsupported
 from model.kernels import auto, base, online, sdpa
 from model.kernels.auto import MAX_MATMUL_KEYS, Auto
-from model.kernels.base import Case, How, Kernel
+from model.kernels.base import Attended, Case, How, Kernel
 from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
@@ -246,26 +246,72 @@ def test_auto_tries_a_kernel_once_and_leaves_the_generator_as_it_was(monkeypatch
     auto.tried.cache_clear()
 
 
-@pytest.mark.parametrize("fault", ["wrong", "broken"])
-def test_auto_that_finds_a_kernel_at_fault_takes_the_naive_one_with_a_warning(monkeypatch, caplog, fault):
-    class Faulty(SDPA):
-        def __call__(self, q, k, v, mask, how):
-            if fault == "broken":
-                raise RuntimeError("an illegal memory access\nwas encountered")
-            return super().__call__(q, k, v, mask, how._replace(scale=2 * how.scale))
+class Faulty(SDPA):
+    """A kernel with a fault."""
 
-    monkeypatch.setattr(auto, "SDPA_DEFAULT", Faulty())
+    fault: str
+
+    def __call__(self, q, k, v, mask, how):
+        if self.fault == "does not run":
+            raise RuntimeError("an illegal memory access\nwas encountered")
+        if self.fault == "computes other outputs":
+            return super().__call__(q, k, v, mask, how._replace(scale=2 * how.scale))
+        q, k, v = (self._astray(x, name) for x, name in zip((q, k, v), ("queries", "keys", "values"), strict=True))
+        out, lse = super().__call__(q, k, v, mask, how)
+        if lse is not None and self.fault == "computes other log-sum-exps":
+            lse = lse + 1
+        if lse is not None and self.fault == "ignores the gradient of log-sum-exps":
+            lse = lse.detach()
+        return Attended(out, lse)
+
+    def _astray(self, x, name):
+        """x, with a gradient that is not its own."""
+        if self.fault == f"computes other gradients of {name}":
+            return 0.9 * x + 0.1 * x.detach()
+        return x.detach() if self.fault == f"ignores gradients of {name}" else x
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("does not run", "does not run on cpu: an illegal memory access was encountered"),
+        ("computes other outputs", "computes other outputs, by"),
+        ("computes other gradients of queries", "computes other gradients of queries, by 0.1 of"),
+        ("computes other gradients of keys", "computes other gradients of keys, by 0.1 of"),
+        ("computes other gradients of values", "computes other gradients of values, by 0.1 of"),
+        ("ignores gradients of keys", "computes other gradients of keys, by 1 of"),
+        ("computes other log-sum-exps", "computes other log-sum-exps, by"),
+        ("ignores the gradient of log-sum-exps", "computes other gradients of queries, by"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_auto_that_finds_a_kernel_at_fault_takes_the_naive_one_with_a_warning(
+    monkeypatch, caplog, fault, reason, dtype
+):
+    monkeypatch.setattr(auto, "SDPA_DEFAULT", Faulty(fault=fault))
     auto.tried.cache_clear()
     base.forget_logged()
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    given = inputs(16, 16, 4, 2, 8, 8, dtype=dtype)
+    mask, how = Mask(positions(0, 16), positions(0, 16), contiguous=True), How(0.4, lse="log-sum" in fault)
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(2):
-            assert torch.equal(attend(Auto(), *given, mask, 0.4), attend(Naive(), *given, mask, 0.4))
+            assert torch.equal(Auto()(*given, mask, how).out, Naive()(*given, mask, how).out)
     auto.tried.cache_clear()
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 1 and len(warnings[0].splitlines()) == 1
-    assert warnings[0].startswith("kernel auto takes the slow naive kernel: Faulty")
+    assert warnings[0].startswith(f"kernel auto takes the slow naive kernel: Faulty {reason}")
     assert not [message for message in caplog.messages if message.startswith("kernel sdpa")]
+
+
+def test_auto_whose_kernel_has_wrong_gradients_takes_it_where_there_are_none(monkeypatch, caplog):
+    monkeypatch.setattr(auto, "SDPA_DEFAULT", Faulty(fault="computes other gradients of keys"))
+    auto.tried.cache_clear()
+    base.forget_logged()
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    with torch.no_grad(), caplog.at_level("INFO", logger="headroom"):
+        attend(Auto(), *given, mask, 0.4)
+    auto.tried.cache_clear()
+    assert [message.split(":")[0] for message in caplog.messages] == ["kernel sdpa (flash)"]
 
 
 def test_online_with_distant_scores_equals_naive():

@@ -169,6 +169,58 @@ class Largest(TorchDispatchMode):
         return result
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return operator(*args, **(kwargs or {}))
+
+
+def frozen_case(frozen: str, dtype: torch.dtype):
+    """A case of which the hidden states, the head or both have no gradient; and the loss and gradients there are."""
+    hidden, lm_head, targets = a_case(dtype, softcap=5.0)
+    mean = loss.chunked_mean(hidden, lm_head, targets)
+    gradients = torch.autograd.grad(mean, (hidden, lm_head.weight))
+    hidden, weight = hidden.detach(), lm_head.weight.detach()
+    trained = {"head": [hidden], "hidden": [weight], "both": []}[frozen]
+    expected = {"head": gradients[:1], "hidden": gradients[1:], "both": ()}[frozen]
+    for tensor in trained:
+        tensor.requires_grad_()
+    return (hidden, lm_head._replace(weight=weight), targets), mean, trained, expected
+
+
+every_frozen = pytest.mark.parametrize("frozen", ["head", "hidden", "both"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_frozen
+def test_chunked_mean_computes_no_gradient_of_what_is_frozen(monkeypatch, dtype, frozen):
+    """The other one is equal, bit for bit, and took as many matrix products as there are chunks."""
+    cut_small(monkeypatch)
+    given, expected, trained, gradients = frozen_case(frozen, dtype)
+    with Products() as products:
+        found = loss.chunked_mean(*given)
+    assert torch.equal(found, expected) and found.requires_grad == bool(trained)
+    assert products.count == -(-given[2].numel() // loss.MAX_TOKENS) * (1 + len(trained))
+    if trained:
+        found.backward()
+    assert all(torch.equal(tensor.grad, exact) for tensor, exact in zip(trained, gradients, strict=True))
+    assert {given[0].grad is None, given[1].weight.grad is None} == ({True, False} if trained else {True})
+
+
+@every_frozen
+def test_chunked_mean_of_what_is_frozen_compiles_as_one_graph(monkeypatch, frozen):
+    cut_small(monkeypatch)
+    given, expected, trained, gradients = frozen_case(frozen, torch.bfloat16)
+    found = torch.compile(loss.chunked_mean, backend="aot_eager", dynamic=False, fullgraph=True)(*given)
+    assert relative_error(found, expected) <= 1e-6 and found.requires_grad == bool(trained)
+    if trained:
+        assert relative_error(torch.autograd.grad(found, trained)[0], gradients[0]) <= 0.01
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_mean_loss_never_holds_the_logits_of_a_batch(monkeypatch, precision):
     """In float32, no more than a tile where the weights are bfloat16; a chunk where they are float32."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common.errors import UserError
 from model.layout import Role, linear
 from model.linear import Linear
 from model.transformer import TransformerLM
@@ -111,6 +112,24 @@ def test_hooks_of_a_skipped_step_move_nothing(averaging):
     with torch.no_grad():
         state.model.norm.weight.fill_(float("nan"))
     assert train_step(state, batches(4, 2), 1.0).skipped
+    assert not state.model.average.any()
+
+
+def test_hook_that_no_layer_reports_to_is_refused_before_anything_moves(averaging, workplace, monkeypatch, capsys):
+    monkeypatch.setattr(ScoreAverage, "collects", "expert_load")
+    state = TrainState.create(composed_run(*SMOKE, "precision=fp32"), 100, CPU)
+    before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    with pytest.raises(UserError, match=r"ScoreAverage acts .* expert_load, which no layer returns: return it"):
+        train_step(state, batches(4, 2), 1.0)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.model.state_dict().items())
+    assert state.step == 0 and all(p.grad is None for p in state.model.parameters())
+    assert call("train", [*SMOKE, "steps=2", "run_dir=run"], monkeypatch) == 2
+    assert "expert_load, which no layer returns" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_update_alone_which_a_dry_run_times_calls_no_hook(averaging):
+    state = TrainState.create(composed_run(*SMOKE, "precision=fp32"), 100, CPU)
+    train_step(state, [], 1.0)
     assert not state.model.average.any()
 
 

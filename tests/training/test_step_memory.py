@@ -147,6 +147,15 @@ def check_memory(*options: str, vocab: int = VOCAB, tolerance: float = 0.01) -> 
     return predicted.peak
 
 
+@pytest.mark.parametrize("name", ["Adagrad", "Adam"])
+def test_memory_counts_the_state_of_an_optimizer_once(name):
+    """Adagrad's is there before the first step."""
+    found = memory(composed_run(*SMOKE, "precision=fp32", "optim=torch", f"optim.name={name}"), VOCAB, CPU)
+    stateless = memory(composed_run(*SMOKE, "precision=fp32", "optim=torch", "optim.name=SGD"), VOCAB, CPU)
+    assert found.optimizer >= (2 if name == "Adam" else 1) * found.weights and stateless.optimizer == 0
+    assert found == stateless._replace(optimizer=found.optimizer, peak=stateless.peak + found.optimizer)
+
+
 def test_state_bytes_of_adamw_equal_what_it_keeps():
     run = composed_run(*SMOKE)
     model = initialised(run.model, VOCAB)

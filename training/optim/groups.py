@@ -1,5 +1,6 @@
 """Groups of parameters, by patterns of their names, with a learning rate or weight decay of their own, or frozen."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -8,8 +9,10 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from common.invocation import quoted
+from common.overrides import as_text
 from common.settings import FrozenSettings
-from common.suggestions import MAX_SUGGESTED, hint, nearest
+from common.suggestions import hint, nearest
 from model.layout import ParamLayout
 from model.transformer import TransformerLM
 
@@ -55,9 +58,11 @@ def check_groups(groups: Sequence[GroupConfig], names: Sequence[str]) -> None:
     """Raise ValueError where a group has no parameters, or all are frozen."""
     chosen = [group_of(name, groups) for name in names]
     for i, group in enumerate(groups):
-        where = f"optim.groups.{i}.match={group.match}"
+        where = f"optim.groups: {_spelled(group)}"
         if not any(map(group.matches, names)):
-            raise ValueError(f"{where} matches no parameter; {hint(*_near(group.match, names)) or _examples(names)}")
+            near = (group.model_copy(update={"match": match}) for match in _near(group.match, names))
+            meant = (_typed([*groups[:i], one, *groups[i + 1 :]]) for one in near)
+            raise ValueError(f"{where} matches no parameter; {hint(*meant) or _examples(names)}")
         if not any(one is group for one in chosen):
             raise ValueError(f"{where} matches only what groups before it match, and the first counts: put it ahead")
     if all(group is not None and not group.train for group in chosen):
@@ -99,14 +104,23 @@ def _given(**options: float | None) -> dict[str, float]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def _typed(groups: Iterable[GroupConfig]) -> str:
+    """Groups as they are typed on a command line."""
+    return quoted(f"optim.groups=[{', '.join(map(_spelled, groups))}]")
+
+
+def _spelled(group: GroupConfig) -> str:
+    given = group.model_dump(exclude_defaults=True, exclude={"match"})
+    rest = "".join(f", {name}: {json.dumps(value)}" for name, value in given.items())
+    return f"{{match: {as_text(group.match, literal=True)}{rest}}}"
+
+
 def _near(pattern: str, names: Iterable[str]) -> list[str]:
-    """The patterns that it is most likely a slip of: names of parameters and of modules, of all layers."""
+    """The pattern that it is most likely a slip of, if any: of names of parameters and of modules, of all layers."""
     ends = [re.sub(r"\.\d+\.", ".*.", name).split(".") for name in names]
     starts = {".".join([*parts[:i], "*"]) for parts in ends for i in range(1, len(parts))}
     known = [".".join(parts) for parts in ends] + sorted(starts)
-    return get_close_matches(
-        re.sub(r"\.\d+\.", ".*.", pattern), list(dict.fromkeys(known)), n=MAX_SUGGESTED, cutoff=0.7
-    )
+    return get_close_matches(re.sub(r"\.\d+\.", ".*.", pattern), list(dict.fromkeys(known)), n=1, cutoff=0.7)
 
 
 def _examples(names: Sequence[str]) -> str:

@@ -47,6 +47,11 @@ class QKClip:
     @torch.no_grad()
     def __call__(self, max_logits: Tensor, skipped: Tensor) -> Clipped:
         """max_logits (layers, heads): the largest attention logits of the step. A skipped step clips nothing."""
+        if len(max_logits) != len(self.keys):
+            raise UserError(
+                f"optim.qk_clip={self.threshold} goes by the {self.collects} of every layer, and {len(max_logits)} of "
+                f"{len(self.keys)} return it: return it from their attention too, or leave optim.qk_clip unset"
+            )
         beyond = (max_logits > self.threshold) & ~skipped
         gamma = torch.where(beyond, self.threshold / max_logits, 1.0)
         shared = [of_layer.unflatten(0, (keys, -1)).amin(1) for of_layer, keys in zip(gamma, self.keys, strict=True)]

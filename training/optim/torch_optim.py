@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import nn
 
-from common.suggestions import hint, nearest
+from common.suggestions import aliased, hint, nearest
 from model.layout import ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer, without_compiler_marks
@@ -39,9 +39,10 @@ class TorchOptimConfig(OptimConfig):
     @classmethod
     def _check_name(cls, name: str) -> str:
         if name not in available():
+            near = {one.lower(): one for one in available()}.get(name.lower()) or nearest(name, available())
             raise ValueError(
                 f"optim.name={name}: torch {torch.__version__} has no such optimizer, or none that can train a whole "
-                f"model: choose one of {', '.join(available())}"
+                f"model: {hint(near) or 'choose one of ' + ', '.join(available())}"
             )
         return name
 
@@ -140,10 +141,15 @@ def _checked(optimizer: str, key: str, value: Any) -> Any:
     parameters = inspect.signature(available()[optimizer]).parameters
     known = {name: one.default for name, one in parameters.items() if name not in NO_SETTINGS}
     given = f"optim.settings.{key}={json.dumps(value, default=str)}"
-    if key not in known:
-        listed = f"it has {', '.join(known) or 'none'}"
-        raise ValueError(f"{given}: {optimizer} has no such setting; {hint(nearest(key, known)) or listed}")
-    return _typed(given, value, known[key])
+    if key in known:
+        return _typed(given, value, known[key])
+    beside = [one for one in (f"optim.{key}", *aliased(key)) if one in ("optim.lr", "optim.weight_decay")]
+    if beside:
+        raise ValueError(f"{given}: that is a setting beside these: write {beside[0]}={json.dumps(value, default=str)}")
+    if key in NO_SETTINGS:
+        raise ValueError(f"{given}: that is training's own to set: leave it out")
+    listed = f"it has {', '.join(known) or 'none'}"
+    raise ValueError(f"{given}: {optimizer} has no such setting; {hint(nearest(key, known)) or listed}")
 
 
 def _typed(given: str, value: Any, default: Any) -> Any:

@@ -87,6 +87,8 @@ def _complaint(where: str, error: Mapping[str, Any], field_limits: Mapping[str, 
     two; the error tells only the one that was passed."""
     kind, limits, given = error["type"], error.get("ctx", {}), f"{where}={spelled(error['input'])}"
     if kind == "missing":
+        if any(isinstance(step, int) for step in error["loc"]):  # within a list, which is given as a whole
+            return f"{where} is not set: give that entry its {error['loc'][-1]}, as {{{error['loc'][-1]}: ...}}"
         return f"{where} is not set: give {where}=..."
     if kind in ("string_too_short", "too_short"):
         return f"{given} is empty: give it a value"

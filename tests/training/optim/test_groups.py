@@ -142,18 +142,26 @@ def test_run_with_groups_resumed_is_bit_exact(workplace, monkeypatch, choice):
     [
         (
             "[{match: 'layers.*.mpl.*', lr: 0.1}]",
-            r"groups.0.match=layers.\*.mpl.\* matches no .* mean layers.\*.mlp.\*",
+            r"""mpl.* matches no .* did you mean 'optim.groups=\[{match: "layers.\*.mlp.\*", lr: 0.1}\]'\?$""",
         ),
-        ("[{match: norm.wieght, lr: 0.1}]", "did you mean norm.weight"),
+        (
+            "[{match: 'layers.*', lr: 0.1}, {match: norm.wieght, train: false}]",
+            r"""mean 'optim.groups=\[{match: "layers.\*", lr: 0.1}, {match: "norm.weight", train: false}\]'""",
+        ),
         ("[{match: zzz, lr: 0.1}]", "matches no parameter; names are embedding.weight, .*, norm.weight and the like"),
-        ("[{match: '*', lr: 0.1}, {match: 'layers.*', lr: 0.2}]", "groups.1.match=.* only what groups before it match"),
+        (
+            "[{match: '*', lr: 0.1}, {match: 'layers.*', lr: 0.2}]",
+            "{match: .*, lr: 0.2} matches only what groups before it match",
+        ),
         ("[{match: '*', train: false}]", "optim.groups freeze all parameters"),
         ("[{match: '*', train: false, lr: 0.1}]", r"match=\* with train=false has no use for lr=0.1"),
         ("[{mach: '*', lr: 0.1}]", r"mach=\*: no such key of a group; did you mean match"),
-        ("[{lr: 0.1}]", "optim.groups.0.match is not set"),
+        ("[{lr: 0.1}]", "optim.groups.0.match is not set: give that entry its match, as {match: ...}"),
         ("[{match: '*', lr: -1}]", "optim.groups.0.lr=-1: give more than 0"),
         ("3", "optim.groups=3: give a list"),
         ("[3]", "optim.groups.0=3: give a dict"),
+        ("{match: '*', lr: 0.1}", r"optim.groups is a list: give it as a whole, as 'optim.groups=\[{match: .*, lr: "),
+        ("{}", "optim.groups is a list"),
     ],
     ids=str,
 )

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 
+from common.errors import UserError
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
 from tests.support import SMOKE, batches, call, configured, relative_error, small_model, some_tokens, training_state
@@ -74,6 +75,12 @@ def test_qk_clip_leaves_values_and_heads_below_the_threshold_alone():
     assert len(values) == 2
     for name, layout in values:
         assert torch.equal(layout.views(mine[name])["v"], layout.views(its[name])["v"])
+
+
+def test_qk_clip_that_some_layers_do_not_report_to_is_refused():
+    model = small_model("attention=mla", "attention.qk_norm=latent")
+    with pytest.raises(UserError, match=r"max_logit of every layer, and 1 of 2 return it.*leave optim.qk_clip unset"):
+        QKClip(model, 1.0)(max_logits(model)[:1], GOOD)
 
 
 def test_train_step_clips_by_the_largest_scores_of_its_micro_batches():
