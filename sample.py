@@ -65,6 +65,7 @@ def load(args: argparse.Namespace) -> LoadedRun:
 
     from common import process
     from common.console import to_stderr
+    from model.decode_layout import lay_out_for_decoding
     from runtime.device import choose_device
     from runtime.precision import MixedPrecision, choose_precision
     from training.run.folder import newest
@@ -79,6 +80,7 @@ def load(args: argparse.Namespace) -> LoadedRun:
     kernel = load_choice("kernel", args.kernel)
     model, tokenizer = load_run(folder, device, args.checkpoint, kernel=kernel, execution=args.execution)
     model = MixedPrecision(model, choose_precision(precision, device)).model
+    lay_out_for_decoding(model)
     if not args.stats:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
     return LoadedRun(folder, model, tokenizer, compiled_step(args, model.config.context_length))

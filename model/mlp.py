@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from common.settings import FrozenSettings
 from model.dimensions import MAX_SIZE, Dimensions
 from model.layout import Names, ParamLayout, Role, linear
-from model.linear import Linear
+from model.linear import Linear, apply_each
 
 
 class MLPConfig(FrozenSettings, ABC):
@@ -74,7 +74,11 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(d_ff, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = apply_each(x, *self.of_one_input())
+        return self.down_proj(F.silu(gate) * up)
+
+    def of_one_input(self) -> tuple[Linear, ...]:
+        return self.gate_proj, self.up_proj
 
     def layout(self) -> dict[str, ParamLayout]:
         return {

@@ -8,6 +8,8 @@ An attention of one's own is a config class and a module, and a file in conf/att
    `config.core(...)`. Its `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position
    bias, attends, drops weights and collects statistics; the base class multiplies by `o_proj`.
 3. `make_cache` names the columns that a token caches, and `layout` describes each parameter (model/layout.py).
+   A method `of_one_input`, if there is one, names the layers that are applied to x: decoding joins their matrices, and
+   `heads` applies them by model.linear.apply_each.
 4. conf/attention/<name>.yaml has the defaults of its settings, and `_target_`, which names the config class.
 
 The laws (tests/model/attention) then apply to it unasked.

@@ -21,7 +21,7 @@ from model.context import Context
 from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
-from model.linear import Linear
+from model.linear import Linear, apply_each
 from model.norm import RMSNorm
 
 
@@ -105,8 +105,11 @@ class GQA(Attention):
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = Linear(n_heads * config.head_dim, d_model, dimensions.bias)
 
+    def of_one_input(self) -> tuple[Linear, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
     def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in apply_each(x, *self.of_one_input()))
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         return self.core(q, {"k": k, "v": v}, ctx, cache)

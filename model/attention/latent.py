@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.attention.base import AttentionConfig
 from model.context import Context
 from model.dimensions import Dimensions
-from model.linear import Linear
+from model.linear import Linear, apply_each
 from model.norm import RMSNorm
 from model.rope import Rope
 
@@ -53,9 +53,10 @@ class LatentProjections(nn.Module):
 
     def project(self, x: Tensor, ctx: Context) -> Projected:
         """x (B, T, d_model) -> queries and rows of its tokens."""
-        q_latent, q = self._queries(x)
+        q, down = apply_each(x, *self.of_one_input())
+        q_latent, q = self._queries(q)
         q_nope, q_rope = self.q_norm(q.unflatten(-1, (self.n_heads, -1))).split([self.nope_dim, self.rope_dim], -1)
-        down = self.kv_down(x).unsqueeze(2)
+        down = down.unsqueeze(2)
         latent, k_rope = self.kv_norm(down[..., : self.rank]), down[..., self.rank :]
         if self.k_rope_proj is not None:
             k_rope = self.k_rope_proj(latent)
@@ -63,10 +64,14 @@ class LatentProjections(nn.Module):
         row = torch.cat((latent, ctx.rotated(self.k_rope_norm(k_rope), self.rope)), dim=-1)
         return Projected(q_latent, self.q_nope_norm(q_nope), q_rope, row)
 
-    def _queries(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        if not isinstance(self.q_proj, nn.Sequential):
-            return None, self.q_proj(x)
-        q_latent = self.q_proj.norm(self.q_proj.down(x))
+    def of_one_input(self) -> tuple[Linear, ...]:
+        return self.q_proj if isinstance(self.q_proj, Linear) else self.q_proj.down, self.kv_down
+
+    def _queries(self, projected: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The query latent, if there is one, and the queries, of what the first query matrix gives."""
+        if isinstance(self.q_proj, Linear):
+            return None, projected
+        q_latent = self.q_proj.norm(projected)
         return q_latent, self.q_proj.up(q_latent)
 
 
