@@ -36,6 +36,8 @@ NEEDS = {
     ("experiment", "shakespeare_char"): ("data.path='*.txt'",),
 }
 SMOKE = ["experiment=smoke", "tune_malloc=false"]
+# A run of four steps, over few enough documents that scoring all of the validation text takes no longer than these.
+TINY = [*SMOKE, "data.size=40", "steps=4", "batch_tokens=256", "eval_every=2", "eval_tokens=256", "save_every=2"]
 SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
 # Every attention as it comes, and the choices within one that change its arithmetic.
 CASES = [
@@ -178,10 +180,11 @@ def assert_one_line(error: UserError | Unsupported) -> None:
 
 def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = False) -> int:
     """Runs train.py or sample.py in this process -> its exit code. drawn: with loss.png, which takes as long as ten
-    steps."""
+    steps. The text that training ends with is short."""
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
+        patch.setattr("generation.preview.MAX_NEW_TOKENS", 12)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)
         try:
