@@ -37,17 +37,6 @@ if TYPE_CHECKING:
 
 def main() -> None:
     request = {}
-
-    def composed(cfg: Any) -> None:
-        """cfg: what Hydra composed for one run, which begins when Hydra is done."""
-        from hydra.core.hydra_config import HydraConfig
-
-        hydra_config = HydraConfig.get()
-        with one_line_errors():
-            request["tree"] = plain_tree(cfg)
-        request["typed"] = hydra_config.overrides.task
-        request["choices"] = dict(hydra_config.runtime.choices)
-
     with one_line_errors(), one_line_hydra_errors(sys.argv[1:]):  # here, for the overrides themselves
         if "--version" in sys.argv[1:]:
             return print_line(version_line())
@@ -63,16 +52,18 @@ def main() -> None:
         if any(word.startswith("-") for word in words):
             os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
             sys.argv[1:] = words
-            hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(composed)()
+            main_of_hydra = hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
+            main_of_hydra(lambda cfg: request.update(request_of(cfg)))()
         else:
-            composed(composed_once(words))
+            request = composed(words)
     if request:  # none where Hydra only shows something, as with --help
         with one_line_errors():
             train(**request)
 
 
-def composed_once(words: list[str]) -> Any:
-    """What Hydra composes for a run. hydra.main, which reads flags too, would do it twice, a sixth of a second each."""
+def composed(words: list[str]) -> dict[str, Any]:
+    """What `train` takes, of overrides without flags. hydra.main, which reads these, would compose twice, a sixth of a
+    second each."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
@@ -82,7 +73,17 @@ def composed_once(words: list[str]) -> Any:
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    return cfg
+    return request_of(cfg)
+
+
+def request_of(cfg: Any) -> dict[str, Any]:
+    """What `train` takes, of what Hydra composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_config = HydraConfig.get()
+    with one_line_errors():
+        tree = plain_tree(cfg)
+    return {"tree": tree, "typed": list(hydra_config.overrides.task), "choices": dict(hydra_config.runtime.choices)}
 
 
 def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+import train
 from common.conf_files import choices
 from common.errors import Unsupported, UserError
 from data.batches import Batch
@@ -85,6 +86,12 @@ CASES = [
 
 _tree = functools.lru_cache(maxsize=1000)(compose_tree)  # a twentieth of a second, and most tests want one of a few
 _run = functools.lru_cache(maxsize=1000)(compose)
+_composed = train.composed
+
+
+@functools.lru_cache(maxsize=1000)
+def _request(*words: str) -> dict[str, Any]:
+    return _composed(list(words))
 
 
 def composed_tree(*overrides: str) -> dict[str, Any]:
@@ -184,6 +191,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
+        patch.setattr("train.composed", lambda words: copy.deepcopy(_request(*words)))
         patch.setattr("generation.preview.MAX_NEW_TOKENS", 12)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)

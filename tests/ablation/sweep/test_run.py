@@ -23,7 +23,6 @@ from training.run.checkpoint import PICTURE
 from training.run.config import compose
 
 
-
 @pytest.fixture
 def launcher(workplace, monkeypatch):
     """Runs the cells in this process, which saves seconds for each; the overrides of each are kept."""
