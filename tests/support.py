@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
@@ -22,7 +23,7 @@ from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from training.run.composer import choice, compose_tree, merged
-from training.run.config import Run, compose
+from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.state import TrainState
 
@@ -83,9 +84,37 @@ CASES = [
     ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=4", "attention.k_rope_from=latent"),
 ]
 
+# Those for which no other stands: in what is cached, where a token stands, what it sees and how keys are normed.
+DISTINCT = [
+    *((f"attention={name}",) for name in ATTENTIONS),
+    ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.window=6"),
+    ("attention=mqa", "attention.window=4", "attention.global_tokens=2"),
+    ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2"),
+    ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=mha", "position=learned", "model.norm=layer"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
+    ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=4", "attention.k_rope_from=latent"),
+]
+assert all(case in CASES for case in DISTINCT)
+
+
+def seldom(cases: Sequence[tuple[str, ...]] = CASES) -> list[Any]:
+    """The cases as parameters of a test that takes long with each: those for which others stand are slow."""
+    slow = {case: () if case in DISTINCT else pytest.mark.slow for case in cases}
+    return [pytest.param(case, marks=marks, id=" ".join(case)) for case, marks in slow.items()]
+
 
 _tree = functools.lru_cache(maxsize=1000)(compose_tree)  # a twentieth of a second, and most tests want one of a few
-_run = functools.lru_cache(maxsize=1000)(compose)
+
+
+@functools.lru_cache(maxsize=1000)
+def _run(*overrides: str) -> Run:
+    tree = composed_tree(*overrides)
+    pop_command_settings(tree)
+    return Run.from_tree(tree)
+
+
 _composed = train.composed
 
 
