@@ -52,10 +52,11 @@ def gradients(model: TransformerLM, precision: str, checkpointed: bool, document
     return reported, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
-@pytest.mark.parametrize("document_start", [None, 7], ids=["", "documents"])
+@pytest.mark.parametrize(  # any two of these meet
+    ("precision", "dropout", "document_start"),
+    [("fp32", False, None), ("fp32", True, 7), ("bf16", True, None), ("bf16", False, 7)],
+)
 def test_checkpointing_changes_no_bit(attention, precision, dropout, document_start):
     options = () if not dropout else DROPOUT[:1] if attention == "stack" else DROPOUT  # whose parts have their own
     model = small_model(f"attention={attention}", *options, kernel=Auto())
@@ -135,8 +136,11 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", PATHS, ids=" ".join)
+@pytest.mark.parametrize(
+    ("options", "precision"),
+    [(options, "fp32") for options in PATHS] + [(PATHS[2], "bf16"), (PATHS[4], "bf16")],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
+)
 def test_memory_grows_as_the_text_does(options, precision):
     """On the default kernel, beyond the lengths up to which it keeps what grows as their square."""
     assert growth(options, precision, (2048, 4096)) <= 1.05

@@ -235,17 +235,31 @@ def test_train_minutes_of_one_run_are_steps(workplace, monkeypatch, capsys):
         assert complaint in capsys.readouterr().err
 
 
-def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeypatch):
+# As `quick` does, in a process of its own.
+QUICK = f"""
+import runpy, sys
+import ablation.sweep.plan
+from ablation.sweep.pace import Pace
+
+ablation.sweep.plan.paces_of = lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000))
+sys.argv[0] = "train.py"
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("killed_with_its_run", [[True], pytest.param([False, True], marks=pytest.mark.slow)])
+def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeypatch, killed_with_its_run):
     """Real processes: Ctrl-C reaches the cell, which saves; so does a cell whose sweep is killed by SIGKILL."""
-    typed = ["experiment=smoke", "steps=100", "eval_every=0", "save_every=1000", "seed=1,2", "sweep=killed"]
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *typed]
+    typed = ["experiment=smoke", "steps=60", "eval_every=0", "save_every=1000", "seed=1,2", "sweep=killed"]
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     first = workplace / "sweeps/killed/seed=1"
 
     def begun(steps: int) -> subprocess.Popen:
+        command = [sys.executable, "-c", QUICK, "-m", *typed]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         end = time.monotonic() + 120
         while time.monotonic() < end and len(read_metrics(first / "metrics.jsonl")) < steps:
-            time.sleep(0.01)
+            time.sleep(0.05)
         return process
 
     process = begun(steps=3)
@@ -253,17 +267,18 @@ def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeyp
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "the sweep stopped (SIGINT); continue it with: " in err and "saved" in err
-    for both in (False, True):  # the sweep alone, and with its run, which saves nothing then
+    for both in killed_with_its_run:  # the sweep alone, and with its run, which saves nothing then
         process = begun(steps=len(read_metrics(first / "metrics.jsonl")) + 3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert len(read_metrics(first / "metrics.jsonl")) < 100  # there is something left to lose
+        assert len(read_metrics(first / "metrics.jsonl")) < 60  # there is something left to lose
         process.kill()
         for child in children if both else ():
             os.kill(int(child), signal.SIGKILL)
         process.communicate(timeout=120)
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *typed]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     assert call("train", [*typed[:-2], "seed=1", "run_dir=whole"], monkeypatch) == 0
     assert curves(workplace / "sweeps/killed")["seed=1"] == curves(workplace)["whole"]
-    assert len(curves(workplace / "sweeps/killed")["seed=2"]) == 100  # which nothing disturbed
+    assert len(curves(workplace / "sweeps/killed")["seed=2"]) == 60  # which nothing disturbed
     assert json.loads((workplace / "sweeps/killed/outcomes.json").read_text()) == {}
     assert os.path.isfile(first / PICTURE)
