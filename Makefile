@@ -1,10 +1,10 @@
-# make install | train | test | lint | clean.   make train ARGS='attention=mla steps=100'
+# make install | train | test | test-all | lint | clean.   make train ARGS='attention=mla steps=100'
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install train test lint clean
+.PHONY: install train test test-all lint clean
 
 install: $(READY)
 
@@ -18,6 +18,9 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n auto -m 'not slow and not long' $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n auto -m 'not long' $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

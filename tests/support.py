@@ -13,7 +13,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 
 import train
-from common.conf_files import choices
+from common.conf_files import choices, content
 from common.errors import Unsupported, UserError
 from data.batches import Batch
 from model.attention.base import AttentionConfig
@@ -141,16 +141,22 @@ def configured(cls: type, **given: Any) -> Any:
 
 @functools.cache
 def _defaults(cls: type) -> dict[str, Any]:
-    offers = [(name, choice(group, name)) for group in MODEL_PARTS | RUN_PARTS for name in choices(group)]
     for base in cls.__mro__:
         target = f"{base.__module__}.{base.__name__}"
-        found = {name: offer for name, offer in offers if offer["_target_"] == target}
+        found = [(group, name) for group, name, one in _targets() if one == target]
         if found:
-            named = [name for name in found if base.__name__.lower().startswith(name)]
-            offer = found[named[0] if named else next(iter(found))]
+            named = [(group, name) for group, name in found if base.__name__.lower().startswith(name)]
+            offer = choice(*(named or found)[0])
             masks = choice("mask", "sparse") if issubclass(cls, AttentionConfig) else {}
             return masks | {key: value for key, value in offer.items() if key != "_target_" and value != "???"}
     raise ValueError(f"{cls} is in no choice of conf/")
+
+
+@functools.cache
+def _targets() -> list[tuple[str, str, str]]:
+    """Each choice of a class: its group, its name, and the class. To compose them all would take seconds."""
+    offers = [(group, name) for group in MODEL_PARTS | RUN_PARTS for name in choices(group)]
+    return [(*one, content(*one)["_target_"]) for one in offers]
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:

@@ -97,7 +97,7 @@ def test_the_scores_for_clipping_are_said_once():
 
 
 def test_checkpointing_compiles_whole():
-    model, (batch,) = small_model("attention=mla", kernel=Auto()), batches(4, 4)
+    model, (batch,) = small_model("attention=mla", "model.n_layers=1", kernel=Auto()), batches(4, 4)
     expected = torch.autograd.grad(mean_loss(model, batch)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
     checkpoint_activations(model)
@@ -163,7 +163,7 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
     return math.log(peaks[1] / peaks[0], lengths[1] / lengths[0])
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("groups", [1, 2])
 def test_tile_recomputed_in_backward_is_bit_identical(monkeypatch, groups):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 600, heads, 8, generator=draw).requires_grad_() for heads in (4, groups, groups))

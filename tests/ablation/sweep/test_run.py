@@ -131,6 +131,7 @@ def test_sweep_of_format_1_whose_document_mask_was_the_corpuss_continues(launche
             read_sweep(path.parent)
 
 
+@pytest.mark.slow  # tests/test_floors.py says which files import it
 def test_sweep_does_without_scipy(workplace):
     code = "import sys, ablation.sweep.run; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
@@ -156,7 +157,7 @@ def test_sweep_minutes_are_the_same_steps_for_all_seeds_and_stay(launcher, monke
     seconds = {"attention=mha": 0.5, "attention=mqa": 0.25}
     paces = {variant: Pace(each, 1000) for variant, each in seconds.items()}
     monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: {name: paces[name] for name in variants})
-    typed = [*SMOKE, "data.size=300", "attention=mha,mqa", "minutes=0.05", "sweep=minutes"]
+    typed = [*SMOKE, "data.size=40", "eval_every=0", "attention=mha,mqa", "minutes=0.05", "sweep=minutes"]
     assert run_sweep([*typed, "seed=1,2"], launcher) == 0
     paces |= dict.fromkeys(paces, Pace(7.0, 1000))  # what is measured later changes nothing
     assert run_sweep([*typed, "seed=3"], launcher) == 0
