@@ -392,9 +392,7 @@ def test_logits_in_bfloat16_are_near_float32(case):
 def test_last_logits_after_swapped_tokens_change_unless_position_is_none(case):
     """Two tokens before the last one change places: the last one's logits notice, but with no positions at all, where a
     single layer cannot (further ones can, by what the causal mask showed to each)."""
-    model = small_model(
-        *case, "model.n_layers=1", *(["attention.pattern=[local]"] if "attention=stack" in case else [])
-    )
+    model = sharpened(initialised(small_config(*case).model_copy(update={"n_layers": 1}), 100))
     tokens = some_tokens(1, 3)
     moved = relative_error(logits_of(model, tokens[:, [1, 0, 2]])[:, -1], logits_of(model, tokens)[:, -1])
     assert (moved <= 1e-6) == ("position=none" in case)
