@@ -17,10 +17,10 @@ train: $(READY)
 	$(BIN)/python train.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto -m 'not slow and not long' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not long' $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto -m 'not long' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long' $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
