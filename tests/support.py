@@ -115,7 +115,7 @@ def _run(*overrides: str) -> Run:
     return Run.from_tree(tree)
 
 
-_composed = train.composed
+_composed = train.composed  # in whose place `call` puts the cached one
 
 
 @functools.lru_cache(maxsize=1000)
