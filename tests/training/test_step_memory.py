@@ -82,8 +82,7 @@ def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():
     check_memory("precision=fp32", "micro_batch_size=16", vocab=30_000, tolerance=0.05)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "false"), ("bf16", "true"), ("fp16", "false")])
 def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(precision, checkpointing):
     """The peak does: the first micro-batch meets no gradients, which come as its activations go."""
     options = [f"precision={precision}", f"activation_checkpointing={checkpointing}", "micro_batch_size=4"]
@@ -93,8 +92,7 @@ def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(pr
     assert one.peak < two.peak
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("precision", "micro_batches"), [("fp32", 1), ("bf16", 2)])
 def test_memory_with_activation_checkpointing_has_fewer_activations(precision, micro_batches):
     options = [
         "model.n_layers=4",
