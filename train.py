@@ -7,6 +7,7 @@ python train.py --help
 
 import logging
 import os
+import re
 import sys
 
 if __name__ == "__main__":
@@ -49,7 +50,7 @@ def main() -> None:
             sys.exit(run_sweep(sweep))
 
         words = hydra_arguments(sys.argv[1:])
-        if any(word.startswith("-") for word in words):
+        if any(re.match(r"-|[+~]*hydra\b", word) for word in words):
             os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
             sys.argv[1:] = words
             main_of_hydra = hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
@@ -62,8 +63,8 @@ def main() -> None:
 
 
 def composed(words: list[str]) -> dict[str, Any]:
-    """What `train` takes, of overrides without flags. hydra.main, which reads these, would compose twice, a sixth of a
-    second each."""
+    """What `train` takes, of overrides without flags and Hydra's own settings. hydra.main, which minds these, would
+    compose twice, a sixth of a second each."""
     from hydra import compose
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import open_dict
