@@ -1,10 +1,10 @@
-# make install | train | test | lint | clean.   make train ARGS='attention=mla steps=100'
+# make install | train | test | test-all | lint | clean.   make train ARGS='attention=mla steps=100'
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install train test lint clean
+.PHONY: install train test test-all lint clean
 
 install: $(READY)
 
@@ -17,7 +17,10 @@ train: $(READY)
 	$(BIN)/python train.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto -m 'not slow and not long' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not long' $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long' $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

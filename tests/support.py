@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-from common.conf_files import choices
+import train
+from common.conf_files import choices, content
 from common.errors import Unsupported, UserError
 from data.batches import Batch
 from model.attention.base import AttentionConfig
@@ -21,7 +23,7 @@ from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from training.run.composer import choice, compose_tree, merged
-from training.run.config import Run, compose
+from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.state import TrainState
 
@@ -36,6 +38,8 @@ NEEDS = {
     ("experiment", "shakespeare_char"): ("data.path='*.txt'",),
 }
 SMOKE = ["experiment=smoke", "tune_malloc=false"]
+# A run of four steps, over few enough documents that scoring all of the validation text takes no longer than these.
+TINY = [*SMOKE, "data.size=40", "steps=4", "batch_tokens=256", "eval_every=2", "eval_tokens=256", "save_every=2"]
 SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
 # Every attention as it comes, and the choices within one that change its arithmetic.
 CASES = [
@@ -80,9 +84,43 @@ CASES = [
     ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=4", "attention.k_rope_from=latent"),
 ]
 
+# Those for which no other stands: in what is cached, where a token stands, what it sees and how keys are normed.
+DISTINCT = [
+    *((f"attention={name}",) for name in ATTENTIONS),
+    ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24"),
+    ("attention=mla", "attention.window=6"),
+    ("attention=mqa", "attention.window=4", "attention.global_tokens=2"),
+    ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2"),
+    ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
+    ("attention=mha", "position=learned", "model.norm=layer"),
+    ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=4", "attention.window=6", "model.bias=true"),
+    ("attention=mla", "attention.qk_norm=whole", "attention.qk_norm_groups=4", "attention.k_rope_from=latent"),
+]
+assert all(case in CASES for case in DISTINCT)
+
+
+def seldom(cases: Sequence[tuple[str, ...]] = CASES) -> list[Any]:
+    """The cases as parameters of a test that takes long with each: those for which others stand are slow."""
+    slow = {case: () if case in DISTINCT else pytest.mark.slow for case in cases}
+    return [pytest.param(case, marks=marks, id=" ".join(case)) for case, marks in slow.items()]
+
 
 _tree = functools.lru_cache(maxsize=1000)(compose_tree)  # a twentieth of a second, and most tests want one of a few
-_run = functools.lru_cache(maxsize=1000)(compose)
+
+
+@functools.lru_cache(maxsize=1000)
+def _run(*overrides: str) -> Run:
+    tree = composed_tree(*overrides)
+    pop_command_settings(tree)
+    return Run.from_tree(tree)
+
+
+_composed = train.composed  # in whose place `call` puts the cached one
+
+
+@functools.lru_cache(maxsize=1000)
+def _request(*words: str) -> dict[str, Any]:
+    return _composed(list(words))
 
 
 def composed_tree(*overrides: str) -> dict[str, Any]:
@@ -103,16 +141,22 @@ def configured(cls: type, **given: Any) -> Any:
 
 @functools.cache
 def _defaults(cls: type) -> dict[str, Any]:
-    offers = [(name, choice(group, name)) for group in MODEL_PARTS | RUN_PARTS for name in choices(group)]
     for base in cls.__mro__:
         target = f"{base.__module__}.{base.__name__}"
-        found = {name: offer for name, offer in offers if offer["_target_"] == target}
+        found = [(group, name) for group, name, one in _targets() if one == target]
         if found:
-            named = [name for name in found if base.__name__.lower().startswith(name)]
-            offer = found[named[0] if named else next(iter(found))]
+            named = [(group, name) for group, name in found if base.__name__.lower().startswith(name)]
+            offer = choice(*(named or found)[0])
             masks = choice("mask", "sparse") if issubclass(cls, AttentionConfig) else {}
             return masks | {key: value for key, value in offer.items() if key != "_target_" and value != "???"}
     raise ValueError(f"{cls} is in no choice of conf/")
+
+
+@functools.cache
+def _targets() -> list[tuple[str, str, str]]:
+    """Each choice of a class: its group, its name, and the class. To compose them all would take seconds."""
+    offers = [(group, name) for group in MODEL_PARTS | RUN_PARTS for name in choices(group)]
+    return [(*one, content(*one)["_target_"]) for one in offers]
 
 
 def small_config(*overrides: str, kernel=None) -> ModelConfig:
@@ -178,10 +222,12 @@ def assert_one_line(error: UserError | Unsupported) -> None:
 
 def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = False) -> int:
     """Runs train.py or sample.py in this process -> its exit code. drawn: with loss.png, which takes as long as ten
-    steps."""
+    steps. The text that training ends with is short."""
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
+        patch.setattr("train.composed", lambda words: copy.deepcopy(_request(*words)))
+        patch.setattr("generation.preview.MAX_NEW_TOKENS", 12)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)
         try:

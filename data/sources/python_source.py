@@ -3,10 +3,12 @@
 import hashlib
 import importlib.util
 import logging
+import os
 import sysconfig
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 from common.errors import UserError
 from common.paths import raise_unreadable
@@ -18,13 +20,11 @@ log = logging.getLogger("headroom")
 class SourceCorpus(Corpus):
     """Python source: one file is one document, about one in twenty held out by a hash of its path."""
 
+    without: ClassVar[frozenset[str]]  # names of folders that are left out
+
     @staticmethod
     @abstractmethod
     def _root() -> Path: ...
-
-    @abstractmethod
-    def _includes(self, path: Path) -> bool:
-        """Whether a file is part of the corpus. path: relative to the root."""
 
     def sources(self) -> list[str]:
         root = self._root()
@@ -51,9 +51,16 @@ class SourceCorpus(Corpus):
             yield Document(path, text, held_out)
 
     def _files(self) -> list[str]:
-        root = self._root()
-        paths = (path.relative_to(root) for path in root.rglob("*.py"))
-        return sorted(path.as_posix() for path in paths if self._includes(path))
+        root, found = self._root(), []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if name not in self.without]
+            found += [Path(folder, name).relative_to(root).as_posix() for name in names if self._is_source(name)]
+        return sorted(found)
+
+    @staticmethod
+    def _is_source(name: str) -> bool:
+        """Whether a file of this name is part of the corpus."""
+        return name.endswith(".py")
 
 
 def _content(path: Path) -> bytes:
@@ -65,6 +72,8 @@ def _content(path: Path) -> bytes:
 
 class SympyCorpus(SourceCorpus):
     """The source of the installed SymPy, without its tests."""
+
+    without = frozenset({"tests"})
 
     @property
     def name(self) -> str:
@@ -86,9 +95,6 @@ class SympyCorpus(SourceCorpus):
             raise UserError("data=sympy: SymPy is not installed: pip install sympy==1.14.0")
         return Path(spec.submodule_search_locations[0])
 
-    def _includes(self, path: Path) -> bool:
-        return "tests" not in path.parts
-
 
 SYMPY_FINGERPRINT = "33724875dc4043e96838048b2c1c258c7d73e235592f49113a54b94cdc49d9b5"
 
@@ -96,6 +102,8 @@ SYMPY_FINGERPRINT = "33724875dc4043e96838048b2c1c258c7d73e235592f49113a54b94cdc4
 class StdlibCorpus(SourceCorpus):
     """The standard library of the running Python, which differs between releases; without tests, installed packages,
     and the record of how Python was built on this machine."""
+
+    without = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
     @property
     def name(self) -> str:
@@ -110,6 +118,6 @@ class StdlibCorpus(SourceCorpus):
     def _root() -> Path:
         return Path(sysconfig.get_paths()["stdlib"])
 
-    def _includes(self, path: Path) -> bool:
-        excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-        return not excluded & set(path.parts) and not path.name.startswith("_sysconfigdata")
+    @staticmethod
+    def _is_source(name: str) -> bool:
+        return name.endswith(".py") and not name.startswith("_sysconfigdata")

@@ -17,14 +17,13 @@ from ablation.sweep.pace import Pace
 from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS
 from common.errors import UserError
-from tests.support import SMOKE, call, changed, composed_run
+from tests.support import TINY, call, changed, composed_run
 from training.metrics_file import read_metrics
 from training.monitor.plot import PICTURE
 from training.run.config import compose
 from training.run.load import load_run
 
 SEEDS = (1, 2, 3)
-TINY = [*SMOKE, "data.size=300", "steps=4", "batch_tokens=256", "eval_every=2", "save_every=2"]
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,7 @@ def test_prepare_in_two_processes_builds_once(workplace):
     """The second waits for the first, and uses what it built."""
     code = (
         "import sys, time; from pathlib import Path; import data.shards.prepare as p;"
-        "from tests.data.shards.test_build import CORPUS;"
+        "from data.sources.synthetic import SyntheticCorpus; CORPUS = SyntheticCorpus(size=60, seed=0);"
         "from data.tokenizers.byte import ByteConfig; build = p.build;"
         "p.build = lambda *a: (print('building', flush=True), time.sleep(1), build(*a));"
         "p.prepare(CORPUS, ByteConfig(), Path('cache'))"

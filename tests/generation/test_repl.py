@@ -1,6 +1,7 @@
 """A conversation: its turns, what it remembers, and what the user may do to it."""
 
 import signal
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from generation.decode import generate
 from generation.repl import Conversation
 from generation.sampler import Sampler
 from generation.state import GenerationState
-from tests.support import ATTENTIONS, CASES, small_model
+from tests.support import seldom, small_model
 
 GREEDY = Sampler(temperature=0)
 TOKENIZER = ByteTokenizer()
@@ -35,16 +36,11 @@ def ignore(_: str) -> None:
     pass
 
 
-@pytest.mark.parametrize(
-    ("case", "slide"),
-    [*((case, True) for case in CASES), *((case, False) for case in CASES[: len(ATTENTIONS)])],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "sliding" if value else "",
-)
-def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(case, slide):
+def check_turns(case: tuple[str, ...], slide: bool, lines: Sequence[str]) -> None:
     model = small_model(*case, vocab_size=257)  # a context of 64
     talk = conversation(model, slide=slide)
     whole = []
-    for line in ("The qüery", " and the k🙂", "") if not slide else ("The qüery", " and the k🙂", "", "x" * 30, "y"):
+    for line in lines:
         talk.append(line)
         talk.turn(ignore)
         whole += TOKENIZER.encode(line).tolist()
@@ -54,6 +50,16 @@ def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(case, slide):
         in_context = written(talk)
         assert in_context == whole[len(whole) - len(in_context) :]
         assert slide or in_context == whole
+
+
+@pytest.mark.parametrize("case", seldom())
+def test_turn_after_turn_of_a_sliding_text_equals_an_uncached_run_on_the_whole(case):
+    check_turns(case, True, ("The qüery", " and the k🙂", "", "x" * 30, "y"))
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla", "stack"])
+def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(attention):
+    check_turns((f"attention={attention}",), False, ("The qüery", " and the k🙂", ""))
 
 
 def test_turn_after_ctrl_c_continues_what_was_written():

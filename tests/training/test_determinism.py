@@ -21,7 +21,15 @@ def place(tmp_path_factory):
     return tmp_path_factory.mktemp("golden")
 
 
-@pytest.mark.parametrize("case", golden.CASES, ids=" ".join)
+OFTEN = [("adamw", "fp32", "gqa"), ("adamw", "fp32", "mla"), ("muon", "fp32", "mha"), ("muon", "bf16", "mla")]
+OFTEN += [("muon", "bf16", "mha", "v1")]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in OFTEN else pytest.mark.slow) for case in golden.CASES],
+    ids=map(" ".join, golden.CASES),
+)
 def test_the_recorded_losses_come_again(place, monkeypatch, case):
     recorded = json.loads(golden.FILE.read_text())[" ".join(case)]
     found = golden.losses(case, place, monkeypatch)
@@ -61,7 +69,7 @@ def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
 
 @pytest.mark.parametrize(
     "attention",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gqa", "mla"))) for name in ATTENTIONS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "mla")) for name in ATTENTIONS],
 )
 def test_the_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace, monkeypatch, attention):
     """Over 30 steps in float32. Muon, which divides by the smallest singular values, would make more of rounding."""

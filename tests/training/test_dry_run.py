@@ -72,11 +72,17 @@ def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch
     assert "if 40% of 1e+15 FLOPs per second are reached" in capsys.readouterr().out
 
 
-def test_dry_run_out_of_memory_while_timing_says_so(workplace, monkeypatch, capsys):
+@pytest.fixture
+def untimed(monkeypatch):
+    """No step can be timed, which saves a dry run its seconds."""
+
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
     monkeypatch.setattr("training.step_time.train_step", full)
+
+
+def test_dry_run_out_of_memory_while_timing_says_so(untimed, workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
     assert "n/a: no step can be timed here (CUDA out of memory. Tried" in capsys.readouterr().out
 
@@ -185,7 +191,7 @@ def test_dry_run_without_the_documents_downloads_nothing(workplace, monkeypatch,
     assert "parameters   119,424" in out and "from 10 micro-batches" in out
 
 
-def test_dry_run_prints_all_that_is_missing(workplace, monkeypatch, capsys):
+def test_dry_run_prints_all_that_is_missing(untimed, workplace, monkeypatch, capsys):
     options = [*SMOKE, "data=hub", "data.path=owner/name", "tokenizer=gpt2", "dry_run=true"]
     assert call("train", options, monkeypatch) == 0
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing ")]
@@ -200,7 +206,7 @@ def test_dry_run_with_too_short_documents_is_refused(workplace, monkeypatch, cap
     assert "give more text, or a shorter context" in capsys.readouterr().err
 
 
-def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(workplace, monkeypatch, capsys):
+def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(untimed, workplace, monkeypatch, capsys):
     said = {}
     for tokenizer in ("byte", "gpt2"):
         options = [*SMOKE, f"tokenizer={tokenizer}", "document_mask=true", "dry_run=true"]

@@ -2,70 +2,85 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.support import ROOT, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
+from training.run import checkpoint
 
-OPTIONS = [*SMOKE, "steps=20", "save_every=5", "eval_every=10", "keep_last=9"]
-
-
-def run(program: str, *arguments: str, largest_file: int | None = None, code: str = "") -> subprocess.CompletedProcess:
-    """A process of `program`, in which no file can grow beyond so many bytes, as on a disk that is full, and in which
-    `code` runs first."""
-
-    def limit() -> None:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    main = f"import runpy, sys; sys.argv[0] = {program!r}\n{code}\n"
-    main += f"runpy.run_path({str(ROOT / program)!r}, None, '__main__')"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-c", main, *arguments], env=environment, capture_output=True, text=True, preexec_fn=limit
-    )
+OPTIONS = [*SMOKE, "steps=10", "save_every=5", "eval_every=10", "eval_tokens=256", "keep_last=9"]
 
 
-def train(*arguments: str, **how) -> subprocess.CompletedProcess:
-    return run("train.py", *arguments, **how)
-
-
-def assert_one_line(result: subprocess.CompletedProcess, complaint: str) -> None:
-    assert result.returncode == 2, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1 and complaint in errors[0] and "Traceback" not in result.stderr
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Within it no file can grow beyond so many bytes, as on a disk that is full."""
+    before, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, most))
 
 
 @pytest.fixture
-def whole(workplace, monkeypatch):
-    assert call("train", [*OPTIONS, "run_dir=whole"], monkeypatch) == 0
+def refused(monkeypatch, capsys):
+    """Call it with a command line of train.py, and the one line that it must end in -> all that was said."""
+
+    def run(*arguments: str, complaint: str) -> str:
+        capsys.readouterr()
+        assert call("train", arguments, monkeypatch) == 2
+        said = capsys.readouterr().err
+        errors = [line for line in said.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1 and complaint in errors[0] and "Traceback" not in said
+        return said
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a run that nothing disturbed, and its corpus."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call("train", [*OPTIONS, "run_dir=whole"], patch) == 0
+    return folder
+
+
+@pytest.fixture
+def whole(finished, workplace):
+    """A copy of it, in the folder to work in."""
+    shutil.copytree(finished, workplace, dirs_exist_ok=True)
     return workplace / "whole"
 
 
 @pytest.mark.parametrize(
-    ("largest_file", "complaint"),
+    ("size", "complaint"),
     [(500, "cannot be written"), (2300, "metrics.jsonl cannot be written"), (300_000, "checkpoint")],
     ids=["config", "metrics", "weights"],
 )
-def test_full_disk_while_training_costs_nothing_that_was_saved(whole, workplace, monkeypatch, largest_file, complaint):
+def test_full_disk_while_training_costs_nothing_that_was_saved(whole, workplace, monkeypatch, refused, size, complaint):
     rewind(whole, workplace / "full", step=5)
     before = {path: path.read_bytes() for path in (workplace / "full/checkpoints").rglob("*") if path.is_file()}
-    result = train("resume=full", largest_file=largest_file)
-    assert_one_line(result, complaint)
-    assert "File too large" in result.stderr
+    with largest_file(size):
+        assert "File too large" in refused("resume=full", complaint=complaint)
     for path, content in before.items():
         assert path.read_bytes() == content
     assert not list((workplace / "full").rglob(".writing-*"))
     assert call("train", ["resume=full"], monkeypatch) == 0
-    assert_same_run(whole, workplace / "full", step=20)
+    assert_same_run(whole, workplace / "full", step=10)
 
 
-def test_full_disk_while_preparing_leaves_nothing_half_built(workplace):
-    assert_one_line(train(*OPTIONS, "run_dir=run", largest_file=10_000), "the shards cannot be written")
+def test_full_disk_while_preparing_leaves_nothing_half_built(workplace, refused):
+    with largest_file(10_000):
+        refused(*OPTIONS, "run_dir=run", complaint="the shards cannot be written")
     assert not [path for path in workplace.rglob("*") if path.is_file() and path.name[0] != "."]
 
 
@@ -87,15 +102,31 @@ def test_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, capsy
     assert not (workplace / "run").exists()
 
 
-def test_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(workplace):
-    result = train(*OPTIONS, "run_dir=other", code="import training.run.checkpoint as c\n"
-                   "was = c.save\n"
-                   "def save(folder, *rest):\n"
-                   "    if (folder / 'checkpoints').exists():\n"
-                   "        (folder / 'checkpoints').rename('kept'); (folder / 'checkpoints').touch()\n"
-                   "    was(folder, *rest)\n"
-                   "c.save = save")  # fmt: skip
-    assert_one_line(result, "checkpoint other/checkpoints/step_00000010 cannot be written")
+@pytest.fixture
+def around_saving(monkeypatch):
+    """Call it with what is to happen before and after each checkpoint is saved."""
+
+    def arrange(before=lambda folder: None, after=lambda: None) -> None:
+        save = checkpoint.save
+
+        def spied(folder, *rest):
+            before(folder)
+            save(folder, *rest)
+            after()
+
+        monkeypatch.setattr(checkpoint, "save", spied)
+
+    return arrange
+
+
+def test_checkpoint_that_cannot_be_written_ends_the_run_in_one_line(workplace, refused, around_saving):
+    def replace_by_file(run: Path) -> None:
+        if (run / "checkpoints").exists():
+            (run / "checkpoints").rename("kept")
+            (run / "checkpoints").touch()
+
+    around_saving(before=replace_by_file)
+    refused(*OPTIONS, "run_dir=other", complaint="checkpoint other/checkpoints/step_00000010 cannot be written")
     assert sorted(path.name for path in Path("kept").iterdir()) == ["step_00000005"]
 
 
@@ -114,31 +145,32 @@ def test_data_file_that_vanishes_is_one_line_and_the_run_resumes_when_it_is_back
         assert "matches no file" in err or "documents of run have changed" in err
     Path("a.txt").write_text(TEXT)
     assert call("train", ["resume=run"], monkeypatch) == 0
-    assert_same_run(workplace / "whole", workplace / "run", step=20)
+    assert_same_run(workplace / "whole", workplace / "run", step=10)
 
 
-@pytest.mark.parametrize("change", ["cut", "edit", "delete"])
-def test_shard_that_changes_during_a_run_is_one_line_or_harmless(whole, workplace, monkeypatch, change):
+def overwrite(shard: Path) -> None:
+    with open(shard, "r+b") as file:
+        file.write(b"x")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda shard: os.truncate(shard, 5000), overwrite, os.unlink], ids=["cut", "edit", "delete"]
+)
+def test_shard_that_changes_during_a_run_is_one_line_or_harmless(
+    whole, workplace, monkeypatch, refused, around_saving, change
+):
     """Cut short or edited, one line and a run that resumes; deleted, it is still there for whoever has opened it."""
-    how = {"cut": "os.truncate(shard, 5000)", "edit": "open(shard, 'r+b').write(b'x')", "delete": "os.unlink(shard)"}
-    code = (
-        "import glob, os, training.run.checkpoint as c\n"
-        "shard, was = glob.glob('cache/*/train_00000.tokens')[0], c.save\n"
-        f"def save(*arguments):\n    was(*arguments)\n    if os.path.exists(shard): {how[change]}\n"
-        "c.save = save"
-    )
-    result = train(*OPTIONS, "run_dir=run", code=code)
-    if change == "delete":
-        assert result.returncode == 0, result.stderr
+    (shard,) = workplace.glob("cache/*/train_00000.tokens")
+    once = [change]
+    around_saving(after=lambda: once and once.pop()(shard))
+    if change is os.unlink:
+        assert call("train", [*OPTIONS, "run_dir=run"], monkeypatch) == 0
     else:
-        assert_one_line(result, "train_00000.tokens has changed while it was in use")
+        refused(*OPTIONS, "run_dir=run", complaint="train_00000.tokens has changed while it was in use")
         assert len(losses(workplace / "run")) == 5
-        for path in (workplace / "cache").glob("[!.]*/*"):
-            path.unlink()
-        for folder in (workplace / "cache").glob("[!.]*"):
-            folder.rmdir()
+        shutil.rmtree(shard.parent)
         assert call("train", ["resume=run"], monkeypatch) == 0
-    assert_same_run(whole, workplace / "run", step=20)
+    assert_same_run(whole, workplace / "run", step=10)
 
 
 def test_training_and_sampling_on_local_data_use_no_network(workplace):
@@ -163,6 +195,14 @@ def test_training_and_sampling_on_local_data_use_no_network(workplace):
     environment = {"HF_HUB_OFFLINE": "0", "WANDB_MODE": "online"}
     code = f"import os; os.environ |= {environment}\n{blocked}\nwas = sys.argv\n{local}\n"
     code += "\n".join(f"go(*{arguments})" for arguments in runs) + "\nsys.argv = was; print('all was local')"
-    denied = train("logger=wandb", "logger.mode=online", *changed(OPTIONS, "steps=1"), code=code)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    program = str(ROOT / "train.py")
+    main = f"import runpy, sys\n{code}\nsys.argv[0] = {program!r}\nrunpy.run_path({program!r}, None, '__main__')"
+    denied = subprocess.run(
+        [sys.executable, "-c", main, "logger=wandb", "logger.mode=online", *changed(OPTIONS, "steps=1")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert "all was local" in denied.stdout, denied.stderr
     assert denied.returncode != 0, "the hook should have noticed this one"

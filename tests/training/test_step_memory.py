@@ -20,16 +20,24 @@ CPU = torch.device("cpu")
 CLASSIC = ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64")
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
+WAYS = [
+    "precision=fp32",
+    "precision=bf16",
+    "model.dropout=0.1",
+    "kernel=naive",
+    "activation_checkpointing=true",
+    "activation_checkpointing=true precision=bf16",
+]
+# Each attention, and each way: the others follow from these.
+OFTEN = {("mha", 3), ("gqa", 2), ("gqa", 4), ("mqa", 1), ("stack", 0), ("mla", 0), ("mla", 1), ("mla", 5)}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("attention", "options"),
     [
-        "precision=fp32",
-        "precision=bf16",
-        "model.dropout=0.1",
-        "kernel=naive",
-        "activation_checkpointing=true",
-        "activation_checkpointing=true precision=bf16",
+        pytest.param(attention, WAYS[i], marks=() if (attention, i) in OFTEN else pytest.mark.slow)
+        for attention in ATTENTIONS
+        for i in range(len(WAYS))
     ],
 )
 def test_memory_of_a_step_is_what_the_allocator_gives_out(attention, options):
@@ -54,7 +62,12 @@ def test_memory_with_attention_dropout_counts_all_products(options):
 
 @pytest.mark.parametrize(
     ("attention", "options"),
-    [("mha", "precision=bf16"), ("gqa", "precision=fp32"), ("mla", "precision=bf16"), ("stack", "precision=fp32")],
+    [
+        ("gqa", "precision=fp32"),
+        ("mla", "precision=bf16"),
+        pytest.param("mha", "precision=bf16", marks=pytest.mark.slow),
+        pytest.param("stack", "precision=fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_of_masked_documents_counts_the_masks(attention, options):
     """In windows of several tiles of queries, whose masks, once for all layers alike, add to it."""
@@ -69,8 +82,7 @@ def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():
     check_memory("precision=fp32", "micro_batch_size=16", vocab=30_000, tolerance=0.05)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "false"), ("bf16", "true"), ("fp16", "false")])
 def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(precision, checkpointing):
     """The peak does: the first micro-batch meets no gradients, which come as its activations go."""
     options = [f"precision={precision}", f"activation_checkpointing={checkpointing}", "micro_batch_size=4"]
@@ -80,8 +92,7 @@ def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(pr
     assert one.peak < two.peak
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(("precision", "micro_batches"), [("fp32", 1), ("bf16", 2)])
 def test_memory_with_activation_checkpointing_has_fewer_activations(precision, micro_batches):
     options = [
         "model.n_layers=4",
@@ -97,8 +108,10 @@ def test_memory_with_activation_checkpointing_has_fewer_activations(precision, m
     assert recomputed.peak < kept.peak
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(
+    ("attention", "checkpointing"),
+    [("mha", "false"), ("gqa", "true"), ("mqa", "false"), ("mla", "false"), ("mla", "true"), ("stack", "true")],
+)
 def test_memory_of_activations_is_what_a_micro_batch_adds_to_its_gradients(attention, checkpointing):
     options = [f"attention={attention}", "precision=fp32", f"activation_checkpointing={checkpointing}"]
     run = composed_run(*SMOKE, *options, "batch_tokens=1024", "micro_batch_size=16")

@@ -22,6 +22,11 @@ from data.tokenizers.byte import ByteConfig
 from tests.support import ROOT, configured
 
 CORPUS, CONFIG = configured(SyntheticCorpus, size=60), configured(BPEConfig, vocab_size=300)
+# The same for a process of its own, in which this module would import much that it needs not.
+MADE = (
+    "from data.sources.synthetic import SyntheticCorpus; from data.tokenizers.bpe import BPEConfig;"
+    f"CORPUS, CONFIG = SyntheticCorpus(**{CORPUS.model_dump()!r}), BPEConfig(**{CONFIG.model_dump()!r});"
+)
 PART = 2000  # bytes: about fifteen parts of the corpus above
 
 
@@ -104,7 +109,7 @@ def test_prepare_after_interrupt_continues_after_last_finished_part(workplace, m
 def test_prepare_after_kill_at_any_sync_gives_same_bytes(workplace, monkeypatch, expected):
     code = (
         "import os, signal, sys; from pathlib import Path; from common import atomic_io; from data.shards import build;"
-        "from data.shards.prepare import prepare; from tests.data.shards.test_build import CONFIG, CORPUS;"
+        f"from data.shards.prepare import prepare; {MADE}"
         f"build.PART_BYTES = {PART}; fsync = atomic_io._sync; left = iter(range(int(sys.argv[1]), -1, -1));"
         "atomic_io._sync = lambda path: os.kill(os.getpid(), signal.SIGKILL) if next(left) == 0 else fsync(path);"
         "prepare(CORPUS, CONFIG, Path('cache'))"
@@ -226,27 +231,31 @@ def test_build_trains_tokenizer_on_sample_of_whole_corpus(train_bytes, documents
     assert made.tokenizer.vocab_size == 300
 
 
-class Endless(SyntheticCorpus):
-    """Half a megabyte of text per document, made as it is read."""
+LARGE = """
+import resource
+from pathlib import Path
+from data.shards import build
+from data.shards.prepare import prepare
+from data.sources.synthetic import SyntheticCorpus
+from data.tokenizers.byte import ByteConfig
 
+class Endless(SyntheticCorpus):  # half a megabyte of text per document, made as it is read
     def read(self):
         for document in super().read():
             yield document._replace(text=document.text[:500] * 1300)
 
+build.PART_BYTES = 2**22
+small, large = (Endless(size=size, seed=0) for size in (10, 100))
+prepare(small, ByteConfig(), Path("first"))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+made = prepare(large, ByteConfig(), Path("second"))
+print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+"""
+
 
 def test_prepare_large_corpus_uses_bounded_memory(workplace):
-    code = (
-        "import resource; from pathlib import Path; from tests.data.shards.test_build import Endless;"
-        "from data.shards import build; build.PART_BYTES = 2**22; from data.shards.prepare import prepare;"
-        "from data.tokenizers.byte import ByteConfig;"
-        "small, large = (Endless(size=size, seed=0) for size in (10, 100));"
-        "prepare(small, ByteConfig(), Path('first'));"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-        "made = prepare(large, ByteConfig(), Path('second'));"
-        "print(len(made.train), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
-    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", LARGE], env=environment, capture_output=True, text=True, check=True)
     tokens, megabytes = map(float, found.stdout.split())
     assert tokens > 40e6 and megabytes < 32
 

@@ -83,7 +83,7 @@ def check(overrides: list[str], kernel) -> None:
     laws.check_gradients(*gradients, tolerance=2e-4)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(overrides=combinations(), kernel=st.sampled_from(KERNELS))
 def test_laws_for_pairwise_combinations_hold(overrides, kernel):
     check(overrides, kernel)

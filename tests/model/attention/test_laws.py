@@ -30,8 +30,10 @@ from tests.model.attention import laws
 from tests.support import (
     ATTENTIONS,
     CASES,
+    DISTINCT,
     logits_of,
     relative_error,
+    seldom,
     sharpened,
     small_config,
     small_model,
@@ -43,18 +45,21 @@ KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=
 # What a token is, or what it sees, depends on where it stands.
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
+Cases = Sequence[tuple[str, ...]]
+often = pytest.mark.parametrize("case", seldom())  # of laws that take long
 # These hand a kernel all that cases can: shared keys, wide ones, values that are keys, masks, added columns.
-DISTINCT = [
+ON_ALL_KERNELS = [
     ("attention=gqa",),
-    ("attention=mla",),
-    ("attention=mla", "attention.execution=absorbed", "attention.q_lora_rank=24"),
-    ("attention=mla", "attention.window=6"),
+    ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24"),
     ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
 ]
+assert all(case in CASES for case in ON_ALL_KERNELS)
 
 
-def on_kernels(kernels: Sequence[Kernel], cases: Sequence[tuple[str, ...]] = CASES) -> pytest.MarkDecorator:
-    """Every case on the fused kernel, and the distinct ones on the others; the rest is slow, and says little that
+def on_kernels(
+    kernels: Sequence[Kernel], cases: Cases = CASES, *, fused: Cases = DISTINCT, others: Cases = ON_ALL_KERNELS
+) -> pytest.MarkDecorator:
+    """Some of the cases on the fused kernel, and some on the others; the rest is slow, and says little that
     tests/model/test_kernels.py does not, which holds kernels against each other under every mask."""
     return pytest.mark.parametrize(
         ("case", "kernel"),
@@ -62,7 +67,7 @@ def on_kernels(kernels: Sequence[Kernel], cases: Sequence[tuple[str, ...]] = CAS
             pytest.param(
                 case,
                 kernel,
-                marks=() if isinstance(kernel, SDPA) or case in DISTINCT else pytest.mark.slow,
+                marks=() if case in (fused if isinstance(kernel, SDPA) else others) else pytest.mark.slow,
                 id=f"{' '.join(case)} {type(kernel).__name__}",
             )
             for case in cases
@@ -77,7 +82,7 @@ def oracle_for(case: tuple[str, ...]) -> TransformerLM:
     return small_model(*plain, *(["attention.execution=naive"] if "attention=mla" in case else []), kernel=Naive())
 
 
-@every_case
+@often
 def test_logits_of_a_causal_model_have_no_gradient_from_later_tokens(case):
     laws.check_causality(small_model(*case, "model.tie_embeddings=false"))
 
@@ -222,7 +227,8 @@ def test_latent_cache_holds_no_tensor_per_head():
             assert column.shape[2] == 1, execution
 
 
-@on_kernels([SDPA(), Online(), Matmul()])
+# To trace it takes a second.
+@on_kernels([SDPA(), Online(), Matmul()], fused=[(f"attention={name}",) for name in ATTENTIONS], others=[CASES[0]])
 def test_decode_step_compiled_traces_once(case, kernel):
     model = small_model(*case, *(() if "attention=stack" in case else ("model.n_layers=1",)), kernel=kernel)
     torch._dynamo.reset()
@@ -245,8 +251,8 @@ def test_decode_step_compiled_traces_once(case, kernel):
         ("attention.qk_norm=latent", "attention.q_lora_rank=0"),
         ("attention.qk_norm=latent", "attention.q_lora_rank=24"),
         ("attention.qk_norm=latent", "attention.q_lora_rank=24", "model.bias=true"),
-        *(("attention.qk_norm=head", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
-        *(("attention.qk_norm=whole", f"attention.qk_norm_groups={groups}") for groups in (1, 2, 4)),
+        *(("attention.qk_norm=head", f"attention.qk_norm_groups={groups}") for groups in (1, 2)),
+        ("attention.qk_norm=whole", "attention.qk_norm_groups=4"),
         ("attention.qk_norm=whole", "attention.q_lora_rank=24", "attention.qk_rope_head_dim=8"),
     ],
     ids=" ".join,
@@ -368,7 +374,7 @@ def test_mla_auto_execution_absorbs_up_to_break_even_and_expands_above():
         assert layer._cheaper(given, None, cache=None) == "expanded"
 
 
-@every_case
+@often
 def test_logits_in_bfloat16_are_near_float32(case):
     tokens = some_tokens(2, 20)
     exact = small_model(*case)
@@ -386,9 +392,7 @@ def test_logits_in_bfloat16_are_near_float32(case):
 def test_last_logits_after_swapped_tokens_change_unless_position_is_none(case):
     """Two tokens before the last one change places: the last one's logits notice, but with no positions at all, where a
     single layer cannot (further ones can, by what the causal mask showed to each)."""
-    model = small_model(
-        *case, "model.n_layers=1", *(["attention.pattern=[local]"] if "attention=stack" in case else [])
-    )
+    model = sharpened(initialised(small_config(*case).model_copy(update={"n_layers": 1}), 100))
     tokens = some_tokens(1, 3)
     moved = relative_error(logits_of(model, tokens[:, [1, 0, 2]])[:, -1], logits_of(model, tokens)[:, -1])
     assert (moved <= 1e-6) == ("position=none" in case)

@@ -8,7 +8,7 @@ import sys
 
 from tests.support import ROOT
 
-USED = ("common", "conf", "data", "generation", "model", "runtime", "tests", "training", "pyproject.toml")
+USED = ("common", "conf", "data", "generation", "model", "runtime", "tests", "train.py", "training", "pyproject.toml")
 
 
 def test_attention_of_the_guide_obeys_the_laws(tmp_path):

@@ -110,13 +110,13 @@ def test_mean_loss_that_collects_has_the_same_loss():
     assert torch.equal(collecting(model, batch)[0], mean_loss(model, batch)[0])
 
 
-@pytest.mark.parametrize("attention", ["gqa", "mla"])
+@pytest.mark.parametrize("attention", ["mla", pytest.param("gqa", marks=pytest.mark.slow)])
 def test_mean_loss_that_collects_compiles_as_one_graph(attention):
-    model, (batch,) = small_model(f"attention={attention}", kernel=SDPA()), batches(4, 4)
+    model, (batch,) = small_model(f"attention={attention}", "model.n_layers=1", kernel=SDPA()), batches(4, 4)
     expected, scores = collecting(model, batch)
     compiled = torch.compile(collecting, backend="aot_eager", dynamic=False, fullgraph=True)
     loss, found = compiled(model, batch)
-    assert relative_error(loss, expected) <= 1e-5 and found.keys() == scores.keys() and len(scores) == 2
+    assert relative_error(loss, expected) <= 1e-5 and found.keys() == scores.keys() and len(scores) == 1
     assert all(relative_error(found[name], scores[name]) <= 1e-5 for name in scores)
     parameters = list(model.parameters())
     gradients = [torch.autograd.grad(one, parameters) for one in (loss, expected)]

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from common.conf_files import content
 from common.errors import UserError
 from model import cost
 from model.kernels.sdpa import SDPA
@@ -16,7 +17,7 @@ from training.run.config import compose
 from training.step import train_step
 
 SHIPPED = ("sgd", "adam", "nadam", "radam", "adafactor", "rmsprop")
-SHIPPED_NAMES = {composed_run(f"optim={name}").optim.name for name in SHIPPED}
+SHIPPED_NAMES = {content("optim", name)["name"] for name in SHIPPED}
 RATES = {"SGD": 0.1, "ASGD": 0.1, "Adadelta": 1.0}  # of others 0.01
 every_optimizer = pytest.mark.parametrize("name", list(available()))
 

@@ -2,7 +2,8 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from hydra import compose as hydra_compose
@@ -14,7 +15,7 @@ import train
 from common.conf_files import choices, groups
 from common.errors import UserError
 from common.hydra_errors import plain_tree
-from tests.support import NEEDS, ROOT, call
+from tests.support import NEEDS, ROOT, call, composed_run, composed_tree
 from training.run.composer import choice, compose_tree, merged
 from training.run.config import Run, compose, dump, pop_command_settings
 from training.run.migrate import migrate
@@ -42,25 +43,36 @@ TYPED = [
 ]
 
 
-@pytest.mark.parametrize("typed", TYPED, ids=" ".join)
-def test_compose_within_hydra_and_without_equals_the_command_line(typed, monkeypatch):
-    found = {}
+def asked(words: Sequence[str], monkeypatch) -> dict:
+    """The tree that a command line asks to train."""
+    found = []
+    monkeypatch.setattr(train, "train", lambda tree, typed, choices: found.append(tree))
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    GlobalHydra.instance().clear()
+    train.main()
+    assert GlobalHydra.instance().hydra is None
+    return found[0]
 
-    def within(cfg):
+
+@pytest.mark.parametrize("typed", TYPED, ids=" ".join)
+def test_compose_equals_the_command_line(typed, monkeypatch):
+    assert asked(typed, monkeypatch) == compose_tree(*typed)
+
+
+def test_compose_within_hydra_and_without_equals_the_command_line_with_a_flag(monkeypatch):
+    typed, within = TYPED[2], []
+
+    def plain(cfg):
         outer = GlobalHydra.instance().hydra
-        found["within"] = compose_tree(*typed)
+        within.append(compose_tree(*typed))
         assert outer is not None and GlobalHydra.instance().hydra is outer
         return plain_tree(cfg)
 
-    monkeypatch.setattr(train, "plain_tree", within)
-    monkeypatch.setattr(train, "train", lambda tree, typed, choices: found.update({"command line": tree}))
-    monkeypatch.setattr(sys, "argv", ["train.py", *typed])
-    GlobalHydra.instance().clear()
-    train.main()
-    assert found["within"] == found["command line"] == compose_tree(*typed)
-    assert GlobalHydra.instance().hydra is None
-    pop_command_settings(found["command line"])
-    assert compose(*typed) == Run.from_tree(found["command line"])
+    monkeypatch.setattr(train, "plain_tree", plain)
+    tree = asked([*typed, "--run"], monkeypatch)
+    assert tree == within[0] == compose_tree(*typed)
+    pop_command_settings(tree)
+    assert compose(*typed) == Run.from_tree(tree)
 
 
 MISTAKES = {
@@ -110,7 +122,7 @@ def test_choice_alone_is_what_hydra_composes_of_it(group, name):
         found = OmegaConf.to_container(hydra_compose(f"{group}/{name}")[group])
     assert choice(group, name) == found
     if group not in ("attention", "tokenizer"):  # which position= and cache_dir have a say in
-        whole = compose_tree(f"{group}={name}", *NEEDS.get((group, name), ()))[group]
+        whole = composed_tree(f"{group}={name}", *NEEDS.get((group, name), ()))[group]
         assert choice(group, name).keys() == whole.keys()
         assert {key: value for key, value in whole.items() if value != found[key]}.keys() <= {"path", "parts", "name"}
 
@@ -129,23 +141,29 @@ DERIVED = {
 ALONE = [name for name in choices("attention") if name != "stack"]
 
 
-@pytest.mark.parametrize("model", choices("model"))
-@pytest.mark.parametrize("attention", ALONE)
-def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model, attention):
+def expected_of(model: str, attention: str) -> dict[str, Any]:
     key_heads, heads, width, (latent, nope, rope), common, qk_norm = DERIVED[model]
     expected = common | {"window": None}
     if attention == "mla":
         expected |= {"kv_lora_rank": latent, "qk_nope_head_dim": nope, "qk_rope_head_dim": rope, "v_head_dim": width}
-        expected |= {"qk_norm": "whole" if qk_norm else "latent", "q_lora_rank": 0}
-    else:
-        n_kv_heads = {"mha": heads, "gqa": key_heads, "mqa": 1}[attention]
-        expected |= {"n_kv_heads": n_kv_heads, "head_dim": width, "qk_norm": qk_norm}
-        expected |= {"rope_dim": width if common is ROPE else None}
-    alone = compose(f"model={model}", f"attention={attention}").model.attention
-    assert {name: getattr(alone, name) for name in expected} == expected
-    stacked = [f"attention.parts.global.attention={attention}", f"attention.parts.local.attention={attention}"]
-    parts = compose(f"model={model}", "attention=stack", *stacked).model.attention.parts
-    assert parts == {"global": alone, "local": alone.model_copy(update={"window": 64})}
+        return expected | {"qk_norm": "whole" if qk_norm else "latent", "q_lora_rank": 0}
+    n_kv_heads = {"mha": heads, "gqa": key_heads, "mqa": 1}[attention]
+    expected |= {"n_kv_heads": n_kv_heads, "head_dim": width, "qk_norm": qk_norm}
+    return expected | {"rope_dim": width if common is ROPE else None}
+
+
+@pytest.mark.parametrize("model", choices("model"))
+def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model):
+    alone = {name: composed_run(f"model={model}", f"attention={name}").model.attention for name in ALONE}
+    for name, attention in alone.items():
+        expected = expected_of(model, name)
+        assert {key: getattr(attention, key) for key in expected} == expected
+    for i in range(0, len(ALONE), 2):
+        two = dict(zip(("global", "local"), ALONE[i : i + 2], strict=True))
+        stacked = [f"attention.parts.{part}.attention={name}" for part, name in two.items()]
+        parts = composed_run(f"model={model}", "attention=stack", *stacked).model.attention.parts
+        windowed = alone[two["local"]].model_copy(update={"window": 64})
+        assert parts == {"global": alone[two["global"]], "local": windowed}
 
 
 @pytest.mark.parametrize("attention", choices("attention"))
@@ -153,7 +171,7 @@ def test_what_hydra_composes_is_what_is_built(attention):
     """But for what is unset there, which is derived."""
     for model in choices("model"):
         typed = f"model={model}", f"attention={attention}"
-        tree, run = compose_tree(*typed), dump(compose(*typed))
+        tree, run = composed_tree(*typed), dump(composed_run(*typed))
         stated = {key: value for key, value in tree["model"].items() if value != "auto"}
         assert {key: run["model"][key] for key in stated} == stated
         set_there = {key: value for key, value in tree["attention"].items() if value not in (None, "all")}
@@ -176,14 +194,26 @@ def covering() -> Iterator[dict[str, str]]:
         yield dict(row)
 
 
+# Of a model, by an experiment for whichever is chosen, or by position=.
+SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding")
+
+
 def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
-    """As kernel=flex by experiment=gpt2_124m, which compiles."""
+    """As kernel=flex by experiment=gpt2_124m, which compiles. What the command line chooses goes before what an
+    experiment does, and whole: nothing that the experiment would have chosen instead is left in it, but for what is
+    said elsewhere."""
     refused = set()
     for row in covering():
         typed = [f"{group}={name}" for group, name in row.items()]
         needs = [need for group in ("data", "optim") for need in NEEDS.get((group, row[group]), ())]
+        tree = compose_tree(*typed, *needs)
+        for group in ("model", "data", "tokenizer", "optim", "schedule"):
+            alone = composed_tree(f"{group}={row[group]}", *NEEDS.get((group, row[group]), ()))[group]
+            said_elsewhere = {key: tree[group][key] for key in SAID_ELSEWHERE if key in alone}
+            assert tree[group] == alone | said_elsewhere, typed
+        pop_command_settings(tree)
         try:
-            compose(*typed, *needs)
+            Run.from_tree(tree)
         except UserError as error:
             assert str(error).split()[0] in typed
             refused.add(str(error))
@@ -198,7 +228,7 @@ def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
 
 def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
     def found(*typed: str) -> int:
-        return compose("attention=mla", *typed).model.attention.kv_lora_rank
+        return composed_run("attention=mla", *typed).model.attention.kv_lora_rank
 
     assert found("model=gpt2_medium") == 208 and found("model=gpt2_medium", "attention.qk_rope_head_dim=32") == 224
     assert found("model=gpt2_medium", "position=none") == 256 and found("model=gpt2_medium", "position=alibi") == 248
@@ -209,7 +239,7 @@ def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
 
 def test_run_older_than_the_models_attention_settings_is_still_the_model_it_names():
     for model in choices("model"):
-        stored = dump(compose(f"model={model}", "attention=gqa"))
+        stored = dump(composed_run(f"model={model}", "attention=gqa"))
         older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
         found = Run.from_tree(migrate(stored | {"model": older}, 4))
         assert dump(found) == stored

@@ -14,8 +14,8 @@ import yaml
 from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
-from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run, composed_tree
-from training.run.config import OF_COMMANDS, Run, dump
+from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run
+from training.run.config import Run, dump
 from training.run.parts import MODEL_PARTS, RUN_PARTS, load_choice, resolve_target
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
@@ -35,27 +35,6 @@ def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
     run = composed_run(f"data={choice}", *NEEDS.get(("data", choice), ()), "document_mask=true")
     again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))
     assert again == run and again.document_mask
-
-
-CHOSEN_WITHIN = [
-    (experiment, group, choice)
-    for experiment in choices("experiment")
-    for group in ("model", "data", "tokenizer", "optim", "schedule")
-    for choice in choices(group)
-]
-
-
-@pytest.mark.parametrize(("experiment", "group", "choice"), CHOSEN_WITHIN, ids=lambda x: x)
-def test_what_the_command_line_chooses_goes_before_what_an_experiment_does(experiment, group, choice):
-    """Whole: nothing that the experiment would have chosen instead is left in it, but for what fits any model."""
-    needs = NEEDS.get((group, choice), ())
-    texts = () if group == "data" else NEEDS.get(("experiment", experiment), ())
-    tree = composed_tree(f"experiment={experiment}", f"{group}={choice}", *needs, *texts)
-    Run.from_tree({key: value for key, value in tree.items() if key not in OF_COMMANDS})
-    alone = composed_tree(f"{group}={choice}", *needs)[group]
-    if group == "model":
-        alone |= {name: tree["model"][name] for name in ("dropout", "own_logit_init")}
-    assert tree[group] == alone
 
 
 @pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
@@ -214,11 +193,9 @@ BAD = [
         "qk_norm_groups=2 has no heads to norm with qk_norm=latent",
     ),
     (("steps=abc",), "steps=abc"),
-    (("steps=0",), "steps=0"),
     (("steps=1.5",), "steps=1.5"),
     (("seed=-1",), "seed=-1"),
     (("compile=maybe",), "compile=maybe"),
-    (("precision=int8",), "precision=int8"),
     (("model.n_heads=0",), "model.n_heads=0"),
     (("model.context_length=1",), "model.context_length=1"),
     (("model.context_length=1000000",), "batch_tokens=1024 is less than one window"),
@@ -230,11 +207,8 @@ BAD = [
     (("batch_tokens=1000",), "batch_tokens=1000 is not a multiple of model.context_length=256: choose 768 or 1024"),
     (("micro_batch_size=3", "batch_tokens=2048"), "micro_batch_size=3 does not divide the 8 sequences"),
     (("eval_tokens=10",), "eval_tokens=10 is less than"),
-    (("optim.lr=-1",), "optim.lr=-1"),
-    (("optim.lr=inf",), "optim.lr=inf"),
     (("optim=muon", "optim.lr=0"), "optim.lr=0: give more than 0"),
     (("optim=muon", "optim.muon_lr=0"), "optim.muon_lr=0: give more than 0"),
-    (("optim=muon", "optim.muon_lr=-0.1"), "optim.muon_lr=-0.1: give more than 0"),
     (("optim=muon", "optim.momentum=1"), "optim.momentum=1: give at least 0 and less than 1"),
     (("optim=muon", "optim.momentum_warmup=-1"), "optim.momentum_warmup=-1: give at least 0"),
     (("optim.qk_clip=0",), "optim.qk_clip=0: give more than 0"),
@@ -258,9 +232,7 @@ BAD = [
     (("peak_flops=0",), "peak_flops=0"),
     (("peak_flops=fast",), "peak_flops=fast"),
     (("peak_flops=inf",), "peak_flops=inf"),
-    (("profile_steps=-1",), "profile_steps=-1"),
     (("profile_steps=1.5",), "profile_steps=1.5"),
-    (("profile_steps=100000",), "profile_steps=100000"),
     (("dry_run=maybe",), "dry_run=maybe"),
     (("logger=tensorboard", "+logger.folder=x"), "logger.folder='x': no such key; valid: none"),
     (("schedule.warmup=2",), "schedule.warmup=2"),

@@ -29,15 +29,20 @@ def text_of(out: str) -> str:
     return out.split("\nvalidation ")[0]
 
 
+OFTEN = [("mha", "fp32"), ("gqa", "fp32"), ("mla", "fp32"), ("mqa", "bf16"), ("mla", "bf16"), ("stack", "bf16")]
+
+
 def runs() -> list:
-    """Every attention in both precisions, eager and compiled. To generate code takes long, so that is slow here: of the
-    default tests, one of masked documents does, and for the others stand the graphs it begins from."""
+    """Every attention in both precisions, eager and compiled; in the default tests, each attention and each precision,
+    eager. To generate code takes long, so that is slow here: of the default tests, one of masked documents does, and
+    for the others stand the graphs it begins from, of one attention."""
     cases = []
     for attention, precision in itertools.product(ATTENTIONS, ["fp32", "bf16"]):
-        generated = pytest.param(attention, precision, "inductor", marks=pytest.mark.slow)
-        cases += [(attention, precision, None), generated]
-    seldom = {name: [pytest.mark.slow] * (name not in ("mla", "stack")) for name in ATTENTIONS}
-    return cases + [pytest.param(name, "fp32", "aot_eager", marks=marks) for name, marks in seldom.items()]
+        seldom = () if (attention, precision) in OFTEN else pytest.mark.slow
+        cases.append(pytest.param(attention, precision, None, marks=seldom))
+        cases.append(pytest.param(attention, precision, "inductor", marks=pytest.mark.slow))
+    graphs = {name: () if name == "mla" else pytest.mark.slow for name in ATTENTIONS}
+    return cases + [pytest.param(name, "fp32", "aot_eager", marks=marks) for name, marks in graphs.items()]
 
 
 @pytest.fixture
@@ -72,11 +77,13 @@ def test_resume_after_any_attention_and_precision_is_the_same_run(
 @pytest.mark.parametrize(
     ("choice", "backend"),
     [
-        ([*CLASSIC], None),
-        (changed(CLASSIC, "model.n_layers=1"), "aot_eager"),
-        pytest.param(changed(CLASSIC, "model.n_layers=1"), "inductor", marks=pytest.mark.slow),
+        (CLASSIC, None),
+        *(
+            pytest.param(changed(CLASSIC, "model.n_layers=1"), backend, marks=pytest.mark.slow)
+            for backend in ("aot_eager", "inductor")
+        ),
         (["attention=mla", "attention.dropout=0.2", "attention.qk_norm=head", "precision=bf16"], None),
-        (["attention=stack", "attention.parts.local.dropout=0.2"], None),
+        pytest.param(["attention=stack", "attention.parts.local.dropout=0.2"], None, marks=pytest.mark.slow),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
@@ -97,7 +104,7 @@ def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
-@pytest.mark.parametrize("backend", [None, "inductor"])
+@pytest.mark.parametrize("backend", [pytest.param(None, marks=pytest.mark.slow), "inductor"])  # eager: of a mix, above
 def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, backend):
     options = [*BUSY, "attention=gqa", "document_mask=true", compiled_by(backend), "model.n_layers=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
@@ -139,7 +146,7 @@ def test_resume_float16_restores_the_loss_scale(workplace, monkeypatch):
     assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(3, 120), pytest.param(20, STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 60), pytest.param(20, STEPS, marks=pytest.mark.slow)])
 def test_resume_after_sigkill_at_random_moments_is_the_same_run(workplace, monkeypatch, kills, steps):
     options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
@@ -166,7 +173,7 @@ def test_signal_during_training_saves_and_prints_how_to_continue(workplace, monk
     options = [*SMOKE, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
     options += ["schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0"]
     process = start([*options, "steps=2000", "run_dir=run"], workplace)
-    steps = await_steps(process, workplace / "run", 20)
+    steps = await_steps(process, workplace / "run", 3)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
@@ -183,21 +190,21 @@ def test_signal_during_training_saves_and_prints_how_to_continue(workplace, monk
 def test_signal_with_closed_output_saves_the_run(workplace):
     """As Ctrl-C ends `python train.py 2>&1 | tee log`: tee is gone before the run says that it saves."""
     process = start([*SMOKE, "steps=2000", "save_every=1000", "eval_every=50", "run_dir=run"], workplace)
-    await_steps(process, workplace / "run", 20)
+    await_steps(process, workplace / "run", 3)
     process.stderr.close()
     process.stdout.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step >= 20
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step >= 3
 
 
 def test_train_with_closed_output_runs_to_the_end(workplace):
-    process = start([*SMOKE, "steps=60", "eval_every=1", "eval_tokens=512", "run_dir=run"], workplace)
+    process = start([*SMOKE, "steps=20", "eval_every=1", "eval_tokens=64", "run_dir=run"], workplace)
     await_steps(process, workplace / "run", 1)
     process.stderr.close()
     process.stdout.close()
     assert process.wait(timeout=60) == 0
-    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 60
+    assert newest(workplace / "run", (MODEL, OPTIMIZER)).manifest.step == 20
 
 
 @pytest.fixture
