@@ -12,6 +12,7 @@ from common.errors import NotFinite, Unsupported, UserError
 from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
+from model.decode_layout import lay_out_for_decoding
 from model.transformer import TransformerLM
 from runtime.device import choose_device
 from training.run.load import load_run
@@ -40,9 +41,11 @@ def _measured(models: Sequence[TransformerLM | None]) -> list[float | None]:
 
 def _model(folder: Path) -> TransformerLM | None:
     try:
-        return load_run(folder, choose_device("auto"))[0]
+        model = load_run(folder, choose_device("auto"))[0]
     except UserError:
         return None
+    lay_out_for_decoding(model)  # as sample.py does
+    return model
 
 
 def _speed(model: TransformerLM) -> float | None:

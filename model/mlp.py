@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from common.settings import FrozenSettings
 from model.dimensions import MAX_SIZE, Dimensions
 from model.layout import Names, ParamLayout, Role, linear
-from model.linear import Linear, apply_each
+from model.linear import FanOut, Linear
 
 
 class MLPConfig(FrozenSettings, ABC):
@@ -64,7 +64,7 @@ class GELUConfig(PlainMLPConfig):
         return PlainMLP(dimensions.d_model, self.d_ff, activation, dimensions.bias)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(FanOut):
     """Gated MLP: down(silu(gate x) · up x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, d_model: int, d_ff: int, bias: bool):
@@ -74,7 +74,7 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(d_ff, d_model, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = apply_each(x, *self.of_one_input())
+        gate, up = self.apply_each(x)
         return self.down_proj(F.silu(gate) * up)
 
     def of_one_input(self) -> tuple[Linear, ...]:

@@ -8,8 +8,7 @@ An attention of one's own is a config class and a module, and a file in conf/att
    `config.core(...)`. Its `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position
    bias, attends, drops weights and collects statistics; the base class multiplies by `o_proj`.
 3. `make_cache` names the columns that a token caches, and `layout` describes each parameter (model/layout.py).
-   A method `of_one_input`, if there is one, names the layers that are applied to x: decoding joins their matrices, and
-   `heads` applies them by model.linear.apply_each.
+   If `of_one_input` names the layers that are applied to x and `heads` calls `apply_each(x)`, decoding joins them.
 4. conf/attention/<name>.yaml has the defaults of its settings, and `_target_`, which names the config class.
 
 The laws (tests/model/attention) then apply to it unasked.
@@ -20,7 +19,7 @@ from abc import ABC, abstractmethod
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.settings import Change, FrozenSettings
 from model.attention.core import AttentionCore, Heads
@@ -29,6 +28,7 @@ from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import ParamLayout
+from model.linear import FanOut
 from model.mask import Pattern
 from model.positions import PositionConfig
 from model.rope import Rope
@@ -158,7 +158,7 @@ class AttentionConfig(AttentionChoice, PositionConfig):
         """KV cache size in elements per token and layer; call it on a derived config."""
 
 
-class Attention(nn.Module, ABC):
+class Attention(FanOut, ABC):
     """Attention layer: a pure function of its input, the context and the KV cache it is given. It owns weights only."""
 
     core: AttentionCore

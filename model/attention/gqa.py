@@ -21,7 +21,7 @@ from model.context import Context
 from model.dimensions import Dimensions, Size
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
-from model.linear import Linear, apply_each
+from model.linear import Linear
 from model.norm import RMSNorm
 
 
@@ -109,7 +109,7 @@ class GQA(Attention):
         return self.q_proj, self.k_proj, self.v_proj
 
     def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
-        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in apply_each(x, *self.of_one_input()))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.apply_each(x))
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         return self.core(q, {"k": k, "v": v}, ctx, cache)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from model.attention.base import AttentionConfig
 from model.context import Context
 from model.dimensions import Dimensions
-from model.linear import Linear, apply_each
+from model.linear import FanOut, Linear
 from model.norm import RMSNorm
 from model.rope import Rope
 
@@ -23,7 +23,7 @@ class Projected(NamedTuple):
     row: Tensor  # (B, T, 1, c + r): latent, normed, and rotated rope key, which is what a latent KV cache stores
 
 
-class LatentProjections(nn.Module):
+class LatentProjections(FanOut):
     """Down-projections, norms and rotations of MLA. A base class, so that its parameters are the attention's own, under
     their published names."""
 
@@ -53,7 +53,7 @@ class LatentProjections(nn.Module):
 
     def project(self, x: Tensor, ctx: Context) -> Projected:
         """x (B, T, d_model) -> queries and rows of its tokens."""
-        q, down = apply_each(x, *self.of_one_input())
+        q, down = self.apply_each(x)
         q_latent, q = self._queries(q)
         q_nope, q_rope = self.q_norm(q.unflatten(-1, (self.n_heads, -1))).split([self.nope_dim, self.rope_dim], -1)
         down = down.unsqueeze(2)

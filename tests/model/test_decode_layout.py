@@ -9,7 +9,6 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.decode_layout import lay_out_for_decoding
-from model.linear import Linear, apply_each, join
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, logits_of, relative_error, small_model, some_tokens
 
@@ -58,23 +57,71 @@ def test_model_laid_out_for_decoding_reads_long_runs_in_few_products(monkeypatch
     assert sizes == [by_columns[0], by_rows[0], by_columns[1], by_rows[1], by_columns[2]]
 
 
-def test_layers_that_were_joined_learn_like_others_and_see_what_they_learned():
-    torch.manual_seed(0)
-    one = [Linear(8, 6, bias=True), Linear(8, 4, bias=False)]
-    for layer in one:
-        for parameter in layer.parameters():
-            torch.nn.init.normal_(parameter)
-    other = copy.deepcopy(one)
-    join(*other)
-    x = torch.randn(3, 8)
-    for group in (one, other):
-        optimizer = torch.optim.SGD([p for layer in group for p in layer.parameters()], lr=0.1)
-        sum(y.square().sum() for y in apply_each(x, *group)).backward()
+@torch.no_grad()
+def test_matrices_that_are_wider_than_high_are_read_by_rows():
+    model = laid_out(small_model("attention=mla", "attention.q_lora_rank=8", "attention.kv_lora_rank=8"))
+    attention = model.layers[0].attention
+    assert sum(layer.out_features for layer in attention.of_one_input()) < 64
+    assert [layer.weight.stride() for layer in attention.of_one_input()] == [(64, 1), (64, 1)]
+
+
+def test_model_laid_out_learns_like_another():
+    model, tokens = small_model("attention=gqa", "mlp=swiglu", "model.bias=true"), some_tokens(2, 20)
+    other = laid_out(model)
+    for one in (model, other):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        logits_of(one, tokens).logsumexp(-1).mean().backward()
         optimizer.step()
     with torch.no_grad():
-        for found, layer in zip(apply_each(x, *other), one, strict=True):
-            torch.testing.assert_close(found, layer(x))
-        for layer in one + other:
-            layer.to(torch.float64)  # which leaves the joined matrix behind
-        for found, layer in zip(apply_each(x.double(), *other), one, strict=True):
-            torch.testing.assert_close(found, layer(x.double()), rtol=1e-5, atol=1e-5)
+        assert relative_error(logits_of(other, tokens), logits_of(model, tokens)) <= 1e-5
+
+
+class Doubled(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+def new_data(attention):
+    attention.v_proj.weight.data = attention.v_proj.weight.data.clone().mul_(3)
+
+
+def new_parameter(attention):
+    attention.k_proj.weight = torch.nn.Parameter(attention.k_proj.weight * 3)
+
+
+def new_bias(attention):
+    attention.q_proj.bias = torch.nn.Parameter(attention.q_proj.bias + 1)
+
+
+def wrapped_first(attention):
+    attention.q_proj = Doubled(attention.q_proj)
+
+
+def wrapped_last(attention):
+    attention.v_proj = Doubled(attention.v_proj)
+
+
+def hooked(attention):
+    attention.v_proj.register_forward_hook(lambda layer, inputs, y: 3 * y)
+
+
+def converted(attention):
+    attention.double().float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "change",
+    [new_data, new_parameter, new_bias, wrapped_first, wrapped_last, hooked, converted],
+    ids=lambda f: f.__name__,
+)
+def test_model_laid_out_sees_what_becomes_of_its_layers(change):
+    model, tokens = small_model("attention=gqa", "model.bias=true"), some_tokens(2, 20)
+    other = laid_out(model)
+    for one in (model, other):
+        change(one.layers[0].attention)
+    assert relative_error(logits_of(other, tokens), logits_of(model, tokens)) <= 1e-5
