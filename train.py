@@ -7,7 +7,6 @@ python train.py --help
 
 import logging
 import os
-import re
 import sys
 
 if __name__ == "__main__":
@@ -18,16 +17,16 @@ if __name__ == "__main__":
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.cli import one_line_errors, smaller_batches_advised
-from common.conf_files import hydra_initialized
 from common.errors import escaped, reason
-from common.hydra_errors import one_line_hydra_errors, plain_tree
+from common.hydra_errors import one_line_hydra_errors
 from common.invocation import CONF, version_line
 from common.overrides import hydra_arguments, sweep_overrides
 from common.signals import Stopped, StopRequest
 from common.streams import escaped_for_terminal, print_line, print_stderr, write_if_possible
+from training.run.composer import asks_hydra_itself, compose_request, request_of
 
 if TYPE_CHECKING:
     from training.evaluate import Evaluation
@@ -50,41 +49,16 @@ def main() -> None:
             sys.exit(run_sweep(sweep))
 
         words = hydra_arguments(sys.argv[1:])
-        if any(re.match(r"-|[+~]*hydra\b", word) for word in words):
+        if asks_hydra_itself(words):
             os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would otherwise print over several lines
             sys.argv[1:] = words
             main_of_hydra = hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")
             main_of_hydra(lambda cfg: request.update(request_of(cfg)))()
         else:
-            request = composed(words)
+            request = compose_request(words)
     if request:  # none where Hydra only shows something, as with --help
         with one_line_errors():
             train(**request)
-
-
-def composed(words: list[str]) -> dict[str, Any]:
-    """What `train` takes, of overrides without flags and Hydra's own settings. hydra.main, which minds these, would
-    compose twice, a sixth of a second each."""
-    from hydra import compose
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import open_dict
-
-    with hydra_initialized():
-        cfg = compose("train", words, return_hydra_config=True)
-    HydraConfig.instance().set_config(cfg)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    return request_of(cfg)
-
-
-def request_of(cfg: Any) -> dict[str, Any]:
-    """What `train` takes, of what Hydra composed."""
-    from hydra.core.hydra_config import HydraConfig
-
-    hydra_config = HydraConfig.get()
-    with one_line_errors():
-        tree = plain_tree(cfg)
-    return {"tree": tree, "typed": list(hydra_config.overrides.task), "choices": dict(hydra_config.runtime.choices)}
 
 
 def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:

@@ -53,7 +53,7 @@ def hydra_initialized() -> Iterator[None]:
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF), job_name="train"):
             yield
     finally:
         GlobalHydra.instance().hydra = outer

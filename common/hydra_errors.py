@@ -55,7 +55,10 @@ def _raised_by_hydra(error: Exception) -> bool:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return True
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return isinstance(error, ValueError) and frame.f_globals["__name__"].partition(".")[0] in ("hydra", "omegaconf")
+    return isinstance(error, ValueError | TypeError) and frame.f_globals["__name__"].partition(".")[0] in (
+        "hydra",
+        "omegaconf",
+    )
 
 
 def _misfit(overrides: Sequence[str]) -> str | None:

@@ -7,19 +7,20 @@ from typing import Any
 
 from torch import Tensor
 
-from runtime.compile import compiled_or_eager
+from runtime.compile import CompiledOrEager
 
 TIMED_STEPS = 3
 
 
 class CompiledStep:
-    """A decode step that torch.compile traces once, at its first call: `tokens` are to be written, for which the KV
-    caches get room before. It warns where eager execution would have written them sooner."""
+    """A decode step that torch.compile traces once for inputs of the same shapes: `tokens` are to be written, for which
+    the KV caches get room before. It warns, at the first call, where eager execution would have written them sooner."""
 
     def __init__(self, eager: Callable[..., Tensor], tokens: int):
         self.tokens = tokens
         self.eager = eager
-        self.step = compiled_or_eager(eager, "--compile", self._try, dynamic=False)
+        self.timed = False
+        self.step = CompiledOrEager(eager, "--compile", self._try, dynamic=False)
 
     def __call__(self, *inputs: Any) -> Tensor:
         return self.step(*inputs)
@@ -27,6 +28,9 @@ class CompiledStep:
     def _try(self, compiled: Callable[..., Tensor], *inputs: Any) -> None:
         """Time the steps: the inputs again and again, which caches the same again."""
         compiling = _seconds(compiled, inputs)
+        if self.timed:
+            return
+        self.timed = True
         eager, fast = (min(_seconds(step, inputs) for _ in range(TIMED_STEPS)) for step in (self.eager, compiled))
         saved = self.tokens * (eager - fast)
         if saved < compiling:

@@ -27,7 +27,7 @@ class Dimensions(FrozenSettings):
     logit_softcap: float | None = Field(ge=1e-3, le=1e6)  # cap · tanh(logits / cap), within float32
     zero_init: bool  # o_proj and down_proj start at zero; false: std / sqrt(2 n_layers)
     # Logit of a token for itself at the start, with tied embeddings, by the last norm's weight; None: that is one, and
-    # the logit sqrt(d_model); auto: the optimizer's choice, which a Run fills in
+    # the logit sqrt(d_model); auto: the optimizer's choice if they are tied, which a Run fills in
     own_logit_init: Annotated[float, Field(gt=0, le=1e3)] | Literal["auto"] | None
     # What an attention leaves unset:
     qk_norm: bool  # RMSNorm on each query and key head; MLA always norms its latents

@@ -8,43 +8,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 
-def compiled_or_eager(function: Callable, option: str, trial: Callable[..., None], **options: Any) -> Callable:
-    """Compile a function: torch.compile(function, **options), which compiles anew for tensors of other shapes. What
-    cannot be compiled runs eagerly, after a warning that names the option which asked for it; that holds for the shapes
-    it met, so that a run resumed later computes as this one.
 
-    trial(function, *inputs) runs all that there is to compile once more than was asked for, before the first call with
-    inputs of such shapes.
-    """
-    compiled = functools.cache(lambda: torch.compile(function, **options))
-    chosen: dict[tuple, Callable] = {}  # by the shapes of the inputs
-    warnings = set()
+class CompiledOrEager:
+    """A function compiled by torch.compile, anew for tensors of other shapes. What cannot be compiled runs eagerly,
+    after a warning that names the option which asked for it; that holds for the shapes it met, so that a run resumed
+    later computes as this one."""
 
-    def take_eager(shapes: tuple, error: Exception) -> None:
-        chosen[shapes] = function
-        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
-        if reason not in warnings:
-            warnings.add(reason)
-            logging.getLogger("headroom").warning(f"{option} failed, running eagerly: {reason}")
+    def __init__(self, function: Callable, option: str, trial: Callable[..., None], **options: Any):
+        """trial(function, *inputs) runs all that there is to compile once more than was asked for, before the first
+        call with inputs of such shapes. options: of torch.compile."""
+        self.function = function
+        self.option = option
+        self.trial = trial
+        self.options = options
+        self.chosen: dict[tuple, Callable] = {}  # by the shapes of the inputs
+        self.warnings: set[str] = set()
 
-    def call(*inputs: Any) -> Any:
+    @functools.cached_property
+    def compiled(self) -> Callable:
+        return torch.compile(self.function, **self.options)
+
+    def __call__(self, *inputs: Any) -> Any:
         shapes = _shapes(inputs)
-        if shapes not in chosen:
+        if shapes not in self.chosen:
+            self.chosen[shapes] = self._tried(inputs)
+        if self.chosen[shapes] is not self.function:
             try:
-                trial(compiled(), *inputs)
-                chosen[shapes] = compiled()
-            except Exception as error:
-                take_eager(shapes, error)
-        try:
-            return chosen[shapes](*inputs)
-        except Exception as error:  # of what makes it compile anew besides shapes of inputs, as that of a KV cache
-            if chosen[shapes] is function or not _is_compilers(error):
-                raise
-            take_eager(shapes, error)
-        return function(*inputs)
+                return self.chosen[shapes](*inputs)
+            except Exception as error:  # of what else makes it compile anew, as the shape of a KV cache
+                if not _is_compilers(error):
+                    raise
+                self._warn(error)
+            self.chosen[shapes] = self.function
+        return self.function(*inputs)
 
-    return call
+    def _tried(self, inputs: tuple) -> Callable:
+        try:
+            self.trial(self.compiled, *inputs)
+        except (UserError, torch.OutOfMemoryError):  # which say nothing about the compiler
+            raise
+        except Exception as error:
+            self._warn(error)
+            return self.function
+        return self.compiled
+
+    def _warn(self, error: Exception) -> None:
+        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+        if reason not in self.warnings:
+            self.warnings.add(reason)
+            logging.getLogger("headroom").warning(f"{self.option} failed, running eagerly: {reason}")
 
 
 def _shapes(inputs: tuple) -> tuple:

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
-import train
 from common.conf_files import choices, content
 from common.errors import Unsupported, UserError
 from data.batches import Batch
@@ -22,7 +21,7 @@ from model.kernels.naive import Naive
 from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
-from training.run.composer import choice, compose_tree, merged
+from training.run.composer import choice, compose_request, compose_tree, merged
 from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.state import TrainState
@@ -99,7 +98,7 @@ DISTINCT = [
 assert all(case in CASES for case in DISTINCT)
 
 
-def seldom(cases: Sequence[tuple[str, ...]] = CASES) -> list[Any]:
+def mostly_slow(cases: Sequence[tuple[str, ...]] = CASES) -> list[Any]:
     """The cases as parameters of a test that takes long with each: those for which others stand are slow."""
     slow = {case: () if case in DISTINCT else pytest.mark.slow for case in cases}
     return [pytest.param(case, marks=marks, id=" ".join(case)) for case, marks in slow.items()]
@@ -115,12 +114,9 @@ def _run(*overrides: str) -> Run:
     return Run.from_tree(tree)
 
 
-_composed = train.composed  # in whose place `call` puts the cached one
-
-
 @functools.lru_cache(maxsize=1000)
 def _request(*words: str) -> dict[str, Any]:
-    return _composed(list(words))
+    return compose_request(words)
 
 
 def composed_tree(*overrides: str) -> dict[str, Any]:
@@ -226,7 +222,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
-        patch.setattr("train.composed", lambda words: copy.deepcopy(_request(*words)))
+        patch.setattr("train.compose_request", lambda words: copy.deepcopy(_request(*words)))
         patch.setattr("generation.preview.MAX_NEW_TOKENS", 12)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from model.kernels.base import say_once
-from runtime.compile import compiled_or_eager
+from runtime.compile import CompiledOrEager
 
 AUTOTUNED = "max-autotune-no-cudagraphs"  # as torch.compile calls it
 
@@ -25,7 +25,7 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
     if autotune:
         say_once(logging.INFO, "autotune takes what was fastest when tried: a resumed run may differ in its bits")
     mode = AUTOTUNED if autotune else None
-    return compiled_or_eager(function, "compile=true", _try_once, dynamic=False, mode=mode)
+    return CompiledOrEager(function, "compile=true", _try_once, dynamic=False, mode=mode)
 
 
 def _try_once(function: Callable, model: nn.Module, *inputs: Any) -> None:

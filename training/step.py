@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
 
 
 def accumulate_gradients(
-    state: TrainState, batches: Iterable[Batch], between: Between = go_on
+    state: TrainState, batches: Sequence[Batch], between: Between = go_on
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient accumulation: adds the gradients of the mean loss over the counted targets of all micro-batches to the
     float32 parameters -> that loss, a scalar, NaN where none is counted; and the auxiliary outputs that the loss
@@ -64,7 +64,6 @@ def accumulate_gradients(
     """
     precision = state.precision
     precision.copy_master_weights()
-    batches = list(batches)
     counts = [batch.counted for batch in batches]
     counted = sum(counts)
     total = torch.zeros((), device=state.device)

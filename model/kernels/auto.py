@@ -84,7 +84,8 @@ def _try(kernel: Kernel, case: Case) -> None:
     Raises Unsupported if it does not run, or computes something else than the naive kernel."""
     given, how = _made_up(case)
     devices = [torch.cuda.current_device()] if case.device == "cuda" else []
-    with torch.random.fork_rng(devices), torch.set_grad_enabled(case.trains):
+    exact = torch.autocast(case.device, enabled=False)  # the tensors have the dtype that is asked about
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(case.trains), exact:
         try:
             found = _computed(kernel, *given, how)
         except torch.OutOfMemoryError:

@@ -6,7 +6,7 @@ import pytest
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
 from generation.state import GenerationState, bucket
-from tests.support import seldom, small_model
+from tests.support import mostly_slow, small_model
 
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42]]
 
@@ -20,7 +20,7 @@ def continued(model, state: GenerationState, **options) -> list[list[int]]:
     return [[int(step[i]) for step in steps if step[i] != ENDED] for i in range(len(state.tokens))]
 
 
-@pytest.mark.parametrize("case", seldom())
+@pytest.mark.parametrize("case", mostly_slow())
 def test_generate_of_ragged_prompts_equals_each_alone_and_uncached(case):
     model = small_model(*case, "model.context_length=128")
     prompts = [PROMPTS[0], list(range(20, 78)), PROMPTS[2]]
@@ -74,7 +74,7 @@ def test_generate_with_one_seed_is_the_same_in_any_batch(seed):
         assert generated(model, prompts, seeds, end_token=end, **options)[-1] == alone
 
 
-@pytest.mark.parametrize("case", seldom())
+@pytest.mark.parametrize("case", mostly_slow())
 def test_generate_over_several_turns_equals_the_uncached_whole_text(case):
     """The caller appends to some rows, ends others, revives them: what is remembered stays in step."""
     model = small_model(*case, "model.context_length=256")
@@ -95,7 +95,7 @@ def test_generate_over_several_turns_equals_the_uncached_whole_text(case):
             whole[row] += expected
 
 
-@pytest.mark.parametrize("case", seldom())
+@pytest.mark.parametrize("case", mostly_slow())
 def test_generate_with_a_sliding_context_equals_the_uncached_second_half(case):
     model = small_model(*case, "model.context_length=32")
     prompts = [[5, 6, 7], [42] * 25, list(range(50))]

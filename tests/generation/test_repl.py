@@ -14,7 +14,7 @@ from generation.decode import generate
 from generation.repl import Conversation
 from generation.sampler import Sampler
 from generation.state import GenerationState
-from tests.support import seldom, small_model
+from tests.support import mostly_slow, small_model
 
 GREEDY = Sampler(temperature=0)
 TOKENIZER = ByteTokenizer()
@@ -52,7 +52,7 @@ def check_turns(case: tuple[str, ...], slide: bool, lines: Sequence[str]) -> Non
         assert slide or in_context == whole
 
 
-@pytest.mark.parametrize("case", seldom())
+@pytest.mark.parametrize("case", mostly_slow())
 def test_turn_after_turn_of_a_sliding_text_equals_an_uncached_run_on_the_whole(case):
     check_turns(case, True, ("The qüery", " and the k🙂", "", "x" * 30, "y"))
 

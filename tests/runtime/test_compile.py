@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from runtime.compile import compiled_or_eager
+from runtime.compile import CompiledOrEager
 from tests.support import batches, small_model
 from training.compile import maybe_compiled
 from training.losses import mean_loss
@@ -46,7 +46,7 @@ def run_once(function, *inputs) -> None:
 
 def test_shape_that_does_not_compile_runs_eagerly_whenever_it_comes(compiler, caplog):
     """The other shapes stay compiled; one that failed is not compiled again, nor warned of."""
-    call = compiled_or_eager(doubled, "compile=true", run_once)
+    call = CompiledOrEager(doubled, "compile=true", run_once)
     compiler.fails = {(2,): RuntimeError("no such layout\nin a kernel\nof many"), (3,): RuntimeError("too large")}
     for size in (1, 2, 1, 2, 3, 3):
         assert torch.equal(call(torch.ones(size)), torch.full((size,), 2.0))
@@ -58,7 +58,7 @@ def test_shape_that_does_not_compile_runs_eagerly_whenever_it_comes(compiler, ca
 
 
 def test_one_reason_for_several_shapes_is_one_warning(compiler, caplog):
-    call = compiled_or_eager(doubled, "compile=true", run_once)
+    call = CompiledOrEager(doubled, "compile=true", run_once)
     compiler.fails = {(size,): RuntimeError("no compiler here") for size in (1, 2, 3)}
     for size in (1, 2, 3):
         call(torch.ones(size))
@@ -67,7 +67,7 @@ def test_one_reason_for_several_shapes_is_one_warning(compiler, caplog):
 
 def test_compiler_that_fails_at_a_later_call_of_one_shape_is_left_out(compiler, caplog):
     """As where a KV cache has grown, which no input shows."""
-    call = compiled_or_eager(doubled, "--compile", run_once)
+    call = CompiledOrEager(doubled, "--compile", run_once)
     call(torch.ones(1))
     compiler.fails = {(1,): TorchDynamoException("no such size")}
     for _ in range(2):
@@ -76,12 +76,22 @@ def test_compiler_that_fails_at_a_later_call_of_one_shape_is_left_out(compiler, 
 
 
 def test_error_of_the_function_itself_is_raised(compiler, caplog):
-    call = compiled_or_eager(doubled, "compile=true", run_once)
+    call = CompiledOrEager(doubled, "compile=true", run_once)
     call(torch.ones(1))
     compiler.fails = {(1,): torch.OutOfMemoryError("no memory")}
     with pytest.raises(torch.OutOfMemoryError):
         call(torch.ones(1))
     assert not caplog.messages
+
+
+def test_too_little_memory_in_a_trial_says_nothing_of_the_compiler(compiler, caplog):
+    call = CompiledOrEager(doubled, "compile=true", run_once)
+    compiler.fails = {(1,): torch.OutOfMemoryError("no memory")}
+    with pytest.raises(torch.OutOfMemoryError):
+        call(torch.ones(1))
+    compiler.fails = {}
+    assert call(torch.ones(1)) == 2
+    assert compiler.calls == [(1,), (1,), (1,)] and not caplog.messages
 
 
 class FailsBackward(torch.autograd.Function):

@@ -5,8 +5,11 @@ Hydra is imported where it composes, and not with this module: the command lines
 
 import copy
 import functools
+import re
+from collections.abc import Sequence
 from typing import Any
 
+from common.cli import one_line_errors
 from common.conf_files import content, hydra_initialized
 from common.hydra_errors import one_line_hydra_errors, plain_tree
 from common.overrides import hydra_arguments
@@ -19,6 +22,36 @@ def compose_tree(*overrides: str) -> dict[str, Any]:
 
     with hydra_initialized(), one_line_hydra_errors(overrides):
         return plain_tree(compose("train", hydra_arguments(overrides)))
+
+
+def asks_hydra_itself(words: Sequence[str]) -> bool:
+    """Whether words of the command line are Hydra's flags or settings, which hydra.main minds."""
+    return any(re.match(r"-|[+~]*hydra\b", word) for word in words)
+
+
+def compose_request(words: Sequence[str]) -> dict[str, Any]:
+    """What train.py trains with, of overrides of its own settings alone: hydra.main would compose them twice, a sixth
+    of a second each. Raises what Hydra raises."""
+    from hydra import compose
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    with hydra_initialized():
+        cfg = compose("train", list(words), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return request_of(cfg)
+
+
+def request_of(cfg: Any) -> dict[str, Any]:
+    """The composed tree, the overrides that were typed, and the choice of each group, of what Hydra composed."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra_config = HydraConfig.get()
+    with one_line_errors():
+        tree = plain_tree(cfg)
+    return {"tree": tree, "typed": list(hydra_config.overrides.task), "choices": dict(hydra_config.runtime.choices)}
 
 
 def merged(*overrides: str) -> list[str]:

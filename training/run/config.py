@@ -77,7 +77,8 @@ class Run(FrozenSettings):
         parts = {name: pop_part(tree, name) for name in MODEL_PARTS | RUN_PARTS}
         model = validated(ModelConfig, "model", dims, {name: parts[name] for name in MODEL_PARTS})
         if model.own_logit_init == "auto":
-            model = model.model_copy(update={"own_logit_init": parts["optim"].own_logit_init})
+            chosen = parts["optim"].own_logit_init if model.tie_embeddings else None
+            model = model.model_copy(update={"own_logit_init": chosen})
         tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
         return validated(cls, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
 

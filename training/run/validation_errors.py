@@ -3,7 +3,8 @@
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
@@ -62,6 +63,7 @@ def _one_line(cls: type[BaseModel], key: str, error: ValidationError) -> str:
         message = _complaint(dotted(key, *place), first, _limits(cls, *place))
         others = [other for other in rest if _without_member(other["loc"]) == place]  # that a union allows as well
         words = [_expected(other) for other in others if other["type"] == "literal_error"]
+        words += ["null"] if words and _may_be_null(cls, *place) else []
         message, rest = ", or ".join([message, *words]), [other for other in rest if other not in others]
     return message + (f" (and {len(rest)} more)" if rest else "")
 
@@ -69,6 +71,10 @@ def _one_line(cls: type[BaseModel], key: str, error: ValidationError) -> str:
 def _without_member(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
     """The place of an error, without pydantic's name for the member of a union that was tried."""
     return tuple(name for name in place if not str(name).startswith(("constrained-", "literal[")))
+
+
+def _may_be_null(cls: type[BaseModel], field: Any, *_: Any) -> bool:
+    return field in cls.model_fields and NoneType in get_args(cls.model_fields[field].annotation)
 
 
 def _expected(error: Mapping[str, Any]) -> str:

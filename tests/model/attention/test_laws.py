@@ -32,8 +32,8 @@ from tests.support import (
     CASES,
     DISTINCT,
     logits_of,
+    mostly_slow,
     relative_error,
-    seldom,
     sharpened,
     small_config,
     small_model,
@@ -46,7 +46,7 @@ KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
 Cases = Sequence[tuple[str, ...]]
-often = pytest.mark.parametrize("case", seldom())  # of laws that take long
+often = pytest.mark.parametrize("case", mostly_slow())  # of laws that take long
 # These hand a kernel all that cases can: shared keys, wide ones, values that are keys, masks, added columns.
 ON_ALL_KERNELS = [
     ("attention=gqa",),

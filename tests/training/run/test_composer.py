@@ -14,9 +14,8 @@ from omegaconf import OmegaConf
 import train
 from common.conf_files import choices, groups
 from common.errors import UserError
-from common.hydra_errors import plain_tree
 from tests.support import NEEDS, ROOT, call, composed_run, composed_tree
-from training.run.composer import choice, compose_tree, merged
+from training.run.composer import choice, compose_tree, merged, request_of
 from training.run.config import Run, compose, dump, pop_command_settings
 from training.run.migrate import migrate
 from training.run.parts import MODEL_PARTS, RUN_PARTS
@@ -59,16 +58,21 @@ def test_compose_equals_the_command_line(typed, monkeypatch):
     assert asked(typed, monkeypatch) == compose_tree(*typed)
 
 
+def test_a_value_of_hydras_own_is_the_same_with_a_flag(monkeypatch):
+    word = "run_dir='runs/${hydra:job.name}'"
+    assert asked([word], monkeypatch) == asked([word, "--run"], monkeypatch)
+
+
 def test_compose_within_hydra_and_without_equals_the_command_line_with_a_flag(monkeypatch):
     typed, within = TYPED[2], []
 
-    def plain(cfg):
+    def asked_within(cfg):
         outer = GlobalHydra.instance().hydra
         within.append(compose_tree(*typed))
         assert outer is not None and GlobalHydra.instance().hydra is outer
-        return plain_tree(cfg)
+        return request_of(cfg)
 
-    monkeypatch.setattr(train, "plain_tree", plain)
+    monkeypatch.setattr(train, "request_of", asked_within)
     tree = asked([*typed, "--run"], monkeypatch)
     assert tree == within[0] == compose_tree(*typed)
     pop_command_settings(tree)
@@ -78,6 +82,8 @@ def test_compose_within_hydra_and_without_equals_the_command_line_with_a_flag(mo
 MISTAKES = {
     "no choice": ("attention=nope",),
     "null for a choice": ("attention=null",),
+    "a list for a choice": ("optim=[1]",),
+    "a null in a list for a choice": ("model=[null]",),
     "no choice in two groups": ("model=gpt2", "data=nope"),
     "a setting of another choice": ("attention=mla", "attention.n_kv_heads=3"),
     "a slip": ("attention=mla", "attention.kv_lora=3"),
@@ -158,8 +164,8 @@ def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model)
     for name, attention in alone.items():
         expected = expected_of(model, name)
         assert {key: getattr(attention, key) for key in expected} == expected
-    for i in range(0, len(ALONE), 2):
-        two = dict(zip(("global", "local"), ALONE[i : i + 2], strict=True))
+    for pair in zip(ALONE[::2], (ALONE[1:] + ALONE[:1])[::2], strict=True):
+        two = dict(zip(("global", "local"), pair, strict=True))
         stacked = [f"attention.parts.{part}.attention={name}" for part, name in two.items()]
         parts = composed_run(f"model={model}", "attention=stack", *stacked).model.attention.parts
         windowed = alone[two["local"]].model_copy(update={"window": 64})

@@ -37,6 +37,13 @@ def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
     assert again == run and again.document_mask
 
 
+@pytest.mark.parametrize(
+    ("typed", "expected"), [("optim=muon", 1.0), ("optim=adamw", None), ("model.tie_embeddings=false", None)]
+)
+def test_own_logit_init_by_default_is_what_suits_the_optimizer_and_the_head(typed, expected):
+    assert composed_run(typed).model.own_logit_init == expected
+
+
 @pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
 def test_every_attention_fits_every_model(attention, model):
     config = composed_run(f"attention={attention}", f"model={model}").model
@@ -248,11 +255,11 @@ BAD = [
     (("autotune=true",), "autotune=true chooses among compiled kernels: set compile=true, or leave it"),
     (("kernel=sdpa", "kernel.flash=FA2"), "kernel.flash=FA2: choose FA3 or FA4"),
     (("kernel=sdpa", "kernel.backend=math"), "kernel.backend=math: choose flash, efficient or cudnn"),
-    (("model.own_logit_init=0",), "model.own_logit_init=0: give more than 0, or auto"),
-    (("model.own_logit_init=1e4",), "model.own_logit_init=10000: give at most 1000, or auto"),
+    (("model.own_logit_init=0",), "model.own_logit_init=0: give more than 0, or auto, or null"),
+    (("model.own_logit_init=1e4",), "model.own_logit_init=10000: give at most 1000, or auto, or null"),
     (
         ("attention=gqa", "attention.n_kv_heads=some"),
-        "attention.n_kv_heads=some: give a whole number, written in digits, or all",
+        "attention.n_kv_heads=some: give a whole number, written in digits, or all, or null",
     ),
     (("model.dropout=1",), "model.dropout=1: give at least 0 and less than 1"),
     (("profile_steps=1001",), "profile_steps=1001: give at least 0 and at most 1000"),
