@@ -26,6 +26,7 @@ from common.errors import UserError
 from common.invocation import quoted
 from model import cost
 from training.run.config import flatten_config
+from training.run.validation_errors import spelled
 
 UNITS = {"val_bpb": "bits per byte", "val_loss": "nats per token"}
 UNKNOWN = Estimate({}, math.nan, None, None)
@@ -87,7 +88,7 @@ def report_on(
         variants=variants,
         cells=selection.cells,
         summary=[],
-        notes=[*notes, *seed_notes(groups), *machine_notes(records)],
+        notes=[*notes, *start_notes(groups), *seed_notes(groups), *machine_notes(records)],
         config_differences=config_differences(groups),
         environment=environment_of(records),
         data=data_of(records),
@@ -344,6 +345,16 @@ def comparison_of(variants: Sequence[Variant], metric: str, selection: Selection
         return None
     table = {variant.name: getattr(variant, metric).values for variant in variants}
     return compare(table, variants[0].name)
+
+
+def start_notes(groups: Mapping[str, list[Member]]) -> list[str]:
+    """Where the optimizers that are compared chose the scale of the first logits, each its own."""
+    unlike = config_differences(groups)
+    starts = unlike.get("model.own_logit_init", {})
+    if not starts or "optim" not in unlike or any("own_logit_init" in name for name in groups):
+        return []
+    values = ", ".join(f"{spelled(value)} of {name}" for name, value in starts.items())
+    return [f"models begin unlike, model.own_logit_init is {values}: set it, and optimizers alone are compared"]
 
 
 def seed_notes(groups: Mapping[str, list[Member]]) -> list[str]:

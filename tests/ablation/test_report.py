@@ -215,6 +215,15 @@ def test_compare_two_ordinary_runs_have_no_p(here, monkeypatch, capsys):
     assert report["config_differences"]["mlp.d_ff"] and Path("report/curves.png").is_file()
 
 
+def test_compare_of_optimizers_says_that_each_chose_the_first_logits(workplace, monkeypatch):
+    for name in ("muon", "adamw"):
+        call("train", [*TINY, f"optim={name}", f"run_dir={name}"], monkeypatch)
+    note = "model.own_logit_init is 1.0 of muon, null of adamw: set it, and optimizers alone are compared"
+    assert any(note in one for one in report_on([Path("muon"), Path("adamw")], decode=False).notes)
+    call("train", [*TINY, "optim=adamw", "model.own_logit_init=1", "run_dir=alike"], monkeypatch)
+    assert not any("begin unlike" in one for one in report_on([Path("muon"), Path("alike")], decode=False).notes)
+
+
 def test_compare_runs_that_differ_in_the_seed_alone_are_one_variant(here):
     folders = [SWEEPS / f"three/attention={name},seed={seed}" for name in ("mha", "mla") for seed in (1, 2)]
     report = report_on(folders, decode=False)

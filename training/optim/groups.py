@@ -62,7 +62,8 @@ def check_groups(groups: Sequence[GroupConfig], names: Sequence[str]) -> None:
         if not any(map(group.matches, names)):
             near = (group.model_copy(update={"match": match}) for match in _near(group.match, names))
             meant = (_typed([*groups[:i], one, *groups[i + 1 :]]) for one in near)
-            raise ValueError(f"{where} matches no parameter; {hint(*meant) or _examples(names)}")
+            way_out = _layers(group.match, names) or hint(*meant) or _examples(names)
+            raise ValueError(f"{where} matches no parameter; {way_out}")
         if not any(one is group for one in chosen):
             raise ValueError(f"{where} matches only what groups before it match, and the first counts: put it ahead")
     if all(group is not None and not group.train for group in chosen):
@@ -113,6 +114,15 @@ def _spelled(group: GroupConfig) -> str:
     given = group.model_dump(exclude_defaults=True, exclude={"match"})
     rest = "".join(f", {name}: {json.dumps(value)}" for name, value in given.items())
     return f"{{match: {as_text(group.match, literal=True)}{rest}}}"
+
+
+def _layers(pattern: str, names: Sequence[str]) -> str:
+    """Say which layers there are, where the pattern would match if its number were another."""
+    of_any = re.sub(r"\.\d+\.", ".*.", pattern)
+    if of_any == pattern or not any(fnmatchcase(name, of_any) for name in names):
+        return ""
+    last = max(int(found[1]) for name in names if (found := re.match(r"layers\.(\d+)\.", name)))
+    return f"layers are 0 to {last}"
 
 
 def _near(pattern: str, names: Iterable[str]) -> list[str]:

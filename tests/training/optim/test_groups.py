@@ -148,6 +148,7 @@ def test_run_with_groups_resumed_is_bit_exact(workplace, monkeypatch, choice):
             "[{match: 'layers.*', lr: 0.1}, {match: norm.wieght, train: false}]",
             r"""mean 'optim.groups=\[{match: "layers.\*", lr: 0.1}, {match: "norm.weight", train: false}\]'""",
         ),
+        ("[{match: layers.9.mlp.*, lr: 0.1}]", "matches no parameter; layers are 0 to .*"),
         ("[{match: zzz, lr: 0.1}]", "matches no parameter; names are embedding.weight, .*, norm.weight and the like"),
         (
             "[{match: '*', lr: 0.1}, {match: 'layers.*', lr: 0.2}]",
