@@ -162,22 +162,8 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
         model, optimizer = nanogpt_of(nanogpt, torch.device("cpu"), size.shape, lr=LR)
         return model, stepping(model, optimizer, lambda inputs, targets: model(inputs, targets)[1])
 
-    def hugging(kind: str, **more: Any) -> tuple[nn.Module, Step]:
-        import transformers
-
-        config = getattr(transformers, f"{kind}Config")(
-            vocab_size=size.vocab,
-            hidden_size=size.d_model,
-            intermediate_size=-(-8 * size.d_model // 96) * 32,
-            num_hidden_layers=size.n_layers,
-            num_attention_heads=size.n_heads,
-            num_key_value_heads=size.n_heads,
-            max_position_embeddings=size.tokens,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
-            **more,
-        )
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).train()
+    def hugging(kind: str) -> tuple[nn.Module, Step]:
+        model = hugging_model(kind, size).train()
         return model, stepping(model, _adamw(model), _cross_entropy(lambda x: model(x, use_cache=False).logits))
 
     def litgpt() -> tuple[nn.Module, Step]:
@@ -201,6 +187,18 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
         model.lm_head.weight = model.transformer.wte.weight
         return model, stepping(model, _adamw(model), _cross_entropy(model))
 
+    peers = {
+        "transformers Llama": lambda: hugging("Llama"),
+        "transformers DeepseekV3": lambda: hugging("DeepseekV3"),
+        "litgpt": litgpt,
+    }
+    return peers if nanogpt is None else {"nanoGPT": nano, **peers}
+
+
+def hugging_model(kind: str, size: Size) -> nn.Module:
+    """A model of transformers at that size: Llama, or DeepseekV3 without experts."""
+    import transformers
+
     head = size.d_model // size.n_heads
     latent = {
         "q_lora_rank": None,
@@ -210,12 +208,19 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
         "v_head_dim": head,
         "first_k_dense_replace": size.n_layers,
     }
-    peers = {
-        "transformers Llama": lambda: hugging("Llama"),
-        "transformers DeepseekV3": lambda: hugging("DeepseekV3", **latent),
-        "litgpt": litgpt,
-    }
-    return peers if nanogpt is None else {"nanoGPT": nano, **peers}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=size.vocab,
+        hidden_size=size.d_model,
+        intermediate_size=-(-8 * size.d_model // 96) * 32,
+        num_hidden_layers=size.n_layers,
+        num_attention_heads=size.n_heads,
+        num_key_value_heads=size.n_heads,
+        max_position_embeddings=size.tokens,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        **(latent if kind == "DeepseekV3" else {}),
+    )
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
 def run_of(size: Size, *overrides: str) -> Run:
