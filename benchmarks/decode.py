@@ -1,7 +1,7 @@
 """Times decoding: ours beside transformers, in turns in one process, with one sampler, on freshly initialised models.
 
 python -m benchmarks.decode                                   # (ii) in float32, batch 1 and 8, eager
-python -m benchmarks.decode --sizes ii iii --precision fp32 bf16 --contexts 256 1024 --json decode.json --plot decode.png
+python -m benchmarks.decode --sizes ii iii --precision fp32 bf16 --contexts 256 --json decode.json --plot decode.png
 python -m benchmarks.decode --only "ours mha" "ours mla" --compiled
 
 A text is a prompt and NEW tokens more, drawn from the 50 likeliest at temperature 1. `ms` is the time of a step from
