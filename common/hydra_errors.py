@@ -44,7 +44,9 @@ def _complaint(error: Exception, overrides: Sequence[str]) -> str | None:
         return None
     missing = re.search(r"Could not (?:override|append|delete)[^']* '([^']+)'", str(error))
     if missing and not conf_files.is_group(missing[1]):
-        return no_such_setting(missing[1], overrides)
+        within_a_dict = rf"full_key: ({re.escape(missing[1])}\.\S+)"
+        within = re.search(within_a_dict, str(error.__cause__))
+        return no_such_setting((within or missing)[1], overrides)
     return _unknown_choice(overrides) or _misfit(overrides) or " ".join(str(error).split())
 
 

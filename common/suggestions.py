@@ -137,7 +137,7 @@ def no_such_setting(key: str, overrides: Sequence[str] = ()) -> str:
         return _not_at_the_top(name, known)
     if group in known.choices and (known.of_group(group) or _owners(group, name)):
         return _not_of_choice(key, group, known)
-    return _of_part(key, known) or _in_no_group(key, known)
+    return _of_part(key, known) or _not_in_dict(key, known) or _in_no_group(key, known)
 
 
 def renamed(key: str) -> str:
@@ -216,6 +216,17 @@ def _not_of_choice(key: str, group: str, known: Known) -> str:
     part = next((one for one in valid if re.fullmatch(r"parts\.\w+", one)), None)
     in_part = f", so set it in a part, as {group}.{part}.{near}=" if part else ""
     return f"{key}: {where}; {meant} belongs to {group}={owners}{in_part}"
+
+
+def _not_in_dict(key: str, known: Known) -> str | None:
+    """Return one line on a key that a setting does not have which is a dict; None for any other."""
+    whole, _, name = key.rpartition(".")
+    inner = known.settings.get(whole)
+    if not isinstance(inner, dict) or ".parts." in f"{whole}.":
+        return None
+    beside = f"{whole.rpartition('.')[0]}.{name}"
+    meant = beside if beside in known.settings else nearest(name, inner)
+    return f"{key}: no such setting; {hint(meant) or 'valid: ' + ', '.join(inner)}"
 
 
 def _of_part(key: str, known: Known) -> str | None:

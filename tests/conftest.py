@@ -18,6 +18,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ An attention of one's own is a config class and a module, and a file in conf/att
 
 1. A subclass of AttentionConfig holds its settings; `derive` fills in those that follow from the model's, and `build`
    makes the module.
-2. A subclass of Attention makes its projections, a norm or a Rope where it has one, an output matrix `o_proj`, and
-   `config.core(...)`. Its `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position
-   bias, attends, drops weights and collects statistics; the base class multiplies by `o_proj`.
+2. A subclass of Attention makes its projections (model.linear.Linear, since x may be bfloat16 where biases and other
+   vectors are float32), a norm or a Rope where it has one, an output matrix `o_proj`, and `config.core(...)`. Its
+   `heads` is: project, norm, rotate, core. The core updates the cache, masks, adds the position bias, attends, drops
+   weights and collects statistics; the base class multiplies by `o_proj`. Where `of_one_input` names layers that are
+   applied to x, and `heads` calls `apply_each(x)`, decoding joins their matrices.
 3. `make_cache` names the columns that a token caches, and `layout` describes each parameter (model/layout.py).
-   If `of_one_input` names the layers that are applied to x and `heads` calls `apply_each(x)`, decoding joins them.
 4. conf/attention/<name>.yaml has the defaults of its settings, and `_target_`, which names the config class.
 
 The laws (tests/model/attention) then apply to it unasked.

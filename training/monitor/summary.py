@@ -8,10 +8,12 @@ from typing import Any
 from common.console import counted
 from common.invocation import command
 from data.shards.prepare import Prepared
+from model.cost import on_meta
 from model.score import Score
 from training.epochs import epochs, repetition_warnings
 from training.measure import Measured
 from training.metrics_file import MetricRow
+from training.optim.groups import described
 from training.run.config import Run
 from training.run.folder import resume_command
 from training.run.validation_errors import spelled
@@ -32,6 +34,9 @@ def opening_lines(
     yield f"cache        {measured.cache_bytes:,} bytes per token when decoding in float32"
     yield f"data         {_data(run, corpus, measured.bytes_per_token)}"
     yield f"training     {_plan(run, corpus)}"
+    if run.optim.groups:
+        names = [name for name, _ in on_meta(run.model, vocab_size=1).named_parameters()]
+        yield f"groups       {described(run.optim.groups, names)}"
     yield f"run          {folder}"
     yield from repetition_warnings(run, corpus, done)
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from common.console import counted
 from common.invocation import quoted
 from common.overrides import as_text
 from common.settings import FrozenSettings
@@ -36,8 +37,12 @@ class GroupConfig(FrozenSettings):
         return given
 
     @model_validator(mode="after")
-    def _check_frozen(self) -> Self:
+    def _check_effect(self) -> Self:
         given = [name for name in ("lr", "weight_decay") if getattr(self, name) is not None]
+        if self.train and not given:
+            raise ValueError(
+                f"optim.groups: match={self.match} changes nothing: give lr, weight_decay or train: false beside it"
+            )
         if given and not self.train:
             raise ValueError(
                 f"optim.groups: match={self.match} with train=false has no use for {given[0]}="
@@ -68,6 +73,17 @@ def check_groups(groups: Sequence[GroupConfig], names: Sequence[str]) -> None:
             raise ValueError(f"{where} matches only what groups before it match, and the first counts: put it ahead")
     if all(group is not None and not group.train for group in chosen):
         raise ValueError("optim.groups freeze all parameters: leave some to train")
+
+
+def described(groups: Sequence[GroupConfig], names: Sequence[str]) -> str:
+    """What the groups do, and to how many parameters, as in `layers.0.*: 9 parameters frozen`."""
+    words = []
+    for group in groups:
+        count = counted(sum(group_of(name, groups) is group for name in names), "parameter")
+        given = _given(lr=group.lr, weight_decay=group.weight_decay)
+        effect = ", ".join(f"{key} {value:g}" for key, value in given.items()) or "frozen"
+        words.append(f"{group.match}: {count} {'with ' if given else ''}{effect}")
+    return "; ".join(words)
 
 
 def freeze(model: TransformerLM, groups: Sequence[GroupConfig]) -> None:

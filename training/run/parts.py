@@ -49,7 +49,10 @@ def load_choice(group: str, name: str) -> Any:
 
 def resolve_target(target: Any, base: type, key: str) -> type[BaseModel]:
     """The class a `_target_` names: defined in a file of this project's own packages, and a kind of `base`."""
-    problem = UserError(f"{key}._target_={target!r} does not name a {base.__name__} of this project")
+    problem = UserError(
+        f"{key}._target_={target!r} names no {base.__name__} of this project: give module.Class, of a class that is "
+        "defined in that module's file"
+    )
     if not isinstance(target, str) or not re.fullmatch(r"(model|data|training)(\.[a-z_0-9]+)+\.[A-Za-z_0-9]+", target):
         raise problem
     module_name, _, class_name = target.rpartition(".")

@@ -11,6 +11,12 @@ from model.transformer import TransformerLM
 from tests.support import logits_of, relative_error, some_tokens
 
 
+def check_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Logits are those expected, within a tolerance relative to the largest."""
+    error = relative_error(found, expected)
+    assert error <= tolerance, f"{what}: logits differ by {error:.2g} of the largest, and {tolerance:g} is allowed"
+
+
 def check_reach(model: TransformerLM) -> None:
     """d logits[t] / d embedding[t'] is exactly zero where no chain of layers leads from t' to t, as it is for t' > t in
     a causal model, and not zero where one does. Needs an untied head: each token stands once, so that its row of the
@@ -109,7 +115,7 @@ def check_cached(model: TransformerLM, oracle: TransformerLM, tolerance: float =
     with torch.no_grad():
         expected = logits_of(oracle, tokens)
     for way, found in ways_to_decode(model, tokens):
-        assert relative_error(found, expected) <= tolerance, way
+        check_close(found, expected, tolerance, way)
 
 
 @torch.no_grad()
@@ -126,14 +132,14 @@ def check_ragged(model: TransformerLM, oracle: TransformerLM, tolerance: float =
     caches = model.make_caches(len(rows), total + 4)
     prefill = logits_of(model, tokens, Placement.decode(positions, caches))
     for i, n in enumerate(lengths):
-        assert relative_error(uncached[i, total - n :], expected[i][:n]) <= tolerance, "uncached"
-        assert relative_error(prefill[i, total - n :], expected[i][:n]) <= tolerance, "prefill"
+        check_close(uncached[i, total - n :], expected[i][:n], tolerance, "uncached")
+        check_close(prefill[i, total - n :], expected[i][:n], tolerance, "prefill")
     for step in range(4):
         token = torch.stack([row[n + step] for row, n in zip(rows, lengths, strict=True)])[:, None]
         position = torch.tensor([[n + step] for n in lengths])
         logits = logits_of(model, token, Placement.decode(position, caches))
         for i, n in enumerate(lengths):
-            assert relative_error(logits[i, 0], expected[i][n + step]) <= tolerance, f"row {i}, step {step}"
+            check_close(logits[i, 0], expected[i][n + step], tolerance, f"row {i}, step {step}")
 
 
 @torch.no_grad()
@@ -142,7 +148,7 @@ def check_relative_positions(model: TransformerLM, tolerance: float = 1e-4) -> N
     tokens, positions = some_tokens(2, 16), torch.arange(16)[None]
     for shift in (1, 37):
         moved = logits_of(model, tokens, Placement(positions + shift))
-        assert relative_error(moved, logits_of(model, tokens)) <= tolerance, f"shift {shift}"
+        check_close(moved, logits_of(model, tokens), tolerance, f"moved by {shift} positions")
 
 
 def check_packed_documents(model: TransformerLM) -> None:
@@ -153,7 +159,7 @@ def check_packed_documents(model: TransformerLM) -> None:
     docs = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)]).expand(2, -1)
     packed = logits_of(model, tokens, Placement.packed(positions, docs))
     alone = torch.cat([logits_of(model, part) for part in tokens.split(lengths, dim=1)], dim=1)
-    assert relative_error(packed, alone) <= 1e-5
+    check_close(packed, alone, 1e-5, "documents in one window and each alone")
     parameters = list(model.parameters())
     found, expected = (torch.autograd.grad(logits.square().mean(), parameters) for logits in (packed, alone))
     check_gradients(found, expected, tolerance=1e-4)

@@ -156,6 +156,7 @@ def test_run_with_groups_resumed_is_bit_exact(workplace, monkeypatch, choice):
         ),
         ("[{match: '*', train: false}]", "optim.groups freeze all parameters"),
         ("[{match: '*', train: false, lr: 0.1}]", r"match=\* with train=false has no use for lr=0.1"),
+        ("[{match: layers.0.*}]", r"match=layers.0.\* changes nothing: give lr, weight_decay or train: false"),
         ("[{mach: '*', lr: 0.1}]", r"mach=\*: no such key of a group; did you mean match"),
         ("[{lr: 0.1}]", "optim.groups.0.match is not set: give that entry its match, as {match: ...}"),
         ("[{match: '*', lr: -1}]", "optim.groups.0.lr=-1: give more than 0"),

@@ -448,10 +448,10 @@ def test_load_run_foreign_target_raises_user_error(run, target):
     config = parse_verified((last(run) / "manifest.json").read_text())["config"]
     config["attention"] |= {"_target_": target}
     reseal(last(run), config=config)
-    with pytest.raises(UserError, match="does not name a AttentionChoice"):
+    with pytest.raises(UserError, match="names no AttentionChoice"):
         load_run(run)
     (run / "config.yaml").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="does not name a AttentionChoice"):
+    with pytest.raises(UserError, match="names no AttentionChoice"):
         open_run("run", {}, [])
 
 

@@ -302,7 +302,7 @@ BAD = [
         "data.parts.a.pth='x': no such key; did you mean path?",
     ),
     (("data=mix", "data.parts={texts: {quota: 1, data: files}}"), "data.parts.texts.path is not set: give it a value"),
-    (("attention._target_=model.mlp.SwiGLUConfig",), "does not name a AttentionChoice"),
+    (("attention._target_=model.mlp.SwiGLUConfig",), "names no AttentionChoice"),
 ]
 
 
