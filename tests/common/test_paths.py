@@ -109,13 +109,14 @@ def test_paths_unreadable_folder_raises_error_with_name(tree, monkeypatch, funct
 def test_files_unreadable_file_raises_error_with_name(workplace, monkeypatch, name, code):
     (workplace / name).write_text("x\n")
     error = OSError(code, os.strerror(code))
+    files, sympy = configured(FilesCorpus, path=name), configured(SympyCorpus)
     for place in ("data.sources.files.Path.open", "data.sources.tables.open"):
         monkeypatch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
     with pytest.raises(UserError, match=rf"^{name} cannot be read: {os.strerror(code)}"):
-        configured(FilesCorpus, path=name).fingerprint()
+        files.fingerprint()
     with pytest.raises(UserError, match=r"add\.py cannot be read|__init__\.py cannot be read"):
         monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(error))
-        configured(SympyCorpus).fingerprint()
+        sympy.fingerprint()
 
 
 def test_files_deleted_working_directory_raises_user_error(workplace):
