@@ -5,8 +5,10 @@ import errno
 import importlib.util
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from common import process
@@ -96,7 +98,14 @@ def _not_installed(error: Exception) -> str | None:
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else None
     if package is None or (ROOT / package).exists() or importlib.util.find_spec(package) is not None:
         return None
-    return how_to_install(package)
+    return how_to_install(package, _importing_file(error))
+
+
+def _importing_file(error: Exception) -> str:
+    """The file of this project that imported what is missing, from the project's folder."""
+    files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__))
+    ours = [file for file in files if file.is_relative_to(ROOT) and "site-packages" not in file.parts]
+    return str(ours[-1].relative_to(ROOT)) if ours else ""
 
 
 def _nondeterministic(error: Exception) -> str | None:

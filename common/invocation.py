@@ -52,12 +52,13 @@ def interpreter() -> str:
     return shortest(sys.executable)
 
 
-def how_to_install(package: str) -> str:
-    """Return what to do where a package that Headroom needs is missing."""
+def how_to_install(package: str, file: str = "") -> str:
+    """Return what to do where a package that Headroom needs is missing. file: which imports it."""
     ready = ROOT / ".venv" / "bin" / "python"
     instead = f"run {quoted(shortest(str(ready)))} instead, or " if ready.exists() else ""
     install = installed("pip", "install", "-e", str(ROOT))
-    return f"{interpreter()} has no package {package}: {instead}install what Headroom needs with {install}"
+    importing = f", which {file} imports" if file else ""
+    return f"{interpreter()} has no package {package}{importing}: {instead}install what Headroom needs with {install}"
 
 
 def check_package(package: str, setting: str, extra: str = "") -> None:

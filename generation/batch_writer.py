@@ -110,7 +110,7 @@ def _note_ends(state: GenerationState, samples: Sequence[Sample], max_new_tokens
 def show_samples(prompt: str, pieces: Generator[str, None, None], samples: Sequence[Sample], limit: int) -> None:
     """Print the first sample as it comes, then the others: the texts to stdout, notes on them to stderr. limit: tokens
     of the context."""
-    notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full]"}
+    notes = {"end": "[end of document]", "context": f"[the context of {limit} tokens is full: --context slide goes on]"}
     for i, sample in enumerate(samples):
         if len(samples) > 1:
             print_stderr(f"[sample {i + 1} of {len(samples)}, seed {sample.seed}]")

@@ -100,7 +100,7 @@ def test_sample_stats_prints_throughput_and_cache_bytes(place, monkeypatch, caps
 
 def test_sample_full_context_prints_note(place, monkeypatch, capsys):
     _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--max-new-tokens", "500", "--seed", "1")
-    assert "[the context of 64 tokens is full]" in err
+    assert "[the context of 64 tokens is full: --context slide goes on]" in err
 
 
 def test_sample_multibyte_characters_stream_whole(workplace, monkeypatch, capsys):

@@ -34,6 +34,7 @@ from common.invocation import ROOT, command
 from common.lock import lock
 from common.overrides import format_override
 from common.paths import entering, is_folder, raise_unreadable
+from common.suggestions import DOTTED_CUTOFF, nearest
 from data.tokenizers.base import Tokenizer
 from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
@@ -188,7 +189,18 @@ def check_is_run(folder: Path) -> None:
         above = next((above for above in folder.parents[:2] if exists(above / "config.yaml")), None)
     if above is not None:  # of a checkpoint, say
         raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
-    raise UserError(f"{folder} is not a run: it has no config.yaml; runs are made in {RUNS}/, or where run_dir= says")
+    meant = _meant(folder)
+    way_out = f"did you mean {meant}?" if meant else f"runs are made in {RUNS}/, or where run_dir= says"
+    raise UserError(f"{folder} is not a run: it has no config.yaml; {way_out}")
+
+
+def _meant(folder: Path) -> Path | None:
+    """The folder under runs/ that has that name, or of whose name it is most likely a slip."""
+    try:
+        name = nearest(folder.name, names_in(RUNS), DOTTED_CUTOFF)
+    except OSError:
+        return None
+    return RUNS / name if name and RUNS / name != folder else None
 
 
 def find_run(setting: str, name: str, with_checkpoint: bool = False) -> Path:

@@ -1,7 +1,11 @@
 """Folders of new runs."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import pytest
+
+from common.errors import UserError
 from tests.support import composed_run
 from training.run import folder
 from training.run.folder import create
@@ -19,3 +23,15 @@ def test_create_runs_begun_at_once_never_share_a_folder(workplace, monkeypatch):
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: create(run, NoTokenizer(), {})[0], range(200)))  # of 132 names
     assert len(set(made)) == 200 and all((path / "config.yaml").is_file() for path in made)
+
+
+@pytest.mark.parametrize("typed", ["20260101-000000-brave-otter", "runs/20260101-000000-brave-oter"])
+def test_check_is_run_of_a_slip_names_the_run_that_is_meant(workplace, typed):
+    (workplace / "runs/20260101-000000-brave-otter").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"did you mean runs/20260101-000000-brave-otter\?"):
+        folder.check_is_run(Path(typed))
+
+
+def test_check_is_run_of_another_name_says_where_runs_are(workplace):
+    with pytest.raises(UserError, match="runs are made in runs/"):
+        folder.check_is_run(Path("zz"))
