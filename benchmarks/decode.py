@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.side_by_side import Meter, count, environment, output, report
-from benchmarks.train import OURS, SIZES, Size, hugging_model, run_of
+from benchmarks.train import OURS, SIZES, Size, built, hugging_model, run_of
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
 from generation.compiled_step import CompiledStep
@@ -113,17 +113,7 @@ def _writers(args: argparse.Namespace, size: Size, precision: str) -> Iterator[t
             makers[f"ours {attention}, compiled"] = lambda attention=attention: _ours(size, precision, attention, True)
     for kind in ("Llama", "DeepseekV3"):
         makers[f"transformers {kind}"] = lambda kind=kind: _hugging(size, precision, kind)
-    unknown = set(args.only or ()) - makers.keys()
-    if unknown:
-        raise UserError(f"--only {', '.join(sorted(unknown))}: choose from {', '.join(makers)}")
-    for name, make in makers.items():
-        if args.only and name not in args.only:
-            continue
-        try:
-            model, write = make()
-        except ImportError as error:
-            print(f"{name} is skipped: {error}")
-            continue
+    for name, model, write in built(makers, args.only):
         yield name, (sum(parameter.nbytes for parameter in model.parameters()), write)
 
 

@@ -10,9 +10,9 @@ AdamW as they build it. All share one process, so the allocator that training tu
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from training.run.config import Run, compose
 from training.state import TrainState
 from training.step import train_step
 
+T = TypeVar("T")
 LR = 1e-4
 # Settings that recipes which are compared have in common.
 SHARED = r"\+*(precision|data|tokenizer|steps|seed|dry_run|resume|init_from|run_dir|model)="
@@ -98,17 +99,7 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
             f"{name}, compiled": lambda make=make: _compiled(make)
             for name, make in _peers(size, precision, args.nanogpt).items()
         }
-    unknown = set(args.only or ()) - candidates.keys()
-    if unknown:
-        raise UserError(f"--only {', '.join(sorted(unknown))}: choose from {', '.join(candidates)}")
-    for name, make in candidates.items():
-        if args.only and name not in args.only:
-            continue
-        try:
-            model, step = make()
-        except ImportError as error:
-            print(f"{name} is skipped: {error}")
-            continue
+    for name, model, step in built(candidates, args.only):
         with Announced() as announced:
             step(*batch)
         kernels[name], weights[name] = announced.kernel, sum(p.numel() for p in model.parameters())
@@ -131,6 +122,25 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
         }
         for name, timing in timings.items()
     ]
+
+
+def built(
+    makers: Mapping[str, Callable[[], tuple[nn.Module, T]]], only: Sequence[str] | None
+) -> Iterator[tuple[str, nn.Module, T]]:
+    """The models, all or those named, with what is timed of each. One that cannot be imported is skipped. Raises
+    UserError for a name of none."""
+    unknown = set(only or ()) - makers.keys()
+    if unknown:
+        raise UserError(f"--only {', '.join(sorted(unknown))}: choose from {', '.join(makers)}")
+    for name, make in makers.items():
+        if only and name not in only:
+            continue
+        try:
+            model, run = make()
+        except ImportError as error:
+            print(f"{name} is skipped: {error}")
+            continue
+        yield name, model, run
 
 
 def _ours(size: Size, precision: str, compiled: bool = False) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:

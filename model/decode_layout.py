@@ -16,11 +16,9 @@ def lay_out_for_decoding(model: TransformerLM) -> None:
     124M takes half a second."""
     if next(model.parameters()).device.type != "cpu":
         return
+    joined = {layer for module in model.modules() if isinstance(module, FanOut) for layer in module.join()}
     for module in model.modules():
-        if isinstance(module, Linear):
+        if isinstance(module, Linear) and module not in joined:
             module.weight.data = read_fast(module.weight.data)
-    for module in model.modules():
-        if isinstance(module, FanOut):
-            module.join()
     head = model.lm_head.weight
     head.data = read_fast(head.data)

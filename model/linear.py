@@ -50,11 +50,12 @@ class FanOut(nn.Module):
         return y.split([layer.out_features for layer in layers], -1)
 
     @torch.no_grad()
-    def join(self) -> None:
-        """Store the weights of the layers in one matrix, of which they become views; biases alike."""
+    def join(self) -> tuple[Linear, ...]:
+        """Store the weights of the layers in one matrix, of which they become views; biases alike. Returns the layers
+        that were joined: none where one of them was replaced by a module of another kind."""
         layers = self.of_one_input()
-        if not layers:
-            return
+        if not layers or not all(isinstance(layer, Linear) for layer in layers):
+            return ()
         weight = read_fast(torch.cat([layer.weight for layer in layers]))
         sizes = [layer.out_features for layer in layers]
         for layer, rows in zip(layers, weight.split(sizes), strict=True):
@@ -68,6 +69,7 @@ class FanOut(nn.Module):
                 if layer.bias is not None:
                     layer.bias.data = part
         self._joined = Joined(layers, weight, bias, _addresses(layers))
+        return layers
 
 
 def read_fast(matrix: Tensor) -> Tensor:

@@ -124,4 +124,5 @@ def test_model_laid_out_sees_what_becomes_of_its_layers(change):
     other = laid_out(model)
     for one in (model, other):
         change(one.layers[0].attention)
-    assert relative_error(logits_of(other, tokens), logits_of(model, tokens)) <= 1e-5
+    for one in (other, laid_out(model)):  # after it was laid out, and before
+        assert relative_error(logits_of(one, tokens), logits_of(model, tokens)) <= 1e-5
