@@ -80,7 +80,7 @@ def load(args: argparse.Namespace) -> LoadedRun:
     kernel = load_choice("kernel", args.kernel)
     model, tokenizer = load_run(folder, device, args.checkpoint, kernel=kernel, execution=args.execution)
     model = MixedPrecision(model, choose_precision(precision, device)).model
-    lay_out_for_decoding(model)
+    lay_out_for_decoding(model, args.num_samples)
     if not args.stats:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
     return LoadedRun(folder, model, tokenizer, compiled_step(args, model.config.context_length))

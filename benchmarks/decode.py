@@ -120,10 +120,10 @@ def _writers(args: argparse.Namespace, size: Size, precision: str) -> Iterator[t
 def _ours(size: Size, precision: str, attention: str, compiled: bool = False) -> tuple[nn.Module, Writer]:
     model = initialised(run_of(size, f"attention={attention}").model, size.vocab)
     model = MixedPrecision(model, precision).model
-    lay_out_for_decoding(model)
     step = CompiledStep(decode_step, size.tokens) if compiled else None
 
     def write(rows: int, prompt: int) -> Text:
+        lay_out_for_decoding(model, rows)
         state = GenerationState(model, [_prompt(prompt, size)] * rows, seeds=range(rows), compiled=step)
         steps = generate(model, state, Sampler(temperature=1.0, top_k=TOP_K), max_new_tokens=NEW)
         return _timed(steps, lambda: sum(cache.bytes_per_sequence for cache in state.caches) * rows)

@@ -30,6 +30,7 @@ def generate(
     What the caller's changes to `state` make void is computed again.
     """
     state.discard_ahead()
+    state.flat = None
     if state.compiled is not None:
         _make_room(state, int(state.rows.lengths.max()) + state.compiled.tokens)
     state.rows = state.rows._replace(not_finite=torch.zeros_like(state.rows.not_finite))
@@ -94,6 +95,11 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
     _make_room(state, known.longest)
     if state.caches is None or known.fresh:
         return _prefill(model, state.tokens, rows.lengths, state.caches)
+    if known.aligned and known.new == 1 and state.compiled is None:
+        last = known.longest - 1
+        flat = state.flat_model(model)
+        if flat is not None:
+            return flat(state.tokens[:, last, None], last)
     new = (rows.lengths - rows.num_cached) * rows.alive
     ahead = torch.arange(known.new, device=new.device)
     index = rows.num_cached[:, None] + ahead  # (B, T)
@@ -111,6 +117,7 @@ def _make_room(state: GenerationState, length: int) -> None:
     for cache in state.caches or []:
         if cache.capacity < length:
             cache.grow(bucket(length))
+            state.flat = None
 
 
 def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[Cache] | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from generation.compiled_step import CompiledStep
 from generation.gumbel import hash_seeds
+from model.flat_model import FlatModel, flat_model
 from model.transformer import TransformerLM
 
 ENDED = -1  # in place of a token, for a row that has ended
@@ -29,6 +30,7 @@ class Known(NamedTuple):
     longest: int  # tokens in a row's context
     new: int  # of these, not in the KV caches yet
     fresh: bool  # whether the KV caches are empty, those of rows that have ended too
+    aligned: bool  # whether all rows are alive, and of one length
 
 
 class Rows(NamedTuple):
@@ -56,7 +58,9 @@ class Rows(NamedTuple):
         live = [(length, length - cached) for length, cached, alive in table if alive]
         longest = max((length for length, _ in live), default=0)
         new = max((new for _, new in live), default=0)
-        return self._replace(known=Known(len(live), longest, new, not any(cached for _, cached, _ in table)))
+        fresh = not any(cached for _, cached, _ in table)
+        aligned = len(live) == len(table) and len(set(live)) == 1
+        return self._replace(known=Known(len(live), longest, new, fresh, aligned))
 
 
 class Step:
@@ -107,6 +111,7 @@ class GenerationState:
         self.slide = slide
         self.compiled = compiled
         self.caches = None
+        self.flat: FlatModel | bool | None = None  # of these caches, once made; False where there is none
         self.ahead: Step | None = None  # the next step, begun before the caller had the tokens of this one
         # Padded on the right. The last column is what rows with a full context write to.
         self.tokens = torch.zeros(len(prompts), self.context_length + 1, dtype=torch.int64)
@@ -125,6 +130,12 @@ class GenerationState:
     def indices(self) -> Tensor:
         """(B,) index of the next token in each row's whole text, what slid out of its context counted."""
         return self.rows.lengths + self.rows.dropped
+
+    def flat_model(self, model: TransformerLM) -> FlatModel | None:
+        """The step for one token of every row at one position, on a CPU; None where there is none."""
+        if self.flat is None:
+            self.flat = flat_model(model, self.caches, len(self.tokens), self.context_length) or False
+        return self.flat or None
 
     def append(self, row: int, tokens: Sequence[int]) -> None:
         """Append given tokens, such as a prompt, to a row, and revive it. Raises ValueError, and changes nothing, where
@@ -181,7 +192,7 @@ class GenerationState:
             num_cached=rows.lengths.where(rows.alive, rows.num_cached),
             alive=grows,
             not_finite=rows.not_finite | (rows.alive & ~grows),
-            known=Known(rows.known.live, longest, new=1, fresh=False),
+            known=rows.known._replace(longest=longest, new=1, fresh=False),
         )
         if longest >= self.context_length:
             self._end_or_slide()

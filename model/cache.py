@@ -84,7 +84,7 @@ class ColumnCache(Cache):
 
     def __init__(self, batch_size: int, rows: int, columns: Mapping[str, tuple[int, ...]], like: Tensor):
         """columns: name -> shape of one row; dtype and device are those of `like`."""
-        self.columns = {name: like.new_zeros(batch_size, rows + 1, *shape) for name, shape in columns.items()}
+        self.columns = {name: _column(like, batch_size, rows + 1, shape) for name, shape in columns.items()}
         self.sequences = torch.arange(batch_size, device=like.device)[:, None]  # (B, 1)
 
     @property
@@ -107,6 +107,10 @@ class ColumnCache(Cache):
         for column in self.columns.values():
             column[target] = column[source]
 
+    def by_head(self, name: str) -> Tensor:
+        """A column as it lies in memory, (B, heads, 1 + rows, ...): row 0 is the spare one."""
+        return self.columns[name].transpose(1, 2)
+
     def _put(self, index: Tensor, fresh: Mapping[str, Tensor]) -> None:
         """Store fresh values at an index (B, T) or (1, T) of the columns: 1 + row, or 0 for the spare one."""
         for name, value in fresh.items():
@@ -120,8 +124,16 @@ class ColumnCache(Cache):
     def _resize(self, rows: int) -> None:
         old_rows = self.rows
         for name, column in self.columns.items():
-            self.columns[name] = column.new_zeros(column.shape[0], rows + 1, *column.shape[2:])
+            self.columns[name] = _column(column, column.shape[0], rows + 1, column.shape[2:])
             self.columns[name][:, : old_rows + 1] = column
+
+
+def _column(like: Tensor, batch_size: int, rows: int, shape: tuple[int, ...]) -> Tensor:
+    """Zeros (B, rows, *shape). What has heads lies a head after the other in memory: kernels read each in one run."""
+    if len(shape) < 2:
+        return like.new_zeros(batch_size, rows, *shape)
+    heads, *rest = shape
+    return like.new_zeros(batch_size, heads, rows, *rest).transpose(1, 2)
 
 
 class FullCache(ColumnCache):

@@ -4,21 +4,21 @@ from model.linear import FanOut, Linear, read_fast
 from model.transformer import TransformerLM
 
 
-def lay_out_for_decoding(model: TransformerLM) -> None:
-    """Store the matrices (out, in) that multiply on a CPU by columns where they have more rows than columns, and join
-    those of one input (model.linear.FanOut), in place. Names, shapes and values stay, but the weights are views then:
-    make them contiguous to save them.
+def lay_out_for_decoding(model: TransformerLM, rows: int = 1) -> None:
+    """Store the matrices (out, in) that multiply on a CPU as a step of `rows` texts reads them fastest, and join those
+    of one input (model.linear.FanOut), in place: by columns where there is one row, and they have more rows than
+    columns, else by rows. Names, shapes and values stay, but the weights are views then: make them contiguous to save
+    them.
 
-    Decoding multiplies each matrix by one row, in the time that it takes to read the matrix, and the product reads long
-    runs faster than short ones: at a width of 128 the LM head takes 40 % of the time, the first matrix of a wide MLP
-    60 % (python -m benchmarks.one_row). Products of many rows, as in a prefill, take as long as before; only the lookup
-    of tokens in a tied embedding is slower, by 10 ms for 1,024 tokens of GPT-2's vocabulary and width. Laying out GPT-2
-    124M takes half a second."""
+    Decoding multiplies each matrix by few rows, in the time that it takes to read the matrix, and the product with one
+    row reads long runs faster than short ones (python -m benchmarks.one_row). Products of many rows, as in a prefill,
+    take as long as before; only the lookup of tokens in a tied embedding is slower, by 10 ms for 1,024 tokens of the
+    vocabulary and width of GPT-2. Laying out GPT-2 124M takes half a second."""
     if next(model.parameters()).device.type != "cpu":
         return
-    joined = {layer for module in model.modules() if isinstance(module, FanOut) for layer in module.join()}
+    joined = {layer for module in model.modules() if isinstance(module, FanOut) for layer in module.join(rows)}
     for module in model.modules():
         if isinstance(module, Linear) and module not in joined:
-            module.weight.data = read_fast(module.weight.data)
+            module.weight.data = read_fast(module.weight.data, rows)
     head = model.lm_head.weight
-    head.data = read_fast(head.data)
+    head.data = read_fast(head.data, rows)

@@ -1,11 +1,62 @@
-"""Linear layer whose bias may stay in float32 beside a low-precision weight; several layers of one input at once."""
+"""Linear layer whose bias may stay in float32 beside a low-precision weight; several layers of one input at once; and
+products of few rows, as decoding has them."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+FEW_ROWS = 16  # up to which a product with a matrix takes about as long as reading it
+
+Multiply = Callable[[Tensor, Tensor | None], Tensor]  # (x (N, in), residual (N, out) to add, or None) -> (N, out)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x · weightᵀ + bias: (..., in) and (out, in) -> (..., out). F.linear; without gradients on a CPU, of few rows, the
+    fastest way to compute it there, by a rule of shapes alone (measured: python -m benchmarks.one_row)."""
+    rows = x.numel() // x.shape[-1]
+    if rows > FEW_ROWS or torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling():
+        return F.linear(x, weight, bias)
+    return multiplier(weight, bias, rows)(x.reshape(rows, -1), None).view(*x.shape[:-1], -1)
+
+
+def multiplier(weight: Tensor, bias: Tensor | None, rows: int) -> Multiply:
+    """`product` for few rows on a CPU, what it needs made ready, with an addition."""
+    multiply = _multiplier(weight, rows)
+    if bias is None:
+        return multiply
+    return lambda x, residual: multiply(x, residual).add_(bias)
+
+
+def _multiplier(weight: Tensor, rows: int) -> Multiply:
+    by_rows = weight.stride(1) == 1
+    transposed = weight.mT
+    exact = weight.dtype == torch.float32  # what was measured
+    if rows > 1 and by_rows and exact:
+
+        def of_several_rows(x: Tensor, residual: Tensor | None) -> Tensor:
+            y = (weight @ x.mT).mT
+            return y.contiguous() if residual is None else residual + y
+
+        return of_several_rows
+    parts = math.gcd(torch.get_num_threads(), weight.shape[1]) if exact else 1
+    if rows > 1 or by_rows or parts == 1:
+
+        def at_once(x: Tensor, residual: Tensor | None) -> Tensor:
+            return torch.mm(x, transposed) if residual is None else torch.addmm(residual, x, transposed)
+
+        return at_once
+    # PyTorch reads a matrix for one row in one thread, but the matrices of a batch each in its own.
+    batch = transposed.view(parts, -1, weight.shape[0])
+
+    def in_parts(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = torch.bmm(x.view(parts, 1, -1), batch).sum(0)
+        return y if residual is None else y.add_(residual)
+
+    return in_parts
 
 
 class Linear(nn.Linear):
@@ -16,7 +67,11 @@ class Linear(nn.Linear):
         """Draw nothing: model.initialise does."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+        return product(x, self.weight, None if self.bias is None else self.bias.to(x.dtype))
+
+    def multiplier(self, rows: int) -> Multiply:
+        """`forward` for few rows on a CPU without gradients, made ready."""
+        return multiplier(self.weight, None if self.bias is None else self.bias.to(self.weight.dtype), rows)
 
 
 class Joined(NamedTuple):
@@ -25,11 +80,16 @@ class Joined(NamedTuple):
     layers: tuple[Linear, ...]
     weight: Tensor  # (sum of the layers' outputs, in)
     bias: Tensor | None  # zeros for a layer without one
+    sizes: list[int]  # rows of each
     addresses: list[int]
 
     def are(self, layers: tuple[nn.Module, ...]) -> bool:
         """Whether these are the layers, as they were joined: none moved, converted, replaced or hooked."""
         return layers == self.layers and self.addresses == _addresses(layers) and not any(map(_has_hooks, layers))
+
+    def multiplier(self, rows: int) -> Multiply:
+        """All layers for few rows on a CPU without gradients, made ready."""
+        return multiplier(self.weight, None if self.bias is None else self.bias.to(self.weight.dtype), rows)
 
 
 class FanOut(nn.Module):
@@ -43,20 +103,27 @@ class FanOut(nn.Module):
 
     def apply_each(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of each layer: of one product, where they were joined and nothing is to be differentiated."""
-        layers, joined = self.of_one_input(), self._joined
-        if joined is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not joined.are(layers):
-            return tuple(layer(x) for layer in layers)
-        y = F.linear(x, joined.weight, None if joined.bias is None else joined.bias.to(x.dtype))
-        return y.split([layer.out_features for layer in layers], -1)
+        joined = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else self.joined()
+        if joined is None:
+            return tuple(layer(x) for layer in self.of_one_input())
+        return product(x, joined.weight, None if joined.bias is None else joined.bias.to(x.dtype)).split(
+            joined.sizes, -1
+        )
+
+    def joined(self) -> Joined | None:
+        """The weights of the layers in one matrix, if they were joined and are still those."""
+        joined = self._joined
+        return joined if joined is not None and joined.are(self.of_one_input()) else None
 
     @torch.no_grad()
-    def join(self) -> tuple[Linear, ...]:
-        """Store the weights of the layers in one matrix, of which they become views; biases alike. Returns the layers
-        that were joined: none where one of them was replaced by a module of another kind."""
+    def join(self, rows: int = 1) -> tuple[Linear, ...]:
+        """Store the weights of the layers in one matrix, of which they become views; biases alike. rows: of the
+        products to be fast. Returns the layers that were joined: none where one of them was replaced by a module of
+        another kind."""
         layers = self.of_one_input()
         if not layers or not all(isinstance(layer, Linear) for layer in layers):
             return ()
-        weight = read_fast(torch.cat([layer.weight for layer in layers]))
+        weight = read_fast(torch.cat([layer.weight for layer in layers]), rows)
         sizes = [layer.out_features for layer in layers]
         for layer, rows in zip(layers, weight.split(sizes), strict=True):
             layer.weight.data = rows
@@ -68,17 +135,18 @@ class FanOut(nn.Module):
             for layer, part in zip(layers, bias.split(sizes), strict=True):
                 if layer.bias is not None:
                     layer.bias.data = part
-        self._joined = Joined(layers, weight, bias, _addresses(layers))
+        self._joined = Joined(layers, weight, bias, sizes, _addresses(layers))
         return layers
 
 
-def read_fast(matrix: Tensor) -> Tensor:
-    """The matrix (out, in), stored so that a product with one row reads the longer runs: see model/decode_layout.py."""
-    return matrix.mT.contiguous().mT if matrix.shape[0] > matrix.shape[1] else matrix.contiguous()
+def read_fast(matrix: Tensor, rows: int) -> Tensor:
+    """The matrix (out, in), stored for products with so many rows: see model/decode_layout.py."""
+    by_columns = rows == 1 and matrix.shape[0] > matrix.shape[1]
+    return matrix.mT.contiguous().mT if by_columns else matrix.contiguous()
 
 
-def _addresses(layers: Iterable[nn.Module]) -> list[int]:
-    return [parameter.data_ptr() for layer in layers for parameter in layer.parameters()]
+def _addresses(layers: tuple[nn.Module, ...]) -> list[int]:
+    return [one.data_ptr() for layer in layers for one in layer._parameters.values() if one is not None]
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from common.settings import FrozenSettings
 from model.dimensions import MAX_SIZE, Dimensions
+from model.flat_step import FlatMLP
 from model.layout import Names, ParamLayout, Role, linear
 from model.linear import FanOut, Linear
 
@@ -77,6 +78,18 @@ class SwiGLU(FanOut):
         gate, up = self.apply_each(x)
         return self.down_proj(F.silu(gate) * up)
 
+    def flat(self, rows: int) -> FlatMLP | None:
+        joined = self.joined()
+        if joined is None or type(self.down_proj) is not Linear:
+            return None
+        project, down = joined.multiplier(rows), self.down_proj.multiplier(rows)
+
+        def apply(x: Tensor, residual: Tensor) -> Tensor:
+            gate, up = project(x, None).chunk(2, -1)
+            return down(F.silu(gate).mul_(up), residual)
+
+        return apply
+
     def of_one_input(self) -> tuple[Linear, ...]:
         return self.gate_proj, self.up_proj
 
@@ -101,6 +114,12 @@ class PlainMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
 
+    def flat(self, rows: int) -> FlatMLP | None:
+        if not type(self.up_proj) is type(self.down_proj) is Linear:
+            return None
+        up, activation, down = self.up_proj.multiplier(rows), self.activation, self.down_proj.multiplier(rows)
+        return lambda x, residual: down(activation(up(x, None)), residual)
+
     def layout(self) -> dict[str, ParamLayout]:
         return {
             **linear("up_proj", self.up_proj, Role.UP, published=Names(gpt2="c_fc")),
@@ -110,7 +129,10 @@ class PlainMLP(nn.Module):
 
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)²."""
-    return _ReLU2.apply(x) if torch.is_grad_enabled() else F.relu(x).square()
+    if torch.is_grad_enabled():
+        return _ReLU2.apply(x)
+    positive = F.relu(x)
+    return positive.mul_(positive)
 
 
 class _ReLU2(torch.autograd.Function):

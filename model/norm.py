@@ -1,5 +1,6 @@
 """RMSNorm and LayerNorm over the last dimension, computed in float32; they return the dtype of their input."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from model.dimensions import Dimensions
 from model.layout import Kind, ParamLayout, Role, leaf
 
 RMS_EPS = 1e-6
+
+Normer = Callable[[Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +42,21 @@ def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     inverse = norm.mul_(norm).div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
     y = exact * inverse if exact is x else exact.mul_(inverse)
     return y.mul_(weight).to(x.dtype), inverse
+
+
+def rms_normer(weight: Tensor) -> Normer:
+    """RMSNorm without gradients for few numbers, in the fewest operations: x (..., d) -> the same. weight: (d,), or
+    (H, d) for a norm of each head of x (..., H, d)."""
+    dim = weight.shape[-1]
+    eps = torch.tensor((dim * RMS_EPS) ** 0.5, device=weight.device)
+    scaled = weight.detach() * dim**0.5
+
+    def norm(x: Tensor) -> Tensor:
+        exact = x.float()
+        length = torch.hypot(torch.linalg.vector_norm(exact, dim=-1, keepdim=True), eps)
+        return exact.div(length).mul_(scaled).to(x.dtype)
+
+    return norm
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -116,6 +134,16 @@ def unit_rms(x: Tensor, groups: int) -> Tensor:
 def _per_head(inverse: Tensor, heads: int) -> Tensor:
     """Repeat a value of each group for its heads: (..., G) -> (..., H, 1)."""
     return inverse.repeat_interleave(heads // inverse.shape[-1], dim=-1)[..., None]
+
+
+def normer(norm: nn.Module) -> Normer:
+    """A norm of a residual stream as a function, without gradients, for few tokens."""
+    return rms_normer(norm.weight) if type(norm) is RMSNorm else norm.forward
+
+
+def are_plain(*norms: nn.Module) -> bool:
+    """Whether these are RMSNorms or nothing, as they were built."""
+    return all(type(norm) in (RMSNorm, nn.Identity) for norm in norms)
 
 
 def residual_norm(dimensions: Dimensions) -> nn.Module:

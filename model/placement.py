@@ -33,6 +33,7 @@ class Placement:
     docs: Tensor | None = None  # (B, T) document of each token, in packed sequences
     caches: Sequence[Cache] | None = None  # one KV cache per layer, written in place
     kv_len: int | None = None  # cache rows that may be visible; None is all
+    below: int | None = None  # a bound of the positions, if known
     made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # by caches
 
     def __post_init__(self):
@@ -66,7 +67,9 @@ class Placement:
         return cls(positions, is_contiguous=True, caches=caches)
 
     @classmethod
-    def decode(cls, positions: Tensor, caches: Sequence[Cache], kv_len: int | None = None) -> Self:
+    def decode(
+        cls, positions: Tensor, caches: Sequence[Cache], kv_len: int | None = None, below: int | None = None
+    ) -> Self:
         """Tokens at positions (B, T) or (1, T) that go on from what the caches hold. kv_len: how many cache rows may be
-        visible, if fewer than the capacity."""
-        return cls(positions, caches=caches, kv_len=kv_len)
+        visible, if fewer than the capacity. below: a bound of the positions, if known."""
+        return cls(positions, caches=caches, kv_len=kv_len, below=below)

@@ -1,6 +1,7 @@
 """Rotary position embedding, RoPE (Su et al. 2021, arXiv:2104.09864): queries and keys rotate by their position. With
 linear, NTK and YaRN scaling for texts longer than those trained on."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -38,14 +39,21 @@ class Rope:
     factor: float = 1.0
     original_context: int | None = None  # tokens; yarn only
 
-    def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def table(self, positions: Tensor, below: int | None = None) -> tuple[Tensor, Tensor]:
         """positions (B, T) -> cos, sin, each (B, T, 1, dim) in float32: bfloat16 loses positions beyond 256. Both
-        coordinates of a pair have its angle; the sine of the first is negated."""
+        coordinates of a pair have its angle; the sine of the first is negated. below: a bound of the positions, with
+        which their rows are looked up rather than computed."""
+        if below is not None and not torch.compiler.is_compiling():
+            return tuple(rows[positions] for rows in self.rows(below, positions.device))
         angles = positions[..., None, None].float() * self._frequencies(positions.device)
         cos, sin = angles.cos(), angles.sin()
         if self.layout == "half":
             return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2)
+
+    def rows(self, below: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of all positions below a bound, each (below, 1, dim); made once."""
+        return _rows(self, below, device or torch.device("cpu"))
 
     def rotate(self, x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """x (B, T, H, D) -> the same shape and dtype, its first dim coordinates rotated in float32."""
@@ -85,3 +93,10 @@ class Rope:
     def _pair_that_turns(self, times: float) -> float:
         """Fractional index i of the pair that turns `times` times: original_context · theta^(-2i/dim) = 2π · times."""
         return self.dim * math.log(self.original_context / (times * 2 * math.pi)) / (2 * math.log(self.theta))
+
+
+@functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _rows(rope: Rope, below: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    cos, sin = rope.table(torch.arange(below, device=device)[None])
+    return cos[0], sin[0]

@@ -14,6 +14,7 @@ from model.context import Context
 from model.dimensions import Dimensions
 from model.kernels.base import Kernel
 from model.layout import Kind, Names, ParamLayout, Role, check_buffers, check_layouts, leaf, nested
+from model.linear import product
 from model.mlp import MLPConfig
 from model.norm import residual_norm
 from model.placement import Placement
@@ -127,7 +128,7 @@ class LMHead(NamedTuple):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, T, d) after the final norm -> logits (B, T, V), without the padding of the vocabulary."""
-        return softcapped(F.linear(hidden, self.weight)[..., : self.vocab_size], self.softcap)
+        return softcapped(product(hidden, self.weight)[..., : self.vocab_size], self.softcap)
 
 
 def run_block(
@@ -172,7 +173,7 @@ class TransformerLM(nn.Module):
         collect: names of the auxiliary outputs that layers shall return, in Hidden.aux.
         """
         at = at or Placement.contiguous(tokens.shape[1], tokens.device)
-        rotary = {rope: rope.table(at.positions) for rope in self.ropes}
+        rotary = {rope: rope.table(at.positions, at.below) for rope in self.ropes}
         ctx = Context(at, rotary, training, collect)
         x = self.embedding(tokens)
         if self.position_embedding is not None:

@@ -24,14 +24,15 @@ from torch import Tensor
 
 from common.settings import Change, FrozenSettings
 from model.attention.core import AttentionCore, Heads
-from model.cache import Cache
+from model.cache import Cache, FullCache
 from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions, Size
+from model.flat_step import FlatAttention
 from model.kernels.base import Kernel
 from model.layout import ParamLayout
-from model.linear import FanOut
-from model.mask import Pattern
-from model.positions import PositionConfig
+from model.linear import FanOut, Linear
+from model.mask import CAUSAL, Pattern
+from model.positions import PositionConfig, no_position_bias
 from model.rope import Rope
 
 UNUSED_BLOCKS = {"block_size": 64, "pattern_seed": 0}  # as in conf/; others are refused without random blocks
@@ -188,6 +189,19 @@ class Attention(FanOut, ABC):
         """Change the output of the heads (B, T, H, v), given the input x of this layer: for a gate, or for what else
         acts between the heads and o_proj, whatever the attention. (Scores are the core's.)"""
         return heads
+
+    def flat(self, cache: Cache) -> FlatAttention | None:
+        """`forward` for one token of every row on a CPU, made ready (model/flat_step.py); None if there is none."""
+        return None
+
+    def is_plain(self, cache: Cache) -> bool:
+        """Whether nothing is asked of this attention that a `flat` would have to know besides its own projections: all
+        earlier tokens are seen, by PyTorch's flash kernel, and no modifier acts on the heads."""
+        core, kind = self.core, type(self)
+        unmodified = kind.forward is Attention.forward and kind.modify is Attention.modify
+        plain_core = type(core) is AttentionCore and core.add_position_bias is no_position_bias
+        sees_all = core.pattern == CAUSAL and isinstance(cache, FullCache)
+        return unmodified and plain_core and sees_all and core.attend.is_flash_on_cpu and type(self.o_proj) is Linear
 
     @abstractmethod
     def make_cache(self, batch_size: int, capacity: int) -> Cache:

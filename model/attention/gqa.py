@@ -6,6 +6,7 @@ arXiv:1911.02150) has one, GQA (Ainslie et al. 2023, arXiv:2305.13245) a divisor
 
 from typing import Any, Literal, Self
 
+import torch
 from torch import Tensor, nn
 
 from model.attention.base import (
@@ -19,10 +20,12 @@ from model.attention.core import Heads
 from model.cache import Cache
 from model.context import Context
 from model.dimensions import Dimensions, Size
+from model.flat_step import FlatAttention, Now
 from model.kernels.base import Kernel
+from model.kernels.sdpa import attend_to_all
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
-from model.norm import RMSNorm
+from model.norm import RMSNorm, are_plain, rms_normer
 
 
 class GQAConfig(AttentionConfig):
@@ -113,6 +116,35 @@ class GQA(Attention):
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
         return self.core(q, {"k": k, "v": v}, ctx, cache)
+
+    def flat(self, cache: Cache) -> FlatAttention | None:
+        joined = self.joined()
+        ours = type(self).heads is GQA.heads and are_plain(self.q_norm, self.k_norm)
+        if joined is None or not (ours and self.is_plain(cache)):
+            return None
+        keys, values = cache.by_head("k"), cache.by_head("v")
+        batch, n_kv_heads, _, head_dim = keys.shape
+        n_heads, scale, rope = self.o_proj.in_features // head_dim, self.core.scale, self.rope
+        project, output = joined.multiplier(batch), self.o_proj.multiplier(batch)
+        norm = None
+        if isinstance(self.q_norm, RMSNorm):
+            weights = self.q_norm.weight.expand(n_heads, -1), self.k_norm.weight.expand(n_kv_heads, -1)
+            norm = rms_normer(torch.cat(weights))
+
+        def attend(x: Tensor, residual: Tensor, now: Now) -> Tensor:
+            y = project(x, None).view(batch, -1, head_dim)
+            q_and_k = y[:, : n_heads + n_kv_heads]
+            if norm is not None:
+                q_and_k = norm(q_and_k)
+            if rope is not None:
+                q_and_k = rope.rotate(q_and_k, now.rotary[rope])
+            keys[:, :, now.row].copy_(q_and_k[:, n_heads:])
+            values[:, :, now.row].copy_(y[:, -n_kv_heads:])
+            q = q_and_k[:, :n_heads].reshape(batch, n_kv_heads, -1, head_dim)
+            heads = attend_to_all(q, keys[:, :, now.seen], values[:, :, now.seen], scale)
+            return output(heads.reshape(batch, -1), residual)
+
+        return attend
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)

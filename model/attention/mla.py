@@ -48,7 +48,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.attention.base import (
     Attention,
@@ -58,14 +58,16 @@ from model.attention.base import (
     head_dim_of,
 )
 from model.attention.core import Heads
+from model.attention.flat_mla import flat_absorbed
 from model.attention.latent import LatentProjections, Projected
 from model.cache import Cache
 from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions, Size
+from model.flat_step import FlatAttention
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
-from model.norm import GroupedRMSNorm, inverse_rms, unit_rms
+from model.norm import GroupedRMSNorm, are_plain, inverse_rms, unit_rms
 
 MAX_FLASH_KEY = 256  # the widest key of flash kernels
 MAX_ROPE_KEY = 64  # the widest by default, as in DeepSeek-V3: wider ones would leave the latent little of those 256
@@ -217,6 +219,16 @@ class MLA(LatentProjections, Attention):
     def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
         return self.execute(self.project(x, ctx), ctx, cache)
 
+    def flat(self, cache: Cache) -> FlatAttention | None:
+        """Absorbed, where whole keys are normed together or none are, and rotate."""
+        joined = self.joined()
+        ours = type(self).heads is MLA.heads and self.execute in (self._cheaper, self._absorbed)
+        usual = self.k_nope_norm is None and self.k_rope_proj is None and self.rope is not None and self.key_groups == 1
+        plain = type(self.q_proj) in (Linear, nn.Sequential) and are_plain(self.q_norm, self.kv_norm)
+        if joined is None or not (ours and usual and plain and self.is_plain(cache)):
+            return None
+        return flat_absorbed(self, joined, cache)
+
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         if self.caches_heads:
             columns = {"k": (self.n_heads, self.nope_dim + self.rope_dim), "v": (self.n_heads, self.v_dim)}
@@ -265,7 +277,7 @@ class MLA(LatentProjections, Attention):
         return self.core(torch.cat((given.q_nope, given.q_rope), -1), entries, ctx, cache, self._expand)
 
     def _absorbed(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
-        w_uk, w_uv = self._up_per_head()
+        w_uk, w_uv = self.up_per_head()
         q_nope = given.q_nope
         if self.k_nope_norm is not None:
             q_nope = (q_nope * self.k_nope_norm.weight).to(given.row.dtype)
@@ -307,13 +319,13 @@ class MLA(LatentProjections, Attention):
         """Entries of these tokens for the latent KV cache. inv needs their k_nope, which is computed for it alone."""
         if not self.caches_inverse:
             return {"latent_and_k_rope": row}
-        w_uk, _ = self._up_per_head()
+        w_uk, _ = self.up_per_head()
         k = F.linear(row[..., 0, : self.rank], w_uk.flatten(0, 1)).unflatten(-1, (self.n_heads, -1))
         if self.whole_keys:
             k = self._with_rope_key(k, row)
         return {"latent_and_k_rope": row, "inverse_rms": inverse_rms(k, self.key_groups)[..., None].to(row.dtype)}
 
-    def _up_per_head(self) -> tuple[Tensor, Tensor]:
+    def up_per_head(self) -> tuple[Tensor, Tensor]:
         """Split kv_up into W_uk (H, n, c) and W_uv (H, v, c)."""
         return self.kv_up.weight.unflatten(0, (self.n_heads, -1)).split([self.nope_dim, self.v_dim], 1)
 

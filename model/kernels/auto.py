@@ -31,6 +31,8 @@ class Auto(Kernel):
     if the fused one lacks the log-sum-exp that is asked for; and with a warning the naive one, if this device or shape
     has no fused kernel, or it fails a trial."""
 
+    is_flash_on_cpu = True
+
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type == "cuda":
             SDPA_DEFAULT.check(device, training, dropout)
@@ -41,7 +43,7 @@ class Auto(Kernel):
         if warning:
             say_once(logging.WARNING, warning)
         try:
-            return kernel(q, k, v, mask, how)
+            return kernel.run(case, q, k, v, mask, how)
         except Unsupported as error:
             say_once(logging.WARNING, slow(error))
             return FALLBACK(q, k, v, mask, how)

@@ -71,6 +71,7 @@ class Kernel(FrozenSettings, ABC):
     """Attention kernel: a frozen callable, passed to an attention at construction."""
 
     compiles_itself: ClassVar[bool] = False  # and so stays out of torch.compile
+    is_flash_on_cpu: ClassVar[bool] = False  # whether it is PyTorch's flash kernel there, where nothing trains
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         """Raise Unsupported if this kernel cannot run there, before a run has created anything.
@@ -93,6 +94,10 @@ class Kernel(FrozenSettings, ABC):
         q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv); G divides H, and query head i attends to
         KV head i // (H / G). Raises Unsupported if this device, dtype or shape lacks the kernel.
         """
+
+    def run(self, case: Case, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
+        """The same, where the case of these inputs is known."""
+        return self(q, k, v, mask, how)
 
 
 def check_drops_nothing(name: str, dropout: bool, device: str = "") -> None:

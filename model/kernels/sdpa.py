@@ -43,6 +43,8 @@ MAX_SAVED_MASK_KEYS = 1024  # width up to which a tile's mask is saved for the b
 class SDPA(Kernel):
     """torch.nn.functional.scaled_dot_product_attention, restricted to its fused backends."""
 
+    is_flash_on_cpu = True
+
     # Forces the backend for causal attention in low precision. Elsewhere, as in a float32 preview that decodes under a
     # mask, and everywhere if this is unset, PyTorch chooses.
     backend: Literal["flash", "efficient", "cudnn"] | None = None
@@ -73,14 +75,17 @@ class SDPA(Kernel):
         return device == "cpu"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
-        case = Case.of(q, k, v, mask, how)
+        return self.run(Case.of(q, k, v, mask, how), q, k, v, mask, how)
+
+    def run(self, case: Case, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
         fused = self._fused(q.device, case)
         # Fused kernels need q, k and v equally wide. Zero columns change neither scores (the scale is explicit) nor the
         # output columns that are returned; nor do the columns of keys that stand behind their values.
         width = max(case.key_dim, case.v_dim)
         q, k = widened(q, width), widened(k, width)
         v = k if how.v_dim is not None else widened(v, width)
-        out, lse = (_causal if mask.is_plain_causal else by_positions)(q, k, v, mask, how, fused)
+        attend = _causal if mask.is_plain_causal else by_positions if q.shape[1] > 1 or case.trains else _of_one_query
+        out, lse = attend(q, k, v, mask, how, fused)
         announce(f"sdpa ({fused.ran})", case)
         return Attended(out if case.v_dim == width else out[..., : case.v_dim], lse)
 
@@ -107,6 +112,15 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "Fused
         grouped = False
     out, lse = fused(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), how, is_causal=True, enable_gqa=grouped)
     return Attended(out.transpose(1, 2), lse if lse is None else lse.transpose(1, 2))
+
+
+def _of_one_query(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "Fused") -> Attended:
+    """by_positions for T = 1 without gradients, in the fewest operations."""
+    batch, _, heads, dim = q.shape
+    rows = q.reshape(batch, k.shape[2], -1, dim)  # the query heads of a KV head
+    bias = mask.bias(slice(0, 1), slice(0, k.shape[1]), q.dtype)[:, None]
+    out, lse = fused(rows, k.transpose(1, 2), v.transpose(1, 2), how, attn_mask=bias)
+    return Attended(out.reshape(batch, 1, heads, -1), None if lse is None else lse.reshape(batch, 1, heads))
 
 
 def by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "Fused") -> Attended:
@@ -187,6 +201,11 @@ class FlashOnCPU:
 
 
 FLASH_ON_CPU = FlashOnCPU()
+
+
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """FLASH_ON_CPU without a mask or gradients: q (B, G, R, D), k and v (B, G, S, D) -> (B, G, R, D)."""
+    return CPU_FLASH(q, k, v, 0.0, False, scale=scale)[0]
 
 
 class _FlashWithLSE(torch.autograd.Function):

@@ -9,6 +9,7 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.decode_layout import lay_out_for_decoding
+from model.linear import product
 from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, logits_of, relative_error, small_model, some_tokens
 
@@ -40,21 +41,34 @@ def test_model_laid_out_for_decoding_computes_the_same(case):
 
 
 @torch.no_grad()
-def test_model_laid_out_for_decoding_reads_long_runs_in_few_products(monkeypatch):
-    sizes = []
-    product = torch.nn.functional.linear
+@pytest.mark.parametrize("rows", [1, 3])
+def test_matrices_are_stored_as_products_of_that_many_rows_read_them(rows):
+    model = small_model("attention=mha", "model.n_layers=1", "mlp=swiglu")
+    lay_out_for_decoding(model, rows)
+    block = model.layers[0]
+    joined = block.attention.joined().weight, block.mlp.joined().weight
+    matrices = [joined[0], block.attention.o_proj.weight, joined[1], block.mlp.down_proj.weight, model.lm_head.weight]
+    assert [matrix.shape for matrix in matrices] == [(192, 64), (64, 64), (384, 64), (64, 192), (128, 64)]
+    by_columns = [matrix.stride(0) == 1 for matrix in matrices]
+    assert by_columns == ([True, False, True, False, True] if rows == 1 else [False] * 5)
 
-    def counted(x, weight, bias=None):
-        sizes.append((*weight.shape, weight.stride()))
-        return product(x, weight, bias)
 
-    model = laid_out(small_model("attention=mha", "model.n_layers=1", "mlp=swiglu"))
-    monkeypatch.setattr("torch.nn.functional.linear", counted)
-    logits_of(model, some_tokens(1, 1))
-    # Queries, keys and values; output; gate and up; down; logits of 100 tokens, padded:
-    by_columns = [(192, 64, (1, 192)), (384, 64, (1, 384)), (128, 64, (1, 128))]
-    by_rows = [(64, 64, (64, 1)), (64, 192, (192, 1))]
-    assert sizes == [by_columns[0], by_rows[0], by_columns[1], by_rows[1], by_columns[2]]
+@torch.no_grad()
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [1, 2, 8, 16, 17])
+def test_product_is_that_of_linear_however_the_matrix_is_stored(rows, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        draw = torch.Generator().manual_seed(rows)
+        for out, width in ((24, 9), (9, 24), (16, 16)):
+            x, weight, bias = (torch.randn(*s, generator=draw) for s in ((rows, 1, width), (out, width), (out,)))
+            for stored in (weight, weight.mT.contiguous().mT):
+                for given in (None, bias):
+                    expected = torch.nn.functional.linear(x, weight, given)
+                    assert relative_error(product(x, stored, given), expected) <= 1e-6
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()
