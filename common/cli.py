@@ -6,15 +6,16 @@ import importlib.util
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common import process
 from common.errors import NotFinite, Unsupported, UserError, reason
 from common.invocation import ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
+from common.suggestions import hint, nearest
 
 # Errors of files and disks, which are no fault of the program.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -63,10 +64,27 @@ def fail(line: str) -> NoReturn:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports an error in one line, without its usage."""
+    """An ArgumentParser that reports an error in one line, without its usage, and names the flag that is meant."""
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} ({command(self.prog, '--help')} lists the options)")
+
+    def parse_args(self, *given: Any, **named: Any) -> Any:
+        known, rest = self.parse_known_args(*given, **named)
+        if rest:
+            self.refuse(rest)
+        return known
+
+    def refuse(self, words: Sequence[str], advice: str = "") -> NoReturn:
+        """Report words that are no arguments. advice: the way out, where none of them is a slip of a flag."""
+        advice = self._meant(words) or advice
+        self.error(f"unrecognized arguments: {' '.join(words)}{advice and f': {advice}'}")
+
+    def _meant(self, words: Sequence[str]) -> str:
+        """The question which flag the first of the words that looks like one is a slip of; empty where none is near."""
+        typed = next((word for word in words if word.startswith("-")), "").partition("=")[0]
+        flags = {flag.strip("-"): flag for action in self._actions for flag in action.option_strings}
+        return hint(flags.get(nearest(typed.strip("-").replace("_", "-"), flags)))
 
 
 def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[str], float]:

@@ -5,11 +5,11 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from common.atomic_io import exists
+from common.atomic_io import exists, names_in
 from common.cli import Parser, number
 from common.conf_files import choices, is_group, keys
 from common.errors import UserError, reason
@@ -17,6 +17,7 @@ from common.figures import check_writable
 from common.invocation import quoted, version_line
 from common.paths import entering
 from common.streams import print_line
+from common.suggestions import hint, nearest
 from generation.defaults import MAX_NEW_TOKENS, SAMPLING
 
 MAX_SAMPLES = 1024
@@ -102,10 +103,8 @@ def _parse(parser: argparse.ArgumentParser) -> dict[str, Any]:
     words = [word for word in (given.get("prompt"), *rest) if word in typed[:end]]
     _check_no_setting(words)
     if rest:
-        hint = ""
-        if not any(word.startswith("-") for word in rest):
-            hint = ': a prompt of several words goes in quotes, as in "to be"'
-        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        is_flag = any(word.startswith("-") for word in rest)
+        parser.refuse(rest, "" if is_flag else 'a prompt of several words goes in quotes, as in "to be"')
     if "prompt_flag" in given:
         if "prompt" in given:
             raise UserError("--prompt with a prompt: there is one prompt; leave one of them out")
@@ -163,7 +162,18 @@ def check_is_folder(path: Path) -> None:
     with entering(path):
         there = exists(path) and path.is_dir()
     if not there:
-        raise UserError(f"{path} is not a run: there is no such folder")
+        meant = hint(_nearest_run(path))
+        raise UserError(f"{path} is not a run: there is no such folder{meant and f'; {meant}'}")
+
+
+def _nearest_run(path: Path) -> str | None:
+    """The run that a path is most likely a slip of: one beside it, or under runs/."""
+    for folder in (path.parent, Path("runs")):
+        with suppress(OSError):
+            name = nearest(path.name, [name for name in names_in(folder) if exists(folder / name / "config.yaml")])
+            if name is not None:
+                return str(folder / name)
+    return None
 
 
 def read_text(path: Path, what: str) -> str:
