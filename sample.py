@@ -119,7 +119,7 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
         else:
             show_samples(args.prompt, pieces, samples, run.context_length)
     if args.stats:
-        print_stats(samples, state)
+        print_stats(run.model, samples, state)
     check_finished(samples)
 
 

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +32,11 @@ from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.decode_layout import lay_out_for_decoding
 from model.initialise import initialised
+from runtime.bandwidth import seconds_per_byte
 from runtime.precision import MixedPrecision
 
 NEW = 32  # tokens
 TOP_K = 50
-READ = 256e6  # bytes
 
 
 class Text(NamedTuple):
@@ -79,7 +78,7 @@ def main() -> None:
 
 def _measured(args: argparse.Namespace, size: Size, precision: str) -> Iterator[dict[str, Any]]:
     writers = dict(_writers(args, size, precision))
-    per_byte = _seconds_per_byte()
+    per_byte = seconds_per_byte(torch.device("cpu"))
     for context, rows in itertools.product(args.contexts, args.batch):
         texts: dict[str, list[Text]] = {name: [] for name in writers}
         for turn in range(args.rounds + 1):
@@ -173,16 +172,6 @@ def _bytes(cache: Any) -> int:
 
 def _prompt(tokens: int, size: Size) -> list[int]:
     return [i % size.vocab for i in range(tokens)]
-
-
-def _seconds_per_byte() -> float:
-    numbers = torch.ones(int(READ / 4))
-    seconds = []
-    for _ in range(5):
-        begun = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - begun)
-    return min(seconds) / numbers.nbytes
 
 
 def draw(rows: list[Mapping[str, Any]], path: Path) -> None:

@@ -1,5 +1,7 @@
 """Samples generated as one batch: their texts, why each ended, how fast they came, and how they are printed."""
 
+import itertools
+import statistics
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
@@ -16,6 +18,7 @@ from generation.sampler import Sampler
 from generation.state import GenerationState
 from generation.text_stream import TextStream
 from model.transformer import TransformerLM
+from runtime.bandwidth import seconds_per_byte
 
 
 class Sample:
@@ -132,11 +135,36 @@ def print_json_samples(prompt: str, pieces: Generator[str, None, None], samples:
         print(json_line({"prompt": prompt, **sample.as_json()}), flush=True)
 
 
-def print_stats(samples: Sequence[Sample], state: GenerationState) -> None:
-    """Print throughput and KV cache size to stderr."""
-    for name, value in speeds(samples).items():
+def print_stats(model: TransformerLM, samples: Sequence[Sample], state: GenerationState) -> None:
+    """Print the wait for the first token, throughput, the KV cache's size, and how near decoding came to the time that
+    reading memory takes, to stderr."""
+    cached = sum(cache.bytes_per_sequence for cache in state.caches or []) * len(samples)
+    stats = {
+        "first_token_seconds": first_token_seconds(samples),
+        **speeds(samples),
+        "cache_bytes_per_token": sum(cache.bytes_per_token for cache in state.caches or []),
+        "cache_bytes": cached,
+        "share_of_bandwidth_floor": share_of_floor(model, cached, samples),
+    }
+    for name, value in stats.items():
         print_stderr(f"{name}={'n/a' if value is None else value}")
-    print_stderr(f"cache_bytes_per_token={sum(cache.bytes_per_token for cache in state.caches or [])}")
+
+
+def first_token_seconds(samples: Sequence[Sample]) -> float | None:
+    """Seconds from the start of generation to the first token; None without one."""
+    first = min((sample.times[1] for sample in samples if sample.num_tokens), default=None)
+    return None if first is None else round(first - samples[0].times[0], 4)
+
+
+def share_of_floor(model: TransformerLM, cached: int, samples: Sequence[Sample]) -> float | None:
+    """Time to read the weights and `cached` bytes once, at the bandwidth measured now, as a share of the median step's
+    from one token to the next. 1: decoding is limited by nothing else. None where there was no such step."""
+    steps = sorted({moment for sample in samples for moment in sample.times[1:]})
+    if len(steps) < 2:
+        return None
+    step = statistics.median(after - before for before, after in itertools.pairwise(steps))
+    read = cached + sum(parameter.nbytes for parameter in model.parameters())
+    return round(read * seconds_per_byte(next(model.parameters()).device) / step, 4)
 
 
 def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:

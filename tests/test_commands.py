@@ -1,6 +1,7 @@
 """train.py and sample.py as commands: their output, their files, and the errors of bad arguments."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -92,10 +93,31 @@ def test_sample_compile_without_a_compiler_writes_the_same_text_with_a_warning(p
 
 def test_sample_stats_prints_throughput_and_cache_bytes(place, monkeypatch, capsys):
     for run, numbers in (("gqa", 2 * 2 * 16), ("mla", 16 + 12 + 1)):
-        _, err = sample(place, monkeypatch, capsys, "The", "--run", f"runs/{run}", "--stats", "--max-new-tokens", "5")
+        options = ["--run", f"runs/{run}", "--stats", "--max-new-tokens", "5"]
+        _, err = sample(place, monkeypatch, capsys, "The", "--num-samples", "2", *options)
         assert f"cache_bytes_per_token={2 * 4 * numbers}\n" in err
-        assert float(re.search(r"decode_tokens_per_second=(.*)", err)[1]) > 0
-        assert float(re.search(r"prefill_tokens_per_second=(.*)", err)[1]) > 0
+        assert f"cache_bytes={2 * 64 * 2 * 4 * numbers}\n" in err  # of two texts: each with room for 64
+        stats = dict(re.findall(r"^(\w+)=(.*)$", err, re.M))
+        assert all(float(value) > 0 for value in stats.values()) and len(stats) == 6
+        assert float(stats["prefill_tokens_per_second"]) * float(stats["first_token_seconds"]) == pytest.approx(
+            2 * 3, rel=0.05
+        )
+
+
+def test_sample_stats_share_is_reading_time_by_the_median_step(place, monkeypatch, capsys):
+    """At a made-up bandwidth, and with a clock that goes by a second a token: the third takes five."""
+    stated = []
+    monkeypatch.setattr("generation.batch_writer.seconds_per_byte", lambda device: stated.append(device) or 1e-6)
+    clock = itertools.chain([0, 2, 3, 8, 9, 10], itertools.count(20))
+    monkeypatch.setattr("generation.batch_writer.time.perf_counter", lambda: float(next(clock)))
+    _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--stats", "--max-new-tokens", "5")
+    stats = dict(re.findall(r"^(\w+)=(.*)$", err, re.M))
+    weights = sum(parameter.nbytes for parameter in trained.load_run("runs/gqa")[0].parameters())
+    read = int(stats["cache_bytes"]) + weights
+    assert stated == [torch.device("cpu")] and float(stats["share_of_bandwidth_floor"]) == round(read * 1e-6, 4)
+    assert float(stats["first_token_seconds"]) == 2
+    _, err = sample(place, monkeypatch, capsys, "The", "--stats", "--max-new-tokens", "1")
+    assert len(stated) == 1 and "share_of_bandwidth_floor=n/a\n" in err and "decode_tokens_per_second=n/a\n" in err
 
 
 def test_sample_full_context_prints_note(place, monkeypatch, capsys):
