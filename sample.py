@@ -5,6 +5,7 @@ python sample.py --run runs/NAME --max-new-tokens 300 --top-k 50 --seed 7 --stat
 python sample.py --prompt-file a.py --num-samples 4 --json
 python sample.py --interactive
 python sample.py --score a.py                     # how well the model predicts a text
+python sample.py --score a.py --tokens --html a.html   # and each token of it, in colors too
 python sample.py "def f(x):" --attention-map a.png
 """
 
@@ -16,6 +17,7 @@ if __name__ == "__main__":
     process.start()
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from data.tokenizers.base import Tokenizer
     from generation.compiled_step import CompiledStep
     from generation.sampler import Sampler
+    from generation.scoring import TokenScore
     from generation.state import GenerationState
     from model.transformer import TransformerLM
 
@@ -141,17 +144,39 @@ def chat(args: argparse.Namespace, run: LoadedRun) -> None:
 
 
 def score(args: argparse.Namespace, run: LoadedRun) -> None:
-    """Print how well the model predicts a text."""
+    """Print how well the model predicts a text: each token where that was asked for, and the whole."""
     from common.streams import json_line, print_stderr
-    from generation.scoring import as_json, as_line, check_finite, score_text
+    from generation.score_lines import as_json, as_line
+    from generation.score_page import ScorePage
+    from generation.scoring import check_finite, score_text
 
-    found = score_text(run.model, run.tokenizer, args.score_text, run.context_length)
+    page = ScorePage(run.tokenizer) if args.html is not None else None
+    watchers = [token_printer(args, run)] if args.tokens else []
+    watchers += [page.add] if page is not None else []
+    found = score_text(run.model, run.tokenizer, args.score_text, run.context_length, watchers)
     print_stderr(f"run {run.folder}")
     if args.json:
         print(json_line({"file": str(args.score), **as_json(found)}), flush=True)
     check_finite(found, run.model, run.tokenizer, args.score_text, run.context_length)
     if not args.json:
         print(as_line(found))
+    if page is not None:
+        page.write(args.html, f"{args.score} as {run.folder} predicts it", as_line(found))
+        print_stderr(f"page {args.html}")
+
+
+def token_printer(args: argparse.Namespace, run: LoadedRun) -> Callable[["list[TokenScore]"], None]:
+    """A function that prints tokens as they are scored: as JSON objects, or as lines of one table."""
+    from common.streams import json_line
+    from generation.score_lines import TokenLines
+
+    lines = TokenLines(run.tokenizer)
+
+    def print_tokens(scores: "list[TokenScore]") -> None:
+        for line in map(json_line, lines.json(scores)) if args.json else lines.table(scores):
+            print(line)
+
+    return print_tokens
 
 
 def attention_map(args: argparse.Namespace, run: LoadedRun) -> None:

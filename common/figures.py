@@ -15,10 +15,11 @@ from common.errors import UserError, escaped, reason
 FORMATS = ("pdf", "png", "svg")
 
 
-def check_writable(path: Path, flag: str) -> None:
-    """Raises UserError where `path`, given with `flag`, cannot become a picture."""
-    if path.suffix.removeprefix(".") not in FORMATS:
-        raise UserError(f"{flag} {path}: choose a name that ends in one of {', '.join(f'.{name}' for name in FORMATS)}")
+def check_writable(path: Path, flag: str, formats: Sequence[str] = FORMATS) -> None:
+    """Raises UserError where `path`, given with `flag`, cannot become a file of one of the formats."""
+    if path.suffix.removeprefix(".") not in formats:
+        names = ", ".join(f".{name}" for name in formats)
+        raise UserError(f"{flag} {path}: choose a name that ends in {'one of ' if len(formats) > 1 else ''}{names}")
     folder = path.parent
     fault = None
     if not folder.is_dir():

@@ -153,7 +153,7 @@ def print_stats(model: TransformerLM, samples: Sequence[Sample], state: Generati
 def first_token_seconds(samples: Sequence[Sample]) -> float | None:
     """Seconds from the start of generation to the first token; None without one."""
     first = min((sample.times[1] for sample in samples if sample.num_tokens), default=None)
-    return None if first is None else round(first - samples[0].times[0], 4)
+    return None if first is None else round(first - samples[0].times[0], 6)
 
 
 def share_of_floor(model: TransformerLM, cached: int, samples: Sequence[Sample]) -> float | None:

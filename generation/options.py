@@ -22,12 +22,15 @@ from generation.defaults import MAX_NEW_TOKENS, SAMPLING
 
 MAX_SAMPLES = 1024
 MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to score
+MAX_PAGE_BYTES = 2**18  # of a text that is written as a page, which is 50 to 200 times as long
 MAX_SEED = 2**63 - 1
 DEFAULTS = {
     "prompt": None,
     "prompt_file": None,
     "interactive": False,
     "score": None,
+    "tokens": False,
+    "html": None,
     "attention_map": None,
     "run": None,
     "checkpoint": "latest",
@@ -67,15 +70,16 @@ CONTRADICTIONS = (
     ("interactive", ("stats",), "speeds are measured on one text without pauses, and a conversation waits for you"),
     ("prompt_file", ("prompt",), "there is one prompt"),
 )
+OF_SCORES = {"tokens": "it prints how each token of a text is predicted", "html": "it shows how a text is predicted"}
 SETTING = re.compile(r"\+{0,2}(\w+(?:\.\w+)*)=(\S+)")  # as train.py takes them
 SETTINGS_OF_RUN = ("resume", "run_dir", "init_from")  # what train.py calls the folder that --run names
-SWITCHES = ("interactive", "json", "stats", "no_cache", "compile")  # flags without a value
+SWITCHES = ("interactive", "tokens", "json", "stats", "no_cache", "compile")  # flags without a value
 
 
 def parse_arguments(description: str) -> argparse.Namespace:
     """Parse the command line, every flag filled in; `prompt` is the text to continue, `score_text` the one to score.
     Raises UserError for flags that contradict each other, a run that is not there, a file that is not text, and a
-    picture that cannot be written."""
+    picture or a page that cannot be written."""
     given = _parse(_parser(description))
     _check_contradictions(given)
     _check_greedy(given)
@@ -88,9 +92,9 @@ def parse_arguments(description: str) -> argparse.Namespace:
     args.prompt = _read_prompt(args)
     if args.attention_map is not None:
         check_writable(args.attention_map, "--attention-map")
-    args.score_text = None if args.score is None else read_text(args.score, "--score")
-    if args.score_text == "":
-        raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")
+    if args.html is not None:
+        check_writable(args.html, "--html", ("html",))
+    args.score_text = None if args.score is None else _read_score_text(args)
     return args
 
 
@@ -157,6 +161,27 @@ def _read_prompt(args: argparse.Namespace) -> str:
     return args.prompt or ""
 
 
+def _read_score_text(args: argparse.Namespace) -> str:
+    """The text to score. Raises UserError where it is empty, or too long for a page that was asked for."""
+    text = read_text(args.score, "--score")
+    if text == "":
+        raise UserError(f"--score {args.score} is empty, which leaves nothing to predict: score a longer text")
+    if args.html is not None:
+        _check_page(args.html, args.score, len(text.encode()))
+    return text
+
+
+def _check_page(page: Path, text: Path, size: int) -> None:
+    """Raise UserError where the page would replace the text, or the text, of `size` bytes, is too long for one."""
+    if page.exists() and text.exists() and page.samefile(text):
+        raise UserError(f"--html {page} is the text itself: give the page another name")
+    if size > MAX_PAGE_BYTES:
+        raise UserError(
+            f"--html {page}: a page holds a text of at most {MAX_PAGE_BYTES:,} bytes, {text} has {size:,}: "
+            "score a part of it, or leave --html out"
+        )
+
+
 def check_is_folder(path: Path) -> None:
     """Raise UserError where a run's folder is not there, is no folder, or a folder around it may not be entered."""
     with entering(path):
@@ -209,6 +234,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     text("--prompt-file", type=Path, metavar="FILE", help="the bytes of a file, as UTF-8")
     text("--interactive", action="store_true", help="turn by turn; what was read and written stays in the cache")
     text("--score", type=Path, metavar="FILE", help="write nothing: how well the model predicts FILE (- is stdin)")
+    text("--tokens", action="store_true", help="with --score: a line per token, how likely it and others were")
+    text(
+        "--html", type=Path, metavar="FILE", help="with --score: the text colored by nats per token, as a page (.html)"
+    )
     text("--attention-map", type=Path, metavar="FILE", help="no text: draw the prompt's attention (.png, .svg or .pdf)")
     model = parser.add_argument_group("the model").add_argument
     model(
@@ -267,9 +296,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="an object per sample: prompt, text (what follows it), seed, tokens (how many were written), "
         "prompt_tokens (read), finish (stop, length, end, context, interrupted or not_finite), "
         "prefill_tokens_per_second, decode_tokens_per_second; "
-        "with --score: file, nats_per_token, bpb, tokens, bytes",
+        "with --score: file, nats_per_token, bpb, tokens, bytes; "
+        "with --score --tokens: before that, an object per token: number (from 1), token, text, hex (its bytes), nats, "
+        "probability, rank (these three are null for the first, which is not predicted), others (the likeliest other "
+        "tokens: token, text, hex, probability)",
     )
-    output("--stats", action="store_true", help="print speeds, kernels and the cache's size to stderr")
+    output("--stats", action="store_true", help="print times, kernels and the cache's size to stderr")
     output("--version", action=_Version, nargs=0, help="print the versions of Headroom and PyTorch")
     machine = parser.add_argument_group("how it runs").add_argument
     machine("--device", help="auto, cpu, cuda, cuda:1 or mps")
@@ -310,6 +342,9 @@ def _check_contradictions(given: dict[str, Any]) -> None:
         for other in others:
             if flag in given and other in given:
                 raise UserError(f"{_flag(flag)} with {_flag(other)}: {why}; leave one of them out")
+    for flag, why in OF_SCORES.items():
+        if flag in given and "score" not in given:
+            raise UserError(f"{_flag(flag)} without --score: {why}; add --score FILE, or leave it out")
     if "compile" in given and given.get("kernel") == "flex":
         raise UserError("--compile with --kernel flex: that kernel compiles itself; leave one of them out")
     if given.get("interactive") and given.get("prompt") == "-":

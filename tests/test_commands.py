@@ -329,6 +329,35 @@ def test_score_file_or_stdin_prints_nats_and_bits_per_byte(place, monkeypatch, c
     assert sample(place, monkeypatch, capsys, "--score", "-")[0] == out
 
 
+def test_score_tokens_prints_a_line_per_token_and_the_same_summary(place, monkeypatch, capsys, tmp_path):
+    text = "The query sees é\n" * 8
+    (tmp_path / "a.txt").write_text(text)
+    score = ["--score", str(tmp_path / "a.txt")]
+    summary, _ = sample(place, monkeypatch, capsys, *score)
+    header, *rows, last = sample(place, monkeypatch, capsys, *score, "--tokens")[0].splitlines(keepends=True)
+    assert last == summary and "nats" in header and len(rows) == len(text.encode())
+    nats = [float(row.split()[1]) for row in rows[1:]]
+    assert f"{sum(nats) / len(nats):.3f}" == f"{float(summary.split()[0]):.3f}"
+    whole = samples(place, monkeypatch, capsys, *score)
+    *tokens, one = samples(place, monkeypatch, capsys, *score, "--tokens")
+    assert [one] == whole and b"".join(bytes.fromhex(token["hex"]) for token in tokens) == text.encode()
+    assert sum(token["nats"] for token in tokens[1:]) == pytest.approx(one["nats_per_token"] * one["tokens"], rel=1e-12)
+    assert [token["number"] for token in tokens] == [*range(1, len(rows) + 1)]
+    assert all(math.exp(-token["nats"]) == token["probability"] and len(token["others"]) == 3 for token in tokens[1:])
+
+
+def test_score_html_writes_a_page_beside_the_same_output(place, monkeypatch, capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("The <b>query</b>\n")
+    score = ["--score", str(tmp_path / "a.txt")]
+    summary, _ = sample(place, monkeypatch, capsys, *score)
+    for more in ([], ["--tokens"]):
+        out, err = sample(place, monkeypatch, capsys, *score, *more, "--html", str(tmp_path / "a.html"))
+        assert out.endswith(summary) and err == f"run runs/mla\npage {tmp_path / 'a.html'}\n"
+        page = (tmp_path / "a.html").read_text()
+        assert summary.strip() in page and "as runs/mla predicts it" in page and "<b>" not in page
+        (tmp_path / "a.html").write_text("old")
+
+
 @pytest.fixture
 def nan_after(monkeypatch):
     """Call it with n: of the first text, the logits after n more tokens are NaN."""
@@ -404,6 +433,15 @@ def test_score_and_attention_map_nan_output_end_in_one_line(place, monkeypatch, 
             assert (found["nats_per_token"], found["bpb"], found["tokens"], found["bytes"]) == (None, None, 71, 71)
         else:
             assert out == ""
+    page = ["--html", str(tmp_path / "a.html")]
+    assert call("sample", ["--score", str(text), "--tokens", *page], monkeypatch) == 2
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 + 72 and out.splitlines()[2].split()[:4] == ["2", "nan", "-", "-"]
+    assert err.count("\n") == 2 and "error: the loss of token 2 of the text's 72 is not finite: try" in err
+    assert call("sample", ["--score", str(text), "--tokens", "--json", *page], monkeypatch) == 2
+    *tokens, one = (json.loads(line, parse_constant=no_json) for line in capsys.readouterr().out.splitlines())
+    assert len(tokens) == 72 and tokens[1]["nats"] is tokens[1]["rank"] is one["bpb"] is None
+    assert not (tmp_path / "a.html").exists()
     assert call("sample", ["xxy", "--attention-map", str(picture)], monkeypatch) == 2
     assert "the attention of layer 0, head 0 is not finite from token 3 on" in capsys.readouterr().err
     assert not picture.exists()
@@ -504,6 +542,25 @@ BAD_SAMPLES = {
     "score of nothing": (["--score", "empty.txt"], "--score empty.txt is empty, which leaves nothing to predict"),
     "score of no file": (["--score", "none.txt"], "none.txt cannot be read: No such file"),
     "score of bytes": (["--score", "binary.txt"], "binary.txt is not UTF-8 text"),
+    "score of a token": (["--score", "x.txt", "--tokens"], "a single token, which leaves nothing to predict"),
+    "tokens of no score": (["x", "--tokens"], "--tokens without --score: it prints how each token of a text is"),
+    "page of no score": (["x", "--html", "a.html"], "--html without --score: it shows how a text is predicted; add"),
+    "page of another kind": (
+        ["--score", "x.txt", "--html", "a.txt"],
+        "--html a.txt: choose a name that ends in .html\n",
+    ),
+    "page nowhere": (
+        ["--score", "x.txt", "--html", "none/a.html"],
+        "none/a.html cannot be written: there is no folder",
+    ),
+    "page over its text": (
+        ["--score", "x.html", "--html", "./x.html"],
+        "--html x.html is the text itself: give the page",
+    ),
+    "page of much": (
+        ["--score", "long.txt", "--html", "a.html"],
+        "at most 262,144 bytes, long.txt has 262,145: score a",
+    ),
     "map of nothing": (["--attention-map", "a.png"], "a prompt of 2 to 64 tokens, this one has 0: give a longer one"),
     "map of much": (["x" * 65, "--attention-map", "a.png"], "2 to 64 tokens, this one has 65: give a shorter one"),
     "map of no format": (["xy", "--attention-map", "a.bmp"], "a.bmp: choose a name that ends in one of .pdf, .png"),
@@ -520,10 +577,13 @@ def test_sample_bad_arguments_exit_with_one_line(place, monkeypatch, capsys, arg
     (place / "empty.txt").touch()
     (place / "folder.png").mkdir(exist_ok=True)
     (place / "binary.txt").write_bytes(b"a\n\xff")
+    (place / "long.txt").write_bytes(b"x" * (2**18 + 1))
+    for name in ("x.txt", "x.html"):
+        (place / name).write_text("x")
     assert call("sample", arguments, monkeypatch) == 2
     out, err = capsys.readouterr()
     assert complaint in err and err.count("\n") == 1 and out == ""
-    assert not (place / "a.png").exists()
+    assert not (place / "a.png").exists() and not (place / "a.html").exists()
 
 
 BAD_RUNS = {
