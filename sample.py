@@ -161,7 +161,8 @@ def score(args: argparse.Namespace, run: LoadedRun) -> None:
     if not args.json:
         print(as_line(found))
     if page is not None:
-        page.write(args.html, f"{args.score} as {run.folder} predicts it", as_line(found))
+        name = "stdin" if str(args.score) == "-" else args.score
+        page.write(args.html, f"{name} as {run.folder} predicts it", as_line(found))
         print_stderr(f"page {args.html}")
 
 
