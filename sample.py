@@ -27,6 +27,8 @@ from common.errors import NotFinite, UserError
 from generation.options import parse_arguments
 
 if TYPE_CHECKING:
+    import torch
+
     from data.tokenizers.base import Tokenizer
     from generation.compiled_step import CompiledStep
     from generation.sampler import Sampler
@@ -68,6 +70,7 @@ def load(args: argparse.Namespace) -> LoadedRun:
 
     from common import process
     from common.console import to_stderr
+    from generation.compiled_step import check_compiler
     from model.decode_layout import lay_out_for_decoding
     from runtime.device import choose_device
     from runtime.precision import MixedPrecision, choose_precision
@@ -78,6 +81,8 @@ def load(args: argparse.Namespace) -> LoadedRun:
     process.end_by_unwinding()  # what takes seconds to import is imported
     to_stderr()
     device = choose_device(args.device)
+    if args.compile:
+        check_compiler(device)
     precision = "fp32" if args.precision == "auto" and device.type == "cpu" else args.precision
     folder = args.run or newest(with_checkpoint=True)
     kernel = load_choice("kernel", args.kernel)
@@ -86,17 +91,16 @@ def load(args: argparse.Namespace) -> LoadedRun:
     lay_out_for_decoding(model, args.num_samples)
     if not args.stats:
         logging.getLogger("headroom").setLevel(logging.WARNING)  # which kernel runs is a matter of speed
-    return LoadedRun(folder, model, tokenizer, compiled_step(args, model.config.context_length))
+    return LoadedRun(folder, model, tokenizer, compiled_step(args, device, model.config.context_length))
 
 
-def compiled_step(args: argparse.Namespace, context_length: int) -> "CompiledStep | None":
+def compiled_step(args: argparse.Namespace, device: "torch.device", context_length: int) -> "CompiledStep | None":
     """The compiled decode step, where it was asked for. A conversation may fill the context."""
     if not args.compile:
         return None
     from generation.compiled_step import CompiledStep
-    from generation.decode import decode_step
 
-    return CompiledStep(decode_step, context_length if args.interactive else args.max_new_tokens)
+    return CompiledStep(context_length if args.interactive else args.max_new_tokens, device)
 
 
 def generate(args: argparse.Namespace, run: LoadedRun) -> None:

@@ -27,7 +27,7 @@ from benchmarks.train import OURS, SIZES, Size, built, hugging_model, run_of
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
 from generation.compiled_step import CompiledStep
-from generation.decode import decode_step, generate
+from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.decode_layout import lay_out_for_decoding
@@ -119,7 +119,7 @@ def _writers(args: argparse.Namespace, size: Size, precision: str) -> Iterator[t
 def _ours(size: Size, precision: str, attention: str, compiled: bool = False) -> tuple[nn.Module, Writer]:
     model = initialised(run_of(size, f"attention={attention}").model, size.vocab)
     model = MixedPrecision(model, precision).model
-    step = CompiledStep(decode_step, size.tokens) if compiled else None
+    step = CompiledStep(size.tokens, torch.device("cpu")) if compiled else None
 
     def write(rows: int, prompt: int) -> Text:
         lay_out_for_decoding(model, rows)

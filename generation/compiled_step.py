@@ -1,44 +1,146 @@
 """The decode step, compiled, and whether that was worth its time."""
 
+import functools
+import importlib.util
 import logging
+import os
+import shutil
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from runtime.compile import CompiledOrEager
+from common.errors import UserError
+from common.streams import print_stderr
+from model.cache import Cache
+from model.placement import Placement
+from model.transformer import TransformerLM
+from runtime.compile import reason_of
 
 TIMED_STEPS = 3
+MAX_GRAPHS = 64  # of one process; torch.compile's own limit is 8
+LIMITS = ("recompile_limit", "cache_size_limit")  # its name, in newer and older versions of PyTorch
+
+Eager = Callable[[], Tensor]
+
+
+def bucket(n: int) -> int:
+    """Round up a length to one of 64, 96, 128, 192, 256, 384, ...: few enough shapes to record a graph for each."""
+    size = 64
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
 
 
 class CompiledStep:
-    """A decode step that torch.compile traces once for inputs of the same shapes: `tokens` are to be written, for which
-    the KV caches get room before. It warns, at the first call, where eager execution would have written them sooner."""
+    """The next logits of one token of every row, by one graph. On a CPU torch.compile traces it once for a text: how
+    many cache rows may be visible is a symbol in it. On a GPU it is recorded as a CUDA graph, whose shapes are fixed:
+    once for each bucket of that number, with the KV caches at fixed addresses.
 
-    def __init__(self, eager: Callable[..., Tensor], tokens: int):
+    `tokens` are to be written, for which the KV caches get room before. Where eager execution would have written them
+    sooner, it says so. What cannot be compiled runs eagerly from then on, after a warning."""
+
+    def __init__(self, tokens: int, device: torch.device):
         self.tokens = tokens
-        self.eager = eager
-        self.timed = False
-        self.step = CompiledOrEager(eager, "--compile", self._try, dynamic=False)
+        self.on_gpu = device.type == "cuda"
+        self.seconds = 0.0  # spent compiling
+        self.failed = False
+        self.compiled: set[tuple] = set()  # shapes
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        return self.step(*inputs)
+    @functools.cached_property
+    def step(self) -> Callable[..., Tensor]:
+        mode = "reduce-overhead" if self.on_gpu else None
+        return torch.compile(decode_step, dynamic=False, fullgraph=True, mode=mode)
 
-    def _try(self, compiled: Callable[..., Tensor], *inputs: Any) -> None:
-        """Time the steps: the inputs again and again, which caches the same again."""
-        compiling = _seconds(compiled, inputs)
-        if self.timed:
+    def __call__(
+        self,
+        model: TransformerLM,
+        tokens: Tensor,
+        positions: Tensor,
+        caches: Sequence[Cache],
+        kv_len: int,
+        eager: Eager,
+    ) -> Tensor:
+        """tokens (B, 1) at positions (B, 1) -> logits (B, V). kv_len: how many cache rows may be visible, at least.
+        eager: computes the same."""
+        if self.failed:
+            return eager()
+        extent = self._extent(kv_len, caches)
+        shapes = tokens.shape, extent.shape if self.on_gpu else None, *(cache.capacity for cache in caches)
+        call = functools.partial(self.step, model, tokens, positions, caches, extent)
+        if shapes not in self.compiled:
+            self.compiled.add(shapes)
+            self._compile(call, eager)
+        return eager() if self.failed else call()
+
+    def _extent(self, kv_len: int, caches: Sequence[Cache]) -> Tensor:
+        """An empty tensor (kv_len,), whose size says it to the graph."""
+        if self.on_gpu:
+            for cache in caches:
+                for column in cache.columns.values():
+                    torch._dynamo.mark_static_address(column)
+            return torch.empty(bucket(kv_len), 0)
+        extent = torch.empty(kv_len, 0)
+        torch._dynamo.mark_dynamic(extent, 0)
+        return extent
+
+    def _compile(self, call: Eager, eager: Eager) -> None:
+        """Run the step for the first time, which compiles it. Running it again caches the same again."""
+        first = not self.seconds
+        if first:
+            print_stderr("[compiling the step from token to token: about half a minute]")
+        begun = time.perf_counter()
+        try:
+            with torch._dynamo.config.patch({_limit(): MAX_GRAPHS}):
+                _seconds(call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler raises
+            self.failed = True
+            logging.getLogger("headroom").warning(f"--compile failed, running eagerly: {reason_of(error)}")
             return
-        self.timed = True
-        eager, fast = (min(_seconds(step, inputs) for _ in range(TIMED_STEPS)) for step in (self.eager, compiled))
-        saved = self.tokens * (eager - fast)
-        if saved < compiling:
-            times = f"took {compiling:.0f} s and saves {max(saved, 0):.1f} s in {self.tokens:,} tokens"
-            logging.getLogger("headroom").warning(f"--compile {times}: leave it out, or write more")
+        self.seconds += time.perf_counter() - begun
+        if first:
+            self._judge(call, eager)
+
+    def _judge(self, call: Eager, eager: Eager) -> None:
+        """Say how long it took, and where eager execution would have been done sooner."""
+        slow, fast = (min(_seconds(step) for _ in range(TIMED_STEPS)) for step in (eager, call))
+        saved = self.tokens * (slow - fast)
+        line = f"--compile took {self.seconds:.0f} s and saves {max(saved, 0):.1f} s in {self.tokens:,} tokens"
+        if saved < self.seconds:
+            logging.getLogger("headroom").warning(f"{line}: leave it out, or write more")
+        else:
+            print_stderr(f"[{line}]")
 
 
-def _seconds(step: Callable[..., Tensor], inputs: tuple[Any, ...]) -> float:
+def decode_step(
+    model: TransformerLM, tokens: Tensor, positions: Tensor, caches: Sequence[Cache], extent: Tensor
+) -> Tensor:
+    """tokens (B, 1) at positions (B, 1) -> logits (B, V). extent (kv_len, 0): its size is how many cache rows may be
+    visible."""
+    at = Placement.decode(positions, caches, extent.shape[0])
+    return model.logits(model(tokens, at).x)[:, 0]
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError where torch.compile cannot work: it writes C++ for a CPU, and Triton for a GPU."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        raise UserError(
+            f"--compile needs a C++ compiler, and {compiler} is not on the PATH: install it, or leave it out"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("--compile needs the package triton on a GPU: install it, or leave --compile out")
+
+
+def _limit() -> str:
+    return next(name for name in LIMITS if hasattr(torch._dynamo.config, name))
+
+
+def _seconds(step: Eager) -> float:
     begun = time.perf_counter()
-    step(*inputs).cpu()  # waits for the device
+    step().cpu()  # waits for the device
     return time.perf_counter() - begun

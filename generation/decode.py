@@ -1,13 +1,15 @@
 """Autoregressive decoding through KV caches: the one loop for every attention."""
 
+import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from common.errors import NotFinite
+from generation.compiled_step import bucket
 from generation.sampler import Sampler
-from generation.state import ENDED, GenerationState, Step, bucket
+from generation.state import ENDED, GenerationState, Step
 from model.cache import Cache
 from model.placement import PADDING_POSITION, Placement
 from model.transformer import TransformerLM
@@ -95,20 +97,38 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
     _make_room(state, known.longest)
     if state.caches is None or known.fresh:
         return _prefill(model, state.tokens, rows.lengths, state.caches)
-    if known.aligned and known.new == 1 and state.compiled is None:
-        last = known.longest - 1
+    if state.compiled is None or known.new > 1:
+        return _eager_step(model, state)
+    tokens, positions = _new_tokens(state)
+    eager = functools.partial(_eager_step, model, state)
+    return state.compiled(model, tokens, positions, state.caches, known.longest, eager)
+
+
+def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
+    """The logits of next_logits, where caches hold all but the last tokens."""
+    known = state.rows.known
+    if known.aligned and known.new == 1:
+        position = known.longest - 1
         flat = state.flat_model(model)
         if flat is not None:
-            return flat(state.tokens[:, last, None], last)
-    new = (rows.lengths - rows.num_cached) * rows.alive
-    ahead = torch.arange(known.new, device=new.device)
-    index = rows.num_cached[:, None] + ahead  # (B, T)
-    positions = index.where(ahead < new[:, None], PADDING_POSITION)
-    tokens = state.tokens.gather(1, index.clamp(max=state.context_length))
-    if state.compiled is not None and known.new == 1:
-        return state.compiled(model, tokens, positions, state.caches)
-    last = (new[:, None] - 1).clamp(min=0) if known.new > 1 else None
-    return decode_step(model, tokens, positions, state.caches, bucket(known.longest), last)
+            return flat(state.tokens[:, position, None], position)
+    tokens, positions = _new_tokens(state)
+    at = Placement.decode(positions, state.caches, bucket(known.longest), state.context_length)
+    x = model(tokens, at).x
+    if known.new > 1:
+        last = (positions >= 0).sum(1, keepdim=True) - 1  # of an ended row none
+        x = x.take_along_dim(last.clamp(min=0)[..., None], dim=1)
+    return model.logits(x)[:, 0]
+
+
+def _new_tokens(state: GenerationState) -> tuple[Tensor, Tensor]:
+    """The tokens that are not in the KV caches yet, and their positions: (B, T) each, padded on the right."""
+    rows, new = state.rows, state.rows.known.new
+    ahead = torch.arange(new, device=rows.lengths.device)
+    index = rows.num_cached[:, None] + ahead
+    count = (rows.lengths - rows.num_cached) * rows.alive
+    positions = index.where(ahead < count[:, None], PADDING_POSITION)
+    return state.tokens.gather(1, index.clamp(max=state.context_length)), positions
 
 
 def _make_room(state: GenerationState, length: int) -> None:
@@ -128,17 +148,3 @@ def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[C
     at = Placement.prefill(lengths, caches)
     hidden = model(text[:, : at.positions.shape[1]], at)
     return model.logits(hidden.x.take_along_dim(lengths[:, None, None] - 1, dim=1))[:, 0]
-
-
-def decode_step(
-    model: TransformerLM,
-    tokens: Tensor,
-    positions: Tensor,
-    caches: list[Cache],
-    kv_len: int | None = None,
-    last: Tensor | None = None,
-) -> Tensor:
-    """Decode new tokens (B, T) at positions (B, T) -> logits (B, V) after the first of each row, or after that of index
-    `last` (B, 1). kv_len: how many cache rows may be visible, if fewer than there are."""
-    x = model(tokens, Placement.decode(positions, caches, kv_len)).x
-    return model.logits(x[:, :1] if last is None else x.take_along_dim(last[..., None], dim=1))[:, 0]

@@ -6,20 +6,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from generation.compiled_step import CompiledStep
+from generation.compiled_step import CompiledStep, bucket
 from generation.gumbel import hash_seeds
 from model.flat_model import FlatModel, flat_model
 from model.transformer import TransformerLM
 
 ENDED = -1  # in place of a token, for a row that has ended
-
-
-def bucket(n: int) -> int:
-    """Round up a length to one of 64, 96, 128, 192, 256, 384, ...: few enough shapes for a compiled decode step."""
-    size = 64
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
-    return size
 
 
 class Known(NamedTuple):

@@ -18,7 +18,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: (..., in) and (out, in) -> (..., out). F.linear; without gradients on a CPU, of few rows, the
     fastest way to compute it there, by a rule of shapes alone (measured: python -m benchmarks.one_row)."""
     rows = x.numel() // x.shape[-1]
-    if rows > FEW_ROWS or torch.is_grad_enabled() or not x.is_cpu or torch.compiler.is_compiling():
+    if rows > FEW_ROWS or torch.is_grad_enabled() or not x.is_cpu:
         return F.linear(x, weight, bias)
     return multiplier(weight, bias, rows)(x.reshape(rows, -1), None).view(*x.shape[:-1], -1)
 
@@ -42,7 +42,7 @@ def _multiplier(weight: Tensor, rows: int) -> Multiply:
             return y.contiguous() if residual is None else residual + y
 
         return of_several_rows
-    parts = math.gcd(torch.get_num_threads(), weight.shape[1]) if exact else 1
+    parts = math.gcd(_threads(), weight.shape[1]) if exact else 1
     if rows > 1 or by_rows or parts == 1:
 
         def at_once(x: Tensor, residual: Tensor | None) -> Tensor:
@@ -57,6 +57,13 @@ def _multiplier(weight: Tensor, rows: int) -> Multiply:
         return y if residual is None else y.add_(residual)
 
     return in_parts
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+_threads._dynamo_marked_constant = True  # else torch.compile stops there
 
 
 class Linear(nn.Linear):

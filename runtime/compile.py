@@ -55,10 +55,15 @@ class CompiledOrEager:
         return self.compiled
 
     def _warn(self, error: Exception) -> None:
-        reason = " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
+        reason = reason_of(error)
         if reason not in self.warnings:
             self.warnings.add(reason)
             logging.getLogger("headroom").warning(f"{self.option} failed, running eagerly: {reason}")
+
+
+def reason_of(error: Exception) -> str:
+    """The first lines of a compiler's message, as one."""
+    return " ".join((str(error).strip() or type(error).__name__).splitlines()[:2])
 
 
 def _shapes(inputs: tuple) -> tuple:

@@ -1,18 +1,19 @@
 """The compiled decode step: traced once, with the texts of the eager one."""
 
 import functools
+import shutil
 
 import pytest
 import torch
 
 from common.errors import UserError
 from generation import compiled_step
-from generation.compiled_step import CompiledStep
-from generation.decode import decode_step, generate
+from generation.compiled_step import CompiledStep, bucket, check_compiler, decode_step
+from generation.decode import generate
 from generation.options import parse_arguments
 from generation.sampler import Sampler
 from generation.state import GenerationState
-from tests.support import small_model
+from tests.support import assert_one_line, relative_error, small_model
 
 SAMPLER = Sampler(temperature=1.0)
 
@@ -27,8 +28,12 @@ def traced(monkeypatch):
         yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def text(model, prompt: list[int], compiled: CompiledStep | None, tokens: int = 40) -> list[int]:
-    state = GenerationState(model, [prompt, prompt[::-1]], [1, 2], compiled=compiled)
+def compiled(tokens: int) -> CompiledStep:
+    return CompiledStep(tokens, torch.device("cpu"))
+
+
+def text(model, prompt: list[int], step: CompiledStep | None, tokens: int = 40) -> list[int]:
+    state = GenerationState(model, [prompt, prompt[::-1]], [1, 2], compiled=step)
     return torch.cat(list(generate(model, state, SAMPLER, max_new_tokens=tokens)), 1).tolist()
 
 
@@ -40,10 +45,10 @@ def text(model, prompt: list[int], compiled: CompiledStep | None, tokens: int = 
         pytest.param(["attention=mqa", "attention.window=4"], marks=pytest.mark.slow),
     ],
 )
-def test_compiled_step_traces_once_for_prompts_of_one_bucket(traced, attention, caplog):
+def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, caplog):
     """40 tokens after prompts of 27, 41 and 50: the caches grow to 96, and would have grown to it in between."""
     model = small_model(*attention, "model.context_length=128")
-    step = CompiledStep(decode_step, 40)
+    step = compiled(40)
     for length in (27, 41, 50):
         prompt = list(range(20, 20 + length))
         assert text(model, prompt, step) == text(model, prompt, None)
@@ -51,12 +56,47 @@ def test_compiled_step_traces_once_for_prompts_of_one_bucket(traced, attention, 
     assert "failed" not in caplog.text
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("on_gpu", "graphs"), [(False, 1), (True, 12)])
+def test_compiled_step_of_a_long_text_never_falls_back(traced, on_gpu, graphs):
+    """One text through 12 buckets. As on a GPU, but for CUDA graphs: a graph each, of which torch.compile makes 8."""
+    lengths = sorted({bucket(n) for n in range(1, 3000)})
+    assert len(lengths) == 12
+    model = small_model("attention=gqa", "model.n_layers=1", "model.context_length=3072", "batch_tokens=3072")
+    step = compiled(3000)
+    step.on_gpu = on_gpu
+    step.step = torch.compile(decode_step, dynamic=False, fullgraph=True)
+    caches, token = model.make_caches(1, 3072), torch.tensor([[1]])
+    with torch._dynamo.config.patch(error_on_recompile=not on_gpu):
+        for length in lengths:
+            position = torch.tensor([[length - 2]])
+            expected = decode_step(model, token, position, caches, torch.empty(length, 0))
+            found = step(model, token, position, caches, length - 1, lambda: torch.zeros(1, 100))
+            assert relative_error(found, expected) <= 1e-5
+    assert traced() == graphs
+
+
+@torch.no_grad()
+def test_compiled_step_beyond_all_graphs_says_so(traced, monkeypatch, caplog):
+    monkeypatch.setattr(compiled_step, "MAX_GRAPHS", 2)
+    model = small_model("attention=gqa", "model.n_layers=1", "model.context_length=512")
+    step = compiled(400)
+    step.on_gpu = True
+    step.step = torch.compile(decode_step, dynamic=False, fullgraph=True)
+    caches, token = model.make_caches(1, 512), torch.tensor([[1]])
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for length in (64, 96, 128):
+            assert not step.failed
+            step(model, token, torch.tensor([[length - 2]]), caches, length, lambda: torch.zeros(1, 100))
+    assert step.failed and "--compile failed, running eagerly" in caplog.text
+
+
 def test_compiled_step_of_a_conversation_traces_once(traced):
     """Turns of several tokens each, which run eagerly; the text slides."""
     model = small_model("attention=gqa")
     found = []
-    for compiled in (None, CompiledStep(decode_step, 64)):
-        state = GenerationState(model, [[1, 2, 3]], [5], slide=True, compiled=compiled)
+    for step in (None, compiled(64)):
+        state = GenerationState(model, [[1, 2, 3]], [5], slide=True, compiled=step)
         for _ in range(4):
             state.append(0, [7, 8])
             list(generate(model, state, SAMPLER, max_new_tokens=25))
@@ -70,20 +110,32 @@ def test_compiled_step_that_fails_runs_eagerly_with_a_warning(caplog, monkeypatc
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: no_compiler)
     model = small_model("attention=gqa")
-    assert text(model, [1, 2, 3], CompiledStep(decode_step, 40)) == text(model, [1, 2, 3], None)
+    assert text(model, [1, 2, 3], compiled(40)) == text(model, [1, 2, 3], None)
     assert caplog.text.count("--compile failed, running eagerly: no compiler here") == 1
 
 
 @pytest.mark.parametrize(("tokens", "warns"), [(99, True), (100_000, False)])
-def test_compiled_step_warns_where_too_few_tokens_are_asked_for(caplog, monkeypatch, tokens, warns):
+def test_compiled_step_says_what_it_took_and_saves(caplog, capsys, monkeypatch, tokens, warns):
     model = small_model("attention=gqa")
     seconds = iter([30.0, *[0.010] * compiled_step.TIMED_STEPS, *[0.004] * compiled_step.TIMED_STEPS])
-    monkeypatch.setattr(compiled_step, "_seconds", lambda step, inputs: next(seconds))
+    clock = iter([0.0, 30.0])
+    monkeypatch.setattr(compiled_step, "_seconds", lambda step: next(seconds))
+    monkeypatch.setattr(compiled_step.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    text(model, [1, 2, 3], CompiledStep(decode_step, tokens))
+    text(model, [1, 2, 3], compiled(tokens))
     assert caplog.messages == (
         ["--compile took 30 s and saves 0.6 s in 99 tokens: leave it out, or write more"] if warns else []
     )
+    assert ("[--compile took 30 s and saves 600.0 s in 100,000 tokens]" in capsys.readouterr().err) is not warns
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", "C\+\+ compiler"), ("cuda", "triton")])
+def test_compile_flag_without_a_compiler_is_refused(monkeypatch, device, missing):
+    monkeypatch.setattr(shutil, "which", lambda name: None if device == "cpu" else name)
+    monkeypatch.setattr(compiled_step.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"--compile needs .*{missing}") as caught:
+        check_compiler(torch.device(device))
+    assert_one_line(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,10 @@ two turns."""
 
 import pytest
 
+from generation.compiled_step import bucket
 from generation.decode import ENDED, generate
 from generation.sampler import Sampler
-from generation.state import GenerationState, bucket
+from generation.state import GenerationState
 from tests.support import mostly_slow, small_model
 
 PROMPTS = [[5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8, 9], [42]]

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from generation.decode import decode_step
-from generation.state import bucket
+from generation.compiled_step import bucket, decode_step
 from model.attention.latent import Projected
 from model.attention.mla import MLA
 from model.cache import Cache
@@ -238,10 +237,10 @@ def test_decode_step_compiled_traces_once(case, kernel):
         for length in (3, 17, 40):
             laws.decode_in_chunks(model, some_tokens(2, length), [length], caches)
             positions = torch.full((2, 1), length)
-            found = step(model, some_tokens(2, 1), positions, caches, bucket(length + 1))
+            found = step(model, some_tokens(2, 1), positions, caches, torch.empty(bucket(length + 1), 0))
             caches_again = model.make_caches(2, 64)
             laws.decode_in_chunks(model, some_tokens(2, length), [length], caches_again)
-            expected = decode_step(model, some_tokens(2, 1), positions, caches_again, 64)
+            expected = decode_step(model, some_tokens(2, 1), positions, caches_again, torch.empty(64, 0))
             assert relative_error(found, expected) <= 1e-6
 
 
