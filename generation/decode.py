@@ -14,6 +14,9 @@ from model.cache import Cache
 from model.placement import PADDING_POSITION, Placement
 from model.transformer import TransformerLM
 
+TILE = 2048  # tokens of all rows that a prefill computes at one time
+MIN_TILE = 256  # of one row
+
 
 @torch.no_grad()
 def generate(
@@ -141,10 +144,28 @@ def _make_room(state: GenerationState, length: int) -> None:
 
 
 def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[Cache] | None = None) -> Tensor:
-    """Logits (B, V) after each row's last token from the whole text, filling the KV caches where there are any.
+    """Logits (B, V) after each row's last token from the whole text, filling the KV caches where there are any: a long
+    text in tiles, so that what is computed besides takes no more memory than a tile.
 
-    Rows shorter than the longest are padded on the right, so the batch is contiguous: no real token sees the padding.
+    Rows shorter than the longest are padded on the right, so that no real token sees the padding.
     """
-    at = Placement.prefill(lengths, caches)
-    hidden = model(text[:, : at.positions.shape[1]], at)
-    return model.logits(hidden.x.take_along_dim(lengths[:, None, None] - 1, dim=1))[:, 0]
+    longest = int(lengths.max())
+    tile = longest if caches is None else max(MIN_TILE, TILE // len(text))
+    last = None  # (B, 1, d) hidden states of each row's last token
+    for start in range(0, longest, tile):
+        at = _placement_of_tile(lengths, start, min(start + tile, longest), caches)
+        x = model(text[:, start : start + at.positions.shape[1]], at).x
+        index = lengths - 1 - start
+        found = x.take_along_dim(index.clamp(0, x.shape[1] - 1)[:, None, None], dim=1)
+        last = found if last is None else found.where((index >= 0)[:, None, None], last)
+    return model.logits(last)[:, 0]
+
+
+def _placement_of_tile(lengths: Tensor, start: int, stop: int, caches: list[Cache] | None) -> Placement:
+    """Where the tokens from start to stop of each row stand."""
+    if start == 0:
+        return Placement.prefill(lengths.clamp(max=stop), caches)
+    positions = torch.arange(start, stop, device=lengths.device)[None]
+    if (lengths < stop).any():
+        positions = positions.where(positions < lengths[:, None], PADDING_POSITION)
+    return Placement.decode(positions, caches, kv_len=stop)

@@ -3,14 +3,17 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from model.cache import Cache, cache_for
 from model.context import Context
 from model.kernels.base import How, Kernel
-from model.mask import Mask, Pattern
+from model.mask import CAUSAL, Mask, Pattern
 from model.positions import PositionBias
 from model.stats import collect_stats
+
+SPAN = 4096  # keys that a prefill makes from what is cached at one time
 
 
 class Heads(NamedTuple):
@@ -48,11 +51,45 @@ class AttentionCore:
         columns of the keys.
         """
         columns, mask = self._update(fresh, ctx, cache)
+        if keys_and_values is not None and self._wants_spans(q, mask, ctx):
+            return self._in_spans(q, columns, mask, keys_and_values, v_dim)
         k, v = columns if keys_and_values is None else keys_and_values(*columns)
         q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
         how = How(self.scale, ctx.dropped(self.dropout), v_dim=v_dim)
         out = self.attend(q, k, v, mask, how).out
         return Heads(out, collect_stats(ctx.collect, q, k, mask, self.scale, row_offset) if ctx.collect else {})
+
+    def _wants_spans(self, q: Tensor, mask: Mask, ctx: Context) -> bool:
+        """Whether keys and values of all tokens would take too much memory at one time, and of a part will do: in the
+        later tiles of a long prefill, where every query sees some key of each span."""
+        long, inference = mask.k_pos.shape[1] > SPAN >= q.shape[1] > 1, not (torch.is_grad_enabled() or ctx.collect)
+        sees_all = mask.pattern == CAUSAL and not mask.contiguous
+        return long and inference and sees_all and q.is_cpu and self.attend.gives_lse("cpu")
+
+    def _in_spans(
+        self,
+        q: Tensor,
+        columns: tuple[Tensor, ...],
+        mask: Mask,
+        keys_and_values: Callable[..., tuple[Tensor, Tensor | None]],
+        v_dim: int | None,
+    ) -> Heads:
+        """Attend to a span of keys after the other. The softmax over all is the mean of those over each, weighted by
+        their sums, e^lse (Milakov & Gimelshein 2018, arXiv:1805.02867)."""
+        how = How(self.scale, lse=True, v_dim=v_dim)
+        out = lse = None
+        for stop in range(mask.k_pos.shape[1], 0, -SPAN):
+            keys = slice(max(0, stop - SPAN), stop)
+            k, v = keys_and_values(*(column[:, keys] for column in columns))
+            part = Mask(mask.q_pos, mask.k_pos[:, keys], False, mask.pattern)
+            biased_q, k, _ = self.add_position_bias(q, k, part, self.scale)
+            found, found_lse = self.attend(biased_q, k, v, part, how)
+            if out is None:
+                out, lse = found, found_lse
+                continue
+            share = torch.sigmoid(found_lse - lse)[..., None].to(out.dtype)  # of this span, in the sum of all
+            out, lse = out.lerp(found, share), torch.logaddexp(lse, found_lse)
+        return Heads(out, {})
 
     def make_cache(self, batch_size: int, capacity: int, columns: Mapping[str, tuple[int, ...]], like: Tensor) -> Cache:
         """Create an empty KV cache of these columns, name -> shape of one row, which holds what the pattern shows."""
