@@ -49,7 +49,7 @@ def test_prefill_in_tiles_is_that_of_the_whole_text(monkeypatch, case):
 @pytest.mark.parametrize("attention", ["mha", "mla"])
 def test_prefill_of_a_long_text_takes_the_memory_of_a_tile(monkeypatch, attention):
     monkeypatch.setattr(decode, "TILE", 256)
-    monkeypatch.setattr(core, "SPAN", 512)
+    monkeypatch.setattr(core, "SPAN", 256)
     monkeypatch.setattr(sdpa, "MAX_MASK", 2**14)  # as small as the model, like those above
     monkeypatch.setattr(mask, "MAX_SHARED", 2**10)
     model = small_model(f"attention={attention}", "model.context_length=4096", "batch_tokens=4096", kernel=Auto())
