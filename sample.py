@@ -107,7 +107,16 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
     """Continue the prompt: stream the text, or print a JSON object for each sample."""
     from common.console import deferred_logging
     from common.streams import print_stderr
-    from generation.batch_writer import Sample, check_finished, print_json_samples, print_stats, show_samples, write
+    from generation.batch_writer import (
+        Sample,
+        check_finished,
+        decode_seconds,
+        print_json_samples,
+        print_stats,
+        show_samples,
+        write,
+    )
+    from generation.compiled_step import offer
     from generation.prompt import encode_prompt
 
     prompt = encode_prompt(run.tokenizer, args.prompt, run.context_length, args.context == "slide")
@@ -125,6 +134,8 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
             print_json_samples(args.prompt, pieces, samples)
         else:
             show_samples(args.prompt, pieces, samples, run.context_length)
+    if run.compiled is None and state.caches is not None:
+        offer(decode_seconds(samples), sum(sample.num_tokens for sample in samples), state.tokens.device)
     if args.stats:
         print_stats(run.model, samples, state)
     check_finished(samples)

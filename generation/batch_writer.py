@@ -175,12 +175,17 @@ def speeds(samples: Sequence[Sample]) -> dict[str, float | None]:
         return {"prefill_tokens_per_second": None, "decode_tokens_per_second": None}
     begin = samples[0].times[0]
     first = min(sample.times[1] for sample in written)
-    last = max(sample.times[-1] for sample in written)
     decoded = sum(sample.num_tokens - 1 for sample in written)
     return {
         "prefill_tokens_per_second": round(sum(sample.num_prompt_tokens for sample in samples) / (first - begin), 1),
-        "decode_tokens_per_second": round(decoded / (last - first), 1) if decoded else None,
+        "decode_tokens_per_second": round(decoded / decode_seconds(samples), 1) if decoded else None,
     }
+
+
+def decode_seconds(samples: Sequence[Sample]) -> float:
+    """Seconds from the first token of all samples to the last; 0 where there is none."""
+    moments = [moment for sample in samples for moment in sample.times[1:]]
+    return max(moments, default=0.0) - min(moments, default=0.0)
 
 
 def check_finished(samples: Sequence[Sample]) -> None:

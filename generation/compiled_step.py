@@ -20,6 +20,7 @@ from model.transformer import TransformerLM
 from runtime.compile import reason_of
 
 TIMED_STEPS = 3
+PAYS_FROM = 240  # seconds of decoding, in which a compiled step saves what compiling it takes, and more
 MAX_GRAPHS = 64  # of one process; torch.compile's own limit is 8
 LIMITS = ("recompile_limit", "cache_size_limit")  # its name, in newer and older versions of PyTorch
 
@@ -134,6 +135,17 @@ def check_compiler(device: torch.device) -> None:
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs the package triton on a GPU: install it, or leave --compile out")
+
+
+def offer(seconds: float, tokens: int, device: torch.device) -> None:
+    """Offer --compile in a line where eager decoding took so long that it would have paid."""
+    if seconds < PAYS_FROM:
+        return
+    try:
+        check_compiler(device)
+    except UserError:
+        return
+    print_stderr(f"[{tokens:,} tokens took {seconds:.0f} s: --compile would save more than the half minute it takes]")
 
 
 def _limit() -> str:

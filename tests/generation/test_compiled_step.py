@@ -8,7 +8,7 @@ import torch
 
 from common.errors import UserError
 from generation import compiled_step
-from generation.compiled_step import CompiledStep, bucket, check_compiler, decode_step
+from generation.compiled_step import CompiledStep, bucket, check_compiler, decode_step, offer
 from generation.decode import generate
 from generation.options import parse_arguments
 from generation.sampler import Sampler
@@ -129,7 +129,16 @@ def test_compiled_step_says_what_it_took_and_saves(caplog, capsys, monkeypatch, 
     assert ("[--compile took 30 s and saves 600.0 s in 100,000 tokens]" in capsys.readouterr().err) is not warns
 
 
-@pytest.mark.parametrize(("device", "missing"), [("cpu", "C\+\+ compiler"), ("cuda", "triton")])
+@pytest.mark.parametrize(("seconds", "there", "offered"), [(300, True, True), (300, False, False), (20, True, False)])
+def test_compiling_is_offered_where_a_text_took_long_and_a_compiler_is_there(
+    monkeypatch, capsys, seconds, there, offered
+):
+    monkeypatch.setattr(shutil, "which", lambda name: name if there else None)
+    offer(seconds, 9000, torch.device("cpu"))
+    assert ("[9,000 tokens took 300 s: --compile would save" in capsys.readouterr().err) is offered
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", r"C\+\+ compiler"), ("cuda", "triton")])
 def test_compile_flag_without_a_compiler_is_refused(monkeypatch, device, missing):
     monkeypatch.setattr(shutil, "which", lambda name: None if device == "cpu" else name)
     monkeypatch.setattr(compiled_step.importlib.util, "find_spec", lambda name: None)
