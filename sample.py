@@ -217,11 +217,15 @@ def seeds(args: argparse.Namespace) -> range:
 
 def new_state(args: argparse.Namespace, run: LoadedRun, prompt: list[int]) -> "GenerationState":
     """The prompt once for each sample, nothing in the KV caches yet."""
+    from generation.speculative import Speculation
     from generation.state import GenerationState
 
     rows = [prompt] * args.num_samples
     options = {"cached": not args.no_cache, "slide": args.context == "slide", "compiled": run.compiled}
-    return GenerationState(run.model, rows, seeds(args), **options)
+    state = GenerationState(run.model, rows, seeds(args), **options)
+    if args.speculate == "lookup":
+        state.speculation = Speculation(len(rows))
+    return state
 
 
 def main() -> None:

@@ -145,6 +145,7 @@ def print_stats(model: TransformerLM, samples: Sequence[Sample], state: Generati
         "cache_bytes_per_token": sum(cache.bytes_per_token for cache in state.caches or []),
         "cache_bytes": cached,
         "share_of_bandwidth_floor": share_of_floor(model, cached, samples),
+        **(state.speculation.stats() if state.speculation is not None else {}),
     }
     for name, value in stats.items():
         print_stderr(f"{name}={'n/a' if value is None else value}")

@@ -4,11 +4,12 @@ import functools
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import NotFinite
 from generation.compiled_step import bucket
-from generation.sampler import Sampler
+from generation.sampler import NO_TOKEN, Sampler
 from generation.state import ENDED, GenerationState, Step
 from model.cache import Cache
 from model.placement import PADDING_POSITION, Placement
@@ -33,12 +34,18 @@ def generate(
 
     A GPU computes the next step while the caller reads the tokens of this one: nothing is read back but these, late.
     What the caller's changes to `state` make void is computed again.
+
+    Where `state` speculates, each row is given up to max_new_tokens tokens, and ENDED stands for those that it is not
+    given yet too.
     """
     state.discard_ahead()
     state.flat = None
     if state.compiled is not None:
         _make_room(state, int(state.rows.lengths.max()) + state.compiled.tokens)
     state.rows = state.rows._replace(not_finite=torch.zeros_like(state.rows.not_finite))
+    if state.speculation is not None:
+        yield from _speculate(model, state, sampler, max_new_tokens, end_token)
+        return _check_finite(state)
     for left in reversed(range(max_new_tokens)):
         step = state.ahead or _begin(model, state, sampler, end_token)
         if step is None:
@@ -90,6 +97,90 @@ def _begin(model: TransformerLM, state: GenerationState, sampler: Sampler, end_t
     live = state.rows.known.live
     tokens = state.append_sampled(sampled, end_token)
     return Step(state.rows, tokens, live)
+
+
+def _speculate(
+    model: TransformerLM, state: GenerationState, sampler: Sampler, max_new_tokens: int, end_token: int | None
+) -> Iterator[Tensor]:
+    """`generate`, with one pass for several tokens of a row where these are what it drafted. They are appended and
+    yielded one by one all the same, so the caller may change `state` after each: the rest of the pass is void then.
+
+    A GPU does not look ahead here: what is drafted next depends on the tokens of this pass.
+    """
+    left = [max_new_tokens] * len(state.tokens)
+    state.forget_known()
+    while any(wanted := [n if alive else 0 for n, alive in zip(left, state.rows.alive.tolist(), strict=True)]):
+        draws, kept = _draw_and_judge(model, state, sampler, wanted, end_token)
+        for place in range(max(kept)):
+            grows = None if place < min(kept) else draws.new_tensor([place < n for n in kept], dtype=torch.bool)
+            tokens = state.append_sampled(draws[:, place], end_token, grows).cpu()
+            left = [n - grew for n, grew in zip(left, (tokens != ENDED).tolist(), strict=True)]
+            if (tokens != ENDED).any():
+                yield tokens[:, None]
+            if state.rows.known is None:  # the caller changed a row, or its context is full
+                break
+        if min(kept) < max(kept):
+            state.forget_known()
+
+
+def _draw_and_judge(
+    model: TransformerLM, state: GenerationState, sampler: Sampler, wanted: list[int], end_token: int | None
+) -> tuple[Tensor, list[int]]:
+    """Draw tokens (B, 1 + drafts) behind the text of each row, and count those that are to be appended: up to `wanted`,
+    none where that is 0."""
+    if state.rows.known is None:
+        state.rows = state.rows.read_back()
+    for cache in state.caches or []:
+        cache.rewind(state.rows.num_cached)  # what the last pass drafted in vain
+    drafts = _drafts(state, wanted)
+    draws = _draw(model, state, sampler, drafts)
+    if any(drafts) and (draws == NO_TOKEN).any():
+        # A text has no token after this, and a draft shall not leave what is not finite in the caches: 0 · NaN is NaN.
+        state.speculation.draft_little()
+        state.caches = model.make_caches(len(wanted), min(cache.capacity for cache in state.caches))
+        state.flat = None
+        state.rows = state.rows._replace(num_cached=torch.zeros_like(state.rows.num_cached)).read_back()
+        drafts = [[] for _ in wanted]
+        draws = _draw(model, state, sampler, drafts)
+    judge = state.speculation.judge
+    rows = enumerate(zip(draws.tolist(), drafts, strict=True))
+    return draws, [judge(row, drawn, drafted, end_token) if wanted[row] else 0 for row, (drawn, drafted) in rows]
+
+
+def _drafts(state: GenerationState, wanted: list[int]) -> list[list[int]]:
+    """Draft tokens for each row, as many as it may write before the last that is wanted of it."""
+    drafts: list[list[int]] = [[] for _ in wanted]
+    if state.caches is not None and state.rows.known.new == 1:  # else what is new comes first
+        most = min(cache.max_rewind for cache in state.caches)
+        texts = state.tokens.cpu().numpy()
+        for row, length in enumerate(state.rows.lengths.tolist()):
+            room = min(wanted[row], state.context_length - length, most + 1) - 1
+            drafts[row] = state.speculation.draft(row, texts[row, :length], room)
+    return drafts
+
+
+def _draw(model: TransformerLM, state: GenerationState, sampler: Sampler, drafts: list[list[int]]) -> Tensor:
+    """Draw the token after each row's text, and after each of its drafts if they follow the text: (B, 1 + longest
+    draft)."""
+    rows = state.rows
+    seen = state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
+    longest = max(map(len, drafts))
+    if not longest:
+        return sampler(next_logits(model, state), rows.seeds, state.indices, seen)[:, None]
+    padded = rows.lengths.new_tensor([draft + [0] * (longest - len(draft)) for draft in drafts])
+    if seen is not None:  # behind a draft, it was seen too
+        drafted = F.one_hot(padded, model.vocab_size).cumsum(1).bool()
+        seen = (seen[:, None] | F.pad(drafted, (0, 0, 1, 0))).flatten(0, 1)
+    ahead = torch.arange(1 + longest, device=padded.device)
+    exists = (ahead <= rows.lengths.new_tensor([len(draft) for draft in drafts])[:, None]) & rows.alive[:, None]
+    positions = (rows.num_cached[:, None] + ahead).where(exists, PADDING_POSITION)  # (B, T)
+    tokens = torch.cat((state.tokens.gather(1, rows.lengths[:, None] - 1), padded), 1)
+    kv_len = rows.known.longest + longest
+    _make_room(state, kv_len)
+    logits = model.logits(model(tokens, Placement.decode(positions, state.caches, bucket(kv_len))).x)  # (B, T, V)
+    indices = state.indices[:, None] + ahead
+    seeds = rows.seeds.repeat_interleave(len(ahead))
+    return sampler(logits.flatten(0, 1), seeds, indices.flatten(), seen).view_as(indices)
 
 
 def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:

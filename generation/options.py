@@ -48,6 +48,7 @@ DEFAULTS = {
     "execution": None,
     "no_cache": False,
     "compile": False,
+    "speculate": None,
 }
 PROMPTS = ("prompt", "prompt_file")
 FILTERS = ("top_k", "top_p", "min_p")
@@ -56,15 +57,16 @@ WRITING = ("max_new_tokens", "num_samples", "seed", "stop", "context", "temperat
 CONTRADICTIONS = (
     (
         "score",
-        (*PROMPTS, "attention_map", "interactive", *WRITING, "stats", "no_cache", "compile"),
+        (*PROMPTS, "attention_map", "interactive", *WRITING, "stats", "no_cache", "compile", "speculate"),
         "a text is read, none is written",
     ),
     (
         "attention_map",
-        ("interactive", *WRITING, "json", "stats", "no_cache", "compile"),
+        ("interactive", *WRITING, "json", "stats", "no_cache", "compile", "speculate"),
         "a prompt is drawn, not continued",
     ),
     ("compile", ("no_cache",), "what is compiled is the step that reads the cache"),
+    ("speculate", ("no_cache",), "drafts are checked in one pass over what the cache lacks"),
     ("interactive", ("prompt_file", "num_samples"), "one text is written, as a conversation"),
     ("interactive", ("json",), "a JSON object holds a finished text, and a conversation goes on"),
     ("interactive", ("stats",), "speeds are measured on one text without pauses, and a conversation waits for you"),
@@ -310,6 +312,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="recompute the whole text for every token")
     machine("--compile", action="store_true", help="compile the step from token to token: pays for long texts only")
+    machine(
+        "--speculate",
+        choices=["lookup"],
+        help="draft what followed the last tokens earlier in the text: the same text, sooner where it repeats itself",
+    )
     return parser
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from generation.compiled_step import CompiledStep, bucket
 from generation.gumbel import hash_seeds
+from generation.speculative import Speculation
 from model.flat_model import FlatModel, flat_model
 from model.transformer import TransformerLM
 
@@ -102,6 +103,7 @@ class GenerationState:
         self.context_length = model.config.context_length
         self.slide = slide
         self.compiled = compiled
+        self.speculation: Speculation | None = None  # set it to have tokens drafted; the text is the same
         self.caches = None
         self.flat: FlatModel | bool | None = None  # of these caches, once made; False where there is none
         self.ahead: Step | None = None  # the next step, begun before the caller had the tokens of this one
@@ -170,21 +172,22 @@ class GenerationState:
         if self.ahead is not None:
             self.ahead.rows = self.ahead.rows._replace(known=None)
 
-    def append_sampled(self, sampled: Tensor, end_token: int | None) -> Tensor:
+    def append_sampled(self, sampled: Tensor, end_token: int | None, growing: Tensor | None = None) -> Tensor:
         """Append one sampled token (B,) to each row that is alive, all others being cached now -> the tokens, ENDED for
         the other rows. A row ends at the end token, where the token is NO_TOKEN, and, unless it slides, where its
-        context is full."""
+        context is full. growing: (B,) bool, the rows that this concerns; unset, all."""
         rows = self.rows
-        tokens = sampled.where(rows.alive, ENDED)
+        concerned = rows.alive if growing is None else rows.alive & growing
+        tokens = sampled.where(concerned, ENDED)
         grows = tokens != ENDED
         self.tokens.scatter_(1, rows.lengths[:, None], tokens.clamp(min=0)[:, None])
-        longest = rows.known.longest + 1
+        longest, aligned = rows.known.longest + 1, rows.known.aligned and growing is None
         self.rows = rows._replace(
             lengths=rows.lengths + grows,
-            num_cached=rows.lengths.where(rows.alive, rows.num_cached),
-            alive=grows,
-            not_finite=rows.not_finite | (rows.alive & ~grows),
-            known=rows.known._replace(longest=longest, new=1, fresh=False),
+            num_cached=rows.lengths.where(concerned, rows.num_cached),
+            alive=grows if growing is None else rows.alive & (grows | ~growing),
+            not_finite=rows.not_finite | (concerned & ~grows),
+            known=rows.known._replace(longest=longest, new=1, fresh=False, aligned=aligned),
         )
         if longest >= self.context_length:
             self._end_or_slide()

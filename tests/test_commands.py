@@ -120,6 +120,27 @@ def test_sample_stats_share_is_reading_time_by_the_median_step(place, monkeypatc
     assert len(stated) == 1 and "share_of_bandwidth_floor=n/a\n" in err and "decode_tokens_per_second=n/a\n" in err
 
 
+def test_sample_speculate_writes_the_same_texts_and_states_what_was_accepted(place, monkeypatch, capsys):
+    """Also in turns, of which some end within what was drafted."""
+    common = ["The key the key", "--temperature", "0.1", "--max-new-tokens", "90"]
+    batch = [*common, "--num-samples", "3", "--context", "slide", "--repetition-penalty", "1.01", "--stop", "query"]
+    plain, drafted = (samples(place, monkeypatch, capsys, *batch, *more) for more in ([], ["--speculate", "lookup"]))
+    for one, other in zip(plain, drafted, strict=True):
+        assert {key: other[key] for key in other if "second" not in key} == {
+            key: one[key] for key in one if "second" not in key
+        }
+
+    def talk(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n\nThe\n\n"))
+        return sample(place, monkeypatch, capsys, "--interactive", *common, "--stop", "he", *arguments)[0]
+
+    assert talk("--speculate", "lookup") == talk()
+    _, err = sample(place, monkeypatch, capsys, *common, "--stats", "--speculate", "lookup")
+    drafted, accepted = (int(re.search(rf"^{name}_tokens=(\d+)$", err, re.M)[1]) for name in ("drafted", "accepted"))
+    assert 0 < accepted <= drafted and f"\naccepted_share={accepted / drafted:.3f}"[:18] in err
+    assert float(re.search(r"^tokens_per_step=(.*)$", err, re.M)[1]) > 1
+
+
 def test_sample_full_context_prints_note(place, monkeypatch, capsys):
     _, err = sample(place, monkeypatch, capsys, "The", "--run", "runs/gqa", "--max-new-tokens", "500", "--seed", "1")
     assert "[the context of 64 tokens is full: --context slide goes on]" in err

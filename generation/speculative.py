@@ -1,0 +1,99 @@
+"""Prompt-lookup speculation: draft what followed the last tokens where they stood before, and keep what the model draws
+itself.
+
+One pass over the last token and k drafts gives what the model draws at 1 + k places (speculative decoding, Leviathan et
+al. 2023, arXiv:2211.17192; drafts from the text: Saxena 2023, "Prompt Lookup Decoding"). With the noise of (seed,
+index), these are the tokens that it would draw one by one: up to the first that differs from its draft, that one
+included. What is behind it followed a token that is not in the text. So drafts change the time, never the text.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+LONGEST_MATCH = 4  # tokens at the end of a text that are looked up, and
+SHORTEST_MATCH = 2
+MAX_DRAFT = 12  # tokens; every cache can take back 16
+FIRST_DRAFT = 4
+MIN_DRAFT = 1 / 8  # one token every 8 steps
+
+
+def look_up(text: np.ndarray, k: int) -> np.ndarray:
+    """Draft k tokens: those behind the latest earlier occurrence of the longest end of a text (n,), of 2 to 4 tokens,
+    that has one. Where the text ends before k, the drafts are read on: a text that repeats itself goes on to. Empty
+    where there is no occurrence."""
+    last = np.flatnonzero(text[:-1] == text[-1])  # where the earlier ones end
+    matched = 1
+    while matched < LONGEST_MATCH and len(last):
+        longer = last[(last >= matched) & (text[last - matched] == text[-1 - matched])]
+        if not len(longer):
+            break
+        last, matched = longer, matched + 1
+    if matched < SHORTEST_MATCH:
+        return text[:0]
+    start = last[-1] + 1
+    return text[start + np.arange(k) % (len(text) - start)]
+
+
+def num_kept(draws: Sequence[int], drafts: Sequence[int], end_token: int | None) -> int:
+    """Count the draws that follow the text: up to the first that differs from its draft, or ends the text."""
+    for place, draft in enumerate(drafts):
+        if draws[place] != draft or draft == end_token:
+            return place + 1
+    return len(drafts) + 1
+
+
+def next_limit(limit: float, drafted: int, accepted: int) -> float:
+    """How many tokens a row may draft next: twice as many after all were accepted, half as many after none. Below 1, it
+    is one token in that fraction of the steps."""
+    if accepted == drafted:
+        return min(2 * max(1.0, limit), MAX_DRAFT)
+    return limit if accepted else max(limit / 2, MIN_DRAFT)
+
+
+class Speculation:
+    """How much each row of a batch drafts, by what was accepted of it so far, and the sums of all."""
+
+    def __init__(self, batch_size: int):
+        self.limits = [FIRST_DRAFT] * batch_size
+        self.waited = [0] * batch_size  # steps since the last draft
+        self.steps = 0  # of each row
+        self.tokens = 0
+        self.drafted = 0
+        self.accepted = 0
+
+    def draft(self, row: int, text: np.ndarray, room: int) -> list[int]:
+        """Draft at most `room` tokens that may follow a text (n,); none where nothing is found, or it is not due."""
+        limit = self.limits[row]
+        self.waited[row] += 1
+        k = min(max(1, int(limit)), room)
+        if k < 1 or self.waited[row] * limit < 1:
+            return []
+        return look_up(text, k).tolist()
+
+    def draft_little(self) -> None:
+        """Let no row draft more than if nothing had been accepted for long."""
+        self.limits = [MIN_DRAFT] * len(self.limits)
+        self.waited = [0] * len(self.limits)
+
+    def judge(self, row: int, draws: Sequence[int], drafts: Sequence[int], end_token: int | None) -> int:
+        """Count the draws to keep, and adapt to them what the row drafts next."""
+        kept = num_kept(draws, drafts, end_token)
+        accepted = sum(draw == draft for draw, draft in zip(draws[:kept], drafts, strict=False))
+        if drafts:
+            self.limits[row] = next_limit(self.limits[row], len(drafts), accepted)
+            self.waited[row] = 0
+        self.steps += 1
+        self.tokens += kept
+        self.drafted += len(drafts)
+        self.accepted += accepted
+        return kept
+
+    def stats(self) -> dict[str, float | None]:
+        """What was drafted and accepted, by name. None where there is nothing to divide by."""
+        return {
+            "drafted_tokens": self.drafted,
+            "accepted_tokens": self.accepted,
+            "accepted_share": round(self.accepted / self.drafted, 3) if self.drafted else None,
+            "tokens_per_step": round(self.tokens / self.steps, 2) if self.steps else None,
+        }
