@@ -26,7 +26,7 @@ class FlatModel:
         self.norm = normer(model.norm)
         self.rotary = {rope: rope.rows(below) for rope in model.ropes}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, tokens: Tensor, position: int) -> Tensor:
         """tokens (B, 1) at a position -> logits (B, V); caches them."""
         model = self.model
@@ -47,8 +47,10 @@ def flat_model(model: TransformerLM, caches: Sequence[Cache], batch_size: int, b
         return None
     blocks = []
     for block, cache in zip(model.layers, caches, strict=True):
+        if type(block) is not Block or not hasattr(block.mlp, "flat"):  # an MLP of one's own
+            return None
         attend, mlp = block.attention.flat(cache), block.mlp.flat(batch_size)
-        if attend is None or mlp is None or type(block) is not Block:
+        if attend is None or mlp is None:
             return None
         blocks.append((normer(block.attention_norm), attend, normer(block.mlp_norm), mlp))
     return FlatModel(model, blocks, multiplier(model.lm_head.weight, None, batch_size), below)

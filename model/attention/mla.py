@@ -48,7 +48,7 @@ from typing import Any, Literal, Self, get_args
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.attention.base import (
     Attention,
@@ -67,7 +67,7 @@ from model.flat_step import FlatAttention
 from model.kernels.base import Kernel
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
-from model.norm import GroupedRMSNorm, are_plain, inverse_rms, unit_rms
+from model.norm import GroupedRMSNorm, RMSNorm, are_plain, inverse_rms, unit_rms
 
 MAX_FLASH_KEY = 256  # the widest key of flash kernels
 MAX_ROPE_KEY = 64  # the widest by default, as in DeepSeek-V3: wider ones would leave the latent little of those 256
@@ -224,7 +224,8 @@ class MLA(LatentProjections, Attention):
         joined = self.joined()
         ours = type(self).heads is MLA.heads and self.execute in (self._cheaper, self._absorbed)
         usual = self.k_nope_norm is None and self.k_rope_proj is None and self.rope is not None and self.key_groups == 1
-        plain = type(self.q_proj) in (Linear, nn.Sequential) and are_plain(self.q_norm, self.kv_norm)
+        parts = [self.q_proj] if isinstance(self.q_proj, Linear) else list(self.q_proj)
+        plain = are_plain(self.q_norm, self.kv_norm) and all(type(part) in (Linear, RMSNorm) for part in parts)
         if joined is None or not (ours and usual and plain and self.is_plain(cache)):
             return None
         return flat_absorbed(self, joined, cache)

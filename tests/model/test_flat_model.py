@@ -13,6 +13,7 @@ from model.flat_model import flat_model
 from model.kernels.auto import SDPA_DEFAULT
 from model.kernels.base import Kernel
 from model.kernels.naive import Naive
+from model.mlp import PlainMLP
 from model.placement import Placement
 from tests.support import ATTENTIONS, relative_error, small_model, some_tokens
 
@@ -147,7 +148,19 @@ def replaced_norm(model):
     model.layers[1].attention.q_norm = nn.Sequential(model.layers[1].attention.q_norm)
 
 
-@pytest.mark.parametrize("change", [hooked, modified, other_heads, replaced, replaced_mlp, replaced_norm])
+def another_mlp(model):
+    model.layers[1].mlp = nn.Sequential(model.layers[1].mlp)
+
+
+def another_forward(model):
+    model.layers[1].mlp.__class__ = type(
+        "Other", (PlainMLP,), {"forward": lambda self, x: 2 * PlainMLP.forward(self, x)}
+    )
+
+
+@pytest.mark.parametrize(
+    "change", [another_mlp, another_forward, hooked, modified, other_heads, replaced, replaced_mlp, replaced_norm]
+)
 def test_flat_step_stands_aside_for_a_model_that_was_changed(change):
     model = laid_out("attention=gqa")
     assert flat_of(model, model.make_caches(2, 64)) is not None
