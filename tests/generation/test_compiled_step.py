@@ -13,7 +13,8 @@ from generation.decode import generate
 from generation.options import parse_arguments
 from generation.sampler import Sampler
 from generation.state import GenerationState
-from tests.support import assert_one_line, relative_error, small_model
+from model.kernels.auto import Auto
+from tests.support import ATTENTIONS, assert_one_line, relative_error, small_model
 
 SAMPLER = Sampler(temperature=1.0)
 
@@ -89,6 +90,19 @@ def test_compiled_step_beyond_all_graphs_says_so(traced, monkeypatch, caplog):
             assert not step.failed
             step(model, token, torch.tensor([[length - 2]]), caches, length, lambda: torch.zeros(1, 100))
     assert step.failed and "--compile failed, running eagerly" in caplog.text
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_text_of_compiled_code_is_that_of_the_whole_text_computed_anew(attention):
+    """Greedy, by what torch.compile really makes: half a minute each."""
+    torch._dynamo.reset()
+    model = small_model(f"attention={attention}", kernel=Auto())
+    texts = []
+    for options in ({"compiled": compiled(30)}, {"cached": False}):
+        state = GenerationState(model, [[1, 2, 3], [4, 5, 6]], [1, 2], **options)
+        texts.append(torch.cat(list(generate(model, state, Sampler(temperature=0), max_new_tokens=30)), 1))
+    assert torch.equal(*texts)
 
 
 def test_compiled_step_of_a_conversation_traces_once(traced):
