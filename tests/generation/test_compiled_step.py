@@ -92,7 +92,7 @@ def test_compiled_step_beyond_all_graphs_says_so(traced, monkeypatch, caplog):
     assert step.failed and "--compile failed, running eagerly" in caplog.text
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_text_of_compiled_code_is_that_of_the_whole_text_computed_anew(attention):
     """Greedy, by what torch.compile really makes: half a minute each."""
