@@ -103,6 +103,15 @@ def compiled_step(args: argparse.Namespace, device: "torch.device", context_leng
     return CompiledStep(context_length if args.interactive else args.max_new_tokens, device)
 
 
+def announce(run: LoadedRun) -> None:
+    """Say which run this is, and that one has to wait."""
+    from common.streams import print_stderr
+
+    print_stderr(f"run {run.folder}")
+    if run.compiled is not None:
+        print_stderr("[--compile: half a minute or more behind the first token]")
+
+
 def generate(args: argparse.Namespace, run: LoadedRun) -> None:
     """Continue the prompt: stream the text, or print a JSON object for each sample."""
     from common.console import deferred_logging
@@ -120,7 +129,7 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
     from generation.prompt import encode_prompt
 
     prompt = encode_prompt(run.tokenizer, args.prompt, run.context_length, args.context == "slide")
-    print_stderr(f"run {run.folder}")
+    announce(run)
     state = new_state(args, run, prompt)
     num_read = int(state.rows.lengths[0])
     if num_read < len(prompt):
@@ -136,6 +145,8 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
             show_samples(args.prompt, pieces, samples, run.context_length)
     if run.compiled is None and state.caches is not None:
         offer(decode_seconds(samples), sum(sample.num_tokens for sample in samples), state.tokens.device)
+    if state.speculation is not None and (remark := state.speculation.remark()):
+        print_stderr(f"[{remark}]")
     if args.stats:
         print_stats(run.model, samples, state)
     check_finished(samples)
@@ -143,10 +154,9 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
 
 def chat(args: argparse.Namespace, run: LoadedRun) -> None:
     """Continue what the user types, turn by turn."""
-    from common.streams import print_stderr
     from generation.repl import Conversation, converse
 
-    print_stderr(f"run {run.folder}")
+    announce(run)
     conversation = Conversation(
         run.model,
         run.tokenizer,
@@ -168,8 +178,8 @@ def score(args: argparse.Namespace, run: LoadedRun) -> None:
     page = ScorePage(run.tokenizer) if args.html is not None else None
     watchers = [token_printer(args, run)] if args.tokens else []
     watchers += [page.add] if page is not None else []
+    announce(run)
     found = score_text(run.model, run.tokenizer, args.score_text, run.context_length, watchers)
-    print_stderr(f"run {run.folder}")
     if args.json:
         print(json_line({"file": str(args.score), **as_json(found)}), flush=True)
     check_finite(found, run.model, run.tokenizer, args.score_text, run.context_length)

@@ -139,13 +139,15 @@ def print_stats(model: TransformerLM, samples: Sequence[Sample], state: Generati
     """Print the wait for the first token, throughput, the KV cache's size, and how near decoding came to the time that
     reading memory takes, to stderr."""
     cached = sum(cache.bytes_per_sequence for cache in state.caches or []) * len(samples)
+    passes = None if state.speculation is None else state.speculation.passes
     stats = {
         "first_token_seconds": first_token_seconds(samples),
         **speeds(samples),
         "cache_bytes_per_token": sum(cache.bytes_per_token for cache in state.caches or []),
         "cache_bytes": cached,
-        "share_of_bandwidth_floor": share_of_floor(model, cached, samples),
-        **(state.speculation.stats() if state.speculation is not None else {}),
+        "share_of_bandwidth_floor": share_of_floor(model, cached, samples, passes),
+        **({} if state.speculation is None else state.speculation.stats()),
+        **({} if state.compiled is None else {"compile_seconds": round(state.compiled.seconds, 1)}),
     }
     for name, value in stats.items():
         print_stderr(f"{name}={'n/a' if value is None else value}")
@@ -157,13 +159,18 @@ def first_token_seconds(samples: Sequence[Sample]) -> float | None:
     return None if first is None else round(first - samples[0].times[0], 6)
 
 
-def share_of_floor(model: TransformerLM, cached: int, samples: Sequence[Sample]) -> float | None:
+def share_of_floor(
+    model: TransformerLM, cached: int, samples: Sequence[Sample], passes: int | None = None
+) -> float | None:
     """Time to read the weights and `cached` bytes once, at the bandwidth measured now, as a share of the median step's
-    from one token to the next. 1: decoding is limited by nothing else. None where there was no such step."""
-    steps = sorted({moment for sample in samples for moment in sample.times[1:]})
-    if len(steps) < 2:
+    from one token to the next. 1: decoding is limited by nothing else. None where there was no such step. passes: of
+    the model, where one gave several tokens, the mean of which is taken then; the prompt's is one of them."""
+    moments = sorted({moment for sample in samples for moment in sample.times[1:]})
+    if len(moments) < 2 or passes == 1:
         return None
-    step = statistics.median(after - before for before, after in itertools.pairwise(steps))
+    step = statistics.median(after - before for before, after in itertools.pairwise(moments))
+    if passes is not None:
+        step = decode_seconds(samples) / (passes - 1)
     read = cached + sum(parameter.nbytes for parameter in model.parameters())
     return round(read * seconds_per_byte(next(model.parameters()).device) / step, 4)
 

@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -90,8 +91,6 @@ class CompiledStep:
     def _compile(self, call: Eager, eager: Eager) -> None:
         """Run the step for the first time, which compiles it. Running it again caches the same again."""
         first = not self.seconds
-        if first:
-            print_stderr("[compiling the step from token to token: about half a minute]")
         begun = time.perf_counter()
         try:
             with torch._dynamo.config.patch({_limit(): MAX_GRAPHS}):
@@ -107,14 +106,13 @@ class CompiledStep:
             self._judge(call, eager)
 
     def _judge(self, call: Eager, eager: Eager) -> None:
-        """Say how long it took, and where eager execution would have been done sooner."""
+        """Say how long it took, what it saves, and where eager execution would have been done sooner."""
         slow, fast = (min(_seconds(step) for _ in range(TIMED_STEPS)) for step in (eager, call))
         saved = self.tokens * (slow - fast)
-        line = f"--compile took {self.seconds:.0f} s and saves {max(saved, 0):.1f} s in {self.tokens:,} tokens"
-        if saved < self.seconds:
-            logging.getLogger("headroom").warning(f"{line}: leave it out, or write more")
-        else:
-            print_stderr(f"[{line}]")
+        advice = ": leave it out, or write more" if saved < self.seconds else ""
+        logging.getLogger("headroom").warning(
+            f"--compile took {self.seconds:.0f} s and saves {max(saved, 0):.1f} s in {self.tokens:,} tokens{advice}"
+        )
 
 
 def decode_step(
@@ -128,11 +126,11 @@ def decode_step(
 
 def check_compiler(device: torch.device) -> None:
     """Raise UserError where torch.compile cannot work: it writes C++ for a CPU, and Triton for a GPU."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None:
-        raise UserError(
-            f"--compile needs a C++ compiler, and {compiler} is not on the PATH: install it, or leave it out"
-        )
+    chosen = os.environ.get("CXX")
+    compiler = chosen or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None or subprocess.run([compiler, "--version"], capture_output=True).returncode:
+        found = f"CXX={chosen} is none: unset CXX" if chosen else f"there is no {compiler}: install it"
+        raise UserError(f"--compile needs a C++ compiler, and {found}, or leave --compile out")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs the package triton on a GPU: install it, or leave --compile out")
 

@@ -134,6 +134,7 @@ def _draw_and_judge(
         cache.rewind(state.rows.num_cached)  # what the last pass drafted in vain
     drafts = _drafts(state, wanted)
     draws = _draw(model, state, sampler, drafts)
+    state.speculation.passes += 1
     if any(drafts) and (draws == NO_TOKEN).any():
         # A text has no token after this, and a draft shall not leave what is not finite in the caches: 0 · NaN is NaN.
         state.speculation.draft_little()

@@ -311,7 +311,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine("--kernel", choices=choices("kernel"), help=f"how attention is computed; {_default('kernel')}")
     machine("--execution", choices=["naive", "expanded", "absorbed"], help="how MLA runs; default: what costs least")
     machine("--no-cache", action="store_true", help="recompute the whole text for every token")
-    machine("--compile", action="store_true", help="compile the step from token to token: pays for long texts only")
+    machine(
+        "--compile",
+        action="store_true",
+        help="compile the step between tokens, half a minute or more: for long texts",
+    )
     machine(
         "--speculate",
         choices=["lookup"],
@@ -368,7 +372,10 @@ def _check_greedy(given: dict[str, Any]) -> None:
                 f"--temperature 0 with {_flag(other)}: the most likely token is always taken; leave one of them out"
             )
     if given.get("num_samples", 1) > 1:
-        raise UserError(f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text")
+        raise UserError(
+            f"--temperature 0 with --num-samples {given['num_samples']}: all would be the same text; "
+            "leave one of them out"
+        )
 
 
 def _check_seeds(given: dict[str, Any]) -> None:

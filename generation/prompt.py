@@ -11,5 +11,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, context_length: int, slide:
     tokens = tokenizer.encode(prompt).tolist() or [tokenizer.end_of_text]
     if len(tokens) >= context_length and not slide:
         way_out = "shorten it" if slide is None else "shorten it, or read its end with --context slide"
-        raise UserError(f"the prompt has {len(tokens)} tokens, the context holds {context_length}: {way_out}")
+        most = context_length - 1
+        raise UserError(f"the prompt has {len(tokens)} tokens, and {most} leave room in the context: {way_out}")
     return tokens

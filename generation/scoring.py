@@ -2,13 +2,15 @@
 was predicted."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import NotFinite, UserError
+from common.streams import print_stderr
 from data.batches import Batch, count_windows, evaluation_batches
 from data.shards.token_files import TokenStream
 from data.tokenizers.base import Tokenizer
@@ -18,7 +20,11 @@ from model.score import Score, score_batches, token_losses
 
 BATCH_WINDOWS = 8  # of one forward pass
 MAX_LOGITS = 2**24  # numbers that exist at one time to rank tokens
+SECONDS_OF_SILENCE = 10
 OTHERS = 3  # likeliest tokens that are kept beside the one that came
+
+
+T = TypeVar("T")
 
 
 class TokenScore(NamedTuple):
@@ -57,7 +63,17 @@ def score_text(
     for watch in watchers:
         watch([TokenScore(int(tokens[0]))])
     losses = _watched(watchers) if watchers else token_losses
-    return score_batches(model, (read() for read in batches), byte_lengths, losses)
+    return score_batches(model, (read() for read in _announced(batches)), byte_lengths, losses)
+
+
+def _announced(batches: Sequence[T]) -> Iterator[T]:
+    """The batches, with a line on stderr now and then, of how far one is."""
+    said = time.monotonic()
+    for done, batch in enumerate(batches):
+        if time.monotonic() - said > SECONDS_OF_SILENCE:
+            said = time.monotonic()
+            print_stderr(f"[{done / len(batches):.0%} of the text is scored]")
+        yield batch
 
 
 def _watched(watchers: Sequence[Watcher]) -> Callable[[nn.Module, Windows], Tensor]:

@@ -15,6 +15,7 @@ LONGEST_MATCH = 4  # tokens at the end of a text that are looked up, and
 SHORTEST_MATCH = 2
 MAX_DRAFT = 12  # tokens; every cache can take back 16
 FIRST_DRAFT = 4
+PAYS_FROM = 1.3  # tokens per pass; in a batch, whose rows no longer stand at one position, half as many again
 MIN_DRAFT = 1 / 8  # one token every 8 steps
 
 
@@ -57,6 +58,7 @@ class Speculation:
     def __init__(self, batch_size: int):
         self.limits = [FIRST_DRAFT] * batch_size
         self.waited = [0] * batch_size  # steps since the last draft
+        self.passes = 0  # of the model, over all rows
         self.steps = 0  # of each row
         self.tokens = 0
         self.drafted = 0
@@ -89,11 +91,23 @@ class Speculation:
         self.accepted += accepted
         return kept
 
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a pass gave a row, in the mean."""
+        return self.tokens / max(1, self.steps)
+
+    def remark(self) -> str | None:
+        """Say in a line where drafts cost more than they saved, by the rule of PAYS_FROM; None where they did not."""
+        if not self.drafted or self.tokens_per_step >= PAYS_FROM * (1 if len(self.limits) == 1 else 1.5):
+            return None
+        found = f"{self.tokens_per_step:.2f} tokens per pass"
+        return f"--speculate: {found}: the text repeats itself too little, and is written sooner without it"
+
     def stats(self) -> dict[str, float | None]:
         """What was drafted and accepted, by name. None where there is nothing to divide by."""
         return {
             "drafted_tokens": self.drafted,
             "accepted_tokens": self.accepted,
             "accepted_share": round(self.accepted / self.drafted, 3) if self.drafted else None,
-            "tokens_per_step": round(self.tokens / self.steps, 2) if self.steps else None,
+            "tokens_per_step": round(self.tokens_per_step, 2) if self.steps else None,
         }

@@ -489,7 +489,7 @@ def test_sample_help_states_limits_of_every_number(monkeypatch, capsys):
 BAD_SAMPLES = {
     "a long prompt": (
         ["x" * 64],
-        "the prompt has 64 tokens, the context holds 64: shorten it, or read its end with --context",
+        "the prompt has 64 tokens, and 63 leave room in the context: shorten it, or read its end with --context",
     ),
     "words without quotes": (["to", "be"], "unrecognized arguments: be: a prompt of several words goes in quotes"),
     "seeds beyond the last": (
@@ -806,7 +806,7 @@ def test_hydra_arguments_paths_and_separators_are_verbatim(key, value):
             ["tokenizer=byte", "data=files", "data.path=short.txt"],
             "tokens, one window of model.context_length=256 takes 257: give more text, or a shorter",
         ),
-        ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, the context holds 64"),
+        ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, and 63 leave room in the context"),
         ([*SMOKE, "model.d_model=1048576"], "not enough memory: take a smaller model"),
     ],
     ids=["short file", "long preview", "huge model"],

@@ -98,3 +98,10 @@ def test_others_of_a_tiny_vocabulary_are_all_but_the_token():
     tokenizer.tokens = tokenizer.tokens[:2]
     _, found = watched(small_model("attention=mha", vocab_size=3), tokenizer, "\0\1\0")
     assert [sorted([one.token, *(token for token, _ in one.others)]) for one in found[1:]] == [[0, 1, 2]] * 2
+
+
+def test_scoring_of_a_long_text_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(scoring, "SECONDS_OF_SILENCE", 0)
+    model = small_model("attention=mha", "model.n_layers=1", vocab_size=257)
+    score_text(model, ByteTokenizer(), "a" * 64 * 8 * 4, 64)
+    assert "[50% of the text is scored]" in capsys.readouterr().err

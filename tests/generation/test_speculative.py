@@ -304,3 +304,16 @@ def test_speculate_flag_with_what_drafts_nothing_is_refused(monkeypatch, flags, 
     monkeypatch.setattr("sys.argv", ["sample.py", "--speculate", "lookup", *flags])
     with pytest.raises(UserError, match=reason):
         parse_arguments("")
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "drafted", "says"),
+    [(1, 110, 5, True), (1, 200, 5, False), (3, 170, 5, True), (1, 100, 0, False)],
+)
+def test_speculation_says_where_it_cost_more_than_it_saved(rows, tokens, drafted, says):
+    speculation = Speculation(rows)
+    speculation.steps, speculation.tokens, speculation.drafted = 100, tokens, drafted
+    remark = speculation.remark()
+    assert (remark is not None) is says
+    if says:
+        assert remark.startswith(f"--speculate: {tokens / 100:.2f} tokens per pass: the text repeats itself too little")
