@@ -104,4 +104,4 @@ def test_scoring_of_a_long_text_says_now_and_then_how_far_it_is(monkeypatch, cap
     monkeypatch.setattr(scoring, "SECONDS_OF_SILENCE", 0)
     model = small_model("attention=mha", "model.n_layers=1", vocab_size=257)
     score_text(model, ByteTokenizer(), "a" * 64 * 8 * 4, 64)
-    assert "[50% of the text is scored]" in capsys.readouterr().err
+    assert "[40% of the text is scored]" in capsys.readouterr().err
