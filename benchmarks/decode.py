@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.decode_models import Peers, Texts, Writer, Written, ours, peers
-from benchmarks.side_by_side import checkout, count, environment, litgpt_checkout, output, report
+from benchmarks.side_by_side import checkout, count, environment, litgpt_checkout, marked, output, report
 from benchmarks.train import SIZES, Size, built
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
@@ -92,17 +92,25 @@ def _measured(args: argparse.Namespace, size: Size, precision: str) -> Iterator[
         fitting = [model for model in models if _fits(model, texts, free)]
         for _, model in itertools.product(range(args.rounds + 1), fitting):
             written.setdefault(model.name, []).append(model.writer.write(texts))
+        print(f"{size}, {precision}, batch {rows}, context {context}: measured", flush=True)
         for model in fitting:
             warm_up, *timed = written[model.name]
+            step = statistics.median(one.step for one in timed)
+            first = 1e3 * statistics.median(one.first for one in timed)
             yield {
                 "size": str(size),
                 "precision": precision,
                 "model": model.name,
                 "batch": rows,
                 "context": context,
-                **_summary(timed, rows),
-                "warm-up s": warm_up.whole,
-                "of the floor": (model.weights + warm_up.cache) * per_byte / _step(timed),
+                "tokens/s": rows / step,
+                "ms": 1e3 * step,
+                "CPU ms": 1e3 * statistics.median(one.own for one in timed),
+                "first ms": None if texts.made_up else first,
+                "warm-up s": warm_up.first + warm_up.reading.seconds,
+                "cache bytes": warm_up.cache,
+                "of the floor": (model.weights + warm_up.cache) * per_byte / step,
+                "others": marked(max((one.reading for one in timed), key=lambda each: each.others)),
             }
 
 
@@ -127,21 +135,6 @@ def _fits(model: Named, texts: Texts, free: int | None) -> bool:
     if reason is not None:
         print(f"{model.name}, batch {texts.rows}, context {context}: skipped, {reason}")
     return reason is None
-
-
-def _step(written: Sequence[Written]) -> float:
-    return statistics.median(one.step for one in written)
-
-
-def _summary(written: Sequence[Written], rows: int) -> dict[str, Any]:
-    firsts = [one.first for one in written if one.first is not None]
-    return {
-        "tokens/s": rows / _step(written),
-        "ms": 1e3 * _step(written),
-        "CPU ms": 1e3 * statistics.median(one.own for one in written),
-        "first ms": 1e3 * statistics.median(firsts) if firsts else None,
-        "cache bytes": written[0].cache,
-    }
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from benchmarks.litgpt import litgpt_of
 from benchmarks.nanogpt import nanogpt_of
-from benchmarks.side_by_side import Meter
+from benchmarks.side_by_side import Meter, Reading
 from benchmarks.train import OURS, Size, hugging_model, run_of
 from generation.compiled_step import CompiledStep
 from generation.decode import decode_step, generate
@@ -39,11 +39,20 @@ class Texts(NamedTuple):
 class Written(NamedTuple):
     """How long that took."""
 
-    first: float | None  # seconds to the first token; None where the prompt was made up
-    step: float  # seconds of each further one
-    own: float  # seconds of CPU time of each further one
-    whole: float  # seconds of them all
+    first: float  # seconds to the first token
+    further: int  # tokens after it
+    reading: Reading  # of these
     cache: int  # bytes held at the end
+
+    @property
+    def step(self) -> float:
+        """Seconds of each further token."""
+        return self.reading.seconds / self.further
+
+    @property
+    def own(self) -> float:
+        """Seconds of CPU time of each further token."""
+        return self.reading.own / self.further
 
 
 class Writer(NamedTuple):
@@ -113,7 +122,7 @@ def _ours(size: Size, precision: str, choice: tuple[str, ...], compiled_for: int
         if texts.made_up:
             fill(state)
         steps = generate(model, state, sampler, max_new_tokens=texts.new)
-        return _timed(steps, texts, lambda: sum(cache.bytes_per_sequence for cache in state.caches) * texts.rows)
+        return _timed(steps, lambda: sum(cache.bytes_per_sequence for cache in state.caches) * texts.rows)
 
     return model, Writer(cost.cache_bytes_per_token(model), write)
 
@@ -139,7 +148,7 @@ def _hugging(size: Size, precision: str, kind: str) -> tuple[nn.Module, Writer]:
             for layer in cache.layers:
                 layer.keys, layer.values = (x.repeat(1, 1, texts.prompt - 1, 1) for x in (layer.keys, layer.values))
         steps = _drawn(lambda tokens: forward(tokens, cache), size, texts)
-        return _timed(steps, texts, lambda: _bytes(cache))
+        return _timed(steps, lambda: _bytes(cache))
 
     return model, Writer(_bytes(one_token(1)), write)
 
@@ -166,7 +175,7 @@ def _litgpt(size: Size, precision: str, checkout: Path | None) -> tuple[nn.Modul
             done += tokens.shape[1]
             return model(tokens, positions, input_pos_maxp1=done)[:, -1]
 
-        written = _timed(_drawn(logits, size, texts), texts, lambda: sum(x.nbytes for x in buffers()))
+        written = _timed(_drawn(logits, size, texts), lambda: sum(x.nbytes for x in buffers()))
         model.clear_kv_cache()
         return written
 
@@ -187,7 +196,7 @@ def _nanogpt(size: Size, precision: str, checkout: Path) -> tuple[nn.Module, Wri
             return model(text)[0][:, -1]
 
         texts = texts._replace(new=2)  # each takes as long as a prompt
-        return _timed(_drawn(logits, size, texts), texts, lambda: 0)
+        return _timed(_drawn(logits, size, texts), lambda: 0)
 
     return model, Writer(0, write, size.tokens)
 
@@ -209,20 +218,13 @@ def _drawn(logits: Callable[[Tensor], Tensor], size: Size, texts: Texts) -> Iter
         yield tokens
 
 
-def _timed(steps: Iterator[Tensor], texts: Texts, cache: Callable[[], int]) -> Written:
+def _timed(steps: Iterator[Tensor], cache: Callable[[], int]) -> Written:
     meter = Meter()
     next(steps)
     first = meter.read().seconds
     meter = Meter()
     further = sum(1 for _ in steps)
-    reading = meter.read()
-    return Written(
-        None if texts.made_up else first,
-        reading.seconds / further,
-        reading.own / further,
-        first + reading.seconds,
-        cache(),
-    )
+    return Written(first, further, meter.read(), cache())
 
 
 def _bytes(cache: Any) -> int:
