@@ -3,7 +3,7 @@ models.
 
 python -m benchmarks.decode                                   # (ii) in float32, batch 1 and 8, eager
 python -m benchmarks.decode --compiled --executions absorbed expanded --litgpt ../litgpt --nanogpt ../nanoGPT
-python -m benchmarks.decode --contexts 256 1024 4096 16384 32768 --batch 1 8 32 --new 8 --json all.json --plot all.png
+python -m benchmarks.decode --contexts 256 1024 4096 16384 32768 --batch 1 8 32 --new 4 --json all.json --plot all.png
 python -m benchmarks.decode --sizes iii --precision fp32 bf16 --only "ours mha" "ours mla" "transformers Llama"
 
 A text is a prompt and `--new` tokens more, a context together. `ms` is the time of a step from the second new token on,
