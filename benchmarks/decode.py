@@ -13,9 +13,10 @@ they are, and there is no `first ms`. `warm-up s` is the whole of a first text, 
 it. The floor is what it takes to read the weights and the cache once, at the speed at which this run reads 256 MB.
 
 Ours are laid out as by sample.py (model/decode_layout.py), and draw as it does. Of peers, the forward pass and the
-cache are called in a plain loop, without what their `generate` does besides, and draw by topk and multinomial. nanoGPT
-has no cache, and recomputes texts of up to 1,024 tokens. A peer that cannot be imported is skipped, as is a KV cache of
-more than a quarter of the memory that is free. The last line is the table as one JSON object.
+cache are called in a plain loop, without what their `generate` does besides. They draw by topk and multinomial, which
+costs less than our sampler in large vocabularies; with --our-sampler, by that. nanoGPT has no cache, and recomputes
+texts of up to 1,024 tokens. A peer that cannot be imported is skipped, as is a KV cache of more than a quarter of the
+memory that is free. The last line is the table as one JSON object.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.decode_models import Peers, Texts, Writer, Written, ours, peers
+from benchmarks.decode_models import Peers, Texts, Writer, Written, drawn_as_ours, drawn_plainly, ours, peers
 from benchmarks.side_by_side import checkout, count, environment, litgpt_checkout, marked, output, report
 from benchmarks.train import SIZES, Size, built
 from common.cli import Parser, one_line_errors
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="ours compiled too: a minute more for each")
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
     parser.add_argument("--litgpt", type=litgpt_checkout, help="a checkout of litgpt; unset: it is installed")
+    parser.add_argument("--our-sampler", action="store_true", help="peers draw with ours; unset: topk and multinomial")
     parser.add_argument("--only", nargs="+", help="names of models: those alone")
     parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--json", type=output, help="write the table there")
@@ -118,7 +120,8 @@ def _models(args: argparse.Namespace, size: Size, precision: str) -> Iterator[Na
     makers = ours(size, precision, args.executions, None)
     if args.compiled:
         makers |= ours(size, precision, args.executions, args.new)
-    makers |= peers(size, precision, Peers(args.nanogpt, args.litgpt))
+    draw = drawn_as_ours if args.our_sampler else drawn_plainly
+    makers |= peers(size, precision, Peers(args.nanogpt, args.litgpt, draw))
     for name, model, writer in built(makers, args.only):
         yield Named(name, sum(parameter.nbytes for parameter in model.parameters()), writer)
 

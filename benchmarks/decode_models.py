@@ -23,6 +23,7 @@ from model.initialise import initialised
 from runtime.precision import MixedPrecision
 
 TOP_K = 50
+SAMPLER = Sampler(temperature=1.0, top_k=TOP_K)
 RECOMPUTED = 1024  # tokens of the longest text that is recomputed for each token
 MADE_UP = 0.1  # in a KV cache that was not computed: a step takes as long, whatever the numbers
 
@@ -67,10 +68,11 @@ Maker = Callable[[], tuple[nn.Module, Writer]]
 
 
 class Peers(NamedTuple):
-    """Where peers are found that are not installed."""
+    """Where peers are found that are not installed, and how they draw."""
 
     nanogpt: Path | None
     litgpt: Path | None
+    draw: Callable[[Tensor], Tensor]  # logits (B, V) -> tokens (B, 1)
 
 
 def ours(size: Size, precision: str, executions: list[str], compiled_for: int | None) -> dict[str, Maker]:
@@ -87,12 +89,12 @@ def ours(size: Size, precision: str, executions: list[str], compiled_for: int | 
 
 def peers(size: Size, precision: str, found: Peers) -> dict[str, Maker]:
     makers: dict[str, Maker] = {
-        "transformers Llama": lambda: _hugging(size, precision, "Llama"),
-        "transformers DeepseekV3": lambda: _hugging(size, precision, "DeepseekV3"),
-        "litgpt": lambda: _litgpt(size, precision, found.litgpt),
+        "transformers Llama": lambda: _hugging(size, precision, "Llama", found.draw),
+        "transformers DeepseekV3": lambda: _hugging(size, precision, "DeepseekV3", found.draw),
+        "litgpt": lambda: _litgpt(size, precision, found),
     }
     if found.nanogpt is not None:
-        makers["nanoGPT"] = lambda: _nanogpt(size, precision, found.nanogpt)
+        makers["nanoGPT"] = lambda: _nanogpt(size, precision, found)
     return makers
 
 
@@ -109,7 +111,6 @@ def _ours(size: Size, precision: str, choice: tuple[str, ...], compiled_for: int
     model = initialised(run_of(size, *choice).model, size.vocab)
     model = MixedPrecision(model, precision).model
     compiled = None if compiled_for is None else CompiledStep(decode_step, compiled_for)
-    sampler = Sampler(temperature=1.0, top_k=TOP_K)
     laid_out_for = 0
 
     def write(texts: Texts) -> Written:
@@ -121,13 +122,13 @@ def _ours(size: Size, precision: str, choice: tuple[str, ...], compiled_for: int
         state = GenerationState(model, prompts, seeds=range(texts.rows), compiled=compiled)
         if texts.made_up:
             fill(state)
-        steps = generate(model, state, sampler, max_new_tokens=texts.new)
+        steps = generate(model, state, SAMPLER, max_new_tokens=texts.new)
         return _timed(steps, lambda: sum(cache.bytes_per_sequence for cache in state.caches) * texts.rows)
 
     return model, Writer(cost.cache_bytes_per_token(model), write)
 
 
-def _hugging(size: Size, precision: str, kind: str) -> tuple[nn.Module, Writer]:
+def _hugging(size: Size, precision: str, kind: str, draw: Callable) -> tuple[nn.Module, Writer]:
     import transformers
 
     model = _lowered(hugging_model(kind, size), precision)
@@ -147,14 +148,14 @@ def _hugging(size: Size, precision: str, kind: str) -> tuple[nn.Module, Writer]:
         if texts.made_up:
             for layer in cache.layers:
                 layer.keys, layer.values = (x.repeat(1, 1, texts.prompt - 1, 1) for x in (layer.keys, layer.values))
-        steps = _drawn(lambda tokens: forward(tokens, cache), size, texts)
+        steps = _drawn(lambda tokens: forward(tokens, cache), size, texts, draw)
         return _timed(steps, lambda: _bytes(cache))
 
     return model, Writer(_bytes(one_token(1)), write)
 
 
-def _litgpt(size: Size, precision: str, checkout: Path | None) -> tuple[nn.Module, Writer]:
-    model = _lowered(litgpt_of(checkout, size.shape), precision)
+def _litgpt(size: Size, precision: str, found: Peers) -> tuple[nn.Module, Writer]:
+    model = _lowered(litgpt_of(found.litgpt, size.shape), precision)
     dtype = model.lm_head.weight.dtype
 
     def buffers() -> list[Tensor]:
@@ -175,17 +176,17 @@ def _litgpt(size: Size, precision: str, checkout: Path | None) -> tuple[nn.Modul
             done += tokens.shape[1]
             return model(tokens, positions, input_pos_maxp1=done)[:, -1]
 
-        written = _timed(_drawn(logits, size, texts), lambda: sum(x.nbytes for x in buffers()))
+        written = _timed(_drawn(logits, size, texts, found.draw), lambda: sum(x.nbytes for x in buffers()))
         model.clear_kv_cache()
         return written
 
     return model, Writer(2 * size.n_layers * size.d_model * dtype.itemsize, write)
 
 
-def _nanogpt(size: Size, precision: str, checkout: Path) -> tuple[nn.Module, Writer]:
+def _nanogpt(size: Size, precision: str, found: Peers) -> tuple[nn.Module, Writer]:
     """Without a cache: it computes the whole text for each token."""
     size = size._replace(tokens=min(size.tokens, RECOMPUTED))
-    model = _lowered(nanogpt_of(checkout, torch.device("cpu"), size.shape, lr=0.0)[0], precision)
+    model = _lowered(nanogpt_of(found.nanogpt, torch.device("cpu"), size.shape, lr=0.0)[0], precision)
 
     def write(texts: Texts) -> Written:
         text = torch.empty(texts.rows, 0, dtype=torch.int64)
@@ -196,7 +197,7 @@ def _nanogpt(size: Size, precision: str, checkout: Path) -> tuple[nn.Module, Wri
             return model(text)[0][:, -1]
 
         texts = texts._replace(new=2)  # each takes as long as a prompt
-        return _timed(_drawn(logits, size, texts), lambda: 0)
+        return _timed(_drawn(logits, size, texts, found.draw), lambda: 0)
 
     return model, Writer(0, write, size.tokens)
 
@@ -205,16 +206,26 @@ def _lowered(model: nn.Module, precision: str) -> nn.Module:
     return (model.bfloat16() if precision == "bf16" else model).eval()
 
 
+def drawn_plainly(logits: Tensor) -> Tensor:
+    likeliest = logits.float().topk(TOP_K)
+    return likeliest.indices.gather(-1, likeliest.values.softmax(-1).multinomial(1))
+
+
+def drawn_as_ours(logits: Tensor) -> Tensor:
+    rows = torch.arange(len(logits))
+    return SAMPLER(logits, rows, rows)[:, None]
+
+
 @torch.inference_mode()
-def _drawn(logits: Callable[[Tensor], Tensor], size: Size, texts: Texts) -> Iterator[Tensor]:
+def _drawn(
+    logits: Callable[[Tensor], Tensor], size: Size, texts: Texts, draw: Callable[[Tensor], Tensor]
+) -> Iterator[Tensor]:
     """Draw tokens from a peer. logits: of the next token (B, V), of tokens (B, T) that continue what came before."""
     tokens = _prompts(size, texts)
     if texts.made_up:
         tokens = tokens[:, -1:]
     for _ in range(texts.new):
-        likeliest = logits(tokens).float().topk(TOP_K)
-        drawn = likeliest.values.softmax(-1).multinomial(1)
-        tokens = likeliest.indices.gather(-1, drawn)
+        tokens = draw(logits(tokens))
         yield tokens
 
 

@@ -64,9 +64,9 @@ def measured(monkeypatch, capsys, *options: str) -> list[dict]:
 
 
 def test_a_long_prompt_is_made_up_for_all_alike(place, monkeypatch, capsys):
-    options = "--contexts 16 64 --batch 1 2 --prefill-up-to 24 --litgpt . --executions expanded --plot p.svg --only"
+    options = "--contexts 16 64 --batch 1 2 --prefill-up-to 24 --litgpt . --our-sampler --executions expanded"
     names = ["ours mha", "ours mla expanded", "litgpt"]
-    rows = measured(monkeypatch, capsys, *options.split(), *names)
+    rows = measured(monkeypatch, capsys, *options.split(), "--plot", "p.svg", "--only", *names)
     assert len(rows) == 12
     assert [row["model"] for row in rows[:3]] == names
     for row in rows:
