@@ -3,7 +3,8 @@ memory predicted and measured, decoding. Each section ends within nine minutes a
 
 python -m benchmarks.gpu kernels --out results.jsonl
 python -m benchmarks.gpu training training_350m --nanogpt ../nanoGPT --out results.jsonl
-python -m benchmarks.gpu variants memory decoding --out results.jsonl
+python -m benchmarks.gpu variants memory --out results.jsonl
+python -m benchmarks.gpu decoding executions long_prompts --out results.jsonl
 python -m benchmarks.gpu --cpu                                     # all of it in small, to see that it runs
 python -m benchmarks.gpu --smoke --out smoke.jsonl                 # first: does the program work here, in four minutes
 
@@ -12,7 +13,9 @@ python -m benchmarks.gpu --smoke --out smoke.jsonl                 # first: does
     training_350m   the same at 350M
     variants        124M with float8, autotuning, cuDNN, FlashAttention 3 and 4, as far as they are there
     memory          of one micro-batch, predicted and measured
-    decoding        tokens per second through the cache
+    decoding        time to the first token, and from token to token: eager, and compiled into CUDA graphs
+    executions      the same after long contexts: MLA absorbed, expanded, and with all heads cached, beside MHA and GQA
+    long_prompts    time and peak memory of the pass over 32k tokens
 
 What cannot run is a row that says why. Needs torch, pydantic, hydra-core and numpy; no corpus: the tokens are made up.
 """
@@ -29,16 +32,13 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks import gpu_decoding
 from benchmarks.nanogpt import autocast_step, nanogpt_of
 from benchmarks.side_by_side import Announced, checkout, environment, output
 from common.cli import Parser, one_line_errors
 from common.errors import Unsupported, UserError
 from data.batches import Batch
-from generation.decode import generate
-from generation.sampler import Sampler
-from generation.state import GenerationState
 from model import cost
-from model.initialise import initialised
 from model.kernels.auto import Auto
 from model.kernels.base import How, Kernel
 from model.kernels.flex import Flex
@@ -220,32 +220,26 @@ def memory(scale: Scale) -> Iterator[Row]:
 
 
 def decoding(scale: Scale) -> Iterator[Row]:
-    """Tokens per second through the cache, greedy, bfloat16 weights, prompts of 64 or a quarter of the context."""
-    for size in scale.sizes:
-        for attention in ATTENTIONS:
-            config = compose(f"model={size}", f"attention={attention}").model
-            model = initialised(config, VOCAB).to(scale.device)
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.data = parameter.data.bfloat16()
-            for rows in (1, 8):
-                count = 4 + 4 * scale.steps
+    return _each(gpu_decoding.decoding(_extent(scale)))
 
-                def write(rows: int = rows, count: int = count, model: TransformerLM = model) -> None:
-                    prompt = list(range(1, 1 + min(64, model.config.context_length // 4)))
-                    state = GenerationState(model, [prompt] * rows, seeds=list(range(rows)))
-                    for _ in generate(model, state, Sampler(temperature=0), max_new_tokens=count):
-                        pass
 
-                seconds = timed(write, scale)
-                held = cost.cache_bytes_per_token(model)
-                yield {
-                    "size": size,
-                    "attention": attention,
-                    "texts": rows,
-                    "tokens_per_second": rows * count / seconds,
-                    "cache_bytes_per_token": held,
-                }
+def executions(scale: Scale) -> Iterator[Row]:
+    return _each(gpu_decoding.executions(_extent(scale)))
+
+
+def long_prompts(scale: Scale) -> Iterator[Row]:
+    return _each(gpu_decoding.long_prompts(_extent(scale)))
+
+
+def _extent(scale: Scale) -> gpu_decoding.Extent:
+    if scale.device.type == "cuda":
+        return gpu_decoding.Extent(scale.device, scale.sizes, VOCAB, 64, (1024, 8192, 32768), scale.compiled)
+    return gpu_decoding.Extent(scale.device, scale.sizes[:1], 512, 4, (128,), scale.compiled)
+
+
+def _each(rows: Iterator[gpu_decoding.Measured]) -> Iterator[Row]:
+    for row, measure in rows:
+        yield attempted(row, measure)
 
 
 def both_passes(kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> list[torch.Tensor]:
@@ -383,6 +377,8 @@ SECTIONS: dict[str, Callable[[Scale], Iterator[Row]]] = {
     "variants": variants,
     "memory": memory,
     "decoding": decoding,
+    "executions": executions,
+    "long_prompts": long_prompts,
 }
 
 if __name__ == "__main__":

@@ -145,6 +145,14 @@ def checkout(text: str) -> Path:
     return path
 
 
+def litgpt_checkout(text: str) -> Path:
+    """The absolute path of a checkout of litgpt."""
+    path = Path(text).resolve()
+    if not (path / "litgpt/model.py").is_file():
+        raise argparse.ArgumentTypeError(f"{text} holds no litgpt/model.py: name a checkout of litgpt")
+    return path
+
+
 def marked(timing: Timing | Reading) -> str:
     """Format how much other processes took of the machine."""
     return f"{100 * timing.others:.0f} %" + (" !" if timing.others > NOISY else "")
@@ -191,4 +199,6 @@ def _spread(values: list[float]) -> float:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

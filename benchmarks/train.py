@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.litgpt import litgpt_of
 from benchmarks.nanogpt import BETAS, CLIP, DECAY, Step, autocast_step, nanogpt_of
-from benchmarks.side_by_side import Announced, checkout, count, in_turns, marked, output, report
+from benchmarks.side_by_side import Announced, checkout, count, in_turns, litgpt_checkout, marked, output, report
 from common.cli import Parser, one_line_errors
 from common.errors import UserError
 from data.batches import Batch
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["i", "ii"])
     parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16"])
     parser.add_argument("--nanogpt", type=checkout, help="a checkout of nanoGPT: its model.py is imported")
+    parser.add_argument("--litgpt", type=litgpt_checkout, help="a checkout of litgpt; unset: it is installed")
     parser.add_argument("--compiled", action="store_true", help="each model compiled too: a minute more for each")
     parser.add_argument("--only", nargs="+", help="names of models: those alone")
     parser.add_argument("--rounds", type=count, default=7)
@@ -92,12 +94,12 @@ def _timed(args: argparse.Namespace, size: Size, precision: str) -> list[dict[st
     tokens = torch.randint(size.vocab, (size.batch, size.tokens + 1), generator=torch.Generator().manual_seed(0))
     batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     runs, kernels, weights = {}, {}, {}
-    candidates = {**_ours(size, precision), **_peers(size, precision, args.nanogpt)}
+    candidates = {**_ours(size, precision), **_peers(size, precision, args.nanogpt, args.litgpt)}
     if args.compiled:
         candidates |= _ours(size, precision, compiled=True)
         candidates |= {
             f"{name}, compiled": lambda make=make: _compiled(make)
-            for name, make in _peers(size, precision, args.nanogpt).items()
+            for name, make in _peers(size, precision, args.nanogpt, args.litgpt).items()
         }
     for name, model, step in built(candidates, args.only):
         with Announced() as announced:
@@ -164,7 +166,9 @@ def _compiled(make: Callable[[], tuple[nn.Module, Step]]) -> tuple[nn.Module, St
     return model, step
 
 
-def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
+def _peers(
+    size: Size, precision: str, nanogpt: Path | None, litgpt: Path | None
+) -> dict[str, Callable[[], tuple[nn.Module, Step]]]:
     def stepping(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
         return autocast_step(model, optimizer, loss, torch.device("cpu"), precision)
 
@@ -176,31 +180,14 @@ def _peers(size: Size, precision: str, nanogpt: Path | None) -> dict[str, Callab
         model = hugging_model(kind, size).train()
         return model, stepping(model, _adamw(model), _cross_entropy(lambda x: model(x, use_cache=False).logits))
 
-    def litgpt() -> tuple[nn.Module, Step]:
-        from litgpt.config import Config
-        from litgpt.model import GPT
-
-        config = Config(
-            n_layer=size.n_layers,
-            n_head=size.n_heads,
-            n_embd=size.d_model,
-            block_size=size.tokens,
-            padded_vocab_size=-(-size.vocab // 64) * 64,
-            rotary_percentage=1.0,
-            parallel_residual=False,
-            bias=False,
-            norm_class_name="RMSNorm",
-            mlp_class_name="LLaMAMLP",
-            intermediate_size=-(-8 * size.d_model // 96) * 32,
-        )
-        model = GPT(config)
-        model.lm_head.weight = model.transformer.wte.weight
+    def lit() -> tuple[nn.Module, Step]:
+        model = litgpt_of(litgpt, size.shape)
         return model, stepping(model, _adamw(model), _cross_entropy(model))
 
     peers = {
         "transformers Llama": lambda: hugging("Llama"),
         "transformers DeepseekV3": lambda: hugging("DeepseekV3"),
-        "litgpt": litgpt,
+        "litgpt": lit,
     }
     return peers if nanogpt is None else {"nanoGPT": nano, **peers}
 

@@ -23,9 +23,9 @@ class GPT(nn.Module):
         nn.init.normal_(self.embedding.weight, std=0.02)
         print("made")
 
-    def forward(self, tokens, targets):
+    def forward(self, tokens, targets=None):
         logits = F.linear(self.embedding(tokens), self.embedding.weight)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def configure_optimizers(self, decay, lr, betas, device_type):
         return torch.optim.AdamW(self.parameters(), lr=lr, betas=betas, weight_decay=decay)

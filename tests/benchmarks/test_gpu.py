@@ -34,6 +34,17 @@ def test_what_the_device_lacks_is_a_row_that_says_why(workplace, monkeypatch):
         assert "refused" in found[variant], variant
 
 
+def test_decoding_is_measured_in_every_way(workplace, monkeypatch):
+    found = rows(monkeypatch, workplace, "decoding", "executions", "long_prompts")
+    assert not [row for row in found if "failed" in row or "refused" in row]
+    by_section = {name: [row for row in found if row["section"] == name] for name in ("decoding", "executions")}
+    assert all(row["first_token_ms"] > 0 and row["ms"] > 0 for row in by_section["decoding"])
+    at_once = {row["attention"]: row for row in by_section["executions"] if row["texts"] == 1}
+    held = {name: row["cache_bytes_per_token"] for name, row in at_once.items()}
+    assert held["mla absorbed"] == held["mla expanded"] < held["gqa"] < held["mha"] == held["mla naive"]
+    assert all(row["peak_mb"] > row["cache_mb"] for row in found if row["section"] == "long_prompts")
+
+
 def test_output_relative_path_is_made_absolute(workplace):
     assert output("rows.jsonl") == workplace / "rows.jsonl"
 
