@@ -122,6 +122,7 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
         decode_seconds,
         print_json_samples,
         print_stats,
+        share_of_floor,
         show_samples,
         write,
     )
@@ -143,8 +144,8 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
             print_json_samples(args.prompt, pieces, samples)
         else:
             show_samples(args.prompt, pieces, samples, run.context_length)
-    if run.compiled is None and state.caches is not None:
-        offer(decode_seconds(samples), sum(sample.num_tokens for sample in samples), state.tokens.device)
+    if run.compiled is None and state.caches is not None and args.kernel != "flex":
+        offer(decode_seconds(samples), lambda: share_of_floor(run.model, state, samples), state.tokens.device)
     if state.speculation is not None and (remark := state.speculation.remark()):
         print_stderr(f"[{remark}]")
     if args.stats:

@@ -138,14 +138,12 @@ def print_json_samples(prompt: str, pieces: Generator[str, None, None], samples:
 def print_stats(model: TransformerLM, samples: Sequence[Sample], state: GenerationState) -> None:
     """Print the wait for the first token, throughput, the KV cache's size, and how near decoding came to the time that
     reading memory takes, to stderr."""
-    cached = sum(cache.bytes_per_sequence for cache in state.caches or []) * len(samples)
-    passes = None if state.speculation is None else state.speculation.passes
     stats = {
         "first_token_seconds": first_token_seconds(samples),
         **speeds(samples),
         "cache_bytes_per_token": sum(cache.bytes_per_token for cache in state.caches or []),
-        "cache_bytes": cached,
-        "share_of_bandwidth_floor": share_of_floor(model, cached, samples, passes),
+        "cache_bytes": cached_bytes(state),
+        "share_of_bandwidth_floor": share_of_floor(model, state, samples),
         **({} if state.speculation is None else state.speculation.stats()),
         **({} if state.compiled is None else {"compile_seconds": round(state.compiled.seconds, 1)}),
     }
@@ -159,19 +157,22 @@ def first_token_seconds(samples: Sequence[Sample]) -> float | None:
     return None if first is None else round(first - samples[0].times[0], 6)
 
 
-def share_of_floor(
-    model: TransformerLM, cached: int, samples: Sequence[Sample], passes: int | None = None
-) -> float | None:
-    """Time to read the weights and `cached` bytes once, at the bandwidth measured now, as a share of the median step's
-    from one token to the next. 1: decoding is limited by nothing else. None where there was no such step. passes: of
-    the model, where one gave several tokens, the mean of which is taken then; the prompt's is one of them."""
+def cached_bytes(state: GenerationState) -> int:
+    """Bytes that the KV caches of all rows hold."""
+    return sum(cache.bytes_per_sequence for cache in state.caches or []) * len(state.tokens)
+
+
+def share_of_floor(model: TransformerLM, state: GenerationState, samples: Sequence[Sample]) -> float | None:
+    """Time to read the weights and the KV caches once, at the bandwidth measured now, as a share of the median step's
+    from one token to the next; with speculation, of the mean pass after the prompt's. 1: decoding is limited by nothing
+    else. None where there was no such step."""
     moments = sorted({moment for sample in samples for moment in sample.times[1:]})
-    if len(moments) < 2 or passes == 1:
+    if len(moments) < 2:
         return None
     step = statistics.median(after - before for before, after in itertools.pairwise(moments))
-    if passes is not None:
-        step = decode_seconds(samples) / (passes - 1)
-    read = cached + sum(parameter.nbytes for parameter in model.parameters())
+    if state.speculation is not None:
+        step = decode_seconds(samples) / max(1, state.speculation.passes - 1)
+    read = cached_bytes(state) + sum(parameter.nbytes for parameter in model.parameters())
     return round(read * seconds_per_byte(next(model.parameters()).device) / step, 4)
 
 

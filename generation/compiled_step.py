@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from model.transformer import TransformerLM
 from runtime.compile import reason_of
 
 TIMED_STEPS = 3
-PAYS_FROM = 240  # seconds of decoding, in which a compiled step saves what compiling it takes, and more
+PAYS_FROM = 240  # seconds of decoding, of which a compiled step may save what compiling it takes, and more,
+MAX_SHARE = 0.5  # where reading memory takes no more of them
 MAX_GRAPHS = 64  # of one process; torch.compile's own limit is 8
 LIMITS = ("recompile_limit", "cache_size_limit")  # its name, in newer and older versions of PyTorch
 
@@ -72,10 +74,17 @@ class CompiledStep:
         extent = self._extent(kv_len, caches)
         shapes = tokens.shape, extent.shape if self.on_gpu else None, *(cache.capacity for cache in caches)
         call = functools.partial(self.step, model, tokens, positions, caches, extent)
-        if shapes not in self.compiled:
-            self.compiled.add(shapes)
-            self._compile(call, eager)
-        return eager() if self.failed else call()
+        try:
+            if shapes not in self.compiled:
+                self.compiled.add(shapes)
+                self._compile(call, eager)
+            return call()
+        except (UserError, torch.OutOfMemoryError):  # which say nothing about the compiler
+            raise
+        except Exception as error:  # whatever a compiler raises
+            self.failed = True
+            logging.getLogger("headroom").warning(f"--compile failed, running eagerly: {reason_of(error)}")
+        return eager()
 
     def _extent(self, kv_len: int, caches: Sequence[Cache]) -> Tensor:
         """An empty tensor (kv_len,), whose size says it to the graph."""
@@ -92,15 +101,8 @@ class CompiledStep:
         """Run the step for the first time, which compiles it. Running it again caches the same again."""
         first = not self.seconds
         begun = time.perf_counter()
-        try:
-            with torch._dynamo.config.patch({_limit(): MAX_GRAPHS}):
-                _seconds(call)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a compiler raises
-            self.failed = True
-            logging.getLogger("headroom").warning(f"--compile failed, running eagerly: {reason_of(error)}")
-            return
+        with torch._dynamo.config.patch({_limit(): MAX_GRAPHS}):
+            _seconds(call)
         self.seconds += time.perf_counter() - begun
         if first:
             self._judge(call, eager)
@@ -135,15 +137,14 @@ def check_compiler(device: torch.device) -> None:
         raise UserError("--compile needs the package triton on a GPU: install it, or leave --compile out")
 
 
-def offer(seconds: float, tokens: int, device: torch.device) -> None:
-    """Offer --compile in a line where eager decoding took so long that it would have paid."""
-    if seconds < PAYS_FROM:
+def offer(seconds: float, share: Callable[[], float | None], device: torch.device) -> None:
+    """Offer --compile in a line where eager decoding took long, and for the most part not to read weights, which is all
+    that compiling leaves. share: measures how much of the time reading took."""
+    if seconds < PAYS_FROM or (share() or 1) > MAX_SHARE:
         return
-    try:
+    with suppress(UserError):
         check_compiler(device)
-    except UserError:
-        return
-    print_stderr(f"[{tokens:,} tokens took {seconds:.0f} s: --compile would save more than the half minute it takes]")
+        print_stderr(f"[this took {seconds:.0f} s: --compile may save more than the half minute or more that it takes]")
 
 
 def _limit() -> str:

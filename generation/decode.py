@@ -33,7 +33,7 @@ def generate(
     and NotFinite is raised at the end of the iteration.
 
     A GPU computes the next step while the caller reads the tokens of this one: nothing is read back but these, late.
-    What the caller's changes to `state` make void is computed again.
+    What the caller's changes to `state` make void is computed again. The weights must not change meanwhile.
 
     Where `state` speculates, each row is given up to max_new_tokens tokens, and ENDED stands for those that it is not
     given yet too.
@@ -135,7 +135,7 @@ def _draw_and_judge(
     drafts = _drafts(state, wanted)
     draws = _draw(model, state, sampler, drafts)
     state.speculation.passes += 1
-    if any(drafts) and (draws == NO_TOKEN).any():
+    if any(drafts) and (draws[draws.new_tensor(wanted) > 0] == NO_TOKEN).any():
         # A text has no token after this, and a draft shall not leave what is not finite in the caches: 0 · NaN is NaN.
         state.speculation.draft_little()
         state.caches = model.make_caches(len(wanted), min(cache.capacity for cache in state.caches))
@@ -178,7 +178,8 @@ def _draw(model: TransformerLM, state: GenerationState, sampler: Sampler, drafts
     tokens = torch.cat((state.tokens.gather(1, rows.lengths[:, None] - 1), padded), 1)
     kv_len = rows.known.longest + longest
     _make_room(state, kv_len)
-    logits = model.logits(model(tokens, Placement.decode(positions, state.caches, bucket(kv_len))).x)  # (B, T, V)
+    at = Placement.decode(positions, state.caches, kv_len, state.context_length)
+    logits = model.logits(model(tokens, at).x)  # (B, T, V)
     indices = state.indices[:, None] + ahead
     seeds = rows.seeds.repeat_interleave(len(ahead))
     return sampler(logits.flatten(0, 1), seeds, indices.flatten(), seen).view_as(indices)
@@ -208,12 +209,14 @@ def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
         if flat is not None:
             return flat(state.tokens[:, position, None], position)
     tokens, positions = _new_tokens(state)
-    at = Placement.decode(positions, state.caches, bucket(known.longest), state.context_length)
-    x = model(tokens, at).x
-    if known.new > 1:
-        last = (positions >= 0).sum(1, keepdim=True) - 1  # of an ended row none
-        x = x.take_along_dim(last.clamp(min=0)[..., None], dim=1)
-    return model.logits(x)[:, 0]
+    index = (positions >= 0).sum(1) - 1  # of each row's last token; of an ended row -1
+    last = None  # (B, 1, d) hidden states of these
+    for start in range(0, known.new, tile := _tile(len(tokens))):
+        here = positions[:, start : start + tile]
+        at = Placement.decode(here, state.caches, known.longest, state.context_length)
+        x = model(tokens[:, start : start + tile], at).x
+        last = _last_hidden(last, x, index - start)
+    return model.logits(last)[:, 0]
 
 
 def _new_tokens(state: GenerationState) -> tuple[Tensor, Tensor]:
@@ -242,15 +245,25 @@ def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[C
     Rows shorter than the longest are padded on the right, so that no real token sees the padding.
     """
     longest = int(lengths.max())
-    tile = longest if caches is None else max(MIN_TILE, TILE // len(text))
+    tile = longest if caches is None else _tile(len(text))
     last = None  # (B, 1, d) hidden states of each row's last token
     for start in range(0, longest, tile):
         at = _placement_of_tile(lengths, start, min(start + tile, longest), caches)
         x = model(text[:, start : start + at.positions.shape[1]], at).x
-        index = lengths - 1 - start
-        found = x.take_along_dim(index.clamp(0, x.shape[1] - 1)[:, None, None], dim=1)
-        last = found if last is None else found.where((index >= 0)[:, None, None], last)
+        last = _last_hidden(last, x, lengths - 1 - start)
     return model.logits(last)[:, 0]
+
+
+def _tile(rows: int) -> int:
+    """How many tokens of each row are read at one time."""
+    return max(MIN_TILE, TILE // rows)
+
+
+def _last_hidden(before: Tensor | None, x: Tensor, index: Tensor) -> Tensor:
+    """Hidden states (B, 1, d) of each row's last token, whose index in a tile x (B, T, d) is `index` (B,): negative
+    where it stood in a tile before."""
+    found = x.take_along_dim(index.clamp(0, x.shape[1] - 1)[:, None, None], dim=1)
+    return found if before is None else found.where((index >= 0)[:, None, None], before)
 
 
 def _placement_of_tile(lengths: Tensor, start: int, stop: int, caches: list[Cache] | None) -> Placement:

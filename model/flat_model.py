@@ -8,16 +8,17 @@ from torch import Tensor
 
 from model.cache import Cache
 from model.flat_step import FlatAttention, FlatMLP, Now
-from model.linear import Multiply, multiplier
+from model.linear import Multiply, has_hooks, multiplier
 from model.norm import Normer, normer
-from model.transformer import Block, TransformerLM, softcapped
+from model.transformer import Block, PaddedEmbedding, TransformerLM, run_block, softcapped
 
 FlatBlock = tuple[Normer, FlatAttention, Normer, FlatMLP]
 
 
 class FlatModel:
     """One token of every row, all at one position -> logits: what TransformerLM.forward and logits compute. It holds
-    for the weights and KV caches of now: another is made where a cache has grown, or weights were replaced."""
+    for the weights and KV caches of now, of which some are copied: another is made where a cache has grown, and for
+    each `generate`, during which weights must not change."""
 
     def __init__(self, model: TransformerLM, blocks: Sequence[FlatBlock], head: Multiply, below: int):
         self.model = model
@@ -43,7 +44,10 @@ class FlatModel:
 def flat_model(model: TransformerLM, caches: Sequence[Cache], batch_size: int, below: int) -> FlatModel | None:
     """Make the step ready; below: a bound of the positions. None where it cannot be: not on a CPU, where a part has no
     `flat` for what is asked of it, or where hooks wait for a module to run."""
-    if model.embedding.weight.device.type != "cpu" or any(_has_hooks(module) for module in model.modules()):
+    unchanged = type(model) is TransformerLM and type(model.embedding) is PaddedEmbedding
+    if not unchanged or model.run_block is not run_block or model.embedding.weight.device.type != "cpu":
+        return None
+    if any(has_hooks(module) for module in model.modules()):
         return None
     blocks = []
     for block, cache in zip(model.layers, caches, strict=True):
@@ -54,7 +58,3 @@ def flat_model(model: TransformerLM, caches: Sequence[Cache], batch_size: int, b
             return None
         blocks.append((normer(block.attention_norm), attend, normer(block.mlp_norm), mlp))
     return FlatModel(model, blocks, multiplier(model.lm_head.weight, None, batch_size), below)
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -18,7 +18,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: (..., in) and (out, in) -> (..., out). F.linear; without gradients on a CPU, of few rows, the
     fastest way to compute it there, by a rule of shapes alone (measured: python -m benchmarks.one_row)."""
     rows = x.numel() // x.shape[-1]
-    if rows > FEW_ROWS or torch.is_grad_enabled() or not x.is_cpu:
+    if not 0 < rows <= FEW_ROWS or torch.is_grad_enabled() or not x.is_cpu:
         return F.linear(x, weight, bias)
     return multiplier(weight, bias, rows)(x.reshape(rows, -1), None).view(*x.shape[:-1], -1)
 
@@ -92,7 +92,8 @@ class Joined(NamedTuple):
 
     def are(self, layers: tuple[nn.Module, ...]) -> bool:
         """Whether these are the layers, as they were joined: none moved, converted, replaced or hooked."""
-        return layers == self.layers and self.addresses == _addresses(layers) and not any(map(_has_hooks, layers))
+        same = layers == self.layers and all(type(layer) is Linear for layer in layers)
+        return same and self.addresses == _addresses(layers) and not any(map(has_hooks, layers))
 
     def multiplier(self, rows: int) -> Multiply:
         """All layers for few rows on a CPU without gradients, made ready."""
@@ -128,7 +129,7 @@ class FanOut(nn.Module):
         products to be fast. Returns the layers that were joined: none where one of them was replaced by a module of
         another kind."""
         layers = self.of_one_input()
-        if not layers or not all(isinstance(layer, Linear) for layer in layers):
+        if not layers or not all(type(layer) is Linear for layer in layers):
             return ()
         weight = read_fast(torch.cat([layer.weight for layer in layers]), rows)
         sizes = [layer.out_features for layer in layers]
@@ -156,5 +157,6 @@ def _addresses(layers: tuple[nn.Module, ...]) -> list[int]:
     return [one.data_ptr() for layer in layers for one in layer._parameters.values() if one is not None]
 
 
-def _has_hooks(layer: nn.Module) -> bool:
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether something waits for the module to run."""
     return bool(layer._forward_hooks or layer._forward_pre_hooks)

@@ -80,7 +80,7 @@ class SwiGLU(FanOut):
 
     def flat(self, rows: int) -> FlatMLP | None:
         joined = self.joined()
-        if joined is None or type(self.down_proj) is not Linear or type(self).forward is not SwiGLU.forward:
+        if joined is None or type(self.down_proj) is not Linear or type(self) is not SwiGLU:
             return None
         project, down = joined.multiplier(rows), self.down_proj.multiplier(rows)
 
@@ -115,7 +115,7 @@ class PlainMLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
     def flat(self, rows: int) -> FlatMLP | None:
-        if not type(self.up_proj) is type(self.down_proj) is Linear or type(self).forward is not PlainMLP.forward:
+        if not type(self.up_proj) is type(self.down_proj) is Linear or type(self) is not PlainMLP:
             return None
         up, activation, down = self.up_proj.multiplier(rows), self.activation, self.down_proj.multiplier(rows)
         return lambda x, residual: down(activation(up(x, None)), residual)

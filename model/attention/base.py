@@ -191,17 +191,17 @@ class Attention(FanOut, ABC):
         return heads
 
     def flat(self, cache: Cache) -> FlatAttention | None:
-        """`forward` for one token of every row on a CPU, made ready (model/flat_step.py); None if there is none."""
+        """`forward` for one token of every row on a CPU, made ready (model/flat_step.py); None if there is none. That
+        of a class is of the class alone: a subclass, which may change anything, has its own or none."""
         return None
 
     def is_plain(self, cache: Cache) -> bool:
         """Whether nothing is asked of this attention that a `flat` would have to know besides its own projections: all
-        earlier tokens are seen, by PyTorch's flash kernel, and no modifier acts on the heads."""
-        core, kind = self.core, type(self)
-        unmodified = kind.forward is Attention.forward and kind.modify is Attention.modify
+        earlier tokens are seen, by PyTorch's flash kernel."""
+        core = self.core
         plain_core = type(core) is AttentionCore and core.add_position_bias is no_position_bias
         sees_all = core.pattern == CAUSAL and isinstance(cache, FullCache)
-        return unmodified and plain_core and sees_all and core.attend.is_flash_on_cpu and type(self.o_proj) is Linear
+        return plain_core and sees_all and core.attend.is_flash_on_cpu and type(self.o_proj) is Linear
 
     @abstractmethod
     def make_cache(self, batch_size: int, capacity: int) -> Cache:

@@ -60,9 +60,9 @@ class AttentionCore:
         return Heads(out, collect_stats(ctx.collect, q, k, mask, self.scale, row_offset) if ctx.collect else {})
 
     def _wants_spans(self, q: Tensor, mask: Mask, ctx: Context) -> bool:
-        """Whether keys and values of all tokens would take too much memory at one time, and of a part will do: in the
-        later tiles of a long prefill, where every query sees some key of each span."""
-        long, inference = mask.k_pos.shape[1] > SPAN >= q.shape[1] > 1, not (torch.is_grad_enabled() or ctx.collect)
+        """Whether keys and values of all tokens would take too much memory at one time: in the later tiles of a long
+        prefill."""
+        long, inference = mask.k_pos.shape[1] > SPAN and q.shape[1] > 1, not (torch.is_grad_enabled() or ctx.collect)
         sees_all = mask.pattern == CAUSAL and not mask.contiguous
         return long and inference and sees_all and q.is_cpu and self.attend.gives_lse("cpu")
 
@@ -84,11 +84,13 @@ class AttentionCore:
             part = Mask(mask.q_pos, mask.k_pos[:, keys], False, mask.pattern)
             biased_q, k, _ = self.add_position_bias(q, k, part, self.scale)
             found, found_lse = self.attend(biased_q, k, v, part, how)
+            nothing = ((mask.q_pos >= 0) & (mask.q_pos < keys.start))[..., None]  # of this span, seen by a query
+            found_lse = found_lse.masked_fill(nothing, float("-inf"))  # kernels differ in what they return there
             if out is None:
                 out, lse = found, found_lse
                 continue
-            share = torch.sigmoid(found_lse - lse)[..., None].to(out.dtype)  # of this span, in the sum of all
-            out, lse = out.lerp(found, share), torch.logaddexp(lse, found_lse)
+            share = torch.sigmoid(found_lse - lse).masked_fill(nothing, 0)  # of this span, in the sum of all
+            out, lse = out.lerp(found, share[..., None].to(out.dtype)), torch.logaddexp(lse, found_lse)
         return Heads(out, {})
 
     def make_cache(self, batch_size: int, capacity: int, columns: Mapping[str, tuple[int, ...]], like: Tensor) -> Cache:

@@ -80,13 +80,13 @@ def _normed_core(attention: LatentProjections, w_uk: Tensor, rows: Tensor, cache
     r = rows.shape[-1] - c
     count = n_heads * (n + r)  # numbers in the keys of all heads
     # A row times this has the length of the keys of all heads: those of W_uk, and the rope key once for each head.
-    lengthen = torch.zeros(c + r, n_heads * n + r, dtype=w_uk.dtype)
+    lengthen = torch.zeros(c + r, n_heads * n + r)
     lengthen[:c, : n_heads * n] = w_uk.flatten(0, 1).mT
     lengthen[c:, n_heads * n :].fill_diagonal_(math.sqrt(n_heads))
     eps = torch.tensor((count * RMS_EPS) ** 0.5)
 
     def attend(q: Tensor, row: Tensor, now: Now) -> Tensor:
-        length = torch.linalg.vector_norm((row @ lengthen).float(), dim=-1, keepdim=True)
+        length = torch.linalg.vector_norm(row.float() @ lengthen, dim=-1, keepdim=True)
         inverse[:, now.row].copy_(count**0.5 / torch.hypot(length, eps))
         keys, factors = rows[:, now.seen], inverse[:, now.seen]
         if keys.dtype == torch.float32:

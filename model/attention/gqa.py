@@ -119,7 +119,7 @@ class GQA(Attention):
 
     def flat(self, cache: Cache) -> FlatAttention | None:
         joined = self.joined()
-        ours = type(self).heads is GQA.heads and are_plain(self.q_norm, self.k_norm)
+        ours = type(self) is GQA and are_plain(self.q_norm, self.k_norm)
         if joined is None or not (ours and self.is_plain(cache)):
             return None
         keys, values = cache.by_head("k"), cache.by_head("v")

@@ -222,7 +222,7 @@ class MLA(LatentProjections, Attention):
     def flat(self, cache: Cache) -> FlatAttention | None:
         """Absorbed, where whole keys are normed together or none are, and rotate."""
         joined = self.joined()
-        ours = type(self).heads is MLA.heads and self.execute in (self._cheaper, self._absorbed)
+        ours = type(self) is MLA and self.execute in (self._cheaper, self._absorbed)
         usual = self.k_nope_norm is None and self.k_rope_proj is None and self.rope is not None and self.key_groups == 1
         parts = [self.q_proj] if isinstance(self.q_proj, Linear) else list(self.q_proj)
         plain = are_plain(self.q_norm, self.kv_norm) and all(type(part) in (Linear, RMSNorm) for part in parts)

@@ -37,7 +37,7 @@ DEVICES = ("cpu", "cuda")  # that have fused kernels
 CPU_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 CPU_FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 QUERY_TILE = 256  # queries whose mask is in memory at one time
-MAX_MASK = 2**21  # elements of it, for each sequence: fewer queries where there are more than 8,192 keys
+MAX_MASK = 2**21  # elements of it, for each sequence: fewer queries where there are more than 8,192 keys and heads
 MAX_SAVED_MASK_KEYS = 1024  # width up to which a tile's mask is saved for the backward pass
 
 
@@ -149,7 +149,8 @@ def by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "
             return checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=how.dropout > 0)
         return tile(*inputs)
 
-    size = min(QUERY_TILE, max(1, MAX_MASK // k.shape[2]))
+    repeats = q.shape[2] // k.shape[1]
+    size = min(QUERY_TILE, max(1, MAX_MASK // (k.shape[2] * repeats)))
     found = [run(rows) for rows in tiles(slice(0, q.shape[1]), size)]
     if len(found) == 1:
         return found[0]

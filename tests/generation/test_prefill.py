@@ -46,6 +46,25 @@ def test_prefill_in_tiles_is_that_of_the_whole_text(monkeypatch, case):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", [("attention=mla",), ("attention=mla", "attention.position=alibi")], ids=" ".join)
+def test_long_turns_after_texts_of_several_lengths_see_what_stands_before_them(monkeypatch, case):
+    """A row whose queries see nothing of the last spans, which are of a longer one; and a turn longer than a tile."""
+    monkeypatch.setattr(decode, "TILE", 16)
+    monkeypatch.setattr(decode, "MIN_TILE", 8)
+    monkeypatch.setattr(core, "SPAN", 8)
+    model = small_model(*case, "attention.execution=expanded", kernel=Auto())
+    found = []
+    for cached in (True, False):
+        state = GenerationState(model, [[1] * 40, [2, 3, 4]], range(2), cached=cached)
+        list(decode.generate(model, state, Sampler(temperature=0), max_new_tokens=1))
+        state.append(0, [5])
+        state.append(1, list(range(20, 40)))
+        state.rows = state.rows.read_back()
+        found.append(decode.next_logits(model, state))
+    assert relative_error(*found) <= 1e-5
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("attention", ["mha", "mla"])
 def test_prefill_of_a_long_text_takes_the_memory_of_a_tile(monkeypatch, attention):
     monkeypatch.setattr(decode, "TILE", 256)

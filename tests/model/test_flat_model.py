@@ -9,13 +9,15 @@ from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.attention.gqa import GQA
 from model.decode_layout import lay_out_for_decoding
-from model.flat_model import flat_model
+from model.flat_model import FlatModel, flat_model
 from model.kernels.auto import SDPA_DEFAULT
 from model.kernels.base import Kernel
 from model.kernels.naive import Naive
+from model.linear import Linear
 from model.mlp import PlainMLP
 from model.placement import Placement
-from tests.support import ATTENTIONS, relative_error, small_model, some_tokens
+from model.transformer import PaddedEmbedding, TransformerLM, run_block
+from tests.support import ATTENTIONS, logits_of, relative_error, small_model, some_tokens
 
 PROMPT, TOKENS = 9, 24
 FLAT = [
@@ -148,6 +150,22 @@ def replaced_norm(model):
     model.layers[1].attention.q_norm = nn.Sequential(model.layers[1].attention.q_norm)
 
 
+def another_attention(model):
+    model.layers[1].attention.__class__ = type("Own", (GQA,), {})
+
+
+def another_embedding(model):
+    model.embedding.__class__ = type("Own", (PaddedEmbedding,), {})
+
+
+def another_model(model):
+    model.__class__ = type("Own", (TransformerLM,), {})
+
+
+def another_way_to_run(model):
+    model.run_block = lambda *given: run_block(*given)
+
+
 def another_mlp(model):
     model.layers[1].mlp = nn.Sequential(model.layers[1].mlp)
 
@@ -159,13 +177,59 @@ def another_forward(model):
 
 
 @pytest.mark.parametrize(
-    "change", [another_mlp, another_forward, hooked, modified, other_heads, replaced, replaced_mlp, replaced_norm]
+    "change",
+    [
+        hooked,
+        modified,
+        other_heads,
+        replaced,
+        replaced_mlp,
+        replaced_norm,
+        another_attention,
+        another_embedding,
+        another_model,
+        another_way_to_run,
+        another_mlp,
+        another_forward,
+    ],
 )
 def test_flat_step_stands_aside_for_a_model_that_was_changed(change):
     model = laid_out("attention=gqa")
     assert flat_of(model, model.make_caches(2, 64)) is not None
     change(model)
     assert flat_of(model, model.make_caches(2, 64)) is None
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_flat_step_stands_aside_for_another_query_latent(part):
+    model = laid_out("attention=mla", "attention.q_lora_rank=24")
+    q_proj = model.layers[1].attention.q_proj
+    q_proj[part] = nn.Sequential(q_proj[part])
+    assert flat_of(model, model.make_caches(2, 64)) is None
+
+
+@torch.no_grad()
+def test_layer_of_another_kind_is_not_joined():
+    model = small_model("attention=gqa")
+    layer = model.layers[0].attention.q_proj
+    layer.__class__ = type("Doubled", (Linear,), {"forward": lambda self, x: 2 * Linear.forward(self, x)})
+    expected = logits_of(model, some_tokens(2, 9))
+    lay_out_for_decoding(model)
+    assert relative_error(logits_of(model, some_tokens(2, 9)), expected) <= 1e-5
+
+
+def test_text_follows_caches_that_grow_and_weights_that_change_between_two_calls():
+    """Weights of the last norm, which nothing that is cached depends on."""
+    texts = []
+    for cached in (True, False):
+        model = laid_out("attention=mha", "model.context_length=256", rows=1)
+        state = GenerationState(model, [[1, 2, 3]], [0], cached=cached)
+        list(generate(model, state, Sampler(temperature=0), max_new_tokens=70))  # beyond 64
+        assert isinstance(state.flat, FlatModel) is cached
+        model.norm.weight.data.mul_(torch.linspace(-1, 3, 64))
+        list(generate(model, state, Sampler(temperature=0), max_new_tokens=70))  # beyond 96 and 128
+        texts.append(state.tokens[0, :143].tolist())
+    assert texts[0] == texts[1]
 
 
 @torch.no_grad()
