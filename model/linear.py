@@ -149,7 +149,7 @@ class FanOut(nn.Module):
 
 def read_fast(matrix: Tensor, rows: int) -> Tensor:
     """The matrix (out, in), stored for products with so many rows: see model/decode_layout.py."""
-    by_columns = rows == 1 and matrix.shape[0] > matrix.shape[1]
+    by_columns = rows == 1 and (matrix.shape[0] > matrix.shape[1] or _threads() > 1)
     return matrix.mT.contiguous().mT if by_columns else matrix.contiguous()
 
 
