@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -179,8 +180,8 @@ def score(args: argparse.Namespace, run: LoadedRun) -> None:
     page = ScorePage(run.tokenizer) if args.html is not None else None
     watchers = [token_printer(args, run)] if args.tokens else []
     watchers += [page.add] if page is not None else []
-    announce(run)
-    found = score_text(run.model, run.tokenizer, args.score_text, run.context_length, watchers)
+    begin = partial(announce, run)
+    found = score_text(run.model, run.tokenizer, args.score_text, run.context_length, watchers, begin)
     if args.json:
         print(json_line({"file": str(args.score), **as_json(found)}), flush=True)
     check_finite(found, run.model, run.tokenizer, args.score_text, run.context_length)

@@ -45,12 +45,17 @@ Watcher = Callable[[list[TokenScore]], None]
 
 
 def score_text(
-    model: nn.Module, tokenizer: Tokenizer, text: str, context_length: int, watchers: Sequence[Watcher] = ()
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    text: str,
+    context_length: int,
+    watchers: Sequence[Watcher] = (),
+    begin: Callable[[], None] | None = None,
 ) -> Score:
     """Score a text in consecutive windows of the context length. Unlike validation, it also scores the tail that fills
     no window. Every token but the first is predicted once, from those before it in its window; the first one's bytes do
-    not count. watchers: called with every token of the text, in order, those of a few windows at a time. Raises
-    UserError where there is nothing to predict."""
+    not count. watchers: called with every token of the text, in order, those of a few windows at a time.
+    begin: called before the first. Raises UserError where there is nothing to predict."""
     tokens = tokenizer.encode(text)
     if len(tokens) < 2:
         raise UserError("the text is empty or a single token, which leaves nothing to predict: score a longer one")
@@ -60,6 +65,8 @@ def score_text(
     batches = evaluation_batches(whole, context_length, BATCH_WINDOWS)
     if len(rest) > 1:
         batches += evaluation_batches(TokenStream([rest]), len(rest) - 1, 1)
+    if begin is not None:
+        begin()
     for watch in watchers:
         watch([TokenScore(int(tokens[0]))])
     losses = _watched(watchers) if watchers else token_losses

@@ -59,7 +59,7 @@ def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, c
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("on_gpu", "graphs"), [(False, 1), (True, 12)])
+@pytest.mark.parametrize(("on_gpu", "graphs"), [(False, 1), pytest.param(True, 12, marks=pytest.mark.slow)])
 def test_compiled_step_of_a_long_text_never_falls_back(traced, on_gpu, graphs):
     """One text through 12 buckets. As on a GPU, but for CUDA graphs: a graph each, of which torch.compile makes 8."""
     lengths = sorted({bucket(n) for n in range(1, 3000)})
