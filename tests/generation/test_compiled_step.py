@@ -146,14 +146,21 @@ def test_compiled_step_says_what_it_took_and_saves(caplog, monkeypatch, tokens, 
 
 
 @pytest.mark.parametrize(
-    ("seconds", "share", "there", "offered"),
-    [(300, 0.3, True, True), (300, 0.3, False, False), (20, 0.3, True, False), (300, 0.9, True, False)],
+    ("device", "seconds", "share", "there", "offered"),
+    [
+        ("cuda", 300, 0.3, True, True),
+        ("cuda", 300, 0.3, False, False),
+        ("cuda", 20, 0.3, True, False),
+        ("cuda", 300, 0.9, True, False),
+        ("cpu", 300, 0.3, True, False),
+    ],
 )
 def test_compiling_is_offered_where_it_may_save_much_and_a_compiler_is_there(
-    monkeypatch, capsys, seconds, share, there, offered
+    monkeypatch, capsys, device, seconds, share, there, offered
 ):
     monkeypatch.setenv("CXX", sys.executable if there else "/nowhere")
-    offer(seconds, lambda: share, torch.device("cpu"))
+    monkeypatch.setattr(compiled_step.importlib.util, "find_spec", lambda name: name)
+    offer(seconds, lambda: share, torch.device(device))
     assert ("[this took 300 s: --compile may save" in capsys.readouterr().err) is offered
 
 
