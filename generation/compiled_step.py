@@ -4,7 +4,6 @@ import functools
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -71,7 +70,7 @@ class CompiledStep:
         eager: computes the same."""
         if self.failed:
             return eager()
-        extent = self._extent(kv_len, caches)
+        extent = self._extent(kv_len, caches, tokens.device)
         shapes = tokens.shape, extent.shape if self.on_gpu else None, *(cache.capacity for cache in caches)
         call = functools.partial(self.step, model, tokens, positions, caches, extent)
         try:
@@ -86,14 +85,14 @@ class CompiledStep:
             logging.getLogger("headroom").warning(f"--compile failed, running eagerly: {reason_of(error)}")
         return eager()
 
-    def _extent(self, kv_len: int, caches: Sequence[Cache]) -> Tensor:
+    def _extent(self, kv_len: int, caches: Sequence[Cache], device: torch.device) -> Tensor:
         """An empty tensor (kv_len,), whose size says it to the graph."""
         if self.on_gpu:
             for cache in caches:
                 for column in cache.columns.values():
                     torch._dynamo.mark_static_address(column)
-            return torch.empty(bucket(kv_len), 0)
-        extent = torch.empty(kv_len, 0)
+            return torch.empty(bucket(kv_len), 0, device=device)  # no CUDA graph has an input on the CPU
+        extent = torch.empty(kv_len, 0, device=device)
         torch._dynamo.mark_dynamic(extent, 0)
         return extent
 
@@ -130,11 +129,18 @@ def check_compiler(device: torch.device) -> None:
     """Raise UserError where torch.compile cannot work: it writes C++ for a CPU, and Triton for a GPU."""
     chosen = os.environ.get("CXX")
     compiler = chosen or ("clang++" if sys.platform == "darwin" else "g++")
-    if shutil.which(compiler) is None or subprocess.run([compiler, "--version"], capture_output=True).returncode:
+    if not _runs(compiler):
         found = f"CXX={chosen} is none: unset CXX" if chosen else f"there is no {compiler}: install it"
         raise UserError(f"--compile needs a C++ compiler, and {found}, or leave --compile out")
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise UserError("--compile needs the package triton on a GPU: install it, or leave --compile out")
+
+
+def _runs(program: str) -> bool:
+    try:
+        return subprocess.run([program, "--version"], capture_output=True).returncode == 0
+    except OSError:  # not there, or no program
+        return False
 
 
 def offer(seconds: float, share: Callable[[], float | None], device: torch.device) -> None:

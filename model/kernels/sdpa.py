@@ -137,8 +137,7 @@ def by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "
 
     def tile(q: Tensor, k: Tensor, v: Tensor, rows: slice, keys: slice) -> Attended:
         t, repeats = q.shape[1], q.shape[2] // k.shape[1]
-        # (B or 1, 1, t·R, s); that of a single query broadcasts
-        bias = mask.bias(rows, keys, q.dtype, repeats if t > 1 else 1)[:, None]
+        bias = mask.bias(rows, keys, q.dtype, repeats)[:, None]  # (B or 1, 1, t·R, s)
         out, lse = fused(_rows_of_key_heads(q, k.shape[1]), k, v, how, attn_mask=bias)
         return Attended(_by_token(out, t), None if lse is None else _by_token(lse[..., None], t).squeeze(-1))
 
@@ -159,15 +158,11 @@ def by_positions(q: Tensor, k: Tensor, v: Tensor, mask: Mask, how: How, fused: "
 
 def _rows_of_key_heads(q: Tensor, n_kv_heads: int) -> Tensor:
     """(B, t, H, D) -> (B, G, t·R, D)."""
-    if q.shape[1] == 1:
-        return q.reshape(q.shape[0], n_kv_heads, -1, q.shape[3])
     return group_queries(q, n_kv_heads).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 
 def _by_token(x: Tensor, t: int) -> Tensor:
     """Inverse of _rows_of_key_heads: (B, G, t·R, D) -> (B, t, H, D)."""
-    if t == 1:
-        return x.reshape(x.shape[0], 1, -1, x.shape[3])
     return x.unflatten(2, (t, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
 
 

@@ -169,14 +169,19 @@ def test_compiling_is_offered_where_it_may_save_much_and_a_compiler_is_there(
     [
         ("cpu", None, "there is no (g|clang)[+][+]: install it"),
         ("cpu", "/nowhere", "CXX=/nowhere is none: unset CXX"),
+        ("cpu", "no program", "CXX=.*text is none"),
         ("cpu", shutil.which("false"), "CXX=.*false is none"),
         ("cuda", sys.executable, "triton"),
     ],
 )
-def test_compile_flag_without_a_compiler_is_refused(monkeypatch, device, compiler, missing):
+def test_compile_flag_without_a_compiler_is_refused(monkeypatch, tmp_path, device, compiler, missing):
     monkeypatch.delenv("CXX", raising=False)
     if compiler is None:
         monkeypatch.setenv("PATH", "/nowhere")
+    elif compiler == "no program":  # but a file that may be run
+        (tmp_path / "text").write_bytes(b"\0")
+        (tmp_path / "text").chmod(0o755)
+        monkeypatch.setenv("CXX", str(tmp_path / "text"))
     else:
         monkeypatch.setenv("CXX", compiler)
     monkeypatch.setattr(compiled_step.importlib.util, "find_spec", lambda name: None)
