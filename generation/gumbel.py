@@ -42,15 +42,15 @@ def hash_seeds(seeds: Sequence[int], device: torch.device | None = None) -> Tens
     return mix(torch.tensor(seeds, dtype=torch.int64, device=device))
 
 
-def gumbel(hashed_seeds: Tensor, indices: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise of every token at the indices (B,) of texts -> (B, V) float32: -log(-log(1 - u)), u uniform
-    in (0, 1).
+def gumbel(hashed_seeds: Tensor, indices: Tensor, tokens: Tensor) -> Tensor:
+    """Standard Gumbel noise of the tokens (V,), or (B, V) of each row its own, at the indices (B,) of texts -> (B, V)
+    float32: -log(-log(1 - u)), u uniform in (0, 1).
 
     Large noise, by which unlikely tokens win, is where u is near 0 and -log(1 - u) ≈ u. There a float32 of 63 random
     bits has all its 24 digits, so tokens of any probability are drawn as often as they should be. Near 1 it has not:
     one u in 10^7 is cut off at 1 - eps, where the noise is -2.8 and hardly any token wins.
     """
     keys = mix(hashed_seeds + indices)
-    hashes = _scramble(keys[:, None] + torch.arange(vocab_size, device=keys.device)).bitwise_and_(MAX_INT64)
+    hashes = _scramble(keys[:, None] + tokens).bitwise_and_(MAX_INT64)
     minus_u = hashes.float().mul_(-(2.0**-63)).clamp_(torch.finfo(torch.float32).eps - 1, -(2.0**-64))
     return minus_u.log1p_().neg_().log_().neg_()

@@ -9,6 +9,7 @@ from generation.defaults import SAMPLING
 from generation.gumbel import gumbel
 
 NO_TOKEN = -1  # sampled from a row whose logits define no distribution
+LARGE_VOCABULARY = 4096  # where noise for every token takes longer than to find those that top-k keeps
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -65,15 +66,30 @@ class Sampler(FrozenSettings):
             logits = apply_repetition_penalty(logits, seen, self.repetition_penalty)
         largest, tokens = logits.max(-1)  # NaN where any is
         if self.temperature != 0:
-            noise = gumbel(hashed_seeds, indices, logits.shape[-1])
-            tokens = (self._filtered(logits - largest[:, None]) + noise).argmax(-1)
+            drawable, tokens_of = self._drawable(self._divided(logits - largest[:, None]))
+            noise = gumbel(hashed_seeds, indices, tokens_of)
+            drawn = (self._filtered(drawable) + noise).argmax(-1, keepdim=True)
+            tokens = tokens_of.expand(len(drawn), -1).gather(-1, drawn)[:, 0]
         return tokens.where(largest > float("-inf"), NO_TOKEN)
 
-    def _filtered(self, logits: Tensor) -> Tensor:
-        """Divide by the temperature, and filter, logits (B, V) of which the largest in each row is 0."""
-        logits = logits.nan_to_num(0.0, neginf=float("-inf"))  # inf - inf: where tokens are certain
+    def _divided(self, logits: Tensor) -> Tensor:
+        """Divide by the temperature, in place, logits (B, V) of which the largest in each row is 0."""
+        logits = logits.nan_to_num_(0.0, neginf=float("-inf"))  # inf - inf: where tokens are certain
         limits = torch.finfo(logits.dtype)
-        logits = logits / min(max(self.temperature, limits.tiny), limits.max)
+        return logits.div_(min(max(self.temperature, limits.tiny), limits.max))
+
+    def _drawable(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of the tokens that top-k keeps, and those tokens, both (B, k): noise for them alone is less work
+        in large vocabularies. Where equals make them more than k, and on other devices than CPUs, which would wait to
+        know: the logits (B, V) as they are, and all tokens (V,)."""
+        vocab_size = logits.shape[-1]
+        if self.top_k is not None and self.top_k < vocab_size >= LARGE_VOCABULARY and logits.is_cpu:
+            largest, tokens = logits.topk(self.top_k + 1)
+            if (largest[:, -1] < largest[:, -2]).all():
+                return largest[:, :-1], tokens[:, :-1]
+        return logits, torch.arange(vocab_size, device=logits.device)
+
+    def _filtered(self, logits: Tensor) -> Tensor:
         if self.top_k is not None:
             logits = keep_top_k(logits, self.top_k)
         if self.top_p is not None:

@@ -22,7 +22,7 @@ def splitmix64(x: int) -> int:
 def noise(seeds, indices, vocab_size: int) -> torch.Tensor:
     """Seeds and indices, broadcast -> (draws, V)."""
     seeds, indices = torch.broadcast_tensors(torch.as_tensor(seeds), torch.as_tensor(indices))
-    return gumbel(hash_seeds(seeds.tolist()), indices, vocab_size)
+    return gumbel(hash_seeds(seeds.tolist()), indices, torch.arange(vocab_size))
 
 
 def uniform(seeds, indices, vocab_size: int) -> torch.Tensor:
@@ -66,7 +66,8 @@ def test_noise_has_the_distribution_of_gumbel_to_its_tails():
 def test_noise_of_a_hash_of_all_ones_or_zeros_is_finite(monkeypatch):
     for value in (0, -1):
         monkeypatch.setattr("generation.gumbel._fold", lambda x, shift, value=value: x.fill_(value))
-        assert gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 3).isfinite().all()
+        zero = torch.zeros(1, dtype=torch.int64)
+        assert gumbel(zero, zero, torch.arange(3)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -102,6 +103,6 @@ def test_noise_of_a_grid_of_seeds_and_indices_never_meets():
 def test_noise_compiled_equals_eager():
     seeds, indices = hash_seeds(range(50)), torch.arange(50)
     compiled = torch.compile(gumbel, dynamic=False)
-    eager = gumbel(seeds, indices, 300)
-    assert torch.allclose(compiled(seeds, indices, 300), eager, rtol=1e-6, atol=1e-6)
-    assert torch.equal(compiled(seeds, indices, 300).argmax(-1), eager.argmax(-1))
+    eager = gumbel(seeds, indices, torch.arange(300))
+    assert torch.allclose(compiled(seeds, indices, torch.arange(300)), eager, rtol=1e-6, atol=1e-6)
+    assert torch.equal(compiled(seeds, indices, torch.arange(300)).argmax(-1), eager.argmax(-1))

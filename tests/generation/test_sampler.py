@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
+from generation import sampler as sampling
 from generation.gumbel import hash_seeds
 from generation.options import DEFAULTS
 from generation.sampler import NO_TOKEN, Sampler, apply_repetition_penalty, keep_min_p, keep_top_k, keep_top_p
@@ -172,3 +173,20 @@ def test_sampler_with_logits_that_are_not_finite_equals_a_naive_one(settings):
     indices = torch.full((rows,), 9)
     alone = [int(sampler(torch.tensor([row]), seeds[:1], indices[:1])) for row in NOT_FINITE]
     assert sampler(torch.tensor(NOT_FINITE), seeds, indices).tolist() == alone
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.6}, {"min_p": 0.3}, {"temperature": 1e-300}], ids=str)
+def test_sampler_with_top_k_of_a_large_vocabulary_draws_as_from_all_its_tokens(settings, monkeypatch):
+    """As from a row of fewer than k possible tokens, from one of equals around the k-th, and beside such rows."""
+    sampler = Sampler(top_k=3, **settings)
+    logits = torch.randn(400, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    odd = torch.tensor([[*row, *row[:2], *row[:2], *row] for row in NOT_FINITE], dtype=torch.float64)
+    seeds, indices = hash_seeds(range(400)), torch.arange(400)
+    for case in (logits, logits.round(), torch.cat([odd, logits[len(odd) :]])):
+        before = case.clone()
+        drawn_from = {}
+        for large in (1, 100):
+            monkeypatch.setattr(sampling, "LARGE_VOCABULARY", large)
+            drawn_from[large] = sampler(case, seeds, indices)
+            assert torch.equal(case.nan_to_num(7), before.nan_to_num(7))
+        assert torch.equal(drawn_from[1], drawn_from[100])

@@ -136,7 +136,8 @@ def test_generate_with_drafts_in_float32_differs_only_where_two_tokens_tie(atten
             text = torch.tensor([PROMPTS[0] + plain[:i]])
             with torch.no_grad():
                 logits = logits_of(model, text)[:, -1]
-            scores = logits / sampler.temperature + gumbel(hash_seeds([seed]), torch.tensor([text.shape[1]]), 12)
+            noise = gumbel(hash_seeds([seed]), torch.tensor([text.shape[1]]), torch.arange(12))
+            scores = logits / sampler.temperature + noise
             gap = float(scores.topk(2).values.diff().abs())
             print(f"{' '.join(attention)}, seed {seed}: token {i} differs, the best two by {gap:.1g}")
             assert gap <= 1e-4
