@@ -16,6 +16,7 @@ from torch import Tensor
 from common.errors import UserError
 from common.streams import print_stderr
 from model.cache import Cache
+from model.flat_model import FlatModel
 from model.placement import Placement
 from model.transformer import TransformerLM
 from runtime.compile import reason_of
@@ -59,19 +60,24 @@ class CompiledStep:
 
     def __call__(
         self,
-        model: TransformerLM,
+        model: TransformerLM | FlatModel,
         tokens: Tensor,
         positions: Tensor,
         caches: Sequence[Cache],
         kv_len: int,
         eager: Eager,
     ) -> Tensor:
-        """tokens (B, 1) at positions (B, 1) -> logits (B, V). kv_len: how many cache rows may be visible, at least.
-        eager: computes the same."""
+        """tokens (B, 1) at positions (B, 1), for a FlatModel all kv_len - 1 -> logits (B, V). kv_len: how many cache
+        rows may be visible, at least. eager: computes the same."""
         if self.failed:
             return eager()
         extent = self._extent(kv_len, caches, tokens.device)
-        shapes = tokens.shape, extent.shape if self.on_gpu else None, *(cache.capacity for cache in caches)
+        shapes = (
+            type(model),
+            tokens.shape,
+            extent.shape if self.on_gpu else None,
+            *(cache.capacity for cache in caches),
+        )
         call = functools.partial(self.step, model, tokens, positions, caches, extent)
         try:
             if shapes not in self.compiled:
@@ -117,10 +123,12 @@ class CompiledStep:
 
 
 def decode_step(
-    model: TransformerLM, tokens: Tensor, positions: Tensor, caches: Sequence[Cache], extent: Tensor
+    model: TransformerLM | FlatModel, tokens: Tensor, positions: Tensor, caches: Sequence[Cache], extent: Tensor
 ) -> Tensor:
     """tokens (B, 1) at positions (B, 1) -> logits (B, V). extent (kv_len, 0): its size is how many cache rows may be
     visible."""
+    if isinstance(model, FlatModel):
+        return model(tokens, extent.shape[0] - 1)
     at = Placement.decode(positions, caches, extent.shape[0])
     return model.logits(model(tokens, at).x)[:, 0]
 

@@ -12,6 +12,7 @@ from generation.compiled_step import bucket
 from generation.sampler import NO_TOKEN, Sampler
 from generation.state import ENDED, GenerationState, Step
 from model.cache import Cache
+from model.flat_model import FlatModel
 from model.placement import PADDING_POSITION, Placement
 from model.transformer import TransformerLM
 
@@ -197,17 +198,16 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
         return _eager_step(model, state)
     tokens, positions = _new_tokens(state)
     eager = functools.partial(_eager_step, model, state)
-    return state.compiled(model, tokens, positions, state.caches, known.longest, eager)
+    return state.compiled(_flat(model, state) or model, tokens, positions, state.caches, known.longest, eager)
 
 
 def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
     """The logits of next_logits, where caches hold all but the last tokens."""
     known = state.rows.known
-    if known.aligned and known.new == 1:
+    flat = _flat(model, state)
+    if flat is not None:
         position = known.longest - 1
-        flat = state.flat_model(model)
-        if flat is not None:
-            return flat(state.tokens[:, position, None], position)
+        return flat(state.tokens[:, position, None], position)
     tokens, positions = _new_tokens(state)
     index = (positions >= 0).sum(1) - 1  # of each row's last token; of an ended row -1
     last = None  # (B, 1, d) hidden states of these
@@ -217,6 +217,12 @@ def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
         x = model(tokens[:, start : start + tile], at).x
         last = _last_hidden(last, x, index - start)
     return model.logits(last)[:, 0]
+
+
+def _flat(model: TransformerLM, state: GenerationState) -> FlatModel | None:
+    """The step for one token of every row at one position, where that is what is to be computed, and there is one."""
+    known = state.rows.known
+    return state.flat_model(model) if known.aligned and known.new == 1 else None
 
 
 def _new_tokens(state: GenerationState) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,11 @@ class FlatModel:
     def __call__(self, tokens: Tensor, position: int) -> Tensor:
         """tokens (B, 1) at a position -> logits (B, V); caches them."""
         model = self.model
-        now = Now(position, {rope: (cos[position], sin[position]) for rope, (cos, sin) in self.rotary.items()})
+        rotary = {rope: tuple(of[position : position + 1][0] for of in rows) for rope, rows in self.rotary.items()}
+        now = Now(position, rotary)
         x = F.embedding(tokens[:, 0], model.embedding.weight)
         if model.position_embedding is not None:
-            x = x + model.position_embedding(torch.tensor([[position]]))[:, 0].to(x.dtype)
+            x = x + model.position_embedding(torch.full((1, 1), position))[:, 0].to(x.dtype)
         for attention_norm, attend, mlp_norm, mlp in self.blocks:
             x = attend(attention_norm(x), x, now)
             x = mlp(mlp_norm(x), x)

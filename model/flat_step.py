@@ -20,7 +20,8 @@ class Now:
 
     def __init__(self, position: int, rotary: dict[Rope, tuple[Tensor, Tensor]]):
         self.rotary = rotary  # cos and sin of the position, (1, dim) each
-        self.row = position + 1  # in an array of ColumnCache, whose first row is spare
+        # Slices, whose bounds may be symbols of torch.compile; an index it would fix.
+        self.row = slice(position + 1, position + 2)  # in an array of ColumnCache, whose first row is spare
         self.seen = slice(1, position + 2)  # rows of this position and those before it
 
 

@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 16  # up to which a product with a matrix takes about as long as reading it
+SMALL = 1_000_000  # numbers in a matrix
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for which the library has products of few rows
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]  # (x (N, in), residual (N, out) to add, or None) -> (N, out)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias: (..., in) and (out, in) -> (..., out). F.linear; without gradients on a CPU, of few rows, the
-    fastest way to compute it there, by a rule of shapes alone (measured: python -m benchmarks.one_row)."""
+    fastest way to compute it there, by a rule of shapes and of the processor's vectors alone (measured: python -m
+    benchmarks.one_row)."""
     rows = x.numel() // x.shape[-1]
     if not 0 < rows <= FEW_ROWS or torch.is_grad_enabled() or not x.is_cpu:
         return F.linear(x, weight, bias)
@@ -32,27 +35,41 @@ def multiplier(weight: Tensor, bias: Tensor | None, rows: int) -> Multiply:
 
 
 def _multiplier(weight: Tensor, rows: int) -> Multiply:
+    if weight.dtype != torch.float32:  # which was not measured
+        return _at_once(weight)
     by_rows = weight.stride(1) == 1
+    if rows > 1:
+        few = WIDE_VECTORS and (rows <= 4 or (rows <= 8 and weight.numel() < SMALL))
+        return _swapped(weight) if by_rows and not few else _at_once(weight)
+    parts = math.gcd(_threads(), weight.shape[1])
+    return _at_once(weight) if by_rows or WIDE_VECTORS or parts == 1 else _in_parts(weight, parts)
+
+
+def _at_once(weight: Tensor) -> Multiply:
     transposed = weight.mT
-    exact = weight.dtype == torch.float32  # what was measured
-    if rows > 1 and by_rows and exact:
 
-        def of_several_rows(x: Tensor, residual: Tensor | None) -> Tensor:
-            y = (weight @ x.mT).mT
-            return y.contiguous() if residual is None else residual + y
+    def at_once(x: Tensor, residual: Tensor | None) -> Tensor:
+        return torch.mm(x, transposed) if residual is None else torch.addmm(residual, x, transposed)
 
-        return of_several_rows
-    parts = math.gcd(_threads(), weight.shape[1]) if exact else 1
-    if rows > 1 or by_rows or parts == 1:
+    return at_once
 
-        def at_once(x: Tensor, residual: Tensor | None) -> Tensor:
-            return torch.mm(x, transposed) if residual is None else torch.addmm(residual, x, transposed)
 
-        return at_once
-    # PyTorch reads a matrix for one row in one thread, but the matrices of a batch each in its own.
-    batch = transposed.view(parts, -1, weight.shape[0])
+def _swapped(weight: Tensor) -> Multiply:
+    def swapped(x: Tensor, residual: Tensor | None) -> Tensor:
+        y = (weight @ x.mT).mT
+        return y.contiguous() if residual is None else residual + y
+
+    return swapped
+
+
+def _in_parts(weight: Tensor, parts: int) -> Multiply:
+    """For one row, and a matrix stored by columns, which without wide vectors is read in one thread, but the matrices
+    of a batch each in its own."""
+    batch, at_once = weight.mT.view(parts, -1, weight.shape[0]), _at_once(weight)
 
     def in_parts(x: Tensor, residual: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():  # which would write the batch out as a slow loop of its own
+            return at_once(x, residual)
         y = torch.bmm(x.view(parts, 1, -1), batch).sum(0)
         return y if residual is None else y.add_(residual)
 

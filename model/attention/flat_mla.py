@@ -33,7 +33,7 @@ def flat_absorbed(attention: LatentProjections, joined: Joined, cache: Cache) ->
         q = queries(q)  # (B, H, n + r)
         rotating = torch.cat((q[..., n:], down[:, None, c:]), 1)  # of the heads, and of the key
         rotated = attention.rope.rotate(rotating, now.rotary[attention.rope])
-        row = rows[:, now.row]
+        row = rows[:, now.row].squeeze(1)
         row[:, :c].copy_(kv_norm(down[:, :c]))
         row[:, c:].copy_(rotated[:, n_heads])
         moved = torch.bmm(q[..., :n].transpose(0, 1), w_uk).transpose(0, 1)
@@ -87,7 +87,7 @@ def _normed_core(attention: LatentProjections, w_uk: Tensor, rows: Tensor, cache
 
     def attend(q: Tensor, row: Tensor, now: Now) -> Tensor:
         length = torch.linalg.vector_norm(row.float() @ lengthen, dim=-1, keepdim=True)
-        inverse[:, now.row].copy_(count**0.5 / torch.hypot(length, eps))
+        inverse[:, now.row].squeeze(1).copy_(count**0.5 / torch.hypot(length, eps))
         keys, factors = rows[:, now.seen], inverse[:, now.seen]
         if keys.dtype == torch.float32:
             scores = torch.bmm(q, keys.mT).mul_(factors.mT)

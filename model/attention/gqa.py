@@ -138,8 +138,8 @@ class GQA(Attention):
                 q_and_k = norm(q_and_k)
             if rope is not None:
                 q_and_k = rope.rotate(q_and_k, now.rotary[rope])
-            keys[:, :, now.row].copy_(q_and_k[:, n_heads:])
-            values[:, :, now.row].copy_(y[:, -n_kv_heads:])
+            keys[:, :, now.row].copy_(q_and_k[:, n_heads:, None])
+            values[:, :, now.row].copy_(y[:, -n_kv_heads:, None])
             q = q_and_k[:, :n_heads].reshape(batch, n_kv_heads, -1, head_dim)
             heads = attend_to_all(q, keys[:, :, now.seen], values[:, :, now.seen], scale)
             return output(heads.reshape(batch, -1), residual)

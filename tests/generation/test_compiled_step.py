@@ -15,6 +15,7 @@ from generation.options import parse_arguments
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from model.kernels.auto import Auto
+from model.kernels.naive import Naive
 from tests.support import ATTENTIONS, assert_one_line, relative_error, small_model
 
 SAMPLER = Sampler(temperature=1.0)
@@ -43,13 +44,14 @@ def text(model, prompt: list[int], step: CompiledStep | None, tokens: int = 40) 
     "attention",
     [
         ["attention=mla"],
-        pytest.param(["attention=gqa"], marks=pytest.mark.slow),
+        ["attention=gqa", "model.position_embedding=learned"],
         pytest.param(["attention=mqa", "attention.window=4"], marks=pytest.mark.slow),
     ],
 )
-def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, caplog):
+@pytest.mark.parametrize("kernel", [Auto(), Naive()], ids=["flat", "general"])
+def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, kernel, caplog):
     """40 tokens after prompts of 27, 41 and 50: the caches grow to 96, and would have grown to it in between."""
-    model = small_model(*attention, "model.context_length=128")
+    model = small_model(*attention, "model.context_length=128", kernel=kernel)
     step = compiled(40)
     for length in (27, 41, 50):
         prompt = list(range(20, 20 + length))
@@ -103,12 +105,13 @@ def test_text_of_compiled_code_is_that_of_the_whole_text_computed_anew(attention
     for options in ({"compiled": compiled(30)}, {"cached": False}):
         state = GenerationState(model, [[1, 2, 3], [4, 5, 6]], [1, 2], **options)
         texts.append(torch.cat(list(generate(model, state, Sampler(temperature=0), max_new_tokens=30)), 1))
+        assert not (state.compiled and state.compiled.failed)
     assert torch.equal(*texts)
 
 
 def test_compiled_step_of_a_conversation_traces_once(traced):
     """Turns of several tokens each, which run eagerly; the text slides."""
-    model = small_model("attention=gqa")
+    model = small_model("attention=gqa", kernel=Auto())
     found = []
     step = compiled(64)
     for used in (None, step):
@@ -125,7 +128,7 @@ def test_compiled_step_that_fails_runs_eagerly_with_a_warning(caplog, monkeypatc
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: no_compiler)
-    model = small_model("attention=gqa")
+    model = small_model("attention=gqa", kernel=Auto())
     assert text(model, [1, 2, 3], compiled(40)) == text(model, [1, 2, 3], None)
     assert caplog.text.count("--compile failed, running eagerly: no compiler here") == 1
 
@@ -135,7 +138,7 @@ def test_compiled_step_that_fails_runs_eagerly_with_a_warning(caplog, monkeypatc
     [(99, "saves 0.6 s in 99 tokens: leave it out, or write more"), (100_000, "saves 600.0 s in 100,000 tokens")],
 )
 def test_compiled_step_says_what_it_took_and_saves(caplog, monkeypatch, tokens, saying):
-    model = small_model("attention=gqa")
+    model = small_model("attention=gqa", kernel=Auto())
     seconds = iter([30.0, *[0.010] * compiled_step.TIMED_STEPS, *[0.004] * compiled_step.TIMED_STEPS])
     clock = iter([0.0, 30.0])
     monkeypatch.setattr(compiled_step, "_seconds", lambda step: next(seconds))
