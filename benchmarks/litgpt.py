@@ -37,6 +37,8 @@ def litgpt_of(checkout: Path | None, shape: Mapping[str, int]) -> nn.Module:
 def _find_in(checkout: Path) -> None:
     """Have its `model` and `config` imported from there alone: the package imports lightning and what else loads
     checkpoints, of which `model` uses one function, when weights are loaded."""
+    if "litgpt" in sys.modules:
+        return
     package = types.ModuleType("litgpt")
     package.__path__ = [str(checkout / "litgpt")]
     converter = types.ModuleType("litgpt.scripts.convert_hf_checkpoint")

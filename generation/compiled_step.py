@@ -152,10 +152,10 @@ def _runs(program: str) -> bool:
 
 
 def offer(seconds: float, share: Callable[[], float | None], device: torch.device) -> None:
-    """Offer --compile in a line where eager decoding on a GPU took long, and for the most part not to read weights,
-    which is all that compiling leaves. On a CPU it was not seen to pay (benchmarks/README.md). share: measures how much
-    of the time reading took."""
-    if device.type != "cuda" or seconds < PAYS_FROM or (share() or 1) > MAX_SHARE:
+    """Offer --compile in a line where eager decoding took long, and for the most part not to read weights, which is all
+    that compiling leaves (a sixth to a third less on a CPU: benchmarks/README.md). share: measures how much of the time
+    reading took."""
+    if seconds < PAYS_FROM or (share() or 1) > MAX_SHARE:
         return
     with suppress(UserError):
         check_compiler(device)

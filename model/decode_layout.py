@@ -6,9 +6,9 @@ from model.transformer import TransformerLM
 
 def lay_out_for_decoding(model: TransformerLM, rows: int = 1) -> None:
     """Store the matrices (out, in) that multiply on a CPU as a step of `rows` texts reads them fastest, and join those
-    of one input (model.linear.FanOut), in place: by columns where there is one row, and they have more rows than
-    columns or several threads share them, else by rows. Names, shapes and values stay, but the weights are views then:
-    make them contiguous to save them.
+    of one input (model.linear.FanOut), in place: by columns where one row of float32 is to be multiplied, and they have
+    more rows than columns or several threads share them, else by rows. Names, shapes and values stay, but the weights
+    are views then: make them contiguous to save them.
 
     Decoding multiplies each matrix by few rows, in the time that it takes to read the matrix, and the product with one
     row reads long runs faster than short ones (python -m benchmarks.one_row). Products of many rows, as in a prefill,

@@ -35,9 +35,9 @@ def multiplier(weight: Tensor, bias: Tensor | None, rows: int) -> Multiply:
 
 
 def _multiplier(weight: Tensor, rows: int) -> Multiply:
-    if weight.dtype != torch.float32:  # which was not measured
-        return _at_once(weight)
     by_rows = weight.stride(1) == 1
+    if weight.dtype != torch.float32:
+        return _of_vector(weight) if rows == 1 and by_rows else _at_once(weight)
     if rows > 1:
         few = WIDE_VECTORS and (rows <= 4 or (rows <= 8 and weight.numel() < SMALL))
         return _swapped(weight) if by_rows and not few else _at_once(weight)
@@ -52,6 +52,18 @@ def _at_once(weight: Tensor) -> Multiply:
         return torch.mm(x, transposed) if residual is None else torch.addmm(residual, x, transposed)
 
     return at_once
+
+
+def _of_vector(weight: Tensor) -> Multiply:
+    at_once = _at_once(weight)
+
+    def of_vector(x: Tensor, residual: Tensor | None) -> Tensor:
+        if torch.compiler.is_compiling():  # which would write the product out as a slow loop of its own
+            return at_once(x, residual)
+        y = torch.mv(weight, x[0])[None]
+        return y if residual is None else y.add_(residual)
+
+    return of_vector
 
 
 def _swapped(weight: Tensor) -> Multiply:
@@ -166,7 +178,7 @@ class FanOut(nn.Module):
 
 def read_fast(matrix: Tensor, rows: int) -> Tensor:
     """The matrix (out, in), stored for products with so many rows: see model/decode_layout.py."""
-    by_columns = rows == 1 and (matrix.shape[0] > matrix.shape[1] or _threads() > 1)
+    by_columns = rows == 1 and matrix.dtype == torch.float32 and (matrix.shape[0] > matrix.shape[1] or _threads() > 1)
     return matrix.mT.contiguous().mT if by_columns else matrix.contiguous()
 
 

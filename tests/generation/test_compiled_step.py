@@ -155,7 +155,7 @@ def test_compiled_step_says_what_it_took_and_saves(caplog, monkeypatch, tokens, 
         ("cuda", 300, 0.3, False, False),
         ("cuda", 20, 0.3, True, False),
         ("cuda", 300, 0.9, True, False),
-        ("cpu", 300, 0.3, True, False),
+        ("cpu", 300, 0.3, True, True),
     ],
 )
 def test_compiling_is_offered_where_it_may_save_much_and_a_compiler_is_there(
