@@ -65,7 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(folder) == [".lock"]:
+            if folder.is_dir() and os.listdir(folder) == [".lock"]:
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):  # other sweeps are in it
                     SWEEPS.rmdir()
