@@ -62,13 +62,13 @@ class CompiledStep:
         self,
         model: TransformerLM | FlatModel,
         tokens: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         caches: Sequence[Cache],
         kv_len: int,
         eager: Eager,
     ) -> Tensor:
-        """tokens (B, 1) at positions (B, 1), for a FlatModel all kv_len - 1 -> logits (B, V). kv_len: how many cache
-        rows may be visible, at least. eager: computes the same."""
+        """tokens (B, 1) at positions (B, 1), or None for a FlatModel, where they are kv_len - 1 -> logits (B, V).
+        kv_len: how many cache rows may be visible, at least. eager: computes the same."""
         if self.failed:
             return eager()
         extent = self._extent(kv_len, caches, tokens.device)
@@ -123,10 +123,10 @@ class CompiledStep:
 
 
 def decode_step(
-    model: TransformerLM | FlatModel, tokens: Tensor, positions: Tensor, caches: Sequence[Cache], extent: Tensor
+    model: TransformerLM | FlatModel, tokens: Tensor, positions: Tensor | None, caches: Sequence[Cache], extent: Tensor
 ) -> Tensor:
-    """tokens (B, 1) at positions (B, 1) -> logits (B, V). extent (kv_len, 0): its size is how many cache rows may be
-    visible."""
+    """tokens (B, 1) at positions (B, 1), or None for a FlatModel, where they are kv_len - 1 -> logits (B, V). extent
+    (kv_len, 0): its size is how many cache rows may be visible."""
     if isinstance(model, FlatModel):
         return model(tokens, extent.shape[0] - 1)
     at = Placement.decode(positions, caches, extent.shape[0])

@@ -196,9 +196,11 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
         return _prefill(model, state.tokens, rows.lengths, state.caches)
     if state.compiled is None or known.new > 1:
         return _eager_step(model, state)
-    tokens, positions = _new_tokens(state)
     eager = functools.partial(_eager_step, model, state)
-    return state.compiled(_flat(model, state) or model, tokens, positions, state.caches, known.longest, eager)
+    flat = _flat(model, state)
+    if flat is not None:
+        return state.compiled(flat, _last_tokens(state), None, state.caches, known.longest, eager)
+    return state.compiled(model, *_new_tokens(state), state.caches, known.longest, eager)
 
 
 def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
@@ -206,8 +208,7 @@ def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
     known = state.rows.known
     flat = _flat(model, state)
     if flat is not None:
-        position = known.longest - 1
-        return flat(state.tokens[:, position, None], position)
+        return flat(_last_tokens(state), known.longest - 1)
     tokens, positions = _new_tokens(state)
     index = (positions >= 0).sum(1) - 1  # of each row's last token; of an ended row -1
     last = None  # (B, 1, d) hidden states of these
@@ -223,6 +224,11 @@ def _flat(model: TransformerLM, state: GenerationState) -> FlatModel | None:
     """The step for one token of every row at one position, where that is what is to be computed, and there is one."""
     known = state.rows.known
     return state.flat_model(model) if known.aligned and known.new == 1 else None
+
+
+def _last_tokens(state: GenerationState) -> Tensor:
+    """(B, 1), where all rows are equally long."""
+    return state.tokens[:, state.rows.known.longest - 1, None]
 
 
 def _new_tokens(state: GenerationState) -> tuple[Tensor, Tensor]:
