@@ -1,4 +1,5 @@
 # make install | train | test | test-all | lint | clean.   make train ARGS='attention=mla steps=100'
+# make test TIER=unit, or laws, or system: see tests/README.md
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,10 +18,11 @@ train: $(READY)
 	$(BIN)/python train.py $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow and not long' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m '$(if $(TIER),$(TIER) and )not slow and not long' $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not long' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m '' $(ARGS)
+	$(BIN)/python -m benchmarks.kill
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -13,12 +13,37 @@ os.environ |= {
 
 import logging
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
+
+
+TIERS = {  # of files and folders; all else is unit
+    "laws": [
+        *("model/attention", "model/test_flat_model.py", "model/test_kernels.py", "model/test_stats.py"),
+        "compatibility",
+    ],
+    "system": [
+        *("ablation/sweep", "ablation/test_false_alarms.py", "ablation/test_probes.py", "benchmarks", "fuzz"),
+        *("test_commands.py", "test_docs.py", "test_docs_commands.py", "test_notebook.py", "test_planted_faults.py"),
+        *(f"training/{part}" for part in ("monitor/test_log.py", "run", "test_faults.py", "test_training.py")),
+    ],
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(tier_of(item.path.relative_to(Path(__file__).parent)))
+
+
+def tier_of(path: Path) -> str:
+    """Of a file under tests/."""
+    inside = [tier for tier, places in TIERS.items() if any(path.is_relative_to(place) for place in places)]
+    return inside[0] if inside else "unit"
 
 
 @pytest.fixture
