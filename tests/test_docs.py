@@ -18,14 +18,23 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = {"crossover"}  # times, which no other run gives again
 
 
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_the_lines_they_name(page):
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
-        path, _, line = target.partition("#L")
-        file = (page.parent / path).resolve()
+        path, _, place = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links {target}"
+        line = place.removeprefix("L") if file.suffix == ".py" else ""
+        if file.suffix == ".md" and place:
+            assert place in anchors(file), f"{page.name} links {target}"
         if text.startswith("`") and file.suffix == ".py":
             assert line, f"{page.name}: {text} names no line of {path}"
             assert text.strip("`") in file.read_text().splitlines()[int(line) - 1], (
