@@ -43,6 +43,12 @@ def test_links_lead_to_files_and_the_lines_they_name(page):
             )
 
 
+def test_the_index_links_every_page():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text()))
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "studies").glob("*.md")]
+    assert {str(page.relative_to(ROOT / "docs")) for page in pages} - {"index.md"} <= linked
+
+
 @pytest.mark.parametrize("section", code_tour.SECTIONS)
 def test_the_frames_of_the_tour_are_those_of_the_code(section, capsys):
     code_tour.SECTIONS[section]()

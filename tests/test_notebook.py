@@ -1,9 +1,13 @@
-"""The notebook: its code cells run in order, in a process of their own, without Jupyter."""
+"""The notebook and the page on the use from Python: their code runs in a process of its own, without Jupyter."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from tests.support import ROOT
 
@@ -31,8 +35,22 @@ def test_notebook_code_cells_run_in_order_and_end_in_a_trained_model(tmp_path):
     code = "\n\n".join("".join(cell["source"]) for cell in notebook_cells("code"))
     code += "\n\nassert len(rows) == run.steps and rows[-1]['val_loss'] < rows[9]['val_loss']"
     code += "\nassert len(text) == 30 and 0 < score.loss < rows[0]['train_loss']"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    printed = printed_by(code, tmp_path)
+    assert "step 30: " in printed and "bits per byte" in printed
+
+
+@pytest.mark.slow
+def test_code_of_the_page_runs_in_order(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "from_python.md").read_text(), re.M | re.S)
+    code = "\n\n".join(blocks) + "\nassert (run.steps, run.model.attention.kv_lora_rank) == (30, 16)"
+    code += "\nassert logits.shape == (1, 14, 257) and 0 < score.bpb < 8"
+    assert "runs/first" in printed_by(code, tmp_path)
+
+
+def printed_by(code: str, folder: Path) -> str:
+    """What a new process prints that runs the code in the folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "step 30: " in result.stdout and "bits per byte" in result.stdout
+    return result.stdout
