@@ -9,8 +9,9 @@ import torch
 
 from benchmarks.attention_by_numbers import SECTIONS, show
 from docs import code_tour
+from model import cost
 from model.transformer import ModelConfig
-from tests.support import ROOT, small_model
+from tests.support import ROOT, composed_run, small_model
 from training.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
 from training.run.folder import FILES_BEFORE_CONFIG
 
@@ -18,19 +19,34 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = {"crossover"}  # times, which no other run gives again
 
 
+def anchors(page: Path) -> set[str]:
+    """The names by which GitHub links a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files_and_the_lines_they_name(page):
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
-        path, _, line = target.partition("#L")
-        file = (page.parent / path).resolve()
+        path, _, place = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
         assert file.exists(), f"{page.name} links {target}"
+        line = place.removeprefix("L") if file.suffix == ".py" else ""
+        if file.suffix == ".md" and place:
+            assert place in anchors(file), f"{page.name} links {target}"
         if text.startswith("`") and file.suffix == ".py":
             assert line, f"{page.name}: {text} names no line of {path}"
             assert text.strip("`") in file.read_text().splitlines()[int(line) - 1], (
                 f"{page.name}: {text} is not at {target}"
             )
+
+
+def test_the_index_links_every_page():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text()))
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "studies").glob("*.md")]
+    assert {str(page.relative_to(ROOT / "docs")) for page in pages} - {"index.md"} <= linked
 
 
 @pytest.mark.parametrize("section", code_tour.SECTIONS)
@@ -51,6 +67,43 @@ def test_the_numbers_of_the_page_are_those_that_are_printed(section, capsys):
     show(section)
     printed = capsys.readouterr().out.strip()
     assert printed in (Path(ROOT) / "docs" / "attention.md").read_text()
+
+
+OPTIONS_PAGE = (ROOT / "docs" / "attention_options.md").read_text()
+
+
+@pytest.mark.parametrize("model", ["tiny", "small", "gpt2", "gpt2_medium"])
+def test_the_page_on_options_gives_the_cache_of_every_attention(model):
+    models = [composed_run(f"model={model}", f"attention={name}").model for name in ("mha", "gqa", "mqa", "mla")]
+    found = [cost.cache_bytes_per_token(cost.on_meta(config, 4096)) for config in models]
+    (row,) = re.findall(rf"^\| `model={model}` \| (.+) \|$", OPTIONS_PAGE, re.M)
+    assert row.replace("*", "").split(" | ") == [f"{count:,}" for count in found]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stated"),
+    [
+        ("attention.window=128", "589,824"),
+        ("attention=mla attention.window=128", "131,328"),
+        ("attention.window=64 attention.global_tokens=4", "344,064"),
+        ("attention.window=64 attention.random_blocks=0.2", "1,048,576"),
+        ("attention=stack", "344,064"),
+    ],
+)
+def test_the_page_on_options_gives_the_cache_of_a_full_context(overrides, stated):
+    config = composed_run(*overrides.split()).model
+    assert f"{cost.cache_bytes(cost.on_meta(config, 4096), config.context_length):,}" == stated
+    assert stated in OPTIONS_PAGE
+
+
+@pytest.mark.parametrize(
+    ("override", "stated"),
+    [("qk_norm=latent", "896"), ("qk_norm=whole", "912"), ("qk_norm=head", "912"), ("qk_norm_groups=4", "960")],
+)
+def test_the_page_on_options_gives_the_cache_of_norms_of_mla(override, stated):
+    config = composed_run("attention=mla", f"attention.{override}").model
+    assert f"{cost.cache_bytes_per_token(cost.on_meta(config, 4096))}" == stated
+    assert f"| {stated} |" in OPTIONS_PAGE
 
 
 RUN_FORMAT = (ROOT / "docs" / "run_format.md").read_text()
