@@ -16,7 +16,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 MAP = DOCS / "rooms.svg"
 OUTSIDE = "repository/"  # the site's folder for files outside of docs/
-ALWAYS = (ROOT / "benchmarks" / "README.md", ROOT / "CHANGELOG.md")  # in the site, linked or not
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", "": "makefile"}  # of files that are shown as code
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")  # (! of a picture, text, target)
 HREF = re.compile(r'href="([^"#][^":]*)"')  # of the map
@@ -89,7 +88,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add what the pages link, and what that links in turn."""
     from mkdocs.structure.files import File
 
-    waiting = [*ALWAYS, *(DOCS / page.src_uri for page in files.documentation_pages())]
+    waiting = [DOCS / page.src_uri for page in files.documentation_pages()]
     seen = set(waiting)
     while waiting:
         source = waiting.pop()
