@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ablation.pages.palette import look
+from ablation.sweep.stored import read_sweep, write_sweep
 from common.errors import UserError
 from docs import picture
 from tests.ablation import support
@@ -16,13 +17,15 @@ PNG = b"\x89PNG"
 
 @pytest.fixture(scope="module")
 def sweeps(tmp_path_factory):
-    """A folder with two tiny sweeps, over two attentions and over seeds alone."""
+    """A folder with a tiny sweep over two attentions, and one over seeds of which nothing has run."""
     folder = tmp_path_factory.mktemp("picture")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        support.train_sweep([*TINY, "attention=mha,mla", "seed=1,2", "sweep=attentions"], patch)
-        support.train_sweep([*TINY, "seed=1,2", "sweep=seeds"], patch)
-    return folder / "sweeps"
+        support.train_sweep([*TINY, "attention=mha,mla", "sweep=attentions"], patch)
+    sweeps = folder / "sweeps"
+    (sweeps / "seeds").mkdir()
+    write_sweep(sweeps / "seeds", read_sweep(sweeps / "attentions").model_copy(update={"varying": ["seed"]}))
+    return sweeps
 
 
 def draw(folder, out, monkeypatch):
