@@ -101,7 +101,7 @@ def floors() -> list[list[str]]:
     found: list[list[str]] = []
     while len(below) < len(ROOMS):
         floor = [room for room, used in ROOMS.items() if room not in below and used <= set(below)]
-        assert all(ROOMS[room] == set(below) for room in floor), f"not all of {floor} may use all of {below}"
+        assert floor and all(ROOMS[room] == set(below) for room in floor), f"not all of {floor} may use all of {below}"
         found.append(floor)
         below += floor
     return found[::-1]
