@@ -1,11 +1,11 @@
-# make install | train | test | test-all | lint | clean.   make train ARGS='attention=mla steps=100'
+# make install | train | test | test-all | lint | docs | clean.   make train ARGS='attention=mla steps=100'
 # make test TIER=unit, or laws, or system: see tests/README.md
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: install train test test-all lint clean
+.PHONY: install train test test-all lint docs clean
 
 install: $(READY)
 
@@ -28,5 +28,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# the site, in site/index.html
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site *.egg-info .pytest_cache .ruff_cache .hypothesis

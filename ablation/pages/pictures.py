@@ -44,8 +44,8 @@ def curves(report: Report, x: str, y: str, log: bool) -> Any:
     lines = [_curve(axes, *pair, look(i), x, y) for i, pair in enumerate(zip(train, val, strict=True))]
     shown = [line for each in [*train, *val] for line in [each.mean, *each.seeds]]
     losses = [value for line in shown for value in (_known(line.y[y]) if log else late(line, y))]
-    _set_axis(axes, "x", x_axis(x, [place for line in shown for place in line.x[x]], log))
-    _set_axis(axes, "y", loss_axis(y, losses, log))
+    set_axis(axes, "x", x_axis(x, [place for line in shown for place in line.x[x]], log))
+    set_axis(axes, "y", loss_axis(y, losses, log))
     legend(figure, _named(report, lines))
     return figure
 
@@ -54,13 +54,13 @@ def _curve(axes: Any, train: Series, val: Series, found: Look, x: str, y: str) -
     """Draw a variant -> its line in the legend."""
     style = {"color": found.light, "linestyle": (0, found.dash) if found.dash else "-"}
     for line in train.seeds if len(train.seeds) > 1 else ():
-        axes.plot(line.x[x], _gaps(line.y[y]), color=found.light, linewidth=0.5, alpha=0.25)
+        axes.plot(line.x[x], gaps(line.y[y]), color=found.light, linewidth=0.5, alpha=0.25)
     if len(train.seeds) > 1:
-        low, high = _gaps(train.low[y]), _gaps(train.high[y])
+        low, high = gaps(train.low[y]), gaps(train.high[y])
         axes.fill_between(train.mean.x[x], low, high, color=found.light, alpha=0.15, linewidth=0)
-    axes.plot(train.mean.x[x], _gaps(train.mean.y[y]), linewidth=1.4, **style)
+    axes.plot(train.mean.x[x], gaps(train.mean.y[y]), linewidth=1.4, **style)
     marker = MATPLOTLIB_MARKERS[found.marker]
-    axes.plot(val.mean.x[x], _gaps(val.mean.y[y]), marker, color=found.light, markersize=4.5, markeredgewidth=0)
+    axes.plot(val.mean.x[x], gaps(val.mean.y[y]), marker, color=found.light, markersize=4.5, markeredgewidth=0)
     return axes.plot([], [], marker=marker, markersize=5, markeredgewidth=0, linewidth=1.4, **style)[0]
 
 
@@ -73,7 +73,7 @@ def final(report: Report) -> Any:
     estimates = [estimate(report, variant) for variant in report.variants]
     for row, found in enumerate(estimates):
         _row(left, row, found)
-    _set_axis(left, "x", loss_axis("", _spans(estimates), label=report.metric_name))
+    set_axis(left, "x", loss_axis("", _spans(estimates), label=report.metric_name))
     name_ticks(left.yaxis, short_names([variant.label for variant in report.variants], MAX_LABEL))
     left.set_ylim(len(estimates) - 0.5, -0.5)
     if panels == 2:
@@ -106,7 +106,7 @@ def _differences(axes: Any, report: Report, differences: Mapping[str, Difference
         axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=7, markeredgewidth=0)
         spans += [found.mean, *(found.interval or ())]
     axes.axvline(0, color="0.4", linewidth=0.9)
-    _set_axis(axes, "x", loss_axis("", spans, label="difference to the baseline, 95 %"))
+    set_axis(axes, "x", loss_axis("", spans, label="difference to the baseline, 95 %"))
 
 
 def frontier_figure(report: Report) -> Any:
@@ -130,8 +130,8 @@ def frontier_figure(report: Report) -> Any:
             axes.plot([place, place], found.interval, "-", color=style.light, linewidth=1.4)
         marker = MATPLOTLIB_MARKERS[style.marker]
         lines += axes.plot(place, found.mean, marker, color=style.light, markersize=7, markeredgewidth=0)
-    _set_axis(axes, "x", bytes_axis(variant.cache_bytes_per_token for variant in report.variants))
-    _set_axis(axes, "y", loss_axis("", _spans(estimates), label=report.metric_name))
+    set_axis(axes, "x", bytes_axis(variant.cache_bytes_per_token for variant in report.variants))
+    set_axis(axes, "y", loss_axis("", _spans(estimates), label=report.metric_name))
     legend(figure, _named(report, lines))
     return figure
 
@@ -145,7 +145,7 @@ def _spans(estimates: Sequence[Estimate]) -> list[float]:
     return [value for found in estimates for value in [*found.values.values(), *(found.interval or ())]]
 
 
-def _set_axis(axes: Any, which: str, axis: Axis) -> None:
+def set_axis(axes: Any, which: str, axis: Axis) -> None:
     """Give one of matplotlib's axes the range and ticks of ours."""
     settings = {f"{which}scale": "log" if axis.log else "linear", f"{which}label": axis.label}
     axes.set(**settings, **{f"{which}lim": (axis.low, axis.high)})
@@ -155,7 +155,7 @@ def _set_axis(axes: Any, which: str, axis: Axis) -> None:
     own.set_ticks([], minor=True)
 
 
-def _gaps(values: Sequence[float | None]) -> list[float]:
+def gaps(values: Sequence[float | None]) -> list[float]:
     return [float("nan") if value is None else value for value in values]
 
 

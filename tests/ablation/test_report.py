@@ -17,6 +17,7 @@ from ablation.sweep.pace import Pace
 from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS
 from common.errors import UserError
+from tests.ablation import support
 from tests.support import TINY, call, changed, composed_run
 from training.metrics_file import read_metrics
 from training.monitor.plot import PICTURE
@@ -32,8 +33,6 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
-        patch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
         typed = [
             *TINY,
             "attention=mha,gqa,mla",
@@ -42,7 +41,7 @@ def place(tmp_path_factory):
             "sweep=three",
             "hypothesis='MLA loses, 7 %'",
         ]
-        assert run_sweep(typed, lambda words: call("train", words, patch, drawn=True)) == 0
+        support.train_sweep(typed, patch)
     return folder
 
 
