@@ -26,7 +26,7 @@ def call(monkeypatch, *options: str) -> None:
 
 
 def test_recipes_are_compared_over_time(place, monkeypatch, capsys):
-    options = "--nanogpt . --size i --seconds 0.4 --marks 0.1 --seeds 0 1 --val-tokens 64 --untuned"
+    options = "--nanogpt . --size i --seconds 0.2 --marks 0.1 --seeds 0 1 --val-tokens 64 --untuned"
     options = [*options.split(), "--precision", "fp32", "--target", "9", "--json", "q.json", "--picture", "q.svg"]
     call(monkeypatch, *options, "--ours", "", "experiment=fast optim.muon_lr=0.01")
     out = capsys.readouterr().out
@@ -35,7 +35,7 @@ def test_recipes_are_compared_over_time(place, monkeypatch, capsys):
     assert sorted({row["recipe"] for row in rows}) == sorted(names)
     for name in names:
         last = [row for row in rows if row["recipe"] == name][-1]
-        assert last["due"] == 0.4 and last["seeds"] == 2 and 0 < last["loss"] < 9
+        assert last["due"] == 0.2 and last["seeds"] == 2 and 0 < last["loss"] < 9
         assert re.fullmatch(r"\d+ \d+", last["s to 9.0"])
         assert name in (place / "q.svg").read_text()
     assert "made" not in out

@@ -269,7 +269,7 @@ def check(case: Case) -> str:
 
 
 def test_config_random_settings_raise_user_error_or_train_and_decode(fuzz):
-    fuzz(check, cases(), short=25, long=1800)
+    fuzz(check, cases(), short=15, long=1800)
 
 
 def test_config_single_extreme_setting_raises_user_error_or_trains_and_decodes(fuzz):
