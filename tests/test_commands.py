@@ -331,7 +331,7 @@ def test_sample_stats_logs_kernels_after_the_text(place, monkeypatch, capsys):
     assert "run runs/mla" in before and "\nkernel " in "\n" + after and "\ncache_bytes_per_token=" in after
 
 
-def test_interactive_turns_stream_text_and_answer_commands(place, monkeypatch, capsys):
+def test_sample_interactive_turns_stream_text_and_answer_commands(place, monkeypatch, capsys):
     """Through a pipe: each turn's text, and the words to the user on stderr."""
 
     def talk(*arguments: str) -> tuple[str, str]:
@@ -346,7 +346,7 @@ def test_interactive_turns_stream_text_and_answer_commands(place, monkeypatch, c
     assert out.startswith(one["text"]) and out.rstrip("\n").endswith(one["text"].rstrip("\n"))
 
 
-def test_interactive_seed_temperature_and_quit_commands_take_effect(place, monkeypatch, capsys):
+def test_sample_interactive_seed_temperature_and_quit_take_effect(place, monkeypatch, capsys):
     def talk(lines: str, *arguments: str) -> tuple[str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
         return sample(place, monkeypatch, capsys, "--interactive", "--max-new-tokens", "6", *arguments)
@@ -363,7 +363,7 @@ def test_interactive_seed_temperature_and_quit_commands_take_effect(place, monke
     assert all(found.startswith(line) for found, line in zip(err.splitlines()[2:], reported, strict=True))
 
 
-def test_score_file_or_stdin_prints_nats_and_bits_per_byte(place, monkeypatch, capsys, tmp_path):
+def test_sample_score_of_file_or_stdin_prints_nats_and_bits_per_byte(place, monkeypatch, capsys, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"The query sees the key.\r\n" * 8)
     out, _ = sample(place, monkeypatch, capsys, "--score", str(tmp_path / "a.txt"))
     found = re.fullmatch(r"(.*) nats per token, (.*) bits per byte, 199 tokens predicted, 199 bytes\n", out)
@@ -375,7 +375,7 @@ def test_score_file_or_stdin_prints_nats_and_bits_per_byte(place, monkeypatch, c
     assert sample(place, monkeypatch, capsys, "--score", "-")[0] == out
 
 
-def test_score_tokens_prints_a_line_per_token_and_the_same_summary(place, monkeypatch, capsys, tmp_path):
+def test_sample_score_tokens_prints_a_line_per_token_and_the_same_summary(place, monkeypatch, capsys, tmp_path):
     text = "The query sees é\n" * 8
     (tmp_path / "a.txt").write_text(text)
     score = ["--score", str(tmp_path / "a.txt")]
@@ -392,7 +392,7 @@ def test_score_tokens_prints_a_line_per_token_and_the_same_summary(place, monkey
     assert all(math.exp(-token["nats"]) == token["probability"] and len(token["others"]) == 3 for token in tokens[1:])
 
 
-def test_score_html_writes_a_page_beside_the_same_output(place, monkeypatch, capsys, tmp_path):
+def test_sample_score_html_writes_a_page_beside_the_same_output(place, monkeypatch, capsys, tmp_path):
     (tmp_path / "a.txt").write_text("The <b>query</b>\n")
     score = ["--score", str(tmp_path / "a.txt")]
     summary, _ = sample(place, monkeypatch, capsys, *score)
@@ -459,7 +459,7 @@ def test_sample_nan_output_at_first_token_or_in_a_conversation_ends_in_one_line(
     assert out == "\n\n\n" and "[the model's output is not finite after 7 tokens: /reset starts again]" in err
 
 
-def test_score_and_attention_map_nan_output_end_in_one_line(place, monkeypatch, capsys, tmp_path):
+def test_sample_score_and_attention_map_of_nan_output_end_in_one_line(place, monkeypatch, capsys, tmp_path):
     def spoilt(*arguments, load_run=trained.load_run, **options):
         model, tokenizer = load_run(*arguments, **options)
         with torch.no_grad():
@@ -837,7 +837,7 @@ def test_train_error_after_preparing_leaves_shards_and_no_run(workplace, monkeyp
         "sample.py --score no.txt",
     ],
 )
-def test_help_and_bad_arguments_answer_without_importing_torch(command):
+def test_commands_help_and_bad_arguments_import_no_torch(command):
     code = f"import sys, runpy; sys.argv = {command.split()!r}\n"
     code += f"try:\n    runpy.run_path({str(ROOT / command.split()[0])!r}, run_name='__main__')\n"
     code += "except SystemExit: pass\nsys.exit('torch' in sys.modules)"
@@ -889,7 +889,7 @@ def test_sample_first_token_imports_no_heavy_package(place, monkeypatch):
 
 
 @pytest.mark.slow  # tests/common/test_streams.py has each case of it in small processes
-def test_train_and_sample_processes_survive_closed_streams(tmp_path):
+def test_commands_as_processes_survive_closed_streams(tmp_path):
     """The whole way once, through the shell's eyes: train where nobody listens, files being opened while the streams
     are closed, then sample into a pipe that closes early."""
     train = f"{sys.executable} {ROOT / 'train.py'} {' '.join(SMOKE)} steps=3 run_dir=runs/run <&- >&- 2>&-"

@@ -99,7 +99,7 @@ def test_copying_is_right_for_a_model_that_repeats_and_wrong_for_another():
     assert wrong.loss > 40
 
 
-def test_scores_are_one_for_heads_that_attend_so():
+def test_probe_scores_are_one_for_heads_that_attend_so():
     half = 8
     repeated = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:half].repeat(3, 2)  # each token once
     index = torch.arange(2 * half)
@@ -122,7 +122,7 @@ def test_matching_scores_count_every_earlier_occurrence():
 
 
 @pytest.mark.parametrize("attention", ["mha", "mla"])
-def test_scores_of_uniform_attention_are_the_means_of_one_over_the_keys(attention):
+def test_probe_scores_of_uniform_attention_are_one_over_the_keys(attention):
     model = small_model(f"attention={attention}")
     for block in model.layers:
         for parameter in block.attention.q_proj.parameters():

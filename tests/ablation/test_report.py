@@ -292,7 +292,7 @@ def test_compare_sweep_without_a_finished_run_is_refused(workplace, monkeypatch,
     assert code == 2 and "no run of it has finished (seed=1: exit code 2; seed=2: exit code 2)" in err
 
 
-def test_labels_are_values_where_one_setting_varies():
+def test_labels_of_one_varying_setting_are_its_values():
     assert labels_of(["attention=mha", "attention=mla"]) == {"attention=mha": "mha", "attention=mla": "mla"}
     both = ["attention=mha,steps=3", "attention=mla,steps=3"]
     assert labels_of(both) == {name: name for name in both}

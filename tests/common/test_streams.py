@@ -86,7 +86,7 @@ def test_write_if_possible_lost_stdout_is_no_error(tmp_path):
 
 
 @pytest.mark.parametrize("blocking", [True, False])
-def test_stdin_of_a_parent_that_made_it_non_blocking_blocks_until_the_end(tmp_path, blocking):
+def test_stdin_that_a_parent_made_non_blocking_blocks_until_the_end(tmp_path, blocking):
     script(tmp_path, "import os, sys\nprint(os.get_blocking(0), sys.stdin.read())\n")
     reader, writer = os.pipe()
     try:

@@ -17,5 +17,5 @@ def test_duration_has_the_unit_in_which_it_says_something():
     assert {seconds: duration(seconds) for seconds in DURATIONS} == DURATIONS
 
 
-def test_degrees_of_freedom_are_whole_but_for_welch():
+def test_degrees_are_whole_but_for_welch():
     assert [degrees(6.0), degrees(1200.0), degrees(1.73)] == ["6", "1,200", "1.7"]

@@ -134,7 +134,7 @@ def test_sweep_of_format_1_whose_document_mask_was_the_corpuss_continues(launche
 
 
 @pytest.mark.slow  # tests/test_floors.py says which files import it
-def test_sweep_does_without_scipy(workplace):
+def test_sweep_imports_no_scipy(workplace):
     code = "import sys, ablation.sweep.run; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 

@@ -52,7 +52,7 @@ def test_values_of_what_is_no_json_raise_value_error():
             values(text)
 
 
-def test_values_error_at_start_reads_no_more():
+def test_values_of_an_error_at_the_start_read_no_more():
     file = io.StringIO('[{"text": "x" "n": 1},' + FORMS["array"][1:-1] * 200 + "]")
     with pytest.raises(ValueError, match="delimiter"):
         list(json_values.values(file))
