@@ -159,12 +159,12 @@ def test_sweep_minutes_are_the_same_steps_for_all_seeds_and_stay(launcher, monke
     seconds = {"attention=mha": 0.5, "attention=mqa": 0.25}
     paces = {variant: Pace(each, 1000) for variant, each in seconds.items()}
     monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: {name: paces[name] for name in variants})
-    typed = [*SMOKE, "data.size=40", "eval_every=0", "attention=mha,mqa", "minutes=0.05", "sweep=minutes"]
+    typed = [*SMOKE, "data.size=40", "eval_every=0", "attention=mha,mqa", "minutes=0.025", "sweep=minutes"]
     assert run_sweep([*typed, "seed=1"], launcher) == 0
     paces |= dict.fromkeys(paces, Pace(7.0, 1000))  # what is measured later changes nothing
     assert run_sweep([*typed, "seed=2"], launcher) == 0
     steps = {path.parent.name: read_metrics(path)[-1]["step"] for path in SWEEPS.glob("minutes/*/metrics.jsonl")}
-    assert steps == {f"attention={name},seed={seed}": n for name, n in (("mha", 6), ("mqa", 12)) for seed in (1, 2)}
+    assert steps == {f"attention={name},seed={seed}": n for name, n in (("mha", 3), ("mqa", 6)) for seed in (1, 2)}
 
 
 def test_sweep_writes_choices_and_overrides_into_each_run(launcher, quick, workplace):
