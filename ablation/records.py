@@ -14,13 +14,12 @@ from common.atomic_io import exists, read_regular
 from common.errors import UserError, reason
 from common.paths import entering
 from data.tokenizers.base import Tokenizer
-from data.tokenizers.load import load_tokenizer
 from model import cost
 from model.transformer import TransformerLM
 from training.metrics_file import MetricRow, read_metrics
 from training.run import checkpoint
 from training.run.config import Run, dump, flatten_config
-from training.run.folder import MAX_CONFIG_BYTES, check_is_run, read_config
+from training.run.folder import MAX_CONFIG_BYTES, check_is_run, read_config, read_tokenizer
 
 # Settings that make no other experiment: where files are, what is written, how often, and what is only looked at.
 NOT_COMPARED = ("run_dir", "cache_dir", "logger", "save_every", "keep_last", "sample_every", "sample_prompt")
@@ -102,7 +101,7 @@ def read_record(folder: Path, recorded: str | None = None) -> Record:
         damaged_rows=max(0, _lines(folder / METRICS) - len(rows)),
         outcome=outcome_of_rows(run, rows, recorded),
         environment=_environment(folder / "environment.yaml"),
-        tokenizer=load_tokenizer(folder / "tokenizer.json"),
+        tokenizer=read_tokenizer(folder),
         corpus=_corpus(folder),
     )
 

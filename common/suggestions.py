@@ -155,11 +155,10 @@ def known_settings(overrides: Sequence[str]) -> Known:
     """Compose the choices among the overrides (of a sweep, the first ones) without the settings."""
     from hydra.errors import HydraException
 
-    choices = list(_choices_in(overrides))
     try:
-        return _composed(choices)
+        return _composed(*_choices_in(overrides))
     except HydraException:  # one of them is at fault itself
-        return _composed([])
+        return _composed()
 
 
 def _choices_in(overrides: Sequence[str]) -> Iterator[str]:
@@ -171,12 +170,13 @@ def _choices_in(overrides: Sequence[str]) -> Iterator[str]:
             yield word
 
 
-def _composed(choices: list[str]) -> Known:
+@functools.lru_cache(maxsize=100)  # a fifth of a second, and the cells of a sweep share choices
+def _composed(*choices: str) -> Known:
     from hydra import compose
     from omegaconf import OmegaConf
 
     with conf_files.hydra_initialized():
-        tree = OmegaConf.to_container(compose("train", choices, return_hydra_config=True))
+        tree = OmegaConf.to_container(compose("train", list(choices), return_hydra_config=True))
     chosen = tree.pop("hydra")["runtime"]["choices"]
     groups = {group: chosen[group] for group in reversed(chosen) if group.isidentifier()}  # none of Hydra's own
     settings = dict(_items(tree))

@@ -16,7 +16,7 @@ from common.errors import UserError, reason
 from common.figures import check_writable
 from common.invocation import quoted, version_line
 from common.paths import entering
-from common.streams import print_line
+from common.streams import print_line, print_stderr
 from common.suggestions import hint, nearest
 from generation.defaults import MAX_NEW_TOKENS, SAMPLING
 
@@ -97,6 +97,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     if args.html is not None:
         check_writable(args.html, "--html", ("html",))
     args.score_text = None if args.score is None else _read_score_text(args)
+    _hint_at_line_ends(args.stop)
     return args
 
 
@@ -187,10 +188,14 @@ def _check_page(page: Path, text: Path, size: int) -> None:
 def check_is_folder(path: Path) -> None:
     """Raise UserError where a run's folder is not there, is no folder, or a folder around it may not be entered."""
     with entering(path):
-        there = exists(path) and path.is_dir()
-    if not there:
-        meant = hint(_nearest_run(path))
-        raise UserError(f"{path} is not a run: there is no such folder{meant and f'; {meant}'}")
+        there = exists(path)
+        if there and path.is_dir():
+            return
+    if there:
+        run = next((above for above in path.parents[:3] if exists(above / "config.yaml")), None)  # of a checkpoint, say
+        raise UserError(f"{path} is a file: give the folder of a run{f', {run}' if run else ''}")
+    meant = hint(_nearest_run(path))
+    raise UserError(f"{path} is not a run: there is no such folder{meant and f'; {meant}'}")
 
 
 def _nearest_run(path: Path) -> str | None:
@@ -244,7 +249,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     model = parser.add_argument_group("the model").add_argument
     model(
         "--run",
-        type=Path,
+        type=_run_folder,
         metavar="DIR",
         help="the run's folder; latest, the default: the newest with a checkpoint",
     )
@@ -342,10 +347,24 @@ def _number(meaning: str, kind: type, least: int, most: int | float = math.inf) 
     return {"type": number(kind, least, most), "help": f"{limits}; {meaning}"}
 
 
+def _run_folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name: give a run's folder, or latest")
+    return Path(text)
+
+
 def _stop_string(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("an empty string would end every text before it begins")
     return text
+
+
+def _hint_at_line_ends(stops: Sequence[str]) -> None:
+    """Say of a stop string with a backslash and an n, which source code has too, how a line end is typed."""
+    for stop in stops:
+        if "\\n" in stop:
+            in_bash = "$'" + stop.replace("'", "\\'") + "'"
+            print_stderr(f"[--stop {quoted(stop)} is a backslash and an n: a line end is --stop {in_bash}]")
 
 
 def _check_contradictions(given: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_and_the_lines_they_name(page):
+def test_docs_links_lead_to_files_and_the_lines_they_name(page):
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", page.read_text()):
         if target.startswith("http"):
             continue
@@ -50,19 +50,19 @@ def test_the_index_links_every_page():
 
 
 @pytest.mark.parametrize("section", code_tour.SECTIONS)
-def test_the_frames_of_the_tour_are_those_of_the_code(section, capsys):
+def test_code_tour_frames_are_those_of_the_code(section, capsys):
     code_tour.SECTIONS[section]()
     assert f"```\n{capsys.readouterr().out.strip()}\n```" in (ROOT / "docs" / "code_tour.md").read_text()
 
 
-def test_a_training_loss_is_few_frames_from_the_command():
+def test_code_tour_training_loss_is_few_frames_from_the_command():
     depths = {name: len(found) for name, found in code_tour.frames_of_training().items()}
     assert depths["forward"] + 1 <= 6  # above it, and itself
     assert depths["loss"] + 1 <= 8
 
 
 @pytest.mark.parametrize("section", [name for name in SECTIONS if name not in MEASURED])
-def test_the_numbers_of_the_page_are_those_that_are_printed(section, capsys):
+def test_attention_page_numbers_are_those_that_are_printed(section, capsys):
     torch.manual_seed(0)
     show(section)
     printed = capsys.readouterr().out.strip()
@@ -117,7 +117,7 @@ MODELS = [  # that have every tensor between them
 ]
 
 
-def test_the_page_on_a_runs_files_gives_the_shape_of_every_tensor():
+def test_run_format_page_gives_the_shape_of_every_tensor():
     rows = [row.split(" | ") for row in RUN_FORMAT.splitlines() if row.startswith("| `") and ".weight`" in row]
     unseen = {name for names, *_ in rows for name in re.findall(r"`(.+?)`", names)}
     for options in MODELS:
@@ -142,7 +142,7 @@ def _sizes(config: ModelConfig) -> dict[str, float]:
     return sizes | {letter: attention.get(name, math.nan) for letter, name in letters.items()}
 
 
-def test_the_page_on_a_runs_files_names_the_files_and_the_manifests_keys():
+def test_run_format_page_names_the_files_and_the_manifests_keys():
     named = set(re.findall(r"`([\w./]+)`", RUN_FORMAT))
     assert named >= {*FILES_BEFORE_CONFIG, "config.yaml", "metrics.jsonl", "loss.png", MODEL, OPTIMIZER, MANIFEST}
     assert named >= Manifest.model_fields.keys()

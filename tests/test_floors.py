@@ -67,14 +67,14 @@ FILES = {
 IMPORTS = {name: imports_of(path) & FILES.keys() for name, path in FILES.items()}
 
 
-def test_every_room_uses_only_the_rooms_below_it():
+def test_imports_of_a_room_are_of_rooms_below_it():
     for name, imports in IMPORTS.items():
         room = name.partition(".")[0]
         used = {imported.partition(".")[0] for imported in imports} - {room}
         assert used <= ROOMS.get(room, set(ROOMS)), f"{name} imports {sorted(imports)}"
 
 
-def test_no_file_imports_itself_over_others():
+def test_imports_form_no_circle():
     done: set[str] = set()
 
     def visit(name: str, above: tuple[str, ...]) -> None:
@@ -95,7 +95,7 @@ def place_in(order: list[str], folder: str, module: str) -> int | None:
     return order.index(max(known, key=len)) if known and inside != module else None
 
 
-def test_the_files_of_a_folder_stand_in_its_order():
+def test_imports_within_a_folder_follow_its_order():
     for folder, text in ORDER.items():
         order = text.split()
         paths = [ROOT.joinpath(*folder.split("."), *name.split(".")) for name in order]
@@ -108,28 +108,28 @@ def test_the_files_of_a_folder_stand_in_its_order():
 
 
 @pytest.mark.parametrize("folder", ["common", "training", "ablation"])
-def test_every_file_of_a_folder_has_a_place_in_its_order(folder):
+def test_order_of_a_folder_has_a_place_for_every_file(folder):
     order = ORDER[folder].split()
     assert not [name for name in FILES if name.startswith(f"{folder}.") and place_in(order, folder, name) is None]
 
 
-def test_rooms_do_not_know_what_is_not_theirs():
+def test_imports_of_a_room_are_of_packages_it_may_know():
     for room, forbidden in FORBIDDEN.items():
         for path in (ROOT / room).rglob("*.py"):
             known = imports_of(path)
             assert not {name for name in known if any(f"{name}.".startswith(f"{one}.") for one in forbidden)}, path
 
 
-def test_only_the_statistics_import_scipy():
+def test_imports_of_scipy_are_those_of_the_statistics_alone():
     users = {name for name, path in FILES.items() if any(f"{one}.".startswith("scipy.") for one in imports_of(path))}
     assert users == {"ablation.statistics"}
 
 
-def test_benchmarks_import_no_tests():
+def test_imports_of_benchmarks_are_of_no_tests():
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
         assert not {name for name in imports_of(path) if name.partition(".")[0] == "tests"}, path
 
 
-def test_no_top_level_file_shadows_a_standard_module():
+def test_top_level_names_shadow_no_standard_module():
     ours = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert not ours & sys.stdlib_module_names

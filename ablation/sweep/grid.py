@@ -5,7 +5,6 @@ same cells again. A setting that only some choices have is marked: `if:attention
 exists, and cells that would differ in nothing else are one.
 """
 
-import functools
 import hashlib
 import itertools
 import math
@@ -150,13 +149,8 @@ def _existing(overrides: list[Override], optional: set[str]) -> list[Override]:
     another choice of the sweep has it."""
     if not optional:
         return overrides
-    known = _known(tuple(one.word for one in overrides if is_group(one.key)))
+    known = known_settings([one.word for one in overrides if is_group(one.key)])
     return [one for one in overrides if one.key not in optional or _exists(one.key, known)]
-
-
-@functools.cache
-def _known(chosen: tuple[str, ...]) -> Known:
-    return known_settings(chosen)
 
 
 def _exists(key: str, known: Known) -> bool:
@@ -175,7 +169,7 @@ def check_known(cells: Sequence[PlannedCell], varying: Sequence[Varying]) -> Non
     by_choice: dict[tuple[str, ...], PlannedCell] = {}
     for cell in cells:
         by_choice.setdefault(tuple(word for word in cell.overrides if key_of(word) in groups), cell)
-    known = {choice: _known(_choices(cell)) for choice, cell in by_choice.items()}
+    known = {choice: known_settings(_choices(cell)) for choice, cell in by_choice.items()}
     for choice, cell in by_choice.items():
         for word in cell.overrides:
             key = key_of(word)

@@ -11,19 +11,18 @@ import pytest
 from ablation.pages.words import summary
 from ablation.results import Cell, Curve, Report, Variant
 from ablation.statistics import Comparison, Difference, Estimate
-from ablation.sweep.pace import Pace
 from ablation.sweep.run import run_sweep
+from tests.ablation.quick_sweeps import composing_once, without_pictures, without_timing
 from tests.support import call
-from training.monitor.plot import PICTURE
 
 BYTES = 2.9  # of a token, in the made-up text
 CACHE = {"mha": 4096, "gqa": 1024, "mqa": 512, "mla": 640}
 
 
 def train_sweep(typed: Sequence[str], patch: pytest.MonkeyPatch) -> None:
-    """Run `train.py -m` in the working directory, without timing steps or drawing the losses of each run."""
-    patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
-    patch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
+    """Run `train.py -m` in the working directory, quickly."""
+    for quick in (without_pictures, without_timing, composing_once):
+        quick(patch)
     assert run_sweep([*typed], lambda words: call("train", words, patch, drawn=True)) == 0
 
 

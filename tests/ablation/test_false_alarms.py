@@ -27,7 +27,7 @@ def val_bpb(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("variants", "seeds"), [(2, 5), (4, 3), (4, 5)])
-def test_relabeled_runs_of_one_setting_are_told_apart_in_five_of_a_hundred_tables(val_bpb, variants, seeds):
+def test_compare_relabeled_runs_of_one_setting_raise_five_alarms_in_a_hundred(val_bpb, variants, seeds):
     assert len(set(val_bpb)) == RUNS
     rng = np.random.default_rng(0)
     alone = []

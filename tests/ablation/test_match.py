@@ -92,8 +92,7 @@ def refused(found: dict[str, list[str]], *budgets: str) -> str:
 # Within the tolerance
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "gpt2"])
-@pytest.mark.parametrize("budget", ["params", "flops"])
+@pytest.mark.parametrize(("size", "budget"), [("tiny", "params"), ("small", "flops"), ("gpt2", "params")])
 def test_match_of_every_attention_to_mha_moves_d_ff_to_the_nearest_unit(size, budget):
     found = attentions(*ALL, common=(f"model={size}",))
     matched = match(found, [budget], VOCAB)
@@ -109,8 +108,7 @@ def test_match_of_every_attention_to_mha_moves_d_ff_to_the_nearest_unit(size, bu
             assert off <= min(abs(measure(with_d_ff(config, config.mlp.d_ff + d)) - target) for d in (-UNIT, UNIT))
 
 
-@pytest.mark.parametrize("mlp", ["relu2", "swiglu"])
-@pytest.mark.parametrize("budget", ["params", "flops"])
+@pytest.mark.parametrize(("budget", "mlp"), [("params", "relu2"), ("flops", "swiglu")])
 def test_match_finds_the_best_d_ff_that_a_search_of_all_finds(budget, mlp):
     common = ("model=mini", f"mlp={mlp}", "model.bias=true", "model.n_layers=1", "model.d_model=128")
     measure = MEASURES[budget]
@@ -243,121 +241,107 @@ def test_match_table_says_that_nothing_had_to_move():
 # Refused
 
 
-@pytest.mark.parametrize(
-    "names, common, budgets, line",
-    [
-        (
-            ["attention=mha"],
-            (),
-            ["params"],
-            "match=params compares variants: sweep over several, as in attention=mha,gqa",
-        ),
-        (
-            ["attention=mha"],
-            (),
-            ["params", "cache"],
-            "match=[cache,params] compares variants: sweep over several, as in attention=mha,gqa",
-        ),
-        (["attention=mha", "attention=gqa"], (), ["tokens"], "match=tokens: choose params, flops or cache"),
-        (
-            ["attention=mha", "attention=gqa"],
-            (),
-            ["flops", "params"],
-            "match=[params,flops]: params and flops both move mlp.d_ff: choose one of them",
-        ),
-        (
-            ["attention=mha", "attention=gqa"],
-            ("model=mini", "mlp=swiglu"),
-            ["params"],
-            "match=params: attention=gqa reaches 105,024 (-1.97 %) with mlp.d_ff=208 and 108,096 (+0.90 %) with "
-            "mlp.d_ff=216, not within 0.5 % of the 107,136 of attention=mha: choose a larger model, whose steps are "
-            "finer, or choose match=none",
-        ),
-        (
-            ["model=mini", "model=tiny"],
-            (),
-            ["params"],
-            "match=params: model=tiny reaches 272,768 (+175.68 %) with mlp.d_ff=8 and 280,960 (+183.96 %) with "
-            "mlp.d_ff=16, not within 0.5 % of the 98,944 of model=mini: make it the first variant, or choose "
-            "match=none",
-        ),
-        (
-            ["attention=mla", "attention=gqa"],
-            (),
-            ["cache"],
-            "match=cache: attention=gqa reaches 1,024 (+12.28 %) with attention.n_kv_heads=1 and 2,048 (+124.56 %) "
-            "with attention.n_kv_heads=2, not within 0.5 % of the 912 of attention=mla: make it the first variant, or "
-            "choose match=none",
-        ),
-        (
-            ["attention=gqa", LATENT],
-            ("model=gpt2",),
-            ["cache"],
-            f"match=cache: {LATENT} reaches 12,240 (-33.59 %) with attention.kv_lora_rank=239 and 12,288 "
-            "(-33.33 %) with attention.kv_lora_rank=240, not within 0.5 % of the 18,432 of attention=gqa: make it the "
-            "first variant, or set attention.kv_lora_rank=368 yourself, whose absorbed key is wider than the 256 of "
-            "flash kernels, or choose match=none",
-        ),
-        (
-            ["attention=gqa", "attention=mha"],
-            (),
-            ["cache"],
-            "match=cache: attention=mha has 4,096, +100.00 % off attention=gqa, and MHA is never moved: with fewer KV "
-            "heads it would be none: make it the first variant, leave it out, or choose match=none",
-        ),
-        (
-            ["attention=gqa", "attention=stack"],
-            (),
-            ["cache"],
-            "match=cache: attention=stack has 1,344, -34.38 % off attention=gqa, and a stack has no one latent or "
-            "number of KV heads to move: make it the first variant, leave it out, or choose match=none",
-        ),
-        (
-            ["attention=gqa", "attention=mla attention.execution=naive"],
-            (),
-            ["cache"],
-            "match=cache: attention=mla attention.execution=naive has 4,096, +100.00 % off attention=gqa, and "
-            "attention.execution=naive caches keys and values of all heads, however wide the latent is: make it the "
-            "first variant, leave it out, or choose match=none",
-        ),
-        (
-            ["attention=mha", "attention=gqa"],
-            (),
-            ["cache"],
-            "match=cache needs attention.n_kv_heads=4 in attention=gqa, which makes it the same as attention=mha: "
-            "leave one of them out, or choose match=none",
-        ),
-        (
-            ["attention=gqa", "attention=mqa"],
-            (),
-            ["cache"],
-            "match=cache needs attention.n_kv_heads=2 in attention=mqa, which makes it the same as attention=gqa: "
-            "leave one of them out, or choose match=none",
-        ),
-        (
-            ["mlp.d_ff=512", "mlp.d_ff=1024"],
-            (),
-            ["params"],
-            "match=params: mlp.d_ff=1024 has 1,313,152, +66.46 % off mlp.d_ff=512, and what would have to move is set "
-            "by mlp.d_ff=1024: leave that out, or choose match=none",
-        ),
-        (
-            ["attention=mha", "attention=gqa"],
-            ("++mlp.d_ff=512",),
-            ["flops"],
-            "match=flops: attention=gqa has 8,260,608, -4.54 % off attention=mha, and what would have to move is set "
-            "by ++mlp.d_ff=512: leave that out, or choose match=none",
-        ),
-        (
-            ["attention.kv_lora_rank=8", "attention.kv_lora_rank=16"],
-            ("attention=mla",),
-            ["cache"],
-            "match=cache: attention.kv_lora_rank=16 has 656, +24.24 % off attention.kv_lora_rank=8, and what would "
-            "have to move is set by attention.kv_lora_rank=16: leave that out, or choose match=none",
-        ),
-    ],
-)
-def test_match_that_cannot_be_is_refused_in_one_line(names, common, budgets, line):
+REFUSED = {
+    "one variant alone, two budgets": (
+        ["attention=mha"],
+        (),
+        ["params", "cache"],
+        "match=[cache,params] compares variants: sweep over several, as in attention=mha,gqa",
+    ),
+    "a budget that is none": (
+        ["attention=mha", "attention=gqa"],
+        (),
+        ["tokens"],
+        "match=tokens: choose params, flops or cache",
+    ),
+    "two budgets that move one setting": (
+        ["attention=mha", "attention=gqa"],
+        (),
+        ["flops", "params"],
+        "match=[params,flops]: params and flops both move mlp.d_ff: choose one of them",
+    ),
+    "steps too coarse": (
+        ["attention=mha", "attention=gqa"],
+        ("model=mini", "mlp=swiglu"),
+        ["params"],
+        "match=params: attention=gqa reaches 105,024 (-1.97 %) with mlp.d_ff=208 and 108,096 (+0.90 %) with "
+        "mlp.d_ff=216, not within 0.5 % of the 107,136 of attention=mha: choose a larger model, whose steps are "
+        "finer, or choose match=none",
+    ),
+    "a baseline too small": (
+        ["model=mini", "model=tiny"],
+        (),
+        ["params"],
+        "match=params: model=tiny reaches 272,768 (+175.68 %) with mlp.d_ff=8 and 280,960 (+183.96 %) with "
+        "mlp.d_ff=16, not within 0.5 % of the 98,944 of model=mini: make it the first variant, or choose "
+        "match=none",
+    ),
+    "a baseline between two steps": (
+        ["attention=mla", "attention=gqa"],
+        (),
+        ["cache"],
+        "match=cache: attention=gqa reaches 1,024 (+12.28 %) with attention.n_kv_heads=1 and 2,048 (+124.56 %) "
+        "with attention.n_kv_heads=2, not within 0.5 % of the 912 of attention=mla: make it the first variant, or "
+        "choose match=none",
+    ),
+    "a key too wide": (
+        ["attention=gqa", LATENT],
+        ("model=gpt2",),
+        ["cache"],
+        f"match=cache: {LATENT} reaches 12,240 (-33.59 %) with attention.kv_lora_rank=239 and 12,288 "
+        "(-33.33 %) with attention.kv_lora_rank=240, not within 0.5 % of the 18,432 of attention=gqa: make it the "
+        "first variant, or set attention.kv_lora_rank=368 yourself, whose absorbed key is wider than the 256 of "
+        "flash kernels, or choose match=none",
+    ),
+    "MHA": (
+        ["attention=gqa", "attention=mha"],
+        (),
+        ["cache"],
+        "match=cache: attention=mha has 4,096, +100.00 % off attention=gqa, and MHA is never moved: with fewer KV "
+        "heads it would be none: make it the first variant, leave it out, or choose match=none",
+    ),
+    "a stack": (
+        ["attention=gqa", "attention=stack"],
+        (),
+        ["cache"],
+        "match=cache: attention=stack has 1,344, -34.38 % off attention=gqa, and a stack has no one latent or "
+        "number of KV heads to move: make it the first variant, leave it out, or choose match=none",
+    ),
+    "naive execution": (
+        ["attention=gqa", "attention=mla attention.execution=naive"],
+        (),
+        ["cache"],
+        "match=cache: attention=mla attention.execution=naive has 4,096, +100.00 % off attention=gqa, and "
+        "attention.execution=naive caches keys and values of all heads, however wide the latent is: make it the "
+        "first variant, leave it out, or choose match=none",
+    ),
+    "the same as the baseline": (
+        ["attention=mha", "attention=gqa"],
+        (),
+        ["cache"],
+        "match=cache needs attention.n_kv_heads=4 in attention=gqa, which makes it the same as attention=mha: "
+        "leave one of them out, or choose match=none",
+    ),
+    "set by the variant itself": (
+        ["mlp.d_ff=512", "mlp.d_ff=1024"],
+        (),
+        ["params"],
+        "match=params: mlp.d_ff=1024 has 1,313,152, +66.46 % off mlp.d_ff=512, and what would have to move is set "
+        "by mlp.d_ff=1024: leave that out, or choose match=none",
+    ),
+    "set by what all share": (
+        ["attention=mha", "attention=gqa"],
+        ("++mlp.d_ff=512",),
+        ["flops"],
+        "match=flops: attention=gqa has 8,260,608, -4.54 % off attention=mha, and what would have to move is set "
+        "by ++mlp.d_ff=512: leave that out, or choose match=none",
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", REFUSED)
+def test_match_that_cannot_be_is_refused_in_one_line(rule):
+    names, common, budgets, line = REFUSED[rule]
     assert refused(variants(*names, common=common), *budgets) == line
 
 

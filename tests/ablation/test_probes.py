@@ -90,7 +90,7 @@ def test_repeated_tokens_are_two_equal_halves_and_the_same_for_a_seed():
     assert not torch.equal(found, probes.repeated_tokens(100, 30, 3, seed=2))
 
 
-def test_copying_is_right_for_a_model_that_repeats_the_first_half_and_wrong_for_another():
+def test_copying_is_right_for_a_model_that_repeats_and_wrong_for_another():
     repeated = probes.repeated_tokens(100, 16, texts=20)  # more than a batch
     right, wrong = (probes.copying(Copier(100, distance), repeated) for distance in (16, 15))
     assert right.accuracy == 1
@@ -99,7 +99,7 @@ def test_copying_is_right_for_a_model_that_repeats_the_first_half_and_wrong_for_
     assert wrong.loss > 40
 
 
-def test_scores_are_one_for_heads_that_attend_so_and_have_the_shape_of_the_heads():
+def test_probe_scores_are_one_for_heads_that_attend_so():
     half = 8
     repeated = torch.randperm(100, generator=torch.Generator().manual_seed(0))[:half].repeat(3, 2)  # each token once
     index = torch.arange(2 * half)
@@ -113,7 +113,7 @@ def test_scores_are_one_for_heads_that_attend_so_and_have_the_shape_of_the_heads
     assert (probes.induction_scores(after, repeated)[0] == 0).all()
 
 
-def test_matching_counts_every_earlier_occurrence_and_only_queries_that_have_one():
+def test_matching_scores_count_every_earlier_occurrence():
     tokens = torch.tensor([[7, 8, 7, 9, 7]])
     keys = torch.tensor([0, 0, 1, 0, 3])  # tokens 2 and 4 have earlier occurrences, which 1, and 1 and 3, follow
     assert (probes.matching_scores(Attending(keys), tokens)[-1] == 1).all()
@@ -122,7 +122,7 @@ def test_matching_counts_every_earlier_occurrence_and_only_queries_that_have_one
 
 
 @pytest.mark.parametrize("attention", ["mha", "mla"])
-def test_scores_of_uniform_attention_are_the_means_of_one_over_the_keys(attention):
+def test_probe_scores_of_uniform_attention_are_one_over_the_keys(attention):
     model = small_model(f"attention={attention}")
     for block in model.layers:
         for parameter in block.attention.q_proj.parameters():
@@ -141,7 +141,7 @@ def run_probes(monkeypatch, *arguments: str) -> int:
     return 0
 
 
-def test_table_has_a_row_for_each_checkpoint_with_the_loss_of_training(workplace, monkeypatch, capsys):
+def test_probes_table_has_a_row_for_each_checkpoint_with_its_loss(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "steps=4", "save_every=2", "eval_every=2", "run_dir=runs/one"], monkeypatch) == 0
     trained = probes.checkpoint.newest(workplace / "runs/one", ())
     capsys.readouterr()
@@ -164,7 +164,7 @@ def test_table_has_a_row_for_each_checkpoint_with_the_loss_of_training(workplace
         (["runs/one", "--tokens=x"], ("'x'", "whole number")),
     ],
 )
-def test_mistakes_get_one_line(arguments, words, workplace, monkeypatch, capsys):
+def test_probes_bad_arguments_exit_with_one_line(arguments, words, workplace, monkeypatch, capsys):
     if "runs/one" in arguments:
         assert call("train", [*SMOKE, "steps=1", "run_dir=runs/one"], monkeypatch) == 0
         capsys.readouterr()

@@ -13,14 +13,13 @@ from scipy import stats
 
 from ablation.match import measure
 from ablation.report import labels_of, report_on
-from ablation.sweep.pace import Pace
 from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS
 from common.errors import UserError
 from tests.ablation import support
+from tests.ablation.quick_sweeps import without_pictures
 from tests.support import TINY, call, changed, composed_run
 from training.metrics_file import read_metrics
-from training.monitor.plot import PICTURE
 from training.run.config import compose
 from training.run.load import load_run
 
@@ -181,7 +180,7 @@ def test_report_of_cells_that_were_altered_or_are_damaged_leaves_them_out(here, 
     """One trained on by hand, and one that lost its vocabulary."""
     shutil.copytree("sweeps/three", "sweeps/altered")
     with monkeypatch.context() as patch:
-        patch.setattr("training.monitor.monitor.plot_loss", lambda run: (run / PICTURE).touch())
+        without_pictures(patch)
         for checkpoint in Path("sweeps/altered/attention=mha,seed=1/checkpoints").glob("*4"):
             shutil.rmtree(checkpoint)  # the cooldown has begun by then
         assert call("train", ["resume='sweeps/altered/attention=mha,seed=1'", "steps=6"], patch, drawn=True) == 0
@@ -286,13 +285,13 @@ def test_compare_without_a_sweep_says_how_to_make_one(workplace, monkeypatch, ca
 
 
 def test_compare_sweep_without_a_finished_run_is_refused(workplace, monkeypatch, capsys):
-    monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
+    without_timing(monkeypatch)
     assert run_sweep([*TINY, "seed=1,2", "sweep=none"], lambda words: 2) == 2
     code, _, err = compared(["sweeps/none"], monkeypatch, capsys)
     assert code == 2 and "no run of it has finished (seed=1: exit code 2; seed=2: exit code 2)" in err
 
 
-def test_labels_are_values_where_one_setting_varies():
+def test_labels_of_one_varying_setting_are_its_values():
     assert labels_of(["attention=mha", "attention=mla"]) == {"attention=mha": "mha", "attention=mla": "mla"}
     both = ["attention=mha,steps=3", "attention=mla,steps=3"]
     assert labels_of(both) == {name: name for name in both}

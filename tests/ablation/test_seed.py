@@ -12,7 +12,7 @@ def weights(seed: int, *overrides: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("variant", ["attention=gqa", "attention=mla", "mlp.d_ff=264"])
-def test_variants_of_one_seed_share_the_weights_of_equal_name_and_shape(variant):
+def test_initialised_variants_of_one_seed_share_weights_of_equal_name_and_shape(variant):
     one = weights(1, "attention=mha")
     other = weights(1, "attention=mha", variant)
     shared = [name for name in one if name in other and one[name].shape == other[name].shape]
@@ -20,7 +20,7 @@ def test_variants_of_one_seed_share_the_weights_of_equal_name_and_shape(variant)
     assert all(torch.equal(one[name], other[name]) for name in shared)
 
 
-def test_seeds_of_one_variant_share_no_random_weight():
+def test_initialised_seeds_of_one_variant_share_no_random_weight():
     one = weights(1)
     other = weights(2)
     random = [name for name in one if one[name].ndim > 1]

@@ -203,10 +203,10 @@ def test_compare_erratic_baseline_is_tested_by_each_own_sd():
     assert methods == {"one": "paired, own sd", "two": "paired, own sd", "once": "too few"}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_compare_value_that_is_not_finite_names_variant_and_seed(value):
-    with pytest.raises(ValueError, match=r"gqa.*seed 3"):
-        compare({"mha": BASE, "gqa": BASE | {3: value}}, "mha")
+def test_compare_value_that_is_not_finite_names_variant_and_seed():
+    for value in (math.nan, math.inf, -math.inf):
+        with pytest.raises(ValueError, match=r"gqa.*seed 3"):
+            compare({"mha": BASE, "gqa": BASE | {3: value}}, "mha")
 
 
 def test_compare_baseline_not_in_table_raises():

@@ -63,7 +63,7 @@ def measured(monkeypatch, capsys, *options: str) -> list[dict]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
-def test_a_long_prompt_is_made_up_for_all_alike(place, monkeypatch, capsys):
+def test_decode_rows_of_long_prompts_are_measured_for_all_alike(place, monkeypatch, capsys):
     options = "--contexts 16 64 --batch 1 2 --prefill-up-to 24 --litgpt . --our-sampler --executions expanded"
     names = ["ours mha", "ours mla expanded", "litgpt"]
     rows = measured(monkeypatch, capsys, *options.split(), "--plot", "p.svg", "--only", *names)
@@ -75,7 +75,7 @@ def test_a_long_prompt_is_made_up_for_all_alike(place, monkeypatch, capsys):
     assert "ours mla expanded" in (place / "p.svg").read_text()
 
 
-def test_the_last_line_is_the_table_and_a_peer_without_a_cache_recomputes_short_texts_alone(place, monkeypatch, capsys):
+def test_decode_peer_without_a_cache_recomputes_short_texts_alone(place, monkeypatch, capsys):
     monkeypatch.setattr(decode_models, "RECOMPUTED", 32)
     rows = measured(
         monkeypatch, capsys, "--contexts", "16", "64", "--batch", "1", "--nanogpt", ".", "--only", "nanoGPT"
@@ -83,7 +83,7 @@ def test_the_last_line_is_the_table_and_a_peer_without_a_cache_recomputes_short_
     assert [(row["context"], row["cache bytes"]) for row in rows] == [(16, 0)]
 
 
-def test_a_cache_that_would_fill_the_memory_is_skipped(place, monkeypatch, capsys):
+def test_decode_cache_that_would_fill_the_memory_is_skipped(place, monkeypatch, capsys):
     monkeypatch.setattr(decode, "free_memory", lambda device: 50_000)
     rows = measured(monkeypatch, capsys, "--contexts", "64", "--batch", "1", "8", "--only", "ours mha")
     assert [row["batch"] for row in rows] == [1]
@@ -93,12 +93,12 @@ def test_a_cache_that_would_fill_the_memory_is_skipped(place, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("options", [["--new", "1"], ["--contexts", "4"]])
-def test_too_few_tokens_are_refused(place, monkeypatch, capsys, options):
+def test_decode_too_few_tokens_are_refused(place, monkeypatch, capsys, options):
     with pytest.raises(UserError, match="give"):
         measured(monkeypatch, capsys, *options)
 
 
-def test_few_rows_are_timed_in_each_form_beside_the_rule(workplace, monkeypatch):
+def test_one_row_times_few_rows_in_each_form_beside_the_rule(workplace, monkeypatch):
     monkeypatch.setattr(one_row, "SHAPES", ((64, 16), (16, 64)))
     monkeypatch.setattr(one_row, "BYTES", 1e4)
     monkeypatch.setattr(sys, "argv", ["one_row", "--rounds", "1", "--json", "rows.json"])

@@ -20,21 +20,21 @@ def rows(monkeypatch, workplace, *options: str) -> list[dict]:
     return found
 
 
-def test_training_is_measured_beside_nanogpt(workplace, monkeypatch):
+def test_gpu_training_is_measured_beside_nanogpt(workplace, monkeypatch):
     (workplace / "model.py").write_text(STAND_IN)
     found = rows(monkeypatch, workplace, "training", "--nanogpt", ".")
     assert [row["attention"] for row in found] == ["mha", "nanoGPT", "gqa", "mla"]
     assert all(row["loss_is_finite"] and row["tokens_per_second"] > 0 for row in found)
 
 
-def test_what_the_device_lacks_is_a_row_that_says_why(workplace, monkeypatch):
+def test_gpu_variant_that_the_device_lacks_is_a_row_that_says_why(workplace, monkeypatch):
     found = {row["variant"]: row for row in rows(monkeypatch, workplace, "variants") if row["attention"] == "mla"}
     assert found["bf16"]["tokens_per_second"] > 0
     for variant in ("fp8", "FA3", "FA4", "cudnn"):
         assert "refused" in found[variant], variant
 
 
-def test_decoding_is_measured_in_every_way(workplace, monkeypatch):
+def test_gpu_decoding_is_measured_in_every_way(workplace, monkeypatch):
     found = rows(monkeypatch, workplace, "decoding", "executions", "long_prompts")
     assert not [row for row in found if "failed" in row or "refused" in row]
     by_section = {name: [row for row in found if row["section"] == name] for name in ("decoding", "executions")}
@@ -69,7 +69,7 @@ def test_smoke_names_what_failed():
     ("error", "key"),
     [(Unsupported("no"), "refused"), (UserError("no"), "refused"), (RuntimeError("no\nmore"), "failed")],
 )
-def test_a_measurement_that_fails_costs_no_other(error, key):
+def test_gpu_measurement_that_fails_costs_no_other(error, key):
     def fail() -> None:
         raise error
 
@@ -77,7 +77,7 @@ def test_a_measurement_that_fails_costs_no_other(error, key):
     assert gpu.attempted({"size": "x"}, lambda y: {"ms": y}, 2) == {"size": "x", "ms": 2}
 
 
-def test_a_section_begins_no_row_that_may_outlast_it(workplace, monkeypatch):
+def test_gpu_section_begins_no_row_that_may_outlast_it(workplace, monkeypatch):
     now = [0.0]
 
     def slow(scale):

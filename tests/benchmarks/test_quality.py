@@ -25,8 +25,8 @@ def call(monkeypatch, *options: str) -> None:
     quality.main()
 
 
-def test_recipes_are_compared_over_time(place, monkeypatch, capsys):
-    options = "--nanogpt . --size i --seconds 0.4 --marks 0.1 --seeds 0 1 --val-tokens 64 --untuned"
+def test_quality_compares_recipes_over_time(place, monkeypatch, capsys):
+    options = "--nanogpt . --size i --seconds 0.2 --marks 0.1 --seeds 0 1 --val-tokens 64 --untuned"
     options = [*options.split(), "--precision", "fp32", "--target", "9", "--json", "q.json", "--picture", "q.svg"]
     call(monkeypatch, *options, "--ours", "", "experiment=fast optim.muon_lr=0.01")
     out = capsys.readouterr().out
@@ -35,13 +35,13 @@ def test_recipes_are_compared_over_time(place, monkeypatch, capsys):
     assert sorted({row["recipe"] for row in rows}) == sorted(names)
     for name in names:
         last = [row for row in rows if row["recipe"] == name][-1]
-        assert last["due"] == 0.4 and last["seeds"] == 2 and 0 < last["loss"] < 9
+        assert last["due"] == 0.2 and last["seeds"] == 2 and 0 < last["loss"] < 9
         assert re.fullmatch(r"\d+ \d+", last["s to 9.0"])
         assert name in (place / "q.svg").read_text()
     assert "made" not in out
 
 
-def test_a_run_ends_with_its_steps_and_marks_are_scored_when_they_have_passed():
+def test_quality_marks_are_scored_when_they_have_passed():
     now, trained = [0.0], []
 
     def step(number: int) -> None:
@@ -58,7 +58,7 @@ def test_a_run_ends_with_its_steps_and_marks_are_scored_when_they_have_passed():
     assert quality._reached(curve, 7.5) == "3" and quality._reached(curve, 1.0) == "never"
 
 
-def test_the_text_is_cut_in_nine_to_one_and_comes_back(place):
+def test_quality_text_is_cut_in_nine_to_one_and_comes_back(place):
     text = quality.read(place / "a.txt")
     whole = (place / "a.txt").read_text()
     assert text.vocab == len(set(whole)) and len(text.train) == int(0.9 * len(whole))
@@ -66,7 +66,7 @@ def test_the_text_is_cut_in_nine_to_one_and_comes_back(place):
     assert "".join(names[i] for part in text[:2] for i in part.read(0, len(part))) == whole
 
 
-def test_the_schedule_is_nanogpts():
+def test_nanogpt_lr_at_its_corners_is_nanogpts():
     rates = [quality.nanogpt_lr(step, 1e-3, 10, 100) for step in range(101)]
     assert rates[0] == pytest.approx(1e-3 / 11) and max(rates) == rates[10] == 1e-3
     assert rates[55] == pytest.approx(0.55e-3) and rates[100] == pytest.approx(1e-4)
@@ -87,9 +87,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("options", "complaint"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_runs(
-    place, monkeypatch, capsys, options, complaint
-):
+def test_quality_bad_arguments_exit_with_one_line_before_anything_runs(place, monkeypatch, capsys, options, complaint):
     monkeypatch.setattr(quality, "measured", lambda *_: pytest.fail("it ran"))
     (place / "binary").write_bytes(b"ab\xff")
     (place / "short.txt").write_text("To be, or not to be.")
@@ -99,14 +97,14 @@ def test_what_cannot_be_compared_is_refused_in_one_line_before_anything_runs(
     assert complaint in err and err.count("\n") == 1
 
 
-def test_start_up_is_measured_on_runs_of_its_own(monkeypatch):
+def test_startup_with_a_run_dir_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["startup", "model=mini", "run_dir=mine"])
     monkeypatch.setattr(startup, "in_turns", lambda *_: pytest.fail("it ran"))
     with pytest.raises(UserError, match="run_dir=mine: what is timed are runs of their own"):
         startup.main()
 
 
-def test_a_row_of_a_recipe_is_said_in_a_readable_line(monkeypatch, capsys):
+def test_recipe_rows_are_printed_as_readable_lines(monkeypatch, capsys):
     options = "--size experiment=smoke --base optim=adamw --steps 2 --seeds 0 1 --val-tokens 64 --rows"
     monkeypatch.setattr(sys, "argv", ["recipe", *options.split(), "", "optim.lr=0.01"])
     monkeypatch.setattr(recipe, "keep_buffers", lambda: None)
@@ -118,7 +116,7 @@ def test_a_row_of_a_recipe_is_said_in_a_readable_line(monkeypatch, capsys):
     assert "optim.lr=0.01: 4.5000 nats, +1.0000 than the first (by seed 4.0000 5.0000)" in out and "{" not in out
 
 
-def test_a_picture_that_cannot_be_written_is_refused_before_anything_runs(place, monkeypatch, capsys):
+def test_quality_picture_that_cannot_be_written_is_refused_before_anything_runs(place, monkeypatch, capsys):
     monkeypatch.setattr(quality, "measured", lambda *_: pytest.fail("it ran"))
     with pytest.raises(SystemExit):
         call(monkeypatch, "--picture", "q.jpg")

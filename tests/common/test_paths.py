@@ -26,21 +26,21 @@ def tree(workplace):
 PATTERNS = ["d/*.txt", "d/**/*.txt", "d/**", "**/*.txt", "*/*/*.txt", "d/[ab].txt", "d/?.txt", "d/.*.txt", "d/.git/*"]
 
 
-@pytest.mark.parametrize("pattern", [*PATTERNS, "./d/*.txt", "d/../e/*", "d", "d/a.txt", "nothing/*", "d/a.txt/*"])
-def test_matching_files_agrees_with_glob(tree, pattern):
-    for prefix in ("", f"{tree}/"):
-        expected = sorted(path for path in glob.glob(prefix + pattern, recursive=True) if os.path.isfile(path))
-        assert matching_files(prefix + pattern) == expected
+def test_matching_files_agrees_with_glob(tree):
+    for pattern in [*PATTERNS, "./d/*.txt", "d/../e/*", "d", "d/a.txt", "nothing/*", "d/a.txt/*"]:
+        for prefix in ("", f"{tree}/"):
+            expected = sorted(path for path in glob.glob(prefix + pattern, recursive=True) if os.path.isfile(path))
+            assert matching_files(prefix + pattern) == expected
 
 
-@pytest.mark.parametrize("pattern", ["d/**/*.txt", "d/**/**/*.txt", "d/**", "d/**/**", "**/[a-z].txt"])
-def test_matching_files_with_link_cycles_gives_each_file_once(tree, pattern):
-    expected = [path for path in matching_files(pattern) if path.startswith("d/")]
+def test_matching_files_with_link_cycles_gives_each_file_once(tree):
+    patterns = ["d/**/*.txt", "d/**/**/*.txt", "d/**", "d/**/**", "**/[a-z].txt"]
+    expected = {pattern: matching_files(pattern) for pattern in patterns}
     for link, target in {"self": ".", "again": ".", "sub/up": "..", "sub/deep/root": str(tree)}.items():
         (tree / "d" / link).symlink_to(target)
     (tree / "d" / "z.txt").symlink_to("a.txt")
     os.link(tree / "d" / "b.txt", tree / "d" / "y.txt")
-    assert [path for path in matching_files(pattern) if path.startswith("d/")] == expected
+    assert {pattern: matching_files(pattern) for pattern in patterns} == expected
     documents = list(configured(FilesCorpus, path="d/**/*.txt").read())
     train, val = ([d.name for d in documents if d.held_out == side] for side in (False, True))
     assert train == val == ["d/a.txt", "d/b.txt", "d/sub/c.txt", "d/sub/deep/a.txt"]
@@ -86,40 +86,43 @@ def failing(function, path: str, code: int):
     return called
 
 
+UNREADABLE = [  # what fails, where, and who reads it
+    ("scandir", "d/sub", configured(FilesCorpus, path="d/**/*.txt")),
+    ("scandir", "d", configured(FilesCorpus, path="d/*.txt")),
+    ("stat", "d/a.txt", configured(FilesCorpus, path="d/a.txt")),
+    ("stat", "d", configured(FilesCorpus, path="d")),
+    ("scandir", "d/sub", configured(HubCorpus, path="d")),
+    ("stat", "d", configured(HubCorpus, path="d")),
+]
+
+
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
-@pytest.mark.parametrize(
-    ("function", "path", "read"),
-    [
-        ("scandir", "d/sub", lambda: configured(FilesCorpus, path="d/**/*.txt").fingerprint()),
-        ("scandir", "d", lambda: configured(FilesCorpus, path="d/*.txt").fingerprint()),
-        ("stat", "d/a.txt", lambda: configured(FilesCorpus, path="d/a.txt").fingerprint()),
-        ("stat", "d", lambda: configured(FilesCorpus, path="d").fingerprint()),
-        ("scandir", "d/sub", lambda: configured(HubCorpus, path="d").fingerprint()),
-        ("stat", "d", lambda: configured(HubCorpus, path="d").fingerprint()),
-    ],
-)
-def test_paths_unreadable_folder_raises_error_with_name(tree, monkeypatch, function, path, read, code):
-    monkeypatch.setattr(os, function, failing(getattr(os, function), path, code))
-    with pytest.raises(UserError, match=rf"^{path} cannot be read: {os.strerror(code)}"):
-        read()
+def test_fingerprint_of_unreadable_folder_raises_error_with_its_name(tree, monkeypatch, code):
+    for function, path, corpus in UNREADABLE:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, failing(getattr(os, function), path, code))
+            with pytest.raises(UserError, match=rf"^{path} cannot be read: {os.strerror(code)}"):
+                corpus.fingerprint()
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ENOENT, errno.EISDIR])
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"])
-def test_files_unreadable_file_raises_error_with_name(workplace, monkeypatch, name, code):
-    (workplace / name).write_text("x\n")
+def test_fingerprint_of_unreadable_file_raises_error_with_its_name(workplace, monkeypatch, code):
     error = OSError(code, os.strerror(code))
-    files, sympy = configured(FilesCorpus, path=name), configured(SympyCorpus)
+    names = ["a.txt", "a.jsonl", "a.json", "a.csv", "a.parquet"]
+    corpora, sympy = {name: configured(FilesCorpus, path=name) for name in names}, configured(SympyCorpus)
+    for name in names:
+        (workplace / name).write_text("x\n")
     for place in ("data.sources.files.Path.open", "data.sources.tables.open"):
         monkeypatch.setattr(place, lambda *_, **__: (_ for _ in ()).throw(error), raising=False)
-    with pytest.raises(UserError, match=rf"^{name} cannot be read: {os.strerror(code)}"):
-        files.fingerprint()
+    for name, corpus in corpora.items():
+        with pytest.raises(UserError, match=rf"^{name} cannot be read: {os.strerror(code)}"):
+            corpus.fingerprint()
+    monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(error))
     with pytest.raises(UserError, match=r"add\.py cannot be read|__init__\.py cannot be read"):
-        monkeypatch.setattr("pathlib.Path.read_bytes", lambda _: (_ for _ in ()).throw(error))
         sympy.fingerprint()
 
 
-def test_files_deleted_working_directory_raises_user_error(workplace):
+def test_fingerprint_in_a_deleted_working_directory_raises_user_error(workplace):
     (workplace / "gone").mkdir()
     os.chdir(workplace / "gone")
     (workplace / "gone").rmdir()

@@ -21,6 +21,10 @@ GUESSES = {
     "setps": "setps: no such setting; did you mean steps?",
     "eval_evry": "eval_evry: no such setting; did you mean eval_every?",
     "optm.lr": "optm.lr: no such setting; did you mean optim.lr?",
+    "n_layer": "n_layer: no such setting; did you mean model.n_layers?",
+    "dropout": "dropout: no such setting; did you mean attention.dropout or model.dropout?",
+    "atention": "atention: no such setting; did you mean attention?",
+    "experimnt": "experimnt: no such setting; did you mean experiment?",
     "model.attention.n_kv_heads": "model.attention.n_kv_heads: no such setting; did you mean attention.n_kv_heads?",
     "vocab": "vocab: no such setting; did you mean tokenizer.vocab_size?",
     "lr": "lr: no such setting; did you mean optim.lr?",
@@ -28,19 +32,41 @@ GUESSES = {
     "belongs to attention=stack",
     "data.sympy.val_fraction": "data.sympy.val_fraction: no such setting; did you mean data.parts.sympy.val_fraction? "
     "It belongs to data=mix",
+    "attention.n_kv_head": "attention.n_kv_head: no such setting of attention=mha; did you mean n_kv_heads?",
+    "attention.rope_teta": "attention.rope_teta: no such setting of attention=mha; did you mean rope_theta?",
+    "data.pth": "data.pth: no such setting of data=sympy; did you mean path? It belongs to data=files",
+    "data.path": "data.path: no such setting of data=sympy; it belongs to data=files",
+    "model.d_modl": "model.d_modl: no such setting of model=tiny; did you mean d_model?",
+    "optim.lrr": "optim.lrr: no such setting of optim=muon; did you mean lr?",
+    "most_skipped": "most_skipped is called max_skipped_updates now: write max_skipped_updates=",
+    "optim.logical_blocks": "optim.logical_blocks is called optim.per_head now: write optim.per_head=",
+}
+# Beside an override that chooses: the setting is looked for in that choice.
+BESIDE_A_CHOICE = {
+    ("attention.kv_lora", "attention=mla"): "of attention=mla; did you mean kv_lora_rank?",
+    ("attention.n_kv_head", "attention=mla"): "did you mean n_kv_heads? It belongs to attention=gqa or mha or mqa",
+    ("model.norn", "model=classic_gpt"): "of model=classic_gpt; did you mean norm?",
+    ("mlp.aproximate", "model=classic_gpt"): "of mlp=gelu; did you mean approximate?",
+    ("data.sise", "experiment=smoke"): "of data=synthetic; did you mean size?",
 }
 
 
-@pytest.mark.parametrize("key", GUESSES)
-def test_no_such_setting_common_guess_names_what_is_meant(key):
-    assert no_such_setting(key).startswith(GUESSES[key])
+def test_no_such_setting_common_guess_names_what_is_meant():
+    for key, line in GUESSES.items():
+        assert no_such_setting(key).startswith(line)
 
 
-@pytest.mark.parametrize("key", ["foo", "attention.local.foo", "optim.foo.bar"])
-def test_no_such_setting_nothing_near_points_to_the_lists_of_all(key):
-    line = no_such_setting(key)
-    assert line.startswith(f"{key}: no such setting; ") and "did you mean" not in line and len(line) < 300
-    assert "train.py --help lists them" in line and "settings.md explains them" in line
+def test_no_such_setting_beside_a_choice_names_what_that_choice_has():
+    for (key, chosen), line in BESIDE_A_CHOICE.items():
+        assert line in no_such_setting(key, [chosen, "steps=3"])
+    assert "of attention=mha; it belongs to attention=mla" in no_such_setting("attention.kv_lora_rank")
+
+
+def test_no_such_setting_nothing_near_points_to_the_lists_of_all():
+    for key in ("foo", "attention.local.foo", "optim.foo.bar", "experiment.foo"):
+        line = no_such_setting(key)
+        assert line.startswith(f"{key}: no such setting; ") and "did you mean" not in line and len(line) < 300
+        assert "train.py --help lists them" in line and "settings.md explains them" in line
 
 
 def test_no_such_setting_of_a_part_names_the_part():
@@ -65,17 +91,11 @@ def test_no_such_setting_of_a_part_names_the_part():
         ("attention.parts=[1]", "attention.parts=.*: give a dict, as 'attention.parts={name: value}'$"),
     ],
 )
-def test_value_that_does_not_fit_a_list_or_a_dict_is_refused_with_an_example(override, line):
+def test_compose_value_that_fits_no_list_or_dict_is_refused_with_an_example(override, line):
     """Hydra itself says that it cannot merge it, or raises what it did not mean to."""
     with pytest.raises(UserError, match=line) as refused:
         compose("attention=stack", "attention.pattern.0=global", override)
     assert str(refused.value).startswith(f"{override}: ")
-
-
-def test_no_such_setting_looks_at_the_overrides():
-    assert "of attention=mha; it belongs to attention=mla" in no_such_setting("attention.kv_lora_rank")
-    line = no_such_setting("attention.kv_lora", ["attention=mla", "steps=3"])
-    assert "of attention=mla; did you mean kv_lora_rank?" in line
 
 
 def test_aliases_are_no_settings_and_name_some():

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -35,7 +35,6 @@ from common.errors import UserError, reason
 from common.settings import MAX_COUNT, FrozenSettings
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
-from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
@@ -43,7 +42,15 @@ from runtime.precision import LossScale
 from training.metrics_file import PICTURE, read_metrics
 from training.optim.base import StateTensor
 from training.run.config import Run, dump
-from training.run.folder import check_format, checkpoint_paths, read_config, resume_command, step_of, write_config
+from training.run.folder import (
+    check_format,
+    checkpoint_paths,
+    read_config,
+    read_tokenizer,
+    resume_command,
+    step_of,
+    write_config,
+)
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_settings, check_steps
 from training.state import TrainState
@@ -223,19 +230,23 @@ def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
 
 
 def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
+    found, faults = _first_whole(reversed(checkpoint_paths(folder)), names)
+    if found is None and faults:
+        raise _none_whole(faults)
+    for fault in faults:
+        log.warning(f"{fault}; taking {found.path.name}, the newest whole checkpoint")
+    return found
+
+
+def _first_whole(paths: Iterable[Path], names: Collection[str]) -> tuple[Checkpoint | None, list[str]]:
+    """The first checkpoint that is whole, and the faults of those before it."""
     faults = []
-    for path in reversed(checkpoint_paths(folder)):
+    for path in paths:
         try:
-            found = read(path, names)
+            return read(path, names), faults
         except Damaged as fault:
             faults.append(str(fault))  # the exception itself would keep its frames alive, and the lock they hold
-            continue
-        for fault in faults:
-            log.warning(f"{fault}; taking {path.name}, the newest whole checkpoint")
-        return found
-    if faults:
-        raise _none_whole(faults)
-    return None
+    return None, faults
 
 
 def best(folder: Path, names: Collection[str] = ()) -> Checkpoint | None:
@@ -252,7 +263,17 @@ def _best(folder: Path, names: Collection[str]) -> Checkpoint | None:
         except Damaged as fault:
             log.warning(f"{fault}; the best is chosen among the others")
     path = _lowest(losses)
-    return path and read(path, names)
+    try:
+        return path and read(path, names)
+    except Damaged as error:
+        fault = str(error)
+    whole, _ = _first_whole((other for other in reversed(checkpoint_paths(folder)) if other != path), names)
+    if whole is None:
+        raise _none_whole([fault])
+    raise UserError(
+        f"{fault}: --checkpoint latest takes {whole.path.name}, which is whole; or move {path} away, to take the best "
+        "of the others"
+    )
 
 
 def _lowest(losses: Mapping[Path, float | None]) -> Path | None:
@@ -285,12 +306,12 @@ def checkpoints_to_remove(folder: Path, step: int, keep_last: int) -> list[Path]
 def check_fits(folder: Path, run: Run) -> None:
     """Raise UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
     before anything is prepared or built in the size that its config.yaml says. Raises it too where all are damaged."""
-    tokenizer, faults = load_tokenizer(folder / "tokenizer.json"), []
+    tokenizer, faults = read_tokenizer(folder), []
     for path in reversed(checkpoint_paths(folder)):
         try:
             manifest, weights = _read_manifest(path), _tensor_shapes(path / MODEL)
         except Damaged as fault:
-            faults.append(fault)
+            faults.append(str(fault))
             continue
         check_same_settings(folder, run, settings_of(path, manifest))
         shaped(path / MODEL, weights, run.model, tokenizer.vocab_size)
@@ -299,8 +320,8 @@ def check_fits(folder: Path, run: Run) -> None:
         raise _none_whole(faults)
 
 
-def _none_whole(faults: Sequence[Damaged]) -> UserError:
-    return UserError(f"{faults[0]}, and no older checkpoint is whole: bring one back, or start a new run")
+def _none_whole(faults: Sequence[str]) -> UserError:
+    return UserError(f"{faults[0]}, and no other checkpoint is whole: bring one back, or start a new run")
 
 
 def _tensor_shapes(file: Path) -> dict[str, Tensor]:
@@ -323,7 +344,7 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device) -> T
     """The state of the run's newest whole checkpoint; None, saying so, where there is none yet. Raises UserError, and
     then leaves the run as it was, where data or settings are not what the run began with, every checkpoint is damaged,
     or nothing is left to do."""
-    check_tokenizer(folder, load_tokenizer(folder / "tokenizer.json"), corpus.tokenizer.hash)
+    check_tokenizer(folder, read_tokenizer(folder), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
     state = None
     if found is None:

@@ -36,6 +36,7 @@ from common.overrides import format_override
 from common.paths import entering, is_folder, raise_unreadable
 from common.suggestions import DOTTED_CUTOFF, nearest
 from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import load_tokenizer
 from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.run.signature import signature
@@ -166,6 +167,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
     except (ValueError, yaml.YAMLError) as error:
         fault = str(error).splitlines()[0]
     raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own back, as a file to be read")
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read a run's tokenizer.json. Raises UserError where it is missing or damaged."""
+    try:
+        return load_tokenizer(folder / "tokenizer.json")
+    except UserError as error:
+        raise UserError(
+            f"{error}: bring the run's own back; the run's prepared text, in its cache_dir, has a copy of it"
+        ) from None
 
 
 def check_format(path: Path, format: Any) -> None:

@@ -7,10 +7,9 @@ import torch
 
 from common.errors import UserError
 from data.tokenizers.base import Tokenizer
-from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training.run import checkpoint
-from training.run.folder import check_is_run, resume_command
+from training.run.folder import check_is_run, read_tokenizer, resume_command
 
 
 def load_run(
@@ -28,7 +27,7 @@ def load_run(
     if found is None:
         check_is_run(folder)
         raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
-    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    tokenizer = read_tokenizer(folder)
     checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     config = changed(checkpoint.settings_of(found.path, found.manifest).model, **changes)
     return checkpoint.load_model(found, config, tokenizer.vocab_size).to(device), tokenizer

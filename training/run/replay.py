@@ -24,7 +24,6 @@ from common.paths import entering
 from common.streams import print_line
 from data.batches import Batch
 from data.shards.prepare import Prepared
-from data.tokenizers.load import load_tokenizer
 from model.loss import NOT_COUNTED
 from model.transformer import Hidden
 from runtime.device import choose_device
@@ -32,7 +31,7 @@ from runtime.precision import MixedPrecision, choose_precision
 from training.losses import Losses, mean_loss
 from training.run import checkpoint
 from training.run.config import Run
-from training.run.folder import check_is_run
+from training.run.folder import check_is_run, read_tokenizer
 from training.state import TrainState
 from training.step import accumulate_gradients
 
@@ -78,7 +77,7 @@ def replay(path: Path) -> None:
     check_is_run(folder)
     found = checkpoint.read(path, (checkpoint.MODEL, BATCH))
     run, step = checkpoint.settings_of(found.path, found.manifest), found.manifest.step
-    tokenizer, device = load_tokenizer(folder / "tokenizer.json"), choose_device(run.device)
+    tokenizer, device = read_tokenizer(folder), choose_device(run.device)
     checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     inputs, targets = stored_batch(found, run, tokenizer.vocab_size)
     model = checkpoint.load_model(found, run.model, tokenizer.vocab_size)

@@ -13,13 +13,20 @@ from common.errors import UserError
 from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
-from data.tokenizers.load import load_tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from training.run import checkpoint
 from training.run.changes import change_of
 from training.run.config import Run, dump, flatten_config
-from training.run.folder import check_is_run, check_makeable, checkpoint_paths, create, find_run, resume_command
+from training.run.folder import (
+    check_is_run,
+    check_makeable,
+    checkpoint_paths,
+    create,
+    find_run,
+    read_tokenizer,
+    resume_command,
+)
 from training.run.resume import open_run
 from training.state import TrainState
 
@@ -80,7 +87,7 @@ def _base_run(base: Path) -> tuple[Run, Tokenizer]:
         check_is_run(base)
         raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
     checkpoint.check_finite(found)
-    tokenizer = load_tokenizer(base / "tokenizer.json")
+    tokenizer = read_tokenizer(base)
     checkpoint.check_tokenizer(base, tokenizer, found.manifest.tokenizer)
     run = checkpoint.settings_of(found.path, found.manifest)
     checkpoint.check_weights(found, run.model, tokenizer.vocab_size)

@@ -13,7 +13,7 @@ from common.errors import UserError
 from tests.ablation import support
 
 
-def test_report_is_written_whole(tmp_path):
+def test_write_report_gives_every_file_of_it(tmp_path):
     folder = tmp_path / "a" / "b"
     paths = write(support.four(), folder)
     names = ["report.html", "report.md", "report.json", "curves.png", "final.png", "frontier.png"]
@@ -22,7 +22,7 @@ def test_report_is_written_whole(tmp_path):
         assert f"]({name})" in (folder / "report.md").read_text()
 
 
-def test_json_has_every_field_in_order_and_all_digits():
+def test_as_json_has_every_field_in_order_and_all_digits():
     report = support.four()
     found = json.loads(as_json(report))
     assert list(found) == [field.name for field in fields(Report)]
@@ -30,17 +30,17 @@ def test_json_has_every_field_in_order_and_all_digits():
     assert found["variants"][2]["val_bpb"]["mean"] == report.variants[2].val_bpb.mean
 
 
-def test_json_of_any_names_is_valid_and_keeps_them():
+def test_as_json_of_any_names_is_valid_and_keeps_them():
     found = json.loads(as_json(support.weird()).encode(errors="backslashreplace"))
     assert [variant["name"] for variant in found["variants"]] == support.NAMES
 
 
-def test_json_has_null_for_what_is_not_finite():
+def test_as_json_of_what_is_not_finite_has_null():
     report = replace(support.four(), environment={"a": math.nan, "b": [math.inf, 1], "c": "[ 1, 2 ]"})
     assert json.loads(as_json(report))["environment"] == {"a": None, "b": [None, 1], "c": "[ 1, 2 ]"}
 
 
-def test_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+def test_write_report_to_a_bad_folder_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "figures", lambda *_: {})
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"no report can be written to .*file/x: .*; choose another folder by -o"):

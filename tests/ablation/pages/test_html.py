@@ -85,7 +85,7 @@ def test_page_says_what_the_report_says(pages):
     assert "diverged at step 120" in words and "3095c60" in words and "12 of 16 runs finished" in words
 
 
-def test_page_takes_no_name_for_markup(pages):
+def test_page_of_names_like_markup_shows_them_as_text(pages):
     tree = Tree(pages["weird"])
     assert tree.tags["script"] == 2 and tree.tags["b"] == 0  # the data and ours: none of a name
     words = tree.words()

@@ -52,7 +52,7 @@ def test_markdown_gives_rounded_differences_and_losses_of_runs():
     assert not re.search(r"\\[.+]|\d\.\d{7}", made)
 
 
-def test_markdown_takes_no_name_for_markup():
+def test_markdown_of_names_like_markup_escapes_them():
     assert text("<b>$x_1$ *a* `c` [d](e) | @me & # ~") == (
         "&lt;b\\>&#36;x\\_1&#36; \\*a\\* \\`c\\` \\[d\\](e) \\| &#64;me &amp; \\# \\~"
     )

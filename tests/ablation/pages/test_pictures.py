@@ -52,8 +52,7 @@ def test_pictures_of_any_names_show_them(tmp_path):
     assert [text.get_text() for text in ticks][:3] == ["$x_1$", "_a", "<b>"] and not ticks[0].get_parse_math()
 
 
-@pytest.mark.parametrize("x", X_UNITS)
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(("x", "log"), [*zip(X_UNITS, (False, True, True, False), strict=True)])
 def test_curves_over_every_axis_have_ticks_within_it(x, log):
     axes = curves(support.four(), x, "loss", log).axes[0]
     low, high = axes.get_xlim()
@@ -93,11 +92,11 @@ def test_series_thinned_keeps_both_ends_and_the_beginning():
 
 
 @pytest.mark.parametrize("log", [False, True])
-@pytest.mark.parametrize("values", [[3.2], [3.2, 3.2], [1e-9, 1e9], [2.0, 2.0000001], [0.0, 0.0]])
-def test_axes_of_any_values_place_them_within(values, log):
-    if log and min(values) <= 0:
-        return
-    axis = loss_axis("bpb", values, log)
-    assert all(0 <= axis.place(value) <= 1 for value in values) and math.isfinite(axis.low)
-    for axis in (x_axis("tokens", values, log), bytes_axis(values)):
-        assert all(axis.place(max(value, 1)) >= -0.01 for value in values) and axis.high > axis.low
+def test_axes_of_any_values_place_them_within(log):
+    for values in ([3.2], [3.2, 3.2], [1e-9, 1e9], [2.0, 2.0000001], [0.0, 0.0]):
+        if log and min(values) <= 0:
+            continue
+        axis = loss_axis("bpb", values, log)
+        assert all(0 <= axis.place(value) <= 1 for value in values) and math.isfinite(axis.low)
+        for axis in (x_axis("tokens", values, log), bytes_axis(values)):
+            assert all(axis.place(max(value, 1)) >= -0.01 for value in values) and axis.high > axis.low

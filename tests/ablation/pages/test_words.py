@@ -75,26 +75,21 @@ def lowest(p: dict[str, float | None], baseline: str = "attention=mha") -> str:
     return summary(made)[0].partition("seeds)")[2]
 
 
-@pytest.mark.parametrize(
-    ("p", "words"),
-    [
+def test_summary_of_a_baseline_that_is_lowest_names_those_that_may_be_as_low():
+    others = ["attention=mha", "attention=mqa", "attention=mla"]
+    for p, words in [
         ([0.4, 0.4, 0.4], ", from which no other is distinguishable."),
         ([0.4, 0.01, 0.4], ", from which attention=mha and attention=mla are not distinguishable."),
         ([0.4, 0.01, None], ", from which attention=mha is not distinguishable."),
         ([0.01, 0.01, 0.01], "."),
         ([None, None, None], "."),
-    ],
-)
-def test_summary_of_a_baseline_that_is_lowest_names_those_that_may_be_as_low(p, words):
-    others = ["attention=mha", "attention=mqa", "attention=mla"]
-    assert lowest(dict(zip(others, p, strict=True)), "attention=gqa") == words
+    ]:
+        assert lowest(dict(zip(others, p, strict=True)), "attention=gqa") == words
 
 
-@pytest.mark.parametrize(
-    ("p", "words"), [(0.4, ", but is not distinguishable from attention=mha."), (0.01, "."), (None, ".")]
-)
-def test_summary_says_where_the_lowest_is_not_distinguishable_from_the_baseline(p, words):
-    assert lowest({"attention=gqa": p, "attention=mqa": 0.4, "attention=mla": 0.001}) == words
+def test_summary_says_where_the_lowest_is_not_distinguishable_from_the_baseline():
+    for p, words in [(0.4, ", but is not distinguishable from attention=mha."), (0.01, "."), (None, ".")]:
+        assert lowest({"attention=gqa": p, "attention=mqa": 0.4, "attention=mla": 0.001}) == words
 
 
 def test_summary_of_many_variants_puts_the_indistinguishable_into_one_sentence():
@@ -142,9 +137,8 @@ def test_summary_of_nothing_but_failures_is_about_them():
     assert summary(made) == ["4 of 4 runs have no result: 1 failed, 1 diverged, 1 missing, 1 altered."]
 
 
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
+def test_verdict_is_a_few_words():
+    for found, words in [
         (None, "baseline"),
         (support.difference(0.03, 0.004), "worse, p = 0.004"),
         (support.difference(-0.03, 0.0004), "better, p < 0.001"),
@@ -152,7 +146,5 @@ def test_summary_of_nothing_but_failures_is_about_them():
         (support.difference(0.03, None), "too few seeds: no p"),
         (support.difference(0.0, None, method="identical"), "identical"),
         (support.difference(0.1, None, method="constant"), "constant difference: no p"),
-    ],
-)
-def test_verdict_is_a_few_words(found, words):
-    assert verdict(found) == words
+    ]:
+        assert verdict(found) == words

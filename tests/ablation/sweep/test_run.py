@@ -17,6 +17,7 @@ from ablation.sweep.pace import Pace
 from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS, newest_sweep, read_outcomes, read_sweep
 from common.errors import UserError
+from tests.ablation.quick_sweeps import composing_once, without_pictures, without_timing
 from tests.support import ROOT, SMOKE, TINY, call, changed
 from training.metrics_file import read_metrics
 from training.run.checkpoint import PICTURE
@@ -26,7 +27,8 @@ from training.run.config import compose
 @pytest.fixture
 def launcher(workplace, monkeypatch):
     """Runs the cells in this process, which saves seconds for each; the overrides of each are kept."""
-    monkeypatch.setattr("training.monitor.monitor.plot_loss", lambda folder: (folder / PICTURE).touch())
+    without_pictures(monkeypatch)
+    composing_once(monkeypatch)
     launched = []
 
     def launch(overrides):
@@ -40,7 +42,7 @@ def launcher(workplace, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Without timing steps, where the time does not matter."""
-    monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: dict.fromkeys(variants, Pace(0.01, 10_000)))
+    without_timing(monkeypatch)
 
 
 def curves(folder: Path) -> dict[str, list]:
@@ -132,7 +134,7 @@ def test_sweep_of_format_1_whose_document_mask_was_the_corpuss_continues(launche
 
 
 @pytest.mark.slow  # tests/test_floors.py says which files import it
-def test_sweep_does_without_scipy(workplace):
+def test_sweep_imports_no_scipy(workplace):
     code = "import sys, ablation.sweep.run; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
 
@@ -157,12 +159,12 @@ def test_sweep_minutes_are_the_same_steps_for_all_seeds_and_stay(launcher, monke
     seconds = {"attention=mha": 0.5, "attention=mqa": 0.25}
     paces = {variant: Pace(each, 1000) for variant, each in seconds.items()}
     monkeypatch.setattr("ablation.sweep.plan.paces_of", lambda variants: {name: paces[name] for name in variants})
-    typed = [*SMOKE, "data.size=40", "eval_every=0", "attention=mha,mqa", "minutes=0.05", "sweep=minutes"]
-    assert run_sweep([*typed, "seed=1,2"], launcher) == 0
+    typed = [*SMOKE, "data.size=40", "eval_every=0", "attention=mha,mqa", "minutes=0.025", "sweep=minutes"]
+    assert run_sweep([*typed, "seed=1"], launcher) == 0
     paces |= dict.fromkeys(paces, Pace(7.0, 1000))  # what is measured later changes nothing
-    assert run_sweep([*typed, "seed=3"], launcher) == 0
+    assert run_sweep([*typed, "seed=2"], launcher) == 0
     steps = {path.parent.name: read_metrics(path)[-1]["step"] for path in SWEEPS.glob("minutes/*/metrics.jsonl")}
-    assert steps == {f"attention={name},seed={seed}": n for name, n in (("mha", 6), ("mqa", 12)) for seed in (1, 2, 3)}
+    assert steps == {f"attention={name},seed={seed}": n for name, n in (("mha", 3), ("mqa", 6)) for seed in (1, 2)}
 
 
 def test_sweep_writes_choices_and_overrides_into_each_run(launcher, quick, workplace):
@@ -248,8 +250,8 @@ runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("killed_with_its_run", [[False], pytest.param([False, True], marks=pytest.mark.slow)])
-def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeypatch, killed_with_its_run):
+@pytest.mark.slow  # the first test of this file stops one without processes; of a run, tests/training has real kills
+def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeypatch):
     """Real processes: Ctrl-C reaches the cell, which saves; so does a cell whose sweep is killed by SIGKILL."""
     steps_of_all = 200  # more than a fast machine takes between two looks at them
     typed = ["experiment=smoke", f"steps={steps_of_all}", "eval_every=0", "save_every=1000", "seed=1,2", "sweep=killed"]
@@ -269,7 +271,7 @@ def test_sweep_killed_by_signals_ends_like_an_undisturbed_one(workplace, monkeyp
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "the sweep stopped (SIGINT); continue it with: " in err and "saved" in err
-    for both in killed_with_its_run:  # the sweep alone, and with its run, which saves nothing then
+    for both in (False, True):  # the sweep alone, and with its run, which saves nothing then
         process = begun(steps=len(read_metrics(first / "metrics.jsonl")) + 3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         assert len(read_metrics(first / "metrics.jsonl")) < steps_of_all  # there is something left to lose

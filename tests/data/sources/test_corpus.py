@@ -92,40 +92,48 @@ def test_files_fingerprint_changes_with_content_only(tmp_path):
     assert corpus.fingerprint() != before
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (b"", "is empty"),
-        (b"text \xff\xfe", r"is not UTF-8 text \(at byte 5\): convert or exclude it; .* tables named \.jsonl"),
-        (b"a\0b\n", r"NUL bytes \(the first at byte 1\), .*: convert or exclude it"),
-        (b"%PDF-1.4\n1 0 obj\n<< >>\nendobj\n", "is a PDF, .*: convert or exclude it; what is read is UTF-8 text"),
-        (b"{\\rtf1 all of it ASCII}\n", "is RTF"),
-        ("text\n".encode("utf-16"), "is UTF-16"),
-        ("text\n".encode("utf-32"), "is UTF-32"),
-        ("漢字\n".encode("utf-16-be"), "NUL bytes .*, as UTF-16, UTF-32 and binary files do"),
-        ("text\n".encode("utf-32-le"), "NUL bytes"),
-        (b"PK\x03\x04 and so on", "is a zip archive"),
-        (gzip.compress(b"text\n", mtime=0), "is compressed by gzip"),
-        (bz2.compress(b"text\n"), "is compressed by bzip2"),
-        (lzma.compress(b"text\n"), "is compressed by xz"),
-        (b"\x28\xb5\x2f\xfd and so on", "is compressed by zstd"),
-        (b"\xef\xbb\xbf", "is empty"),
-        (b"\n <!DOCTYPE html>\n", "is an HTML page, as it begins: convert it to text or exclude it; to train on it as"),
-        (None, "matches no file"),
-    ],
-)
+NO_TEXTS = [
+    (b"", "is empty"),
+    (b"text \xff\xfe", r"is not UTF-8 text \(at byte 5\): convert or exclude it; .* tables named \.jsonl"),
+    (b"a\0b\n", r"NUL bytes \(the first at byte 1\), .*: convert or exclude it"),
+    (b"%PDF-1.4\n1 0 obj\n<< >>\nendobj\n", "is a PDF, .*: convert or exclude it; what is read is UTF-8 text"),
+    (b"{\\rtf1 all of it ASCII}\n", "is RTF"),
+    ("text\n".encode("utf-16"), "is UTF-16"),
+    ("text\n".encode("utf-32"), "is UTF-32"),
+    ("漢字\n".encode("utf-16-be"), "NUL bytes .*, as UTF-16, UTF-32 and binary files do"),
+    ("text\n".encode("utf-32-le"), "NUL bytes"),
+    (b"PK\x03\x04 and so on", "is a zip archive"),
+    (gzip.compress(b"text\n", mtime=0), "is compressed by gzip"),
+    (bz2.compress(b"text\n"), "is compressed by bzip2"),
+    (lzma.compress(b"text\n"), "is compressed by xz"),
+    (b"\x28\xb5\x2f\xfd and so on", "is compressed by zstd"),
+    (b"\xef\xbb\xbf", "is empty"),
+    (b"\n <!DOCTYPE html>\n", "is an HTML page, as it begins: convert it to text or exclude it; to train on it as"),
+    (None, "matches no file"),
+]
+
+
 @pytest.mark.parametrize("name", ["a.txt", "b txt.jsonl", "c txt.json", "d txt.csv"])
-def test_files_not_text_raise_error_with_name(tmp_path, name, content, complaint):
+def test_files_not_text_raise_error_with_name(tmp_path, name):
     """For any suffix."""
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    if name != "a.txt" and content and content.endswith((b">\n", b"\xfe")):
-        complaint = "is not JSON|is not UTF-8 text|has no column text"
-    corpus = configured(FilesCorpus, path=f"{tmp_path}/*txt*")
-    with pytest.raises(UserError, match=complaint) as caught:
-        corpus.fingerprint()
-    assert "txt" in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for content, complaint in NO_TEXTS:
+        path = tmp_path / name
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        if name != "a.txt" and content and content.endswith((b">\n", b"\xfe")):
+            complaint = "is not JSON|is not UTF-8 text|has no column text"
+        corpus = configured(FilesCorpus, path=f"{tmp_path}/*txt*")
+        with pytest.raises(UserError, match=complaint) as caught:
+            corpus.fingerprint()
+        assert "txt" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_files_path_that_matches_no_file_says_what_a_path_is(workplace):
+    for path in ("nothing/*.txt", "a=b", "<a=b> [1].txt"):
+        with pytest.raises(UserError, match=r"matches no file.*a path or a quoted pattern, as in") as caught:
+            configured(FilesCorpus, path=path).fingerprint()
+        assert f"data.path={path!r}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -153,11 +161,10 @@ def test_files_with_markup_need_document_file(tmp_path, name, content, complaint
     assert "".join(document.text for document in corpus.read()) == content.removeprefix("\ufeff")
 
 
-@pytest.mark.parametrize("val_fraction", [0.1, 0.5, 0.999])
-@pytest.mark.parametrize("text", ["a\n", "words\n", "line of words\n" * 100])
-def test_files_byte_order_mark_is_not_part_of_text(tmp_path, text, val_fraction):
-    (tmp_path / "a.txt").write_text("\ufeff" + text)
-    for document in (None, "line", "\\n"):
+@pytest.mark.parametrize("document", [None, "line", "\\n"], ids=["file", "line", "separator"])
+def test_files_byte_order_mark_is_not_part_of_text(tmp_path, document):
+    for text, val_fraction in (("a\n", 0.1), ("words\n", 0.999), ("line of words\n" * 100, 0.5)):
+        (tmp_path / "a.txt").write_text("\ufeff" + text)
         corpus = configured(FilesCorpus, path=f"{tmp_path}/a.txt", document=document, val_fraction=val_fraction)
         corpus.fingerprint()
         assert "".join(d.text for d in corpus.read()) == (text.replace("\n", "") if document else text)

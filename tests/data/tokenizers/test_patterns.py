@@ -87,6 +87,9 @@ def test_encode_long_white_space_gives_words_of_pattern(pattern, tokens, monkeyp
         assert [*chain.from_iterable(cut)] == words(text), (before, run[:3], after)
 
 
+@pytest.mark.parametrize(
+    "pattern", [PATTERN, *(pytest.param(one, marks=pytest.mark.slow) for one in KNOWN[1:])], ids=NAMES.values()
+)
 def test_encode_run_beyond_tiktoken_limit_gives_tokens(pattern):
     """A million characters: its engine keeps an entry for each, and panics."""
     spaces = [b" " * 2**i for i in range(1, 7)]
