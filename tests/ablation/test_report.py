@@ -17,7 +17,7 @@ from ablation.sweep.run import run_sweep
 from ablation.sweep.stored import SWEEPS
 from common.errors import UserError
 from tests.ablation import support
-from tests.ablation.quick_sweeps import without_pictures
+from tests.ablation.quick_sweeps import without_pictures, without_timing
 from tests.support import TINY, call, changed, composed_run
 from training.metrics_file import read_metrics
 from training.run.config import compose
