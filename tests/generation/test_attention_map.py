@@ -22,8 +22,8 @@ def figures(monkeypatch):
     return saved
 
 
-def model_of_bytes(*overrides: str):
-    return small_model(*overrides, vocab_size=257)
+def model_of_bytes(*overrides: str, **fields):
+    return small_model(*overrides, vocab_size=257, **fields)
 
 
 def cells(figure) -> np.ndarray:
@@ -31,7 +31,7 @@ def cells(figure) -> np.ndarray:
 
 
 def test_draw_attention_shows_layers_as_rows_heads_as_columns_and_tokens_as_labels(tmp_path, figures):
-    model = model_of_bytes("attention=mla", "model.n_layers=3")
+    model = model_of_bytes("attention=mla", n_layers=3)
     text = "a b\n$c$"
     draw_attention(model, ByteTokenizer(), text, tmp_path / "map.png", "a $run$")
     assert (tmp_path / "map.png").read_bytes().startswith(PNG)
@@ -52,7 +52,7 @@ def test_draw_attention_shows_layers_as_rows_heads_as_columns_and_tokens_as_labe
 
 
 def test_draw_attention_of_a_long_text_numbers_its_tokens(tmp_path, figures):
-    model = model_of_bytes("attention=gqa")
+    model = model_of_bytes("attention=gqa", n_layers=1)
     for length in (MAX_LABELS, MAX_LABELS + 1):
         draw_attention(model, ByteTokenizer(), "x" * length, tmp_path / "map.svg", "run")
     labels = [[label.get_text() for label in figure.axes[0].get_xticklabels()] for figure in figures]
