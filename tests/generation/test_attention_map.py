@@ -8,7 +8,7 @@ from common.errors import UserError
 from data.tokenizers.byte import ByteTokenizer
 from generation import attention_map
 from generation.attention_map import MAX_LABELS, attention_maps, draw_attention
-from tests.support import SMOKE, call, small_model
+from tests.support import TINY, call, small_model
 
 PNG = b"\x89PNG\r\n"
 
@@ -101,7 +101,7 @@ def test_draw_attention_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_attention_map_from_the_command_line_is_the_same_for_every_kernel_and_execution(
     workplace, monkeypatch, capsys, figures
 ):
-    assert call("train", [*SMOKE, "attention=mla", "run_dir=runs/one"], monkeypatch) == 0
+    assert call("train", [*TINY, "attention=mla", "run_dir=runs/one"], monkeypatch) == 0
     capsys.readouterr()
     for more in ([], ["--kernel", "online"], ["--execution", "absorbed", "--run", "runs/one"]):
         assert call("sample", ["The key", "--attention-map", "map.png", *more], monkeypatch) == 0

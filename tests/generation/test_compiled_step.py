@@ -114,7 +114,7 @@ def test_compiled_step_with_generated_code_writes_the_text_without_a_cache(atten
 
 def test_compiled_step_of_a_conversation_traces_once(traced):
     """Turns of several tokens each, which run eagerly; the text slides."""
-    model = small_model("attention=gqa", kernel=Auto())
+    model = small_model("attention=gqa", kernel=Auto(), n_layers=1)
     found = []
     step = compiled(64)
     for used in (None, step):
