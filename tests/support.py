@@ -100,6 +100,7 @@ assert all(case in CASES for case in DISTINCT)
 
 def mostly_slow(cases: Sequence[tuple[str, ...]] = CASES, often: Sequence[tuple[str, ...]] = DISTINCT) -> list[Any]:
     """The cases as parameters of a test that takes long with each: those for which others stand are slow."""
+    assert all(case in [*CASES, *cases] for case in often)  # a misspelt one would be left out unseen
     slow = {case: () if case in often else pytest.mark.slow for case in cases}
     return [pytest.param(case, marks=marks, id=" ".join(case)) for case, marks in slow.items()]
 

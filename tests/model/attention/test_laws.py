@@ -50,6 +50,7 @@ ALIBI = ("attention=stack", "position=alibi", "attention.parts.local.window=5", 
 # These hand a kernel all that cases can: shared keys, wide ones, values that are keys, masks, added columns.
 ON_ALL_KERNELS = [(case, kernel) for case in (GQA, ABSORBED, ALIBI) for kernel in (Naive, Online, Matmul)]
 ON_ONE_KERNEL_EACH = [(GQA, Naive), (ABSORBED, Online), (ALIBI, Matmul)]
+assert all(case in CASES for case in (GQA, ABSORBED, ALIBI))
 
 
 def on_kernels(
