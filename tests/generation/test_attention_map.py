@@ -8,7 +8,7 @@ from common.errors import UserError
 from data.tokenizers.byte import ByteTokenizer
 from generation import attention_map
 from generation.attention_map import MAX_LABELS, attention_maps, draw_attention
-from tests.support import SMOKE, call, small_model
+from tests.support import TINY, call, small_model
 
 PNG = b"\x89PNG\r\n"
 
@@ -22,8 +22,8 @@ def figures(monkeypatch):
     return saved
 
 
-def model_of_bytes(*overrides: str):
-    return small_model(*overrides, vocab_size=257)
+def model_of_bytes(*overrides: str, **fields):
+    return small_model(*overrides, vocab_size=257, **fields)
 
 
 def cells(figure) -> np.ndarray:
@@ -31,7 +31,7 @@ def cells(figure) -> np.ndarray:
 
 
 def test_draw_attention_shows_layers_as_rows_heads_as_columns_and_tokens_as_labels(tmp_path, figures):
-    model = model_of_bytes("attention=mla", "model.n_layers=3")
+    model = model_of_bytes("attention=mla", n_layers=3)
     text = "a b\n$c$"
     draw_attention(model, ByteTokenizer(), text, tmp_path / "map.png", "a $run$")
     assert (tmp_path / "map.png").read_bytes().startswith(PNG)
@@ -52,7 +52,7 @@ def test_draw_attention_shows_layers_as_rows_heads_as_columns_and_tokens_as_labe
 
 
 def test_draw_attention_of_a_long_text_numbers_its_tokens(tmp_path, figures):
-    model = model_of_bytes("attention=gqa")
+    model = model_of_bytes("attention=gqa", n_layers=1)
     for length in (MAX_LABELS, MAX_LABELS + 1):
         draw_attention(model, ByteTokenizer(), "x" * length, tmp_path / "map.svg", "run")
     labels = [[label.get_text() for label in figure.axes[0].get_xticklabels()] for figure in figures]
@@ -101,7 +101,7 @@ def test_draw_attention_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
 def test_attention_map_from_the_command_line_is_the_same_for_every_kernel_and_execution(
     workplace, monkeypatch, capsys, figures
 ):
-    assert call("train", [*SMOKE, "attention=mla", "run_dir=runs/one"], monkeypatch) == 0
+    assert call("train", [*TINY, "attention=mla", "run_dir=runs/one"], monkeypatch) == 0
     capsys.readouterr()
     for more in ([], ["--kernel", "online"], ["--execution", "absorbed", "--run", "runs/one"]):
         assert call("sample", ["The key", "--attention-map", "map.png", *more], monkeypatch) == 0

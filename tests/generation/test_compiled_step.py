@@ -41,14 +41,17 @@ def text(model, prompt: list[int], step: CompiledStep | None, tokens: int = 40) 
 
 
 @pytest.mark.parametrize(
-    "attention",
+    ("attention", "kernel"),
     [
-        ["attention=mla"],
-        ["attention=gqa", "model.position_embedding=learned"],
-        pytest.param(["attention=mqa", "attention.window=4"], marks=pytest.mark.slow),
+        pytest.param(["attention=mla"], Auto(), id="mla flat"),
+        pytest.param(["attention=gqa", "model.position_embedding=learned"], Naive(), id="learned general"),
+        pytest.param(["attention=mla"], Naive(), id="mla general", marks=pytest.mark.slow),
+        pytest.param(
+            ["attention=gqa", "model.position_embedding=learned"], Auto(), id="learned flat", marks=pytest.mark.slow
+        ),
+        pytest.param(["attention=mqa", "attention.window=4"], Auto(), id="window general", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("kernel", [Auto(), Naive()], ids=["flat", "general"])
 def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, kernel, caplog):
     """40 tokens after prompts of 27, 41 and 50: the caches grow to 96, and would have grown to it in between."""
     model = small_model(*attention, "model.context_length=128", kernel=kernel)
@@ -97,7 +100,7 @@ def test_compiled_step_beyond_all_graphs_says_so(traced, monkeypatch, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_text_of_compiled_code_is_that_of_the_whole_text_computed_anew(attention):
+def test_compiled_step_with_generated_code_writes_the_text_without_a_cache(attention):
     """Greedy, by what torch.compile really makes: half a minute each."""
     torch._dynamo.reset()
     model = small_model(f"attention={attention}", kernel=Auto())
@@ -111,7 +114,7 @@ def test_text_of_compiled_code_is_that_of_the_whole_text_computed_anew(attention
 
 def test_compiled_step_of_a_conversation_traces_once(traced):
     """Turns of several tokens each, which run eagerly; the text slides."""
-    model = small_model("attention=gqa", kernel=Auto())
+    model = small_model("attention=gqa", kernel=Auto(), n_layers=1)
     found = []
     step = compiled(64)
     for used in (None, step):
@@ -158,7 +161,7 @@ def test_compiled_step_says_what_it_took_and_saves(caplog, monkeypatch, tokens, 
         ("cpu", 300, 0.3, True, True),
     ],
 )
-def test_compiling_is_offered_where_it_may_save_much_and_a_compiler_is_there(
+def test_compile_offer_is_made_where_it_may_save_much_and_a_compiler_is_there(
     monkeypatch, capsys, device, seconds, share, there, offered
 ):
     monkeypatch.setenv("CXX", sys.executable if there else "/nowhere")

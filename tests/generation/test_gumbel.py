@@ -29,7 +29,7 @@ def uniform(seeds, indices, vocab_size: int) -> torch.Tensor:
     return (-(-noise(seeds, indices, vocab_size).double()).exp()).exp()
 
 
-def test_mix_equals_splitmix64_in_unsigned_integers():
+def test_gumbel_mix_equals_splitmix64_in_unsigned_integers():
     numbers = [0, 1, 2, 2**62, 2**63 - 1, *range(10**15, 10**15 + 50)]
     assert [x % 2**64 for x in hash_seeds(numbers).tolist()] == [splitmix64(x) for x in numbers]
     negative = torch.tensor([-1, -(2**63)])
@@ -47,14 +47,14 @@ def test_mix_equals_splitmix64_in_unsigned_integers():
     ],
     ids=["indices of a seed", "seeds", "large seeds", "a grid of both", "seeds as indices fall"],
 )
-def test_largest_sum_of_logits_and_noise_is_drawn_as_often_as_softmax_says(seeds, indices):
+def test_gumbel_largest_sum_of_logits_and_noise_is_drawn_as_often_as_softmax_says(seeds, indices):
     logits = 2 * torch.randn(60, generator=torch.Generator().manual_seed(1))
     drawn = (logits + noise(seeds, indices, 60)).argmax(-1)
     expected = len(drawn) * logits.double().softmax(-1)  # from 20,000 down to 9
     assert stats.chisquare(torch.bincount(drawn, minlength=60).numpy(), expected.numpy()).pvalue > ALPHA
 
 
-def test_noise_has_the_distribution_of_gumbel_to_its_tails():
+def test_gumbel_noise_has_its_distribution_to_the_tails():
     numbers = noise(torch.arange(1000), 5, 2000).flatten()
     assert stats.kstest(numbers[:: len(numbers) // 100_000].double().numpy(), "gumbel_r").pvalue > ALPHA
     for limit in (4.0, 8.0, 11.0):  # expected: 36,000, 670 and 33 above
@@ -63,7 +63,7 @@ def test_noise_has_the_distribution_of_gumbel_to_its_tails():
     assert int((numbers < -2.5).sum()) < 30 and numbers.isfinite().all()  # expected: 10
 
 
-def test_noise_of_a_hash_of_all_ones_or_zeros_is_finite(monkeypatch):
+def test_gumbel_noise_of_a_hash_of_all_ones_or_zeros_is_finite(monkeypatch):
     for value in (0, -1):
         monkeypatch.setattr("generation.gumbel._fold", lambda x, shift, value=value: x.fill_(value))
         zero = torch.zeros(1, dtype=torch.int64)
@@ -85,7 +85,7 @@ def test_noise_of_a_hash_of_all_ones_or_zeros_is_finite(monkeypatch):
     ids=["next seed", "next index", "next seed, index before", "swapped", "far seed", "next token", "far token",
          "next seed and token"],
 )  # fmt: skip
-def test_noise_of_neighbours_is_independent(other):
+def test_gumbel_noise_of_neighbours_is_independent(other):
     count = 20_000
     seeds = 2 * (torch.arange(count) // 100)  # even, so that no number is in two pairs
     indices = 1000 + 2 * (torch.arange(count) % 100)
@@ -93,14 +93,14 @@ def test_noise_of_neighbours_is_independent(other):
     assert stats.chisquare(torch.bincount(cells.flatten(), minlength=64).numpy()).pvalue > ALPHA
 
 
-def test_noise_of_a_grid_of_seeds_and_indices_never_meets():
+def test_gumbel_noise_of_a_grid_of_seeds_and_indices_never_meets():
     seeds = torch.arange(300).repeat_interleave(300)
     found = noise(seeds, torch.arange(300).repeat(300), 4)
     assert len(found.unique(dim=0)) == 300 * 300
 
 
 @pytest.mark.slow
-def test_noise_compiled_equals_eager():
+def test_gumbel_noise_compiled_equals_eager():
     seeds, indices = hash_seeds(range(50)), torch.arange(50)
     compiled = torch.compile(gumbel, dynamic=False)
     eager = gumbel(seeds, indices, torch.arange(300))

@@ -47,7 +47,7 @@ def test_prefill_in_tiles_is_that_of_the_whole_text(monkeypatch, case):
 
 @torch.no_grad()
 @pytest.mark.parametrize("case", [("attention=mla",), ("attention=mla", "attention.position=alibi")], ids=" ".join)
-def test_long_turns_after_texts_of_several_lengths_see_what_stands_before_them(monkeypatch, case):
+def test_prefill_of_long_turns_after_texts_of_several_lengths_sees_what_stands_before(monkeypatch, case):
     """A row whose queries see nothing of the last spans, which are of a longer one; and a turn longer than a tile."""
     monkeypatch.setattr(decode, "TILE", 16)
     monkeypatch.setattr(decode, "MIN_TILE", 8)

@@ -14,7 +14,7 @@ from generation.decode import generate
 from generation.repl import Conversation
 from generation.sampler import Sampler
 from generation.state import GenerationState
-from tests.support import mostly_slow, small_model
+from tests.support import DISTINCT, mostly_slow, small_model
 
 GREEDY = Sampler(temperature=0)
 TOKENIZER = ByteTokenizer()
@@ -52,17 +52,25 @@ def check_turns(case: tuple[str, ...], slide: bool, lines: Sequence[str]) -> Non
         assert slide or in_context == whole
 
 
-@pytest.mark.parametrize("case", mostly_slow())
-def test_turn_after_turn_of_a_sliding_text_equals_an_uncached_run_on_the_whole(case):
+@pytest.mark.parametrize("case", mostly_slow(DISTINCT, often=[("attention=mla", "attention.window=6")]))
+def test_conversation_turns_of_a_sliding_text_equal_an_uncached_run_on_the_whole(case):
     check_turns(case, True, ("The qüery", " and the k🙂", "", "x" * 30, "y"))
 
 
 @pytest.mark.parametrize("attention", ["gqa", "mla", "stack"])
-def test_turn_after_turn_equals_an_uncached_run_on_the_whole_text(attention):
+def test_conversation_turns_equal_an_uncached_run_on_the_whole_text(attention):
     check_turns((f"attention={attention}",), False, ("The qüery", " and the k🙂", ""))
 
 
-def test_turn_after_ctrl_c_continues_what_was_written():
+@pytest.fixture
+def ctrl_c():
+    """As in a terminal: what a shell runs in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_conversation_turn_after_ctrl_c_continues_what_was_written(ctrl_c):
     model = small_model("attention=mla", vocab_size=257)
     pieces = []
 
@@ -85,7 +93,7 @@ def test_turn_after_ctrl_c_continues_what_was_written():
     assert written(talk) == written(free)
 
 
-def test_interruptible_with_ctrl_c_ignored_leaves_it_ignored():
+def test_deferred_interrupt_with_ctrl_c_ignored_leaves_it_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with DeferredInterrupt() as interrupt:
@@ -95,7 +103,7 @@ def test_interruptible_with_ctrl_c_ignored_leaves_it_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_turn_with_a_stop_string_hides_it_and_leaves_it_in_the_text():
+def test_conversation_turn_with_a_stop_string_hides_it_and_leaves_it_in_the_text():
     model = small_model("attention=gqa", vocab_size=257)
     free = conversation(model)
     free.append("The ")
@@ -109,7 +117,7 @@ def test_turn_with_a_stop_string_hides_it_and_leaves_it_in_the_text():
     assert written(talk) == written(free)[: len(written(talk))]
 
 
-def test_turn_with_a_full_context_says_so_until_a_reset():
+def test_conversation_turn_with_a_full_context_says_so_until_a_reset():
     model = small_model("attention=mha", vocab_size=257)  # a context of 64
     talk = conversation(model, max_new_tokens=100)
     with pytest.raises(UserError, match="64 tokens do not fit: 63 do; /reset starts again"):
@@ -124,7 +132,7 @@ def test_turn_with_a_full_context_says_so_until_a_reset():
     assert written(talk)[0] == ord("x")
 
 
-def test_set_seed_applies_to_the_next_turn_and_to_later_texts():
+def test_conversation_set_seed_applies_to_the_next_turn_and_to_later_texts():
     model = small_model("attention=mla", vocab_size=257)
     talk = conversation(model)
     sampler = Sampler(temperature=1.0)
@@ -145,7 +153,7 @@ def test_set_seed_applies_to_the_next_turn_and_to_later_texts():
 
 
 @pytest.mark.parametrize(("line", "shown"), [("", "🙂b\n"), ("x", "\ufffdb\n")])
-def test_turn_with_an_incomplete_character_completes_it_unless_text_comes_between(monkeypatch, line, shown):
+def test_conversation_with_an_incomplete_character_completes_it_unless_text_comes_between(monkeypatch, line, shown):
     script = list("a🙂b".encode())
 
     def recite(model, state, sampler, *, max_new_tokens, end_token):

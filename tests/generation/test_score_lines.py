@@ -29,7 +29,7 @@ def test_shown_token_is_one_line_in_quotes(content, expected):
 @pytest.mark.parametrize(
     ("share", "expected"), [(0.1234567, "12.35%"), (1.0, "100.00%"), (5e-5, "<0.01%"), (0.0, "0.00%"), (None, "-")]
 )
-def test_percent(share, expected):
+def test_percent_of_a_share_shows_two_decimals(share, expected):
     assert percent(share) == expected
 
 
@@ -40,7 +40,7 @@ SCORES = [
 ]
 
 
-def test_table_has_a_line_per_token_below_one_header():
+def test_score_table_of_tokens_has_a_line_each_below_one_header():
     lines = TokenLines(ByteTokenizer())
     header, *rows = [*lines.table(SCORES[:1]), *lines.table(SCORES[1:])]
     assert header.split() == ["number", "nats", "probability", "rank", "token", "likeliest", "others"]
@@ -63,7 +63,7 @@ def test_table_has_a_line_per_token_below_one_header():
     assert rows[1].index(r'"\n"') == header.index("likeliest")
 
 
-def test_json_of_tokens_is_numbers_and_exact_bytes():
+def test_score_json_of_tokens_is_numbers_and_exact_bytes():
     first, second, third = TokenLines(ByteTokenizer()).json(SCORES)
     assert (first["number"], first["text"], first["nats"], first["rank"], first["others"]) == (1, "a", None, None, [])
     assert (second["token"], second["hex"], second["nats"], second["rank"]) == (0xC3, "c3", 2.0, 3)

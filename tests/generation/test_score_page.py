@@ -46,14 +46,14 @@ def page_of(tmp_path, text: str, nats=lambda i: 0.1 * i, name: str = "a.txt") ->
     return Reader((tmp_path / "a.html").read_text())
 
 
-def test_page_shows_the_text_as_it_is_and_takes_none_of_it_for_markup(tmp_path):
+def test_score_page_shows_the_text_as_it_is_and_takes_none_of_it_for_markup(tmp_path):
     page = page_of(tmp_path, TEXT, name="<b>$x\x1b")
     assert "".join(text for _, text in page.pieces) == TEXT
     assert not {"script", "b"} & set(page.tags) and page.tags.count("main") == 1
     assert "http" not in (tmp_path / "a.html").read_text().replace("http-equiv", "")  # all is in the file
 
 
-def test_page_shows_a_characters_bytes_as_one_piece_with_the_numbers_of_each(tmp_path):
+def test_score_page_shows_a_characters_bytes_as_one_piece_with_the_numbers_of_each(tmp_path):
     page = page_of(tmp_path, "xé", nats=lambda i: (1.0, 3.0)[i])
     assert [text for _, text in page.pieces] == ["x", "é"]
     given, character = (attributes for attributes, _ in page.pieces)
@@ -67,7 +67,7 @@ def test_page_shows_a_characters_bytes_as_one_piece_with_the_numbers_of_each(tmp
     ]
 
 
-def test_page_colors_go_by_nats_and_get_darker(tmp_path):
+def test_score_page_colors_go_by_nats_and_get_darker(tmp_path):
     found = [0.0, 0.49, 0.5, 4.0, 7.9, 8.0, 50.0]
     page = page_of(tmp_path, "x" * 8, nats=lambda i: found[i])
     assert [attributes["class"] for attributes, _ in page.pieces[1:]] == ["c0", "c0", "c1", "c8", "c15", "c16", "c16"]
@@ -77,13 +77,13 @@ def test_page_colors_go_by_nats_and_get_darker(tmp_path):
     assert light == sorted(light, reverse=True) and COLORS[0] == "#ffffff"
 
 
-def test_page_shows_control_characters_as_escapes(tmp_path):
+def test_score_page_shows_control_characters_as_escapes(tmp_path):
     page = page_of(tmp_path, "a\x1b\r\u202eb\n")
     assert "".join(text for _, text in page.pieces) == r"a\x1b\r\u202eb" + "\n"
     assert page.pieces[-1][0]["class"].endswith(" ends")
 
 
-def test_page_on_a_full_disk_is_one_line_and_leaves_the_old_one(tmp_path, monkeypatch):
+def test_score_page_on_a_full_disk_is_one_line_and_leaves_the_old_one(tmp_path, monkeypatch):
     page_of(tmp_path, "ab")
     before = (tmp_path / "a.html").read_bytes()
 

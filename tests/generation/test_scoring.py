@@ -23,10 +23,11 @@ def test_score_text_of_any_length_predicts_every_token_but_the_first_once(length
     text = TEXT[:length]
     tokens = tokenizer.encode(text).tolist()
     nats = 0.0
-    for i in range(1, len(tokens)):
-        window = tokens[(i - 1) // 64 * 64 : i]
+    for first in range(0, len(tokens) - 1, 64):  # one window after the other
+        following = torch.tensor(tokens[first + 1 : first + 65])
         with torch.no_grad():
-            nats -= float(logits_of(model, torch.tensor([window]))[0, -1].log_softmax(-1)[tokens[i]])
+            shares = logits_of(model, torch.tensor([tokens[first : first + len(following)]]))[0].log_softmax(-1)
+        nats -= float(shares.gather(-1, following[:, None]).sum())
     score = score_text(model, tokenizer, text, 64)
     text_bytes = len(text.encode()) - len(tokenizer.tokens[tokens[0]])
     assert (score.tokens, score.text_bytes) == (len(tokens) - 1, text_bytes)
@@ -46,7 +47,7 @@ def watched(model, tokenizer, text: str) -> tuple[scoring.Score, list[TokenScore
 
 
 @pytest.mark.parametrize("softcap", ["null", "5"])
-def test_watchers_see_the_nats_rank_and_likeliest_others_of_every_token(monkeypatch, softcap):
+def test_score_text_watchers_see_the_nats_rank_and_likeliest_others_of_every_token(monkeypatch, softcap):
     monkeypatch.setattr(scoring, "MAX_LOGITS", 7 * 257)  # seven tokens at a time
     tokenizer, text = ByteTokenizer(), TEXT[:150]
     model = small_model("attention=gqa", f"model.logit_softcap={softcap}", vocab_size=257)
@@ -66,7 +67,7 @@ def test_watchers_see_the_nats_rank_and_likeliest_others_of_every_token(monkeypa
 
 @pytest.mark.parametrize("length", [2, 30, 64, 65, 66, 700])
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-def test_watched_tokens_are_the_whole_text_and_add_up_to_the_same_score(length, kind):
+def test_score_text_watched_tokens_are_the_whole_text_and_add_up_to_the_same_score(length, kind):
     tokenizer = ByteTokenizer() if kind == "byte" else configured(BPEConfig, vocab_size=270).train([TEXT])
     model = small_model("attention=mla", vocab_size=tokenizer.vocab_size)
     score, found = watched(model, tokenizer, TEXT[:length])
@@ -75,7 +76,7 @@ def test_watched_tokens_are_the_whole_text_and_add_up_to_the_same_score(length, 
     assert tokenizer.decode_bytes(one.token for one in found) == TEXT[:length].encode()
 
 
-def test_watched_logits_exist_for_a_part_of_the_tokens_at_a_time(monkeypatch):
+def test_score_text_watched_logits_exist_for_a_part_of_the_tokens_at_a_time(monkeypatch):
     monkeypatch.setattr(scoring, "MAX_LOGITS", 10 * 257)
     model = small_model("attention=mha", vocab_size=257)
     sizes = []
@@ -85,7 +86,7 @@ def test_watched_logits_exist_for_a_part_of_the_tokens_at_a_time(monkeypatch):
     assert max(sizes) == 10 and sum(sizes) == len(found) - 1
 
 
-def test_watched_tokens_that_are_not_finite_have_no_rank():
+def test_score_text_watched_tokens_that_are_not_finite_have_no_rank():
     model = small_model("attention=mha", vocab_size=257)
     with torch.no_grad():
         model.embedding.weight[ord("y")] = math.nan
@@ -93,14 +94,14 @@ def test_watched_tokens_that_are_not_finite_have_no_rank():
     assert math.isnan(found[1].nats) and found[1].rank is found[1].probability is None and not found[1].others
 
 
-def test_others_of_a_tiny_vocabulary_are_all_but_the_token():
+def test_score_text_others_of_a_tiny_vocabulary_are_all_but_the_token():
     tokenizer = ByteTokenizer()
     tokenizer.tokens = tokenizer.tokens[:2]
     _, found = watched(small_model("attention=mha", vocab_size=3), tokenizer, "\0\1\0")
     assert [sorted([one.token, *(token for token, _ in one.others)]) for one in found[1:]] == [[0, 1, 2]] * 2
 
 
-def test_scoring_of_a_long_text_says_now_and_then_how_far_it_is(monkeypatch, capsys):
+def test_score_text_of_a_long_text_says_now_and_then_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(scoring, "SECONDS_OF_SILENCE", 0)
     model = small_model("attention=mha", "model.n_layers=1", vocab_size=257)
     score_text(model, ByteTokenizer(), "a" * 64 * 8 * 4, 64)

@@ -151,7 +151,7 @@ class OneIndex(Sampler):
 
 
 @pytest.mark.parametrize("error", ["one token too many", "one index for all places", "cached though not kept"])
-def test_planted_error_of_speculation_is_caught(monkeypatch, error):
+def test_law_of_drafts_catches_a_planted_error(monkeypatch, error):
     sampler = SAMPLERS[1]
     if error == "one token too many":
         monkeypatch.setattr(speculative, "num_kept", lambda draws, *_: min(num_kept(draws, *_) + 1, len(draws)))
@@ -222,8 +222,11 @@ def edited(model, state: GenerationState) -> list:
     return found
 
 
-@pytest.mark.parametrize("slide", [False, True])
-@pytest.mark.parametrize("attention", ATTENTIONS[:QUICK], ids=" ".join)
+@pytest.mark.parametrize(
+    ("attention", "slide"),
+    [(ATTENTIONS[0], True), (ATTENTIONS[1], False), (ATTENTIONS[2], False), (ATTENTIONS[2], True)],
+    ids=["mha slides", "mla", "window", "window slides"],
+)
 def test_generate_with_drafts_goes_on_from_whatever_the_caller_changes(attention, slide):
     """After any token, those of a pass that has others left too: so a stop string ends a row, or a turn."""
     model = small_model(*attention, vocab_size=12).double()

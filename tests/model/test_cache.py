@@ -78,7 +78,7 @@ def test_window_cache_rewinds_each_row_by_itself(num_global, taken_back):
 
 
 @pytest.mark.parametrize("kind", [FullCache, WindowCache])
-def test_copied_row_is_read_like_its_source(kind):
+def test_cache_copied_row_is_read_like_its_source(kind):
     cache = kind(3, 8, {"k": (), "v": (2,)}, like=torch.zeros(()), **({"window": 3} if kind is WindowCache else {}))
     positions = torch.tensor([[0, 1, 2, 3], [0, 1, -1, -1], [0, -1, -1, -1]])
     cache.update(at(positions), k=positions + torch.tensor([[0.0], [10.0], [20.0]]), v=torch.rand(3, 4, 2))

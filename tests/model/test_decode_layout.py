@@ -50,7 +50,7 @@ def threads():
 
 @torch.no_grad()
 @pytest.mark.parametrize(("rows", "number"), [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_matrices_are_stored_as_products_of_that_many_rows_read_them(rows, number, threads):
+def test_lay_out_for_decoding_stores_matrices_as_products_of_that_many_rows_read_them(rows, number, threads):
     threads(number)
     model = small_model("attention=mha", "model.n_layers=1", "mlp=swiglu")
     lay_out_for_decoding(model, rows)
@@ -78,7 +78,7 @@ def test_product_is_that_of_linear_however_the_matrix_is_stored(rows, number, th
 
 
 @torch.no_grad()
-def test_matrices_that_are_wider_than_high_are_read_by_rows(threads):
+def test_lay_out_for_decoding_stores_matrices_wider_than_high_by_rows(threads):
     threads(1)
     model = laid_out(small_model("attention=mla", "attention.q_lora_rank=8", "attention.kv_lora_rank=8"))
     attention = model.layers[0].attention

@@ -1,7 +1,9 @@
 """Kernels against the naive twin, on the shapes attentions hand them; and the mask they all read."""
 
+import itertools
 import re
 import sys
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -65,40 +67,37 @@ def test_naive_equals_the_definition(shape):
     assert relative_error(attend(Naive(), q, k, v, mask, 0.3), expected) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [SDPA(), Auto(), TILED, Online(), PRODUCTS, Matmul()],
-    ids=["sdpa", "auto", "tiles", "online", "products in tiles", "matmul"],
-)
+def mask_in(situation: str, t: int, s: int) -> Mask:
+    if situation == "plain":
+        return Mask(positions(0, t), positions(0, s), contiguous=True)
+    if situation == "ragged":
+        ragged = torch.stack([torch.arange(t), torch.arange(t) - 5])
+        return Mask(ragged, ragged, contiguous=False)
+    return Mask(positions(13, t), positions(0, s), contiguous=False)
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("situation", ["plain", "chunk", "one query", "ragged"])
-def test_kernels_equal_naive_forward_and_backward(kernel, shape, situation):
-    t, s, *rest = shape
-    if situation == "plain":
-        mask = Mask(positions(0, t), positions(0, s), contiguous=True)
-    elif situation == "chunk":
-        t, s = 5, 21
-        mask = Mask(positions(13, t), positions(0, s), contiguous=False)
-    elif situation == "one query":
-        t, s = 1, 21
-        mask = Mask(positions(13, t), positions(0, s), contiguous=False)
-    else:
-        ragged = torch.stack([torch.arange(t), torch.arange(t) - 5])
-        mask = Mask(ragged, ragged, contiguous=False)
-    check_against_naive(kernel, inputs(t, s, *rest), mask)
+def test_kernels_equal_naive_forward_and_backward(shape, situation):
+    """As they come, and Auto, they are held against it in test_kernels_take_tensors_of_any_strides."""
+    t, s = {"chunk": (5, 21), "one query": (1, 21)}.get(situation, shape[:2])
+    check_against_naive((SDPA(), TILED, PRODUCTS), inputs(t, s, *shape[2:]), mask_in(situation, t, s))
 
 
-def check_against_naive(kernel, given, mask, tolerance=1e-5):
+def check_against_naive(kernels: Sequence[Kernel], given, mask, tolerance=1e-5) -> None:
     """Output and gradients of real queries."""
     q, _, v = given
     draw = torch.randn(*q.shape[:3], v.shape[3], generator=torch.Generator().manual_seed(9))
     real = (mask.q_pos >= 0).expand(q.shape[:2])[..., None, None]
-    results = []
-    for chosen in (Naive(), kernel):
-        out = attend(chosen, *given, mask, 0.4).where(real, 0)
-        results.append([out, *torch.autograd.grad((out * draw).sum(), given)])
-    for found, expected in zip(results[1], results[0], strict=True):
-        assert relative_error(found, expected) <= tolerance
+
+    def results(kernel: Kernel) -> list[torch.Tensor]:
+        out = attend(kernel, *given, mask, 0.4).where(real, 0)
+        return [out, *torch.autograd.grad((out * draw).sum(), given)]
+
+    expected = results(Naive())
+    for kernel in kernels:
+        for found, exact in zip(results(kernel), expected, strict=True):
+            assert relative_error(found, exact) <= tolerance, kernel
 
 
 PATTERNS = {
@@ -117,16 +116,16 @@ PATTERNS = {
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize(
-    "tiles",
-    [(3, 4), (16, 7), *(pytest.param(tiles, marks=pytest.mark.slow) for tiles in ((1, 1), (5, 2)))],
-    ids=str,
+    "sizes", [((3, 4), (16, 7)), pytest.param(((1, 1), (5, 2)), marks=pytest.mark.slow)], ids=["some", "more"]
 )
-def test_kernels_with_any_tile_size_equal_naive_under_every_mask(monkeypatch, pattern, situation, tiles):
+def test_kernels_with_any_tile_size_equal_naive_under_every_mask(monkeypatch, pattern, situation, sizes):
     """Tiles that some or all of their queries see nothing of, before and after those that they do."""
-    mask = mask_of(situation, pattern)
-    monkeypatch.setattr(sdpa, "QUERY_TILE", tiles[0])
-    for kernel in (Online(query_tile=tiles[0], key_tile=tiles[1]), Matmul(query_tile=tiles[0]), SDPA()):
-        check_against_naive(kernel, inputs(LENGTH, LENGTH, 4, 2, 8, 6), mask)
+    kernels = [kernel for q, k in sizes for kernel in (Online(query_tile=q, key_tile=k), Matmul(query_tile=q))]
+    given, mask = inputs(LENGTH, LENGTH, 4, 2, 8, 6), mask_of(situation, pattern)
+    check_against_naive(kernels, given, mask)
+    for queries, _ in sizes:
+        monkeypatch.setattr(sdpa, "QUERY_TILE", queries)
+        check_against_naive([SDPA()], given, mask)
 
 
 CAN = {
@@ -148,10 +147,9 @@ def lse_by_definition(q, k, visible, scale):
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
-def test_lse_of_every_kernel_equals_the_definition_with_its_gradient(pattern, situation, heads):
+def test_lse_of_every_kernel_equals_the_definition_with_its_gradient(pattern, situation):
     """Alone, and beside that of the output: both pull at the same scores."""
-    mask = mask_of(situation, pattern)
+    mask, heads = mask_of(situation, pattern), (4, 4) if situation in SITUATIONS[::2] else (6, 2)
     given = inputs(LENGTH, LENGTH, *heads, 8, 6)
     real = (mask.q_pos >= 0).expand(2, LENGTH)
     draw = torch.Generator().manual_seed(5)
@@ -213,7 +211,7 @@ def test_lse_from_a_kernel_that_has_none_is_refused_and_auto_takes_another():
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize("heads", [(4, 1), (6, 2)], ids=str)
-def test_values_that_are_columns_of_the_keys_equal_values_passed(situation, heads):
+def test_kernels_with_values_that_are_columns_of_the_keys_equal_values_passed(situation, heads):
     """As in absorbed MLA: by name of their width, with v unread, and gradients that come by both ways."""
     mask = mask_of(situation, CAUSAL)
     q, k, _ = inputs(LENGTH, LENGTH, *heads, 8, 8)
@@ -323,10 +321,12 @@ def test_online_with_distant_scores_equals_naive():
     q, k, v = inputs(16, 16, 4, 2, 8, 8)
     q, k = (x.detach().mul(8).requires_grad_() for x in (q, k))
     mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
-    check_against_naive(TILED, (q, k, v), mask, tolerance=1e-3)
+    check_against_naive([TILED], (q, k, v), mask, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("pattern", [CAUSAL, Pattern(window=40)], ids=["causal", "window"])
+@pytest.mark.parametrize(
+    "pattern", [CAUSAL, pytest.param(Pattern(window=40), marks=pytest.mark.slow)], ids=["causal", "window"]
+)
 def test_online_memory_grows_linearly_with_the_length(pattern):
     def peak(kernel, length: int) -> int:
         given, places = inputs(length, length, 4, 2, 8, 8), positions(0, length)
@@ -471,24 +471,24 @@ def test_mask_visible_follows_positions():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("window", [None, 1, 4, 40])
-@pytest.mark.parametrize(("dilation", "global_tokens"), [(1, 0), (3, 0), (1, 2), (2, 3)])
 @pytest.mark.parametrize("see_self", [True, False])
-def test_pattern_equals_its_definition(causal, window, dilation, global_tokens, see_self):
-    pattern = Pattern(causal, window, dilation, global_tokens, see_self=see_self)
+def test_pattern_sees_what_its_definition_says(causal, see_self):
+    """Of each window, dilation and number of global tokens, every pair."""
     indices = torch.arange(15)
-    found = pattern.sees(indices[:, None], indices)
-    for q in range(15):
-        for k in range(15):
+    pairs = [(q, k) for q in range(15) for k in range(15)]
+    for window, (dilation, global_tokens) in itertools.product((None, 1, 4, 40), ((1, 0), (3, 0), (1, 2), (2, 3))):
+        pattern = Pattern(causal, window, dilation, global_tokens, see_self=see_self)
+        found = pattern.sees(indices[:, None], indices).tolist()
+        for q, k in pairs:
             apart = q - k if causal else abs(q - k)
             near = apart >= 0 and (window is None or apart < window) and apart % dilation == 0
             seen = near or (k < global_tokens and (k <= q or not causal))
             if q == k and not see_self:
                 seen = q == 0
-            assert found[q, k] == seen, (q, k)
+            assert found[q][k] == seen, (pattern, q, k)
 
 
-def test_random_blocks_follow_the_seed_and_the_share():
+def test_pattern_random_blocks_follow_the_seed_and_the_share():
     blocks, size = 200, 4
     indices = torch.arange(blocks * size)
     drawn = []
@@ -598,12 +598,12 @@ def test_flash_choice_on_a_pytorch_without_any_is_refused(monkeypatch):
         SDPA(flash="FA3").check(torch.device("cuda"), training=True, dropout=False)
 
 
-@pytest.mark.parametrize(("taken", "expected"), [(1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")])
-def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu, taken, expected):
+def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu):
     sdpa._activate("FA3")
-    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, **__: taken, raising=False)
     there = SimpleNamespace(device=torch.device("cuda"))
-    assert sdpa._chosen(there, there, there, {}) == expected
+    for taken, expected in ((1, "flash, FA3"), (2, "efficient"), (3, "cudnn"), (0, "fused")):
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_, taken=taken, **__: taken, raising=False)
+        assert sdpa._chosen(there, there, there, {}) == expected
     monkeypatch.delattr(torch, "_fused_sdp_choice")
     assert sdpa._chosen(there, there, there, {}) == "fused"
 
@@ -613,20 +613,18 @@ def test_sdpa_backend_flash_equals_default():
     assert torch.equal(*(attend(kernel, *given, mask, 0.4) for kernel in (SDPA(backend="flash"), SDPA())))
 
 
-@pytest.mark.parametrize(
-    "kernel", [Naive(), Online(), Matmul(), SDPA(), Auto()], ids=lambda kernel: type(kernel).__name__
-)
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_kernels_take_tensors_of_any_strides(kernel, contiguous):
+def test_kernels_take_tensors_of_any_strides(contiguous):
     """As an einsum or a transposition leaves them."""
     q, k, v = (torch.randn(2, 16, 8, 4, generator=torch.Generator().manual_seed(i)) for i in range(3))
     places = torch.arange(16)[None]
     mask = Mask(places, places, contiguous=contiguous)
-    expected = attend(Naive(), q, k, v, mask, 0.3)
-    strided = [x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in (q, k, v)]
-    found = attend(kernel, *strided, mask, 0.3)
-    assert torch.allclose(found, expected, atol=1e-5)
     wanted = [x.clone().requires_grad_() for x in (q, k, v)]
-    gradients = torch.autograd.grad(found.square().sum(), strided)
-    exact = torch.autograd.grad(attend(Naive(), *wanted, mask, 0.3).square().sum(), wanted)
-    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(gradients, exact, strict=True))
+    expected = attend(Naive(), *wanted, mask, 0.3)
+    exact = torch.autograd.grad(expected.square().sum(), wanted)
+    for kernel in (Naive(), Online(), Matmul(), SDPA(), Auto()):
+        strided = [x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in (q, k, v)]
+        found = attend(kernel, *strided, mask, 0.3)
+        assert torch.allclose(found, expected, atol=1e-5), kernel
+        gradients = torch.autograd.grad(found.square().sum(), strided)
+        assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(gradients, exact, strict=True)), kernel

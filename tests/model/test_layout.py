@@ -84,7 +84,7 @@ def test_check_layouts_finds_what_is_no_parameter_and_other_sizes():
         (torch.tensor(1), True, "inner.count is torch.int64"),
     ],
 )
-def test_buffer_that_no_checkpoint_brings_back_is_refused(buffer, persistent, complaint):
+def test_check_buffers_refuses_one_that_no_checkpoint_brings_back(buffer, persistent, complaint):
     module = nn.Sequential()
     module.inner = nn.Identity()
     module.inner.register_buffer("mean", torch.zeros(2))

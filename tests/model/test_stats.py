@@ -11,7 +11,7 @@ from model.transformer import TransformerLM
 from runtime.memory import PeakTensorBytes
 from tests.model.attention import laws
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
-from tests.support import CASES, logits_of, relative_error, small_model, some_tokens
+from tests.support import logits_of, mostly_slow, relative_error, small_model, some_tokens
 
 ALL = frozenset({"max_logit", "entropy", "attention_map"})
 PATTERNS = {
@@ -51,9 +51,10 @@ def check(q, k, mask, scale=0.4, tile=5):
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("situation", SITUATIONS)
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)], ids=str)
-def test_statistics_in_tiles_equal_the_definition(pattern, situation, heads):
-    check(*inputs(LENGTH, LENGTH, *heads), mask_of(situation, pattern))
+def test_statistics_in_tiles_equal_the_definition(pattern, situation):
+    mask = mask_of(situation, pattern)
+    for heads in ((4, 4), (6, 2), (4, 1)):
+        check(*inputs(LENGTH, LENGTH, *heads), mask)
 
 
 @pytest.mark.parametrize("tile", [1, 4, 128])
@@ -62,7 +63,7 @@ def test_statistics_of_one_query_against_a_cache_equal_the_definition(tile):
     check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], contiguous=False), tile=tile)
 
 
-def test_entropy_of_distant_and_of_equal_scores_is_exact():
+def test_statistics_entropy_of_distant_and_of_equal_scores_is_exact():
     """From certain, 0 nats, to as unsure as can be: log of the number of keys seen."""
     mask = Mask(torch.arange(40)[None], torch.arange(40)[None], contiguous=True)
     check(*inputs(40, 40, 4, 2, spread=100.0), mask, scale=1.0, tile=7)
@@ -100,7 +101,7 @@ def test_collect_stats_ignores_padding():
 # What attentions say.
 
 
-@pytest.mark.parametrize("case", CASES, ids=" ".join)
+@pytest.mark.parametrize("case", mostly_slow())
 def test_attention_with_collect_returns_stats_and_equal_logits(case):
     model, tokens = small_model(*case), some_tokens(2, 20)
     without, with_stats = model(tokens), model(tokens, collect=ALL)
@@ -155,7 +156,7 @@ def test_layer_stats_equal_statistics_of_the_kernels_inputs():
             assert relative_error(aux[f"layers.{i}.entropy"], exact.entropy.mean((0, 1))) <= 1e-5
 
 
-def test_max_logit_with_alibi_equals_the_definition():
+def test_attention_max_logit_with_alibi_equals_the_definition():
     """Not of the columns that kernels are given, which leave out what is the same for all keys of a query."""
     model, length, heads = small_model("attention=mha", "position=alibi", "model.n_layers=1"), 40, 4
     tokens, attention = some_tokens(2, length), model.layers[0].attention
@@ -172,7 +173,7 @@ def test_max_logit_with_alibi_equals_the_definition():
         assert relative_error(found, largest) <= 1e-5
 
 
-def test_gradients_with_collect_are_unchanged():
+def test_attention_with_collect_leaves_gradients_unchanged():
     model, tokens = small_model("attention=mla"), some_tokens(2, 20)
     gradients = []
     for collect in (frozenset(), ALL):

@@ -1,7 +1,6 @@
 """Every law, for every file under conf/attention and the choices within them (DESIGN: the laws)."""
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import pytest
@@ -43,30 +42,34 @@ from tests.support import (
 KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=7)]
 # What a token is, or what it sees, depends on where it stands.
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
-every_case = pytest.mark.parametrize("case", CASES, ids=" ".join)
 Cases = Sequence[tuple[str, ...]]
-often = pytest.mark.parametrize("case", mostly_slow())  # of laws that take long
+often = pytest.mark.parametrize("case", mostly_slow())  # to compose all of them takes longer than most laws
+GQA = ("attention=gqa",)
+ABSORBED = ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24")
+ALIBI = ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla")
 # These hand a kernel all that cases can: shared keys, wide ones, values that are keys, masks, added columns.
-ON_ALL_KERNELS = [
-    ("attention=gqa",),
-    ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24"),
-    ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla"),
-]
-assert all(case in CASES for case in ON_ALL_KERNELS)
+ON_ALL_KERNELS = [(case, kernel) for case in (GQA, ABSORBED, ALIBI) for kernel in (Naive, Online, Matmul)]
+ON_ONE_KERNEL_EACH = [(GQA, Naive), (ABSORBED, Online), (ALIBI, Matmul)]
+assert all(case in CASES for case in (GQA, ABSORBED, ALIBI))
 
 
 def on_kernels(
-    kernels: Sequence[Kernel], cases: Cases = CASES, *, fused: Cases = DISTINCT, others: Cases = ON_ALL_KERNELS
+    kernels: Sequence[Kernel],
+    cases: Cases = CASES,
+    *,
+    fused: Cases = DISTINCT,
+    others: Sequence[tuple[tuple[str, ...], type[Kernel]]] = ON_ONE_KERNEL_EACH,
 ) -> pytest.MarkDecorator:
     """Some of the cases on the fused kernel, and some on the others; the rest is slow, and says little that
     tests/model/test_kernels.py does not, which holds kernels against each other under every mask."""
+    often = [*((case, SDPA) for case in fused), *others]
     return pytest.mark.parametrize(
         ("case", "kernel"),
         [
             pytest.param(
                 case,
                 kernel,
-                marks=() if case in (fused if isinstance(kernel, SDPA) else others) else pytest.mark.slow,
+                marks=() if (case, type(kernel)) in often else pytest.mark.slow,
                 id=f"{' '.join(case)} {type(kernel).__name__}",
             )
             for case in cases
@@ -77,13 +80,14 @@ def on_kernels(
 
 def oracle_for(case: tuple[str, ...]) -> TransformerLM:
     """The same weights, uncached by whoever calls it, on the naive kernel and with MLA's reference execution."""
-    plain = [part for part in case if "execution" not in part]
-    return small_model(*plain, *(["attention.execution=naive"] if "attention=mla" in case else []), kernel=Naive())
+    config = small_config(*case)
+    attention = config.attention.with_execution("naive") if "attention=mla" in case else config.attention
+    return sharpened(initialised(config.model_copy(update={"attention": attention}), 100))
 
 
 @often
 def test_logits_of_a_causal_model_have_no_gradient_from_later_tokens(case):
-    laws.check_causality(small_model(*case, "model.tie_embeddings=false"))
+    laws.check_causality(small_model(*case, tie_embeddings=False))
 
 
 @on_kernels(KERNELS)
@@ -101,7 +105,7 @@ def test_logits_of_packed_documents_equal_each_document_alone(case, kernel):
     laws.check_packed_documents(small_model(*case, kernel=kernel))
 
 
-@on_kernels(KERNELS[1:])
+@on_kernels(KERNELS[1:], others=ON_ALL_KERNELS)
 def test_kernels_on_one_model_agree_with_gradients(case, kernel):
     tokens = some_tokens(2, 24)
     naive, fused = small_model(*case, kernel=Naive()), small_model(*case, kernel=kernel)
@@ -113,14 +117,16 @@ def test_kernels_on_one_model_agree_with_gradients(case, kernel):
         assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if not any(name in part for name in ANCHORED for part in case)], ids=" ".join
-)
+RELATIVE = [case for case in CASES if not any(name in part for name in ANCHORED for part in case)]
+YARN = ("attention=gqa", "attention.rope_scaling=yarn", "attention.rope_factor=4", "attention.rope_theta=100")
+
+
+@pytest.mark.parametrize("case", mostly_slow(RELATIVE, often=[*DISTINCT, YARN]))
 def test_logits_at_shifted_positions_are_unchanged(case):
     laws.check_relative_positions(small_model(*case))
 
 
-@every_case
+@often
 def test_cache_bytes_per_token_equal_the_formula(case):
     model = small_model(*case)
     caches = model.make_caches(1, 8)
@@ -133,10 +139,11 @@ def test_cache_bytes_per_token_equal_the_formula(case):
         assert cache.bytes_per_token == 4 * expected
 
 
-@every_case
+@often
 def test_layout_describes_every_parameter_once(case):
-    """Rows of the parts in their heads are all of its rows, and fan-in is its other dimension."""
-    model = small_model(*case, "model.tie_embeddings=false")
+    """Rows of the parts in their heads are all of its rows, and fan-in is its other dimension; of the matrices of an
+    attention one makes queries, and one its output, as of an MLP."""
+    model = small_model(*case, tie_embeddings=False)
     named, table = dict(model.named_parameters()), model.layout()
     assert table.keys() == named.keys()
     for name, layout in table.items():
@@ -147,11 +154,7 @@ def test_layout_describes_every_parameter_once(case):
         assert list(layout.views(named[name])) == [part.name for part in layout.parts]
         assert (layout.kind in (Kind.VECTOR, Kind.BIAS)) == (not columns)
         assert layout.shard_axis is None or layout.shard_axis < named[name].ndim
-
-
-@every_case
-def test_layout_of_blocks_names_queries_and_one_residual_output_each_for_attention_and_mlp(case):
-    for block in small_model(*case).layers:
+    for block in model.layers:
         matrices = [layout.role for layout in block.attention.layout().values() if layout.kind is Kind.MATRIX]
         assert matrices.count(Role.RESIDUAL_OUTPUT) == matrices.count(Role.QUERY) == 1
         assert [layout.role for layout in block.mlp.layout().values()].count(Role.RESIDUAL_OUTPUT) >= 1
@@ -181,7 +184,7 @@ def test_cache_bytes_per_token_equal_hand_computed_sizes():
         assert small_model(f"attention={name}").make_caches(1, 4)[0].bytes_per_token == 4 * elements, name
     latent_only = small_model("attention=mla", "attention.qk_norm=latent", "attention.qk_rope_head_dim=4")
     assert latent_only.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 4)
-    for norm, groups in itertools.product(("head", "whole"), (1, 2, 4)):  # and one inverse root mean square each
+    for norm, groups in (("head", 1), ("head", 4), ("whole", 2)):  # and one inverse root mean square each
         model = small_model("attention=mla", f"attention.qk_norm={norm}", f"attention.qk_norm_groups={groups}")
         assert model.make_caches(1, 4)[0].bytes_per_token == 4 * (16 + 12 + groups)
         assert model.config.attention.cache_elements == 16 + 12 + groups
@@ -199,11 +202,11 @@ def test_window_cache_of_a_long_text_is_bounded_by_the_window():
 
 @on_kernels(KERNELS, [case for case in CASES if "position=alibi" not in case])
 def test_encoder_reads_tokens_on_both_sides(case, kernel):
-    encoder = sharpened(
-        initialised(small_config(*case, "model.tie_embeddings=false", kernel=kernel), 100, causal=False)
+    encoder, twin = (
+        sharpened(initialised(small_config(*case, kernel=each, tie_embeddings=False), 100, causal=False))
+        for each in (kernel, Naive())
     )
     laws.check_reach(encoder)
-    twin = sharpened(initialised(small_config(*case, "model.tie_embeddings=false"), 100, causal=False))
     assert relative_error(logits_of(encoder, some_tokens(2, 20)), logits_of(twin, some_tokens(2, 20))) <= 1e-5
 
 
@@ -226,10 +229,13 @@ def test_latent_cache_holds_no_tensor_per_head():
             assert column.shape[2] == 1, execution
 
 
-# To trace it takes a second.
-@on_kernels([SDPA(), Online(), Matmul()], fused=[(f"attention={name}",) for name in ATTENTIONS], others=[CASES[0]])
+# To trace it takes a second. MHA and MQA are GQA by other numbers of key heads.
+OF_A_KIND = [(f"attention={name}",) for name in ATTENTIONS if name not in ("mha", "mqa")]
+
+
+@on_kernels([SDPA(), Online(), Matmul()], fused=OF_A_KIND, others=())
 def test_decode_step_compiled_traces_once(case, kernel):
-    model = small_model(*case, *(() if "attention=stack" in case else ("model.n_layers=1",)), kernel=kernel)
+    model = small_model(*case, kernel=kernel, **({} if "attention=stack" in case else {"n_layers": 1}))
     torch._dynamo.reset()
     step = torch.compile(decode_step, backend="eager", fullgraph=True)
     caches = model.make_caches(2, 64)
@@ -257,12 +263,11 @@ def test_decode_step_compiled_traces_once(case, kernel):
     ids=" ".join,
 )
 def test_mla_executions_give_equal_logits(changed):
-    tokens = some_tokens(2, 20)
-    common = ("attention=mla", *changed)
-    models = {
-        execution: small_model(*common, f"attention.execution={execution}")
-        for execution in ("naive", "expanded", "absorbed", "auto")
-    }
+    tokens, config = some_tokens(2, 20), small_config("attention=mla", *changed)
+    models = {}
+    for execution in ("naive", "expanded", "absorbed", "auto"):
+        attention = config.attention.with_execution(execution)
+        models[execution] = sharpened(initialised(config.model_copy(update={"attention": attention}), 100))
     expected = logits_of(models["naive"], tokens)
     for execution, model in models.items():
         assert relative_error(logits_of(model, tokens), expected) <= 1e-5, execution
@@ -387,12 +392,11 @@ def test_logits_in_bfloat16_are_near_float32(case):
         assert relative_error(_decoded(low, tokens), expected) <= 0.07
 
 
-@every_case
-def test_last_logits_after_swapped_tokens_change_unless_position_is_none(case):
+@pytest.mark.parametrize("case", mostly_slow(often=[*DISTINCT, ("attention=mha", "position=none")]))
+def test_logits_after_swapped_tokens_change_unless_position_is_none(case):
     """Two tokens before the last one change places: the last one's logits notice, but with no positions at all, where a
     single layer cannot (further ones can, by what the causal mask showed to each)."""
-    model = sharpened(initialised(small_config(*case).model_copy(update={"n_layers": 1}), 100))
-    tokens = some_tokens(1, 3)
+    model, tokens = small_model(*case, n_layers=1), some_tokens(1, 3)
     moved = relative_error(logits_of(model, tokens[:, [1, 0, 2]])[:, -1], logits_of(model, tokens)[:, -1])
     assert (moved <= 1e-6) == ("position=none" in case)
 
@@ -425,20 +429,14 @@ def test_law_of_caches_catches_a_top_left_causal_mask():
         laws.check_cached(small_model("attention=gqa", kernel=TopLeftCausal()), oracle_for(("attention=gqa",)))
 
 
-@pytest.mark.parametrize(
-    "misprint",
-    [lambda m, m_new: (m_new - m).exp().clamp(max=1e30), lambda m, m_new: torch.ones_like(m)],
-    ids=["the other sign", "never"],
-)
-def test_law_of_kernels_catches_a_misprinted_online_softmax(monkeypatch, misprint):
-    model, expected = (
-        small_model("attention=gqa", kernel=Online(query_tile=4, key_tile=1)),
-        oracle_for(("attention=gqa",)),
-    )
+def test_law_of_kernels_catches_a_misprinted_online_softmax(monkeypatch):
+    """A rescaling of the other sign, and none."""
+    model, expected = small_model(*GQA, kernel=Online(query_tile=4, key_tile=1)), oracle_for(GQA)
     laws.check_cached(model, expected)
-    monkeypatch.setattr(online, "rescale", misprint)
-    with pytest.raises(AssertionError):
-        laws.check_cached(model, expected)
+    for misprint in (lambda m, m_new: (m_new - m).exp().clamp(max=1e30), lambda m, m_new: torch.ones_like(m)):
+        monkeypatch.setattr(online, "rescale", misprint)
+        with pytest.raises(AssertionError):
+            laws.check_cached(model, expected)
 
 
 def test_law_of_caches_catches_a_window_that_forgets_what_rewinding_needs():
@@ -493,7 +491,7 @@ def test_law_of_causality_catches_a_look_ahead():
             return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, contiguous=False), how)
 
     with pytest.raises(AssertionError):
-        laws.check_causality(small_model("attention=mha", "model.tie_embeddings=false", kernel=SeesAll()))
+        laws.check_causality(small_model("attention=mha", tie_embeddings=False, kernel=SeesAll()))
 
 
 def _decoded(model: TransformerLM, tokens: Tensor) -> Tensor:

@@ -73,20 +73,21 @@ VARIANTS = {
     "gate, MLA": (GatedMLAConfig, ("attention=mla",)),
     "gate, absorbed MLA": (GatedMLAConfig, ("attention=mla", "attention.execution=absorbed")),
 }
+DEEPER = {"n_layers": 3}
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def model_of(variant: str, kernel=None, *more: str) -> TransformerLM:
+def model_of(variant: str, kernel=None, **fields) -> TransformerLM:
     cls, overrides = VARIANTS[variant]
-    config = small_config(*overrides, "model.n_layers=3", *more, kernel=kernel)
+    config = small_config(*overrides, kernel=kernel, **DEEPER, **fields)
     attention = cls(**config.attention.model_dump())
     return sharpened(initialised(config.model_copy(update={"attention": attention}), 100))
 
 
 @every_variant
-@pytest.mark.parametrize("kernel", [Naive(), SDPA()], ids=["naive", "sdpa"])
+@pytest.mark.parametrize("kernel", [pytest.param(Naive(), marks=pytest.mark.slow), SDPA()], ids=["naive", "sdpa"])
 def test_modified_attention_obeys_the_laws(variant, kernel):
-    laws.check_causality(model_of(variant, kernel, "model.tie_embeddings=false"))
+    laws.check_causality(model_of(variant, kernel, tie_embeddings=False))
     laws.check_cached(model_of(variant, kernel), model_of(variant))
     laws.check_ragged(model_of(variant, kernel), model_of(variant))
     laws.check_packed_documents(model_of(variant, kernel))
@@ -108,7 +109,7 @@ def test_modified_attention_recomputed_in_backward_gives_equal_gradients(variant
 def test_modified_attention_computes_something_else(variant):
     _, overrides = VARIANTS[variant]
     model, tokens = model_of(variant), some_tokens(2, 20)
-    unmodified = TransformerLM(small_config(*overrides, "model.n_layers=3"), 100)
+    unmodified = TransformerLM(small_config(*overrides, **DEEPER), 100)
     unmodified.load_state_dict(model.state_dict(), strict="gate" not in variant)
     assert relative_error(logits_of(model, tokens), logits_of(unmodified, tokens)) > 1e-2
 
