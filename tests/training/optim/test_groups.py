@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+import yaml
 
 from common.errors import UserError
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from tests.support import SMOKE, batches, call, composed_run, small_model, training_state
+from tests.support import SMOKE, batches, call, composed_run, composed_tree, small_model, training_state
 from tests.training.runs import assert_same_run, rewind, tensors
 from training.metrics_file import read_metrics
 from training.optim.qk_clip import QKClip
-from training.run.config import compose
+from training.run.config import Run, compose, pop_command_settings
 from training.step import train_step
 from training.step_memory import memory
 
@@ -164,15 +165,24 @@ def test_groups_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
         ("[{match: '*', lr: -1}]", "optim.groups.0.lr=-1: give more than 0"),
         ("3", "optim.groups=3: give a list"),
         ("[3]", "optim.groups.0=3: give a dict"),
-        ("{match: '*', lr: 0.1}", r"optim.groups is a list: give it as a whole, as 'optim.groups=\[{match: .*, lr: "),
-        ("{}", "optim.groups is a list"),
     ],
     ids=str,
 )
 def test_groups_that_do_not_fit_are_refused_in_one_line(groups, line):
+    tree = composed_tree()
+    pop_command_settings(tree)
+    tree["optim"]["groups"] = yaml.safe_load(groups)
     with pytest.raises(UserError, match=line) as refused:
-        compose(f"optim.groups={groups}")
+        Run.from_tree(tree)
     assert "\n" not in str(refused.value)
+
+
+def test_groups_typed_as_anything_but_a_list_are_refused_in_one_line():
+    line = r"optim.groups is a list: give it as a whole, as 'optim.groups=\[{match: .*, lr: "
+    for groups in ("{match: '*', lr: 0.1}", "{}"):
+        with pytest.raises(UserError, match=line) as refused:
+            compose(f"optim.groups={groups}")
+        assert "\n" not in str(refused.value)
 
 
 def test_groups_changed_on_resume_are_refused_and_in_fine_tuning_are_not(workplace, monkeypatch, capsys):

@@ -136,7 +136,7 @@ def test_torch_optim_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
 )
 def test_torch_optim_setting_that_it_does_not_take_is_refused_in_one_line(typed, line):
     with pytest.raises(UserError, match=line) as refused:
-        compose(*typed)
+        composed_run(*typed)
     assert "\n" not in str(refused.value)
 
 
