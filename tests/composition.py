@@ -10,7 +10,8 @@ from typing import Any
 from common.conf_files import is_group
 from training.run.composer import compose_request, compose_tree
 
-NUMBER = r"(?P<whole>-?\d{1,18})|(?P<number>-?\d+\.\d+|\d+e-\d+)"
+WHOLE = r"(?:0|[1-9]\d{0,17})"  # with another 0 before it, Hydra takes it for text
+NUMBER = rf"(?P<whole>-?{WHOLE})|(?P<number>-?{WHOLE}\.\d+|{WHOLE}e-\d+)"
 PLAIN = re.compile(rf"(?P<key>[a-z_0-9]+(\.[a-z_0-9]+)*)=({NUMBER}|(?P<word>[A-Za-z_][\w.-]*(/[\w.-]+)*))")
 WORDS = {"null": None, "true": True, "false": False}
 # To which other settings refer, and without which nothing is composed.

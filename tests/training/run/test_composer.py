@@ -62,7 +62,15 @@ def test_compose_equals_the_command_line(typed, monkeypatch):
 PLAIN = ("steps=300", "optim.lr=1e-3", "optim.beta2=0.25", "attention.dropout=0", "optim.momentum_warmup=-1")
 PLAIN += ("compile=false", "minutes=null", "device=cpu", "run_dir=runs/a.b", "eval_tokens=x")
 # Of settings or in words that only Hydra knows.
-NOT_PLAIN = ("steps=1e3", "peak_flops=inf", "compile=True", "cache_dir=x", "attention.window=5", "sample_prompt='a b'")
+NOT_PLAIN = (
+    "steps=1e3",
+    "peak_flops=inf",
+    "compile=True",
+    "cache_dir=x",
+    "attention.window=5",
+    "sample_prompt='a b'",
+    "device=07",
+)
 
 
 def test_composition_for_tests_sets_plain_values_as_hydra_does():
