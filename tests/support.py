@@ -1,6 +1,5 @@
 """What several tests share: composed configurations, small sharpened models, and the program called in-process."""
 
-import copy
 import functools
 import importlib
 import sys
@@ -21,7 +20,8 @@ from model.kernels.naive import Naive
 from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
-from training.run.composer import choice, compose_request, compose_tree, merged
+from tests.composition import request_of, tree_of
+from training.run.composer import choice, merged
 from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.state import TrainState
@@ -105,9 +105,6 @@ def mostly_slow(cases: Sequence[tuple[str, ...]] = CASES, often: Sequence[tuple[
     return [pytest.param(case, marks=marks, id=" ".join(case)) for case, marks in slow.items()]
 
 
-_tree = functools.lru_cache(maxsize=1000)(compose_tree)  # a twentieth of a second, and most tests want one of a few
-
-
 @functools.lru_cache(maxsize=1000)
 def _run(*overrides: str) -> Run:
     tree = composed_tree(*overrides)
@@ -115,15 +112,10 @@ def _run(*overrides: str) -> Run:
     return Run.from_tree(tree)
 
 
-@functools.lru_cache(maxsize=1000)
-def _request(*words: str) -> dict[str, Any]:
-    return compose_request(words)
-
-
 def composed_tree(*overrides: str) -> dict[str, Any]:
     """The tree that `python train.py *overrides` composes, to be changed at will. Of overrides of one setting, which
     train.py refuses, the last counts."""
-    return copy.deepcopy(_tree(*merged(*overrides)))
+    return tree_of(*merged(*overrides))
 
 
 def composed_run(*overrides: str) -> Run:
@@ -224,7 +216,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
-        patch.setattr("train.compose_request", lambda words: copy.deepcopy(_request(*words)))
+        patch.setattr("train.compose_request", request_of)
         patch.setattr("generation.preview.MAX_NEW_TOKENS", 12)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)

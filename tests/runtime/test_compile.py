@@ -44,7 +44,7 @@ def run_once(function, *inputs) -> None:
     function(*inputs)
 
 
-def test_shape_that_does_not_compile_runs_eagerly_whenever_it_comes(compiler, caplog):
+def test_compiled_shape_that_fails_runs_eagerly_whenever_it_comes(compiler, caplog):
     """The other shapes stay compiled; one that failed is not compiled again, nor warned of."""
     call = CompiledOrEager(doubled, "compile=true", run_once)
     compiler.fails = {(2,): RuntimeError("no such layout\nin a kernel\nof many"), (3,): RuntimeError("too large")}
@@ -57,7 +57,7 @@ def test_shape_that_does_not_compile_runs_eagerly_whenever_it_comes(compiler, ca
     ]
 
 
-def test_one_reason_for_several_shapes_is_one_warning(compiler, caplog):
+def test_compiled_shapes_that_fail_for_one_reason_are_one_warning(compiler, caplog):
     call = CompiledOrEager(doubled, "compile=true", run_once)
     compiler.fails = {(size,): RuntimeError("no compiler here") for size in (1, 2, 3)}
     for size in (1, 2, 3):
@@ -65,7 +65,7 @@ def test_one_reason_for_several_shapes_is_one_warning(compiler, caplog):
     assert caplog.messages == ["compile=true failed, running eagerly: no compiler here"]
 
 
-def test_compiler_that_fails_at_a_later_call_of_one_shape_is_left_out(compiler, caplog):
+def test_compiled_call_that_fails_later_runs_eagerly_from_then_on(compiler, caplog):
     """As where a KV cache has grown, which no input shows."""
     call = CompiledOrEager(doubled, "--compile", run_once)
     call(torch.ones(1))
@@ -75,7 +75,7 @@ def test_compiler_that_fails_at_a_later_call_of_one_shape_is_left_out(compiler, 
     assert len(compiler.calls) == 3 and caplog.messages == ["--compile failed, running eagerly: no such size"]
 
 
-def test_error_of_the_function_itself_is_raised(compiler, caplog):
+def test_compiled_function_that_raises_by_itself_still_raises(compiler, caplog):
     call = CompiledOrEager(doubled, "compile=true", run_once)
     call(torch.ones(1))
     compiler.fails = {(1,): torch.OutOfMemoryError("no memory")}
@@ -84,7 +84,7 @@ def test_error_of_the_function_itself_is_raised(compiler, caplog):
     assert not caplog.messages
 
 
-def test_too_little_memory_in_a_trial_says_nothing_of_the_compiler(compiler, caplog):
+def test_compiled_trial_without_memory_raises_and_compiles_later(compiler, caplog):
     call = CompiledOrEager(doubled, "compile=true", run_once)
     compiler.fails = {(1,): torch.OutOfMemoryError("no memory")}
     with pytest.raises(torch.OutOfMemoryError):
@@ -104,7 +104,7 @@ class FailsBackward(torch.autograd.Function):
         raise RuntimeError("no backward program")
 
 
-def test_backward_pass_of_a_later_shape_that_does_not_compile_runs_eagerly(monkeypatch, caplog):
+def test_compiled_backward_that_fails_at_a_later_shape_runs_eagerly(monkeypatch, caplog):
     """As that of a smaller batch: it would fail in the midst of a step."""
 
     def compile_but_small(function, **_):

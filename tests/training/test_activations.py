@@ -52,12 +52,19 @@ def gradients(model: TransformerLM, precision: str, checkpointed: bool, document
     return reported, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize(  # any two of these meet
-    ("precision", "dropout", "document_start"),
-    [("fp32", False, None), ("fp32", True, 7), ("bf16", True, None), ("bf16", False, 7)],
+# Any two of these meet; of each attention two are fast, in which each way is there and is not.
+WAYS = [("fp32", False, None), ("bf16", True, 7), ("fp32", True, 7), ("bf16", False, None)]
+
+
+@pytest.mark.parametrize(
+    ("attention", "precision", "dropout", "document_start"),
+    [
+        pytest.param(attention, *way, marks=() if i // 2 == j % 2 else pytest.mark.slow)
+        for j, attention in enumerate(ATTENTIONS)
+        for i, way in enumerate(WAYS)
+    ],
 )
-def test_checkpointing_changes_no_bit(attention, precision, dropout, document_start):
+def test_activation_checkpointing_changes_no_bit(attention, precision, dropout, document_start):
     options = () if not dropout else DROPOUT[:1] if attention == "stack" else DROPOUT  # whose parts have their own
     model = small_model(f"attention={attention}", *options, kernel=Auto())
     (kept, _), exact = gradients(model, precision, False, document_start)
@@ -66,7 +73,7 @@ def test_checkpointing_changes_no_bit(attention, precision, dropout, document_st
     assert all(torch.equal(found[name], exact[name]) for name in exact)
 
 
-def test_checkpointing_does_recompute(monkeypatch):
+def test_activation_checkpointing_recomputes_and_repeats_dropout(monkeypatch):
     """A block's MLP runs once more in the backward pass, and dropout would draw other numbers if not told to repeat."""
     model, calls = small_model("attention=mha", *DROPOUT, kernel=Auto()), []
     model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
@@ -84,7 +91,7 @@ def test_checkpointing_does_recompute(monkeypatch):
     assert any(not torch.equal(found[name], exact[name]) for name in exact)
 
 
-def test_the_scores_for_clipping_are_said_once():
+def test_activation_checkpointing_reports_the_scores_for_clipping_once():
     model = small_model("attention=gqa", "attention.qk_norm=false", kernel=Auto())
     (kept, scores), exact = gradients(model, "fp32", False, collect=frozenset({QKClip.collects}))
     (recomputed, again), found = gradients(model, "fp32", True, collect=frozenset({QKClip.collects}))
@@ -96,7 +103,7 @@ def test_the_scores_for_clipping_are_said_once():
     assert list(aux) == [f"layers.{i}.max_logit" for i in range(len(model.layers))]
 
 
-def test_checkpointing_compiles_whole():
+def test_activation_checkpointing_compiles_as_one_graph():
     model, (batch,) = small_model("attention=mla", "model.n_layers=1", kernel=Auto()), batches(4, 4)
     expected = torch.autograd.grad(mean_loss(model, batch)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
@@ -106,7 +113,7 @@ def test_checkpointing_compiles_whole():
         assert relative_error(gradient, exact) <= 1e-4
 
 
-def test_checkpointed_model_decodes_as_before():
+def test_activation_checkpointing_decodes_as_without_it():
     """As a preview during training does in float32."""
     model = small_model("attention=mla")
     expected = list(laws.ways_to_decode(model, some_tokens(2, 23)))
@@ -115,7 +122,7 @@ def test_checkpointed_model_decodes_as_before():
         assert torch.equal(found, exact), way
 
 
-def test_a_run_may_begin_to_checkpoint_where_it_is_resumed(workplace, monkeypatch):
+def test_activation_checkpointing_may_begin_where_a_run_is_resumed(workplace, monkeypatch):
     options = [*SMOKE, "steps=6", "save_every=3", "model.dropout=0.1"]
     assert call("train", [*options, "run_dir=kept"], monkeypatch) == 0
     assert call("train", [*options, "run_dir=recomputed", "activation_checkpointing=true"], monkeypatch) == 0
@@ -136,17 +143,24 @@ PATHS = [
 ]
 
 
+SELDOM = [(PATHS[1], "fp32"), (PATHS[5], "fp32"), (PATHS[2], "bf16")]  # for which others stand
+
+
 @pytest.mark.parametrize(
     ("options", "precision"),
-    [(options, "fp32") for options in PATHS] + [(PATHS[2], "bf16"), (PATHS[4], "bf16")],
+    [
+        *[(options, "fp32") for options in PATHS if (options, "fp32") not in SELDOM],
+        (PATHS[4], "bf16"),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in SELDOM],
+    ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
 )
-def test_memory_grows_as_the_text_does(options, precision):
+def test_activation_memory_grows_linearly_with_the_text(options, precision):
     """On the default kernel, beyond the lengths up to which it keeps what grows as their square."""
     assert growth(options, precision, (2048, 4096)) <= 1.05
 
 
-def test_memory_that_keeps_every_mask_grows_faster(monkeypatch):
+def test_activation_memory_with_every_mask_kept_grows_faster(monkeypatch):
     monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", math.inf)
     assert growth(("attention=mha", "document_mask=true"), "fp32", (2048, 4096)) > 1.3
 
@@ -164,7 +178,7 @@ def growth(options: tuple[str, ...], precision: str, lengths: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_tile_recomputed_in_backward_is_bit_identical(monkeypatch, groups):
+def test_sdpa_tile_recomputed_in_backward_is_bit_identical(monkeypatch, groups):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 600, heads, 8, generator=draw).requires_grad_() for heads in (4, groups, groups))
     docs = (torch.arange(600) // 100)[None].expand(2, -1)

@@ -12,7 +12,7 @@ from training.losses import mean_loss
 
 
 @pytest.mark.parametrize(("autotune", "mode"), [(False, None), (True, "max-autotune-no-cudagraphs")])
-def test_autotune_is_asked_of_the_compiler_and_its_price_is_said(monkeypatch, caplog, autotune, mode):
+def test_maybe_compiled_autotune_is_asked_of_the_compiler_and_logged(monkeypatch, caplog, autotune, mode):
     forget_logged()
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **how: asked.append(how) or function)
@@ -24,5 +24,5 @@ def test_autotune_is_asked_of_the_compiler_and_its_price_is_said(monkeypatch, ca
     assert ("may differ in its bits" in caplog.text) == autotune
 
 
-def test_what_is_not_compiled_is_the_function_itself():
+def test_maybe_compiled_not_enabled_is_the_function_itself():
     assert maybe_compiled(mean_loss, False) is mean_loss

@@ -30,7 +30,7 @@ OFTEN += [("muon", "bf16", "mha", "v1")]
     [pytest.param(case, marks=() if case in OFTEN else pytest.mark.slow) for case in golden.CASES],
     ids=map(" ".join, golden.CASES),
 )
-def test_the_recorded_losses_come_again(place, monkeypatch, case):
+def test_training_losses_equal_the_recorded_ones(place, monkeypatch, case):
     recorded = json.loads(golden.FILE.read_text())[" ".join(case)]
     found = golden.losses(case, place, monkeypatch)
     assert len(found) == 30 and recorded[-1] < recorded[0] - 1.5, "it should be training"
@@ -46,7 +46,7 @@ def restored_determinism():
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_deterministic_run_comes_out_twice_alike(workplace, monkeypatch, restored_determinism, compiled):
+def test_deterministic_run_repeated_is_the_same_run(workplace, monkeypatch, restored_determinism, compiled):
     options = [*BUSY, "attention=mla", "deterministic=true", f"compile={compiled}", "steps=10", "eval_every=5"]
     for name in ("one", "two"):
         assert call("train", [*options, f"run_dir={name}"], monkeypatch) == 0
@@ -56,7 +56,7 @@ def test_a_deterministic_run_comes_out_twice_alike(workplace, monkeypatch, resto
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
+def test_deterministic_run_without_such_an_algorithm_is_refused_in_one_line(
     workplace, monkeypatch, capsys, restored_determinism
 ):
     def indeterminate(model, batch):
@@ -71,7 +71,7 @@ def test_what_has_no_deterministic_algorithm_is_refused_in_one_line(
     "attention",
     [pytest.param(name, marks=[pytest.mark.slow] * (name != "mla")) for name in ATTENTIONS],
 )
-def test_the_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace, monkeypatch, attention):
+def test_training_loss_does_not_depend_on_the_micro_batch_nor_on_the_kernel(workplace, monkeypatch, attention):
     """Over 30 steps in float32. Muon, which divides by the smallest singular values, would make more of rounding."""
     options = [*SMOKE, f"attention={attention}", "optim=adamw", "precision=fp32", "steps=30", "batch_tokens=512"]
     options += ["eval_every=99", "save_every=99"]
@@ -153,7 +153,7 @@ def test_dropout_of_attention_weights_drops_the_share_it_says_while_training_onl
 @pytest.mark.parametrize(
     ("device", "native", "chosen"), [("cuda", True, "bf16"), ("cuda", False, "fp16"), ("mps", False, "fp32")]
 )
-def test_precision_falls_back_as_the_device_allows(monkeypatch, caplog, device, native, chosen):
+def test_choose_precision_auto_falls_back_as_the_device_allows(monkeypatch, caplog, device, native, chosen):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     with caplog.at_level("INFO", logger="headroom"):
         assert choose_precision("auto", torch.device(device)) == chosen
@@ -163,7 +163,7 @@ def test_precision_falls_back_as_the_device_allows(monkeypatch, caplog, device, 
 @pytest.mark.parametrize(
     ("bf16", "amx", "chosen"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
 )
-def test_precision_of_a_processor_is_what_it_multiplies(monkeypatch, bf16, amx, chosen):
+def test_choose_precision_auto_of_a_processor_is_what_it_multiplies(monkeypatch, bf16, amx, chosen):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert choose_precision("auto", torch.device("cpu")) == chosen
@@ -172,7 +172,7 @@ def test_precision_of_a_processor_is_what_it_multiplies(monkeypatch, bf16, amx, 
 @pytest.mark.parametrize(
     ("precision", "native", "slow"), [("bf16", False, True), ("fp16", True, True), ("bf16", True, False)]
 )
-def test_a_precision_that_the_device_imitates_is_kept_with_a_word(monkeypatch, caplog, precision, native, slow):
+def test_choose_precision_that_the_device_imitates_is_kept_with_a_warning(monkeypatch, caplog, precision, native, slow):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     assert choose_precision(precision, torch.device("cpu")) == precision

@@ -41,7 +41,7 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_medium"])
-def test_sizes_of_published_models_are_those_that_their_comment_states(name):
+def test_model_sizes_are_those_that_their_comment_states(name):
     """In millions: with GPT-2's vocabulary, and with the default one."""
     model = composed_run(f"model={name}").model
     comment = (ROOT / "conf" / "model" / f"{name}.yaml").read_text().partition("defaults:")[0]

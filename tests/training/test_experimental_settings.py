@@ -81,7 +81,7 @@ def test_experimental_experiment_warns_before_it_needs_anything(workplace, monke
     assert f"{experiment} is experimental: never run on its hardware" in capsys.readouterr().err
 
 
-def test_other_choices_do_not_warn(monkeypatch, caplog):
+def test_experimental_warning_is_not_given_for_other_choices(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device("auto") == choose_device("cuda") == CUDA

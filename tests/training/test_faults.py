@@ -15,7 +15,8 @@ from tests.support import ROOT, SMOKE, call, changed
 from tests.training.runs import assert_same_run, losses, rewind
 from training.run import checkpoint
 
-OPTIONS = [*SMOKE, "steps=10", "save_every=5", "eval_every=10", "eval_tokens=256", "keep_last=9"]
+OPTIONS = [*SMOKE, "batch_tokens=256", "steps=10", "save_every=5", "eval_every=10", "eval_tokens=256"]
+OPTIONS += ["keep_last=9"]
 
 
 @contextmanager
@@ -93,7 +94,7 @@ def closed():
     return folder
 
 
-def test_folder_that_cannot_be_written_is_one_line(workplace, monkeypatch, capsys, closed):
+def test_train_into_a_folder_that_cannot_be_written_is_refused_in_one_line(workplace, monkeypatch, capsys, closed):
     assert call("train", [*OPTIONS, f"run_dir={closed}/run"], monkeypatch) == 2
     assert f"run_dir={closed}/run cannot be made" in capsys.readouterr().err
     assert not (workplace / "cache").exists()  # it is reported before the corpus is prepared

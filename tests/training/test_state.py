@@ -35,8 +35,9 @@ def partly_trained(monkeypatch):
     monkeypatch.setattr(TransformerLM, "__init__", patched)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("optim", "precision"), [("adamw", "fp32"), ("adamw", "fp16"), ("muon", "fp32"), ("muon", "bf16")]
+)
 def test_train_step_leaves_frozen_and_unused_parameters_alone(partly_trained, precision, optim):
     """They have no decay either, and no state."""
     run = composed_run(*SMOKE, f"optim={optim}", f"precision={precision}", "optim.weight_decay=1")
@@ -100,14 +101,14 @@ def averaging(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_buffers_are_shared_with_the_low_precision_copy_in_float32(averaging, precision):
+def test_train_state_buffers_are_shared_with_the_low_precision_copy_in_float32(averaging, precision):
     state = TrainState.create(composed_run(*SMOKE, f"precision={precision}"), 100, CPU)
     train_step(state, batches(4, 2), 1.0)
     assert state.model.average.all() and state.model.average.dtype == torch.float32
     assert state.precision.model.average is state.model.average
 
 
-def test_hooks_of_a_skipped_step_move_nothing(averaging):
+def test_after_step_hooks_of_a_skipped_step_move_nothing(averaging):
     state = TrainState.create(composed_run(*SMOKE, "precision=fp32"), 100, CPU)
     with torch.no_grad():
         state.model.norm.weight.fill_(float("nan"))
@@ -115,7 +116,9 @@ def test_hooks_of_a_skipped_step_move_nothing(averaging):
     assert not state.model.average.any()
 
 
-def test_hook_that_no_layer_reports_to_is_refused_before_anything_moves(averaging, workplace, monkeypatch, capsys):
+def test_after_step_hook_that_no_layer_reports_to_is_refused_before_anything_moves(
+    averaging, workplace, monkeypatch, capsys
+):
     monkeypatch.setattr(ScoreAverage, "collects", "expert_load")
     state = TrainState.create(composed_run(*SMOKE, "precision=fp32"), 100, CPU)
     before = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
@@ -127,7 +130,7 @@ def test_hook_that_no_layer_reports_to_is_refused_before_anything_moves(averagin
     assert "expert_load, which no layer returns" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_update_alone_which_a_dry_run_times_calls_no_hook(averaging):
+def test_train_step_without_batches_as_a_dry_run_times_it_calls_no_hook(averaging):
     state = TrainState.create(composed_run(*SMOKE, "precision=fp32"), 100, CPU)
     train_step(state, [], 1.0)
     assert not state.model.average.any()
@@ -146,7 +149,7 @@ def test_run_with_a_buffer_resumed_is_bit_exact(averaging, workplace, monkeypatc
     assert averages[0].all() and not torch.equal(*averages)
 
 
-def test_restored_state_draws_no_weights(workplace, monkeypatch):
+def test_train_state_restored_draws_no_weights(workplace, monkeypatch):
     options = [*SMOKE, "steps=2", "save_every=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=1)

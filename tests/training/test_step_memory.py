@@ -124,8 +124,7 @@ def test_memory_of_activations_is_what_a_micro_batch_adds_to_its_gradients(atten
     assert memory(run, VOCAB, CPU).activations == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "false"), ("bf16", "true")])
 def test_memory_of_one_micro_batch_is_what_the_allocator_gives_out(precision, checkpointing):
     options = [f"precision={precision}", f"activation_checkpointing={checkpointing}", "micro_batch_size=16"]
     check_memory(*options, "batch_tokens=1024", tolerance=0.05)

@@ -202,13 +202,13 @@ def test_wsd_schedule_has_its_landmarks():
 
 
 @pytest.mark.parametrize("schedule", [configured(Cosine), configured(Linear), configured(WSD)])
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 30])
-def test_schedule_of_any_number_of_steps_stays_within_its_limits(schedule, steps):
-    schedule = schedule.derive(steps)
-    assert all(0 < schedule(step, steps) <= 1 for step in range(steps))
-    open_step = schedule.decay_start_step(steps)
-    if open_step is not None:
-        assert [schedule(s, steps) for s in range(open_step)] == [schedule(s, 2 * steps) for s in range(open_step)]
+def test_schedule_of_any_number_of_steps_stays_within_its_limits(schedule):
+    for steps in (1, 2, 3, 7, 30):
+        found = schedule.derive(steps)
+        assert all(0 < found(step, steps) <= 1 for step in range(steps))
+        open_step = found.decay_start_step(steps)
+        if open_step is not None:
+            assert [found(s, steps) for s in range(open_step)] == [found(s, 2 * steps) for s in range(open_step)]
 
 
 def test_wsd_schedule_that_does_not_fit_is_refused():
@@ -279,7 +279,6 @@ def test_maybe_compiled_that_fails_runs_eagerly_with_a_warning(caplog, monkeypat
     fallen = maybe_compiled(mean_loss, enabled=True)
     assert fallen(model, batch) == fallen(model, batch) == mean_loss(model, batch)
     assert caplog.text.count("running eagerly: no compiler here") == 1
-    assert maybe_compiled(mean_loss, enabled=False) is mean_loss
 
 
 def test_maybe_compiled_with_a_failing_backward_runs_eagerly(caplog, monkeypatch):

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ from data.shards.prepare import prepare
 from model import cost
 from tests.support import SMOKE, call, composed_run
 from tests.training.runs import assert_same_run, rewind
+from training.measure import Measured
 from training.metrics_file import read_metrics
+from training.monitor import summary
 from training.monitor.mfu import flops_of, peak_flops, peak_of
 from training.run.conf_differences import attention_differences
 
@@ -33,29 +37,31 @@ def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
     assert re.search(r"speed  .* MFU \d+\.\d%, \d+\.\d% of the time waiting for data", out)
 
 
-@pytest.mark.parametrize(
-    ("choice", "reported"),
-    [
-        (["attention=mha"], "MHA, 4 heads with a key and a value each\n"),
-        (["attention=mqa"], "MQA, 4 heads on one key and value head\n"),
-        (["attention=gqa"], "GQA, 4 heads on 2 key and value heads\n"),
-        (["attention=gqa", "attention.n_kv_heads=4"], "MHA, 4 heads with a key and a value each\n"),
-        (
-            ["attention=mqa", "attention.window=7"],
-            "MQA, 4 heads on one key and value head: window=7\n",
-        ),
-        (
-            ["attention=stack"],
-            "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA",
-        ),
-        (["attention=mla"], "MLA, 4 heads on a latent of 16 and a rotated key of 12\n"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_opening_lines_name_the_attention_and_its_kv_heads(workplace, monkeypatch, capsys, choice, reported):
-    assert call("train", [*SMOKE, *choice, "steps=1"], monkeypatch) == 0
+REPORTED = {
+    ("attention=mha",): "MHA, 4 heads with a key and a value each",
+    ("attention=mqa",): "MQA, 4 heads on one key and value head",
+    ("attention=gqa",): "GQA, 4 heads on 2 key and value heads",
+    ("attention=gqa", "attention.n_kv_heads=4"): "MHA, 4 heads with a key and a value each",
+    ("attention=mqa", "attention.window=7"): "MQA, 4 heads on one key and value head: window=7",
+    ("attention=mla",): "MLA, 4 heads on a latent of 16 and a rotated key of 12",
+}
+STACK = "layers in turn local, global; local is GQA, 4 heads on 2 key and value heads; global is GQA"
+
+
+def test_opening_lines_name_the_attention_and_its_kv_heads():
+    tokenizer = SimpleNamespace(vocab_size=257)
+    corpus = SimpleNamespace(contents="", train=range(90), val=range(9), tokenizer=tokenizer, fingerprint="f" * 20)
+    for choice, reported in REPORTED.items():
+        run = composed_run(*SMOKE, *choice)
+        measured = Measured(1, 2, 3.0, threads=2, attention_differences=attention_differences(run.model))
+        lines = summary.opening_lines(run, Path("run"), corpus, "cpu", 0, measured)
+        assert f"attention    {reported}" in lines
+
+
+def test_opening_lines_of_a_run_are_printed(workplace, monkeypatch, capsys):
+    assert call("train", [*SMOKE, "data.size=40", "attention=stack", "steps=1"], monkeypatch) == 0
     err = capsys.readouterr().err
-    assert f"attention    {reported}" in err and "in a vocabulary of 257," in err
+    assert f"attention    {STACK}" in err and "in a vocabulary of 257," in err
 
 
 @pytest.mark.parametrize(
@@ -142,10 +148,14 @@ OF_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 Gi
 OF_THE_SYSTEM = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("error", [OF_A_GPU, OF_THE_SYSTEM, MemoryError()], ids=["GPU", "CPU", "Python"])
 @pytest.mark.parametrize(
-    ("sequences", "micro_batch", "advice"),
-    [(16, 16, "try micro_batch_size=8,"), (15, 15, "try micro_batch_size=5,"), (15, 1, "take a smaller model or a sh")],
+    ("error", "sequences", "micro_batch", "advice"),
+    [
+        (OF_A_GPU, 16, 16, "try micro_batch_size=8,"),
+        (OF_THE_SYSTEM, 15, 15, "try micro_batch_size=5,"),
+        (MemoryError(), 15, 1, "take a smaller model or a sh"),
+    ],
+    ids=["GPU", "CPU", "Python"],
 )
 def test_out_of_memory_names_a_smaller_micro_batch_size(
     workplace, monkeypatch, capsys, error, sequences, micro_batch, advice
@@ -154,7 +164,7 @@ def test_out_of_memory_names_a_smaller_micro_batch_size(
         raise error
 
     monkeypatch.setattr("training.step.train_step", full)
-    sizes = [f"batch_tokens={64 * sequences}", f"micro_batch_size={micro_batch}"]
+    sizes = ["data.size=40", f"batch_tokens={64 * sequences}", f"micro_batch_size={micro_batch}"]
     assert call("train", [*SMOKE, *sizes], monkeypatch) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert f"not enough memory for micro_batch_size={micro_batch}: {advice}" in line and "More advice" not in line

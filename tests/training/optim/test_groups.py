@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+import yaml
 
 from common.errors import UserError
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from tests.support import SMOKE, batches, call, composed_run, small_model, training_state
+from tests.support import SMOKE, batches, call, composed_run, composed_tree, small_model, training_state
 from tests.training.runs import assert_same_run, rewind, tensors
 from training.metrics_file import read_metrics
 from training.optim.qk_clip import QKClip
-from training.run.config import compose
+from training.run.config import Run, compose, pop_command_settings
 from training.step import train_step
 from training.step_memory import memory
 
@@ -35,7 +36,7 @@ def after_a_step(*settings: str) -> dict[str, torch.Tensor]:
 
 
 @every_optimizer
-def test_lr_of_a_group_is_the_rate_of_what_it_matches_and_of_nothing_else(optim):
+def test_groups_lr_is_the_rate_of_what_they_match_and_of_nothing_else(optim):
     """Of Muon's matrices it takes the place of muon_lr, of biases that of bias_lr."""
     settings = (f"optim={optim}", "optim.weight_decay=0")
     equal = [*settings, *(["optim.muon_lr=0.001"] if optim == "muon" else [])]
@@ -47,7 +48,7 @@ def test_lr_of_a_group_is_the_rate_of_what_it_matches_and_of_nothing_else(optim)
 
 
 @every_optimizer
-def test_weight_decay_of_a_group_is_of_its_matrices_and_of_vectors_alone(optim):
+def test_groups_weight_decay_is_of_matrices_and_of_vectors_matched_alone(optim):
     """A pattern of more than vectors leaves them without decay."""
     settings = (f"optim={optim}", "optim.weight_decay=0")
     usual = after_a_step(*settings)
@@ -62,9 +63,11 @@ def test_weight_decay_of_a_group_is_of_its_matrices_and_of_vectors_alone(optim):
     assert changed("*norm.weight") == norms and len(norms) > 4
 
 
-@every_optimizer
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_frozen_parameters_stay_and_have_no_state(optim, precision):
+@pytest.mark.parametrize(
+    ("optim", "precision"),
+    [("muon", "fp32"), ("muon", "bf16"), ("adamw", "bf16"), ("sgd", "fp32"), ("adafactor", "fp32")],
+)
+def test_groups_frozen_parameters_stay_and_have_no_state(optim, precision):
     optim, mine, before = composed_run(f"optim={optim}", MLP_FROZEN).optim, model(), dict(model().named_parameters())
     optim.freeze(mine)
     optimizer = optim.build(mine)
@@ -80,7 +83,7 @@ def test_frozen_parameters_stay_and_have_no_state(optim, precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_predicted_memory_has_no_gradients_of_what_is_frozen(precision):
+def test_groups_predicted_memory_has_no_gradients_of_what_is_frozen(precision):
     free, frozen = (
         memory(composed_run(*SMOKE, f"precision={precision}", *groups), 100, torch.device("cpu"))
         for groups in ((), (MLP_FROZEN,))
@@ -91,7 +94,7 @@ def test_predicted_memory_has_no_gradients_of_what_is_frozen(precision):
     assert free.peak - frozen.peak >= 4 * numbers
 
 
-def test_first_group_that_matches_counts():
+def test_groups_first_that_matches_counts():
     groups = "[{match: '*.up_proj.*', lr: 0.5}, {match: 'layers.*.mlp.*', lr: 0.25}]"
     mine = model()
     optimizer = composed_run("optim=adamw", "optim.lr=0.001", f"optim.groups={groups}").optim.build(mine)
@@ -113,14 +116,14 @@ def test_qk_clip_leaves_frozen_parameters_alone():
 @pytest.mark.parametrize(
     "choice",
     [
-        ["optim=muon", "precision=fp32", MLP_FROZEN],
+        pytest.param(["optim=muon", "precision=fp32", MLP_FROZEN], marks=pytest.mark.slow),
         ["optim=muon", "precision=bf16", "optim.qk_clip=0.05", "attention.qk_norm=latent", MLP_FROZEN],
-        ["optim=sgd", "precision=fp32", MLP_FROZEN],
+        pytest.param(["optim=sgd", "precision=fp32", MLP_FROZEN], marks=pytest.mark.slow),
         ["optim=adamw", "precision=fp32", MLP_FASTER],
     ],
     ids=lambda choice: " ".join(choice[:2]),
 )
-def test_run_with_groups_resumed_is_bit_exact(workplace, monkeypatch, choice):
+def test_groups_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
     options = [*SMOKE, "attention=mla", *choice, "micro_batch_size=4", "data.size=12", "steps=8"]
     options += ["save_every=3", "model.zero_init=false"]
     options = list({option.partition("=")[0]: option for option in options}.values())
@@ -162,18 +165,27 @@ def test_run_with_groups_resumed_is_bit_exact(workplace, monkeypatch, choice):
         ("[{match: '*', lr: -1}]", "optim.groups.0.lr=-1: give more than 0"),
         ("3", "optim.groups=3: give a list"),
         ("[3]", "optim.groups.0=3: give a dict"),
-        ("{match: '*', lr: 0.1}", r"optim.groups is a list: give it as a whole, as 'optim.groups=\[{match: .*, lr: "),
-        ("{}", "optim.groups is a list"),
     ],
     ids=str,
 )
 def test_groups_that_do_not_fit_are_refused_in_one_line(groups, line):
+    tree = composed_tree()
+    pop_command_settings(tree)
+    tree["optim"]["groups"] = yaml.safe_load(groups)
     with pytest.raises(UserError, match=line) as refused:
-        compose(f"optim.groups={groups}")
+        Run.from_tree(tree)
     assert "\n" not in str(refused.value)
 
 
-def test_resume_with_other_groups_is_refused_and_fine_tuning_is_not(workplace, monkeypatch, capsys):
+def test_groups_typed_as_anything_but_a_list_are_refused_in_one_line():
+    line = r"optim.groups is a list: give it as a whole, as 'optim.groups=\[{match: .*, lr: "
+    for groups in ("{match: '*', lr: 0.1}", "{}"):
+        with pytest.raises(UserError, match=line) as refused:
+            compose(f"optim.groups={groups}")
+        assert "\n" not in str(refused.value)
+
+
+def test_groups_changed_on_resume_are_refused_and_in_fine_tuning_are_not(workplace, monkeypatch, capsys):
     assert call("train", [*SMOKE, "steps=2", "save_every=1", "run_dir=run"], monkeypatch) == 0
     assert call("train", ["resume=run", "steps=4", MLP_FROZEN], monkeypatch) == 2
     assert "optim.groups" in capsys.readouterr().err.splitlines()[-1]

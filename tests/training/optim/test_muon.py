@@ -197,24 +197,24 @@ def test_muon_training_lowers_the_loss(precision):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("first", [True, False])
-def test_muon_step_with_nan_loss_changes_nothing(precision, first):
+def test_muon_step_with_nan_loss_changes_nothing(precision):
+    """Neither as the first step, nor when there is state."""
     model = small_model("attention=mla", kernel=SDPA())
     optimizer = configured(MuonConfig, lr=1e-3).build(model)
     training = training_state(model, optimizer, precision, clip_norm=1.0)
     good, bad = batches(4, 2), lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {})
-    if not first:
+    for _ in range(2):
+        before = [p.detach().clone() for p in model.parameters()]
+        state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
+        training.losses = Losses(bad)
+        assert train_step(training, good, 1.0).skipped
+        training.losses = Losses()
+        assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+        kept = [(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items()]
+        assert all(torch.equal(found, was) for found, was in kept)
+        assert all(part.isfinite().all() for parts in optimizer.state.values() for part in parts.values())
         assert not train_step(training, good, 1.0).skipped
-    before = [p.detach().clone() for p in model.parameters()]
-    state = {p: {key: value.clone() for key, value in parts.items()} for p, parts in optimizer.state.items()}
-    training.losses = Losses(bad)
-    assert train_step(training, good, 1.0).skipped
-    training.losses = Losses()
-    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
-    assert all(torch.equal(optimizer.state[p][key], was) for p, parts in state.items() for key, was in parts.items())
-    assert all(part.isfinite().all() for parts in optimizer.state.values() for part in parts.values())
-    assert not train_step(training, good, 1.0).skipped
-    assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+        assert not any(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
     assert reads_found_inf(optimizer) and optimizer.found_inf is None
 
 

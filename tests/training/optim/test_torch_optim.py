@@ -30,13 +30,13 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict:
     return {p: {key: value.clone() for key, value in kept.items()} for p, kept in optimizer.state.items()}
 
 
-def test_available_are_pytorchs_optimizers_that_train_a_whole_model():
+def test_available_optimizers_are_those_of_pytorch_that_train_a_whole_model():
     assert set(available()) >= SHIPPED_NAMES | {"AdamW", "Adagrad", "Adadelta", "Adamax", "ASGD"}
     assert not set(available()) & {"LBFGS", "SparseAdam", "Rprop", "Muon", "Optimizer"}
 
 
 @every_optimizer
-def test_training_lowers_the_loss(name):
+def test_torch_optim_training_lowers_the_loss(name):
     model = small_model("attention=gqa", "mlp=swiglu", kernel=SDPA())
     state = training_state(model, chosen(name).build(model), clip_norm=1.0)
     losses = [train_step(state, batches(8, 8), 1.0).loss.item() for _ in range(15)]
@@ -44,24 +44,23 @@ def test_training_lowers_the_loss(name):
 
 
 @every_optimizer
-@pytest.mark.parametrize("first", [True, False])
-def test_step_with_nan_loss_changes_nothing(name, first):
+def test_torch_optim_step_with_nan_loss_changes_nothing(name):
+    """Neither as the first step, nor when there is state."""
     model = small_model("attention=mla", "model.n_layers=1", kernel=SDPA())
     optimizer, good = chosen(name).build(model), batches(4, 2)
     state = training_state(model, optimizer, clip_norm=1.0)
-    if not first:
+    for _ in range(2):
+        before, kept = [p.detach().clone() for p in model.parameters()], state_of(optimizer)
+        state.losses = Losses(lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
+        assert train_step(state, good, 1.0).skipped
+        assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+        assert all(torch.equal(optimizer.state[p][key], was) for p, parts in kept.items() for key, was in parts.items())
+        state.losses = Losses()
         assert not train_step(state, good, 1.0).skipped
-    before, kept = [p.detach().clone() for p in model.parameters()], state_of(optimizer)
-    state.losses = Losses(lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
-    assert train_step(state, good, 1.0).skipped
-    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
-    assert all(torch.equal(optimizer.state[p][key], was) for p, parts in kept.items() for key, was in parts.items())
-    state.losses = Losses()
-    assert not train_step(state, good, 1.0).skipped
 
 
 @every_optimizer
-def test_state_layout_and_state_bytes_are_what_it_keeps(name):
+def test_torch_optim_state_layout_and_state_bytes_are_what_it_keeps(name):
     config = chosen(name)
     model = small_model("attention=mla", "model.n_layers=1", "model.bias=true", kernel=SDPA())
     optimizer = config.build(model)
@@ -76,7 +75,7 @@ def test_state_layout_and_state_bytes_are_what_it_keeps(name):
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adam", "radam", "adafactor"])
-def test_weight_decay_is_of_matrices_and_not_of_vectors(optim):
+def test_torch_optim_weight_decay_is_of_matrices_and_not_of_vectors(optim):
     moved = {}
     for decay in (0.0, 0.5):
         run = composed_run(f"optim={optim}", "optim.lr=0.01", f"optim.weight_decay={decay}")
@@ -101,7 +100,7 @@ RESUMED = [
 
 
 @pytest.mark.parametrize("choice", RESUMED, ids=" ".join)
-def test_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
+def test_torch_optim_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
     options = [*SMOKE, "precision=fp32", *choice, "micro_batch_size=4", "data.size=12", "steps=8", "save_every=3"]
     options = list({option.partition("=")[0]: option for option in options}.values())
     assert call("train", [*options, "eval_every=4", "model.n_layers=1", "run_dir=whole"], monkeypatch) == 0
@@ -120,7 +119,6 @@ def test_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
         (["optim=torch", "optim.name=SGD", "optim.settings={zzz: 1}"], "it has momentum, dampening, nesterov"),
         (["optim=torch", "optim.name=SGD", "optim.settings={fused: true}"], "fused=true: that is .*: leave it out"),
         (["optim=torch", "optim.name=sgd"], "optim.name=sgd: torch .*: did you mean SGD?"),
-        (["optim=torch", "optim.name=AdamWW"], "optim.name=AdamWW: torch .*: did you mean AdamW?"),
         (["optim=torch", "optim.name=Adagrad", "optim.settings={lr: 0.1}"], "beside these: write optim.lr=0.1$"),
         (["optim=torch", "optim.name=Adagrad", "optim.settings={learning_rate: 0.1}"], "these: write optim.lr=0.1$"),
         (["optim=sgd", "optim.settings={lr: 0.1}"], r"optim.settings.lr: no such setting; did you mean optim.lr\?"),
@@ -132,18 +130,17 @@ def test_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
         (["optim=sgd", "optim.settings.nesterov=1"], "nesterov=1: give true or false"),
         (["optim=adam", "optim.settings.betas=[0.9]"], r"betas=\[0.9\]: give a list of 2, as \[0.9, 0.999\]"),
         (["optim=adam", "optim.settings.betas=[0.9, 2]"], "Adam refuses that: Invalid beta parameter at index 1"),
-        (["optim=sgd", "optim.settings.momentum=-1"], "SGD refuses that: Invalid momentum value"),
         (["optim=sgd", "optim.weight_decay=-1"], "optim.weight_decay=-1: give at least 0"),
     ],
     ids=str,
 )
-def test_what_an_optimizer_does_not_take_is_refused_in_one_line(typed, line):
+def test_torch_optim_setting_that_it_does_not_take_is_refused_in_one_line(typed, line):
     with pytest.raises(UserError, match=line) as refused:
-        compose(*typed)
+        composed_run(*typed)
     assert "\n" not in str(refused.value)
 
 
-def test_optimizer_that_the_installed_torch_lacks_is_refused_with_those_it_has(monkeypatch):
+def test_torch_optim_that_the_installed_torch_lacks_is_refused_with_those_it_has(monkeypatch):
     monkeypatch.delattr(torch.optim, "Adafactor")
     available.cache_clear()
     try:
@@ -153,7 +150,7 @@ def test_optimizer_that_the_installed_torch_lacks_is_refused_with_those_it_has(m
         available.cache_clear()
 
 
-def test_settings_are_passed_through():
+def test_torch_optim_settings_are_passed_through():
     optimizer = composed_run("optim=adam", "optim.settings.betas=[0.5, 0.6]").optim.build(small_model("attention=gqa"))
     assert all(tuple(group["betas"]) == (0.5, 0.6) for group in optimizer.param_groups)
     rates = composed_run("optim=adam", "optim.lr=0.25").optim

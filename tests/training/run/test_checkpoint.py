@@ -126,16 +126,17 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize(("name", "change", "complaint"), STATES.values(), ids=STATES)
-def test_load_optimizer_wrong_tensor_raises_user_error(trained, name, change, complaint):
+def test_load_optimizer_wrong_tensor_raises_user_error(trained):
     found = newest(trained, (MODEL, OPTIMIZER))
     settings = checkpoint.settings_of(found.path, found.manifest)
     model = checkpoint.load_model(found, settings.model, 257)
     training = training_state(model, settings.optim.build(model))
     checkpoint.load_optimizer(found, training)
-    found.tensors[OPTIMIZER][name] = change(found.tensors[OPTIMIZER].get(name))
-    with pytest.raises(UserError, match=complaint):
-        checkpoint.load_optimizer(found, training)
+    whole = found.tensors[OPTIMIZER]
+    for name, change, complaint in STATES.values():
+        found.tensors[OPTIMIZER] = whole | {name: change(whole.get(name))}
+        with pytest.raises(UserError, match=complaint):
+            checkpoint.load_optimizer(found, training)
 
 
 WEIGHTS = {
@@ -150,31 +151,33 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize(("change", "complaint"), WEIGHTS.values(), ids=WEIGHTS)
-def test_load_run_wrong_weights_raise_user_error(run, change, complaint):
+def test_load_run_wrong_weights_raise_user_error(run):
     path = last(run) / MODEL
-    save_file(change(load_file(path)), path)
-    reseal(last(run), MODEL)
-    with pytest.raises(UserError, match=complaint):
-        load_run(run)
+    whole = load_file(path)
     config, _ = run_folder.read_config(run)
-    with pytest.raises(UserError, match=complaint):
-        checkpoint.check_fits(run, Run.from_tree(config))
+    for change, complaint in WEIGHTS.values():
+        save_file(change(whole), path)
+        reseal(last(run), MODEL)
+        with pytest.raises(UserError, match=complaint):
+            load_run(run)
+        with pytest.raises(UserError, match=complaint):
+            checkpoint.check_fits(run, Run.from_tree(config))
 
 
-@pytest.mark.parametrize("setting", ["n_layers", "d_model", "context_length"])
-def test_load_run_claimed_huge_size_raises_before_building(run, monkeypatch, setting):
+def test_load_run_claimed_huge_size_raises_before_building(run):
     """What is claimed would take minutes and all memory."""
     config, _ = run_folder.read_config(run)
-    model = config["model"] | {setting: 2**20} | ({"position_embedding": "learned"} if "context" in setting else {})
     batches = {"batch_tokens": 2**20, "eval_tokens": 2**20, "micro_batch_size": 1}
-    claimed = config | {"model": model} | (batches if "context" in setting else {})
-    with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
-        checkpoint.check_fits(run, Run.from_tree(claimed))
-    reseal(last(run), config=claimed)
-    for look in (lambda: load_run(run), lambda: checkpoint.check_fits(run, Run.from_tree(claimed))):
-        with pytest.raises(UserError, match=r"does not fit the run's settings: it (holds 2 layers|lacks position)"):
-            look()
+    for setting in ("n_layers", "d_model", "context_length"):
+        model = config["model"] | {setting: 2**20} | ({"position_embedding": "learned"} if "context" in setting else {})
+        claimed = config | {"model": model} | (batches if "context" in setting else {})
+        reseal(last(run), config=config)
+        with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
+            checkpoint.check_fits(run, Run.from_tree(claimed))
+        reseal(last(run), config=claimed)
+        for look in (lambda: load_run(run), lambda claimed=claimed: checkpoint.check_fits(run, Run.from_tree(claimed))):
+            with pytest.raises(UserError, match=r"does not fit the run's settings: it (holds 2 layers|lacks position)"):
+                look()
 
 
 MANIFESTS = [{"step": step} for step in (-6, 0, True, 5, 6.5, 10**30, 10**400, math.nan, None, "6")]
@@ -185,17 +188,26 @@ MANIFESTS += [{"config": config} for config in (None, [1], json.loads("[" * 500 
 MANIFESTS += [{"config": {"model": json.loads('{"a":' * 500 + "1" + "}" * 500)}}, {"other": 1}]
 
 
-@pytest.mark.parametrize("change", MANIFESTS, ids=lambda change: str(change)[:40])
-def test_newest_invalid_manifest_takes_older_checkpoint(run, caplog, change):
-    reseal(last(run), **change)
-    assert newest(run, (MODEL,)).manifest.step == 3
-    assert "step_00000006/manifest.json is damaged" in caplog.text
+def test_newest_invalid_manifest_takes_older_checkpoint(run, caplog):
+    manifest = last(run) / "manifest.json"
+    whole = manifest.read_text()
+    for change in MANIFESTS:
+        manifest.write_text(whole)
+        reseal(last(run), **change)
+        caplog.clear()
+        assert newest(run, (MODEL,)).manifest.step == 3, str(change)[:40]
+        assert "step_00000006/manifest.json is damaged" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
-@pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "tokenizer.json", MODEL, "manifest.json", "checkpoints"]
-)
+# Each file, and each kind of what is no file. A pipe would block whoever reads it, a device has no end.
+IRREGULAR = [
+    *((name, "pipe") for name in ("config.yaml", "metrics.jsonl", "tokenizer.json", MODEL, "manifest.json")),
+    *(("checkpoints", "pipe"), ("config.yaml", "device"), (MODEL, "device"), ("tokenizer.json", "folder")),
+    *(("manifest.json", "folder"), ("checkpoints", "device")),
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), IRREGULAR)
 def test_load_run_irregular_file_raises_without_blocking(run, name, kind):
     path = next(run.rglob(name)) if name not in (MODEL, "manifest.json") else last(run) / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -205,9 +217,8 @@ def test_load_run_irregular_file_raises_without_blocking(run, name, kind):
         assert newest(run, (MODEL,)).manifest.step == 3
         return
     looks = {"config.yaml": run_folder.read_config, "metrics.jsonl": lambda run: read_metrics(run / name)}
-    if (name, kind) != ("checkpoints", "folder"):
-        with pytest.raises(UserError, match=f"{name} .*(no regular file|a folder|Not a directory)"):
-            looks.get(name, load_run)(run)
+    with pytest.raises(UserError, match=f"{name} .*(no regular file|a folder|Not a directory)"):
+        looks.get(name, load_run)(run)
 
 
 UNREADABLE = [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE]
@@ -228,17 +239,18 @@ def unreadable(monkeypatch):
     return arrange
 
 
-@pytest.mark.parametrize("number", UNREADABLE)
-def test_checkpoints_to_remove_unreadable_manifest_is_kept(run, unreadable, caplog, number):
+def test_checkpoints_to_remove_unreadable_manifest_is_kept(run, unreadable, caplog):
     for step in (1, 2, 4, 5):
         shutil.copytree(run / "checkpoints/step_00000003", run / f"checkpoints/step_{step:08d}")
         reseal(run / f"checkpoints/step_{step:08d}", step=step, val_loss=step / 100)
     names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
     assert names == ["2", "3", "4", "5"]  # the first is the best
-    unreadable(run / "checkpoints/step_00000001/manifest.json", number)
-    names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
-    assert "1" not in names and len(names) == 3  # of the others, the best is kept as well
-    assert "step_00000001/manifest.json cannot be read" in caplog.text and "so it is kept" in caplog.text
+    for number in UNREADABLE:
+        caplog.clear()
+        unreadable(run / "checkpoints/step_00000001/manifest.json", number)
+        names = [path.name[-1] for path in checkpoint.checkpoints_to_remove(run, 6, 1)]
+        assert "1" not in names and len(names) == 3  # of the others, the best is kept as well
+        assert "step_00000001/manifest.json cannot be read" in caplog.text and "so it is kept" in caplog.text
 
 
 def test_save_unlistable_checkpoints_removes_none(run, monkeypatch, caplog):
@@ -253,14 +265,14 @@ def test_save_unlistable_checkpoints_removes_none(run, monkeypatch, caplog):
         newest(run, (MODEL,))
 
 
-@pytest.mark.parametrize("number", UNREADABLE)
 @pytest.mark.parametrize("name", [MODEL, "manifest.json"])
-def test_newest_and_best_unreadable_file_raise_user_error(run, unreadable, name, number):
+def test_newest_and_best_unreadable_file_raise_user_error(run, unreadable, name):
     """It may be whole: an older one would be trained on, and take its place."""
-    unreadable(last(run) / name, number)
-    for choose in (newest, checkpoint.best):
-        with pytest.raises(UserError, match=f"step_00000006/{name} cannot be read: .*: make it readable, or move"):
-            choose(run, (MODEL,))
+    for number in UNREADABLE:
+        unreadable(last(run) / name, number)
+        for choose in (newest, checkpoint.best):
+            with pytest.raises(UserError, match=f"step_00000006/{name} cannot be read: .*: make it readable, or move"):
+                choose(run, (MODEL,))
 
 
 @pytest.mark.parametrize("choose", [newest, checkpoint.best])
@@ -374,17 +386,20 @@ def test_save_folders_of_other_names_are_left_alone(run, monkeypatch):
     assert {"step_00000003_mine", "step_9_of_mine", "step_00000009"} <= kept and "step_00000008" not in kept
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "manifest.json"])
-def test_resume_damaged_checkpoint_takes_older_one_with_a_warning(run, monkeypatch, capsys, name):
-    shutil.copytree(run, "reference")
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, "manifest.json"])
+def test_newest_damaged_file_takes_older_checkpoint_with_a_warning(run, caplog, name):
     flip(last(run) / name)
+    assert newest(run, (MODEL, OPTIMIZER)).manifest.step == 3
+    assert f"step_00000006/{name} is damaged" in caplog.text and "taking step_00000003" in caplog.text
+
+
+def test_resume_damaged_checkpoint_repeats_the_steps_after_the_older_one(run, trained, monkeypatch, capsys):
+    flip(last(run) / OPTIMIZER)
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
     err = capsys.readouterr().err
-    assert f"step_00000006/{name} is damaged" in err and "taking step_00000003" in err
-    assert "resuming run after step 3" in err
-    assert call("train", ["resume=reference", "steps=9"], monkeypatch) == 0
-    rows = [[row[:3] for row in losses(folder)][:4] for folder in (run, run.parent / "reference")]
-    assert rows[0] == rows[1]
+    assert f"step_00000006/{OPTIMIZER} is damaged" in err and "resuming run after step 3" in err
+    rows = [[row[:3] for row in losses(folder)][:4] for folder in (run, trained)]
+    assert rows[0] == rows[1]  # from step 5 on the rate is that of a run of 9 steps
     assert not list(run.rglob(".writing-*"))
 
 
@@ -429,30 +444,30 @@ def test_load_crafted_checkpoint_executes_nothing(run, monkeypatch, capsys):
     assert not (run.parent / "executed").exists()
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "model.attention.mla.logging.os.system",
-        "model.attention.mla.torch.load",
-        "training.run.config.compose",
-        "model.attention.base.AttentionConfig",
-        "model.attention.gqa.AttentionConfig",
-        "model.attention.__init__.os",
-        "",
-        3,
-    ],
-)
-def test_load_run_foreign_target_raises_user_error(run, target):
+TARGETS = [
+    "os.system",
+    "model.attention.mla.logging.os.system",
+    "model.attention.mla.torch.load",
+    "training.run.config.compose",
+    "model.attention.base.AttentionConfig",
+    "model.attention.gqa.AttentionConfig",
+    "model.attention.__init__.os",
+    "",
+    3,
+]
+
+
+def test_load_run_foreign_target_raises_user_error(run):
     """In a checkpoint's manifest, as in config.yaml."""
-    config = parse_verified((last(run) / "manifest.json").read_text())["config"]
-    config["attention"] |= {"_target_": target}
-    reseal(last(run), config=config)
-    with pytest.raises(UserError, match="names no AttentionChoice"):
-        load_run(run)
-    (run / "config.yaml").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="names no AttentionChoice"):
-        open_run("run", {}, [])
+    for target in TARGETS:
+        config = parse_verified((last(run) / "manifest.json").read_text())["config"]
+        config["attention"] |= {"_target_": target}
+        reseal(last(run), config=config)
+        with pytest.raises(UserError, match="names no AttentionChoice"):
+            load_run(run)
+        (run / "config.yaml").write_text(json.dumps(config))
+        with pytest.raises(UserError, match="names no AttentionChoice"):
+            open_run("run", {}, [])
 
 
 def test_resume_yaml_with_python_tag_is_refused(run, monkeypatch, capsys):
@@ -561,11 +576,11 @@ RESUME_FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("content", "complaint"), RESUME_FAULTS.values(), ids=RESUME_FAULTS)
-def test_resume_damaged_config_exits_with_one_line(run, content, complaint, monkeypatch, capsys):
-    (run / "config.yaml").write_text(content)
-    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
-    assert complaint in capsys.readouterr().err
+def test_resume_damaged_config_exits_with_one_line(run, monkeypatch, capsys):
+    for content, complaint in RESUME_FAULTS.values():
+        (run / "config.yaml").write_text(content)
+        assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
+        assert complaint in capsys.readouterr().err
 
 
 def reshape(checkpoint):
@@ -653,9 +668,11 @@ def test_resume_and_init_from_nan_weights_are_refused(run, monkeypatch, capsys, 
     assert "holds numbers in embedding.weight that are not finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("row", [{"val_loss": 2.0}, {"val_loss": 2.0, "val_bpb": None}, {"val_loss": 1e300}])
-def test_resume_odd_row_of_step_0_still_prints_final_lines(run, monkeypatch, capsys, row):
+def test_resume_odd_row_of_step_0_still_prints_final_lines(run, monkeypatch, capsys):
+    (run / "loss.png").unlink()  # a complete run that lacks it prints them again
     metrics = run / "metrics.jsonl"
-    metrics.write_text(json.dumps({"step": 0, "train_loss": None, **row}) + "\n" + metrics.read_text())
-    assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
-    assert "validation   " in capsys.readouterr().out
+    rows = metrics.read_text()
+    for odd in ({"val_loss": 2.0}, {"val_loss": 2.0, "val_bpb": None}, {"val_loss": 1e300}):
+        metrics.write_text(json.dumps({"step": 0, "train_loss": None, **odd}) + "\n" + rows)
+        assert call("train", ["resume=run"], monkeypatch) == 0
+        assert "validation   " in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,10 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train
-from common.conf_files import choices, groups
+from common.conf_files import choices, content, groups
 from common.errors import UserError
+from tests import composition
 from tests.support import NEEDS, ROOT, call, composed_run, composed_tree
-from training.run.composer import choice, compose_tree, merged, request_of
+from training.run.composer import choice, compose_request, compose_tree, merged, request_of
 from training.run.config import Run, compose, dump, pop_command_settings
 from training.run.migrate import migrate
 from training.run.parts import MODEL_PARTS, RUN_PARTS
@@ -58,7 +59,33 @@ def test_compose_equals_the_command_line(typed, monkeypatch):
     assert asked(typed, monkeypatch) == compose_tree(*typed)
 
 
-def test_a_value_of_hydras_own_is_the_same_with_a_flag(monkeypatch):
+PLAIN = ("steps=300", "optim.lr=1e-3", "optim.beta2=0.25", "attention.dropout=0", "optim.momentum_warmup=-1")
+PLAIN += ("compile=false", "minutes=null", "device=cpu", "run_dir=runs/a.b", "eval_tokens=x")
+# Of settings or in words that only Hydra knows.
+NOT_PLAIN = (
+    "steps=1e3",
+    "peak_flops=inf",
+    "compile=True",
+    "cache_dir=x",
+    "attention.window=5",
+    "sample_prompt='a b'",
+    "device=07",
+)
+
+
+def test_composition_for_tests_sets_plain_values_as_hydra_does():
+    """What most tests compose by, which takes Hydra once per set of choices."""
+    chosen = ["attention=mla", "experiment=smoke", "data=sympy"]
+    assert [word for word in PLAIN if composition.composed_by_hydra([word])] == []
+    assert composition.composed_by_hydra([*chosen, *PLAIN]) == chosen
+    assert repr(composition.tree_of(*chosen, *PLAIN)) == repr(compose_tree(*chosen, *PLAIN))
+    assert composition.request_of([*PLAIN, *chosen]) == compose_request([*PLAIN, *chosen])
+    assert repr(composition.tree_of("attention=gqa", *NOT_PLAIN)) == repr(compose_tree("attention=gqa", *NOT_PLAIN))
+    with pytest.raises(UserError, match="did you mean steps"):
+        composition.tree_of("stepz=3")
+
+
+def test_compose_request_of_a_value_of_hydras_own_is_the_same_with_a_flag(monkeypatch):
     word = "run_dir='runs/${hydra:job.name}'"
     assert asked([word], monkeypatch) == asked([word, "--run"], monkeypatch)
 
@@ -118,19 +145,19 @@ def test_compose_resume_is_refused():
         compose("resume=latest")
 
 
-@pytest.mark.parametrize(
-    ("group", "name"), [(group, name) for group in MODEL_PARTS | RUN_PARTS for name in choices(group)], ids=str
-)
-def test_choice_alone_is_what_hydra_composes_of_it(group, name):
+@pytest.mark.parametrize("group", MODEL_PARTS | RUN_PARTS)
+def test_choice_alone_is_what_hydra_composes_of_it(group):
     """Those too whose file is read without Hydra."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        found = OmegaConf.to_container(hydra_compose(f"{group}/{name}")[group])
-    assert choice(group, name) == found
-    if group not in ("attention", "tokenizer"):  # which position= and cache_dir have a say in
-        whole = composed_tree(f"{group}={name}", *NEEDS.get((group, name), ()))[group]
-        assert choice(group, name).keys() == whole.keys()
-        assert {key: value for key, value in whole.items() if value != found[key]}.keys() <= {"path", "parts", "name"}
+    for name in choices(group):
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+            found = OmegaConf.to_container(hydra_compose(f"{group}/{name}")[group])
+        assert choice(group, name) == found
+        if group not in ("attention", "tokenizer"):  # which position= and cache_dir have a say in
+            whole = composed_tree(f"{group}={name}", *NEEDS.get((group, name), ()))[group]
+            assert choice(group, name).keys() == whole.keys()
+            changed = {key: value for key, value in whole.items() if value != found[key]}
+            assert changed.keys() <= {"path", "parts", "name"}, name
 
 
 ROPE = {"position": "rope", "qk_bias": True, "dropout": 0.0}
@@ -159,7 +186,7 @@ def expected_of(model: str, attention: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", choices("model"))
-def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model):
+def test_attention_setting_that_is_unset_derives_from_the_model_alone_and_in_a_stack(model):
     alone = {name: composed_run(f"model={model}", f"attention={name}").model.attention for name in ALONE}
     for name, attention in alone.items():
         expected = expected_of(model, name)
@@ -173,11 +200,13 @@ def test_unset_setting_of_an_attention_is_the_models_alone_and_in_a_stack(model)
 
 
 @pytest.mark.parametrize("attention", choices("attention"))
-def test_what_hydra_composes_is_what_is_built(attention):
+def test_composed_attention_fits_every_model_and_is_what_is_built(attention):
     """But for what is unset there, which is derived."""
     for model in choices("model"):
         typed = f"model={model}", f"attention={attention}"
-        tree, run = composed_tree(*typed), dump(composed_run(*typed))
+        tree, config = composed_tree(*typed), composed_run(*typed).model
+        run = dump(composed_run(*typed))
+        assert all(config.attention.of_layer(i).cache_elements > 0 for i in range(config.n_layers))
         stated = {key: value for key, value in tree["model"].items() if value != "auto"}
         assert {key: run["model"][key] for key in stated} == stated
         set_there = {key: value for key, value in tree["attention"].items() if value not in (None, "all")}
@@ -187,9 +216,14 @@ def test_what_hydra_composes_is_what_is_built(attention):
         assert tree["attention"].keys() | switches == run["attention"].keys()
 
 
-def covering() -> Iterator[dict[str, str]]:
-    """Choices in every group, so that any two choices of different groups are together in one of these."""
-    offers = {group: [(group, name) for name in choices(group)] for group in GROUPS}
+def one_of_each_class(group: str) -> list[str]:
+    """The choices of a group; of those that name the same class, the first."""
+    return list({content(group, name).get("_target_", name): name for name in reversed(choices(group))}.values())
+
+
+def covering(offered: Callable[[str], list[str]]) -> Iterator[dict[str, str]]:
+    """Choices in every group, so that any two offered in different groups are together in one of these."""
+    offers = {group: [(group, name) for name in offered(group)] for group in GROUPS}
     pairs = itertools.combinations(GROUPS, 2)
     missing = {frozenset(two) for a, b in pairs for two in itertools.product(offers[a], offers[b])}
     while missing:
@@ -202,37 +236,45 @@ def covering() -> Iterator[dict[str, str]]:
 
 # Of a model, by an experiment for whichever is chosen, or by position=.
 SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding")
+# Why two choices may not go together, and what is typed instead.
+WAYS_OUT = {
+    "kernel=flex compiles itself: choose compile=false, or kernel=auto": "compile=false",
+    "mask=sparse does not go with a stack, whose parts have their own masks: set it there, as "
+    "attention.parts.local.dilation=": "mask=causal",
+}
 
 
-def test_every_choice_goes_with_every_other_or_is_refused_by_its_name():
+def refusal(tree: dict[str, Any]) -> str | None:
+    pop_command_settings(tree)
+    try:
+        Run.from_tree(tree)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("offered", [one_of_each_class, pytest.param(choices, marks=pytest.mark.slow)])
+def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
     """As kernel=flex by experiment=gpt2_124m, which compiles. What the command line chooses goes before what an
     experiment does, and whole: nothing that the experiment would have chosen instead is left in it, but for what is
     said elsewhere."""
     refused = set()
-    for row in covering():
+    for row in covering(offered):
         typed = [f"{group}={name}" for group, name in row.items()]
         needs = [need for group in ("data", "optim") for need in NEEDS.get((group, row[group]), ())]
-        tree = compose_tree(*typed, *needs)
+        tree, ways_out = compose_tree(*typed, *needs), []
         for group in ("model", "data", "tokenizer", "optim", "schedule"):
             alone = composed_tree(f"{group}={row[group]}", *NEEDS.get((group, row[group]), ()))[group]
             said_elsewhere = {key: tree[group][key] for key in SAID_ELSEWHERE if key in alone}
             assert tree[group] == alone | said_elsewhere, typed
-        pop_command_settings(tree)
-        try:
-            Run.from_tree(tree)
-        except UserError as error:
-            assert str(error).split()[0] in typed
-            refused.add(str(error))
-            ways_out = "compile=false", *["mask=causal"] * (row["attention"] == "stack")  # the others go together
-            compose(*merged(*typed, *ways_out), *needs)
-    assert refused == {
-        "kernel=flex compiles itself: choose compile=false, or kernel=auto",
-        "mask=sparse does not go with a stack, whose parts have their own masks: set it there, as "
-        "attention.parts.local.dilation=",
-    }
+        while problem := refusal(tree):
+            assert problem.split()[0] in typed and WAYS_OUT[problem] not in ways_out
+            ways_out.append(WAYS_OUT[problem])
+            tree = compose_tree(*merged(*typed, *ways_out), *needs)
+            refused.add(problem)
+    assert refused == WAYS_OUT.keys()
 
 
-def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
+def test_kv_lora_rank_by_default_leaves_room_for_the_widest_key_of_flash_kernels():
     def found(*typed: str) -> int:
         return composed_run("attention=mla", *typed).model.attention.kv_lora_rank
 
@@ -243,7 +285,7 @@ def test_latent_leaves_room_for_the_widest_key_of_flash_kernels():
     assert found("model.d_model=4096", "model.n_heads=8", "attention.qk_rope_head_dim=384") == 1
 
 
-def test_run_older_than_the_models_attention_settings_is_still_the_model_it_names():
+def test_migrate_run_without_the_models_attention_settings_is_still_that_model():
     for model in choices("model"):
         stored = dump(composed_run(f"model={model}", "attention=gqa"))
         older = {key: value for key, value in stored["model"].items() if key not in MODELS_OWN}
@@ -251,7 +293,7 @@ def test_run_older_than_the_models_attention_settings_is_still_the_model_it_name
         assert dump(found) == stored
 
 
-def test_switch_of_the_mask_is_set_with_mask_sparse_and_without():
+def test_compose_setting_of_a_mask_needs_no_mask_sparse():
     with_it = compose("attention=gqa", "mask=sparse", "attention.dilation=2")
     assert with_it == compose("attention=gqa", "attention.dilation=2") != compose("attention=gqa")
     assert "dilation" not in compose_tree("attention=gqa")["attention"]

@@ -14,27 +14,20 @@ import yaml
 from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
-from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run
-from training.run.config import Run, dump
+from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run, composed_tree
+from training.run.config import Run, dump, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS, load_choice, resolve_target
+from training.run.validation_errors import spelled
 
 GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
 
 
-@pytest.mark.parametrize(
-    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)], ids=lambda x: x
-)
-def test_every_file_under_conf_composes_and_loads(group, choice):
-    run = composed_run(f"{group}={choice}", *NEEDS.get((group, choice), ()))
-    assert isinstance(run, Run)
-    assert Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run)))) == run  # what config.yaml will hold
-
-
-@pytest.mark.parametrize("choice", choices("data"))
-def test_no_setting_of_a_corpus_is_lost_in_a_runs_config(choice):
-    run = composed_run(f"data={choice}", *NEEDS.get(("data", choice), ()), "document_mask=true")
-    again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))
-    assert again == run and again.document_mask
+@pytest.mark.parametrize("group", GROUPS)
+def test_config_of_every_choice_loads_and_survives_storage(group):
+    for choice in choices(group):
+        run = composed_run(f"{group}={choice}", *NEEDS.get((group, choice), ()), "document_mask=true")
+        again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))  # what config.yaml will hold
+        assert again == run and again.document_mask, choice
 
 
 @pytest.mark.parametrize(
@@ -44,13 +37,7 @@ def test_own_logit_init_by_default_is_what_suits_the_optimizer_and_the_head(type
     assert composed_run(typed).model.own_logit_init == expected
 
 
-@pytest.mark.parametrize(("attention", "model"), list(itertools.product(ATTENTIONS, choices("model"))))
-def test_every_attention_fits_every_model(attention, model):
-    config = composed_run(f"attention={attention}", f"model={model}").model
-    assert all(config.attention.of_layer(i).cache_elements > 0 for i in range(config.n_layers))
-
-
-def test_classic_gpt_chooses_in_other_groups_and_is_overridden_like_any_choice():
+def test_model_classic_gpt_chooses_in_other_groups_and_is_overridden_as_any_choice():
     def found(*overrides: str) -> tuple:
         model = composed_run("model=classic_gpt", *overrides).model
         attention = model.attention
@@ -86,21 +73,22 @@ def test_unset_dimensions_derive_by_the_documented_rules():
     assert composed_run("batch_tokens=2560", "micro_batch_size=null").micro_batch_size == 10
 
 
-def test_one_switch_says_how_positions_are_known():
-    for position, bias, embedding in (
-        ("rope", "rope", "none"),
-        ("alibi", "alibi", "none"),
-        ("none", "none", "none"),
-        ("learned", "none", "learned"),
-        ("sinusoidal", "none", "sinusoidal"),
-    ):
-        for attention in ATTENTIONS:
-            model = composed_run(f"position={position}", f"attention={attention}").model
-            assert model.position_embedding == embedding
-            assert {model.attention.of_layer(i).position for i in range(model.n_layers)} == {bias}
+def test_position_choice_sets_the_embedding_and_the_bias_of_every_layer():
+    """Each position, and each attention, once: that any two choices go together is tested in test_composer.py."""
+    expected = {
+        "rope": ("rope", "none"),
+        "alibi": ("alibi", "none"),
+        "none": ("none", "none"),
+        "learned": ("none", "learned"),
+        "sinusoidal": ("none", "sinusoidal"),
+    }
+    for attention, (position, (bias, embedding)) in zip(reversed(ATTENTIONS), expected.items(), strict=True):
+        model = composed_run(f"position={position}", f"attention={attention}").model
+        assert model.position_embedding == embedding
+        assert {model.attention.of_layer(i).position for i in range(model.n_layers)} == {bias}
 
 
-def test_what_is_typed_or_said_by_an_experiment_goes_before_the_switch(tmp_path):
+def test_attention_position_typed_or_of_an_experiment_goes_before_the_position_choice(tmp_path):
     assert composed_run("attention.position=alibi").model.attention.position == "alibi"
     run = composed_run("position=learned", "attention.position=rope")
     assert (run.model.position_embedding, run.model.attention.position) == ("learned", "rope")
@@ -110,12 +98,12 @@ def test_what_is_typed_or_said_by_an_experiment_goes_before_the_switch(tmp_path)
     assert run.model.attention.position == "alibi"
 
 
-def test_a_part_of_a_stack_may_differ_from_what_the_stack_says():
+def test_position_of_a_stacks_part_may_differ_from_the_stacks():
     stack = composed_run("attention=stack", "position=none", "attention.parts.local.position=rope").model.attention
     assert [stack.of_layer(i).position for i in range(2)] == ["rope", "none"]
 
 
-def test_a_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_path):
+def test_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_path):
     def parts(*typed: str) -> dict:
         return composed_run("attention=stack", *typed).model.attention.parts
 
@@ -135,44 +123,196 @@ def test_a_setting_of_a_part_needs_no_plus_and_may_come_from_an_experiment(tmp_p
     assert run.data == composed_run("data=mix", *each, "data.parts.texts.path='*.txt'").data
 
 
-BAD = [
-    (
+# A value that a setting does not take, and the complaint after `setting=value: `. With attention=mla and optim=muon.
+BAD_VALUES = [
+    ("attention.rope_factor", 0, "give at least 1 and at most 1048576"),
+    ("attention.rope_factor", -2, "give at least 1 and at most 1048576"),
+    ("attention.k_rope_from", "above", "choose "),
+    ("attention.execution", "fast", "choose "),
+    ("attention.rope_layout", "diagonal", "choose "),
+    ("attention.position", "learned", "choose "),
+    ("attention.dropout", 1, "give at least 0 and less than 1"),
+    ("attention.dropout", -0.1, "give at least 0 and less than 1"),
+    ("attention.qk_norm", True, "choose latent, head or whole"),
+    ("model.position_embedding", "rope", "choose "),
+    ("model.logit_softcap", 0, "give at least 0.001 and at most 1000000"),
+    ("model.logit_softcap", -30, "give at least 0.001 and at most 1000000"),
+    ("model.norm", "batch", "choose "),
+    ("model.bias", "maybe", "give true or false"),
+    ("model.dropout", 1, "give at least 0 and less than 1"),
+    ("model.dropout", 1.5, "give at least 0 and less than 1"),
+    ("model.n_heads", 0, "give "),
+    ("model.context_length", 1, "give "),
+    ("model.own_logit_init", 0, "give more than 0, or auto, or null"),
+    ("model.own_logit_init", 10_000, "give at most 1000, or auto, or null"),
+    ("mlp.approximate", "erf", "choose "),
+    ("steps", "abc", "give a whole number, written in digits"),
+    ("steps", 1.5, "give a whole number, written in digits"),
+    ("steps", 0, "give at least 1 and at most 1099511627776"),
+    ("seed", -1, "give at least 0 and less than 9223372036854775808"),
+    ("seed", 2**63, "give at least 0 and less than 9223372036854775808"),
+    ("compile", "maybe", "give true or false"),
+    ("compile", None, "give true or false"),
+    ("dry_run", "maybe", "give true or false"),
+    ("clip_norm", True, "give a number"),
+    ("peak_flops", 0, "give at least 1"),
+    ("peak_flops", "fast", "give a number"),
+    ("peak_flops", math.inf, "give a finite number"),
+    ("profile_steps", 1.5, "give a whole number, written in digits"),
+    ("profile_steps", 1001, "give at least 0 and at most 1000"),
+    ("micro_batch_size", 0, "give at least 1"),
+    ("precision", "int8", "choose auto, bf16, fp16, fp32 or fp8"),
+    ("device", 3, "give text"),
+    ("optim.lr", 0, "give more than 0"),
+    ("optim.lr", math.inf, "give a finite number"),
+    ("optim.muon_lr", 0, "give more than 0"),
+    ("optim.momentum", 1, "give at least 0 and less than 1"),
+    ("optim.momentum_warmup", -1, "give at least 0"),
+    ("optim.qk_clip", 0, "give more than 0"),
+    ("optim.beta1", 1, "give at least 0 and less than 1"),
+    ("schedule.warmup", 2, "give at least 0 and less than 1"),
+    ("tokenizer.vocab_size", 100, "give at least "),
+]
+
+
+def test_config_value_of_another_kind_or_beyond_its_bounds_is_refused_in_one_line():
+    tree = composed_tree("attention=mla", "mlp=gelu", "optim=muon")
+    pop_command_settings(tree)
+    Run.from_tree(copy.deepcopy(tree))
+    for key, value, complaint in BAD_VALUES:
+        spoilt, path = copy.deepcopy(tree), key.split(".")
+        setting_of(spoilt, *path[:-1])[path[-1]] = value
+        with pytest.raises(UserError) as caught:
+            Run.from_tree(spoilt)
+        assert_refused(caught.value, f"{key}={spelled(value)}: {complaint}")
+
+
+# Overrides that each break another rule, and the complaint.
+RULES = {
+    "n_kv_heads does not divide": (
         ("attention.n_kv_heads=5", "model=gpt2", "attention=gqa"),
         "n_kv_heads=5 does not divide n_heads=12: choose one of 1, 2, 3, 4, 6, 12",
     ),
-    (("attention=mla", "attention.qk_rope_head_dim=7"), "qk_rope_head_dim=7 is odd"),
-    (("attention=mla", "attention.qk_rope_head_dim=32"), "qk_rope_head_dim=32 leaves nothing of head_dim=32"),
-    (("attention.head_dim=7",), "head_dim=7 is odd"),
-    (("attention.rope_dim=5",), "rope_dim=5 is odd"),
-    (("attention.rope_dim=34",), "rope_dim=34 is more than head_dim=32"),
-    (("attention.rope_dim=0",), "attention.rope_dim=0"),
-    (("attention.rope_dim=8", "position=none"), "rope_dim=8 rotates, and position=none does not"),
-    (("attention.rope_scaling=yarn", "attention.rope_factor=0"), "attention.rope_factor=0"),
-    (("attention.rope_scaling=linear", "attention.rope_factor=-2"), "attention.rope_factor=-2"),
-    (("attention.rope_scaling=ntk",), "rope_scaling=ntk needs a factor"),
-    (("attention.rope_factor=2",), "rope_factor=2.0 does nothing with rope_scaling=none"),
-    (("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_dim=2"), "rope_dim=2 is one pair"),
-    (("attention.rope_scaling=yarn", "attention.rope_factor=2", "attention.rope_theta=1"), "rope_theta=1 turns all"),
-    (
+    "n_kv_heads of another kind": (
+        ("attention=gqa", "attention.n_kv_heads=some"),
+        "attention.n_kv_heads=some: give a whole number, written in digits, or all, or null",
+    ),
+    "odd rotation": (("attention=mla", "attention.qk_rope_head_dim=7"), "qk_rope_head_dim=7 is odd"),
+    "odd head": (("attention.head_dim=7",), "head_dim=7 is odd"),
+    "odd part of a head": (("attention.rope_dim=5",), "rope_dim=5 is odd"),
+    "all rotated": (
+        ("attention=mla", "attention.qk_rope_head_dim=32"),
+        "qk_rope_head_dim=32 leaves nothing of head_dim=32",
+    ),
+    "rotation beyond the head": (("attention.rope_dim=34",), "rope_dim=34 is more than head_dim=32"),
+    "empty rotation": (("attention.rope_dim=0",), "attention.rope_dim=0"),
+    "rotation without rope": (
+        ("attention.rope_dim=8", "position=none"),
+        "rope_dim=8 rotates, and position=none does not",
+    ),
+    "scaling without a factor": (("attention.rope_scaling=ntk",), "rope_scaling=ntk needs a factor"),
+    "factor without scaling": (("attention.rope_factor=2",), "rope_factor=2.0 does nothing with rope_scaling=none"),
+    "ntk of one pair": (
+        ("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_dim=2"),
+        "rope_dim=2 is one pair",
+    ),
+    "yarn without frequencies": (
+        ("attention.rope_scaling=yarn", "attention.rope_factor=2", "attention.rope_theta=1"),
+        "rope_theta=1 turns all",
+    ),
+    "original context without yarn": (
         ("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_original_context=64"),
         "rope_original_context=64 is what yarn begins from, and rope_scaling=ntk does not ask",
     ),
-    (
+    "scaling without rope": (
         ("attention.rope_scaling=linear", "attention.rope_factor=2", "position=alibi"),
         "rope_scaling=linear scales a rotation, and position=alibi has none",
     ),
-    (("attention.alibi_slopes=geometric",), "alibi_slopes=geometric is of position=alibi, and position=rope has no"),
-    (("attention.alibi_slopes=steep", "position=alibi"), "alibi_slopes=steep: choose published or geometric"),
-    (
+    "slopes without alibi": (
+        ("attention.alibi_slopes=geometric",),
+        "alibi_slopes=geometric is of position=alibi, and position=rope has no",
+    ),
+    "unknown slopes": (
+        ("attention.alibi_slopes=steep", "position=alibi"),
+        "alibi_slopes=steep: choose published or geometric",
+    ),
+    "mla: rotation with alibi": (
         ("attention=mla", "attention.qk_rope_head_dim=8", "position=alibi"),
         "position=alibi needs qk_rope_head_dim=0, not 8",
     ),
-    (("attention=mla", "attention.qk_rope_head_dim=0"), "qk_rope_head_dim=0 leaves position=rope nothing to rotate"),
-    (("attention=mla", "attention.k_rope_from=latent", "position=none"), "position=none has no rope key"),
-    (("attention=mla", "attention.k_rope_from=above"), "attention.k_rope_from=above"),
-    (("attention.position=learned",), "attention.position=learned"),
-    (("model.position_embedding=rope",), "model.position_embedding=rope"),
-    (
+    "mla: rope without rotation": (
+        ("attention=mla", "attention.qk_rope_head_dim=0"),
+        "qk_rope_head_dim=0 leaves position=rope nothing to rotate",
+    ),
+    "mla: rope key without rope": (
+        ("attention=mla", "attention.k_rope_from=latent", "position=none"),
+        "position=none has no rope key",
+    ),
+    "mla: groups do not divide": (
+        ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
+        "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
+    ),
+    "mla: groups without heads": (
+        ("attention=mla", "model.qk_norm=false", "attention.qk_norm_groups=2"),
+        "qk_norm_groups=2 has no heads to norm with qk_norm=latent",
+    ),
+    "n_heads does not divide": (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
+    "batch below a window": (("model.context_length=1000000",), "batch_tokens=1024 is less than one window"),
+    "batch of no whole windows": (
+        ("batch_tokens=1000",),
+        "batch_tokens=1000 is not a multiple of model.context_length=256: choose 768 or 1024",
+    ),
+    "micro-batch does not divide": (
+        ("micro_batch_size=3", "batch_tokens=2048"),
+        "micro_batch_size=3 does not divide the 8 sequences",
+    ),
+    "evaluation below a window": (("eval_tokens=10",), "eval_tokens=10 is less than"),
+    "qk_clip of normed keys": (
+        ("optim.qk_clip=50",),
+        "optim.qk_clip=50.0: attention.qk_norm=true undoes any scaling of queries and keys: set it",
+    ),
+    "qk_clip of mla's normed heads": (
+        ("attention=mla", "attention.qk_norm=head", "optim.qk_clip=50"),
+        "attention.qk_norm=head undoes any scaling",
+    ),
+    "qk_clip of mla's normed wholes": (
+        ("attention=mla", "attention.qk_norm=whole", "optim.qk_clip=50"),
+        "attention.qk_norm=whole undoes any scaling",
+    ),
+    "qk_clip with alibi": (
+        ("attention=gqa", "attention.qk_norm=false", "position=alibi", "optim.qk_clip=50"),
+        "optim.qk_clip=50.0: position=alibi adds to the scores",
+    ),
+    "qk_clip of a part": (
+        ("attention=stack", "optim=muon", "optim.qk_clip=50"),
+        "optim.qk_clip=50.0: attention.parts.local.qk_norm=true",
+    ),
+    "autotune without compile": (
+        ("autotune=true",),
+        "autotune=true chooses among compiled kernels: set compile=true, or leave it",
+    ),
+    "unknown kernel version": (("kernel=sdpa", "kernel.flash=FA2"), "kernel.flash=FA2: choose FA3 or FA4"),
+    "unknown kernel backend": (
+        ("kernel=sdpa", "kernel.backend=math"),
+        "kernel.backend=math: choose flash, efficient or cudnn",
+    ),
+    "unknown key": (("+foo=1",), "foo=1: no such key"),
+    "misspelt key": (("+attention.n_kv_head=2",), "did you mean n_kv_heads?"),
+    "key of another program": (
+        ("+optim.learning_rate=2",),
+        "optim.learning_rate=2: no such key; did you mean optim.lr?",
+    ),
+    "key of another choice": (("optim=adamw", "+optim.muon_lr=0.1"), "optim.muon_lr=0.1: no such key"),
+    "key of a choice without any": (
+        ("logger=tensorboard", "+logger.folder=x"),
+        "logger.folder='x': no such key; valid: none",
+    ),
+    "unset value": (("data=files",), "data.path is not set"),
+    "bound of a choice": (("data=files", "data.path=x", "data.val_fraction=1"), "data.val_fraction=1"),
+    "empty text": (("run_dir=''",), "run_dir= is empty: give it a value"),
+    "empty text in a group": (("data=files", "data.path=''"), "data.path= is empty: give it a value"),
+    "foreign target": (("attention._target_=model.mlp.SwiGLUConfig",), "names no AttentionChoice"),
+    "stack: rotation of a part with alibi": (
         (
             "attention=stack",
             "attention.parts.local.attention=mla",
@@ -181,140 +321,84 @@ BAD = [
         ),
         "position=alibi needs qk_rope_head_dim=0, not 4",
     ),
-    (("model.n_heads=7",), "d_model=128 is not a multiple of n_heads=7"),
-    (("model.logit_softcap=0",), "model.logit_softcap=0"),
-    (("model.logit_softcap=-30",), "model.logit_softcap=-30"),
-    (("model.norm=batch",), "model.norm=batch"),
-    (("model.bias=maybe",), "model.bias=maybe"),
-    (("attention.dropout=1",), "attention.dropout=1"),
-    (("attention=mla", "attention.dropout=-0.1"), "attention.dropout=-0.1"),
-    (("model.dropout=1.5",), "model.dropout=1.5"),
-    (("mlp=gelu", "mlp.approximate=erf"), "mlp.approximate=erf"),
-    (("attention=mla", "attention.qk_norm=true"), "attention.qk_norm=true: choose latent, head or whole"),
-    (
-        ("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=3"),
-        "qk_norm_groups=3 does not divide n_heads=4: choose one of 1, 2, 4",
-    ),
-    (
-        ("attention=mla", "model.qk_norm=false", "attention.qk_norm_groups=2"),
-        "qk_norm_groups=2 has no heads to norm with qk_norm=latent",
-    ),
-    (("steps=abc",), "steps=abc"),
-    (("steps=1.5",), "steps=1.5"),
-    (("seed=-1",), "seed=-1"),
-    (("compile=maybe",), "compile=maybe"),
-    (("model.n_heads=0",), "model.n_heads=0"),
-    (("model.context_length=1",), "model.context_length=1"),
-    (("model.context_length=1000000",), "batch_tokens=1024 is less than one window"),
-    (("+foo=1",), "foo=1: no such key"),
-    (("+attention.n_kv_head=2",), "did you mean n_kv_heads?"),
-    (("+optim.learning_rate=2",), "optim.learning_rate=2: no such key; did you mean optim.lr?"),
-    (("attention.rope_layout=diagonal",), "attention.rope_layout=diagonal"),
-    (("attention=mla", "attention.execution=fast"), "attention.execution=fast"),
-    (("batch_tokens=1000",), "batch_tokens=1000 is not a multiple of model.context_length=256: choose 768 or 1024"),
-    (("micro_batch_size=3", "batch_tokens=2048"), "micro_batch_size=3 does not divide the 8 sequences"),
-    (("eval_tokens=10",), "eval_tokens=10 is less than"),
-    (("optim=muon", "optim.lr=0"), "optim.lr=0: give more than 0"),
-    (("optim=muon", "optim.muon_lr=0"), "optim.muon_lr=0: give more than 0"),
-    (("optim=muon", "optim.momentum=1"), "optim.momentum=1: give at least 0 and less than 1"),
-    (("optim=muon", "optim.momentum_warmup=-1"), "optim.momentum_warmup=-1: give at least 0"),
-    (("optim.qk_clip=0",), "optim.qk_clip=0: give more than 0"),
-    (
-        ("optim.qk_clip=50",),
-        "optim.qk_clip=50.0: attention.qk_norm=true undoes any scaling of queries and keys: set it",
-    ),
-    (("attention=mla", "attention.qk_norm=head", "optim.qk_clip=50"), "attention.qk_norm=head undoes any scaling"),
-    (("attention=mla", "attention.qk_norm=whole", "optim.qk_clip=50"), "attention.qk_norm=whole undoes any scaling"),
-    (
-        ("attention=gqa", "attention.qk_norm=false", "position=alibi", "optim.qk_clip=50"),
-        "optim.qk_clip=50.0: position=alibi adds to the scores",
-    ),
-    (
-        ("attention=stack", "optim=muon", "optim.qk_clip=50"),
-        "optim.qk_clip=50.0: attention.parts.local.qk_norm=true",
-    ),
-    (("optim=adamw", "+optim.muon_lr=0.1"), "optim.muon_lr=0.1: no such key"),
-    (("micro_batch_size=0",), "micro_batch_size=0"),
-    (("optim.beta1=1",), "optim.beta1=1"),
-    (("peak_flops=0",), "peak_flops=0"),
-    (("peak_flops=fast",), "peak_flops=fast"),
-    (("peak_flops=inf",), "peak_flops=inf"),
-    (("profile_steps=1.5",), "profile_steps=1.5"),
-    (("dry_run=maybe",), "dry_run=maybe"),
-    (("logger=tensorboard", "+logger.folder=x"), "logger.folder='x': no such key; valid: none"),
-    (("schedule.warmup=2",), "schedule.warmup=2"),
-    (("tokenizer.vocab_size=100",), "tokenizer.vocab_size=100"),
-    (("data=files",), "data.path is not set"),
-    (("data=files", "data.path=x", "data.val_fraction=1"), "data.val_fraction=1"),
-    (("seed=9223372036854775808",), "seed=9223372036854775808: give at least 0 and less than 9223372036854775808"),
-    (("steps=0",), "steps=0: give at least 1 and at most 1099511627776"),
-    (("optim.lr=0",), "optim.lr=0: give more than 0"),
-    (("optim.lr=inf",), "optim.lr=inf: give a finite number"),
-    (("clip_norm=true",), "clip_norm=true: give a number"),
-    (("compile=null",), "compile=null: give true or false"),
-    (("autotune=true",), "autotune=true chooses among compiled kernels: set compile=true, or leave it"),
-    (("kernel=sdpa", "kernel.flash=FA2"), "kernel.flash=FA2: choose FA3 or FA4"),
-    (("kernel=sdpa", "kernel.backend=math"), "kernel.backend=math: choose flash, efficient or cudnn"),
-    (("model.own_logit_init=0",), "model.own_logit_init=0: give more than 0, or auto, or null"),
-    (("model.own_logit_init=1e4",), "model.own_logit_init=10000: give at most 1000, or auto, or null"),
-    (
-        ("attention=gqa", "attention.n_kv_heads=some"),
-        "attention.n_kv_heads=some: give a whole number, written in digits, or all, or null",
-    ),
-    (("model.dropout=1",), "model.dropout=1: give at least 0 and less than 1"),
-    (("profile_steps=1001",), "profile_steps=1001: give at least 0 and at most 1000"),
-    (("precision=int8",), "precision=int8: choose auto, bf16, fp16, fp32 or fp8"),
-    (("device=3",), "device=3: give text"),
-    (("run_dir=''",), "run_dir= is empty: give it a value"),
-    (("data=files", "data.path=''"), "data.path= is empty: give it a value"),
-    (("data=mix", "data.parts={}"), "data.parts={} names no corpus: give each one its quota, as in"),
-    (("data=mix", "data.parts=[sympy]"), "data.parts=['sympy'] names no corpus"),
-    (
+    "stack: misspelt key": (
         ("attention=stack", "attention.parts.local.dilaton=2"),
         "attention.parts.local.dilaton=2: no such key; did you mean",
     ),
-    (("attention=stack", "attention.parts.lokal.window=2"), "attention.parts.lokal.window=2: did you mean part local?"),
-    (
+    "stack: misspelt part": (
+        ("attention=stack", "attention.parts.lokal.window=2"),
+        "attention.parts.lokal.window=2: did you mean part local?",
+    ),
+    "stack: part without attention": (
         ("attention=stack", "attention.parts.other.window=2"),
         "choose its attention, as attention.parts.other.attention=",
     ),
-    (("attention=stack", "attention.parts.local=3"), "attention.parts.local=3: choose its attention"),
-    (("attention=stack", "attention.parts=3"), "attention.parts=3: give a dict"),
-    (("attention=stack", "model.n_heads=7"), "d_model=128 is not a multiple of n_heads=7: choose n_heads from"),
-    (("attention=stack", "attention.pattern=local"), "attention.pattern=local: give a list of parts"),
-    (
+    "stack: part that is none": (("attention=stack", "attention.parts.local=3"), "local=3: choose its attention"),
+    "stack: parts that are none": (("attention=stack", "attention.parts=3"), "attention.parts=3: give a dict"),
+    "stack: n_heads does not divide": (
+        ("attention=stack", "model.n_heads=7"),
+        "d_model=128 is not a multiple of n_heads=7: choose n_heads from",
+    ),
+    "stack: pattern of text": (
+        ("attention=stack", "attention.pattern=local"),
+        "attention.pattern=local: give a list of parts",
+    ),
+    "stack: unknown attention": (
         ("attention=stack", "attention.parts.local.attention=gqaa"),
         "there is no attention=gqaa: choose one of gqa, mha, mla, mqa, as attention.parts.local.attention=",
     ),
-    (
+    "stack: stack within": (
         ("attention=stack", "attention.parts.local.attention=stack"),
         "attention.parts.local: a part cannot be attention=stack: choose one of gqa, mha, mla, mqa, as",
     ),
-    (("attention=stack", "attention.parts.local.heads=2"), "no such key; did you mean model.n_heads?"),
-    (("attention=stack", "attention.parts.global.head_dim=7"), "attention.parts.global: head_dim=7 is odd"),
-    (("attention=stack", "attention.parts.global.global_tokens=2"), "is seen: set attention.parts.global.window"),
-    (("attention.parts.local.window=2",), "attention.parts.local.window=2: parts are of attention=stack"),
-    (("data.parts.sympy=1",), "data.parts.sympy=1: parts are of data=mix"),
-    (("data=mix", "data.parts.sympy.quot=1"), "data.parts.sympy.quot=1: no such key; did you mean quota?"),
-    (("data=mix", "data.parts.files.path=a.txt"), "data.parts.files.quota is not set"),
-    (
+    "stack: key of the model": (
+        ("attention=stack", "attention.parts.local.heads=2"),
+        "no such key; did you mean model.n_heads?",
+    ),
+    "stack: odd head": (
+        ("attention=stack", "attention.parts.global.head_dim=7"),
+        "attention.parts.global: head_dim=7 is odd",
+    ),
+    "stack: global tokens without a window": (
+        ("attention=stack", "attention.parts.global.global_tokens=2"),
+        "is seen: set attention.parts.global.window",
+    ),
+    "parts without a stack": (
+        ("attention.parts.local.window=2",),
+        "attention.parts.local.window=2: parts are of attention=stack",
+    ),
+    "parts without a mix": (("data.parts.sympy=1",), "data.parts.sympy=1: parts are of data=mix"),
+    "mix: no parts": (("data=mix", "data.parts={}"), "data.parts={} names no corpus: give each one its quota, as in"),
+    "mix: list of parts": (("data=mix", "data.parts=[sympy]"), "data.parts=['sympy'] names no corpus"),
+    "mix: misspelt key": (
+        ("data=mix", "data.parts.sympy.quot=1"),
+        "data.parts.sympy.quot=1: no such key; did you mean quota?",
+    ),
+    "mix: no quota": (("data=mix", "data.parts.files.path=a.txt"), "data.parts.files.quota is not set"),
+    "mix: misspelt key of a corpus": (
         ("data=mix", "data.parts={a: {data: files, quota: 1, pth: x}}"),
         "data.parts.a.pth='x': no such key; did you mean path?",
     ),
-    (("data=mix", "data.parts={texts: {quota: 1, data: files}}"), "data.parts.texts.path is not set: give it a value"),
-    (("attention._target_=model.mlp.SwiGLUConfig",), "names no AttentionChoice"),
-]
+    "mix: unset value": (
+        ("data=mix", "data.parts={texts: {quota: 1, data: files}}"),
+        "data.parts.texts.path is not set: give it a value",
+    ),
+}
 
 
-@pytest.mark.parametrize(("overrides", "complaint"), BAD, ids=[" ".join(overrides) for overrides, _ in BAD])
-def test_nonsense_is_refused_in_one_line(overrides, complaint):
+@pytest.mark.parametrize(("overrides", "complaint"), RULES.values(), ids=RULES)
+def test_config_that_breaks_a_rule_is_refused_in_one_line(overrides, complaint):
     with pytest.raises(UserError) as caught:
         composed_run(*overrides)
-    assert complaint in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert_refused(caught.value, complaint)
     if not any(".parts" in override or "pattern" in override or "qk_clip" in override for override in overrides):
         assert ".parts." not in str(caught.value)
-    assert not re.search(r"input|valid (integer|number|string|boolean)|should|\bNone\b", str(caught.value))
+
+
+def assert_refused(error: UserError, complaint: str) -> None:
+    assert complaint in str(error)
+    assert "\n" not in str(error)
+    assert not re.search(r"input|valid (integer|number|string|boolean)|should|\bNone\b", str(error))
 
 
 HUGE = (10**30, 10**400, math.inf, -math.inf, math.nan, 1e300, float("1e-400"), 5e-324)
@@ -333,50 +417,52 @@ def setting_of(tree: dict, *path: str) -> Any:
     return functools.reduce(dict.__getitem__, path, tree)
 
 
-@pytest.mark.parametrize(
-    ("group", "choice"), [(group, choice) for group in (*MODEL_PARTS, *RUN_PARTS) for choice in choices(group)]
-)
-def test_load_number_beyond_every_limit_is_refused_or_accepted_without_overflow(group, choice):
-    tree = dump(composed_run(f"{group}={choice}", *NEEDS.get((group, choice), ())))
-    for path, value in itertools.product(numbers_in(tree), HUGE):
-        spoilt = copy.deepcopy(tree)
-        setting_of(spoilt, *path[:-1])[path[-1]] = value
-        try:
-            run = Run.from_tree(spoilt)
-        except UserError as error:
-            assert "\n" not in str(error)
-        else:
-            assert type(setting_of(dump(run), *path)) is float, path  # a huge integer is accepted nowhere
-            rates = [run.learning_rates(step)["lr"] for step in (0, run.steps // 2, run.steps - 1)]
-            assert math.isfinite(sum(rates)), path
+@pytest.mark.parametrize("group", [None, *MODEL_PARTS, *RUN_PARTS])
+def test_config_number_beyond_every_limit_is_refused_or_accepted_without_overflow(group):
+    """In the settings of each choice of the group; of None, in all settings of the default run."""
+    for choice in choices(group) if group else [None]:
+        typed = (f"{group}={choice}", *NEEDS.get((group, choice), ())) if group else ()
+        tree = dump(composed_run(*typed))
+        paths = numbers_in(tree[group], group) if group else numbers_in(tree)
+        for path, value in itertools.product(paths, HUGE):
+            spoilt = copy.deepcopy(tree)
+            setting_of(spoilt, *path[:-1])[path[-1]] = value
+            try:
+                run = Run.from_tree(spoilt)
+            except UserError as error:
+                assert "\n" not in str(error)
+            else:
+                assert type(setting_of(dump(run), *path)) is float, path  # a huge integer is accepted nowhere
+                rates = [run.learning_rates(step)["lr"] for step in (0, run.steps // 2, run.steps - 1)]
+                assert math.isfinite(sum(rates)), path
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "model.attention.gqa.os.system",
-        "model.attention.gqa.Attention",  # imported there, not defined there
-        "model.attention.gqa.GQA",  # a module, not a config
-        "model.attention.base.AttentionConfig",  # abstract
-        "model.attention.gqa.GQAConfig.model_validate",
-        "model..attention.gqa.GQAConfig",
-        "model/attention/gqa.GQAConfig",
-        "tests.support.composed_run",
-        "train.main",
-        "model.no_such.Thing",
-        "",
-        None,
-        7,
-        ["model.attention.gqa.GQAConfig"],
-    ],
-)
-def test_a_target_names_a_config_class_of_this_project_or_nothing(target):
-    with pytest.raises(UserError, match="_target_"):
-        resolve_target(target, AttentionChoice, "attention")
+TARGETS = [
+    "os.system",
+    "model.attention.gqa.os.system",
+    "model.attention.gqa.Attention",  # imported there, not defined there
+    "model.attention.gqa.GQA",  # a module, not a config
+    "model.attention.base.AttentionConfig",  # abstract
+    "model.attention.gqa.GQAConfig.model_validate",
+    "model..attention.gqa.GQAConfig",
+    "model/attention/gqa.GQAConfig",
+    "tests.support.composed_run",
+    "train.main",
+    "model.no_such.Thing",
+    "",
+    None,
+    7,
+    ["model.attention.gqa.GQAConfig"],
+]
 
 
-def test_a_choice_can_be_loaded_alone():
+def test_resolve_target_of_anything_but_a_config_class_of_this_project_is_refused():
+    for target in TARGETS:
+        with pytest.raises(UserError, match="_target_"):
+            resolve_target(target, AttentionChoice, "attention")
+
+
+def test_load_choice_alone_gives_its_class_or_names_the_choices():
     assert type(load_choice("kernel", "naive")).__name__ == "Naive"
     with pytest.raises(UserError, match="choose one of auto, flex, matmul, naive, online, sdpa"):
         load_choice("kernel", "fast")

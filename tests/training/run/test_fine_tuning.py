@@ -73,7 +73,7 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
     assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
 
 
-def test_repetitions_of_a_short_text_name_the_steps_that_are_enough():
+def test_repetition_warnings_name_the_steps_that_are_enough():
     def reported(*overrides: str, tokens: int = 100_000, done: int = 0) -> list[str]:
         return list(repetition_warnings(composed_run(*overrides), SimpleNamespace(train=range(tokens)), done))
 
@@ -145,11 +145,9 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("change", "complaint"), REFUSED.items(), ids=REFUSED)
-def test_fine_tuning_with_another_model_or_vocabulary_is_refused(
-    base, workplace, monkeypatch, capsys, change, complaint
-):
-    assert call("train", changed(TUNED, change, "run_dir=no"), monkeypatch) == 2
-    err = capsys.readouterr().err
-    assert complaint in err.splitlines()[-1] and err.count("error:") == 1
-    assert not (workplace / "no").exists()
+def test_fine_tuning_with_another_model_or_vocabulary_is_refused(base, workplace, monkeypatch, capsys):
+    for change, complaint in REFUSED.items():
+        assert call("train", changed(TUNED, change, "run_dir=no"), monkeypatch) == 2
+        err = capsys.readouterr().err
+        assert complaint in err.splitlines()[-1] and err.count("error:") == 1
+        assert not (workplace / "no").exists()

@@ -22,6 +22,7 @@ from training.run.checkpoint import MODEL, OPTIMIZER, newest
 
 # Dropout, accumulation, and an epoch's end on the way.
 BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]
+LIGHT = changed(BUSY, "batch_tokens=512")
 CLASSIC = ["model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64"]
 
 
@@ -34,15 +35,13 @@ OFTEN = [("mha", "fp32"), ("gqa", "fp32"), ("mla", "fp32"), ("mqa", "bf16"), ("m
 
 def runs() -> list:
     """Every attention in both precisions, eager and compiled; in the default tests, each attention and each precision,
-    eager. To generate code takes long, so that is slow here: of the default tests, one of masked documents does, and
-    for the others stand the graphs it begins from, of one attention."""
+    eager. To compile takes long, so that is slow here: of the default tests, one of masked documents does."""
     cases = []
     for attention, precision in itertools.product(ATTENTIONS, ["fp32", "bf16"]):
         seldom = () if (attention, precision) in OFTEN else pytest.mark.slow
         cases.append(pytest.param(attention, precision, None, marks=seldom))
         cases.append(pytest.param(attention, precision, "inductor", marks=pytest.mark.slow))
-    graphs = {name: () if name == "mla" else pytest.mark.slow for name in ATTENTIONS}
-    return cases + [pytest.param(name, "fp32", "aot_eager", marks=marks) for name, marks in graphs.items()]
+    return cases + [pytest.param(name, "fp32", "aot_eager", marks=pytest.mark.slow) for name in ATTENTIONS]
 
 
 @pytest.fixture
@@ -62,7 +61,7 @@ def compiled_by(monkeypatch):
 def test_resume_after_any_attention_and_precision_is_the_same_run(
     workplace, monkeypatch, capsys, compiled_by, attention, precision, backend
 ):
-    options = [*BUSY, f"attention={attention}", f"precision={precision}", compiled_by(backend)]
+    options = [*LIGHT, f"attention={attention}", f"precision={precision}", compiled_by(backend)]
     if backend and attention != "stack":  # which needs a layer of each kind
         options.append("model.n_layers=1")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
@@ -88,7 +87,7 @@ def test_resume_after_any_attention_and_precision_is_the_same_run(
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
 )
 def test_resume_with_attention_dropout_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, choice, backend):
-    assert call("train", [*BUSY, *choice, compiled_by(backend), "run_dir=whole"], monkeypatch) == 0
+    assert call("train", [*LIGHT, *choice, compiled_by(backend), "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
@@ -97,7 +96,7 @@ def test_resume_with_attention_dropout_is_the_same_run(workplace, monkeypatch, c
 
 def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
     parts = "data.parts={a: {quota: 1, data: synthetic, size: 12}, b: {quota: 2, data: synthetic, size: 30, seed: 1}}"
-    options = [option for option in BUSY if not option.startswith("data.")] + ["data=mix", parts]
+    options = [option for option in LIGHT if not option.startswith("data.")] + ["data=mix", parts]
     assert call("train", [*options, "document_mask=true", "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -106,7 +105,7 @@ def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
 
 @pytest.mark.parametrize("backend", [pytest.param(None, marks=pytest.mark.slow), "inductor"])  # eager: of a mix, above
 def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, backend):
-    options = [*BUSY, "attention=gqa", "document_mask=true", compiled_by(backend), "model.n_layers=1"]
+    options = [*LIGHT, "attention=gqa", "document_mask=true", compiled_by(backend), "model.n_layers=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -116,7 +115,7 @@ def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsy
 
 def test_resume_with_unseeded_dropout_is_another_run(workplace, monkeypatch):
     monkeypatch.setattr("torch.manual_seed", lambda seed: None)
-    assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
+    assert call("train", [*LIGHT, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert losses(workplace / "whole") != losses(workplace / "killed")
@@ -350,7 +349,7 @@ def test_complete_wsd_run_prints_whether_it_can_become_longer(workplace, monkeyp
 
 
 def test_resume_moved_folder_is_the_same_run(workplace, monkeypatch):
-    assert call("train", [*BUSY, "run_dir=whole"], monkeypatch) == 0
+    assert call("train", [*LIGHT, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     (workplace / "elsewhere").mkdir()
     shutil.move("killed", "elsewhere/moved")
@@ -360,7 +359,7 @@ def test_resume_moved_folder_is_the_same_run(workplace, monkeypatch):
 
 
 def test_resume_with_other_thread_count_warns(workplace, monkeypatch, capsys):
-    assert call("train", [*BUSY, "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*LIGHT, "run_dir=run"], monkeypatch) == 0
     monkeypatch.setattr("torch.get_num_threads", lambda: 7)
     assert call("train", ["resume=run", "steps=13"], monkeypatch) == 0
     assert "ran with threads 1, this process has 7: it goes on, not bit for bit" in capsys.readouterr().err

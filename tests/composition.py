@@ -1,0 +1,69 @@
+"""Configurations for tests, which want hundreds: Hydra composes each set of choices once, and a plain value is set in
+what it composed. Held equal to Hydra's own in tests/training/run/test_composer.py."""
+
+import copy
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from common.conf_files import is_group
+from training.run.composer import compose_request, compose_tree
+
+WHOLE = r"(?:0|[1-9]\d{0,17})"  # with another 0 before it, Hydra takes it for text
+NUMBER = rf"(?P<whole>-?{WHOLE})|(?P<number>-?{WHOLE}\.\d+|{WHOLE}e-\d+)"
+PLAIN = re.compile(rf"(?P<key>[a-z_0-9]+(\.[a-z_0-9]+)*)=({NUMBER}|(?P<word>[A-Za-z_][\w.-]*(/[\w.-]+)*))")
+WORDS = {"null": None, "true": True, "false": False}
+# To which other settings refer, and without which nothing is composed.
+EARLY = ("cache_dir", "data.path", "data.parts", "optim.name")
+
+
+@functools.lru_cache(maxsize=1000)
+def _tree(*words: str) -> dict[str, Any]:
+    return compose_tree(*words)
+
+
+@functools.lru_cache(maxsize=1000)
+def _request(*words: str) -> dict[str, Any]:
+    return compose_request(words)
+
+
+def tree_of(*words: str) -> dict[str, Any]:
+    """As `compose_tree`, to be changed at will."""
+    tree = copy.deepcopy(_tree(*composed_by_hydra(words)))
+    return tree if _set_all(tree, words) else copy.deepcopy(_tree(*words))
+
+
+def request_of(words: Sequence[str]) -> dict[str, Any]:
+    """As `compose_request`, to be changed at will."""
+    request = copy.deepcopy(_request(*composed_by_hydra(words)))
+    plain = _set_all(request["tree"], words)
+    return request | {"typed": list(words)} if plain else copy.deepcopy(_request(*words))
+
+
+def composed_by_hydra(words: Sequence[str]) -> list[str]:
+    """Those that Hydra must see."""
+    return [word for word in words if _plain(word) is None]
+
+
+def _plain(word: str) -> tuple[str, Any] | None:
+    """The setting and the value of a word that needs no Hydra; None for another."""
+    found = PLAIN.fullmatch(word)
+    if found is None or is_group(found["key"]) or found["key"].startswith(EARLY):
+        return None
+    if found["word"] is None:
+        return found["key"], int(found["whole"]) if found["whole"] else float(found["number"])
+    if found["word"].lower() in (*WORDS, "nan", "inf") and found["word"] not in WORDS:
+        return None
+    return found["key"], WORDS.get(found["word"], found["word"])
+
+
+def _set_all(tree: dict[str, Any], words: Sequence[str]) -> bool:
+    """Set the plain values; False where one is of no setting, or of one that is not plain."""
+    for key, value in filter(None, map(_plain, words)):
+        *path, name = key.split(".")
+        section = functools.reduce(lambda at, step: at.get(step) if isinstance(at, dict) else None, path, tree)
+        if not isinstance(section, dict) or isinstance(section.get(name, {}), dict | list):
+            return False
+        section[name] = value
+    return True
