@@ -138,6 +138,15 @@ FAULTS = [
         "evaluate",
     ),
     Fault(
+        "evaluation drops as training does",
+        "model/score.py",
+        "return chunked_losses(model(batch.inputs, Placement.of_batch(batch)).x, model.lm_head, batch.targets)",
+        "return chunked_losses(model(batch.inputs, Placement.of_batch(batch), training=True).x, model.lm_head, "
+        "batch.targets)",
+        "tests/training/test_training.py",
+        "dropout",
+    ),
+    Fault(
         "positions of decoding begin at zero again",
         "generation/decode.py",
         "positions = index.where(ahead < count[:, None], PADDING_POSITION)",
@@ -224,6 +233,14 @@ FAULTS = [
         "share = mean / len(batches)",
         "tests/training/test_training.py",
         "weighs",
+    ),
+    Fault(
+        "micro-batches drop alike",
+        "training/step.py",
+        'digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()',
+        'digest = hashlib.sha256(f"{seeds}".encode()).digest()',
+        "tests/training/test_training.py",
+        "dropout",
     ),
     Fault(
         "vectors decay",
