@@ -2,6 +2,9 @@
 
 A fault that comes through is a promise that no fast test keeps. Where a line below has been rewritten, write the same
 fault into the line that took its place.
+
+Measured with 36 faults: six and a half minutes of processor time in one process, of which a fault takes 7 s; 25 minutes
+where that process had a quarter of a busy core.
 """
 
 import os
