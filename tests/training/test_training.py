@@ -32,7 +32,7 @@ from training.evaluate import evaluate
 from training.losses import mean_loss
 from training.optim.adamw import AdamWConfig
 from training.optim.schedule import WSD, Cosine, Linear
-from training.step import train_step
+from training.step import accumulate_gradients, train_step
 
 
 def test_token_losses_are_cross_entropy_of_the_next_token():
@@ -66,6 +66,17 @@ def test_gradient_accumulation_changes_nothing_but_rounding(precision, tolerance
         assert loss == pytest.approx(losses[0], rel=tolerance)
         for found, expected in zip(other, updates[0], strict=True):
             assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_accumulate_gradients_with_dropout_draws_by_seed_step_and_micro_step():
+    model = small_model("attention=gqa", "model.dropout=0.5", kernel=SDPA())
+    (batch,) = batches(4, 4)
+
+    def loss(micro_steps: int = 1, **at: int) -> float:
+        return accumulate_gradients(training_state(model, **at), [batch] * micro_steps)[0].item()
+
+    assert loss() == loss()
+    assert len({loss(), loss(micro_steps=2), loss(step=1), loss(seed=1)}) == 4
 
 
 @pytest.mark.parametrize(
@@ -242,6 +253,14 @@ def test_evaluate_with_any_batch_size_weighs_tokens_alike():
     assert first.tokens == 96
     assert first.plus(rest).loss == pytest.approx(scores[0].loss)
     assert first.plus(rest)[1:] == scores[0][1:]
+
+
+def test_evaluate_a_model_with_dropout_drops_nothing():
+    batches = evaluation_batches(TokenStream([np.arange(250, dtype=np.uint16)]), 16, 4)
+    lengths = torch.from_numpy(ByteTokenizer().byte_lengths)
+    models = (small_model("attention=gqa", f"model.dropout={share}", vocab_size=257) for share in (0, 0.5))
+    expected, found = (evaluate(model, batches, lengths) for model in models)
+    assert found == expected
 
 
 def test_losses_with_a_document_mask_are_those_of_documents_alone():
