@@ -15,7 +15,8 @@ from tests.support import ROOT, composed_run, small_model
 from training.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
 from training.run.folder import FILES_BEFORE_CONFIG
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAP_OF_TESTS = ROOT / "tests" / "README.md"
+PAGES = [ROOT / "README.md", MAP_OF_TESTS, *sorted((ROOT / "docs").glob("*.md"))]
 MEASURED = {"crossover"}  # times, which no other run gives again
 
 
@@ -25,7 +26,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_docs_links_lead_to_files_and_the_lines_they_name(page):
     for text, target in re.findall(r"\[([^\]]+)\]\(([^)]+)\)", page.read_text()):
         if target.startswith("http"):
@@ -47,6 +48,11 @@ def test_the_index_links_every_page():
     linked = set(re.findall(r"\]\(([^)#]+)\)", (ROOT / "docs" / "index.md").read_text()))
     pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "studies").glob("*.md")]
     assert {str(page.relative_to(ROOT / "docs")) for page in pages} - {"index.md"} <= linked
+
+
+def test_map_of_the_tests_names_every_file_of_them():
+    text = MAP_OF_TESTS.read_text()
+    assert not [path.name for path in (ROOT / "tests").rglob("test_*.py") if path.stem not in text]
 
 
 @pytest.mark.parametrize("section", code_tour.SECTIONS)
