@@ -17,6 +17,7 @@ if __name__ == "__main__":
     process.start()
 
 import argparse
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -146,7 +147,8 @@ def generate(args: argparse.Namespace, run: LoadedRun) -> None:
         else:
             show_samples(args.prompt, pieces, samples, run.context_length)
     if run.compiled is None and state.caches is not None and args.kernel != "flex":
-        offer(decode_seconds(samples), lambda: share_of_floor(run.model, state, samples), state.tokens.device)
+        share = functools.partial(share_of_floor, run.model, state, samples)
+        offer(decode_seconds(samples), share, bool(state.flat), state.tokens.device)
     if state.speculation is not None and (remark := state.speculation.remark()):
         print_stderr(f"[{remark}]")
     if args.stats:

@@ -37,7 +37,8 @@ def litgpt_of(checkout: Path | None, shape: Mapping[str, int]) -> nn.Module:
 def _find_in(checkout: Path) -> None:
     """Have its `model` and `config` imported from there alone: the package imports lightning and what else loads
     checkpoints, of which `model` uses one function, when weights are loaded."""
-    if "litgpt" in sys.modules:
+    loaded = sys.modules.get("litgpt")
+    if loaded is not None and list(loaded.__path__) == [str(checkout / "litgpt")]:
         return
     package = types.ModuleType("litgpt")
     package.__path__ = [str(checkout / "litgpt")]

@@ -50,7 +50,7 @@ class CompiledStep:
         self.tokens = tokens
         self.on_gpu = device.type == "cuda"
         self.seconds = 0.0  # spent compiling
-        self.failed = False
+        self.failed: set[type] = set()  # kinds of models
         self.compiled: set[tuple] = set()  # shapes
 
     @functools.cached_property
@@ -69,7 +69,7 @@ class CompiledStep:
     ) -> Tensor:
         """tokens (B, 1) at positions (B, 1), or None for a FlatModel, where they are kv_len - 1 -> logits (B, V).
         kv_len: how many cache rows may be visible, at least. eager: computes the same."""
-        if self.failed:
+        if type(model) in self.failed:
             return eager()
         extent = self._extent(kv_len, caches, tokens.device)
         shapes = (
@@ -87,7 +87,7 @@ class CompiledStep:
         except (UserError, torch.OutOfMemoryError):  # which say nothing about the compiler
             raise
         except Exception as error:  # whatever a compiler raises
-            self.failed = True
+            self.failed.add(type(model))
             logging.getLogger("headroom").warning(f"--compile failed, running eagerly: {reason_of(error)}")
         return eager()
 
@@ -151,11 +151,12 @@ def _runs(program: str) -> bool:
         return False
 
 
-def offer(seconds: float, share: Callable[[], float | None], device: torch.device) -> None:
+def offer(seconds: float, share: Callable[[], float | None], flat: bool, device: torch.device) -> None:
     """Offer --compile in a line where eager decoding took long, and for the most part not to read weights, which is all
-    that compiling leaves (a sixth to a third less on a CPU: benchmarks/README.md). share: measures how much of the time
-    reading took."""
-    if seconds < PAYS_FROM or (share() or 1) > MAX_SHARE:
+    that compiling leaves; on a CPU where steps were `flat`, for others were not seen to gain (benchmarks/README.md).
+    share: measures how much of the time reading took."""
+    gains = flat or device.type == "cuda"
+    if not gains or seconds < PAYS_FROM or (share() or 1) > MAX_SHARE:
         return
     with suppress(UserError):
         check_compiler(device)

@@ -362,7 +362,7 @@ def _stop_string(text: str) -> str:
 def _hint_at_line_ends(stops: Sequence[str]) -> None:
     """Say of a stop string with a backslash and an n, which source code has too, how a line end is typed."""
     for stop in stops:
-        if "\\n" in stop:
+        if re.search(r"(?<!\\)\\n", stop):
             in_bash = "$'" + stop.replace("'", "\\'") + "'"
             print_stderr(f"[--stop {quoted(stop)} is a backslash and an n: a line end is --stop {in_bash}]")
 

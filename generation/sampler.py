@@ -86,7 +86,8 @@ class Sampler(FrozenSettings):
         if self.top_k is not None and self.top_k < vocab_size >= LARGE_VOCABULARY and logits.is_cpu:
             largest, tokens = logits.topk(self.top_k + 1)
             if (largest[:, -1] < largest[:, -2]).all():
-                return largest[:, :-1], tokens[:, :-1]
+                tokens = tokens[:, :-1].sort(-1).values  # as in the whole vocabulary, where filters break ties by it
+                return logits.gather(-1, tokens), tokens
         return logits, torch.arange(vocab_size, device=logits.device)
 
     def _filtered(self, logits: Tensor) -> Tensor:

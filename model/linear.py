@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 16  # up to which a product with a matrix takes about as long as reading it
-SMALL = 1_000_000  # numbers in a matrix
-WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for which the library has products of few rows
+FEW_WEIGHTS = 1_000_000  # of a matrix that even 8 rows are multiplied with at once, where vectors are wide
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX512"  # for which PyTorch has fast products of few rows
 
 Multiply = Callable[[Tensor, Tensor | None], Tensor]  # (x (N, in), residual (N, out) to add, or None) -> (N, out)
 
@@ -36,10 +36,10 @@ def multiplier(weight: Tensor, bias: Tensor | None, rows: int) -> Multiply:
 
 def _multiplier(weight: Tensor, rows: int) -> Multiply:
     by_rows = weight.stride(1) == 1
-    if weight.dtype != torch.float32:
+    if weight.dtype != torch.float32:  # of these bfloat16 alone was measured, on one machine
         return _of_vector(weight) if rows == 1 and by_rows else _at_once(weight)
     if rows > 1:
-        few = WIDE_VECTORS and (rows <= 4 or (rows <= 8 and weight.numel() < SMALL))
+        few = WIDE_VECTORS and (rows <= 4 or (rows <= 8 and weight.numel() < FEW_WEIGHTS))
         return _swapped(weight) if by_rows and not few else _at_once(weight)
     parts = math.gcd(_threads(), weight.shape[1])
     return _at_once(weight) if by_rows or WIDE_VECTORS or parts == 1 else _in_parts(weight, parts)

@@ -36,8 +36,10 @@ TIERS = {  # of files and folders; all else is unit
 
 
 def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
     for item in items:
-        item.add_marker(tier_of(item.path.relative_to(Path(__file__).parent)))
+        if item.path.is_relative_to(here):
+            item.add_marker(tier_of(item.path.relative_to(here)))
 
 
 def tier_of(path: Path) -> str:

@@ -14,8 +14,11 @@ from generation.decode import generate
 from generation.options import parse_arguments
 from generation.sampler import Sampler
 from generation.state import GenerationState
+from model.decode_layout import lay_out_for_decoding
+from model.flat_model import FlatModel
 from model.kernels.auto import Auto
 from model.kernels.naive import Naive
+from model.transformer import TransformerLM
 from tests.support import ATTENTIONS, assert_one_line, relative_error, small_model
 
 SAMPLER = Sampler(temperature=1.0)
@@ -55,12 +58,31 @@ def text(model, prompt: list[int], step: CompiledStep | None, tokens: int = 40) 
 def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, kernel, caplog):
     """40 tokens after prompts of 27, 41 and 50: the caches grow to 96, and would have grown to it in between."""
     model = small_model(*attention, "model.context_length=128", kernel=kernel)
+    lay_out_for_decoding(model, rows=2)
     step = compiled(40)
     for length in (27, 41, 50):
         prompt = list(range(20, 20 + length))
         assert text(model, prompt, step) == text(model, prompt, None)
     assert traced() == 1
     assert "failed" not in caplog.text
+    (kind,) = {kind for kind, *_ in step.compiled}
+    assert kind is (FlatModel if isinstance(kernel, Auto) and "attention.window=4" not in attention else TransformerLM)
+
+
+def test_compiled_step_of_rows_that_become_unlike_traces_once_more(traced):
+    model = small_model("attention=gqa", kernel=Auto(), n_layers=1)
+    lay_out_for_decoding(model, rows=2)
+    found = []
+    step = compiled(40)
+    for used in (None, step):
+        state = GenerationState(model, [[1, 2, 3], [4, 5, 6]], [1, 2], compiled=used)
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            list(generate(model, state, SAMPLER, max_new_tokens=10))
+            state.append(1, [7, 8])
+            list(generate(model, state, SAMPLER, max_new_tokens=10))
+        found.append([state.tokens[row, : state.rows.lengths[row]].tolist() for row in (0, 1)])
+    assert found[0] == found[1] and not step.failed
+    assert [kind for kind, *_ in step.compiled].count(FlatModel) == 1 and traced() == 2
 
 
 @torch.no_grad()
@@ -104,6 +126,7 @@ def test_compiled_step_with_generated_code_writes_the_text_without_a_cache(atten
     """Greedy, by what torch.compile really makes: half a minute each."""
     torch._dynamo.reset()
     model = small_model(f"attention={attention}", kernel=Auto())
+    lay_out_for_decoding(model, rows=2)
     texts = []
     for options in ({"compiled": compiled(30)}, {"cached": False}):
         state = GenerationState(model, [[1, 2, 3], [4, 5, 6]], [1, 2], **options)
@@ -115,6 +138,7 @@ def test_compiled_step_with_generated_code_writes_the_text_without_a_cache(atten
 def test_compiled_step_of_a_conversation_traces_once(traced):
     """Turns of several tokens each, which run eagerly; the text slides."""
     model = small_model("attention=gqa", kernel=Auto(), n_layers=1)
+    lay_out_for_decoding(model)
     found = []
     step = compiled(64)
     for used in (None, step):
@@ -152,21 +176,22 @@ def test_compiled_step_says_what_it_took_and_saves(caplog, monkeypatch, tokens, 
 
 
 @pytest.mark.parametrize(
-    ("device", "seconds", "share", "there", "offered"),
+    ("device", "flat", "seconds", "share", "there", "offered"),
     [
-        ("cuda", 300, 0.3, True, True),
-        ("cuda", 300, 0.3, False, False),
-        ("cuda", 20, 0.3, True, False),
-        ("cuda", 300, 0.9, True, False),
-        ("cpu", 300, 0.3, True, True),
+        ("cuda", False, 300, 0.3, True, True),
+        ("cuda", False, 300, 0.3, False, False),
+        ("cuda", False, 20, 0.3, True, False),
+        ("cuda", False, 300, 0.9, True, False),
+        ("cpu", True, 300, 0.3, True, True),
+        ("cpu", False, 300, 0.3, True, False),
     ],
 )
 def test_compile_offer_is_made_where_it_may_save_much_and_a_compiler_is_there(
-    monkeypatch, capsys, device, seconds, share, there, offered
+    monkeypatch, capsys, device, flat, seconds, share, there, offered
 ):
     monkeypatch.setenv("CXX", sys.executable if there else "/nowhere")
     monkeypatch.setattr(compiled_step.importlib.util, "find_spec", lambda name: name)
-    offer(seconds, lambda: share, torch.device(device))
+    offer(seconds, lambda: share, flat, torch.device(device))
     assert ("[this took 300 s: --compile may save" in capsys.readouterr().err) is offered
 
 

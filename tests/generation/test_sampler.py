@@ -182,11 +182,15 @@ def test_sampler_with_top_k_of_a_large_vocabulary_draws_as_from_all_its_tokens(s
     logits = torch.randn(400, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     odd = torch.tensor([[*row, *row[:2], *row[:2], *row] for row in NOT_FINITE], dtype=torch.float64)
     seeds, indices = hash_seeds(range(400)), torch.arange(400)
-    for case in (logits, logits.round(), torch.cat([odd, logits[len(odd) :]])):
+    halves = (2 * logits).round() / 2
+    ordered = halves.sort(-1).values
+    tied_within = halves[(ordered[:, -4] < ordered[:, -3]) & (ordered.diff(dim=-1)[:, -2:] == 0).any(-1)]
+    assert len(tied_within) > 9
+    for case in (logits, halves, tied_within, torch.cat([odd, logits[len(odd) :]])):
         before = case.clone()
         drawn_from = {}
         for large in (1, 100):
             monkeypatch.setattr(sampling, "LARGE_VOCABULARY", large)
-            drawn_from[large] = sampler(case, seeds, indices)
+            drawn_from[large] = sampler(case, seeds[: len(case)], indices[: len(case)])
             assert torch.equal(case.nan_to_num(7), before.nan_to_num(7))
         assert torch.equal(drawn_from[1], drawn_from[100])

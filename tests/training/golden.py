@@ -1,6 +1,6 @@
 """Losses of 30 steps on the default corpus, as recorded. AdamW's in float32 are the same on every machine, within
-rounding; Muon multiplies its matrices in bfloat16 where the machine can, and in float32 elsewhere. bfloat16 was recorded
-on an AMD EPYC; the matrix units of an Intel Xeon sum in another order, and end up to 0.003 nats away.
+rounding; Muon multiplies its matrices in bfloat16 where the machine can, and in float32 elsewhere. bfloat16 was
+recorded on an AMD EPYC; the matrix units of an Intel Xeon sum in another order, and end up to 0.003 nats away.
 
 python -m tests.training.golden      # recomputes them, for a change that is meant to change them
 """
