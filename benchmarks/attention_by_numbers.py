@@ -18,7 +18,7 @@ from model.context import Context
 from model.initialise import initialised
 from model.kernels.base import How
 from model.kernels.naive import Naive
-from model.mask import Mask
+from model.mask import CAUSAL, Mask
 from model.placement import Placement
 from model.rope import Rope
 from model.transformer import ModelConfig
@@ -54,7 +54,7 @@ def definition() -> None:
     print("weights:", _numbers(weights))
     print("weights @ v:", _numbers(weights @ v))
     positions = torch.arange(3)[None]
-    mask = Mask(positions, positions, contiguous=True)
+    mask = Mask(positions, positions, contiguous=True, pattern=CAUSAL)
     ours = Naive()(*(x[None, :, None] for x in (q, k, v)), mask, How(1 / math.sqrt(2))).out
     print("kernel=naive:", _numbers(ours[0, :, 0]))
     for tokens in (1024, 32768):

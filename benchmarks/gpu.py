@@ -46,7 +46,7 @@ from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import BACKENDS, PACKAGES, SDPA
-from model.mask import Mask, Pattern
+from model.mask import CAUSAL, Mask, Pattern
 from model.transformer import ModelConfig, TransformerLM
 from runtime.memory import PeakTensorBytes
 from runtime.precision import choose_precision
@@ -145,9 +145,9 @@ def kernels(scale: Scale) -> Iterator[Row]:
     third = scale.tokens // 3
     documents = positions // third
     masks = {
-        "causal": Mask(positions, positions, contiguous=True),
+        "causal": Mask(positions, positions, contiguous=True, pattern=CAUSAL),
         "window": Mask(positions, positions, contiguous=True, pattern=Pattern(window=scale.tokens // 8)),
-        "documents": Mask(positions % third, positions % third, contiguous=False, q_doc=documents, k_doc=documents),
+        "documents": Mask(positions % third, positions % third, False, CAUSAL, documents, documents),
     }
     shapes = {
         "MHA 64": (8, 8, 64, 64),

@@ -89,6 +89,8 @@ class Mask:
     Negative positions are padding: as keys they are never visible; as queries they see every key, so that no softmax
     row is empty and none gives NaN, whatever the window.
 
+    `pattern` has no default, as torch.compile of PyTorch 2.11 cannot make an object that is one.
+
     `contiguous` is stated by whoever made the positions: they are 0..T-1 for queries and keys alike (with nothing but
     padding behind), and nothing was cached before. Only then may a kernel tell positions from indices.
     """
@@ -96,7 +98,7 @@ class Mask:
     q_pos: Tensor  # (B, T) or (1, T)
     k_pos: Tensor  # (B, S) or (1, S)
     contiguous: bool
-    pattern: Pattern = CAUSAL
+    pattern: Pattern
     q_doc: Tensor | None = None  # (B, T) document of each token, if packed
     k_doc: Tensor | None = None  # (B, S)
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -107,8 +109,9 @@ class Mask:
         `causal`, indices cannot hide the padding that may stand behind.)"""
         return self.contiguous and self.pattern.is_full and self.pattern.causal
 
-    def visible(self, rows: slice = slice(None), keys: slice = slice(None)) -> Tensor:
-        """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`."""
+    def visible(self, rows: slice | None = None, keys: slice | None = None) -> Tensor:
+        """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`; unset: for all."""
+        rows, keys = rows or slice(None), keys or slice(None)
         q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
         k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
         return self.sees(*q, *k)

@@ -8,7 +8,7 @@ from common.errors import Unsupported
 from model.kernels import flex
 from model.kernels.flex import BLOCK, Flex
 from model.kernels.naive import Naive
-from model.mask import Mask, Pattern
+from model.mask import CAUSAL, Mask, Pattern
 from tests.model.test_kernels import attend, inputs
 from tests.support import call, logits_of, relative_error, small_model, some_tokens
 
@@ -21,7 +21,7 @@ MASKS = {
     "window": Mask(INDICES, INDICES, contiguous=True, pattern=Pattern(window=40)),
     "sparse": Mask(INDICES, INDICES, contiguous=True, pattern=SPARSE),
     "encoder": Mask(INDICES, INDICES, contiguous=True, pattern=Pattern(causal=False, window=150)),
-    "documents": Mask(INDICES % 77, INDICES % 77, contiguous=False, q_doc=DOCS, k_doc=DOCS),
+    "documents": Mask(INDICES % 77, INDICES % 77, contiguous=False, pattern=CAUSAL, q_doc=DOCS, k_doc=DOCS),
     "padding": Mask(RAGGED, RAGGED, contiguous=False, pattern=Pattern(window=33)),
 }
 

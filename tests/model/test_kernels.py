@@ -62,18 +62,18 @@ def by_definition(q, k, v, visible, scale):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_naive_equals_the_definition(shape):
     q, k, v = inputs(*shape)
-    mask = Mask(positions(0, shape[0]), positions(0, shape[1]), contiguous=True)
+    mask = Mask(positions(0, shape[0]), positions(0, shape[1]), contiguous=True, pattern=CAUSAL)
     expected = by_definition(q, k, v, mask.visible(), 0.3)
     assert relative_error(attend(Naive(), q, k, v, mask, 0.3), expected) <= 1e-5
 
 
 def mask_in(situation: str, t: int, s: int) -> Mask:
     if situation == "plain":
-        return Mask(positions(0, t), positions(0, s), contiguous=True)
+        return Mask(positions(0, t), positions(0, s), contiguous=True, pattern=CAUSAL)
     if situation == "ragged":
         ragged = torch.stack([torch.arange(t), torch.arange(t) - 5])
-        return Mask(ragged, ragged, contiguous=False)
-    return Mask(positions(13, t), positions(0, s), contiguous=False)
+        return Mask(ragged, ragged, contiguous=False, pattern=CAUSAL)
+    return Mask(positions(13, t), positions(0, s), contiguous=False, pattern=CAUSAL)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -178,7 +178,7 @@ def test_lse_of_every_kernel_equals_the_definition_with_its_gradient(pattern, si
 def test_lse_of_queries_behind_a_cache_equals_the_definition(monkeypatch, situation):
     monkeypatch.setattr(sdpa, "QUERY_TILE", 3)
     t = {"chunk": 3, "one query": 1, "tiles": 7}[situation]
-    mask = Mask(positions(13, t), positions(0, 21), contiguous=False)
+    mask = Mask(positions(13, t), positions(0, 21), contiguous=False, pattern=CAUSAL)
     given = inputs(t, 21, 6, 2, 8, 8)
     exact = lse_by_definition(*given[:2], mask.visible(), 0.4)
     for name, kernel in CAN.items():
@@ -187,7 +187,7 @@ def test_lse_of_queries_behind_a_cache_equals_the_definition(monkeypatch, situat
 
 def test_lse_in_bfloat16_is_float32_within_rounding():
     low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
-    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     exact = lse_by_definition(*low[:2], mask.visible(), 0.4)
     expected = torch.autograd.grad(exact.square().sum(), low[:2])
     for name, kernel in CAN.items():
@@ -237,7 +237,7 @@ def test_auto_tries_a_kernel_once_and_leaves_the_generator_as_it_was(monkeypatch
 
     monkeypatch.setattr(auto, "MATMUL", Counted())
     auto.tried.cache_clear()
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     torch.manual_seed(3)
     expected = attend(Matmul(), *given, mask, 0.4, dropout=0.25)
     torch.manual_seed(3)
@@ -294,7 +294,8 @@ def test_auto_that_finds_a_kernel_at_fault_takes_the_naive_one_with_a_warning(
     auto.tried.cache_clear()
     base.forget_logged()
     given = inputs(16, 16, 4, 2, 8, 8, dtype=dtype)
-    mask, how = Mask(positions(0, 16), positions(0, 16), contiguous=True), How(0.4, lse="log-sum" in fault)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
+    how = How(0.4, lse="log-sum" in fault)
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(2):
             assert torch.equal(Auto()(*given, mask, how).out, Naive()(*given, mask, how).out)
@@ -309,7 +310,7 @@ def test_auto_whose_kernel_has_wrong_gradients_takes_it_where_there_are_none(mon
     monkeypatch.setattr(auto, "SDPA_DEFAULT", Faulty(fault="computes other gradients of keys"))
     auto.tried.cache_clear()
     base.forget_logged()
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     with torch.no_grad(), caplog.at_level("INFO", logger="headroom"):
         attend(Auto(), *given, mask, 0.4)
     auto.tried.cache_clear()
@@ -320,7 +321,7 @@ def test_online_with_distant_scores_equals_naive():
     """Maxima that rise and fall by a hundred from tile to tile."""
     q, k, v = inputs(16, 16, 4, 2, 8, 8)
     q, k = (x.detach().mul(8).requires_grad_() for x in (q, k))
-    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     check_against_naive([TILED], (q, k, v), mask, tolerance=1e-3)
 
 
@@ -357,21 +358,21 @@ def test_online_skips_fully_hidden_tiles(monkeypatch):
 
 def test_online_second_derivative_is_refused():
     given = inputs(4, 4, 1, 1, 4, 4)
-    out = attend(Online(), *given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+    out = attend(Online(), *given, Mask(positions(0, 4), positions(0, 4), contiguous=True, pattern=CAUSAL), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
 def test_online_with_dropout_is_refused():
-    mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
+    mask = Mask(positions(0, 4), positions(0, 4), contiguous=True, pattern=CAUSAL)
     with pytest.raises(Unsupported, match=r"kernel=online drops no attention weights.*kernel=auto"):
         attend(Online(), *inputs(4, 4, 1, 1, 4, 4), mask, 0.5, dropout=0.1)
 
 
 def test_matmul_second_derivative_is_refused():
     given = inputs(4, 4, 1, 1, 4, 4)
-    out = attend(PRODUCTS, *given, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+    out = attend(PRODUCTS, *given, Mask(positions(0, 4), positions(0, 4), contiguous=True, pattern=CAUSAL), 0.5)
     (grad,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -379,7 +380,7 @@ def test_matmul_second_derivative_is_refused():
 
 def test_matmul_dropout_is_the_same_forward_and_backward():
     """With the identity as values, the output is the weights; two calls from one seed drop the same ones."""
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     q, k, v = given
     identity = torch.eye(16)[:, None].expand(2, 16, 2, 16)
     draw = torch.randn(2, 16, 4, 8, generator=torch.Generator().manual_seed(9))
@@ -400,7 +401,7 @@ def test_matmul_dropout_is_the_same_forward_and_backward():
 def test_auto_on_a_cpu_training_on_short_texts_in_bfloat16_selects_matmul(caplog):
     def taken(length, dtype=torch.bfloat16, dropout=0.0):
         given = inputs(2, length, 5, 5, 6, 6, dtype=dtype)
-        mask = Mask(positions(length - 2, 2), positions(0, length), contiguous=False)
+        mask = Mask(positions(length - 2, 2), positions(0, length), contiguous=False, pattern=CAUSAL)
         base.forget_logged()
         caplog.clear()
         with caplog.at_level("INFO", logger="headroom"):
@@ -417,13 +418,13 @@ def test_auto_on_a_cpu_training_on_short_texts_in_bfloat16_selects_matmul(caplog
 def test_sdpa_on_long_chunks_runs_in_query_tiles():
     t, s = 2 * QUERY_TILE + 7, 2 * QUERY_TILE + 40
     q, k, v = inputs(t, s, 2, 1, 4, 4)
-    mask = Mask(positions(33, t), positions(0, s), contiguous=False)
+    mask = Mask(positions(33, t), positions(0, s), contiguous=False, pattern=CAUSAL)
     assert relative_error(*(attend(kernel, q, k, v, mask, 0.5) for kernel in (SDPA(), Naive()))) <= 1e-5
 
 
 def test_kernels_in_bfloat16_are_within_rounding():
     low = inputs(16, 16, 4, 2, 8, 8, dtype=torch.bfloat16)
-    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    mask = Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     expected = attend(Naive(), *(x.float() for x in low), mask, 0.35)
     gradients = torch.autograd.grad(expected.square().sum(), low)
     for kernel in (Naive(), SDPA(), TILED, PRODUCTS, Auto()):
@@ -438,7 +439,7 @@ def test_kernels_in_bfloat16_are_within_rounding():
 def test_sdpa_on_an_unknown_device_is_refused():
     q, k, v = (x.detach().to("meta") for x in inputs(4, 4, 1, 1, 4, 4))
     with pytest.raises(ValueError, match="kernel=naive"):
-        attend(SDPA(), q, k, v, Mask(positions(0, 4), positions(0, 4), contiguous=True), 0.5)
+        attend(SDPA(), q, k, v, Mask(positions(0, 4), positions(0, 4), contiguous=True, pattern=CAUSAL), 0.5)
 
 
 def test_sdpa_without_a_fused_backend_is_refused():
@@ -454,7 +455,7 @@ def test_sdpa_without_a_fused_backend_is_refused():
 
 def test_announce_logs_each_kernel_once_per_shape(caplog):
     q, k, v = inputs(4, 4, 7, 7, 10, 10)  # a shape no other test uses
-    mask = Mask(positions(0, 4), positions(0, 4), contiguous=True)
+    mask = Mask(positions(0, 4), positions(0, 4), contiguous=True, pattern=CAUSAL)
     with caplog.at_level("INFO", logger="headroom"):
         for _ in range(3):
             attend(Auto(), q, k, v, mask, 0.5)
@@ -464,7 +465,7 @@ def test_announce_logs_each_kernel_once_per_shape(caplog):
 
 
 def test_mask_visible_follows_positions():
-    mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), contiguous=False)
+    mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), contiguous=False, pattern=CAUSAL)
     expected = [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees all there is, and is seen by none
     assert mask.visible().int().tolist() == [expected]
     assert mask.visible(slice(2, 3)).int().tolist() == [expected[2:]]
@@ -609,7 +610,7 @@ def test_sdpa_names_the_backend_a_gpu_chose(monkeypatch, gpu):
 
 
 def test_sdpa_backend_flash_equals_default():
-    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True)
+    given, mask = inputs(16, 16, 4, 2, 8, 8), Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     assert torch.equal(*(attend(kernel, *given, mask, 0.4) for kernel in (SDPA(backend="flash"), SDPA())))
 
 

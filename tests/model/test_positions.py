@@ -12,7 +12,7 @@ from model.initialise import initialised
 from model.kernels.base import How
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
-from model.mask import Mask
+from model.mask import CAUSAL, Mask
 from model.placement import Placement
 from model.positions import alibi, slopes
 from model.rope import Rope
@@ -99,7 +99,7 @@ def test_alibi_on_every_kernel_equals_the_distance_bias(rule, heads, start):
     k_pos = torch.arange(start, start + 300)[None].expand(2, -1).clone()
     k_pos[0, :3] = -1
     q_pos = torch.tensor([[start + 299, start + 260, start + 7, -1], [start + 3, start + 280, start + 9, start + 50]])
-    mask = Mask(q_pos, k_pos, contiguous=False)
+    mask = Mask(q_pos, k_pos, contiguous=False, pattern=CAUSAL)
     biased = alibi(q, k, mask, scale, rule)
     m = torch.tensor([2**power for power in SLOPES[rule, heads]], dtype=torch.float64)
     scores = scale * torch.einsum("bthd,bsgd->bhts", q.double(), k.double())
@@ -116,7 +116,7 @@ def test_alibi_on_every_kernel_equals_the_distance_bias(rule, heads, start):
 def test_alibi_distances_in_bfloat16_are_exact():
     """Of 40,000 keys, each as far as it is: read back from the columns, with slopes that bfloat16 holds."""
     distance = torch.arange(40000)
-    mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], contiguous=False)
+    mask = Mask(torch.tensor([[39999]]), 39999 - distance[None], contiguous=False, pattern=CAUSAL)
     q, k = (torch.zeros(1, n, 8, 64, dtype=torch.bfloat16) for n in (1, 40000))
     q, k, _ = alibi(q, k, mask, 0.125)
     scores = 0.125 * torch.einsum("thd,shd->hs", q[0].double(), k[0].double())

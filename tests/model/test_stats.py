@@ -60,12 +60,12 @@ def test_statistics_in_tiles_equal_the_definition(pattern, situation):
 @pytest.mark.parametrize("tile", [1, 4, 128])
 def test_statistics_of_one_query_against_a_cache_equal_the_definition(tile):
     positions = torch.tensor([[13], [4]])
-    check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], contiguous=False), tile=tile)
+    check(*inputs(1, 21, 6, 2), Mask(positions, torch.arange(21)[None], contiguous=False, pattern=CAUSAL), tile=tile)
 
 
 def test_statistics_entropy_of_distant_and_of_equal_scores_is_exact():
     """From certain, 0 nats, to as unsure as can be: log of the number of keys seen."""
-    mask = Mask(torch.arange(40)[None], torch.arange(40)[None], contiguous=True)
+    mask = Mask(torch.arange(40)[None], torch.arange(40)[None], contiguous=True, pattern=CAUSAL)
     check(*inputs(40, 40, 4, 2, spread=100.0), mask, scale=1.0, tile=7)
     q, k = inputs(40, 40, 4, 2)
     entropy = statistics(0 * q, k, mask, 1.0, tile=7).entropy
@@ -76,7 +76,7 @@ def test_statistics_memory_grows_linearly_and_head_summed_by_one_matrix():
     def peak(statistic, length: int) -> int:
         (q, k), positions = inputs(length, length, 8, 2), torch.arange(length)[None]
         with PeakTensorBytes() as peak_bytes:
-            statistic(q, k, Mask(positions, positions, contiguous=True), 0.4, tile=16)
+            statistic(q, k, Mask(positions, positions, contiguous=True, pattern=CAUSAL), 0.4, tile=16)
         return peak_bytes.bytes
 
     assert peak(statistics, 512) < 4.1 * peak(statistics, 128)
@@ -87,8 +87,8 @@ def test_statistics_memory_grows_linearly_and_head_summed_by_one_matrix():
 def test_collect_stats_ignores_padding():
     """A row padded in front says what the same row says alone."""
     q, k = inputs(12, 12, 4, 2, spread=3.0)
-    padded = Mask(torch.arange(12)[None] - 5, torch.arange(12)[None] - 5, contiguous=False)
-    alone = Mask(torch.arange(7)[None], torch.arange(7)[None], contiguous=True)
+    padded = Mask(torch.arange(12)[None] - 5, torch.arange(12)[None] - 5, contiguous=False, pattern=CAUSAL)
+    alone = Mask(torch.arange(7)[None], torch.arange(7)[None], contiguous=True, pattern=CAUSAL)
     found, expected = (collect_stats(ALL, *given, 0.4) for given in ((q, k, padded), (q[:, 5:], k[:, 5:], alone)))
     for name in ("max_logit", "entropy"):
         assert found[name].shape == (4,)

@@ -13,7 +13,7 @@ from model.initialise import initialised
 from model.kernels import auto, sdpa
 from model.kernels.auto import Auto
 from model.kernels.base import How, Kernel
-from model.mask import Mask
+from model.mask import CAUSAL, Mask
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
 from runtime.memory import allocated_peak
@@ -182,7 +182,7 @@ def test_sdpa_tile_recomputed_in_backward_is_bit_identical(monkeypatch, groups):
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 600, heads, 8, generator=draw).requires_grad_() for heads in (4, groups, groups))
     docs = (torch.arange(600) // 100)[None].expand(2, -1)
-    mask = Mask(positions := torch.arange(600)[None] % 100, positions, contiguous=False, q_doc=docs, k_doc=docs)
+    mask = Mask(positions := torch.arange(600)[None] % 100, positions, False, CAUSAL, docs, docs)
     kept = passes(sdpa.SDPA(), q, k, v, mask)
     monkeypatch.setattr(sdpa, "MAX_SAVED_MASK_KEYS", 128)
     for found, exact in zip(passes(sdpa.SDPA(), q, k, v, mask), kept, strict=True):

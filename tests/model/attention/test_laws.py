@@ -21,7 +21,7 @@ from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
 from model.layout import Kind, Role
-from model.mask import Mask
+from model.mask import CAUSAL, Mask
 from model.placement import Placement
 from model.transformer import TransformerLM
 from tests.model.attention import laws
@@ -415,7 +415,7 @@ class TopLeftCausal(SDPA):
     """Takes the causal fast path whatever the positions: one query then sees the first key only."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
-        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, contiguous=True), how)
+        return super().__call__(q, k, v, Mask(mask.q_pos, mask.k_pos, contiguous=True, pattern=CAUSAL), how)
 
 
 def test_law_of_executions_catches_a_scale_from_the_key_width():
@@ -488,7 +488,7 @@ def test_law_of_causality_catches_a_look_ahead():
     class SeesAll(Naive):
         def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
             everywhere = torch.full_like(mask.q_pos, 10**6)
-            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, contiguous=False), how)
+            return super().__call__(q, k, v, Mask(everywhere, mask.k_pos, contiguous=False, pattern=CAUSAL), how)
 
     with pytest.raises(AssertionError):
         laws.check_causality(small_model("attention=mha", tie_embeddings=False, kernel=SeesAll()))
