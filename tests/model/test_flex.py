@@ -92,7 +92,7 @@ def test_flex_length_buckets_are_at_most_half_longer():
 
 def test_flex_decoding_runs_on_the_fused_kernel():
     q, k, v = inputs(1, 21, 4, 2, 8, 8)
-    mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], contiguous=False)
+    mask = Mask(torch.full((2, 1), 13), torch.arange(21)[None], contiguous=False, pattern=CAUSAL)
     assert relative_error(*(attend(kernel, q, k, v, mask, 0.4) for kernel in (Flex(), Naive()))) <= 1e-5
 
 
