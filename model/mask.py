@@ -111,7 +111,7 @@ class Mask:
 
     def visible(self, rows: slice | None = None, keys: slice | None = None) -> Tensor:
         """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`; unset: for all."""
-        rows, keys = rows or slice(None), keys or slice(None)
+        rows, keys = (slice(None) if part is None else part for part in (rows, keys))
         q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
         k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
         return self.sees(*q, *k)
