@@ -21,7 +21,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m '$(if $(TIER),$(TIER) and )not slow and not long' $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m '' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m '' $(ARGS)  # the site, too, after make docs
 	$(BIN)/python -m benchmarks.kill
 
 lint: $(READY)
@@ -29,9 +29,12 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 # the site, in site/index.html
-docs: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+docs: .venv/.ready-docs
 	$(BIN)/mkdocs build --strict
+
+.venv/.ready-docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch .venv/.ready-docs
 
 clean:
 	rm -rf .venv site *.egg-info .pytest_cache .ruff_cache .hypothesis

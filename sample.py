@@ -111,7 +111,7 @@ def announce(run: LoadedRun) -> None:
 
     print_stderr(f"run {run.folder}")
     if run.compiled is not None:
-        print_stderr("[--compile: half a minute or more behind the first token]")
+        print_stderr("[--compile: up to a minute behind the first token]")
 
 
 def generate(args: argparse.Namespace, run: LoadedRun) -> None:

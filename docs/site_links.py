@@ -17,6 +17,7 @@ DOCS = ROOT / "docs"
 MAP = DOCS / "rooms.svg"
 OUTSIDE = "repository/"  # the site's folder for files outside of docs/
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", "": "makefile"}  # of files that are shown as code
+FENCED = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")  # (! of a picture, text, target)
 HREF = re.compile(r'href="([^"#][^":]*)"')  # of the map
 CODE = """---
@@ -81,7 +82,10 @@ def rewritten(markdown: str, uri: str, draw_map: Callable[[], str]) -> str:
         relative = posixpath.relpath(place, posixpath.dirname(uri) or ".")
         return f"{picture}[{text}]({relative}{line and '#'}{line})"
 
-    return markdown if source is None else LINK.sub(replacement, markdown)
+    if source is None:
+        return markdown
+    parts = FENCED.split(markdown)  # every other one is a block of code
+    return "".join(part if i % 2 else LINK.sub(replacement, part) for i, part in enumerate(parts))
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -319,7 +319,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     machine(
         "--compile",
         action="store_true",
-        help="compile the step between tokens, half a minute or more: for long texts",
+        help="compile the step between tokens, up to a minute: for long texts",
     )
     machine(
         "--speculate",

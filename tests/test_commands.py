@@ -694,6 +694,9 @@ def test_sample_damaged_tokenizer_names_the_file_and_the_copy_that_mends_it(copi
 
 BAD_RUNS = {  # a line of each place that refuses; tests of that place have the rest
     "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
+    "position": (["position=absolute"], "position=absolute: choose one of alibi, learned, none, rope, sinusoidal"),
+    "a number beyond its limits": (["threads=0"], "threads=0: give at least 1 and at most 1024"),
+    "nearly the newest run": (["init_from=last"], "there is no such folder; did you mean init_from=latest?"),
     "of another choice": (
         ["attention=mla", "attention.n_kv_heads=2"],
         "of attention=mla; it belongs to attention=gqa or mha or mqa",

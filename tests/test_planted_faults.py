@@ -101,6 +101,22 @@ FAULTS = [
         "cache and uncached",
     ),
     Fault(
+        "top-k of a large vocabulary draws other tokens than it found",
+        "generation/sampler.py",
+        "return logits.gather(-1, tokens), tokens",
+        "return logits.gather(-1, tokens), tokens + 1",
+        "tests/generation/test_sampler.py",
+        "large_vocabulary",
+    ),
+    Fault(
+        "the compiled step stands a token behind",
+        "generation/compiled_step.py",
+        "return model(tokens, extent.shape[0] - 1)",
+        "return model(tokens, extent.shape[0] - 2)",
+        "tests/generation/test_compiled_step.py",
+        "traces_once",
+    ),
+    Fault(
         "cache bytes count the keys alone",
         "model/attention/gqa.py",
         "return 2 * self.n_kv_heads * self.head_dim",
