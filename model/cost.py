@@ -89,7 +89,7 @@ def _visible(pattern: Pattern, positions: Tensor, docs: Tensor | None = None) ->
     (B, T). Of many or long windows, every n-th query is asked."""
     every = -(-positions.numel() * positions.shape[1] // MAX_SCANNED)
     mask = Mask(positions, positions, contiguous=True, pattern=pattern, q_doc=docs, k_doc=docs)
-    return mask.visible(slice(every // 2, None, every)).sum(-1).double().mean().item()
+    return mask.visible_in(slice(every // 2, None, every), slice(None)).sum(-1).double().mean().item()
 
 
 def cache_bytes_per_token(model: TransformerLM) -> int:

@@ -109,9 +109,12 @@ class Mask:
         `causal`, indices cannot hide the padding that may stand behind.)"""
         return self.contiguous and self.pattern.is_full and self.pattern.causal
 
-    def visible(self, rows: slice | None = None, keys: slice | None = None) -> Tensor:
-        """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`; unset: for all."""
-        rows, keys = (slice(None) if part is None else part for part in (rows, keys))
+    def visible(self) -> Tensor:
+        """The mask as a (B, T, S) bool tensor."""
+        return self.visible_in(slice(None), slice(None))
+
+    def visible_in(self, rows: slice, keys: slice) -> Tensor:
+        """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`."""
         q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
         k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
         return self.sees(*q, *k)
@@ -124,7 +127,7 @@ class Mask:
         return made_once(self._biases if few else {}, key, lambda: self._bias(*key))
 
     def _bias(self, first: int, last: int, first_key: int, last_key: int, dtype: torch.dtype, repeats: int) -> Tensor:
-        visible = self.visible(slice(first, last), slice(first_key, last_key))
+        visible = self.visible_in(slice(first, last), slice(first_key, last_key))
         bias = torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
         return bias.repeat_interleave(repeats, dim=1) if repeats > 1 else bias
 

@@ -98,7 +98,7 @@ def _blocks(mask: Mask) -> Any:
         rows = slice(i * BLOCK, (i + 1) * BLOCK)
         span = mask.span(rows)
         near = slice(span.start // BLOCK, -(-span.stop // BLOCK))
-        visible = mask.visible(rows, slice(near.start * BLOCK, near.stop * BLOCK)).unflatten(-1, (-1, BLOCK))
+        visible = mask.visible_in(rows, slice(near.start * BLOCK, near.stop * BLOCK)).unflatten(-1, (-1, BLOCK))
         some[:, i, near] = visible.any(-1).any(1)
         whole[:, i, near] = visible.all(-1).all(1)
 

@@ -117,7 +117,7 @@ def scores_of_tile(q_i: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice
     """Masked scores of one tile, x = scale · q kᵀ or -∞: q_i (B, t, G, R, D), the queries in `rows`, with the keys in
     `keys` of k (B, S, G, D) -> (B, t, G, R, s). KV heads are not repeated for the query heads that share them."""
     x = scale * torch.einsum("btgrd,bsgd->btgrs", q_i.float(), k[:, keys].float())
-    return x.masked_fill(~mask.visible(rows, keys)[:, :, None, None], float("-inf"))
+    return x.masked_fill(~mask.visible_in(rows, keys)[:, :, None, None], float("-inf"))
 
 
 def rescale(m: Tensor, m_new: Tensor) -> Tensor:

@@ -81,12 +81,12 @@ def test_flops_with_documents_count_the_pairs_within_them(attention):
 
 def test_flops_keys_follow_the_predicate_of_the_mask(monkeypatch):
     """So that a mask that hides more costs less, without a word here."""
-    visible = Mask.visible
+    visible = Mask.visible_in
 
-    def two_keys(mask: Mask, rows: slice = slice(None)) -> torch.Tensor:
-        return visible(mask, rows) & (mask.q_pos[:, rows, None] - mask.k_pos[:, None, :] < 2)
+    def two_keys(mask: Mask, rows: slice, keys: slice) -> torch.Tensor:
+        return visible(mask, rows, keys) & (mask.q_pos[:, rows, None] - mask.k_pos[:, None, :] < 2)
 
-    monkeypatch.setattr(Mask, "visible", two_keys)
+    monkeypatch.setattr(Mask, "visible_in", two_keys)
     assert cost.flops(small_config(), VOCAB).keys == (1 + 63 * 2) / 64
 
 

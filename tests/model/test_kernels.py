@@ -468,7 +468,7 @@ def test_mask_visible_follows_positions():
     mask = Mask(torch.tensor([[-1, 0, 2]]), torch.tensor([[-1, 0, 1, 2, 3]]), contiguous=False, pattern=CAUSAL)
     expected = [[1, 1, 1, 1, 1], [0, 1, 0, 0, 0], [0, 1, 1, 1, 0]]  # padding sees all there is, and is seen by none
     assert mask.visible().int().tolist() == [expected]
-    assert mask.visible(slice(2, 3)).int().tolist() == [expected[2:]]
+    assert mask.visible_in(slice(2, 3), slice(None)).int().tolist() == [expected[2:]]
 
 
 @pytest.mark.parametrize("causal", [True, False])
