@@ -200,9 +200,20 @@ def check_is_run(folder: Path) -> None:
         above = next((above for above in folder.parents[:2] if exists(above / "config.yaml")), None)
     if above is not None:  # of a checkpoint, say
         raise UserError(f"{folder} is no run, but lies within one: give the run's folder, {above}")
+    within = _run_within(folder)
+    if within is not None:  # a sweep's, say
+        raise UserError(f"{folder} is not a run, but has some within: give one of them, as {within}")
     meant = _meant(folder)
+    fault = "it has no config.yaml" if exists(folder) else "there is no such folder"
     way_out = f"did you mean {meant}?" if meant else f"runs are made in {RUNS}/, or where run_dir= says"
-    raise UserError(f"{folder} is not a run: it has no config.yaml; {way_out}")
+    raise UserError(f"{folder} is not a run: {fault}; {way_out}")
+
+
+def _run_within(folder: Path) -> Path | None:
+    try:
+        return next((folder / name for name in sorted(names_in(folder)) if exists(folder / name / "config.yaml")), None)
+    except OSError:
+        return None
 
 
 def _meant(folder: Path) -> Path | None:

@@ -35,3 +35,14 @@ def test_check_is_run_of_a_slip_names_the_run_that_is_meant(workplace, typed):
 def test_check_is_run_of_another_name_says_where_runs_are(workplace):
     with pytest.raises(UserError, match="runs are made in runs/"):
         folder.check_is_run(Path("zz"))
+
+
+def test_check_is_run_of_a_sweeps_folder_names_a_run_within(workplace):
+    (workplace / "sweeps/a/one").mkdir(parents=True)
+    (workplace / "sweeps/a/one/config.yaml").touch()
+    with pytest.raises(
+        UserError, match="sweeps/a is not a run, but has some within: give one of them, as sweeps/a/one"
+    ):
+        folder.check_is_run(Path("sweeps/a"))
+    with pytest.raises(UserError, match="sweeps/b is not a run: there is no such folder"):
+        folder.check_is_run(Path("sweeps/b"))
