@@ -134,6 +134,18 @@ def read_metrics(path: Path, last: int = MAX_COUNT) -> list[MetricRow]:
     return rows
 
 
+def ended_skipping(path: Path) -> bool:
+    """Whether the last update of a run was skipped, as where it diverged. Reads the end of the file alone; False where
+    that cannot be read."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - MAX_ROW_BYTES))
+            rows = [row for row in map(_row, file.read().splitlines()[-2:]) if row is not None]
+    except OSError:
+        return False
+    return bool(rows) and bool(rows[-1].get("skipped"))
+
+
 def _row(line: bytes) -> MetricRow | None:
     """Parse a line -> None for what no run writes."""
     if not line.startswith(b"{"):  # seen at once, where a line is long

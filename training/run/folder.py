@@ -37,6 +37,7 @@ from common.paths import entering, is_folder, raise_unreadable
 from common.suggestions import DOTTED_CUTOFF, nearest
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
+from training.metrics_file import ended_skipping
 from training.run.config import Run, dump
 from training.run.migrate import FORMAT, UNSTATED, migrate, stated_format
 from training.run.signature import signature
@@ -177,6 +178,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(
             f"{error}: bring the run's own back; the run's prepared text, in its cache_dir, has a copy of it"
         ) from None
+
+
+def warn_if_it_diverged(folder: Path) -> None:
+    """Warn of the weights of a run that ended in skipped updates."""
+    if ended_skipping(folder / "metrics.jsonl"):
+        log.warning(
+            f"{folder} diverged: its last update was skipped, and its weights may write nonsense; take another run"
+        )
 
 
 def check_format(path: Path, format: Any) -> None:

@@ -9,7 +9,7 @@ from common.errors import UserError
 from data.tokenizers.base import Tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training.run import checkpoint
-from training.run.folder import check_is_run, read_tokenizer, resume_command
+from training.run.folder import check_is_run, read_tokenizer, resume_command, warn_if_it_diverged
 
 
 def load_run(
@@ -27,6 +27,7 @@ def load_run(
     if found is None:
         check_is_run(folder)
         raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
+    warn_if_it_diverged(folder)
     tokenizer = read_tokenizer(folder)
     checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)
     config = changed(checkpoint.settings_of(found.path, found.manifest).model, **changes)

@@ -26,6 +26,7 @@ from training.run.folder import (
     find_run,
     read_tokenizer,
     resume_command,
+    warn_if_it_diverged,
 )
 from training.run.resume import open_run
 from training.state import TrainState
@@ -87,6 +88,7 @@ def _base_run(base: Path) -> tuple[Run, Tokenizer]:
         check_is_run(base)
         raise UserError(f"init_from={base} has no checkpoint yet: train it on with {resume_command(base)}")
     checkpoint.check_finite(found)
+    warn_if_it_diverged(base)
     tokenizer = read_tokenizer(base)
     checkpoint.check_tokenizer(base, tokenizer, found.manifest.tokenizer)
     run = checkpoint.settings_of(found.path, found.manifest)

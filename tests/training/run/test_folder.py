@@ -46,3 +46,20 @@ def test_check_is_run_of_a_sweeps_folder_names_a_run_within(workplace):
         folder.check_is_run(Path("sweeps/a"))
     with pytest.raises(UserError, match="sweeps/b is not a run: there is no such folder"):
         folder.check_is_run(Path("sweeps/b"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ('{"step":1,"train_loss":2.0}\n{"step":2,"train_loss":null,"skipped":true}\n', True),
+        ('{"step":1,"train_loss":null,"skipped":true}\n{"step":2,"train_loss":2.0}\n', False),
+        ('{"step":1,"train_loss":null,"skipped":true}\n{"step":2,"tr', True),  # a line that a kill cut short
+        ("", False),
+        (None, False),
+    ],
+)
+def test_warn_if_it_diverged_speaks_of_a_run_whose_last_update_was_skipped(workplace, caplog, rows, said):
+    if rows is not None:
+        (workplace / "metrics.jsonl").write_text(rows)
+    folder.warn_if_it_diverged(workplace)
+    assert ("diverged: its last update was skipped" in caplog.text) is said
