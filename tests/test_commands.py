@@ -723,7 +723,7 @@ BAD_RUNS = {  # a line of each place that refuses; tests of that place have the 
     "no folder": (["run_dir=''"], "run_dir="),
     "a folder": (["data=files", "data.path=taken"], "data.path='taken' is a folder: write taken/*"),
     "no run": (["resume=latest"], "there is no run in"),
-    "no such run, and what may not change": (["experiment=smoke", "resume=none"], "none is not a run: it has no"),
+    "no such run, and what may not change": (["experiment=smoke", "resume=none"], "none is not a run: there is no such folder"),
     "a choice twice": (
         ["attention=mha", "attention=mla"],
         "attention=mha and attention=mla give attention twice: leave",
@@ -771,7 +771,8 @@ def test_train_experiment_of_another_folder_is_not_blamed_for_a_misspelt_setting
 
 def test_train_version_prints_headroom_and_pytorch(workplace, monkeypatch, capsys):
     assert call("train", ["--version"], monkeypatch) == 0
-    assert capsys.readouterr().out == f"Headroom {HEADROOM}, PyTorch {torch.__version__}\n"
+    stated = capsys.readouterr().out.strip()  # of the package, which knows no build such as +cpu in every case
+    assert stated.startswith(f"Headroom {HEADROOM}, PyTorch ") and torch.__version__.startswith(stated.split()[-1])
 
 
 def test_train_threads_are_set_and_printed(workplace, monkeypatch, capsys):
