@@ -723,7 +723,10 @@ BAD_RUNS = {  # a line of each place that refuses; tests of that place have the 
     "no folder": (["run_dir=''"], "run_dir="),
     "a folder": (["data=files", "data.path=taken"], "data.path='taken' is a folder: write taken/*"),
     "no run": (["resume=latest"], "there is no run in"),
-    "no such run, and what may not change": (["experiment=smoke", "resume=none"], "none is not a run: there is no such folder"),
+    "no such run, and what may not change": (
+        ["experiment=smoke", "resume=none"],
+        "none is not a run: there is no such folder",
+    ),
     "a choice twice": (
         ["attention=mha", "attention=mla"],
         "attention=mha and attention=mla give attention twice: leave",
