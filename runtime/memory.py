@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from runtime.precision import multiplies_bf16
+
 # Of version 2 and 1: limit, usage, and which line of memory.stat says how much of it are files kept for convenience.
 UNIFIED = ("memory.max", "memory.current", "inactive_file")
 LEGACY = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -102,7 +104,7 @@ def allocated_peak(run: Callable[[], Any]) -> int:
 class PeakTensorBytes(TorchDispatchMode):
     """Within its `with` block: `bytes`, the most that the storages of tensors made there took at one time. Around code
     that runs on fake tensors it predicts what the same code holds on real ones. It sees what operators return; not what
-    a kernel allocates and frees within itself, nor what an allocator wastes."""
+    a kernel allocates and frees within itself, but for `_sums_of`, nor what an allocator wastes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,9 +114,12 @@ class PeakTensorBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = operator(*args, **(kwargs or {}))
+        sums = _sums_of(operator, result)
+        self.alive += sums
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self.count(tensor.untyped_storage())
+        self.alive -= sums
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
@@ -128,3 +133,13 @@ class PeakTensorBytes(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._seen.remove(key)
         self.alive -= size
+
+
+def _sums_of(operator: Any, result: Any) -> int:
+    """Bytes that a matrix product takes for a moment: oneDNN, on a processor with AVX-512 and no bfloat16, keeps all
+    sums of bfloat16 products in float32."""
+    product = operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    if not product or result.dtype != torch.bfloat16 or result.device.type != "cpu":
+        return 0
+    imitated = torch.backends.cpu.get_cpu_capability() == "AVX512" and not multiplies_bf16(result.device)
+    return result.numel() * torch.float32.itemsize if imitated else 0
