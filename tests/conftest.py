@@ -22,15 +22,18 @@ torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
 
-TIERS = {  # of files and folders; all else is unit
+TIERS = {  # of files and folders; all else is unit, but for what runs programs, in a workplace
     "laws": [
-        *("model/attention", "model/test_flat_model.py", "model/test_kernels.py", "model/test_stats.py"),
-        "compatibility",
+        *(f"model/test_{part}.py" for part in ("flat_model", "flex", "kernels", "stats")),
+        *(f"generation/test_{part}.py" for part in ("compiled_step", "decode", "prefill", "speculative")),
+        *("model/attention", "training/test_activations.py", "compatibility"),
     ],
     "system": [
-        *("ablation/sweep", "ablation/test_false_alarms.py", "ablation/test_probes.py", "benchmarks", "fuzz"),
-        *("test_commands.py", "test_docs.py", "test_docs_commands.py", "test_notebook.py", "test_planted_faults.py"),
-        *(f"training/{part}" for part in ("monitor/test_log.py", "run", "test_faults.py", "test_training.py")),
+        *("ablation/sweep", "benchmarks", "fuzz"),
+        *(f"ablation/test_{part}.py" for part in ("false_alarms", "probes", "report")),
+        *(f"test_{part}.py" for part in ("commands", "docs", "docs_commands", "notebook", "planted_faults")),
+        *(f"training/test_{part}.py" for part in ("determinism", "faults", "step_memory", "training")),
+        *("training/monitor/test_log.py", "training/run"),
     ],
 }
 
@@ -39,7 +42,8 @@ def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
-            item.add_marker(tier_of(item.path.relative_to(here)))
+            tier = tier_of(item.path.relative_to(here))
+            item.add_marker("system" if tier == "unit" and "workplace" in item.fixturenames else tier)
 
 
 def tier_of(path: Path) -> str:

@@ -23,8 +23,9 @@ from ablation.sweep.request import requested
 from common.hydra_errors import one_line_hydra_errors
 from common.overrides import hydra_arguments, sweep_overrides
 from generation.options import parse_arguments
+from tests.composition import request_of
 from tests.support import ROOT, SMOKE, call, changed
-from training.run.composer import asks_hydra_itself, compose_request
+from training.run.composer import asks_hydra_itself
 from training.run.config import check_not_of_sweep, pop_command_settings
 from training.run.start import resolve_run
 
@@ -167,7 +168,7 @@ def test_train_command_of_a_page_composes_and_passes_the_border(place, command):
         return
     words = hydra_arguments(command.arguments)
     with one_line_hydra_errors(words):
-        request = compose_request(words)
+        request = request_of(words)
     given = pop_command_settings(request["tree"])
     check_not_of_sweep(given)
     run, _, run_lock = resolve_run(request["tree"], request["typed"], given["resume"])

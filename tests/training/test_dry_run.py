@@ -167,7 +167,7 @@ def test_dry_run_without_enough_memory_times_nothing(workplace, monkeypatch, cap
 
 
 def test_dry_run_without_the_vocabulary_prints_all_else(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "tokenizer=gpt2", "dry_run=true"]
+    options = [*SMOKE, "model.context_length=16", "tokenizer=gpt2", "dry_run=true"]
     assert call("train", options, monkeypatch) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line for line in out.splitlines()}

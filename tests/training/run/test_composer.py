@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -216,6 +217,14 @@ def test_composed_attention_fits_every_model_and_is_what_is_built(attention):
         assert tree["attention"].keys() | switches == run["attention"].keys()
 
 
+@pytest.mark.parametrize("group", GROUPS)
+def test_config_of_every_choice_loads_and_survives_storage(group):
+    for name in choices(group):
+        run = composed_run(f"{group}={name}", *NEEDS.get((group, name), ()), "document_mask=true")
+        again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))  # what config.yaml will hold
+        assert again == run and again.document_mask, name
+
+
 def one_of_each_class(group: str) -> list[str]:
     """The choices of a group; of those that name the same class, the first."""
     return list({content(group, name).get("_target_", name): name for name in reversed(choices(group))}.values())
@@ -261,7 +270,7 @@ def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
     for row in covering(offered):
         typed = [f"{group}={name}" for group, name in row.items()]
         needs = [need for group in ("data", "optim") for need in NEEDS.get((group, row[group]), ())]
-        tree, ways_out = compose_tree(*typed, *needs), []
+        tree, ways_out = composed_tree(*typed, *needs), []
         for group in ("model", "data", "tokenizer", "optim", "schedule"):
             alone = composed_tree(f"{group}={row[group]}", *NEEDS.get((group, row[group]), ()))[group]
             said_elsewhere = {key: tree[group][key] for key in SAID_ELSEWHERE if key in alone}
@@ -269,7 +278,7 @@ def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
         while problem := refusal(tree):
             assert problem.split()[0] in typed and WAYS_OUT[problem] not in ways_out
             ways_out.append(WAYS_OUT[problem])
-            tree = compose_tree(*merged(*typed, *ways_out), *needs)
+            tree = composed_tree(*merged(*typed, *ways_out), *needs)
             refused.add(problem)
     assert refused == WAYS_OUT.keys()
 

@@ -9,25 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
 
 from common.conf_files import choices
 from common.errors import UserError
 from model.attention.base import AttentionChoice
-from tests.support import ATTENTIONS, NEEDS, ROOT, composed_run, composed_tree
+from tests.support import ATTENTIONS, NEEDS, composed_run, composed_tree
 from training.run.config import Run, dump, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS, load_choice, resolve_target
 from training.run.validation_errors import spelled
-
-GROUPS = sorted(path.name for path in (ROOT / "conf").iterdir() if path.is_dir())
-
-
-@pytest.mark.parametrize("group", GROUPS)
-def test_config_of_every_choice_loads_and_survives_storage(group):
-    for choice in choices(group):
-        run = composed_run(f"{group}={choice}", *NEEDS.get((group, choice), ()), "document_mask=true")
-        again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))  # what config.yaml will hold
-        assert again == run and again.document_mask, choice
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ OFTEN = [("mha", "fp32"), ("gqa", "fp32"), ("mla", "fp32"), ("mqa", "bf16"), ("m
 
 def runs() -> list:
     """Every attention in both precisions, eager and compiled; in the default tests, each attention and each precision,
-    eager. To compile takes long, so that is slow here: of the default tests, one of masked documents does."""
+    eager. To compile takes long, so that is slow here: of the default tests, one of masked documents is traced."""
     cases = []
     for attention, precision in itertools.product(ATTENTIONS, ["fp32", "bf16"]):
         seldom = () if (attention, precision) in OFTEN else pytest.mark.slow
@@ -103,7 +103,10 @@ def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
-@pytest.mark.parametrize("backend", [pytest.param(None, marks=pytest.mark.slow), "inductor"])  # eager: of a mix, above
+SLOW_BACKENDS = [pytest.param(backend, marks=pytest.mark.slow) for backend in (None, "inductor")]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", *SLOW_BACKENDS])  # eager: of a mix, above
 def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsys, compiled_by, backend):
     options = [*LIGHT, "attention=gqa", "document_mask=true", compiled_by(backend), "model.n_layers=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
