@@ -52,7 +52,7 @@ def flat_model(model: TransformerLM, caches: Sequence[Cache], batch_size: int, b
         return None
     blocks = []
     for block, cache in zip(model.layers, caches, strict=True):
-        if type(block) is not Block or not hasattr(block.mlp, "flat"):  # an MLP of one's own
+        if type(block) is not Block:
             return None
         attend, mlp = block.attention.flat(cache), block.mlp.flat(batch_size)
         if attend is None or mlp is None:

@@ -1,8 +1,9 @@
 """MLP (feed-forward network) of a transformer block: SwiGLU, or one hidden layer with ReLU, ReLU² or GELU."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from common.settings import FrozenSettings
+from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions
 from model.flat_step import FlatMLP
 from model.layout import Names, ParamLayout, Role, linear
@@ -26,8 +28,26 @@ class MLPConfig(FrozenSettings, ABC):
         """Return this config with d_ff filled in."""
 
     @abstractmethod
-    def build(self, dimensions: Dimensions) -> nn.Module:
-        """Build the module, with a `layout()`; call it on a derived config."""
+    def build(self, dimensions: Dimensions) -> "MLP":
+        """Build the module; call it on a derived config."""
+
+
+class MLP(nn.Module, ABC):
+    """MLP layer: a function of its input and the context."""
+
+    auxiliary_losses: Mapping[str, float] = MappingProxyType({})  # weights, by the names of auxiliary outputs
+
+    @abstractmethod
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        """x (B, T, d) -> the same shape, and auxiliary outputs by name."""
+
+    def flat(self, rows: int) -> FlatMLP | None:
+        """`forward` for few rows on a CPU, made ready (model/flat_step.py); None if there is none."""
+        return None
+
+    @abstractmethod
+    def layout(self) -> dict[str, ParamLayout]:
+        """Describe every parameter, by its name in this module: see model/layout.py."""
 
 
 class SwiGLUConfig(MLPConfig):
@@ -36,7 +56,7 @@ class SwiGLUConfig(MLPConfig):
     def derive(self, dimensions: Dimensions) -> Self:
         return self.model_copy(update={"d_ff": self.d_ff or -(-8 * dimensions.d_model // 96) * 32})
 
-    def build(self, dimensions: Dimensions) -> nn.Module:
+    def build(self, dimensions: Dimensions) -> MLP:
         return SwiGLU(dimensions.d_model, self.d_ff, dimensions.bias)
 
 
@@ -48,24 +68,24 @@ class PlainMLPConfig(MLPConfig):
 
 
 class ReLUConfig(PlainMLPConfig):
-    def build(self, dimensions: Dimensions) -> nn.Module:
+    def build(self, dimensions: Dimensions) -> MLP:
         return PlainMLP(dimensions.d_model, self.d_ff, F.relu, dimensions.bias)
 
 
 class ReLU2Config(PlainMLPConfig):
-    def build(self, dimensions: Dimensions) -> nn.Module:
+    def build(self, dimensions: Dimensions) -> MLP:
         return PlainMLP(dimensions.d_model, self.d_ff, relu2, dimensions.bias)
 
 
 class GELUConfig(PlainMLPConfig):
     approximate: Literal["none", "tanh"]  # x · Φ(x), or GPT-2's tanh approximation
 
-    def build(self, dimensions: Dimensions) -> nn.Module:
+    def build(self, dimensions: Dimensions) -> MLP:
         activation = partial(F.gelu, approximate=self.approximate)
         return PlainMLP(dimensions.d_model, self.d_ff, activation, dimensions.bias)
 
 
-class SwiGLU(FanOut):
+class SwiGLU(FanOut, MLP):
     """Gated MLP: down(silu(gate x) · up x) (Shazeer 2020, arXiv:2002.05202)."""
 
     def __init__(self, d_model: int, d_ff: int, bias: bool):
@@ -74,9 +94,9 @@ class SwiGLU(FanOut):
         self.up_proj = Linear(d_model, d_ff, bias)
         self.down_proj = Linear(d_ff, d_model, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
         gate, up = self.apply_each(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(gate) * up), {}
 
     def flat(self, rows: int) -> FlatMLP | None:
         joined = self.joined()
@@ -101,7 +121,7 @@ class SwiGLU(FanOut):
         }
 
 
-class PlainMLP(nn.Module):
+class PlainMLP(MLP):
     """MLP with one hidden layer, down(activation(up x)): ReLU, ReLU² (So et al. 2021, arXiv:2109.08668) or GELU
     (Hendrycks & Gimpel 2016, arXiv:1606.08415)."""
 
@@ -111,8 +131,8 @@ class PlainMLP(nn.Module):
         self.down_proj = Linear(d_ff, d_model, bias)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.up_proj(x)))
+    def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.down_proj(self.activation(self.up_proj(x))), {}
 
     def flat(self, rows: int) -> FlatMLP | None:
         if not type(self.up_proj) is type(self.down_proj) is Linear or type(self) is not PlainMLP:

@@ -72,7 +72,8 @@ class Block(nn.Module):
         """x (B, T, d) -> the same shape, auxiliary outputs, and what the attention leaves for the next layer's."""
         y, aux, carried = self.attention(self.attention_norm(x), ctx, cache, carried)
         x = x + ctx.drop(y, self.dropout)
-        return x + ctx.drop(self.mlp(self.mlp_norm(x)), self.dropout), aux, carried
+        y, mlp_aux = self.mlp(self.mlp_norm(x), ctx)
+        return x + ctx.drop(y, self.dropout), aux | mlp_aux, carried
 
     def layout(self) -> dict[str, ParamLayout]:
         return {
@@ -195,6 +196,12 @@ class TransformerLM(nn.Module):
             for name, value in layer_aux.items():
                 aux[f"layers.{i}.{name}"] = value
         return x, aux
+
+    @property
+    def auxiliary_losses(self) -> dict[str, float]:
+        """Weights of the layers' auxiliary losses in training, by their names in Hidden.aux."""
+        parts = [(i, part) for i, block in enumerate(self.layers) for part in (block.attention, block.mlp)]
+        return {f"layers.{i}.{name}": weight for i, part in parts for name, weight in part.auxiliary_losses.items()}
 
     @property
     def lm_head(self) -> LMHead:

@@ -12,6 +12,8 @@ from model.placement import Placement
 from model.score import token_losses
 from training.compile import maybe_compiled
 
+CROSS_ENTROPY = "cross_entropy"
+
 
 def mean_loss(
     model: nn.Module,
@@ -20,9 +22,22 @@ def mean_loss(
     min_tile: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy in nats per counted token, a scalar, and the auxiliary outputs named in `collect`.
-    min_tile: see chunked_mean."""
-    out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect)
-    return chunked_mean(out.x, model.lm_head, batch.targets, min_tile), out.aux
+    min_tile: see chunked_mean.
+
+    Where layers have auxiliary losses, these are added to the scalar, each times its weight; the outputs then hold them
+    too, and the cross-entropy alone, as CROSS_ENTROPY."""
+    weights = model.auxiliary_losses
+    out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect.union(map(own_name, weights)))
+    mean = chunked_mean(out.x, model.lm_head, batch.targets, min_tile)
+    if not weights:
+        return mean, out.aux
+    objective = mean + sum(weight * out.aux[name] for name, weight in weights.items())
+    return objective, out.aux | {CROSS_ENTROPY: mean.detach()}
+
+
+def own_name(output: str) -> str:
+    """The name of an auxiliary output within its layer."""
+    return output.rpartition(".")[2]
 
 
 class Losses(NamedTuple):

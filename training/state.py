@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ class AfterStep(Protocol):
     collects: str  # the auxiliary output that it goes by
     reduce: Callable[[Tensor, Tensor], Tensor]  # joins those of two micro-batches
 
-    def __call__(self, collected: Tensor, skipped: Tensor) -> Any:
+    def __call__(self, collected: Tensor, skipped: Tensor) -> dict[str, Tensor]:
         """collected: the auxiliary output of all layers that have it, stacked. skipped: scalar bool; a step that was
-        skipped moves nothing."""
+        skipped moves nothing. Returns scalars for metrics.jsonl, by the names of its columns."""
 
 
 @dataclass

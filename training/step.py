@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from common.errors import UserError
 from data.batches import Batch
 from training.evaluate import Between, go_on
+from training.losses import CROSS_ENTROPY, own_name
 from training.optim.base import scale_rates
-from training.optim.qk_clip import Clipped
 from training.state import AfterStep, TrainState
 
 
@@ -22,7 +23,7 @@ class StepResult(NamedTuple):
     loss: Tensor  # mean nats per counted token
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # bool: one of the two is not finite, and nothing was updated
-    clipped: Clipped | None = None  # where QK-clip is on
+    reported: Mapping[str, Tensor] = MappingProxyType({})  # auxiliary losses, their layers' mean; what hooks report
 
 
 def train_step(state: TrainState, batches: Iterable[Batch], factor: float, between: Between = go_on) -> StepResult:
@@ -44,21 +45,22 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     scale_rates(optimizer, factor)
     _step_unless(skipped, optimizer)
-    reports = [_call(hook, aux, skipped) for hook in hooks]
+    reported = _means(aux, state.model.auxiliary_losses)
+    for hook in hooks:
+        reported |= _call(hook, aux, skipped)
     if state.loss_scale is not None:
         state.loss_scale.update(skipped)
     optimizer.zero_grad(set_to_none=True)
     state.step += 1
-    clipped = next((report for report in reports if isinstance(report, Clipped)), None)
-    return StepResult(mean, grad_norm, skipped, clipped)
+    return StepResult(mean, grad_norm, skipped, reported)
 
 
 def accumulate_gradients(
     state: TrainState, batches: Sequence[Batch], between: Between = go_on
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Gradient accumulation: adds the gradients of the mean loss over the counted targets of all micro-batches to the
-    float32 parameters -> that loss, a scalar, NaN where none is counted; and the auxiliary outputs that the loss
-    function collects, joined over the micro-batches.
+    float32 parameters, and those of auxiliary losses -> that loss, a scalar without these, NaN where none is counted;
+    and the auxiliary outputs that the loss function collects, joined over the micro-batches: of losses, the mean.
 
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
@@ -71,10 +73,11 @@ def accumulate_gradients(
     for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
         _seed_micro_step((state.seed, state.step), micro_step)
-        mean, aux = state.losses.mean_loss(precision.model, batch)
-        share = mean / (counted / counts[micro_step])  # of equal counts exactly their number: / N, not / n · n / N
-        precision.backward(share)
-        total += share.detach()
+        objective, aux = state.losses.mean_loss(precision.model, batch)
+        parts = counted / counts[micro_step]  # of equal counts exactly their number: / N, not / n · n / N
+        precision.backward(objective / parts)
+        total += aux.pop(CROSS_ENTROPY, objective.detach()) / parts
+        aux |= {name: aux[name].detach() / parts for name in aux.keys() & state.model.auxiliary_losses.keys()}
         joined = _joined(joined, aux, state.after_step)
     precision.unscale()
     return total, joined
@@ -85,12 +88,20 @@ def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[A
     if not before:
         return aux
     reduce = {hook.collects: hook.reduce for hook in hooks}
-    return {name: reduce[_own_name(name)](before[name], value) for name, value in aux.items()}
+    return {name: reduce.get(own_name(name), torch.add)(before[name], value) for name, value in aux.items()}
+
+
+def _means(aux: Mapping[str, Tensor], losses: Iterable[str]) -> dict[str, Tensor]:
+    """The mean of each auxiliary loss over the layers that have it, by its own name."""
+    found: dict[str, list[Tensor]] = {}
+    for name in losses if aux else ():  # no micro-batch reports none
+        found.setdefault(own_name(name), []).append(aux[name])
+    return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
 def _check_reported(hooks: Iterable[AfterStep], aux: dict[str, Tensor]) -> None:
     """Raise UserError where no layer reported what a hook goes by."""
-    reported = {_own_name(name) for name in aux}
+    reported = {own_name(name) for name in aux}
     for hook in hooks:
         if hook.collects not in reported:
             name = type(hook).__name__
@@ -101,13 +112,8 @@ def _check_reported(hooks: Iterable[AfterStep], aux: dict[str, Tensor]) -> None:
             )
 
 
-def _call(hook: AfterStep, aux: dict[str, Tensor], skipped: Tensor) -> Any:
-    return hook(torch.stack([value for name, value in aux.items() if _own_name(name) == hook.collects]), skipped)
-
-
-def _own_name(output: str) -> str:
-    """The name of an auxiliary output within its layer."""
-    return output.rpartition(".")[2]
+def _call(hook: AfterStep, aux: dict[str, Tensor], skipped: Tensor) -> dict[str, Tensor]:
+    return hook(torch.stack([value for name, value in aux.items() if own_name(name) == hook.collects]), skipped)
 
 
 def _seed_micro_step(seeds: tuple[int, int], micro_step: int) -> None:

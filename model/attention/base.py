@@ -17,6 +17,8 @@ The laws (tests/model/attention) then apply to it unasked.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -167,6 +169,7 @@ class Attention(FanOut, ABC):
     rope: Rope | None  # None with another positional encoding, or none
     macs_per_pair: int  # multiply-adds per query and key in training: heads · (width of keys + width of values)
     extra_macs_per_token: int = 0  # multiply-adds per token, without a cache, beyond applying each matrix once
+    auxiliary_losses: Mapping[str, float] = MappingProxyType({})  # weights, by the names of auxiliary outputs
 
     @property
     def pattern(self) -> Pattern:

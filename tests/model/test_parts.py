@@ -177,7 +177,7 @@ def test_plain_mlp_equals_its_formula(choice, activation):
     mlp = small_model(*choice, "model.bias=true").layers[0].mlp
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     hidden = activation(x @ mlp.up_proj.weight.T + mlp.up_proj.bias)
-    y, expected = mlp(x), hidden @ mlp.down_proj.weight.T + mlp.down_proj.bias
+    (y, _), expected = mlp(x, None), hidden @ mlp.down_proj.weight.T + mlp.down_proj.bias
     assert relative_error(y, expected) <= 1e-6
     wanted = [x, *mlp.parameters()]
     for gradient, twin in zip(*(torch.autograd.grad(out.square().sum(), wanted) for out in (y, expected)), strict=True):

@@ -30,6 +30,8 @@ from training.step import StepResult
 
 log = logging.getLogger("headroom")
 MAX_DOCUMENTS_NAMED = 4
+OF_EVERY_STEP = 5  # numbers, before those that are reported
+COUNTS = frozenset({"clipped_heads"})  # of what is reported
 FLUSH_SECONDS = 0.5  # reading a loss waits for the device, so it is not done at every step
 
 
@@ -37,7 +39,8 @@ class PendingRow(NamedTuple):
     """A step whose numbers are still on the device."""
 
     row: MetricRow
-    numbers: Tensor  # loss, gradient norm, bytes and number of counted targets, skipped, and with QK-clip its two
+    numbers: Tensor  # loss, gradient norm, bytes and number of counted targets, skipped; and what is reported
+    reported: tuple[str, ...]  # names of the latter
 
 
 class Monitor:
@@ -143,7 +146,7 @@ class Monitor:
             row |= evaluation.columns()
         if unscored:
             row[UNSCORED] = True
-        self.pending.append(PendingRow(row, self._numbers(result, targets)))
+        self.pending.append(PendingRow(row, self._numbers(result, targets), tuple(result.reported)))
         if self._flush_is_due(result, evaluation is not None):
             self.flush()
         if evaluation is not None:
@@ -153,8 +156,8 @@ class Monitor:
         """(numbers,) of a step, on the device."""
         counted = targets >= 0
         text_bytes = (self.byte_lengths[targets] * counted).sum()
-        numbers = (result.loss, result.grad_norm, text_bytes, counted.sum(), result.skipped, *(result.clipped or ()))
-        return torch.stack([number.to(result.loss) for number in numbers])
+        numbers = (result.loss, result.grad_norm, text_bytes, counted.sum(), result.skipped)
+        return torch.stack([number.to(result.loss) for number in (*numbers, *result.reported.values())])
 
     def _flush_is_due(self, result: StepResult, evaluated: bool) -> bool:
         free_to_read = self.device.type == "cpu"
@@ -175,8 +178,10 @@ class Monitor:
         self.pending = []
         numbers = torch.stack([each.numbers for each in pending]).tolist()
         shared = self._speed_columns(self.timer.close_interval())
-        for (row, _), of_step in zip(pending, numbers, strict=True):
-            row |= self._step_columns(shared, *of_step)
+        for (row, _, names), of_step in zip(pending, numbers, strict=True):
+            row |= self._step_columns(shared, *of_step[:OF_EVERY_STEP])
+            reported = zip(names, of_step[OF_EVERY_STEP:], strict=True)
+            row |= {name: int(number) if name in COUNTS else number for name, number in reported}
             self.metrics.write(row)
             self.sink.write(row)
             self._report_trouble(row)
@@ -193,17 +198,12 @@ class Monitor:
         )
 
     def _step_columns(
-        self, shared: MetricRow, loss: float, grad_norm: float, text_bytes: float, *rest: float
+        self, shared: MetricRow, loss: float, grad_norm: float, text_bytes: float, counted: float, skipped: float
     ) -> MetricRow:
-        counted, skipped, *clipped = rest
         bpb = loss * counted / (math.log(2) * max(1.0, text_bytes))
         columns = MetricRow(train_loss=loss, train_bpb=bpb, grad_norm=grad_norm, **shared)
         if skipped:
             columns["skipped"] = True
-        if clipped:
-            max_logit, heads = clipped
-            columns["max_logit"] = max_logit
-            columns["clipped_heads"] = int(heads)
         return columns
 
     def _mfu(self, tokens_per_second: float) -> float | None:

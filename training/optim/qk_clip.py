@@ -1,20 +1,11 @@
 """QK-clip (Kimi K2, arXiv:2507.20534, section 2.1): after an update, query and key projections shrink in heads whose
 attention logits have grown beyond a threshold, so that attention stays smooth whatever the optimizer does."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from model.transformer import TransformerLM
-
-
-class Clipped(NamedTuple):
-    """Result of one step's QK-clip; scalars on the device."""
-
-    max_logit: Tensor  # the largest score of any head, before the update
-    heads: Tensor  # how many were beyond the threshold
 
 
 class QKClip:
@@ -45,8 +36,9 @@ class QKClip:
             self.keys.append(min(heads))
 
     @torch.no_grad()
-    def __call__(self, max_logits: Tensor, skipped: Tensor) -> Clipped:
-        """max_logits (layers, heads): the largest attention logits of the step. A skipped step clips nothing."""
+    def __call__(self, max_logits: Tensor, skipped: Tensor) -> dict[str, Tensor]:
+        """max_logits (layers, heads): the largest attention logits of the step, before the update. A skipped step clips
+        nothing. Returns the largest of any head, and how many heads were beyond the threshold."""
         if len(max_logits) != len(self.keys):
             raise UserError(
                 f"optim.qk_clip={self.threshold} goes by the {self.collects} of every layer, and {len(max_logits)} of "
@@ -58,4 +50,4 @@ class QKClip:
         for layer, power, view in self.parts:
             scale = shared[layer].repeat_interleave(len(view) // len(shared[layer])) ** power
             view.mul_(scale.view(-1, *[1] * (view.ndim - 1)))
-        return Clipped(max_logits.amax(), beyond.sum())
+        return {"max_logit": max_logits.amax(), "clipped_heads": beyond.sum()}
