@@ -31,6 +31,7 @@ class Role(Enum):
     VALUE = "value"
     LATENT_DOWN = "latent_down"  # from the hidden state to a latent
     LATENT_UP = "latent_up"  # from a latent to what is each head's
+    INDEXER = "indexer"  # chooses keys
     GATE = "gate"
     UP = "up"
     RESIDUAL_OUTPUT = "residual_output"  # writes to the residual stream

@@ -101,13 +101,18 @@ class Mask:
     pattern: Pattern
     q_doc: Tensor | None = None  # (B, T) document of each token, if packed
     k_doc: Tensor | None = None  # (B, S)
+    chosen: Tensor | None = None  # (B, T, S) bool: of the keys that are visible, an indexer shows these alone
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def is_plain_causal(self) -> bool:
         """Whether query i sees exactly the keys 0..i, by index: the mask of a kernel's causal fast path. (Without
         `causal`, indices cannot hide the padding that may stand behind.)"""
-        return self.contiguous and self.pattern.is_full and self.pattern.causal
+        return self.contiguous and self.pattern.is_full and self.pattern.causal and self.chosen is None
+
+    def among(self, chosen: Tensor) -> "Mask":
+        """The same mask, of which only the chosen keys (B, T, S) are visible."""
+        return Mask(self.q_pos, self.k_pos, self.contiguous, self.pattern, self.q_doc, self.k_doc, chosen)
 
     def visible(self) -> Tensor:
         """The mask as a (B, T, S) bool tensor."""
@@ -117,7 +122,8 @@ class Mask:
         """The mask as a (B, t, s) bool tensor, for the queries in `rows` and the keys in `keys`."""
         q = self.q_pos[:, rows, None], None if self.q_doc is None else self.q_doc[:, rows, None]
         k = self.k_pos[:, None, keys], None if self.k_doc is None else self.k_doc[:, None, keys]
-        return self.sees(*q, *k)
+        seen = self.sees(*q, *k)
+        return seen if self.chosen is None else seen & self.chosen[:, rows, keys] | (q[0] < 0)
 
     def bias(self, rows: slice, keys: slice, dtype: torch.dtype, repeats: int = 1) -> Tensor:
         """The mask as a term of the scores, 0 or -∞ for a hidden key: (B or 1, t · repeats, s), each query's row

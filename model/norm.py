@@ -85,15 +85,16 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean(x)) · weight / sqrt(var(x) + 1e-5) + bias (Ba et al. 2016, arXiv:1607.06450); var divides by n."""
+    """(x - mean(x)) · weight / sqrt(var(x) + eps) + bias (Ba et al. 2016, arXiv:1607.06450); var divides by n."""
 
-    def __init__(self, dim: int, bias: bool):
+    def __init__(self, dim: int, bias: bool, eps: float = 1e-5):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, eps=1e-5).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, eps=self.eps).to(x.dtype)
 
     def layout(self) -> dict[str, ParamLayout]:
         return leaf(self, Role.NORM, Kind.VECTOR)

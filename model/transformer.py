@@ -1,14 +1,15 @@
 """Transformer language model: embedding, pre-norm blocks of attention and MLP on a residual stream, LM head."""
 
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from common.settings import Change
 from model.attention.base import AttentionChoice
+from model.attention.indexer import Indexer
 from model.cache import Cache
 from model.context import Context
 from model.dimensions import Dimensions
@@ -35,6 +36,13 @@ class ModelConfig(Dimensions):
     def _derive(cls, part: AttentionChoice | MLPConfig, info: ValidationInfo) -> AttentionChoice | MLPConfig:
         known = {name: info.data[name] for name in Dimensions.model_fields if name in info.data}
         return part.derive(Dimensions(**known)) if known.keys() == Dimensions.model_fields.keys() else part
+
+    @model_validator(mode="after")
+    def _check_kernel(self) -> Self:
+        chosen = any(self.attention.of_layer(i).has_indexer for i in range(self.n_layers))
+        if chosen and not self.kernel.hides_what_is_not_chosen:
+            raise ValueError("kernel=flex cannot attend to what an indexer chooses: choose kernel=auto")
+        return self
 
     @property
     def positions(self) -> str:
@@ -155,7 +163,7 @@ class TransformerLM(nn.Module):
         self.head = None if config.tie_embeddings else PaddedEmbedding(vocab_size, config.d_model, Role.HEAD)
         # Distinct rotations in order of first use: in a set the order, and so the traced graph, would change with
         # PYTHONHASHSEED.
-        self.ropes = tuple(dict.fromkeys(b.attention.rope for b in self.layers if b.attention.rope is not None))
+        self.ropes = tuple(dict.fromkeys(rope for block in self.layers for rope in block.attention.ropes))
         self.run_block = run_block  # runtime.activation_checkpointing has another
         check_buffers(self)
 
@@ -196,6 +204,14 @@ class TransformerLM(nn.Module):
             for name, value in layer_aux.items():
                 aux[f"layers.{i}.{name}"] = value
         return x, aux
+
+    def freeze_for_warmup(self) -> None:
+        """Freeze all parameters but the indexers', where any of these is to be warmed up."""
+        indexers = [module for module in self.modules() if isinstance(module, Indexer)]
+        if any(indexer.warms_up for indexer in indexers):
+            learning = {parameter for indexer in indexers for parameter in indexer.parameters()}
+            for parameter in set(self.parameters()) - learning:
+                parameter.requires_grad_(False)
 
     @property
     def auxiliary_losses(self) -> dict[str, float]:

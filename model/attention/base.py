@@ -152,6 +152,11 @@ class AttentionConfig(AttentionChoice, PositionConfig):
             see_self=not self.mask_diagonal,
         )
 
+    @property
+    def has_indexer(self) -> bool:
+        """Whether an indexer chooses the keys that a query attends to."""
+        return False
+
     @abstractmethod
     def build(self, dimensions: Dimensions, kernel: Kernel, causal: bool = True) -> "Attention":
         """Build the module; call it on a derived config."""
@@ -175,6 +180,11 @@ class Attention(FanOut, ABC):
     def pattern(self) -> Pattern:
         """The mask pattern."""
         return self.core.pattern
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """The rotations in use."""
+        return () if self.rope is None else (self.rope,)
 
     def forward(
         self, x: Tensor, ctx: Context, cache: Cache | None = None, carried: Any = None

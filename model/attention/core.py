@@ -50,10 +50,17 @@ class AttentionCore:
         (B, S, ...) into k (B, S, G, D) and v (B, S, G, Dv); unset, they are these. v_dim: the values are the first
         columns of the keys.
         """
-        columns, mask = self._update(fresh, ctx, cache)
+        columns, mask = self.update(fresh, ctx, cache)
         if keys_and_values is not None and self._wants_spans(q, mask, ctx):
             return self._in_spans(q, columns, mask, keys_and_values, v_dim)
         k, v = columns if keys_and_values is None else keys_and_values(*columns)
+        return self.attend_to(q, k, v, mask, ctx, v_dim)
+
+    def attend_to(
+        self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, ctx: Context, v_dim: int | None = None
+    ) -> Heads:
+        """Run the kernel: q (B, T, H, D), k (B, S, G, D) and v (B, S, G, Dv) -> output of the heads (B, T, H, Dv), and
+        auxiliary outputs."""
         q, k, row_offset = self.add_position_bias(q, k, mask, self.scale)
         how = How(self.scale, ctx.dropped(self.dropout), v_dim=v_dim)
         out = self.attend(q, k, v, mask, how).out
@@ -97,9 +104,7 @@ class AttentionCore:
         """Create an empty KV cache of these columns, name -> shape of one row, which holds what the pattern shows."""
         return cache_for(self.pattern, batch_size, capacity, columns, like)
 
-    def _update(
-        self, fresh: Mapping[str, Tensor], ctx: Context, cache: Cache | None
-    ) -> tuple[tuple[Tensor, ...], Mask]:
+    def update(self, fresh: Mapping[str, Tensor], ctx: Context, cache: Cache | None) -> tuple[tuple[Tensor, ...], Mask]:
         """Cache the fresh columns, if there is a cache; return those to attend to, and their mask."""
         if cache is None:
             return tuple(fresh.values()), ctx.mask(self.pattern, None)

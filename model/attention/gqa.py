@@ -9,14 +9,9 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from model.attention.base import (
-    Attention,
-    AttentionConfig,
-    divisors,
-    grouped_kv_heads,
-    head_dim_of,
-)
+from model.attention.base import divisors, grouped_kv_heads, head_dim_of
 from model.attention.core import Heads
+from model.attention.indexed import IndexedAttention, IndexedConfig
 from model.cache import Cache
 from model.context import Context
 from model.dimensions import Dimensions, Size
@@ -28,7 +23,7 @@ from model.linear import Linear
 from model.norm import RMSNorm, are_plain, rms_normer
 
 
-class GQAConfig(AttentionConfig):
+class GQAConfig(IndexedConfig):
     n_kv_heads: Size | Literal["all"] | None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
     head_dim: Size | None  # unset: d_model / n_heads
     qk_norm: bool | None  # RMSNorm on each query and key head, before RoPE; unset: model.qk_norm
@@ -50,6 +45,7 @@ class GQAConfig(AttentionConfig):
                 "head_dim": head_dim,
                 "rope_dim": self._rope_dim(head_dim),
                 "qk_norm": dimensions.qk_norm if self.qk_norm is None else self.qk_norm,
+                "indexer": self.derived_indexer(dimensions),
             }
         )
 
@@ -73,7 +69,7 @@ class GQAConfig(AttentionConfig):
 
     @property
     def cache_elements(self) -> int:
-        return 2 * self.n_kv_heads * self.head_dim
+        return 2 * self.n_kv_heads * self.head_dim + self.index_elements
 
     def qk_clip_obstacle(self) -> str | None:
         if self.qk_norm:
@@ -88,7 +84,7 @@ class GQAConfig(AttentionConfig):
         return f"GQA, {n_heads} heads on {self.n_kv_heads} key and value heads"
 
 
-class GQA(Attention):
+class GQA(IndexedAttention):
     """y = softmax(q kᵀ / sqrt(head_dim)) v, each KV head shared by n_heads / n_kv_heads query heads."""
 
     def __init__(self, config: GQAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
@@ -98,7 +94,8 @@ class GQA(Attention):
         self.n_kv_heads = config.n_kv_heads
         self.core = config.core(kernel, causal, config.head_dim)
         self.rope = config.rope(config.rope_dim)
-        self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns)
+        self.indexer = config.build_indexer(d_model, d_model, config.rope_dim or 0)
+        self.macs_per_pair = n_heads * (2 * config.head_dim + config.bias_columns) + self.index_macs_per_pair
         # Without RoPE or a norm behind it, a key bias adds the same to all scores of a query, which softmax ignores.
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
         self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)
@@ -115,11 +112,11 @@ class GQA(Attention):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.apply_each(x))
         q = ctx.rotated(self.q_norm(q), self.rope)  # (B, T, H, D)
         k = ctx.rotated(self.k_norm(k), self.rope)  # (B, T, G, D)
-        return self.core(q, {"k": k, "v": v}, ctx, cache)
+        return self.core_of(self.index(x, x, ctx))(q, {"k": k, "v": v}, ctx, cache)
 
     def flat(self, cache: Cache) -> FlatAttention | None:
         joined = self.joined()
-        ours = type(self) is GQA and are_plain(self.q_norm, self.k_norm)
+        ours = type(self) is GQA and self.indexer is None and are_plain(self.q_norm, self.k_norm)
         if joined is None or not (ours and self.is_plain(cache)):
             return None
         keys, values = cache.by_head("k"), cache.by_head("v")
@@ -148,7 +145,8 @@ class GQA(Attention):
 
     def make_cache(self, batch_size: int, capacity: int) -> Cache:
         head = (self.n_kv_heads, self.head_dim)
-        return self.core.make_cache(batch_size, capacity, {"k": head, "v": head}, like=self.k_proj.weight)
+        columns = {"k": head, "v": head} | self.index_column
+        return self.core.make_cache(batch_size, capacity, columns, like=self.k_proj.weight)
 
     def layout(self) -> dict[str, ParamLayout]:
         n_heads, head_dim = self.o_proj.in_features // self.head_dim, self.head_dim
@@ -160,4 +158,5 @@ class GQA(Attention):
             **linear("o_proj", self.o_proj, Role.RESIDUAL_OUTPUT, published=Names("o_proj", "c_proj")),
             **nested("q_norm", self.q_norm, Names("q_norm")),
             **nested("k_norm", self.k_norm, Names("k_norm")),
+            **nested("indexer", self.indexer, Names("indexer")),
         }

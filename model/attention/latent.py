@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.base import AttentionConfig
+from model.attention.indexer import Index
 from model.context import Context
 from model.dimensions import Dimensions
 from model.linear import FanOut, Linear
@@ -21,6 +22,7 @@ class Projected(NamedTuple):
     q_nope: Tensor  # (B, T, H, n)
     q_rope: Tensor  # (B, T, H, r), rotated
     row: Tensor  # (B, T, 1, c + r): latent, normed, and rotated rope key, which is what a latent KV cache stores
+    index: Index | None = None  # what an indexer makes of them
 
 
 class LatentProjections(FanOut):

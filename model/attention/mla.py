@@ -50,15 +50,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from model.attention.base import (
-    Attention,
-    AttentionConfig,
-    divisors,
-    grouped_kv_heads,
-    head_dim_of,
-)
+from model.attention.base import divisors, grouped_kv_heads, head_dim_of
 from model.attention.core import Heads
 from model.attention.flat_mla import flat_absorbed
+from model.attention.indexed import IndexedAttention, IndexedConfig
 from model.attention.latent import LatentProjections, Projected
 from model.cache import Cache
 from model.context import Context
@@ -74,14 +69,15 @@ MAX_ROPE_KEY = 64  # the widest by default, as in DeepSeek-V3: wider ones would 
 Execution = Literal["auto", "naive", "expanded", "absorbed"]
 
 
-class MLAConfig(AttentionConfig):
+class MLAConfig(IndexedConfig):
     """Settings of MLA. Unset dimensions follow head_dim = d_model / n_heads, so that keys and values are equally wide
     (n + r = v) and the absorbed key (c + r, and the columns of ALiBi) is at most 256 wide: the shapes flash kernels
     take. Three quarters of a head rotate, up to 64 dimensions, and whole heads are normed, with which small models
     learn to look back sooner (docs/studies/why_mla_is_behind.md). DeepSeek-V3 has c 512, n 128, r 64, v 128,
     q_lora_rank 1536 and qk_norm=latent."""
 
-    q_lora_rank: int | None = Field(ge=0, le=MAX_SIZE)  # 0 or None: q_proj reads the hidden state directly
+    # 0: q_proj reads the hidden state directly; None: the same, and d_model / 2 with an indexer, which reads the latent
+    q_lora_rank: int | None = Field(ge=0, le=MAX_SIZE)
     kv_lora_rank: Size | None  # c; unset: d_model / 4, or what 256 leaves beside r
     qk_nope_head_dim: Size | None  # n; unset: head_dim - qk_rope_head_dim
     qk_rope_head_dim: int | None = Field(ge=0, le=MAX_SIZE)  # r; unset: 3/4 head_dim, even, up to 64; 0 without RoPE
@@ -106,7 +102,8 @@ class MLAConfig(AttentionConfig):
         derived = self.model_copy(
             update={
                 **self.of_model(dimensions),
-                "q_lora_rank": self.q_lora_rank or 0,
+                "q_lora_rank": self._query_rank(dimensions.d_model),
+                "indexer": self.derived_indexer(dimensions),
                 "kv_lora_rank": self.kv_lora_rank or self._latent_dim(dimensions.d_model, rope_dim),
                 "qk_nope_head_dim": nope_dim,
                 "qk_rope_head_dim": rope_dim,
@@ -116,6 +113,15 @@ class MLAConfig(AttentionConfig):
         )
         derived._warn_of_large_cache(dimensions.n_heads)
         return derived
+
+    def _query_rank(self, d_model: int) -> int:
+        top_k = self.indexer.top_k
+        if top_k is not None and self.q_lora_rank == 0:
+            raise ValueError(
+                f"indexer.top_k={top_k}: the indexer reads the latent of the queries, and q_lora_rank=0 has none: "
+                "leave q_lora_rank unset, or choose one"
+            )
+        return self.q_lora_rank or (0 if top_k is None else max(1, d_model // 2))
 
     def _check_groups(self, qk_norm: str, n_heads: int) -> None:
         if self.qk_norm_groups > 1 and qk_norm == "latent":
@@ -169,7 +175,8 @@ class MLAConfig(AttentionConfig):
 
     @property
     def cache_elements(self) -> int:
-        return self.kv_lora_rank + self.qk_rope_head_dim + (0 if self.qk_norm == "latent" else self.qk_norm_groups)
+        inverse = 0 if self.qk_norm == "latent" else self.qk_norm_groups
+        return self.kv_lora_rank + self.qk_rope_head_dim + inverse + self.index_elements
 
     def qk_clip_obstacle(self) -> str | None:
         if self.qk_norm != "latent":
@@ -181,13 +188,14 @@ class MLAConfig(AttentionConfig):
         return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}"
 
 
-class MLA(LatentProjections, Attention):
+class MLA(LatentProjections, IndexedAttention):
     """Multi-head latent attention; the formulas stand at the top. Letters: H heads, n and r the key dimensions
     without and with rotation, v the value dimension, c the latent's width (kv_lora_rank)."""
 
     def __init__(self, config: MLAConfig, dimensions: Dimensions, kernel: Kernel, causal: bool):
         super().__init__(config, dimensions)
         self.core = config.core(kernel, causal, self.nope_dim + self.rope_dim)
+        self.indexer = config.build_indexer(dimensions.d_model, config.q_lora_rank, self.rope_dim)
         self.v_dim = config.v_head_dim
         self.whole_keys = config.qk_norm == "whole"
         self.key_groups = config.qk_norm_groups
@@ -214,15 +222,16 @@ class MLA(LatentProjections, Attention):
         if config.execution == "absorbed":
             key = self.rank + self.rope_dim
             value = key if self.caches_inverse else self.rank
-        return self.n_heads * (key + value + config.bias_columns)
+        return self.n_heads * (key + value + config.bias_columns) + self.index_macs_per_pair
 
     def heads(self, x: Tensor, ctx: Context, cache: Cache | None, carried: Any) -> Heads:
-        return self.execute(self.project(x, ctx), ctx, cache)
+        given = self.project(x, ctx)
+        return self.execute(given._replace(index=self.index(x, given.q_latent, ctx)), ctx, cache)
 
     def flat(self, cache: Cache) -> FlatAttention | None:
         """Absorbed, where whole keys are normed together or none are, and rotate."""
         joined = self.joined()
-        ours = type(self) is MLA and self.execute in (self._cheaper, self._absorbed)
+        ours = type(self) is MLA and self.indexer is None and self.execute in (self._cheaper, self._absorbed)
         usual = self.k_nope_norm is None and self.k_rope_proj is None and self.rope is not None and self.key_groups == 1
         parts = [self.q_proj] if isinstance(self.q_proj, Linear) else list(self.q_proj)
         plain = are_plain(self.q_norm, self.kv_norm) and all(type(part) in (Linear, RMSNorm) for part in parts)
@@ -237,7 +246,7 @@ class MLA(LatentProjections, Attention):
             columns = {"latent_and_k_rope": (1, self.rank + self.rope_dim)}
             if self.caches_inverse:
                 columns["inverse_rms"] = (self.key_groups, 1)
-        return self.core.make_cache(batch_size, capacity, columns, like=self.kv_up.weight)
+        return self.core.make_cache(batch_size, capacity, columns | self.index_column, like=self.kv_up.weight)
 
     def layout(self) -> dict[str, ParamLayout]:
         # The rope key is no head's own: QK-clip leaves it, and q_rope makes up for it.
@@ -256,6 +265,7 @@ class MLA(LatentProjections, Attention):
             **nested("q_rope_norm", self.q_rope_norm),
             **nested("k_rope_norm", self.k_rope_norm),
             **nested("k_nope_norm", self.k_nope_norm),
+            **nested("indexer", self.indexer, Names("indexer")),
         }
 
     def _query_layout(self, parts: tuple[Part, ...]) -> dict[str, ParamLayout]:
@@ -270,12 +280,14 @@ class MLA(LatentProjections, Attention):
 
     def _naive(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
         k, v = self._expand(given.row)
-        return self.core(torch.cat((given.q_nope, given.q_rope), -1), {"k": k, "v": v}, ctx, cache)
+        core = self.core_of(given.index)
+        return core(torch.cat((given.q_nope, given.q_rope), -1), {"k": k, "v": v}, ctx, cache)
 
     def _expanded(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
         # inv is for the cache alone: _expand norms keys by itself
         entries = {"latent_and_k_rope": given.row} if cache is None else self._cache_entries(given.row)
-        return self.core(torch.cat((given.q_nope, given.q_rope), -1), entries, ctx, cache, self._expand)
+        core = self.core_of(given.index)
+        return core(torch.cat((given.q_nope, given.q_rope), -1), entries, ctx, cache, self._expand)
 
     def _absorbed(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
         w_uk, w_uv = self.up_per_head()
@@ -285,11 +297,13 @@ class MLA(LatentProjections, Attention):
         q = torch.cat((torch.einsum("bthn,hnc->bthc", q_nope, w_uk), given.q_rope), -1)  # (B, T, H, c + r)
         # The row serves as value too, without a copy; its rope columns are dropped from the output.
         v_dim = None if self.caches_inverse else self.rank
-        heads = self.core(q, self._cache_entries(given.row), ctx, cache, self._latent_keys, v_dim)
+        core = self.core_of(given.index)
+        heads = core(q, self._cache_entries(given.row), ctx, cache, self._latent_keys, v_dim)
         return heads._replace(out=torch.einsum("bthc,hvc->bthv", heads.out[..., : self.rank], w_uv))
 
     def _cheaper(self, given: Projected, ctx: Context, cache: Cache | None) -> Heads:
-        absorb = cache is not None and given.row.shape[1] <= self.break_even
+        few = cache is not None and given.row.shape[1] <= self.break_even
+        absorb = few or (given.index is not None and given.index.gathers(ctx, cache))
         return (self._absorbed if absorb else self._expanded)(given, ctx, cache)
 
     def _latent_keys(self, row: Tensor, inverse: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

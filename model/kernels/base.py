@@ -71,6 +71,7 @@ class Kernel(FrozenSettings, ABC):
     """Attention kernel: a frozen callable, passed to an attention at construction."""
 
     compiles_itself: ClassVar[bool] = False  # and so stays out of torch.compile
+    hides_what_is_not_chosen: ClassVar[bool] = True  # whether it follows Mask.chosen
     is_flash_on_cpu: ClassVar[bool] = False  # whether it is PyTorch's flash kernel there, where nothing trains
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:

@@ -27,6 +27,7 @@ class Flex(Kernel):
     """FlexAttention for 128 queries or more. Fewer have nothing to skip, as in decoding: the fused kernel runs them."""
 
     compiles_itself: ClassVar[bool] = True
+    hides_what_is_not_chosen: ClassVar[bool] = False
 
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type not in ("cpu", "cuda"):
@@ -42,6 +43,8 @@ class Flex(Kernel):
         t = q.shape[1]
         if t < BLOCK and (not how.lse or SHORT_QUERY_KERNEL.gives_lse(q.device.type)):
             return SHORT_QUERY_KERNEL(q, k, v, mask, how)
+        if mask.chosen is not None:
+            raise Unsupported("kernel=flex cannot attend to what an indexer chooses: kernel=auto")
         case = Case.of(q, k, v, mask, how)
         self.check(q.device, case.trains, case.dropout)
         self.check_lse(case)

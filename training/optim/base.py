@@ -68,8 +68,10 @@ class OptimConfig(FrozenSettings, ABC):
         check_groups(self.groups, [name for name, _ in model.named_parameters()])
 
     def freeze(self, model: TransformerLM) -> None:
-        """Freeze the parameters of groups that do not train. Call it before anything else learns of the model."""
+        """Freeze the parameters of groups that do not train, and all but the indexers where these are warmed up. Call
+        it before anything else learns of the model."""
         freeze(model, self.groups)
+        model.freeze_for_warmup()
 
     def clip(self, model: TransformerLM) -> QKClip | None:
         """QK-clip, which acts on the model after each update, where it is on."""

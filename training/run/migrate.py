@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 8  # of config.yaml and manifest.json
+FORMAT = 9  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -72,6 +72,8 @@ CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which 
 # Until 5 biases learned at the rate lr; until 7 there were no groups:
 OPTIMIZERS_7 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")
 MODEL_7 = {"own_logit_init": None}  # the last norm started at one
+INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
+NO_INDEXER_8 = {"indexer": {"top_k": None, "n_heads": 4, "head_dim": None, "stage": "sparse", "weight": 1.0}}
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
     "data.corpus.StdlibCorpus": "data.sources.python_source.StdlibCorpus",
@@ -115,7 +117,9 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _each_part(tree, _to_6)
     if format < 7:
         tree = _to_7(tree)
-    return _to_8(tree) if format < 8 else tree
+    if format < 8:
+        tree = _to_8(tree)
+    return _each_part(tree, _with_indexer) if format < 9 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -168,6 +172,10 @@ def _to_8(tree: dict[str, Any]) -> dict[str, Any]:
     tree = _each_part(tree, _with_groups)
     model = tree.get("model")
     return tree | {"model": MODEL_7 | model} if isinstance(model, Mapping) else tree
+
+
+def _with_indexer(part: dict[str, Any]) -> dict[str, Any]:
+    return NO_INDEXER_8 | part if part.get("_target_") in INDEXED_9 else part
 
 
 def _with_groups(part: dict[str, Any]) -> dict[str, Any]:
