@@ -10,6 +10,7 @@ from torch import Tensor
 
 from model.initialise import initialised
 from model.layout import Kind
+from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.model.attention.laws import ways_to_decode
 from tests.support import composed_run, logits_of, relative_error, some_tokens
@@ -153,6 +154,49 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
         *(stretched if scaling == "yarn" else ()),
         f"model.bias={bias}",
     )
+
+
+@pytest.mark.skipif(not hasattr(transformers, "DeepseekV32Config"), reason="this transformers has no DeepSeek-V3.2")
+def test_dsa_with_deepseek_v32s_weights_chooses_its_keys_and_gives_its_logits(monkeypatch):
+    top_k, tokens, theirs_chosen, mine_chosen = 7, some_tokens(2, 40), [], []
+    config = transformers.DeepseekV32Config(
+        **SHAPE,
+        num_key_value_heads=HEADS,
+        q_lora_rank=24,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        index_topk=top_k,
+        index_head_dim=20,
+        index_n_heads=16,  # so many that no key has them all off: theirs takes any of equal scores
+        first_k_dense_replace=LAYERS,
+        rope_interleave=True,
+    )
+    theirs = transformers.DeepseekV32ForCausalLM(config)
+    among = Mask.among
+    monkeypatch.setattr(Mask, "among", lambda mask, chosen: mine_chosen.append(chosen) or among(mask, chosen))
+    for layer in theirs.model.layers:
+        layer.self_attn.indexer.register_forward_hook(lambda _module, _given, found: theirs_chosen.append(found))
+    check_parity(
+        theirs,
+        "attention=dsa",
+        "attention.qk_norm=latent",
+        "attention.q_lora_rank=24",
+        "attention.kv_lora_rank=16",
+        "attention.qk_nope_head_dim=12",
+        "attention.qk_rope_head_dim=8",
+        "attention.v_head_dim=16",
+        "attention.rope_layout=interleaved",
+        f"attention.indexer.top_k={top_k}",
+        "attention.indexer.head_dim=20",
+        "attention.indexer.n_heads=16",
+    )
+    assert len(mine_chosen) == len(theirs_chosen) == LAYERS
+    earlier = torch.ones(40, 40, dtype=torch.bool).tril()
+    for mine, indices in zip(mine_chosen, theirs_chosen, strict=True):
+        expected = torch.zeros(2, 40, 40, dtype=torch.bool).scatter(2, indices.long(), True)
+        assert torch.equal(mine & earlier, expected & earlier)
 
 
 def load_gpt2(mine: TransformerLM, state: dict[str, Tensor]) -> None:
