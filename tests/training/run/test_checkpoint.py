@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from common.checksummed_json import digest, parse_verified
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
+from tests.composition import request_of
 from tests.support import SMOKE, call, relative_error, some_tokens, training_state
 from tests.training.runs import assert_same_run, losses, rewind
+from train import train
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run import folder as run_folder
@@ -484,6 +486,15 @@ def test_resume_locked_folder_is_refused(run, monkeypatch, capsys):
         assert "another process is training in run" in capsys.readouterr().err
         assert newest(run, (MODEL,)).manifest.step == 6  # reading is free
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
+
+
+@pytest.mark.parametrize("typed", [[], ["dry_run=true"], ["steps=9", "device=nowhere"]])
+def test_refused_resume_lets_the_folder_go_while_its_exception_is_kept(run, typed):
+    with pytest.raises(UserError) as kept:  # and with it the frames that took the lock
+        train(**request_of(["resume=run", *typed]))
+    assert kept.value.__traceback__ is not None
+    with run_folder.acquire_run_lock(run):
+        pass
 
 
 def test_save_rows_are_on_disk_before_the_checkpoint(workplace, monkeypatch):
