@@ -717,6 +717,10 @@ BAD_RUNS = {  # a line of each place that refuses; tests of that place have the 
     "device": (["device=cuda:9"], "device=cuda:9"),
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already: choose another"),
     "folder in a file": (["run_dir=empty.txt/run"], "run_dir=empty.txt/run cannot be made: Not a directory: give"),
+    "a file for data": (
+        ["data=a.txt"],
+        "data=a.txt: did you mean data=files data.path=a.txt? Or choose one of files, ",
+    ),
     "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, mini, small, tiny"),
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
     "folder of a project": (["run_dir=project"], "run_dir=project exists already: choose another"),
