@@ -78,7 +78,7 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
 
     process.end_by_unwinding()
     with ExitStack() as held:  # the lock on its folder, released however this ends
-        run, folder, device = requested_run(tree, typed, held)
+        run, folder, device = requested_run(tree, typed, choices, held)
         length = run.model.context_length
         if run.dry_run:
             done = checkpoint.steps_done(folder) if folder else 0
@@ -113,14 +113,15 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
         monitor.draw_picture()
 
 
-def requested_run(tree: dict, typed: list[str], held: ExitStack) -> tuple:
+def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: ExitStack) -> tuple:
     """The run that a command asks for; its folder, if it has one already; and the device, which is set up for it.
-    held: takes the lock on the folder."""
+    held: takes the lock on the folder; the others as `train` has them."""
     from common import process
     from common.console import to_stderr
     from runtime.device import choose_device, set_determinism, set_threads
     from runtime.precision import choose_precision
     from training.experimental_settings import warn_experimental_settings
+    from training.large_rates import warn_large_rates
     from training.minutes import steps_for
     from training.run.config import check_not_of_sweep, pop_command_settings
     from training.run.start import resolve_run
@@ -138,6 +139,8 @@ def requested_run(tree: dict, typed: list[str], held: ExitStack) -> tuple:
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
     warn_experimental_settings(run, device, typed)
+    if folder is None:
+        warn_large_rates(run, typed, choices["optim"])
     return run, folder, device
 
 
