@@ -899,6 +899,22 @@ def test_sample_first_token_imports_no_heavy_package(place, monkeypatch):
     assert loaded_by("sample.py", "The ", "--run", "runs/mla", until="generation.text_stream.TextStream.feed") == []
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_says_that_installing_takes_minutes_before_it_installs(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    for folder in (".venv", "bin"):
+        (tmp_path / folder).mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text('#!/bin/sh\necho "python $*"\n')
+    python.chmod(0o755)
+    made = ["make", "--silent", "install", f"PYTHON={python}", "BIN=bin"]
+    first, again = (subprocess.run(made, cwd=tmp_path, capture_output=True, text=True).stdout for _ in range(2))
+    said, venv, pip = first.splitlines()
+    assert "takes minutes" in said and venv == "python -m venv .venv" and pip.startswith("python -m pip install")
+    assert again == ""
+
+
 @pytest.mark.slow  # tests/common/test_streams.py has each case of it in small processes
 def test_commands_as_processes_survive_closed_streams(tmp_path):
     """The whole way once, through the shell's eyes: train where nobody listens, files being opened while the streams
