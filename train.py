@@ -84,7 +84,7 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
             done = checkpoint.steps_done(folder) if folder else 0
             return dry_run(run, device, done, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
 
-        corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
+        corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)
         check_split_lengths(corpus, length)
         preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
         run = run.model_copy(update={"data": run.data.with_fixed_revision()})

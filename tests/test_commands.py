@@ -821,7 +821,7 @@ def test_train_eval_every_0_evaluates_after_the_last_step(workplace, monkeypatch
     [
         (
             ["tokenizer=byte", "data=files", "data.path=short.txt"],
-            "tokens, one window of model.context_length=256 takes 257: give more text, or a shorter",
+            "bytes, one window of model.context_length=256 takes 257 tokens: give more text, or a shorter",
         ),
         ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, and 63 leave room in the context"),
         ([*SMOKE, "model.d_model=1048576"], "not enough memory: take a smaller model"),
