@@ -10,6 +10,7 @@ READY := .venv/.ready
 install: $(READY)
 
 $(READY): pyproject.toml
+	@echo 'installing into .venv, once: PyTorch is large, so this takes minutes, and pip says nothing meanwhile'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $(READY)

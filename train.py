@@ -15,7 +15,7 @@ if __name__ == "__main__":
     process.start()
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,49 +77,51 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     from training.step import train_step
 
     process.end_by_unwinding()
-    run, folder, run_lock, device = requested_run(tree, typed)
-    length = run.model.context_length
-    if run.dry_run:
-        done = checkpoint.steps_done(folder) if folder else 0
-        return dry_run(run, device, done, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
+    with ExitStack() as held:  # the lock on its folder, released however this ends
+        run, folder, device = requested_run(tree, typed, choices, held)
+        length = run.model.context_length
+        if run.dry_run:
+            done = checkpoint.steps_done(folder) if folder else 0
+            return dry_run(run, device, done, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
 
-    corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-    check_split_lengths(corpus, length)
-    preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
-    run = run.model_copy(update={"data": run.data.with_fixed_revision()})
-    state, folder, run_lock = begin_or_resume(run, corpus, device, folder, run_lock, choices)
-    monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state.step, device)
-    advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
+        corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)
+        check_split_lengths(corpus, length)
+        preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
+        run = run.model_copy(update={"data": run.data.with_fixed_revision()})
+        state, folder = begin_or_resume(run, corpus, device, folder, held, choices)
+        monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state.step, device)
+        advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
-    def preview() -> str:
-        return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
+        def preview() -> str:
+            return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
 
-    with run_lock, advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
-        session = Session(run, folder, corpus, state, monitor, stop)
-        session.evaluate_before_steps()
-        for step in range(state.step, run.steps):
-            batches = session.next_batches()
-            with session.saving_where_stopped():
-                result = train_step(state, batches, run.lr_factor(step), session.check_stop)
-            session.end_step(result, batches)
-            if session.preview_is_due():
-                with monitor.paused_timer():
-                    monitor.print_text(preview())
-    if process.in_sweep:
-        print_score(session.evaluation)
-    else:
-        print_result(preview(), monitor.final_lines(session.evaluation), folder)
-    monitor.draw_picture()
+        with advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
+            session = Session(run, folder, corpus, state, monitor, stop)
+            session.evaluate_before_steps()
+            for step in range(state.step, run.steps):
+                batches = session.next_batches()
+                with session.saving_where_stopped():
+                    result = train_step(state, batches, run.lr_factor(step), session.check_stop)
+                session.end_step(result, batches)
+                if session.preview_is_due():
+                    with monitor.paused_timer():
+                        monitor.print_text(preview())
+        if process.in_sweep:
+            print_score(session.evaluation)
+        else:
+            print_result(preview(), monitor.final_lines(session.evaluation), folder)
+        monitor.draw_picture()
 
 
-def requested_run(tree: dict, typed: list[str]) -> tuple:
-    """The run that a command asks for; its folder, and the lock on it, if it has one already; and the device, which is
-    set up for it."""
+def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: ExitStack) -> tuple:
+    """The run that a command asks for; its folder, if it has one already; and the device, which is set up for it.
+    held: takes the lock on the folder; the others as `train` has them."""
     from common import process
     from common.console import to_stderr
     from runtime.device import choose_device, set_determinism, set_threads
     from runtime.precision import choose_precision
     from training.experimental_settings import warn_experimental_settings
+    from training.large_rates import warn_large_rates
     from training.minutes import steps_for
     from training.run.config import check_not_of_sweep, pop_command_settings
     from training.run.start import resolve_run
@@ -128,8 +130,8 @@ def requested_run(tree: dict, typed: list[str]) -> tuple:
     given = pop_command_settings(tree)
     check_not_of_sweep(given)
     if given["minutes"] is not None:
-        tree["steps"] = steps_for(given, resolve_run(tree, typed)[0], typed)
-    run, folder, run_lock = resolve_run(tree, typed, given["resume"])
+        tree["steps"] = steps_for(given, resolve_run(tree, typed, held)[0], typed)
+    run, folder = resolve_run(tree, typed, held, given["resume"])
     run.logger.check_installed()
     set_determinism(run.deterministic)
     set_threads(run.threads)
@@ -137,7 +139,9 @@ def requested_run(tree: dict, typed: list[str]) -> tuple:
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
     warn_experimental_settings(run, device, typed)
-    return run, folder, run_lock, device
+    if folder is None:
+        warn_large_rates(run, typed, choices["optim"])
+    return run, folder, device
 
 
 def print_score(evaluation: "Evaluation") -> None:

@@ -2,6 +2,7 @@
 are computed besides."""
 
 import os
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from training.run.folder import MAX_CONFIG_BYTES, check_is_run, read_config, rea
 NOT_COMPARED = ("run_dir", "cache_dir", "logger", "save_every", "keep_last", "sample_every", "sample_prompt")
 NOT_COMPARED += ("eval_every", "eval_before", "eval_tokens", "log_attention", "profile_steps", "dry_run", "peak_flops")
 PLACES = ("data.path", "tokenizer.path", "tokenizer.folder")
+MIN_INTERVALS = 10  # of training, that tell how evenly a run went
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,15 @@ class Record:
             before = tokens
             found.append(total)
         return found
+
+    @property
+    def slowdown(self) -> float | None:
+        """The 90th percentile of the seconds of a step, by their median: near 1 on a machine that does nothing else.
+        None where too few intervals were timed to tell."""
+        speeds = [row["tokens_per_second"] for row in self.rows if row.get("tokens_per_second")]
+        if len(set(speeds)) < MIN_INTERVALS:  # the steps of an interval share its speed
+            return None
+        return statistics.median(speeds) / statistics.quantiles(speeds, n=10)[0]
 
     @property
     def flops_per_token(self) -> float:

@@ -33,6 +33,8 @@ UNKNOWN = Estimate({}, math.nan, None, None)
 CLASS = "._target_"  # the setting that names a choice's class
 CHOSEN_LATER = (None, "auto")  # settings of a sweep that each run fills in
 MACHINES = {"git_commit": "commit", "packages": "versions", "platform": "machine", "gpu": "GPU", "threads": "threads"}
+EVEN = 1.5  # times its median, that the 90th percentile of a step's seconds may be on a machine that does nothing else
+MAX_NAMED = 3  # runs
 ENVIRONMENT = ("python", "platform", "packages", "threads", "gpu", "git_commit", "git_changes")
 
 
@@ -88,7 +90,13 @@ def report_on(
         variants=variants,
         cells=selection.cells,
         summary=[],
-        notes=[*notes, *start_notes(groups), *seed_notes(groups), *machine_notes(records)],
+        notes=[
+            *notes,
+            *start_notes(groups),
+            *seed_notes(groups),
+            *machine_notes(records),
+            *load_notes(selection.members),
+        ],
         config_differences=config_differences(groups),
         environment=environment_of(records),
         data=data_of(records),
@@ -377,6 +385,19 @@ def machine_notes(records: Sequence[Record]) -> list[str]:
     found = environment_of(records)
     unlike = [words for key, words in MACHINES.items() if isinstance(found[key], list)]
     return [f"the runs have not the same {' and '.join(unlike)}: see the environment"] if unlike else []
+
+
+def load_notes(members: Sequence[Member]) -> list[str]:
+    """Where runs went so unevenly that something else must have used the machine: losses are not touched by that."""
+    slow = {member.cell.name: member.record.slowdown or 1 for member in members}
+    busy = {name: found for name, found in slow.items() if found > EVEN}
+    if not busy:
+        return []
+    names = ", ".join(list(busy)[:MAX_NAMED]) + (f" and {len(busy) - MAX_NAMED} more" if len(busy) > MAX_NAMED else "")
+    return [
+        f"the machine was busy while it trained {names}: a tenth of the steps took {max(busy.values()):.1f} times the "
+        "median or longer; do not compare minutes and tokens per second"
+    ]
 
 
 def equal_time(sweep: Sweep | None, variants: Sequence[Variant]) -> list[str]:

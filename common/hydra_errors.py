@@ -9,7 +9,7 @@ from typing import Any
 
 from common import conf_files
 from common.errors import UserError
-from common.suggestions import known_settings, misfit, no_such_setting
+from common.suggestions import known_settings, misfit, no_such_choice, no_such_setting
 
 
 @contextmanager
@@ -73,5 +73,5 @@ def _unknown_choice(overrides: Sequence[str]) -> str | None:
         group, _, value = override.partition("=")
         choices = conf_files.choices(group) if conf_files.is_group(group) else []
         if choices and "=" in override and not set(value.split(",")) <= set(choices):
-            return f"{override}: choose one of {', '.join(choices)}"
+            return no_such_choice(group, value)
     return None

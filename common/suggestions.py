@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -122,6 +123,17 @@ def misfit(override: str, known: Known) -> str | None:
 def where_all_are() -> str:
     """Where to look for a setting: a list of all would be a wall of names."""
     return f"{command('train.py', '--help')} lists them, {shortest(str(ROOT / 'docs' / 'settings.md'))} explains them"
+
+
+def no_such_choice(group: str, typed: str) -> str:
+    """Return one line: that a group lacks a choice that was typed for it. Where that is a place of text, it names the
+    corpus that reads it."""
+    listed = f"choose one of {', '.join(conf_files.choices(group))}"
+    if group != "data" or not re.search(r"[./*~]", typed):
+        return f"{group}={typed}: {listed}"
+    on_the_hub = re.fullmatch(r"[\w-]+/[\w-]+", typed) and not os.path.exists(typed)
+    meant = f"data={'hub' if on_the_hub else 'files'} {quoted(f'data.path={typed}')}"
+    return f"{group}={typed}: {hint(meant)} Or {listed}"
 
 
 def no_such_setting(key: str, overrides: Sequence[str] = ()) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import UserError
+from data.shards.build import too_short
 from data.shards.prepare import Prepared
 from data.shards.token_files import TokenStream
 
@@ -125,12 +125,9 @@ def sampled_positions(stream: TokenStream, length: int, document_start: int) -> 
 
 def check_split_lengths(corpus: Prepared, length: int) -> None:
     """Raises UserError where a split is shorter than one window."""
-    for split, stream in (("training", corpus.train), ("validation", corpus.val)):
+    for split, stream in (("train", corpus.train), ("val", corpus.val)):
         if not count_windows(stream, length):
-            raise UserError(
-                f"the {split} split holds {len(stream)} tokens, one window of model.context_length={length} takes "
-                f"{length + 1}: give more text, or a shorter context"
-            )
+            raise too_short(split, f"{len(stream):,} tokens", length + 1)
 
 
 def read_windows(stream: TokenStream, length: int, indices: list[int], document_start: int | None = None) -> Batch:

@@ -717,6 +717,10 @@ BAD_RUNS = {  # a line of each place that refuses; tests of that place have the 
     "device": (["device=cuda:9"], "device=cuda:9"),
     "taken folder": (["run_dir=taken"], "run_dir=taken exists already: choose another"),
     "folder in a file": (["run_dir=empty.txt/run"], "run_dir=empty.txt/run cannot be made: Not a directory: give"),
+    "a file for data": (
+        ["data=a.txt"],
+        "data=a.txt: did you mean data=files data.path=a.txt? Or choose one of files, ",
+    ),
     "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, mini, small, tiny"),
     "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
     "folder of a project": (["run_dir=project"], "run_dir=project exists already: choose another"),
@@ -817,7 +821,7 @@ def test_train_eval_every_0_evaluates_after_the_last_step(workplace, monkeypatch
     [
         (
             ["tokenizer=byte", "data=files", "data.path=short.txt"],
-            "tokens, one window of model.context_length=256 takes 257: give more text, or a shorter",
+            "bytes, one window of model.context_length=256 takes 257 tokens: give more text, or a shorter",
         ),
         ([*SMOKE, f"sample_prompt={'x' * 64}"], "the prompt has 64 tokens, and 63 leave room in the context"),
         ([*SMOKE, "model.d_model=1048576"], "not enough memory: take a smaller model"),
@@ -893,6 +897,22 @@ def test_train_cached_corpus_imports_no_heavy_package_before_first_save(workplac
 def test_sample_first_token_imports_no_heavy_package(place, monkeypatch):
     monkeypatch.chdir(place)
     assert loaded_by("sample.py", "The ", "--run", "runs/mla", until="generation.text_stream.TextStream.feed") == []
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_says_that_installing_takes_minutes_before_it_installs(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "pyproject.toml").touch()
+    for folder in (".venv", "bin"):
+        (tmp_path / folder).mkdir()
+    python = tmp_path / "bin/python"
+    python.write_text('#!/bin/sh\necho "python $*"\n')
+    python.chmod(0o755)
+    made = ["make", "--silent", "install", f"PYTHON={python}", "BIN=bin"]
+    first, again = (subprocess.run(made, cwd=tmp_path, capture_output=True, text=True).stdout for _ in range(2))
+    said, venv, pip = first.splitlines()
+    assert "takes minutes" in said and venv == "python -m venv .venv" and pip.startswith("python -m pip install")
+    assert again == ""
 
 
 @pytest.mark.slow  # tests/common/test_streams.py has each case of it in small processes

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -171,10 +172,8 @@ def test_train_command_of_a_page_composes_and_passes_the_border(place, command):
         request = request_of(words)
     given = pop_command_settings(request["tree"])
     check_not_of_sweep(given)
-    run, _, run_lock = resolve_run(request["tree"], request["typed"], given["resume"])
-    if run_lock is not None:
-        with run_lock:
-            pass
+    with ExitStack() as held:
+        run, _ = resolve_run(request["tree"], request["typed"], held, given["resume"])
     assert run.model.n_layers
 
 

@@ -30,8 +30,9 @@ def steps_for(given: Mapping[str, Any], run: Run, typed: Sequence[str]) -> int:
     other = next((word for word in typed if word.lstrip("+").startswith(("steps=", "resume="))), None)
     if other is not None:
         raise UserError(f"minutes={minutes:g} is in the place of {other}: leave one of them out")
-    corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-    check_split_lengths(corpus, run.model.context_length)
+    length = run.model.context_length
+    corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)
+    check_split_lengths(corpus, length)
     steps = steps_within(minutes, seconds_per_step(run, corpus))
     log.info(f"{counted(steps, 'step')} take {minutes:g} minutes here, evaluation and saving not counted")
     return steps

@@ -16,7 +16,7 @@ from ablation.sweep.stored import PlannedCell
 from common.conf_files import choices, hydra_initialized, is_group
 from common.errors import UserError
 from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments
-from common.suggestions import Known, known_settings, no_such_setting
+from common.suggestions import Known, known_settings, no_such_choice, no_such_setting
 from training.run.config import OF_COMMANDS
 
 SEED = "seed"
@@ -188,7 +188,7 @@ def _check_choices(varying: Varying) -> None:
     """Raise UserError for a group that lacks one of these choices."""
     names = [one.word.partition("=")[2] for one in varying.values]
     if is_group(varying.key) and not set(names) <= set(choices(varying.key)):
-        raise UserError(f"{varying.key}={','.join(names)}: choose one of {', '.join(choices(varying.key))}")
+        raise UserError(no_such_choice(varying.key, ",".join(names)))
 
 
 def _choices(cell: PlannedCell) -> tuple[str, ...]:

@@ -105,10 +105,10 @@ def corpora_of(runs: dict[str, Run]) -> dict[str, Prepared]:
     found: dict[str, Prepared] = {}
     corpora = {}
     for variant, run in runs.items():
-        key = repr((run.data, run.tokenizer, run.cache_dir))
+        key, length = repr((run.data, run.tokenizer, run.cache_dir)), run.model.context_length
         if key not in found:
-            found[key] = prepare(run.data, run.tokenizer, Path(run.cache_dir))
-        check_split_lengths(found[key], run.model.context_length)
+            found[key] = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)
+        check_split_lengths(found[key], length)
         corpora[variant] = found[key]
     return corpora
 

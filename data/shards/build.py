@@ -54,15 +54,19 @@ class Size(NamedTuple):
         return None if self.train is None else (self.train + self.val) / 1e6
 
 
-def measure(corpus: Corpus) -> Size:
+def measure(corpus: Corpus, window: int = 1) -> Size:
     """Read the corpus once, unless that is a download, so that a fault of its last document is reported before the
-    first is encoded. Logs what the corpus contains. Raises UserError for a fault, and for a split without documents."""
+    first is encoded. Logs what the corpus contains. Raises UserError for a fault, for a split without documents, and
+    for one with too few bytes for a window of so many tokens."""
     if corpus.remote:
         return Size(None, None)
     found = Contents()
     for document in corpus.read():
         found.add(document)
     _check_no_split_empty(corpus, found)
+    for split in SPLITS:  # a token is a byte or more, but the one that begins a document
+        if found.bytes[split] + found.begun[split] < window:
+            raise too_short(split, f"{found.bytes[split]:,} bytes", window)
     _log_contents(corpus, found)
     return Size(found.bytes["train"], found.bytes["val"])
 
@@ -325,6 +329,14 @@ def _check_no_split_empty(corpus: Corpus, contents: Contents) -> None:
         if split not in contents.bytes:
             found = f", of {contents.summary(len(corpus.sources()))}" * bool(contents.bytes)
             raise UserError(f"the {split} split of data={corpus.name} is empty{found}: more or longer text is needed")
+
+
+def too_short(split: Split, held: str, window: int) -> UserError:
+    """The error of a split that fills no window of so many tokens. held: what it holds instead."""
+    return UserError(
+        f"the {'training' if split == 'train' else 'validation'} split holds {held}, one window of "
+        f"model.context_length={window - 1} takes {window} tokens: give more text, or a shorter context"
+    )
 
 
 def _bytes(document: Document) -> int:

@@ -50,13 +50,15 @@ class Prepared:
             return []
 
 
-def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, download: bool = True) -> Prepared:
+def prepare(
+    corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, download: bool = True, window: int = 1
+) -> Prepared:
     """Open the shards of this corpus under this tokenizer, after building them where they do not exist yet.
 
     A build appears atomically, so that nothing half-built is ever used; a second process that wants the same waits for
     it. A killed build is continued after its last finished part. Raises UserError for documents
-    that cannot be read, a cache folder that cannot be written, or damaged shards; and, unless download, where only a
-    download could build them.
+    that cannot be read, a cache folder that cannot be written, or damaged shards; unless download, where only a
+    download could build them; and for text to build of whose bytes a split could not fill a window of so many tokens.
     """
     if not _prepared_before(cache_dir, f"{corpus.name}-{tokenizer.name}-"):
         tokenizer.check_available()  # before the corpus is read, which may take minutes
@@ -69,7 +71,7 @@ def prepare(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path, downloa
         tokenizer.check_available()
         if not download:
             check_downloaded(corpus, cache_dir)
-        _build_once(corpus, fingerprint, tokenizer, folder)
+        _build_once(corpus, fingerprint, tokenizer, folder, window)
     discard_parts(folder)  # left by a kill right after the build
     _check_readable(folder / "tokenizer.json")
     try:
@@ -100,8 +102,8 @@ def check_downloaded(corpus: Corpus, cache_dir: Path) -> None:
         raise UserError(f"the documents of data={corpus.name} are not in {cache_dir} yet: a run downloads them")
 
 
-def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path) -> None:
-    size = measure(corpus)
+def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path, window: int) -> None:
+    size = measure(corpus, window)
     try:
         make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"

@@ -15,7 +15,7 @@ log = logging.getLogger("headroom")
 
 
 class Contents:
-    """Bytes of text of each split, number of documents, and how many repeat the text of an earlier one.
+    """Bytes of text and documents of each split, documents of both, and how many repeat the text of an earlier one.
 
     Text of one name is one document: the held-out part of a file belongs to the same document as the rest. Texts are
     compared by hashes of 8 bytes, for the first MAX_COMPARED; with n million different texts, the probability of a
@@ -24,6 +24,7 @@ class Contents:
 
     def __init__(self):
         self.bytes: dict[Split, int] = {}
+        self.begun: dict[Split, int] = {}  # documents
         self.names = array("Q")  # hashes
         self.texts = array("Q")
         self.running = b""  # hash of the current document's text so far
@@ -32,6 +33,7 @@ class Contents:
     def add(self, document: Document) -> None:
         text = document.text.encode()
         self.bytes[document.split] = self.bytes.get(document.split, 0) + len(text)
+        self.begun[document.split] = self.begun.get(document.split, 0) + (not document.is_continuation)
         for marker in MARKERS:
             if marker in document.text:
                 count, first = self.markers.get(marker, (0, document.name))

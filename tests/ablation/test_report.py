@@ -291,6 +291,22 @@ def test_compare_sweep_without_a_finished_run_is_refused(workplace, monkeypatch,
     assert code == 2 and "no run of it has finished (seed=1: exit code 2; seed=2: exit code 2)" in err
 
 
+@pytest.mark.parametrize(("slowed", "noted"), [(1.3, False), (3.0, True)])
+def test_report_says_which_runs_were_trained_on_a_busy_machine(workplace, monkeypatch, slowed, noted):
+    """Whose steps took unlike times: here, every fifth."""
+    options = changed(TINY, "steps=20", "eval_every=20", "save_every=20")
+    for name, factor in (("even", 1.05), ("uneven", slowed)):
+        assert call("train", [*options, f"run_dir={name}"], monkeypatch) == 0
+        rows = read_metrics(Path(name, "metrics.jsonl"))
+        for row in rows:
+            row["tokens_per_second"] = (1000 + row["step"]) / (1 if row["step"] % 5 else factor)
+        Path(name, "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    said = [note for note in report_on([Path("even"), Path("uneven")], decode=False).notes if "busy" in note]
+    assert len(said) == noted
+    if noted:
+        assert "while it trained uneven: a tenth of the steps took 3.0 times the median or longer" in said[0]
+
+
 def test_labels_of_one_varying_setting_are_its_values():
     assert labels_of(["attention=mha", "attention=mla"]) == {"attention=mha": "mha", "attention=mla": "mla"}
     both = ["attention=mha,steps=3", "attention=mla,steps=3"]

@@ -5,7 +5,7 @@ import pytest
 from common import conf_files
 from common.conf_files import choices, groups
 from common.errors import UserError
-from common.suggestions import ALIASES, known_settings, no_such_setting
+from common.suggestions import ALIASES, known_settings, no_such_choice, no_such_setting
 from training.run.config import compose
 
 ALL = {f"{group}.{key}" for group in groups() for name in choices(group) for key in conf_files.keys(group, name)}
@@ -49,6 +49,21 @@ BESIDE_A_CHOICE = {
     ("mlp.aproximate", "model=classic_gpt"): "of mlp=gelu; did you mean approximate?",
     ("data.sise", "experiment=smoke"): "of data=synthetic; did you mean size?",
 }
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("a.txt", "did you mean data=files data.path=a.txt? Or choose one of files, "),
+        ("books/*.txt", "did you mean data=files 'data.path=books/*.txt'? Or choose one of files, "),
+        ("folder/there", "did you mean data=files data.path=folder/there? Or choose one of files, "),
+        ("owner/name", "did you mean data=hub data.path=owner/name? Or choose one of files, "),
+        ("sympi", "choose one of files, "),
+    ],
+)
+def test_no_such_choice_place_of_text_names_the_corpus_that_reads_it(workplace, typed, meant):
+    (workplace / "folder/there").mkdir(parents=True)
+    assert no_such_choice("data", typed).startswith(f"data={typed}: {meant}")
 
 
 def test_no_such_setting_common_guess_names_what_is_meant():

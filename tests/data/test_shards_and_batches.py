@@ -191,6 +191,16 @@ def test_check_split_lengths_too_little_text_raises_error(workplace):
         check_split_lengths(made, 32)
 
 
+def test_prepare_text_of_too_few_bytes_for_a_window_is_refused_before_anything_is_built(workplace):
+    (workplace / "a.txt").write_text("a short text\n" * 12)
+    corpus = configured(FilesCorpus, path="a.txt")
+    with pytest.raises(UserError, match=r"the validation split holds 13 bytes, one window .*=14 takes 15 tokens: give"):
+        prepare(corpus, configured(BPEConfig, vocab_size=300), workplace / "cache", window=15)
+    assert not (workplace / "cache").exists()
+    made = prepare(corpus, configured(ByteConfig), workplace / "cache", window=14)
+    assert len(made.val) == 14  # as many as the bytes allow
+
+
 def test_prepare_unwritable_cache_folder_raises_user_error(workplace):
     (workplace / "cache").write_text("a file")
     with pytest.raises(UserError, match=r"cache_dir=.*: give a folder to write to as cache_dir="):

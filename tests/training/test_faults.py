@@ -143,7 +143,7 @@ def test_data_file_that_vanishes_is_one_line_and_the_run_resumes_when_it_is_back
         spoil()
         assert call("train", ["resume=run"], monkeypatch) == 2
         err = capsys.readouterr().err
-        assert "matches no file" in err or "documents of run have changed" in err
+        assert "matches no file" in err or "are not those that run was trained on" in err
     Path("a.txt").write_text(TEXT)
     assert call("train", ["resume=run"], monkeypatch) == 0
     assert_same_run(workplace / "whole", workplace / "run", step=10)

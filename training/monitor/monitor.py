@@ -185,9 +185,10 @@ class Monitor:
             self.metrics.write(row)
             self.sink.write(row)
             self._report_trouble(row)
-        last = pending[-1].row
+        last, mean = pending[-1].row, self.timer.tokens_per_second
         left = (self.run.steps - last["step"]) * self.run.batch_tokens
-        self.progress.step(last, left / self.timer.tokens_per_second)
+        # The speed that is shown is the one that the remaining time is told from.
+        self.progress.step(last | self._speed_columns(mean), left / mean)
 
     def _speed_columns(self, tokens_per_second: float) -> MetricRow:
         return MetricRow(

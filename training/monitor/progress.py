@@ -67,7 +67,7 @@ class ProgressLine:
         print_stderr(line)
 
     def step(self, row: MetricRow, seconds_left: float) -> None:
-        """Call with the row of the last step done."""
+        """Call with the row of the last step done, its speed the one by which that many seconds are left."""
         step = row["step"]
         self.description = progress_text(row, self.steps, seconds_left, self.text_width if self.live else None)
         self.progress.update(self.task, completed=step, description=self.description)

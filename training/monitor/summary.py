@@ -101,15 +101,19 @@ def before_line(before: MetricRow | None, prefix: Score) -> Iterator[str]:
     if loss is not None and bpb is not None:
         verdict = "better" if prefix.loss < loss else "no better"
         yield (
-            f"before       {loss:.4f} nats per token, {bpb:.4f} bits per byte (the first {prefix.tokens:,} of them; "
-            f"now {prefix.loss:.4f} and {prefix.bpb:.4f}: {verdict})"
+            f"before       {loss:.4f} nats per token, {bpb:.4f} bits per byte; now {prefix.loss:.4f} and "
+            f"{prefix.bpb:.4f}, which is {verdict} (both on {_first(prefix.tokens)})"
         )
 
 
 def best_line(folder: Path, step: int, val_loss: float, prefix_tokens: int) -> str:
     """A checkpoint that is better than the last one."""
     how = command("sample.py", "--checkpoint", "best", "--run", str(folder))
-    return f"best         step {step}, {val_loss:.4f} nats per token (the first {prefix_tokens:,} of them): {how}"
+    return f"best         step {step}, {val_loss:.4f} nats per token (on {_first(prefix_tokens)}): {how}"
+
+
+def _first(tokens: int) -> str:
+    return f"the first {counted(tokens, 'token')} of the validation set"
 
 
 def speed_line(tokens_per_second: float, mfu: float | None, data_share: float) -> str:

@@ -52,7 +52,7 @@ from training.run.folder import (
     write_config,
 )
 from training.run.migrate import FORMAT, migrate, stated_format
-from training.run.resume import check_same_settings, check_steps
+from training.run.resume import check_same_documents, check_same_settings, check_steps
 from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
@@ -305,7 +305,8 @@ def checkpoints_to_remove(folder: Path, step: int, keep_last: int) -> list[Path]
 
 def check_fits(folder: Path, run: Run) -> None:
     """Raise UserError where a run's settings or weights, as its newest checkpoint states them, are not those of `run`:
-    before anything is prepared or built in the size that its config.yaml says. Raises it too where all are damaged."""
+    before anything is prepared or built in the size that its config.yaml says. So it does where its data is said to be
+    elsewhere and is other data there, and where all checkpoints are damaged."""
     tokenizer, faults = read_tokenizer(folder), []
     for path in reversed(checkpoint_paths(folder)):
         try:
@@ -313,7 +314,10 @@ def check_fits(folder: Path, run: Run) -> None:
         except Damaged as fault:
             faults.append(str(fault))
             continue
-        check_same_settings(folder, run, settings_of(path, manifest))
+        trained = settings_of(path, manifest)
+        check_same_settings(folder, run, trained)
+        if run.data != trained.data:  # in its places: to prepare what is there may take minutes
+            check_same_documents(folder, run, manifest.corpus, run.data.fingerprint())
         shaped(path / MODEL, weights, run.model, tokenizer.vocab_size)
         return
     if faults:
@@ -344,8 +348,10 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device) -> T
     """The state of the run's newest whole checkpoint; None, saying so, where there is none yet. Raises UserError, and
     then leaves the run as it was, where data or settings are not what the run began with, every checkpoint is damaged,
     or nothing is left to do."""
-    check_tokenizer(folder, read_tokenizer(folder), corpus.tokenizer.hash)
     found = newest(folder, (MODEL, OPTIMIZER))
+    if found is not None:  # before the tokenizer, which other documents may have changed
+        check_same_documents(folder, run, found.manifest.corpus, corpus.fingerprint)
+    check_tokenizer(folder, read_tokenizer(folder), corpus.tokenizer.hash)
     state = None
     if found is None:
         check_no_checkpoint_lost(folder)
@@ -483,11 +489,6 @@ def _read_manifest(path: Path) -> Manifest:
 
 def _check_same_run(folder: Path, run: Run, corpus: Prepared, device: torch.device, found: Checkpoint) -> None:
     manifest = found.manifest
-    if manifest.corpus != corpus.fingerprint:
-        raise UserError(
-            f"the documents of {folder} have changed since it was trained (fingerprint {manifest.corpus[:12]}, now "
-            f"{corpus.fingerprint[:12]}): bring them back, say with data.path= where they are now, or start a new run"
-        )
     check_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
     check_same_settings(folder, run, trained)

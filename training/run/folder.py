@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -91,20 +91,20 @@ def acquire_run_lock(folder: Path) -> AbstractContextManager:
     return run_lock
 
 
-def create(run: Run, tokenizer: Tokenizer, choices: Mapping[str, str]) -> tuple[Path, AbstractContextManager]:
+def create(run: Run, tokenizer: Tokenizer, choices: Mapping[str, str], held: ExitStack) -> Path:
     """Make and lock a new folder, run_dir or runs/<time>-<words>, with all that is known before the first step.
-    choices: the choice of each group that the run was composed of."""
+    choices: the choice of each group that the run was composed of; held: takes the lock."""
     check_makeable(run.run_dir)
     try:
         folder = _made_folder(run.run_dir)
-        run_lock = acquire_run_lock(folder)
+        held.enter_context(acquire_run_lock(folder))
         known = environment() | {"choices": {group: name for group, name in choices.items() if group.isidentifier()}}
         write_atomic(folder / "environment.yaml", yaml.safe_dump(known, sort_keys=False).encode())
         tokenizer.save(folder / "tokenizer.json")
         write_config(folder, run)
     except OSError as error:
         raise _not_makeable(run.run_dir, Path(run.run_dir or RUNS), error) from None
-    return folder, run_lock
+    return folder
 
 
 def _made_folder(run_dir: str | None) -> Path:

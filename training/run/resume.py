@@ -34,6 +34,18 @@ def check_same_settings(folder: Path, run: Run, trained: Run) -> None:
         )
 
 
+def check_same_documents(folder: Path, run: Run, trained: str, now: str) -> None:
+    """Raise UserError where a run's documents are not those it was trained on. trained, now: their fingerprints."""
+    if now != trained:
+        places = [f"{key}=" for key in flatten_config(dump(run)) if is_place(key) and key.startswith("data.")]
+        moved = f", say with {' or '.join(places)} where they are" if places else ""
+        raise UserError(
+            f"the documents of data={run.data.name} are not those that {folder} was trained on (fingerprint "
+            f"{trained[:12]}, now {now[:12]}): bring these back{moved}, or train its weights on others, in a new run: "
+            f"write init_from={folder} in place of resume="
+        )
+
+
 def check_steps(folder: Path, run: Run, before: int, done: int, finished: bool) -> None:
     """Raise UserError where a run that was to have `before` steps, and has done `done`, cannot have those of `run`, or
     nothing is left to do. finished: it also finished, after its last step (checkpoint.is_finished)."""
@@ -96,7 +108,7 @@ def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:
     stored = dump(own)
     for key in keys:
         if key.partition(".")[0] not in stored:  # such as experiment, which sets others
-            raise _unchangeable(key, stored)
+            raise _unchangeable(key, own)
     try:
         settings = stored
         for key in keys:
@@ -107,16 +119,17 @@ def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:
         different = [key for key in keys if _at(tree, key) != _at(stored, key)] or keys
     if different:
         typed = (key for key in keys if any(f"{one}.".startswith(f"{key}.") for one in different))
-        raise _unchangeable(next(typed, keys[0]), stored)
+        raise _unchangeable(next(typed, keys[0]), own)
     return repeated
 
 
-def _unchangeable(key: str, stored: Mapping[str, Any]) -> UserError:
-    places = [place for place in flatten_config(stored) if is_place(place) and place != "tokenizer.path"]
+def _unchangeable(key: str, own: Run) -> UserError:
+    places = [place for place in flatten_config(dump(own)) if is_place(place) and place != "tokenizer.path"]
     moved = f", and where the same data has moved to ({', '.join(places)})" if places else ""
+    tuned = ", or write init_from= in place of resume= for a new run of its weights, in which it may change"
     return UserError(
         f"{key} cannot change on resume: only {', '.join(RESUMABLE)} may{moved}; the rest is the run's own, "
-        "so leave it out"
+        f"so leave it out{tuned if change_of(own, key) >= Change.FINE_TUNING else ''}"
     )
 
 

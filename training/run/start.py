@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -34,25 +34,24 @@ from training.state import TrainState
 log = logging.getLogger("headroom")
 
 
-def resolve_run(
-    tree: dict[str, Any], typed: list[str], resume: Any = None
-) -> tuple[Run, Path | None, AbstractContextManager | None]:
-    """Determine the run; and its folder, and the lock on it, if it has one already.
+def resolve_run(tree: dict[str, Any], typed: list[str], held: ExitStack, resume: Any = None) -> tuple[Run, Path | None]:
+    """Determine the run; and its folder, if it has one already.
 
-    tree: the composed configuration; typed: the overrides on the command line; resume: the folder to go on with, or
-    latest.
+    tree: the composed configuration; typed: the overrides on the command line; held: takes the lock on the folder;
+    resume: the folder to go on with, or latest.
     """
     if resume is not None:
         run, folder, run_lock = open_run(str(resume), tree, typed)
+        held.enter_context(run_lock)
         checkpoint.check_fits(folder, run)
-        return run, folder, run_lock
+        return run, folder
     if tree["init_from"] is not None:
         base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
         tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
     run = Run.from_tree(tree)
     if not run.dry_run:
         check_makeable(run.run_dir)
-    return run, None, None
+    return run, None
 
 
 def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:
@@ -125,19 +124,19 @@ def begin_or_resume(
     corpus: Prepared,
     device: torch.device,
     folder: Path | None,
-    run_lock: AbstractContextManager | None,
+    held: ExitStack,
     choices: Mapping[str, str],
-) -> tuple[TrainState, Path, AbstractContextManager]:
-    """The training state of a run, from its newest checkpoint if it has one; its folder; and the lock on it. folder,
-    run_lock: None for a new run; choices: the choice of each group that it was composed of."""
+) -> tuple[TrainState, Path]:
+    """The training state of a run, from its newest checkpoint if it has one; and its folder. folder: None for a new
+    run; held: takes the lock on it then; choices: the choice of each group that it was composed of."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     state = folder and checkpoint.restore(folder, run, corpus, device)
     if state is None:
         state = first_state(run, corpus.tokenizer.vocab_size, device)
     if folder is None:
-        folder, run_lock = create(run, corpus.tokenizer, choices)
-    return state, folder, run_lock
+        folder = create(run, corpus.tokenizer, choices, held)
+    return state, folder
 
 
 def first_state(run: Run, vocab_size: int, device: torch.device) -> TrainState:

@@ -179,6 +179,7 @@ def test_sweep_writes_choices_and_overrides_into_each_run(launcher, quick, workp
 REFUSED = {
     "a later value": (["optim.lr=0.01,fast"], "optim.lr=fast: give a number"),
     "a later seed": (["seed=1,-1"], "seed=-1: give at least 0"),
+    "a file for data": (["data=a.txt,b.txt"], "data=a.txt,b.txt: did you mean data=files data.path=a.txt,b.txt?"),
     "no such choice": (["attention=mha,nope"], "attention=mha,nope: choose one of"),
     "a folder of one run": (["seed=1,2", "run_dir=here"], "run_dir= is the folder of one run: name the sweep instead"),
     "a run to go on": (["seed=1,2", "resume=latest"], "resume= continues one run: leave it out"),

@@ -37,6 +37,19 @@ def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
     assert re.search(r"speed  .* MFU \d+\.\d%, \d+\.\d% of the time waiting for data", out)
 
 
+def test_progress_line_shows_the_speed_by_which_its_eta_is_told(workplace, monkeypatch):
+    monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 0)  # each step has a speed of its own
+    shown = []
+    monkeypatch.setattr("training.monitor.progress.ProgressLine.step", lambda _, row, left: shown.append((row, left)))
+    assert call("train", [*SMOKE, "peak_flops=1e12", "steps=5", "run_dir=run"], monkeypatch) == 0
+    assert len({row["tokens_per_second"] for row in read_metrics(workplace / "run/metrics.jsonl")}) == 5
+    per_token = cost.flops(composed_run(*SMOKE).model, 257).training()
+    for row, seconds_left in shown:
+        assert row["tokens_per_second"] * seconds_left == pytest.approx((5 - row["step"]) * 1024)
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / 1e12)
+    assert [row["step"] for row, _ in shown] == [1, 2, 3, 4, 5]
+
+
 REPORTED = {
     ("attention=mha",): "MHA, 4 heads with a key and a value each",
     ("attention=mqa",): "MQA, 4 heads on one key and value head",

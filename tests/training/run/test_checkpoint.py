@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from common.checksummed_json import digest, parse_verified
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
+from tests.composition import request_of
 from tests.support import SMOKE, call, relative_error, some_tokens, training_state
 from tests.training.runs import assert_same_run, losses, rewind
+from train import train
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run import folder as run_folder
@@ -486,6 +488,15 @@ def test_resume_locked_folder_is_refused(run, monkeypatch, capsys):
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 0
 
 
+@pytest.mark.parametrize("typed", [[], ["dry_run=true"], ["steps=9", "device=nowhere"]])
+def test_refused_resume_lets_the_folder_go_while_its_exception_is_kept(run, typed):
+    with pytest.raises(UserError) as kept:  # and with it the frames that took the lock
+        train(**request_of(["resume=run", *typed]))
+    assert kept.value.__traceback__ is not None
+    with run_folder.acquire_run_lock(run):
+        pass
+
+
 def test_save_rows_are_on_disk_before_the_checkpoint(workplace, monkeypatch):
     """A kill right after saving must find every row up to there."""
     seen = []
@@ -625,7 +636,7 @@ def test_resume_changed_documents_are_refused_and_moved_ones_accepted(workplace,
     (workplace / "a.txt").write_text("".join(f"row {i}\n" for i in range(3000)))
     capsys.readouterr()
     assert call("train", ["resume=run", "steps=6"], monkeypatch) == 2
-    assert "documents of run have changed" in capsys.readouterr().err
+    assert "are not those that run was trained on" in capsys.readouterr().err
     shutil.copy("moved.md", "moved.jsonl")
     assert call("train", ["resume=run", "steps=6", "data.path=moved.jsonl"], monkeypatch) == 2
     assert "data.path=moved.jsonl is read in another way than a.txt" in capsys.readouterr().err
@@ -633,6 +644,26 @@ def test_resume_changed_documents_are_refused_and_moved_ones_accepted(workplace,
     assert_same_run(workplace / "run", workplace / "whole", step=6)
     assert "path: moved.md" in (workplace / "run/config.yaml").read_text()
     assert call("train", ["resume=run", "steps=7"], monkeypatch) == 0
+
+
+def test_resume_on_another_text_says_so_before_it_is_prepared_and_names_fine_tuning(workplace, monkeypatch, capsys):
+    """The tokenizer would be another, too: it is trained on the text."""
+    (workplace / "a.txt").write_text("".join(f"line {i} of a text\n" for i in range(3000)))
+    (workplace / "b.txt").write_text("".join(f"{i} rows are in another\n" for i in range(3000)))
+    options = [*SMOKE, "tokenizer=bpe", "tokenizer.vocab_size=300", "data=files", "data.path=a.txt", "steps=2"]
+    assert call("train", [*options, "run_dir=run"], monkeypatch) == 0
+    prepared = sorted((workplace / "cache").iterdir())
+    capsys.readouterr()
+    assert call("train", ["resume=run", "steps=4", "data.path=b.txt"], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert "error: the documents of data=files are not those that run was trained on (fingerprint " in err
+    assert (
+        "say with data.path= where they are, or train its weights on others, in a new run: write init_from=run" in err
+    )
+    assert sorted((workplace / "cache").iterdir()) == prepared
+    shutil.copy("b.txt", "a.txt")  # the same file, edited
+    assert call("train", ["resume=run", "steps=4"], monkeypatch) == 2
+    assert err.splitlines()[-1] in capsys.readouterr().err
 
 
 def test_resume_changed_settings_are_refused_and_repeated_ones_accepted(run, monkeypatch, capsys):

@@ -46,7 +46,8 @@ def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkey
     assert first[0] == 0 and first[4] == pytest.approx(last[4], rel=1e-3)  # it was scored before the first step
     assert f"\nbefore step 1: validation {first[4]:.4f} nats per token" in err
     assert re.search(
-        rf"\nbefore +{first[4]:.4f} nats per token, .*\(the first 4,096 of them; now {first[4]:.4f} and .*: no better",
+        rf"\nbefore +{first[4]:.4f} nats per token, .*; now {first[4]:.4f} and .*, which is no better "
+        r"\(both on the first 4,096 tokens of the validation set\)\n",
         out,
     )
     (before, tokenizer), (after, its) = load_run("base"), load_run("still")
@@ -61,10 +62,10 @@ def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monke
     assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert (
-        "before       5.0000 nats per token, 7.2135 bits per byte (the first 1 of them; now 2.0000 and 2.8854: bet"
+        "before       5.0000 nats per token, 7.2135 bits per byte; now 2.0000 and 2.8854, which is better (both on the "
         in out
     )
-    assert "best         step 20, 1.0000 nats per token (the first 1 of them): " in out
+    assert "best         step 20, 1.0000 nats per token (on the first 1 token of the validation set): " in out
     assert f"{command('sample.py', '--checkpoint', 'best', '--run', 'a run')}\n" in out
     assert [path.name for path in checkpoint.checkpoint_paths(workplace / "a run")] == [
         "step_00000020",

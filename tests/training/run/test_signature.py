@@ -130,7 +130,7 @@ def test_resuming_with_another_setting_names_the_locations_that_may_change(made)
     for made_with, named in (
         (FOREIGN["mix"][0], "has moved to (data.parts.a.corpus.path)"),
         (("tokenizer=gpt2", *FILES), "has moved to (data.path, tokenizer.folder)"),
-        ((), " may; the rest"),
+        ((), " may; the rest is the run's own, so leave it out, or write init_from= in place of resume= for a new run"),
     ):
         made(*made_with)
         with pytest.raises(UserError, match="cannot change on resume") as refused:
