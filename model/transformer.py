@@ -205,9 +205,13 @@ class TransformerLM(nn.Module):
                 aux[f"layers.{i}.{name}"] = value
         return x, aux
 
+    def indexers(self) -> dict[str, Indexer]:
+        """The indexers of layers, by their names."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Indexer)}
+
     def freeze_for_warmup(self) -> None:
         """Freeze all parameters but the indexers', where any of these is to be warmed up."""
-        indexers = [module for module in self.modules() if isinstance(module, Indexer)]
+        indexers = self.indexers().values()
         if any(indexer.warms_up for indexer in indexers):
             learning = {parameter for indexer in indexers for parameter in indexer.parameters()}
             for parameter in set(self.parameters()) - learning:

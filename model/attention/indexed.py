@@ -1,12 +1,12 @@
 """Attention whose keys an indexer may choose: its settings, and what GQA and MLA share of it."""
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from common.settings import FrozenSettings
+from common.settings import Change, FrozenSettings
 from model.attention.base import Attention, AttentionConfig, head_dim_of
 from model.attention.chosen_core import INDEX_KEY, ChosenCore
 from model.attention.core import AttentionCore
@@ -21,11 +21,11 @@ UNUSED = {"n_heads": 4, "head_dim": None, "stage": "sparse", "weight": 1.0}  # a
 class IndexerConfig(FrozenSettings):
     """Settings of an indexer; with top_k unset there is none."""
 
-    top_k: Size | None
+    top_k: Annotated[Size | None, Change.FINE_TUNING]
     n_heads: Size
     head_dim: Size | None  # unset: d_model / n_heads of the model
-    stage: Literal["warmup", "sparse"]
-    weight: float = Field(ge=0, le=1e6)
+    stage: Annotated[Literal["warmup", "sparse"], Change.FINE_TUNING]
+    weight: Annotated[float, Change.FINE_TUNING] = Field(ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _check_used(self) -> Self:

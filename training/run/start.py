@@ -1,18 +1,22 @@
 """Starting a run: a new one, one that is resumed, or one that begins with the weights of another (fine-tuning)."""
 
+import functools
 import logging
+import operator
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import process
 from common.errors import UserError
 from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
+from model.initialise import initialised
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from training.run import checkpoint
@@ -64,10 +68,14 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
     settings = dump(base_run)
     owned = {group: settings[group] for group in settings if change_of(base_run, group) == Change.NEVER}
     for key in (override.lstrip("+~").partition("=")[0] for override in typed):
-        group, _, name = key.partition(".")
-        if group in owned or group == "position":  # which sets what the model owns
+        group = key.partition(".")[0]
+        if _adds_indexer(key, settings["attention"], tree["attention"]):
+            owned["attention"]["indexer"] = tree["attention"]["indexer"]
+        elif group in owned or group == "position":  # which sets what the model owns
             _check_changeable(key, base, base_run, tokenizer.vocab_size)
-            owned[group][name] = tree[group][name]
+            *path, name = key.split(".")
+            into, taken = (functools.reduce(operator.getitem, path, of) for of in (owned, tree))
+            into[name] = taken[name]
     attention = owned["attention"]
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
         attention["rope_original_context"] = base_run.model.context_length  # which only the base knows
@@ -77,6 +85,14 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
         "hash": tokenizer.hash,
     }
     return {**tree, **owned}
+
+
+def _adds_indexer(key: str, base: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a setting gives the attention of a base run, which had none, an indexer: as attention=dsa does to mla."""
+    if key != "attention" and not key.startswith("attention.indexer."):
+        return False
+    has = [attention.get("indexer", {}).get("top_k") is not None for attention in (base, wanted)]
+    return has == [False, True] and base["_target_"] == wanted["_target_"]
 
 
 def _base_run(base: Path) -> tuple[Run, Tokenizer]:
@@ -109,14 +125,27 @@ def _check_changeable(key: str, base: Path, base_run: Run, vocab_size: int) -> N
     raise UserError(f"{refused}: the model is that run's; {', '.join(may)} may change")
 
 
-def pretrained_model(base: Path, config: ModelConfig, vocab_size: int) -> TransformerLM:
-    """Build the model with the weights of the base run's newest whole checkpoint."""
+def pretrained_model(base: Path, config: ModelConfig, vocab_size: int, seed: int) -> TransformerLM:
+    """Build the model with the weights of the base run's newest whole checkpoint. An indexer that it had not begins
+    freshly initialised."""
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
-    model = checkpoint.load_model(found, config, vocab_size)
+    weights = found.tensors[checkpoint.MODEL]
+    fresh = {name: weight for name, weight in _fresh_indexers(config, vocab_size, seed).items() if name not in weights}
+    whole = found._replace(tensors={checkpoint.MODEL: weights | fresh})
+    model = checkpoint.load_model(whole, config, vocab_size)
     log.info(f"loaded the weights of {found.path}")
+    if fresh:
+        log.info(f"freshly initialised: {', '.join(fresh)}")
     return model
+
+
+def _fresh_indexers(config: ModelConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
+    if not any(config.attention.of_layer(i).has_indexer for i in range(config.n_layers)):
+        return {}
+    indexers = initialised(config, vocab_size, seed).indexers()
+    return {f"{name}.{key}": weight for name, one in indexers.items() for key, weight in one.state_dict().items()}
 
 
 def begin_or_resume(
@@ -143,7 +172,7 @@ def first_state(run: Run, vocab_size: int, device: torch.device) -> TrainState:
     """The state that a run begins with: the weights of its base, or freshly initialised ones."""
     if run.init_from is None:
         return TrainState.create(run, vocab_size, device)
-    return TrainState.of(run, pretrained_model(Path(run.init_from), run.model, vocab_size).to(device))
+    return TrainState.of(run, pretrained_model(Path(run.init_from), run.model, vocab_size, run.seed).to(device))
 
 
 def how_to_continue(folder: Path) -> str:

@@ -158,7 +158,7 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
 
 @pytest.mark.skipif(not hasattr(transformers, "DeepseekV32Config"), reason="this transformers has no DeepSeek-V3.2")
 def test_dsa_with_deepseek_v32s_weights_chooses_its_keys_and_gives_its_logits(monkeypatch):
-    top_k, tokens, theirs_chosen, mine_chosen = 7, some_tokens(2, 40), [], []
+    top_k, theirs_chosen, mine_chosen = 7, [], []
     config = transformers.DeepseekV32Config(
         **SHAPE,
         num_key_value_heads=HEADS,
