@@ -41,8 +41,10 @@ SMOKE = ["experiment=smoke", "tune_malloc=false"]
 TINY = [*SMOKE, "data.size=40", "steps=4", "batch_tokens=256", "eval_every=2", "eval_tokens=256", "save_every=2"]
 SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
 # Every attention as it comes, and the choices within one that change its arithmetic.
+# An indexer chooses so few keys that a short text has more.
+EACH = [(f"attention={name}", *["attention.indexer.top_k=4"] * (name == "dsa")) for name in ATTENTIONS]
 CASES = [
-    *((f"attention={name}",) for name in ATTENTIONS),
+    *EACH,
     ("attention=gqa", "attention.rope_layout=interleaved", "attention.qk_norm=false"),
     ("attention=mla", "attention.q_lora_rank=24", "attention.rope_layout=interleaved"),
     ("attention=mla", "attention.execution=naive"),
@@ -85,7 +87,7 @@ CASES = [
 
 # Those for which no other stands: in what is cached, where a token stands, what it sees and how keys are normed.
 DISTINCT = [
-    *((f"attention={name}",) for name in ATTENTIONS),
+    *EACH,
     ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24"),
     ("attention=mla", "attention.window=6"),
     ("attention=mqa", "attention.window=4", "attention.global_tokens=2"),

@@ -694,7 +694,7 @@ def test_sample_damaged_tokenizer_names_the_file_and_the_copy_that_mends_it(copi
 
 
 BAD_RUNS = {  # a line of each place that refuses; tests of that place have the rest
-    "attention": (["attention=gqaa"], "attention=gqaa: choose one of gqa, mha, mla, mqa"),
+    "attention": (["attention=gqaa"], "attention=gqaa: choose one of dsa, gqa, mha, mla, mqa"),
     "position": (["position=absolute"], "position=absolute: choose one of alibi, learned, none, rope, sinusoidal"),
     "a number beyond its limits": (["threads=0"], "threads=0: give at least 1 and at most 1024"),
     "nearly the newest run": (["init_from=last"], "there is no such folder; did you mean init_from=latest?"),
@@ -722,7 +722,7 @@ BAD_RUNS = {  # a line of each place that refuses; tests of that place have the 
         "data=a.txt: did you mean data=files data.path=a.txt? Or choose one of files, ",
     ),
     "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, mini, small, tiny"),
-    "no attention": (["attention=null"], "attention=null: choose one of gqa, mha, mla, mqa"),
+    "no attention": (["attention=null"], "attention=null: choose one of dsa, gqa, mha, mla, mqa"),
     "folder of a project": (["run_dir=project"], "run_dir=project exists already: choose another"),
     "folder that is a file": (["run_dir=empty.txt"], "run_dir=empty.txt exists already: choose another"),
     "no folder": (["run_dir=''"], "run_dir="),

@@ -72,6 +72,7 @@ CASES = {
         *(*WORDS, "attention=gqa", "precision=fp32", "model.zero_init=false"),
         "optim.groups=[{match: '*.mlp.*', train: false}, {match: '*.attention.*', lr: 0.01, weight_decay: 0.2}]",
     ],
+    "dsa": [*WORDS, "attention=dsa", "attention.indexer.top_k=8", "precision=fp32"],
     "adafactor": [*WORDS, "attention=gqa", "optim=adafactor", "precision=fp32"],
     "init_from": [*RUN, "init_from=base", "data=synthetic", "data.size=30", "data.seed=7", "precision=fp32"],
 }

@@ -114,7 +114,10 @@ def test_kernels_on_one_model_agree_with_gradients(case, kernel):
     assert relative_error(logits_of(fused, tokens), logits_of(naive, tokens)) <= 1e-5
     expected = dict(naive.named_parameters())
     for name, parameter in fused.named_parameters():
-        assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
+        if parameter.grad is not None:
+            assert relative_error(parameter.grad, expected[name].grad) <= 1e-4, name
+        else:
+            assert ".indexer." in name and expected[name].grad is None
 
 
 RELATIVE = [case for case in CASES if not any(name in part for name in ANCHORED for part in case)]

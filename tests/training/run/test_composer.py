@@ -211,6 +211,8 @@ def test_composed_attention_fits_every_model_and_is_what_is_built(attention):
         stated = {key: value for key, value in tree["model"].items() if value != "auto"}
         assert {key: run["model"][key] for key in stated} == stated
         set_there = {key: value for key, value in tree["attention"].items() if value not in (None, "all")}
+        indexer = {key: value for key, value in set_there.pop("indexer", {}).items() if value is not None}
+        assert run["attention"].get("indexer", {}).items() >= indexer.items()
         set_there.pop("parts", None)
         assert {key: run["attention"][key] for key in set_there} == set_there
         switches = choice("mask", "sparse").keys() if attention != "stack" else set()
@@ -247,6 +249,7 @@ def covering(offered: Callable[[str], list[str]]) -> Iterator[dict[str, str]]:
 SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding")
 # Why two choices may not go together, and what is typed instead.
 WAYS_OUT = {
+    "kernel=flex cannot attend to what an indexer chooses: choose kernel=auto": "kernel=auto",
     "kernel=flex compiles itself: choose compile=false, or kernel=auto": "compile=false",
     "mask=sparse does not go with a stack, whose parts have their own masks: set it there, as "
     "attention.parts.local.dilation=": "mask=causal",
