@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.side_by_side import in_turns
 from model import cost
+from model.attention.indexer import Index, indexer_loss
 from model.attention.mla import MLA
 from model.context import Context
 from model.initialise import initialised
@@ -21,6 +22,7 @@ from model.kernels.naive import Naive
 from model.mask import CAUSAL, Mask
 from model.placement import Placement
 from model.rope import Rope
+from model.stats import attention_map
 from model.transformer import ModelConfig
 from training.run.config import compose
 
@@ -155,6 +157,25 @@ def crossover() -> None:
         )
 
 
+def choosing() -> None:
+    """An indexer of one head, four tokens, of which the last query attends to two."""
+    k = torch.tensor([[[2.0, 0], [0, 1], [-1, 0], [1, 1]]])
+    index = Index(torch.tensor([[[[1.0, 0]]]]), k[:, -1:], torch.ones(1, 1, 1), 2, False)
+    mask = Mask(torch.tensor([[3]]), torch.arange(4)[None], contiguous=False, pattern=CAUSAL)
+    scores, chosen = index.scores(k, mask, slice(0, 1), slice(0, 4)), index.chosen(k, mask, slice(0, 1))
+    print("ReLU(q k):", _numbers(scores[0]), " chosen:", chosen[0].int().tolist())
+    attention_q, attention_k = torch.tensor([[[[1.0, 1], [1, 0]]]]), k.unsqueeze(2)
+    weights = attention_map(attention_q, attention_k, mask.among(chosen), 1 / math.sqrt(2))[0]
+    print("attention to the chosen, of two heads:", _numbers(weights[:, 0]))
+    mean, share = weights.mean(0), scores.masked_fill(~chosen, -math.inf).softmax(-1)[0]
+    print("their mean p:", _numbers(mean), " softmax I:", _numbers(share))
+    loss = indexer_loss(index, k, attention_q, attention_k, mask.among(chosen), 1 / math.sqrt(2))
+    print(f"loss, KL(p, softmax I): {loss:.4f} nats")
+    for name in ("mla", "dsa"):
+        config = compose("model=gpt2", f"attention={name}").model
+        print(f"model=gpt2 attention={name}: {config.attention.cache_elements} numbers cached per token and layer")
+
+
 def windows() -> None:
     """What a window keeps of 100,000 tokens."""
     local = {"window": 256}
@@ -218,6 +239,7 @@ SECTIONS = {
     "absorbing": absorbing,
     "crossover": crossover,
     "windows": windows,
+    "choosing": choosing,
 }
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def of_program(program: str) -> pytest.MarkDecorator:
 
 @pytest.fixture(scope="module")
 def made_place(tmp_path_factory):
-    """A folder with all that the commands name: texts, a table, a small run and a sweep's folder."""
+    """A folder with all that the commands name: texts, a table, small runs and a sweep's folder."""
     import pyarrow
     import pyarrow.parquet
 
@@ -118,8 +118,11 @@ def made_place(tmp_path_factory):
             (folder / corpus / f"file_{i}.py").write_text("".join(lines[10 * i : 10 * i + 40]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        run = [*SMOKE, "data=files", "data.path=b.txt", "run_dir=runs/NAME", *SHORT[:-1]]
-        assert call("train", run, patch) == 0
+        run = [*SMOKE, "data=files", "data.path=b.txt", *SHORT[:-1]]
+        assert call("train", [*run, "run_dir=runs/NAME"], patch) == 0
+        assert call("train", [*run, "attention=mla", "attention.q_lora_rank=8", "run_dir=runs/MLA"], patch) == 0
+        warm = ["init_from=runs/MLA", "attention=dsa", "attention.indexer.stage=warmup", "run_dir=runs/WARM"]
+        assert call("train", [*(one for one in run if not one.startswith("model.")), *warm], patch) == 0
     return folder
 
 

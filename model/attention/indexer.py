@@ -31,7 +31,7 @@ from model.rope import Rope
 
 INDEXER_LOSS = "indexer_loss"
 TILE_NUMBERS = 2**22  # products that are in memory at one time
-MANY_QUERIES = 48  # which have so many keys in common that masking takes less time than gathering for each (measured)
+MANY_QUERIES = 12  # which have so many keys in common that masking takes less time than gathering for each (measured)
 
 
 class Index(NamedTuple):
