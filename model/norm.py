@@ -69,7 +69,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         y, inverse = _rms_norm(x, weight)
         ctx.save_for_backward(x, weight, inverse)
-        return y
+        return y.detach()  # its own: compiled by PyTorch 2.11, what an operation in place returned has no gradient
 
     @staticmethod
     @once_differentiable
@@ -77,7 +77,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         inverse = inverse.view(-1, 1)
         exact = x.float().reshape(-1, x.shape[-1])
-        d_x = d_y.to(torch.float32, copy=True).reshape(-1, x.shape[-1])
+        d_x = d_y.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(-1, x.shape[-1])
         product = d_x * exact
         along = torch.mv(product, weight)[:, None] * inverse**3 / x.shape[-1]
         d_x.mul_(weight).mul_(inverse).addcmul_(exact, along, value=-1)

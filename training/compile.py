@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.torch_version import TorchVersion
 
-from common.errors import UserError
 from model.kernels.base import say_once
 from runtime.compile import CompiledOrEager
 
-FIRST_RIGHT = "2.12"
 AUTOTUNED = "max-autotune-no-cudagraphs"  # as torch.compile calls it
 
 
@@ -21,16 +18,10 @@ def maybe_compiled(function: Callable, enabled: bool, autotune: bool = False) ->
 
     autotune: of several kernels for a matrix product, the one that is fastest when tried; without CUDA graphs, which
     PyTorch's max-autotune records besides. What cannot be compiled runs eagerly, after a warning at the first call of
-    such shapes: the backward pass too is compiled by then, since its compiler would otherwise fail amid a step. Raises
-    UserError for a PyTorch whose compiled gradients were seen to be wrong.
+    such shapes: the backward pass too is compiled by then, since its compiler would otherwise fail amid a step.
     """
     if not enabled:
         return function
-    if TorchVersion(torch.__version__) < FIRST_RIGHT:
-        raise UserError(
-            f"compile=true: with PyTorch {torch.__version__} compiled gradients are wrong (seen with 2.11, on a CPU): "
-            f"take {FIRST_RIGHT} or later, or compile=false"
-        )
     if autotune:
         say_once(logging.INFO, "autotune takes what was fastest when tried: a resumed run may differ in its bits")
     mode = AUTOTUNED if autotune else None

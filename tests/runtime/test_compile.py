@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
-from common.errors import UserError
 from runtime.compile import CompiledOrEager
 from tests.support import batches, small_model
 from training.compile import maybe_compiled
@@ -123,10 +122,3 @@ def test_compiled_backward_that_fails_at_a_later_shape_runs_eagerly(monkeypatch,
         assert torch.equal(found, expected)
         found.backward()
     assert caplog.messages == ["compile=true failed, running eagerly: no backward program"]
-
-
-def test_maybe_compiled_with_a_pytorch_of_wrong_gradients_is_refused(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
-    with pytest.raises(UserError, match=r"compile=true: with PyTorch 2\.11\.0.*take 2\.12 or later, or compile=false"):
-        maybe_compiled(mean_loss, enabled=True)
-    assert maybe_compiled(mean_loss, enabled=False) is mean_loss

@@ -18,6 +18,7 @@ from model.loss import token_losses
 from runtime.device import choose_device
 from runtime.precision import MixedPrecision, choose_precision
 from tests.support import (
+    ATTENTIONS,
     batches,
     composed_run,
     configured,
@@ -319,8 +320,13 @@ def test_maybe_compiled_with_a_failing_backward_runs_eagerly(caplog, monkeypatch
     assert "running eagerly: the backward does not compile" in caplog.text
 
 
-def test_compiled_loss_has_the_same_gradients():
-    model = small_model("attention=mla", "model.n_layers=1", kernel=SDPA())
+@pytest.mark.parametrize(
+    "attention",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gqa", "mla"))) for name in ATTENTIONS],
+)
+def test_compiled_loss_has_the_same_gradients(attention):
+    layers = 2 if attention == "stack" else 1  # of each kind
+    model = small_model(f"attention={attention}", f"model.n_layers={layers}", kernel=SDPA())
     (batch,) = batches(4, 4)
     expected = torch.autograd.grad(mean_loss(model, batch)[0], list(model.parameters()))
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
