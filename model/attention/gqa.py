@@ -77,11 +77,12 @@ class GQAConfig(IndexedConfig):
         return super().qk_clip_obstacle()
 
     def describe(self, n_heads: int) -> str:
+        chosen = self.described_indexer
         if self.n_kv_heads == n_heads:
-            return f"MHA, {n_heads} heads with a key and a value each"
+            return f"MHA, {n_heads} heads with a key and a value each{chosen}"
         if self.n_kv_heads == 1:
-            return f"MQA, {n_heads} heads on one key and value head"
-        return f"GQA, {n_heads} heads on {self.n_kv_heads} key and value heads"
+            return f"MQA, {n_heads} heads on one key and value head{chosen}"
+        return f"GQA, {n_heads} heads on {self.n_kv_heads} key and value heads{chosen}"
 
 
 class GQA(IndexedAttention):

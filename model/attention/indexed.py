@@ -69,6 +69,11 @@ class IndexedConfig(AttentionConfig):
         return Indexer(self.indexer, d_model, query_dim, rope)
 
     @property
+    def described_indexer(self) -> str:
+        """An end of `describe`."""
+        return f", to {self.indexer.top_k} keys that an indexer chooses" if self.has_indexer else ""
+
+    @property
     def index_elements(self) -> int:
         """What a token caches for the indexer."""
         return self.indexer.head_dim if self.has_indexer else 0

@@ -185,7 +185,7 @@ class MLAConfig(IndexedConfig):
 
     def describe(self, n_heads: int) -> str:
         rotated = f" and a rotated key of {self.qk_rope_head_dim}" if self.qk_rope_head_dim else ""
-        return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}"
+        return f"MLA, {n_heads} heads on a latent of {self.kv_lora_rank}{rotated}{self.described_indexer}"
 
 
 class MLA(LatentProjections, IndexedAttention):
