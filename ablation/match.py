@@ -1,7 +1,7 @@
 """Matched budgets of a sweep's variants: equal parameters, FLOPs or KV cache, reached by moving one setting of each
 variant that differs from the first, the reference.
 
-    params   mlp.d_ff, in units of 8
+    params   mlp.d_ff, in units of 8; of a mixture of experts it is each expert's
     flops    mlp.d_ff, in units of 8
     cache    attention.kv_lora_rank of MLA, in units of 8, or of 4, 2 or 1 where 8 is too coarse, up to the widest
              absorbed key of flash kernels; attention.n_kv_heads of GQA and MQA, among the divisors of n_heads
@@ -82,7 +82,8 @@ def match(variants: Mapping[str, Sequence[str]], budgets: Sequence[Budget], voca
 def measure(budget: Budget, config: ModelConfig, vocab_size: int) -> float:
     """The budget of a model: WORDS says of what.
 
-    Parameters are those of attention, MLP and all norms, the final one included. FLOPs include the LM head's, and take
+    Parameters are those of attention, MLP and all norms, the final one included: of experts all, whether or not a token
+    meets them. FLOPs are those of the experts that it meets. They include the LM head's, and take
     a window for one document. The cache is that of one text as long as the context, in float32, divided by its tokens:
     a window stores no more rows than it is wide, and so has fewer bytes per token than a row has.
     """

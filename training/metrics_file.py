@@ -41,6 +41,10 @@ class MetricRow(TypedDict, total=False):
     skipped: bool  # true where loss or gradient were not finite, and nothing was updated
     max_logit: float | None  # with optim.qk_clip: the largest attention score of the step
     clipped_heads: int  # with optim.qk_clip: heads whose scores were above it
+    lowest_load: float | None  # of an expert, the tokens that chose it, relative to the mean of its layer
+    highest_load: float | None  # with a mixture of experts, as the lowest
+    balance_loss: float | None  # with its weight: the mean of the layers; 1 for even loads
+    z_loss: float | None  # with its weight: the mean of the layers
     val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
     val_bpb: float | None  # bits per byte of the same text
     val_tokens: int  # eval_tokens; after the last step, those of the whole validation set
