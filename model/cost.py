@@ -71,8 +71,9 @@ class Flops(NamedTuple):
 
 
 def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor] | None = None) -> Flops:
-    """Every matrix is applied once to each token, of those of experts as many as it chooses: 2 · numel. (Absorbed MLA moves kv_up to the query's side, for as many
-    products.) A query-key pair costs twice the multiply-adds that its attention states, `macs_per_pair`.
+    """Every matrix is applied once to each token, of those of experts as many as a token chooses: 2 · numel. (Absorbed
+    MLA moves kv_up to the query's side, for as many products.) A query-key pair costs twice the multiply-adds that its
+    attention states, `macs_per_pair`.
 
     documents: positions and documents of the tokens of some windows, each (B, T), where tokens see their own document
     only: pairs are counted as these windows have them, on average. Without, a window is one document: an upper bound.

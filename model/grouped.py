@@ -1,4 +1,4 @@
-"""Products of rows with the matrix of their group, as the experts of a mixture have them: one kernel for all groups where
+"""Products of rows with the matrix of their group, as the experts of a mixture have them: one kernel for all where
 PyTorch has it, a product for each group elsewhere.
 
 Both are an operator of PyTorch's, so that tensors without numbers (the meta device, fake tensors) and torch.compile see
@@ -18,7 +18,7 @@ ALIGNMENT = 16  # bytes: rows of both matrices must begin at multiples
 
 
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (N, in), its rows sorted by group; weight (G, out, in); ends (G,) int32, the row after the last of each group ->
+    """x (N, in), rows sorted by group; weight (G, out, in); ends (G,) int32, the row after the last of each group ->
     (N, out), each row times its group's weightᵀ. It has gradients for x and weight."""
     return torch.ops.headroom.grouped_product(x, weight, ends)
 

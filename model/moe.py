@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from model.attention.base import divisors
 from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions
 from model.grouped import grouped_product
@@ -39,7 +40,7 @@ class MoEConfig(MLPConfig):
     top_groups: int = Field(ge=1, le=MAX_SIZE)
     bias_rate: float = Field(ge=0, le=1)
     balance_loss: float = Field(ge=0, le=1e6)
-    z_loss: float = Field(ge=0, le=1e6)
+    router_z_loss: float = Field(ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _check_choice(self) -> Self:
@@ -48,7 +49,8 @@ class MoEConfig(MLPConfig):
             raise ValueError(f"mlp.top_k={k} is more than mlp.n_experts={of}: choose at most that")
         if of % self.n_groups:
             raise ValueError(
-                f"mlp.n_groups={self.n_groups} does not divide mlp.n_experts={of}: choose groups of equal size"
+                f"mlp.n_groups={self.n_groups} does not divide mlp.n_experts={of}: choose one of "
+                f"{', '.join(map(str, divisors(of)))}"
             )
         if self.top_groups > self.n_groups:
             raise ValueError(
@@ -114,7 +116,7 @@ class MoE(MLP):
         self.experts = Experts(config.n_experts, config.top_k, dimensions.d_model, config.d_ff)
         shared = config.n_shared_experts * config.d_ff
         self.shared = SwiGLU(dimensions.d_model, shared, dimensions.bias) if shared else None
-        losses = {BALANCE_LOSS: config.balance_loss, Z_LOSS: config.z_loss}
+        losses = {BALANCE_LOSS: config.balance_loss, Z_LOSS: config.router_z_loss}
         self.auxiliary_losses: Mapping[str, float] = {name: weight for name, weight in losses.items() if weight}
 
     def forward(self, x: Tensor, ctx: Context) -> tuple[Tensor, dict[str, Tensor]]:

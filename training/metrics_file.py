@@ -44,7 +44,7 @@ class MetricRow(TypedDict, total=False):
     lowest_load: float | None  # of an expert, the tokens that chose it, relative to the mean of its layer
     highest_load: float | None  # with a mixture of experts, as the lowest
     balance_loss: float | None  # with its weight: the mean of the layers; 1 for even loads
-    z_loss: float | None  # with its weight: the mean of the layers
+    router_z_loss: float | None  # with its weight: the mean of the layers
     val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
     val_bpb: float | None  # bits per byte of the same text
     val_tokens: int  # eval_tokens; after the last step, those of the whole validation set
