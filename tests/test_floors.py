@@ -26,8 +26,8 @@ ORDER = {
     "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
-    "experimental_settings epochs compile losses balance state evaluate attention_stats step run measure monitor "
-    "session step_memory step_time minutes dry_run",
+    "experimental_settings epochs compile losses balance state evaluate attention_stats expert_loads step run measure "
+    "monitor session step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "
@@ -36,7 +36,7 @@ ORDER = {
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
     "folder resume checkpoint load start replay",
-    "training.monitor": "timer guard mfu plot profiler progress summary final_lines monitor",
+    "training.monitor": "timer guard mfu plot plot_experts profiler progress summary final_lines monitor",
 }
 FORBIDDEN = {
     "common": {"torch", "numpy", "datasets", "wandb"},

@@ -27,7 +27,8 @@ class MetricRow(TypedDict, total=False):
     missing.
 
     With log_attention=true, rows with a validation loss also have attention/layer_<i>/entropy, lowest_entropy and
-    max_logit (training/attention_stats.py).
+    max_logit (training/attention_stats.py); with a mixture of experts experts/layer_<i>/load_<expert>
+    (training/expert_loads.py).
     """
 
     step: Required[int]  # updates done, from 1; 0 for an evaluation before training
