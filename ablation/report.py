@@ -328,6 +328,7 @@ def variant_of(members: list[Member], sweep: Sweep | None) -> Variant:
         decode_tokens_per_second=None,
         memory_bytes=by_seed(members, lambda member: member.record.memory_bytes),
         matched=dict(word.split("=", 1) for word in added if not word.startswith("steps=")),
+        active_parameters=cost.active_parameters(first.model) if cost.has_experts(first.model) else None,
         curves=[curve_of(member.record, member.seed) for member in members],
     )
 

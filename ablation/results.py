@@ -62,6 +62,7 @@ class Variant:
     decode_tokens_per_second: float | None  # one text, measured on the machine of the report; None where not asked for
     memory_bytes: Estimate | None  # peak of training: of the process, or of the GPU
     matched: dict[str, Any]  # settings that the matching of budgets moved: {"mlp.d_ff": 528}
+    active_parameters: int | None = None  # that one token meets, where experts make that fewer than all
     curves: list[Curve] = field(default_factory=list)
 
 

@@ -42,6 +42,23 @@ def parameters(model: TransformerLM) -> dict[str, int]:
     return counts
 
 
+def active_parameters(model: TransformerLM) -> int:
+    """Numbers that one token meets: all but those of the experts that it does not choose."""
+    layouts = model.layout()
+    return sum(layouts[name].active(parameter.numel()) for name, parameter in model.named_parameters())
+
+
+def weight_bytes_read(model: TransformerLM, tokens: int) -> int:
+    """Of the weights, what a step over so many tokens reads, at most."""
+    layouts = model.layout()
+    return sum(layouts[name].active(parameter.nbytes, tokens) for name, parameter in model.named_parameters())
+
+
+def has_experts(model: TransformerLM) -> bool:
+    """Whether tokens meet only some of the parameters."""
+    return any(layout.experts is not None for layout in model.layout().values())
+
+
 class Flops(NamedTuple):
     """Of the model as it executes in training."""
 
@@ -60,8 +77,9 @@ class Flops(NamedTuple):
 
 
 def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor] | None = None) -> Flops:
-    """Every matrix is applied once to each token: 2 · numel. (Absorbed MLA moves kv_up to the query's side, for as many
-    products.) A query-key pair costs twice the multiply-adds that its attention states, `macs_per_pair`.
+    """Every matrix is applied once to each token, of those of experts as many as a token chooses: 2 · numel. (Absorbed
+    MLA moves kv_up to the query's side, for as many products.) A query-key pair costs twice the multiply-adds that its
+    attention states, `macs_per_pair`.
 
     documents: positions and documents of the tokens of some windows, each (B, T), where tokens see their own document
     only: pairs are counted as these windows have them, on average. Without, a window is one document: an upper bound.
@@ -81,7 +99,7 @@ def _macs_of_matrices(model: TransformerLM) -> int:
     head = Role.EMBEDDING if model.head is None else Role.HEAD
     layouts = model.layout()
     multiplied = {name for name, layout in layouts.items() if layout.kind is Kind.MATRIX or layout.role is head}
-    return sum(model.get_parameter(name).numel() for name in multiplied)
+    return sum(layouts[name].active(model.get_parameter(name).numel()) for name in multiplied)
 
 
 def _visible(pattern: Pattern, positions: Tensor, docs: Tensor | None = None) -> float:

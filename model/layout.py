@@ -11,7 +11,7 @@ Each module has `layout()`, a table of its parameters by name; nobody else match
         }
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, Self
@@ -34,6 +34,7 @@ class Role(Enum):
     INDEXER = "indexer"  # chooses keys
     GATE = "gate"
     UP = "up"
+    ROUTER = "router"  # scores experts
     RESIDUAL_OUTPUT = "residual_output"  # writes to the residual stream
     NORM = "norm"
 
@@ -51,7 +52,8 @@ class Names(NamedTuple):
     """Names in published checkpoints, in transformers' format; None where there is none.
 
     Where several matrices have one name, as GPT-2's queries, keys and values, these are the rows of one, in the order
-    of the table. GPT-2 stores matrices (but no tables) transposed.
+    of the table. GPT-2 stores matrices (but no tables) transposed. Where `{e}` is in a name, each expert's matrix has
+    its own, with its number there.
     """
 
     llama: str | None = None  # and Qwen3 and DeepSeek-V3
@@ -74,10 +76,18 @@ class Part(NamedTuple):
     clip_power: float = 0.0  # QK-clip scales these rows by γ to this power, and so the head's scores by γ
 
 
+class Experts(NamedTuple):
+    """The experts of a parameter (count, rows, cols), which has a matrix of each."""
+
+    count: int
+    per_token: int  # how many of them a token is multiplied with
+
+
 @dataclass(frozen=True)
 class ParamLayout:
-    """Description of a parameter. Its rows (dimension 0) are divided into heads, one after another, and each head into
-    parts: heads · sum of the parts' rows = rows. What is used whole has one head with one part."""
+    """Description of a parameter. Its rows (dimension 0; of experts, dimension 1) are divided into heads, one after
+    another, and each head into parts: heads · sum of the parts' rows = rows. What is used whole has one head with one
+    part."""
 
     role: Role
     kind: Kind
@@ -85,14 +95,29 @@ class ParamLayout:
     parts: tuple[Part, ...]
     fan_in: int | None  # of a matrix or table, its columns
     published: Names = UNPUBLISHED
+    experts: Experts | None = None  # of a matrix that is many
 
     @property
     def rows(self) -> int:
         return self.heads * sum(part.rows for part in self.parts)
 
     @property
+    def dimensions(self) -> tuple[int, ...]:
+        """Those of the parameter, columns left out."""
+        return (self.rows,) if self.experts is None else (self.experts.count, self.rows)
+
+    def active(self, size: int, tokens: int = 1) -> int:
+        """Of the parameter's size, in numbers or bytes, what so many tokens meet, at most."""
+        if self.experts is None:
+            return size
+        return size // self.experts.count * min(self.experts.count, self.experts.per_token * tokens)
+
+    @property
     def shard_axis(self) -> int | None:
-        """Dimension that tensor parallelism would split, attention's by heads; None: each device has the whole."""
+        """Dimension that parallelism would split, attention's by heads, experts' by expert; None: each device has the
+        whole."""
+        if self.experts is not None:
+            return 0
         if self.role is Role.RESIDUAL_OUTPUT:  # whose bias is added once, to the sum over the devices
             return 1 if self.kind is Kind.MATRIX else None
         by_rows = self.heads > 1 or self.role in (Role.EMBEDDING, Role.HEAD, Role.GATE, Role.UP)
@@ -100,12 +125,14 @@ class ParamLayout:
 
     def views(self, stored: Tensor) -> dict[str, Tensor]:
         """Views of each part: of the matrix (rows, cols), (heads, part rows, cols); of its bias (rows,),
-        (heads, part rows)."""
-        pieces = stored.unflatten(0, (self.heads, -1)).split([part.rows for part in self.parts], dim=1)
+        (heads, part rows); of matrices of experts (experts, rows, cols), (experts · heads, part rows, cols)."""
+        heads = self.heads if self.experts is None else self.heads * self.experts.count
+        by_rows = stored if self.experts is None else stored.flatten(0, 1)
+        pieces = by_rows.unflatten(0, (heads, -1)).split([part.rows for part in self.parts], dim=1)
         return dict(zip((part.name for part in self.parts), pieces, strict=True))
 
     def whole(self) -> Self:
-        """The same parameter, used whole."""
+        """The same parameter, each of its matrices used whole."""
         return replace(self, heads=1, parts=(Part("whole", self.rows),))
 
 
@@ -134,6 +161,14 @@ def vector(name: str, parameter: nn.Parameter, role: Role) -> dict[str, ParamLay
     return {name: ParamLayout(role, Kind.VECTOR, 1, (Part("whole", len(parameter)),), None)}
 
 
+def experts(name: str, parameter: nn.Parameter, role: Role, per_token: int) -> dict[str, ParamLayout]:
+    """Table of a parameter (experts, rows, cols) called `name`, of which a token meets `per_token` matrices, each used
+    whole."""
+    count, rows, cols = parameter.shape
+    published, parts = Names(f"{{e}}.{name}.weight"), (Part("whole", rows),)
+    return {name: ParamLayout(role, Kind.MATRIX, 1, parts, cols, published, Experts(count, per_token))}
+
+
 def nested(name: str, module: nn.Module | None, published: Names = UNPUBLISHED) -> dict[str, ParamLayout]:
     """Table of a module called `name` that has a `layout()`; of one without parameters, an empty one."""
     has_parameters = module is not None and any(True for _ in module.parameters())
@@ -155,11 +190,16 @@ def check_layouts(module: nn.Module, table: Mapping[str, ParamLayout]) -> None:
             fault = f"{name} is in no layout(): add it to that of its module, as linear() or nested() do"
         elif name not in named:
             fault = f"{name} is in a layout(), and is no parameter"
-        elif len(named[name]) != table[name].rows:
-            fault = f"{name} has {len(named[name])} rows, and {table[name].rows} in its layout()"
+        elif named[name].shape[: len(table[name].dimensions)] != table[name].dimensions:
+            found, stated = named[name].shape[: len(table[name].dimensions)], table[name].dimensions
+            fault = f"{name} has {_by(found)} rows, and {_by(stated)} in its layout()"
         else:
             continue
         raise ValueError(f"{fault} (model/layout.py)")
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def check_buffers(module: nn.Module) -> None:

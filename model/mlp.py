@@ -27,6 +27,10 @@ class MLPConfig(FrozenSettings, ABC):
     def derive(self, dimensions: Dimensions) -> Self:
         """Return this config with d_ff filled in."""
 
+    def of_layer(self, index: int) -> "MLPConfig":
+        """The MLP of one layer. Call it on a derived config."""
+        return self
+
     @abstractmethod
     def build(self, dimensions: Dimensions) -> "MLP":
         """Build the module; call it on a derived config."""

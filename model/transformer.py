@@ -71,7 +71,7 @@ class Block(nn.Module):
         self.attention_norm = residual_norm(config)
         self.attention = config.attention.of_layer(index).build(config, config.kernel, causal)
         self.mlp_norm = residual_norm(config)
-        self.mlp = config.mlp.build(config)
+        self.mlp = config.mlp.of_layer(index).build(config)
         self.dropout = config.dropout
 
     def forward(

@@ -22,12 +22,12 @@ DOORS = ("train", "sample", "compare")
 ORDER = {
     "common": "errors settings signals experimental atomic_io checksummed_json invocation streams console lock paths "
     "figures conf_files suggestions overrides hydra_errors process cli",
-    "model": "dimensions layout linear mask norm rope cache placement context positions kernels flat_step mlp "
-    "attention transformer flat_model initialise loss cost",
+    "model": "dimensions layout linear mask norm rope cache placement context positions kernels grouped flat_step "
+    "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
-    "experimental_settings large_rates epochs compile losses state evaluate attention_stats step run measure monitor "
-    "session step_memory step_time minutes dry_run",
+    "experimental_settings large_rates epochs compile losses balance state evaluate attention_stats expert_loads step run "
+    "measure monitor session step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "
@@ -36,7 +36,7 @@ ORDER = {
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
     "folder resume checkpoint load start replay",
-    "training.monitor": "timer guard mfu plot profiler progress summary final_lines monitor",
+    "training.monitor": "timer guard mfu plot plot_experts profiler progress summary final_lines monitor",
 }
 FORBIDDEN = {
     "common": {"torch", "numpy", "datasets", "wandb"},

@@ -78,8 +78,10 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
     """keys: what is to be said of the number of keys."""
     model = cost.on_meta(run.model, vocab_size)
     counts = cost.parameters(model)
+    active = f" ({cost.active_parameters(model):,} of them for each token)" if cost.has_experts(model) else ""
     listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    yield f"parameters   {sum(counts.values()):,}: {listed}{' (tied to the embedding)' if model.head is None else ''}"
+    tied = " (tied to the embedding)" if model.head is None else ""
+    yield f"parameters   {sum(counts.values()):,}{active}: {listed}{tied}"
     if vocab_size != GPT2_VOCABULARY:
         published = sum(cost.parameters(cost.on_meta(run.model, GPT2_VOCABULARY)).values())
         yield (

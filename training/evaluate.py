@@ -17,11 +17,18 @@ class Evaluation(NamedTuple):
     prefix: Score  # on the first eval_tokens of the validation set, by which checkpoints are compared
     reported: Score  # after the last step, on the whole validation set; else the same
     attention: Mapping[str, float] = {}  # attention statistics, as metrics.jsonl names them, where they are asked for
+    experts: Mapping[str, float] = {}  # loads of experts, where there are any
 
     def columns(self) -> dict[str, float]:
         """The evaluation's columns of metrics.jsonl."""
         score = self.reported
-        return {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens, **self.attention}
+        return {
+            "val_loss": score.loss,
+            "val_bpb": score.bpb,
+            "val_tokens": score.tokens,
+            **self.attention,
+            **self.experts,
+        }
 
 
 def go_on(what: str, index: int, count: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data.shards.prepare import Prepared
+from model.cost import active_parameters, has_experts
 from model.transformer import TransformerLM
 from training.run.conf_differences import attention_differences
 from training.run.config import Run
@@ -19,6 +20,7 @@ class Measured(NamedTuple):
     bytes_per_token: float  # of the validation text
     threads: int | None  # of a CPU; None on another device
     attention_differences: Mapping[str, Any] = {}  # settings of the attention that differ from conf/
+    active_parameters: int | None = None  # that one token meets, where there are experts
 
 
 def measure(run: Run, corpus: Prepared, model: TransformerLM, device: torch.device) -> Measured:
@@ -30,4 +32,5 @@ def measure(run: Run, corpus: Prepared, model: TransformerLM, device: torch.devi
         bytes_per_token=text_bytes / len(corpus.val),
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         attention_differences=attention_differences(run.model),
+        active_parameters=active_parameters(model) if has_experts(model) else None,
     )

@@ -27,7 +27,8 @@ class MetricRow(TypedDict, total=False):
     missing.
 
     With log_attention=true, rows with a validation loss also have attention/layer_<i>/entropy, lowest_entropy and
-    max_logit (training/attention_stats.py).
+    max_logit (training/attention_stats.py); with a mixture of experts experts/layer_<i>/load_<expert>
+    (training/expert_loads.py).
     """
 
     step: Required[int]  # updates done, from 1; 0 for an evaluation before training
@@ -42,6 +43,10 @@ class MetricRow(TypedDict, total=False):
     max_logit: float | None  # with optim.qk_clip: the largest attention score of the step
     clipped_heads: int  # with optim.qk_clip: heads whose scores were above it
     indexer_loss: float | None  # with an indexer: its KL divergence in nats, the layers' mean
+    lowest_load: float | None  # of an expert, the tokens that chose it, relative to the mean of its layer
+    highest_load: float | None  # with a mixture of experts, as the lowest
+    balance_loss: float | None  # with its weight: the mean of the layers; 1 for even loads
+    router_z_loss: float | None  # with its weight: the mean of the layers
     val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
     val_bpb: float | None  # bits per byte of the same text
     val_tokens: int  # eval_tokens; after the last step, those of the whole validation set

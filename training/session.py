@@ -11,7 +11,9 @@ from data.batches import Batch, TrainingBatches, evaluation_batches
 from data.shards.prepare import Prepared
 from model.score import Score
 from training.attention_stats import attention_stats
+from training.balance import LoadBalance
 from training.evaluate import Between, Evaluation, evaluate
+from training.expert_loads import expert_loads
 from training.monitor import summary
 from training.monitor.monitor import Monitor
 from training.run import checkpoint
@@ -166,4 +168,7 @@ def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on
     attention = {}
     if run.log_attention:
         attention = attention_stats(state.model, corpus.val, length, run.micro_batch_size, document_start)
-    return Evaluation(prefix, reported, attention)
+    experts = {}
+    if LoadBalance.of(state.model):
+        experts = expert_loads(state.model, corpus.val, length, run.micro_batch_size, document_start)
+    return Evaluation(prefix, reported, attention, experts)

@@ -11,6 +11,7 @@ from model.initialise import initialised
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
 from runtime.precision import LossScale, MixedPrecision, Precision
+from training.balance import LoadBalance
 from training.losses import EAGER, Losses
 from training.optim.qk_clip import QKClip
 from training.run.config import Run
@@ -72,4 +73,4 @@ class TrainState:
 def after_step_hooks(run: Run, model: TransformerLM) -> list[AfterStep]:
     """The hooks of a run, in the order in which they are called."""
     clip: QKClip | None = run.optim.clip(model)
-    return [] if clip is None else [clip]
+    return [*([] if clip is None else [clip]), *LoadBalance.of(model)]

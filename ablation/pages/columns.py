@@ -80,6 +80,7 @@ def costs(report: Report) -> list[Column]:
     column = partial(_column, report)
     found = [
         column("params", lambda variant: Value(compact(variant.parameters), exact(variant.parameters))),
+        column("active params", lambda variant: optional(variant.active_parameters, compact)),
         column("cache B/token", lambda variant: Value(f"{variant.cache_bytes_per_token:,.0f}")),
         column("FLOPs/token", lambda variant: _number(variant.flops_per_token)),
         column("tok/s", lambda variant: _spread(variant.tokens_per_second, compact, with_sd=False)),

@@ -22,6 +22,7 @@ from training.monitor.final_lines import final_lines
 from training.monitor.guard import Guard
 from training.monitor.mfu import flops_of, peak_flops
 from training.monitor.plot import plot_loss
+from training.monitor.plot_experts import plot_experts
 from training.monitor.profiler import Profile
 from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
@@ -248,9 +249,10 @@ class Monitor:
         return final_lines(self.run, self.folder, evaluation, self.metrics.before, speed)
 
     def draw_picture(self) -> None:
-        """Draw loss.png. It marks the run as finished: while it is missing, a resumed run prints its final lines
-        again."""
-        try:
-            plot_loss(self.folder)
-        except Exception as error:  # the run matters more than the picture
-            log.warning(f"{self.folder}/loss.png cannot be drawn: {error}")
+        """Draw experts.png, where there are experts, and last of all loss.png. That marks the run as finished: while it
+        is missing, a resumed run prints its final lines again."""
+        for draw, name in ((plot_experts, "experts.png"), (plot_loss, PICTURE)):
+            try:
+                draw(self.folder)
+            except Exception as error:  # the run matters more than the picture
+                log.warning(f"{self.folder}/{name} cannot be drawn: {error}")

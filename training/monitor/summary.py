@@ -26,9 +26,10 @@ def opening_lines(
     this process."""
     dims = run.model
     threads = "" if measured.threads is None else f", {counted(measured.threads, 'thread')}"
+    active = "" if measured.active_parameters is None else f" ({measured.active_parameters:,} of them for each token)"
     yield (
         f"model        {counted(dims.n_layers, 'layer')}, d_model {dims.d_model}, {counted(dims.n_heads, 'head')}, "
-        f"positions by {dims.positions}, {measured.parameters:,} parameters on {device}{threads}"
+        f"positions by {dims.positions}, {measured.parameters:,} parameters{active} on {device}{threads}"
     )
     yield f"attention    {_attention(run, measured.attention_differences)}"
     yield f"cache        {measured.cache_bytes:,} bytes per token when decoding in float32"
