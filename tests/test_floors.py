@@ -26,8 +26,8 @@ ORDER = {
     "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
-    "experimental_settings large_rates epochs compile losses balance state evaluate attention_stats expert_loads step run "
-    "measure monitor session step_memory step_time minutes dry_run",
+    "experimental_settings large_rates epochs compile losses balance state evaluate attention_stats expert_loads step "
+    "run measure monitor session step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "
