@@ -27,6 +27,12 @@ from model.transformer import ModelConfig
 from training.run.config import compose
 
 DRAW = torch.Generator()
+PUBLISHED = {  # choices of experiment=shape/: vocabulary, name
+    "gpt2": (50257, "GPT-2"),
+    "qwen2_5_32b": (152064, "Qwen2.5-32B"),
+    "deepseek_v3": (129280, "DeepSeek-V3"),
+    "kimi_k2": (163840, "Kimi K2"),
+}
 LATENTS_NORMED = {"qk_norm": "latent", "qk_rope_head_dim": 16}  # as in DeepSeek's, and a quarter of a head rotated
 
 
@@ -176,6 +182,16 @@ def choosing() -> None:
         print(f"model=gpt2 attention={name}: {config.attention.cache_elements} numbers cached per token and layer")
 
 
+def published() -> None:
+    """Published models, built on the meta device."""
+    for name, (vocab_size, title) in PUBLISHED.items():
+        model = cost.on_meta(compose(f"experiment=shape/{name}").model, vocab_size)
+        parameters = sum(tensor.numel() for tensor in model.state_dict().values())
+        active = f", {cost.active_parameters(model) / 1e9:.1f} billion active" if cost.has_experts(model) else ""
+        cached = cost.cache_bytes_per_token(model) // 2
+        print(f"{title}: {parameters / 1e9:,.3f} billion parameters{active}; {cached:,} bytes of cache per token")
+
+
 def windows() -> None:
     """What a window keeps of 100,000 tokens."""
     local = {"window": 256}
@@ -240,6 +256,7 @@ SECTIONS = {
     "crossover": crossover,
     "windows": windows,
     "choosing": choosing,
+    "published": published,
 }
 
 if __name__ == "__main__":

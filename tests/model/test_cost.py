@@ -64,6 +64,21 @@ def check_flops(config: ModelConfig, model: TransformerLM) -> None:
     assert counter.get_total_flops() == tokens.numel() * executed
 
 
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "parameters", "active"),
+    [
+        ("gpt2", 50257, 124_439_808, 124_439_808),
+        ("qwen2_5_32b", 152064, 32.76e9, 32.76e9),  # as its values' biases, 65,536 numbers, were counted
+        ("deepseek_v3", 129280, 671.0e9, 37.5e9),
+        ("kimi_k2", 163840, 1026e9, 32.8e9),
+    ],
+)
+def test_published_shapes_have_as_many_parameters_as_their_models(name, vocab_size, parameters, active):
+    model = cost.on_meta(composed_run(f"experiment=shape/{name}").model, vocab_size)
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == pytest.approx(parameters, rel=5e-3)
+    assert cost.active_parameters(model) == pytest.approx(active, rel=5e-3)
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_flops_keys_of_a_causal_mask_are_half_the_window(attention):
     config = small_config(f"attention={attention}")
