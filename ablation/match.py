@@ -1,8 +1,8 @@
 """Matched budgets of a sweep's variants: equal parameters, FLOPs or KV cache, reached by moving one setting of each
 variant that differs from the first, the reference.
 
-    params   mlp.d_ff, in units of 8; of a mixture of experts it is each expert's
-    flops    mlp.d_ff, in units of 8
+    params   mlp.d_ff, in units of 8; of a mixture each expert's, in units of 4, 2 or 1 where 8 is too coarse
+    flops    the same
     cache    attention.kv_lora_rank of MLA, in units of 8, or of 4, 2 or 1 where 8 is too coarse, up to the widest
              absorbed key of flash kernels; attention.n_kv_heads of GQA and MQA, among the divisors of n_heads
 
@@ -22,6 +22,7 @@ from model.attention.gqa import GQAConfig
 from model.attention.mla import MAX_FLASH_KEY, MLAConfig
 from model.attention.stack import StackConfig
 from model.dimensions import MAX_SIZE
+from model.moe import MoEConfig
 from model.transformer import ModelConfig
 from training.run.config import Run, compose
 
@@ -159,7 +160,8 @@ def _setting(budget: Budget, config: ModelConfig) -> str:
 def _allowed(key: str, config: ModelConfig) -> list[Sequence[int]]:
     """Ascending values that a setting may take: lists from the one to be preferred to the finest."""
     if key == "mlp.d_ff":
-        return [range(UNIT, 4 * MAX_SIZE + 1, UNIT)]
+        units = (UNIT, *FINER_UNITS) if isinstance(config.mlp, MoEConfig) else (UNIT,)
+        return [range(unit, 4 * MAX_SIZE + 1, unit) for unit in units]
     attention = config.attention
     if isinstance(attention, MLAConfig):
         widest = max(1, MAX_FLASH_KEY - attention.qk_rope_head_dim - attention.bias_columns)

@@ -118,19 +118,20 @@ MODELS = [  # that have every tensor between them
     ("attention=mha", "position=learned", "model.norm=layer", "model.bias=true"),
     ("attention=mla", "attention.q_lora_rank=24", "model.bias=true"),
     ("attention=mla", "attention.k_rope_from=latent", "attention.qk_rope_head_dim=8"),
+    ("attention=gqa", "mlp=moe", "mlp.n_shared_experts=2", "model.bias=true"),
     ("attention=mla", "attention.qk_norm=head"),
     ("attention=mla", "attention.qk_norm=whole"),
 ]
 
 
 def test_run_format_page_gives_the_shape_of_every_tensor():
-    rows = [row.split(" | ") for row in RUN_FORMAT.splitlines() if row.startswith("| `") and ".weight`" in row]
+    rows = [row.split(" | ") for row in RUN_FORMAT.splitlines() if row.startswith("| `") and "` | (" in row]
     unseen = {name for names, *_ in rows for name in re.findall(r"`(.+?)`", names)}
     for options in MODELS:
         model = small_model(*options, vocab_size=300)
         numbers = _sizes(model.config)
         for name, tensor in model.state_dict().items():
-            weight = re.sub(r"^layers\.\d+", "layers.N", name).removesuffix("bias").removesuffix("weight") + "weight"
+            weight = re.sub(r"\.bias$", ".weight", re.sub(r"^layers\.\d+", "layers.N", name))
             shapes = [
                 eval(shape.replace("·", "*"), dict(numbers)) for names, shape, _ in rows if f"`{weight}`" in names
             ]
@@ -145,6 +146,7 @@ def _sizes(config: ModelConfig) -> dict[str, float]:
     letters = {"Hk": "n_kv_heads", "D": "head_dim", "q": "q_lora_rank", "c": "kv_lora_rank", "n": "qk_nope_head_dim"}
     letters |= {"r": "qk_rope_head_dim", "v": "v_head_dim"}
     sizes = {"V": 300, "T": config.context_length, "d": config.d_model, "f": config.mlp.d_ff, "H": config.n_heads}
+    sizes |= {"E": getattr(config.mlp, "n_experts", math.nan), "S": getattr(config.mlp, "n_shared_experts", math.nan)}
     return sizes | {letter: attention.get(name, math.nan) for letter, name in letters.items()}
 
 

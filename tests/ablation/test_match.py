@@ -140,6 +140,30 @@ def test_match_of_different_mlps_moves_each_from_its_own_width():
     assert abs(params(composed(*found["mlp=swiglu"], *matched.overrides["mlp=swiglu"]).model) / target - 1) < 0.005
 
 
+@pytest.mark.parametrize("budget", ["params", "flops"])
+def test_match_of_experts_counts_all_parameters_and_the_flops_that_a_token_meets(budget):
+    found = variants("mlp=swiglu", "mlp=moe mlp.n_dense_layers=1", common=("model=small",))
+    matched = match(found, [budget], VOCAB)
+    added = matched.overrides["mlp=moe mlp.n_dense_layers=1"]
+    reference, config = (
+        composed(*found["mlp=swiglu"]).model,
+        composed(*found["mlp=moe mlp.n_dense_layers=1"], *added).model,
+    )
+    assert abs(MEASURES[budget](config) / MEASURES[budget](reference) - 1) < TOLERANCE
+    met = sum(cost.active_parameters(cost.on_meta(one, VOCAB)) * sign for one, sign in ((config, 1), (reference, -1)))
+    assert (met < 0) == (budget == "params") or abs(met) < 0.005 * cost.active_parameters(
+        cost.on_meta(reference, VOCAB)
+    )
+    assert config.mlp.dense_d_ff == reference.mlp.d_ff
+
+
+def test_match_of_experts_in_a_small_model_takes_finer_units_or_says_what_does():
+    found = variants("mlp=swiglu", "mlp=moe", common=("model=tiny",))
+    (added,) = match(found, ["flops"], VOCAB).overrides["mlp=moe"]
+    assert int(added.removeprefix("mlp.d_ff=")) % UNIT
+    assert "choose a larger model, whose steps are finer" in refused(found, "params")
+
+
 @pytest.mark.parametrize(("size", "rope_dim", "unit"), [("tiny", 16, UNIT), ("small", 16, UNIT), ("mini", 4, 4)])
 def test_match_cache_moves_the_latent_in_the_coarsest_unit_that_is_near(size, rope_dim, unit):
     """mini: 64 numbers, 4 of them the rope key's."""

@@ -40,6 +40,20 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     assert [path.name for path in workplace.iterdir()] == ["cache"]
 
 
+def test_dry_run_of_experts_tells_what_a_token_meets_from_all_there_is(workplace, monkeypatch, capsys):
+    typed = [*SMOKE, "mlp=moe", "mlp.d_ff=24"]
+    assert call("train", [*typed, "dry_run=true"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    of_expert, router = 3 * 24 * 64, 8 * 64
+    rest = 20_480 + 33_024 + 384
+    total, active = rest + 2 * (router + 9 * of_expert), rest + 2 * (router + 3 * of_expert)
+    assert f"parameters   {total:,} ({active:,} of them for each token): embedding 20,480, " in out
+    per_token = 2 * (2 * (64 * 4 * 64 + router + 3 * of_expert) + 320 * 64)
+    assert f"flops        {3 * (per_token + 2 * 2 * 2 * 64 * 32.5):,.0f} per token of training, " in out
+    assert call("train", [*typed, "data.size=12", "steps=1"], monkeypatch) == 0
+    assert f"{total:,} parameters ({active:,} of them for each token) on cpu" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gpt2_medium"])
 def test_model_sizes_are_those_that_their_comment_states(name):
     """In millions: with GPT-2's vocabulary, and with the default one."""

@@ -46,6 +46,11 @@ def test_memory_of_a_step_is_what_the_allocator_gives_out(attention, options):
     check_memory(f"attention={attention}", *overrides, tolerance=0.05 if small else 0.01)
 
 
+@pytest.mark.parametrize("options", [(), ("precision=bf16", "activation_checkpointing=true")], ids=" ".join)
+def test_memory_of_a_step_with_experts_is_what_the_allocator_gives_out(options):
+    check_memory("mlp=moe", *changed(["precision=fp32"], *options), tolerance=0.05)
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,7 +1,7 @@
 """Our oracle against code written elsewhere: randomly initialised transformers models, their weights mapped to ours.
 
-Llama is MHA and GQA, with biases where it is asked to, Qwen3 adds the norms on queries and keys, DeepSeek-V3 (its dense
-blocks) is MLA, and GPT-2 is classic_gpt.
+Llama is MHA and GQA, with biases where it is asked to, Qwen3 adds the norms on queries and keys, DeepSeek-V3 is MLA,
+with dense blocks and with experts, and GPT-2 is classic_gpt.
 """
 
 import pytest
@@ -153,6 +153,80 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
         *(stretched if scaling == "yarn" else ()),
         f"model.bias={bias}",
     )
+
+
+def per_expert(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As published checkpoints have it, each expert's matrices by themselves; transformers joins them as it loads."""
+    found = {}
+    for name, tensor in state.items():
+        module, _, last = name.rpartition(".")
+        if not module.endswith(".experts"):
+            found[name] = tensor
+            continue
+        for e, matrix in enumerate(tensor):
+            names = ("gate_proj", "up_proj") if last == "gate_up_proj" else (last,)
+            parts = zip(names, matrix.chunk(len(names)), strict=True)
+            found |= {f"{module}.{e}.{part}.weight": rows for part, rows in parts}
+    return found
+
+
+def joined(state: dict[str, Tensor], mine: TransformerLM) -> dict[str, Tensor]:
+    """The matrices of experts as one tensor, by the names that the layout has for each."""
+    patterns = {layout.published.llama: layout.experts.count for layout in mine.layout().values() if layout.experts}
+    stacks = {name: torch.stack([state.pop(name.format(e=e)) for e in range(n)]) for name, n in patterns.items()}
+    return state | stacks
+
+
+def test_moe_with_deepseek_v3s_weights_gives_its_logits():
+    """One dense layer, then experts in groups, chosen with a bias that makes some scores negative."""
+    config = transformers.DeepseekV3Config(
+        **SHAPE | {"num_hidden_layers": 3},
+        num_key_value_heads=HEADS,
+        q_lora_rank=None,
+        kv_lora_rank=16,
+        qk_nope_head_dim=12,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        first_k_dense_replace=1,
+        moe_intermediate_size=24,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_shared_experts=2,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        rope_interleave=True,
+    )
+    theirs = transformers.DeepseekV3ForCausalLM(config).eval()
+    spread_out(theirs)
+    mine = initialised(
+        composed_run(
+            *(one for one in OURS if not one.startswith(("mlp", "model.n_layers"))),
+            *(
+                "model.n_layers=3",
+                "kernel=naive",
+                "attention=mla",
+                "attention.q_lora_rank=0",
+                "attention.qk_norm=latent",
+            ),
+            *("attention.kv_lora_rank=16", "attention.qk_nope_head_dim=12", "attention.qk_rope_head_dim=8"),
+            *("attention.v_head_dim=16", "attention.rope_layout=interleaved", "mlp=moe", "mlp.d_ff=24"),
+            *("mlp.n_experts=16", "mlp.top_k=4", "mlp.n_shared_experts=2", "mlp.n_groups=4", "mlp.top_groups=2"),
+            *("mlp.scaling=2.5", "mlp.n_dense_layers=1", "mlp.dense_d_ff=96"),
+        ).model,
+        VOCAB,
+    )
+    state = per_expert(theirs.state_dict())
+    for i in (1, 2):
+        name = f"model.layers.{i}.mlp.gate.e_score_correction_bias"
+        bias = torch.linspace(-1.5, 0.3, 16).roll(5 * i)
+        dict(theirs.named_buffers())[name].copy_(bias)
+        state.pop(name)
+        mine.layers[i].mlp.router.selection_bias.copy_(bias)
+    load_published(mine, joined(state, mine))
+    tokens = some_tokens(2, 40)
+    with torch.no_grad():
+        assert relative_error(logits_of(mine, tokens), theirs(tokens, use_cache=False).logits) <= 1e-4
 
 
 def load_gpt2(mine: TransformerLM, state: dict[str, Tensor]) -> None:
