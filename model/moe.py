@@ -100,7 +100,7 @@ class Routes(NamedTuple):
     """Which experts N tokens go to."""
 
     logits: Tensor  # (N, experts) float32
-    probabilities: Tensor  # (N, experts) float32, of each token summing to one
+    scores: Tensor  # (N, experts) float32: their softmax or sigmoid
     experts: Tensor  # (N, k) int64, the best first
     weights: Tensor  # (N, k) float32, what their outputs are multiplied with
 
@@ -160,8 +160,7 @@ class Router(nn.Module):
         weights = scores.gather(1, chosen)
         if config.renormalise:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
-        probabilities = scores if config.router == "softmax" else F.normalize(scores, p=1, dim=-1, eps=SMALLEST_SUM)
-        return Routes(logits, probabilities, chosen, weights * config.scaling)
+        return Routes(logits, scores, chosen, weights * config.scaling)
 
     def choose(self, scores: Tensor) -> Tensor:
         """scores (N, experts) -> (N, k) experts."""
@@ -199,12 +198,13 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """x (N, d), chosen and weights (N, k) -> (N, d)."""
         of_expert, order = chosen.flatten().sort(stable=True)  # (N · k,)
-        back = order.argsort()
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))  # the inverse
         every = torch.arange(len(self.gate_proj), device=x.device)
         ends = torch.searchsorted(of_expert, every, right=True, out_int32=True)
         rows = _Distribute.apply(x, order, back)  # (N · k, d)
         gate, up = grouped_product(rows, self.gate_proj, ends), grouped_product(rows, self.up_proj, ends)
-        hidden = F.silu(gate) * up * weights.flatten()[order, None].to(x.dtype)
+        weight = weights.flatten().index_select(0, order)[:, None].to(x.dtype)
+        hidden = F.silu(gate) * (up * weight)
         return _Collect.apply(grouped_product(hidden, self.down_proj, ends), order, back, self.top_k)
 
     def layout(self) -> dict[str, ParamLayout]:
@@ -217,12 +217,12 @@ class Experts(nn.Module):
 
 def _distributed(x: Tensor, order: Tensor) -> Tensor:
     """x (N, d) -> (N · k, d): each token once for each expert that it chose, sorted by expert."""
-    return x[order // (len(order) // len(x))]
+    return x.index_select(0, order // (len(order) // len(x)))
 
 
 def _collected(y: Tensor, back: Tensor, k: int) -> Tensor:
     """y (N · k, d), sorted by expert -> (N, d): of each token, the sum."""
-    return y[back].unflatten(0, (-1, k)).sum(1)
+    return y.index_select(0, back).unflatten(0, (-1, k)).sum(1)
 
 
 class _Distribute(torch.autograd.Function):
@@ -264,12 +264,13 @@ def expert_load(routes: Routes, counted: Tensor) -> Tensor:
 
 
 def balance_loss(routes: Routes, counted: Tensor) -> Tensor:
-    """Σ fᵢ · pᵢ over experts i, with pᵢ the mean probability and fᵢ the load relative to the mean load: 1 where the
-    experts are chosen evenly (Switch, arXiv:2101.03961, equation 4, for k experts)."""
+    """Σ fᵢ · pᵢ over experts i, with pᵢ the mean share of a token's scores and fᵢ the load relative to the mean load: 1
+    where the experts are chosen evenly (Switch, arXiv:2101.03961, equation 4, for k experts)."""
     load = expert_load(routes, counted).detach()
     tokens = counted.sum().clamp_min(1)
-    probability = (routes.probabilities * counted[:, None]).sum(0) / tokens
-    return (load / (tokens * routes.experts.shape[1] / len(load)) * probability).sum()
+    shares = routes.scores / routes.scores.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
+    share = (shares * counted[:, None]).sum(0) / tokens
+    return (load / (tokens * routes.experts.shape[1] / len(load)) * share).sum()
 
 
 def z_loss(routes: Routes, counted: Tensor) -> Tensor:
