@@ -17,6 +17,7 @@ from generation.decode import ENDED, generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from generation.text_stream import TextStream
+from model.cost import weight_bytes_read
 from model.transformer import TransformerLM
 from runtime.bandwidth import seconds_per_byte
 
@@ -172,7 +173,7 @@ def share_of_floor(model: TransformerLM, state: GenerationState, samples: Sequen
     step = statistics.median(after - before for before, after in itertools.pairwise(moments))
     if state.speculation is not None:
         step = decode_seconds(samples) / max(1, state.speculation.passes - 1)
-    read = cached_bytes(state) + sum(parameter.nbytes for parameter in model.parameters())
+    read = cached_bytes(state) + weight_bytes_read(model, len(state.tokens))
     return round(read * seconds_per_byte(next(model.parameters()).device) / step, 4)
 
 

@@ -48,6 +48,12 @@ def active_parameters(model: TransformerLM) -> int:
     return sum(layouts[name].active(parameter.numel()) for name, parameter in model.named_parameters())
 
 
+def weight_bytes_read(model: TransformerLM, tokens: int) -> int:
+    """Of the weights, what a step over so many tokens reads, at most."""
+    layouts = model.layout()
+    return sum(layouts[name].active(parameter.nbytes, tokens) for name, parameter in model.named_parameters())
+
+
 def has_experts(model: TransformerLM) -> bool:
     """Whether tokens meet only some of the parameters."""
     return any(layout.experts is not None for layout in model.layout().values())

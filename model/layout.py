@@ -105,9 +105,11 @@ class ParamLayout:
         """Those of the parameter, columns left out."""
         return (self.rows,) if self.experts is None else (self.experts.count, self.rows)
 
-    def active(self, numel: int) -> int:
-        """Of so many numbers of the parameter, those that one token meets."""
-        return numel if self.experts is None else numel // self.experts.count * self.experts.per_token
+    def active(self, size: int, tokens: int = 1) -> int:
+        """Of the parameter's size, in numbers or bytes, what so many tokens meet, at most."""
+        if self.experts is None:
+            return size
+        return size // self.experts.count * min(self.experts.count, self.experts.per_token * tokens)
 
     @property
     def shard_axis(self) -> int | None:

@@ -161,7 +161,8 @@ def test_match_of_experts_in_a_small_model_takes_finer_units_or_says_what_does()
     found = variants("mlp=swiglu", "mlp=moe", common=("model=tiny",))
     (added,) = match(found, ["flops"], VOCAB).overrides["mlp=moe"]
     assert int(added.removeprefix("mlp.d_ff=")) % UNIT
-    assert "choose a larger model, whose steps are finer" in refused(found, "params")
+    many = variants("mlp=swiglu", "mlp=moe mlp.n_experts=64", common=("model=tiny",))
+    assert "choose a larger model, whose steps are finer" in refused(many, "params")
 
 
 @pytest.mark.parametrize(("size", "rope_dim", "unit"), [("tiny", 16, UNIT), ("small", 16, UNIT), ("mini", 4, 4)])

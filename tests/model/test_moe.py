@@ -299,6 +299,14 @@ def test_costs_count_the_experts_that_a_token_meets():
     assert mine.per_token == its.per_token + 2 * (router + 3 * of_expert - layer)
 
 
+def test_weights_read_by_a_step_are_those_of_the_experts_that_its_tokens_can_choose():
+    model = small_model("attention=gqa", "mlp=moe", "mlp.top_k=3")
+    every = 4 * sum(parameter.numel() for parameter in model.parameters())
+    of_expert = 4 * 2 * 3 * model.config.mlp.d_ff * 64
+    assert cost.weight_bytes_read(model, 1) == 4 * cost.active_parameters(model) == every - 5 * of_expert
+    assert [cost.weight_bytes_read(model, tokens) for tokens in (2, 3, 9)] == [every - 2 * of_expert, every, every]
+
+
 def test_deepseek_v3_has_671_billion_parameters_of_which_a_token_meets_37():
     config = composed_run(
         *("model.n_layers=61", "model.d_model=7168", "model.n_heads=128", "model.tie_embeddings=false"),

@@ -24,12 +24,13 @@ def plot_experts(folder: Path) -> None:
     figure, axes = new_figure(11 if last else 6, 4, panels=2 if last else 1)
     over_steps = axes[0] if last else axes
     label(over_steps.title, folder.name)
-    over_steps.set(xlabel="step", ylabel="load of an expert (1: the mean of its layer)", ylim=(0, None))
+    over_steps.set(xlabel="step", ylabel="load of an expert (1: the mean of its layer)")
     lines = {}
     for name in ("highest", "lowest"):
         values = [row[f"{name}_load"] for row in steps]
         (lines[f"{name} of all layers"],) = over_steps.plot([row["step"] for row in steps], values, linewidth=0.8)
     over_steps.axhline(1, color="gray", linewidth=0.8)
+    over_steps.set_ylim(bottom=0)
     legend(over_steps, lines)
     if last:
         _draw_loads(figure, axes[1], last)

@@ -34,6 +34,7 @@ def test_plot_shows_the_loads_of_each_step_and_those_of_the_last_evaluation(work
     steps, loads, _ = found[0].axes
     assert steps.get_title() == "_a"
     assert [line.get_ydata().tolist() for line in steps.lines[:2]] == [[2.0, 1.6], [0.0, 0.4]]
+    assert steps.get_ylim()[0] == 0 and steps.get_ylim()[1] > 2
     assert loads.images[0].get_array().tolist() == [[0.5, 1.5]]
     assert [tick.get_text() for tick in loads.get_yticklabels()] == ["1"]
 
