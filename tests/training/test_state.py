@@ -75,8 +75,9 @@ class ScoreAverage:
     def __init__(self, model: TransformerLM):
         self.buffer = model.average
 
-    def __call__(self, collected: torch.Tensor, skipped: torch.Tensor) -> None:
+    def __call__(self, collected: torch.Tensor, skipped: torch.Tensor) -> dict[str, torch.Tensor]:
         self.buffer.lerp_(collected.amax(1), torch.where(skipped, 0.0, 0.1))
+        return {}
 
 
 @pytest.fixture
