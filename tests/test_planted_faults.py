@@ -365,6 +365,22 @@ FAULTS = [
         "tests/common/test_atomic_io.py",
         "write_atomic",
     ),
+    Fault(
+        "losing groups of experts are masked with zeros",
+        "model/moe.py",
+        "scores = groups.masked_fill(loses[:, :, None], -torch.inf).flatten(1)  # 0 may be more than a biased score",
+        "scores = groups.masked_fill(loses[:, :, None], 0.0).flatten(1)",
+        "tests/model/test_moe.py",
+        "losing_groups",
+    ),
+    Fault(
+        "the bias of experts goes by the last micro-batch alone",
+        "training/balance.py",
+        "reduce = staticmethod(torch.add)",
+        "reduce = staticmethod(lambda before, load: load)",
+        "tests/training/test_balance.py",
+        "all_micro_batches",
+    ),
 ]
 
 

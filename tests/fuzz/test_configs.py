@@ -103,6 +103,30 @@ ANYTHING = st.one_of(
 
 
 @st.composite
+def experts(draw) -> dict[str, Any]:
+    """Settings of a mixture, mostly such as go together."""
+    n_groups, size = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    top_groups = draw(st.integers(1, n_groups))
+    top_k = draw(st.integers(1, size * top_groups))
+    balanced = top_k < n_groups * size or not draw(st.integers(0, 7))
+    return {
+        "n_experts": n_groups * size,
+        "n_groups": n_groups,
+        "top_groups": top_groups,
+        "top_k": top_k,
+        "n_shared_experts": draw(st.integers(0, 2)),
+        "n_dense_layers": draw(st.sampled_from([0, 0, 0, 1])),
+        "dense_d_ff": draw(unset_or(st.integers(1, 40))),
+        "router": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "renormalise": draw(st.booleans()) if top_k > 1 else not draw(st.integers(0, 7)),
+        "scaling": draw(st.sampled_from([1.0, 2.5])),
+        "bias_rate": draw(st.sampled_from([0.001, 0.5])) if balanced else 0.0,
+        "balance_loss": draw(st.sampled_from([0.0, 0.01])) if balanced else 0.0,
+        "router_z_loss": draw(st.sampled_from([0.0, 0.001])),
+    }
+
+
+@st.composite
 def cases(draw) -> Case:
     tree = copy.deepcopy(composed())
     for group in (*MODEL_PARTS, *RUN_PARTS):
@@ -136,6 +160,7 @@ def cases(draw) -> Case:
     elif attention == "gqa":
         tree["attention"]["n_kv_heads"] = draw(unset_or(st.sampled_from(divisors(n_heads)) | st.integers(1, 6)))
     tree["mlp"]["d_ff"] = draw(unset_or(st.integers(1, 64)))
+    tree["mlp"] |= draw(experts()) if "n_experts" in tree["mlp"] else {}
     tree["optim"]["lr"] = draw(unset_or(st.floats(1e-4, 1e-1)))
     tree |= {
         "steps": draw(st.integers(1, 20)),

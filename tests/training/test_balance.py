@@ -87,7 +87,7 @@ def test_model_without_experts_has_no_balance():
     "options",
     [
         ("precision=bf16", "optim.qk_clip=5", "attention.qk_norm=false"),
-        ("mlp.n_dense_layers=1", "mlp.balance_loss=0.01"),
+        ("mlp.n_dense_layers=1", "mlp.balance_loss=0.01", "optim=adafactor"),
     ],
     ids=" ".join,
 )
@@ -140,3 +140,16 @@ def test_every_layer_with_experts_is_balanced():
     assert [type(block.mlp) is MoE for block in state.model.layers] == [False, True]
     train_step(state, batches(4, 2), 1.0)
     assert state.model.layers[1].mlp.router.selection_bias.any()
+
+
+def test_group_of_experts_has_a_rate_of_its_own_or_is_frozen():
+    groups = "optim.groups=[{match: '*.experts.*', train: false}, {match: '*.router.*', lr: 0.5}]"
+    state = state_of(groups)
+    rates = {id(p): group["lr"] for group in state.optimizer.param_groups for p in group["params"]}
+    mlp = state.model.layers[0].mlp
+    assert rates[id(mlp.router.weight)] == 0.5 and id(mlp.experts.up_proj) not in rates
+    before = {name: p.detach().clone() for name, p in mlp.named_parameters()}
+    for _ in range(2):
+        train_step(state, batches(4, 2), 1.0)
+    moved = {name for name, p in mlp.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if not name.startswith("experts.")} and biases(state).any()
