@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from data.batches import Batch, count_windows, read_windows
+from data.batches import count_windows, read_windows
 from data.shards.token_files import TokenStream
 from model.placement import Placement
 from model.stats import MONITORED_STATS
@@ -21,19 +21,12 @@ def attention_stats(
     lowest_entropy    of the head where it is lowest: near 0, that head hardly learns any more
     max_logit         the largest score before the softmax; where it keeps growing, training becomes unstable
     """
-    batch = first_windows(model, stream, length, batch_size, document_start)
+    first = list(range(min(batch_size, count_windows(stream, length))))
+    batch = read_windows(stream, length, first, document_start).to(next(model.parameters()).device)
     aux = model(batch.inputs, Placement.of_batch(batch), collect=MONITORED_STATS).aux
     stats = _by_layer(aux)
     values = torch.stack(list(stats.values())).tolist()  # one wait for the device
     return dict(zip(stats, values, strict=True))
-
-
-def first_windows(
-    model: TransformerLM, stream: TokenStream, length: int, batch_size: int, document_start: int | None
-) -> Batch:
-    """The stream's first windows, as many as evaluation reads at once, on the model's device."""
-    first = list(range(min(batch_size, count_windows(stream, length))))
-    return read_windows(stream, length, first, document_start).to(next(model.parameters()).device)
 
 
 def _by_layer(aux: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import torch
 from common.experimental import warn_experimental
 from model.kernels.flex import Flex
 from model.kernels.sdpa import SDPA
+from model.moe import MoEConfig
 from training.run.config import Run
 
 EXPERIMENTS = ("experiment=gpt2_124m",)  # for one GPU, and longer than anything that was tried
@@ -38,10 +39,15 @@ def _autotune(run: Run, device: torch.device) -> bool:
     return run.compilation == (True, True) and device.type == "cuda"
 
 
+def _experts(run: Run, device: torch.device) -> bool:
+    return isinstance(run.model.mlp, MoEConfig) and device.type == "cuda"
+
+
 SETTINGS = {
     "kernel=flex": _flex,
     "kernel.flash=FA3": _flash("FA3"),
     "kernel.flash=FA4": _flash("FA4"),
     "kernel.backend=cudnn": _cudnn,
     "autotune=true": _autotune,
+    "mlp=moe": _experts,
 }

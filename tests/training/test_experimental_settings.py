@@ -46,6 +46,7 @@ CHOICES = {
     "kernel.backend=cudnn": settings("kernel=sdpa", "kernel.backend=cudnn"),
     "autotune=true": settings("compile=true", "autotune=true"),
     "kernel=flex": settings("kernel=flex"),
+    "mlp=moe": settings("mlp=moe"),
 }
 
 

@@ -5,7 +5,10 @@ import json
 import pytest
 import torch
 
-from tests.support import SMOKE, call
+from data.shards.token_files import TokenStream
+from model.moe import LOAD
+from tests.support import SMOKE, call, small_model, some_tokens
+from training.expert_loads import expert_loads
 from training.metrics_file import read_metrics
 from training.monitor import plot_experts
 
@@ -65,3 +68,15 @@ def test_picture_that_cannot_be_drawn_is_a_warning(workplace, monkeypatch, capsy
     assert call("train", [*SMOKE, "data.size=12", "steps=2", "run_dir=run"], monkeypatch, drawn=True) == 0
     assert "run/experts.png cannot be drawn: division by zero" in capsys.readouterr().err
     assert (workplace / "run/loss.png").is_file()
+
+
+def test_loads_are_those_of_all_first_windows_whatever_the_batch(monkeypatch):
+    monkeypatch.setattr("training.expert_loads.TOKENS", 100)
+    model = small_model("attention=gqa", "mlp=moe", "mlp.n_dense_layers=1")
+    stream = TokenStream([some_tokens(1, 161)[0].numpy()])
+    loads = expert_loads(model, stream, 16, 4)
+    inputs = torch.stack([torch.from_numpy(stream.read(16 * i, 16)).long() for i in range(6)])
+    expected = model(inputs, collect=frozenset({LOAD})).aux["layers.1.expert_load"]
+    assert [*loads] == [f"experts/layer_1/load_{expert}" for expert in range(8)]
+    torch.testing.assert_close(torch.tensor([*loads.values()]), expected / expected.mean())
+    assert expert_loads(model, stream, 16, 100) == loads
