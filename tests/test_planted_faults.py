@@ -200,8 +200,8 @@ FAULTS = [
     Fault(
         "targets are the inputs",
         "data/batches.py",
-        "return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start)",
-        "return Batch.of(tokens[:, :-1], tokens[:, :-1], document_start)",
+        "return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start, counted)",
+        "return Batch.of(tokens[:, :-1], tokens[:, :-1], document_start, counted)",
         "tests/data/test_shards_and_batches.py",
         "epoch",
     ),
