@@ -244,7 +244,7 @@ def covering(offered: Callable[[str], list[str]]) -> Iterator[dict[str, str]]:
 
 
 # Of a model, by an experiment for whichever is chosen, or by position=.
-SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding")
+SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding", "context_length")
 # Why two choices may not go together, and what is typed instead.
 WAYS_OUT = {
     "kernel=flex compiles itself: choose compile=false, or kernel=auto": "compile=false",
