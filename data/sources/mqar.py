@@ -11,11 +11,13 @@ from data.sources.examples import Draw, ExampleCorpus
 
 
 class MQARCorpus(ExampleCorpus):
-    """key value key value ... filler ... key value key value ...: different keys with different values, the filler, and
-    the same pairs in an order of their own. The values of the second time are counted.
+    """key value key value ... filler ... key value key value ...: different keys, the filler, and the same pairs in an
+    order of their own. The values of the second time are counted.
 
     Keys are the numbers 0 ... keys - 1, values the next ones, the filler is the last number. In the paper queries stand
-    apart from each other and no value follows them; here the filler keeps all of them away from the pairs.
+    apart from each other, no value follows them, and no value belongs to two keys. Here the filler keeps all queries
+    away from the pairs, and values are drawn one by one: where answers are in view and none comes twice, a model learns
+    to strike out what was answered, which is right in 41 of 100 cases of six, and may never learn to recall.
     """
 
     pairs: int = Field(ge=1, le=MAX_COUNT)
@@ -24,13 +26,11 @@ class MQARCorpus(ExampleCorpus):
 
     @model_validator(mode="after")
     def _vocabulary_is_large_enough(self) -> Self:
-        for name in ("keys", "values"):
-            most = getattr(self, name)
-            if self.pairs > most:
-                raise ValueError(
-                    f"data.pairs={self.pairs} needs as many different {name}, data.{name}={most} has fewer: choose at "
-                    f"most {most} pairs, or more {name}"
-                )
+        if self.pairs > self.keys:
+            raise ValueError(
+                f"data.pairs={self.pairs} needs as many different keys, data.keys={self.keys} has fewer: choose at most "
+                f"{self.keys} pairs, or more keys"
+            )
         return self
 
     @property
@@ -52,7 +52,7 @@ class MQARCorpus(ExampleCorpus):
 
     def example(self, draw: Draw) -> list[int]:
         keys = draw.distinct(self.pairs, self.keys)
-        values = [self.keys + value for value in draw.distinct(self.pairs, self.values)]
+        values = [self.keys + draw.number(self.values) for _ in keys]
         filler = [self.numbers - 1] * (self.length - 1 - 4 * self.pairs)
         asked = draw.distinct(self.pairs, self.pairs)
         pairs = [number for pair in zip(keys, values, strict=True) for number in pair]

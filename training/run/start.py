@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import StoredConfig
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from training.run import checkpoint
@@ -50,6 +51,8 @@ def resolve_run(
         base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
         tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
     run = Run.from_tree(tree)
+    if isinstance(run.tokenizer, StoredConfig) and run.data.numbers is not None:
+        run.tokenizer.check_numbers(run.data.name, run.data.numbers)
     if not run.dry_run:
         check_makeable(run.run_dir)
     return run, None, None

@@ -83,7 +83,7 @@ def test_mqar_counts_the_values_of_all_its_pairs_once_each():
         pairs = [tuple(numbers[i : i + 2]) for i in range(0, 10, 2)]
         asked = [tuple(numbers[i : i + 2]) for i in range(len(numbers) - 10, len(numbers), 2)]
         assert sorted(asked) == sorted(pairs) and len(numbers) == CONTEXT - 1
-        assert len({key for key, _ in pairs}) == len({value for _, value in pairs}) == 5
+        assert len({key for key, _ in pairs}) == 5
         assert all(key < 6 <= value < 13 for key, value in pairs) and set(numbers[10:-10]) == {13}
         assert [numbers[i] for i in corpus.answers()] == [value for _, value in asked]
         orders.add(tuple(pairs.index(pair) for pair in asked))
@@ -125,7 +125,7 @@ def test_examples_are_the_same_bytes_everywhere():
     """Stored numbers: another version of Python, or of these rules, would give others."""
     found = {name: hashlib.sha256("".join(d.text for d in corpus_of(name).read()).encode()) for name in CORPORA}
     assert {name: digest.hexdigest()[:16] for name, digest in found.items()} == {
-        "mqar": "cfda61d22cc99716",
+        "mqar": "3239cf62d9bf98fa",
         "needle": "6c151992d1f8f7d0",
         "copy": "c07fe8d76d4870cd",
     }
@@ -147,16 +147,16 @@ NUMBERS = ("data=mqar", "tokenizer=numbers", "model.context_length=64", "batch_t
     [
         ((*NUMBERS, "data.pairs=0"), "data.pairs=0: give at least 1 and at most"),
         ((*NUMBERS, "data.pairs=9", "data.keys=8"), "data.pairs=9 needs as many different keys, data.keys=8 has fewer"),
-        ((*NUMBERS, "data.pairs=9", "data.values=8"), "data.pairs=9 needs as many different values, data.values=8 has"),
+        ((*NUMBERS, "data.values=0"), "data.values=0: give at least 1 and at most"),
         ((*NUMBERS, "data.pairs=16"), "data.pairs=16 makes examples of 65 tokens, data.length=64 is less: choose at"),
         ((*NUMBERS, "data.length=40"), "data.length=40 does not divide model.context_length=64, and would cut"),
         ((*NUMBERS, "data.length=128"), "data.length=128 does not divide model.context_length=64, and would cut"),
         ((*NUMBERS, "data.size=19"), "data.size=19: give at least 20"),
         (
             (*NUMBERS, "data.keys=100000"),
-            "data=mqar is written in 100017 numbers, tokenizer=numbers has at most 100000",
+            "data=mqar is written in 100009 numbers, tokenizer=numbers has at most 100000",
         ),
-        ((*NUMBERS, "tokenizer.size=32"), "tokenizer.size=32 is less than the 33 numbers that data=mqar is written in"),
+        ((*NUMBERS, "tokenizer.size=24"), "tokenizer.size=24 is less than the 25 numbers that data=mqar is written in"),
         ((*NUMBERS, "tokenizer=byte"), "data=mqar is written in numbers, a token each: choose tokenizer=numbers"),
         ((*NUMBERS, "data=synthetic"), "tokenizer=numbers needs tokenizer.size= with text, or data that is written in"),
         ((*NUMBERS, "data=needle", "data.length=4"), "data.length=4 has no room for two pairs and the end of text"),
@@ -184,7 +184,8 @@ def test_fine_tuning_on_numbers_needs_a_vocabulary_that_has_them(tmp_path):
     for name, config in (("bytes", configured(ByteConfig)), ("few", configured(NumbersConfig, size=100))):
         config.train(()).save(tmp_path / name)
         stored = StoredConfig(path=str(tmp_path / name), hash=config.train(()).hash)
-        assert stored.derive("synthetic", None) == stored and stored.derive("mqar", 0) == stored
-        with pytest.raises(ValueError, match="data=mqar is written in 129 numbers, which are not a token each in"):
-            stored.derive("mqar", 129)
-    assert stored.derive("mqar", 100) == stored
+        with pytest.raises(UserError, match="data=mqar is written in 129 numbers, which are not a token each in"):
+            stored.check_numbers("mqar", 129)
+    stored.check_numbers("mqar", 100)
+    (tmp_path / "few").unlink()
+    assert stored.derive("mqar", 129) == stored  # which reads nothing: a run outlives the one that it began with
