@@ -17,7 +17,7 @@ class MQARCorpus(ExampleCorpus):
     Keys are the numbers 0 ... keys - 1, values the next ones, the filler is the last number. In the paper queries stand
     apart from each other, no value follows them, and no value belongs to two keys. Here the filler keeps all queries
     away from the pairs, and values are drawn one by one: where answers are in view and none comes twice, a model learns
-    to strike out what was answered, which is right in 41 of 100 cases of six, and may never learn to recall.
+    to strike out what was answered, which is right in 41 of 100 cases of six, and may stay with that.
     """
 
     pairs: int = Field(ge=1, le=MAX_COUNT)
@@ -28,8 +28,8 @@ class MQARCorpus(ExampleCorpus):
     def _vocabulary_is_large_enough(self) -> Self:
         if self.pairs > self.keys:
             raise ValueError(
-                f"data.pairs={self.pairs} needs as many different keys, data.keys={self.keys} has fewer: choose at most "
-                f"{self.keys} pairs, or more keys"
+                f"data.pairs={self.pairs} needs as many different keys, data.keys={self.keys} has fewer: choose "
+                f"at most {self.keys} pairs, or more keys"
             )
         return self
 
