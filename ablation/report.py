@@ -80,6 +80,7 @@ def report_on(
     if len({record.tokenizer.hash for record in records}) > 1:
         variants = [replace(variant, val_loss=UNKNOWN) for variant in variants]  # nats per token of unlike tokens
     report = Report(
+        accuracy=accuracy_of(variants, selection),
         title=selection.title,
         command=None if selection.sweep is None else "\n".join(map(_command, selection.sweep.commands)),
         hypothesis=None if selection.sweep is None else selection.sweep.hypothesis,
@@ -245,7 +246,8 @@ def scored(cell: Cell, record: Record) -> tuple[Cell, list[str]]:
     if record.damaged_rows:
         rows = counted(record.damaged_rows, "damaged row")
         notes.append(f"{rows} of {record.folder}/metrics.jsonl: passed over; the curve has a gap there")
-    return replace(cell, val_loss=row["val_loss"], val_bpb=row.get("val_bpb")), notes
+    numbers = {name: row.get(name) for name in ("val_loss", "val_bpb", "val_accuracy")}
+    return replace(cell, **numbers), notes
 
 
 def check_comparable(records: Sequence[Record], force: bool) -> list[str]:
@@ -315,6 +317,7 @@ def variant_of(members: list[Member], sweep: Sweep | None) -> Variant:
         label=members[0].label,
         val_bpb=by_seed(members, lambda member: member.cell.val_bpb) or UNKNOWN,
         val_loss=by_seed(members, lambda member: member.cell.val_loss),
+        val_accuracy=by_seed(members, lambda member: member.cell.val_accuracy),
         parameters=sum(first.parameters.values()),
         parameters_without_embedding=measure("params", run.model, first.tokenizer.vocab_size),
         flops_per_token=first.flops_per_token,
@@ -349,11 +352,20 @@ def _scored(member: Member, metric: str) -> bool:
 
 def comparison_of(variants: Sequence[Variant], metric: str, selection: Selection) -> Comparison | None:
     """None where there is nothing to compare: one variant, or runs that have not finished."""
-    unfinished = any(member.record.final is None for member in selection.members)
-    if len(variants) < 2 or unfinished:
+    if len(variants) < 2 or _any_unfinished(selection):
         return None
     table = {variant.name: getattr(variant, metric).values for variant in variants}
     return compare(table, variants[0].name)
+
+
+def accuracy_of(variants: Sequence[Variant], selection: Selection) -> Comparison | None:
+    """Likewise, and where some run has no answers."""
+    measured = all(member.cell.val_accuracy is not None for member in selection.members)
+    return comparison_of(variants, "val_accuracy", selection) if measured else None
+
+
+def _any_unfinished(selection: Selection) -> bool:
+    return any(member.record.final is None for member in selection.members)
 
 
 def start_notes(groups: Mapping[str, list[Member]]) -> list[str]:

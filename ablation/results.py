@@ -39,6 +39,7 @@ class Cell:
     detail: str  # in words: exit code 2, diverged at step 120, 3 damaged rows of metrics; or ""
     val_loss: float | None  # final step, whole validation set
     val_bpb: float | None
+    val_accuracy: float | None = None  # share of right answers; None for data that has none
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Variant:
     matched: dict[str, Any]  # settings that the matching of budgets moved: {"mlp.d_ff": 528}
     active_parameters: int | None = None  # that one token meets, where experts make that fewer than all
     curves: list[Curve] = field(default_factory=list)
+    val_accuracy: Estimate | None = None  # share of right answers; None for data that has none
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,4 @@ class Report:
     config_differences: dict[str, dict[str, Any]]  # setting -> value by variant, where the variants' settings differ
     environment: dict[str, Any]  # versions, commit, machine, threads; where runs differ, a list of values
     data: dict[str, Any]  # corpus, fingerprint, tokenizer, tokens of the validation set
+    accuracy: Comparison | None = None  # of the shares of right answers, where the data has answers; higher is better

@@ -29,9 +29,13 @@ class Batch(NamedTuple):
     docs: Tensor | None = None  # number of each input's document in the window
 
     @classmethod
-    def of(cls, inputs: Tensor, targets: Tensor, document_start: int | None = None) -> Self:
+    def of(
+        cls, inputs: Tensor, targets: Tensor, document_start: int | None = None, counted: Tensor | None = None
+    ) -> Self:
         """document_start: the token that begins a document, where documents do not see each other; None: each window is
-        one text."""
+        one text. counted: (T,) bool, which targets of a window count; None: all."""
+        if counted is not None:
+            targets = targets.masked_fill(~counted, -1)
         if document_start is None:
             return cls(inputs, targets)
         return cls(inputs, targets, *document_positions(inputs, document_start))
@@ -65,11 +69,12 @@ class TrainingBatches:
     sequences: int  # G, in a step
     micro_batch: int  # sequences at a time; divides G
     document_start: int | None = None  # as Batch.of takes it
+    counted_targets: Tensor | None = None  # likewise
 
     def of_step(self, step: int, device: torch.device) -> list[Batch]:
         """Read the micro-batches of a step, on a device."""
         chosen = _window_indices(self.stream, self.length, self.seed, step * self.sequences, self.sequences)
-        batch = read_windows(self.stream, self.length, chosen, self.document_start)
+        batch = read_windows(self.stream, self.length, chosen, self.document_start, self.counted_targets)
         return batch.to(device).split(self.micro_batch)
 
 
@@ -89,13 +94,14 @@ def evaluation_batches(
     batch_size: int,
     tokens: slice = slice(None),
     document_start: int | None = None,
+    counted: Tensor | None = None,
 ) -> list[Callable[[], Batch]]:
     """Batches of the windows of the stream, or of those within a slice of its tokens, in order and without overlap.
-    Each is a function that reads at most batch_size windows."""
+    Each is a function that reads at most batch_size windows. document_start, counted: as Batch.of takes them."""
     start, stop, _ = tokens.indices(count_windows(stream, length) * length)
     chosen = list(range(start // length, stop // length))
     groups = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
-    return [functools.partial(read_windows, stream, length, group, document_start) for group in groups]
+    return [functools.partial(read_windows, stream, length, group, document_start, counted) for group in groups]
 
 
 def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:
@@ -130,11 +136,17 @@ def check_split_lengths(corpus: Prepared, length: int) -> None:
             raise too_short(split, f"{len(stream):,} tokens", length + 1)
 
 
-def read_windows(stream: TokenStream, length: int, indices: list[int], document_start: int | None = None) -> Batch:
-    """Read windows by index, on the CPU."""
+def read_windows(
+    stream: TokenStream,
+    length: int,
+    indices: list[int],
+    document_start: int | None = None,
+    counted: Tensor | None = None,
+) -> Batch:
+    """Read windows by index, on the CPU. document_start, counted: as Batch.of takes them."""
     rows = np.stack([read_window(stream, length, i) for i in indices]).astype(np.int64)
     tokens = torch.from_numpy(rows)
-    return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start)
+    return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start, counted)
 
 
 def _window_indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:

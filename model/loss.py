@@ -50,6 +50,16 @@ def chunked_losses(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
         return _losses(hidden.flatten(0, 1), lm_head, targets.flatten()).view_as(targets)
 
 
+def chunked_hits(hidden: Tensor, lm_head: LMHead, targets: Tensor) -> Tensor:
+    """Whether each target has the largest logit, in chunks: hidden (B, T, d), targets (B, T) -> (B, T) bool, false for
+    one that is not counted."""
+    x = hidden.flatten(0, 1)
+    rows = CHUNK["cpu"] // (len(lm_head.weight) * lm_head.weight.element_size())
+    with torch.no_grad():
+        largest = [lm_head.logits(x[chunk]).argmax(-1) for chunk in _cut(len(x), rows)]
+    return torch.cat(largest).view_as(targets) == targets
+
+
 def chunked_mean(hidden: Tensor, lm_head: LMHead, targets: Tensor, min_tile: int = 0) -> Tensor:
     """Mean cross-entropy of the counted targets in chunks, a scalar, with its gradient; 0 where none is counted.
     min_tile: number of logits to take to float32 at one time, if the device's own tile is smaller."""

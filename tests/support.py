@@ -33,6 +33,8 @@ NEEDS = {
     ("data", "files"): ("data.path='*.txt'",),
     ("data", "hub"): ("data.path=owner/name",),
     ("data", "mix"): ("data.parts={sympy: 2, texts: {quota: 0.5, data: files, path: '*.txt'}}",),
+    **{("data", name): ("tokenizer=numbers",) for name in ("mqar", "needle", "copy")},
+    ("tokenizer", "numbers"): ("data=mqar",),
     ("optim", "torch"): ("optim.name=Adagrad",),
     ("experiment", "shakespeare_char"): ("data.path='*.txt'",),
 }

@@ -200,10 +200,26 @@ FAULTS = [
     Fault(
         "targets are the inputs",
         "data/batches.py",
-        "return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start)",
-        "return Batch.of(tokens[:, :-1], tokens[:, :-1], document_start)",
+        "return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start, counted)",
+        "return Batch.of(tokens[:, :-1], tokens[:, :-1], document_start, counted)",
         "tests/data/test_shards_and_batches.py",
         "epoch",
+    ),
+    Fault(
+        "keys count in the place of answers",
+        "data/sources/examples.py",
+        "of_example[list(self.answers())] = True",
+        "of_example[[place - 1 for place in self.answers()]] = True",
+        "tests/data/sources/test_examples.py",
+        "counted_targets",
+    ),
+    Fault(
+        "accuracy counts what is not the likeliest",
+        "model/loss.py",
+        "largest = [lm_head.logits(x[chunk]).argmax(-1) for chunk in _cut(len(x), rows)]",
+        "largest = [lm_head.logits(x[chunk]).argmin(-1) for chunk in _cut(len(x), rows)]",
+        "tests/model/test_loss.py",
+        "accuracy",
     ),
     Fault(
         "every epoch has the same order",

@@ -22,13 +22,9 @@ class Evaluation(NamedTuple):
     def columns(self) -> dict[str, float]:
         """The evaluation's columns of metrics.jsonl."""
         score = self.reported
-        return {
-            "val_loss": score.loss,
-            "val_bpb": score.bpb,
-            "val_tokens": score.tokens,
-            **self.attention,
-            **self.experts,
-        }
+        accuracy = {} if score.accuracy is None else {"val_accuracy": score.accuracy}
+        scores = {"val_loss": score.loss, "val_bpb": score.bpb, "val_tokens": score.tokens}
+        return scores | accuracy | dict(self.attention) | dict(self.experts)
 
 
 def go_on(what: str, index: int, count: int) -> None:
@@ -41,15 +37,15 @@ def evaluate(
     byte_lengths: Tensor,
     *,
     losses: Callable = token_losses,
+    accuracy: bool = False,
     between: Between = go_on,
 ) -> Score:
     """The validation loss of batches that are read one at a time. byte_lengths: (V,) bytes of text that each token
-    stands for. losses: nats of each token, as token_losses gives them. between: may give the evaluation up by an
-    exception."""
+    stands for. losses, accuracy: as score_batches takes them. between: may give the evaluation up by an exception."""
 
     def announced() -> Iterator[Batch]:
         for index, read in enumerate(batches):
             between("validation batch", index, len(batches))
             yield read()
 
-    return score_batches(model, announced(), byte_lengths, losses)
+    return score_batches(model, announced(), byte_lengths, losses, accuracy)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from model.loss import chunked_mean
 from model.placement import Placement
-from model.score import token_losses
+from model.score import token_losses, token_losses_and_hits
 from training.compile import maybe_compiled
 
 CROSS_ENTROPY = "cross_entropy"
@@ -44,14 +44,15 @@ class Losses(NamedTuple):
     """Loss functions of (model, batch)."""
 
     mean_loss: Callable = mean_loss  # of training: the mean nats per token, and auxiliary outputs
-    token_losses: Callable = token_losses  # of evaluation: the nats of each token, (B, T)
+    token_losses: Callable = token_losses  # of evaluation: the nats of each token, (B, T); with accuracy, and the hits
 
     @classmethod
-    def of(cls, collect: frozenset[str], compilation: tuple[bool, bool]) -> Self:
+    def of(cls, collect: frozenset[str], compilation: tuple[bool, bool], accuracy: bool = False) -> Self:
         """The loss functions of a run. collect: auxiliary outputs that the training loss collects. compilation: whether
-        they are compiled, and autotuned."""
+        they are compiled, and autotuned. accuracy: whether evaluation measures it."""
+        of_tokens = token_losses_and_hits if accuracy else token_losses
         mean = functools.partial(mean_loss, collect=collect) if collect else mean_loss
-        return cls(maybe_compiled(mean, *compilation), maybe_compiled(token_losses, *compilation))
+        return cls(maybe_compiled(mean, *compilation), maybe_compiled(of_tokens, *compilation))
 
 
 EAGER = Losses()

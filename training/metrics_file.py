@@ -49,7 +49,8 @@ class MetricRow(TypedDict, total=False):
     router_z_loss: float | None  # with its weight: the mean of the layers
     val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
     val_bpb: float | None  # bits per byte of the same text
-    val_tokens: int  # eval_tokens; after the last step, those of the whole validation set
+    val_accuracy: float | None  # share of them that have the largest logit, where the data has right answers
+    val_tokens: int  # counted ones of eval_tokens; after the last step, of the whole validation set
     unscored: bool  # true where a signal cut the evaluation short: a resumed run makes up for it
     tokens_per_second: float  # of training alone, over the steps since the last look at the clock
     flops_per_second: float  # tokens_per_second times the model's FLOPs per token of training

@@ -148,7 +148,8 @@ class Session:
 def training_batches(run: Run, corpus: Prepared) -> TrainingBatches:
     """The batches that the steps of a run train on."""
     start = run.document_start(corpus.tokenizer)
-    return TrainingBatches(corpus.train, run.model.context_length, run.seed, run.sequences, run.micro_batch_size, start)
+    plan = run.model.context_length, run.seed, run.sequences, run.micro_batch_size
+    return TrainingBatches(corpus.train, *plan, start, run.counted_targets)
 
 
 def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on_part: Between) -> Evaluation:
@@ -157,11 +158,15 @@ def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on
     state.precision.copy_master_weights()
     length = run.model.context_length
     document_start = run.document_start(corpus.tokenizer)
+    counted = run.counted_targets
+    accuracy = counted is not None
     byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths)
+    losses = state.losses.token_losses
 
     def score(tokens: slice) -> Score:
-        batches = evaluation_batches(corpus.val, length, run.micro_batch_size, tokens, document_start)
-        return evaluate(state.precision.model, batches, byte_lengths, losses=state.losses.token_losses, between=on_part)
+        batches = evaluation_batches(corpus.val, length, run.micro_batch_size, tokens, document_start, counted)
+        model = state.precision.model
+        return evaluate(model, batches, byte_lengths, losses=losses, accuracy=accuracy, between=on_part)
 
     prefix = score(slice(0, run.eval_tokens))
     reported = prefix.plus(score(slice(run.eval_tokens, None))) if whole else prefix

@@ -56,7 +56,8 @@ class TrainState:
         if run.activation_checkpointing:
             checkpoint_activations(precision.model)
         after_step = after_step_hooks(run, model)
-        losses = Losses.of(frozenset(hook.collects for hook in after_step), run.compilation)
+        collect = frozenset(hook.collects for hook in after_step)
+        losses = Losses.of(collect, run.compilation, accuracy=run.counted_targets is not None)
         optimizer = run.optim.build(model)
         return cls(model, precision, optimizer, losses, run.clip_norm, run.seed, after_step)
 

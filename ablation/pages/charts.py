@@ -2,7 +2,7 @@
 size; paths, which know no percentages, lie in an inner SVG of 1000 by 1000 that is stretched."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from ablation.pages.formats import bytes_, exact, fixed, signed
 from ablation.pages.palette import COLORS, SHAPES, look
 from ablation.pages.series import SOURCES, Line, Series, late, series, units
 from ablation.pages.tags import Markup, join, tag
-from ablation.pages.words import estimate, frontier, verdict
+from ablation.pages.words import accuracy_frontier, estimate, frontier, verdict
 from ablation.results import Report, Variant
 from ablation.statistics import Estimate
 from common.errors import escaped
@@ -345,10 +345,34 @@ def _scale(axis: Axis) -> Markup:
 
 def frontier_chart(report: Report) -> Markup:
     """Final losses against bytes of KV cache per token."""
-    estimates = [estimate(report, variant) for variant in report.variants]
+    text = f"Final loss of {len(report.variants)} variants against the bytes that their cache takes per token."
+    return _against_cache(
+        report,
+        lambda variant: estimate(report, variant),
+        frontier(report),
+        ("Loss against cache", report.metric_name, text),
+    )
+
+
+def accuracy_chart(report: Report) -> Markup:
+    """Shares of right answers against bytes of KV cache per token."""
+    text = f"Accuracy of {len(report.variants)} variants against the bytes that their cache takes per token."
+    words = ("Accuracy against cache", "accuracy; higher is better", text)
+    return _against_cache(report, lambda variant: variant.val_accuracy, accuracy_frontier(report), words)
+
+
+def _against_cache(
+    report: Report,
+    estimate_of: Callable[[Variant], Estimate],
+    best: Sequence[Variant],
+    words: tuple[str, str, str],
+) -> Markup:
+    """best: the variants on the frontier. words: the title, the label of the axis, and a description."""
+    title, label, text = words
+    estimates = [estimate_of(variant) for variant in report.variants]
     axis_x = bytes_axis(variant.cache_bytes_per_token for variant in report.variants)
     spans = [value for found in estimates for value in [found.mean, *(found.interval or ())]]
-    axis_y = loss_axis("", spans, label=report.metric_name)
+    axis_y = loss_axis("", spans, label=label)
     pieces = []
     for i, (variant, found) in enumerate(zip(report.variants, estimates, strict=True)):
         x = percent(axis_x.place(variant.cache_bytes_per_token))
@@ -358,17 +382,13 @@ def frontier_chart(report: Report) -> Markup:
         size = f"{variant.cache_bytes_per_token:,.0f} bytes per token ({bytes_(variant.cache_bytes_per_token)})"
         tip = f"{escaped(variant.name)}\n{size}\n{_tip(found)}"
         pieces.append(labelled_marker(i, x, percent(1 - axis_y.place(found.mean)), tip))
-    text = f"Final loss of {len(estimates)} variants against the bytes that their cache takes per token."
-    return plot("Loss against cache", text, axis_x, axis_y, join(_steps(report, axis_x, axis_y), *pieces))
+    corners = [(axis_x.place(one.cache_bytes_per_token), axis_y.place(estimate_of(one).mean)) for one in best]
+    return plot(title, text, axis_x, axis_y, join(_steps(corners), *pieces))
 
 
-def _steps(report: Report, axis_x: Axis, axis_y: Axis) -> Markup:
-    """The frontier as dashed steps between the variants on it."""
-    best = frontier(report)
-    places = [
-        (percent(axis_x.place(v.cache_bytes_per_token)), percent(1 - axis_y.place(estimate(report, v).mean)))
-        for v in best
-    ]
+def _steps(corners: Sequence[tuple[float, float]]) -> Markup:
+    """The frontier as dashed steps between the variants on it, by their places."""
+    places = [(percent(x), percent(1 - y)) for x, y in corners]
     lines = []
     for (x1, y1), (x2, y2) in itertools.pairwise(places):
         lines.append(tag("line", x1=x1, y1=y1, x2=x2, y2=y1))

@@ -8,9 +8,11 @@ from functools import partial
 from typing import Literal
 
 from ablation.pages.formats import bytes_, compact, duration, exact, fixed, interval, places, signed
-from ablation.pages.words import comparisons, estimate, verdict
+from ablation.pages.words import comparisons, estimate, has_accuracy, verdict
 from ablation.results import Report, Variant
 from ablation.statistics import Difference, Estimate
+
+ACCURACY_PLACES = 3  # decimals of shares of right answers
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,37 @@ def _verdict(report: Report, variant: Variant) -> Value:
         return Value("")
     words = verdict(found)
     return Value(words, "" if found.p_corrected is None else f"{words.partition(', ')[0]}, p = {found.p_corrected!r}")
+
+
+def accuracy(report: Report) -> list[Column]:
+    """Shares of right answers, and how they compare with the baseline's; nothing where the data has no answers."""
+    if not has_accuracy(report):
+        return []
+    column = partial(_column, report)
+    found = [
+        column("accuracy", lambda variant: _spread(variant.val_accuracy, _share)),
+        column("95 % interval", lambda variant: interval_value(variant.val_accuracy.interval, ACCURACY_PLACES)),
+    ]
+    if report.accuracy is not None:
+        found += _accuracy_comparison(report)
+    return _telling([*found, column("seeds", lambda variant: Value(str(len(variant.val_accuracy.values))), False)])
+
+
+def _accuracy_comparison(report: Report) -> list[Column]:
+    differences = [report.accuracy.differences.get(variant.name) for variant in report.variants]
+
+    def column(name: str, value_of: Callable[[Difference], Value], numeric: bool = True) -> Column:
+        return Column(name, [value_of(found) if found else Value("") for found in differences], numeric)
+
+    return [
+        column("difference", lambda found: Value(signed(found.mean, ACCURACY_PLACES), exact(found.mean))),
+        column("its 95 % interval", lambda found: interval_value(found.interval, ACCURACY_PLACES)),
+        Column("verdict", [Value(verdict(found, higher_is_better=True)) for found in differences], numeric=False),
+    ]
+
+
+def _share(value: float) -> str:
+    return fixed(value, ACCURACY_PLACES)
 
 
 def costs(report: Report) -> list[Column]:

@@ -12,7 +12,7 @@ from ablation.pages.formats import places
 from ablation.pages.palette import COLORS
 from ablation.pages.tables import Table, shown
 from ablation.pages.tags import Markup, as_script, join, tag
-from ablation.pages.words import estimate
+from ablation.pages.words import estimate, has_accuracy
 from ablation.results import Report
 from common.console import counted
 
@@ -51,6 +51,7 @@ def _sections(report: Report, x: str, y: str, log: bool) -> Iterable[Markup]:
     yield _curves(report, x, y, log)
     yield from _rows(report)
     yield _frontier(report)
+    yield from _accuracy(report)
     yield _section("Budgets and speed", _table(tables.costs(report), swatches=True))
     yield _section("Statistics", _table(tables.statistics(report)))
     yield _section("What differs in the settings", _table(tables.settings(report)))
@@ -218,3 +219,13 @@ def _frontier(report: Report) -> Markup | None:
     caption = "Marks are means with 95 % intervals. " if _has_seeds(report) else ""
     caption += "The dashed line is the lowest loss reached with a cache of that size or a smaller one."
     return _figure("Loss against cache", caption, chart)
+
+
+def _accuracy(report: Report) -> Iterable[Markup | None]:
+    if not has_accuracy(report):
+        return
+    yield _section("Accuracy", _table(tables.accuracy(report), swatches=True))
+    chart = tag("div", charts.accuracy_chart(report), charts.legend(report), class_="beside")
+    caption = "Marks are means with 95 % intervals. " if _has_seeds(report) else ""
+    caption += "The dashed line is the highest accuracy reached with a cache of that size or a smaller one."
+    yield _figure("Accuracy against cache", caption, chart)

@@ -29,6 +29,7 @@ def _blocks(report: Report, pictures: Mapping[str, str]) -> Iterator[str]:
     yield from _section("What limits this", _list(report.notes))
     yield from _section("Without a result", _table(tables.unfinished(report)))
     yield from _section("Results", _table(tables.results(report)))
+    yield from _section("Accuracy", _table(tables.accuracy(report)))
     for name, caption in pictures.items():
         yield from (f"![{text(caption)}]({name})", f"{text(caption)}.")
     yield from _section("Budgets and speed", _table(tables.costs(report)))

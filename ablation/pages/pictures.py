@@ -1,13 +1,13 @@
-"""Pictures of a report, by matplotlib: curves.png, final.png and frontier.png."""
+"""Pictures of a report, by matplotlib: curves.png, final.png, frontier.png and accuracy.png."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ablation.pages.axes import X_UNITS, Axis, bytes_axis, loss_axis, x_axis
 from ablation.pages.palette import MATPLOTLIB_MARKERS, Look, look
 from ablation.pages.series import Series, late, series, units
-from ablation.pages.words import estimate, frontier, short_names
-from ablation.results import Report
+from ablation.pages.words import accuracy_frontier, estimate, frontier, has_accuracy, short_names
+from ablation.results import Report, Variant
 from ablation.statistics import Difference, Estimate
 from common.figures import legend, name_ticks, new_figure
 
@@ -16,6 +16,8 @@ CAPTIONS = {
     "final.png": "Final validation loss: mean, 95 % interval, and every seed",
     "frontier.png": "Final validation loss against bytes of KV cache per token "
     "(dashed: the lowest with a cache of that size or a smaller one)",
+    "accuracy.png": "Share of right answers against bytes of KV cache per token "
+    "(dashed: the highest with a cache of that size or a smaller one)",
 }
 MAX_LABEL = 40  # characters of a name in a picture
 
@@ -31,6 +33,8 @@ def figures(report: Report, x: str = "tokens", y: str = "bpb", log: bool = False
         found["final.png"] = final(report)
     if len({variant.cache_bytes_per_token for variant in report.variants}) > 1:
         found["frontier.png"] = frontier_figure(report)
+    if has_accuracy(report):
+        found["accuracy.png"] = accuracy_figure(report)
     return found
 
 
@@ -111,12 +115,23 @@ def _differences(axes: Any, report: Report, differences: Mapping[str, Difference
 
 def frontier_figure(report: Report) -> Any:
     """Final losses against bytes of KV cache per token; the dashed line is the frontier."""
+    return _against_cache(report, lambda variant: estimate(report, variant), frontier(report), report.metric_name)
+
+
+def accuracy_figure(report: Report) -> Any:
+    """Shares of right answers against bytes of KV cache per token; the dashed line is the frontier."""
+    return _against_cache(report, lambda variant: variant.val_accuracy, accuracy_frontier(report), "accuracy")
+
+
+def _against_cache(
+    report: Report, estimate_of: Callable[[Variant], Estimate], best: Sequence[Variant], label: str
+) -> Any:
+    """best: the variants on the frontier."""
     figure, axes = new_figure(7.5, max(4.0, 1 + 0.24 * len(report.variants)))
-    estimates = [estimate(report, variant) for variant in report.variants]
-    best = frontier(report)
+    estimates = [estimate_of(variant) for variant in report.variants]
     axes.plot(
         [variant.cache_bytes_per_token for variant in best],
-        [estimate(report, variant).mean for variant in best],
+        [estimate_of(variant).mean for variant in best],
         color="0.55",
         linewidth=0.9,
         linestyle="--",
@@ -131,7 +146,7 @@ def frontier_figure(report: Report) -> Any:
         marker = MATPLOTLIB_MARKERS[style.marker]
         lines += axes.plot(place, found.mean, marker, color=style.light, markersize=7, markeredgewidth=0)
     set_axis(axes, "x", bytes_axis(variant.cache_bytes_per_token for variant in report.variants))
-    set_axis(axes, "y", loss_axis("", _spans(estimates), label=report.metric_name))
+    set_axis(axes, "y", loss_axis("", _spans(estimates), label=label))
     legend(figure, _named(report, lines))
     return figure
 

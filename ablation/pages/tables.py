@@ -27,6 +27,13 @@ def results(report: Report) -> Table | None:
     return _variants(report, columns.results(report), _explained(report))
 
 
+def accuracy(report: Report) -> Table | None:
+    """Shares of right answers of the variants, and how they compare with the baseline's."""
+    found = columns.accuracy(report)
+    words = "Share of answers that have the largest logit, on the whole validation set; higher is better."
+    return _variants(report, found, words) if found else None
+
+
 def costs(report: Report) -> Table | None:
     """Budgets, speed and memory of the variants."""
     return _variants(report, columns.costs(report))
@@ -87,7 +94,11 @@ def every_run(report: Report) -> Table | None:
         return Column(name, [optional(loss_of(cell), lambda value: fixed(value, decimals)) for cell in report.cells])
 
     both = losses("val bpb", lambda cell: cell.val_bpb), losses("val loss", lambda cell: cell.val_loss)
-    return _runs(report.cells, *both)
+    answers = [
+        optional(cell.val_accuracy, lambda value: fixed(value, columns.ACCURACY_PLACES)) for cell in report.cells
+    ]
+    accuracies = [Column("accuracy", answers)] if any(value.text for value in answers) else []
+    return _runs(report.cells, *both, *accuracies)
 
 
 def shown(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.cells import cell_len, chop_cells
 
-from ablation.pages.columns import Column, costs, results
+from ablation.pages.columns import Column, accuracy, costs, results
 from ablation.pages.words import outcome
 from ablation.results import Report
 from common.errors import escaped
@@ -20,7 +20,8 @@ MAX_NAME = 32  # cells of a variant's name in a line; longer ones go on in the n
 def terminal(report: Report, width: int = 100) -> str:
     """Tables, summary, notes and cells without a result: lines of at most `width` cells where words allow, without
     colors, and with names as they are but for control characters."""
-    blocks = ["\n".join(table) for table in _tables(report, width)] if report.variants else []
+    of_variants = ([*results(report), *costs(report)], accuracy(report)) if report.variants else ()
+    blocks = ["\n".join(table) for columns in of_variants for table in _tables(report, columns, width)]
     blocks.append("\n".join(line for sentence in report.summary for line in _wrapped(sentence, width)))
     if report.notes:
         blocks.append("\n".join(line for note in report.notes for line in _wrapped(f"Note: {note}", width)))
@@ -37,14 +38,14 @@ def _wrapped(sentence: str, width: int) -> list[str]:
     return [line.replace(BOUND, " ") for line in lines]
 
 
-def _tables(report: Report, width: int) -> list[list[str]]:
-    """The table of variants as lines; as several, each with the names, where the columns are too many for the width."""
+def _tables(report: Report, columns: Sequence[Column], width: int) -> list[list[str]]:
+    """A table of variants as lines; as several, each with the names, where the columns are too many for the width."""
     limit = min(MAX_NAME, max(8, width // 3))
     names = [_pieces(escaped(variant.label), limit) for variant in report.variants]
     space = max(cell_len(piece) for name in [*names, ["variant"]] for piece in name)
     tables: list[list[Column]] = [[]]
     used = space
-    for column in [*results(report), *costs(report)]:
+    for column in columns:
         if not column.essential:
             continue
         needed = len(GAP) + _width(column)
@@ -53,7 +54,7 @@ def _tables(report: Report, width: int) -> list[list[str]]:
             used = space
         tables[-1].append(column)
         used += needed
-    return [_lines(names, space, table) for table in tables]
+    return [_lines(names, space, table) for table in tables if table]
 
 
 def _width(column: Column) -> int:

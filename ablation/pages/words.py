@@ -17,7 +17,7 @@ BUDGETS: dict[str, tuple[str, Callable[[Variant], float]]] = {
 }
 
 
-def verdict(difference: Difference | None) -> str:
+def verdict(difference: Difference | None, higher_is_better: bool = False) -> str:
     """A few words on a variant against the baseline, for tables. None: it is the baseline itself."""
     if difference is None:
         return "baseline"
@@ -26,21 +26,23 @@ def verdict(difference: Difference | None) -> str:
             difference.method, "too few seeds: no p"
         )
     p = p_value(difference.p_corrected)
-    return f"{_direction(difference)}, {p}" if is_distinguishable(difference) else f"not distinguishable, {p}"
+    direction = _direction(difference, higher_is_better)
+    return f"{direction}, {p}" if is_distinguishable(difference) else f"not distinguishable, {p}"
 
 
 def is_distinguishable(difference: Difference) -> bool:
     return difference.p_corrected is not None and difference.p_corrected < LEVEL
 
 
-def _direction(difference: Difference) -> str:
-    return "worse" if difference.mean > 0 else "better"
+def _direction(difference: Difference, higher_is_better: bool = False) -> str:
+    return "better" if (difference.mean > 0) == higher_is_better else "worse"
 
 
 def summary(report: Report) -> list[str]:
     """Sentences that say what was found, how sure that is, and at which budgets. `report.summary` is not read."""
     sentences = _leader(report) if report.variants else []
     sentences += _comparisons(report)
+    sentences += _accuracies(report)
     if len(report.variants) > 1:
         sentences += [_budget(report, name) for name in report.match if name in BUDGETS]
         sentences += _unmatched(report)
@@ -86,11 +88,25 @@ def estimate(report: Report, variant: Variant) -> Estimate:
 
 def frontier(report: Report) -> list[Variant]:
     """Variants whose mean loss no variant of as small a cache, or a smaller one, beats; the smallest cache first."""
+    return _not_beaten(report, lambda variant: estimate(report, variant).mean)
+
+
+def accuracy_frontier(report: Report) -> list[Variant]:
+    """Likewise of the accuracy, of which more is better."""
+    return _not_beaten(report, lambda variant: -variant.val_accuracy.mean)
+
+
+def _not_beaten(report: Report, cost: Callable[[Variant], float]) -> list[Variant]:
     best: list[Variant] = []
-    for variant in sorted(report.variants, key=lambda v: (v.cache_bytes_per_token, estimate(report, v).mean)):
-        if not best or estimate(report, variant).mean < estimate(report, best[-1]).mean:
+    for variant in sorted(report.variants, key=lambda v: (v.cache_bytes_per_token, cost(v))):
+        if not best or cost(variant) < cost(best[-1]):
             best.append(variant)
     return best
+
+
+def has_accuracy(report: Report) -> bool:
+    """Whether every variant was asked for answers."""
+    return bool(report.variants) and all(variant.val_accuracy is not None for variant in report.variants)
 
 
 def short_names(names: Sequence[str], limit: int) -> list[str]:
@@ -114,6 +130,24 @@ def _comparisons(report: Report) -> list[str]:
         sentences.append(_alike(report, alike))
     if differences and all(found.method == "too few" for found in differences.values()):
         sentences.append(_too_few(report))
+    return sentences
+
+
+def _accuracies(report: Report) -> list[str]:
+    """Shares of right answers, by name, and which of them differ from the baseline's."""
+    if not has_accuracy(report):
+        return []
+    shares = [f"{variant.name} {fixed(variant.val_accuracy.mean, 3)}" for variant in report.variants]
+    sentences = [f"Accuracy, the share of right answers: {', '.join(shares)}."]
+    differences = {} if report.accuracy is None else report.accuracy.differences
+    for name, found in differences.items():
+        if is_distinguishable(found):
+            bounds = f"95 % interval {interval(found.interval, 3)}, {p_value(found.p_corrected)}"
+            direction = "more" if found.mean > 0 else "less"
+            sentences.append(
+                f"{name} is right {direction} often than {report.accuracy.baseline}: difference "
+                f"{signed(found.mean, 3)} ({bounds})."
+            )
     return sentences
 
 

@@ -5,6 +5,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
+
 from common.settings import FrozenSettings
 
 Split = Literal["train", "val"]
@@ -39,9 +41,23 @@ class Corpus(FrozenSettings, ABC):
         """The corpus's name in the names of cache folders."""
 
     @property
+    def numbers(self) -> int | None:
+        """Where documents are written in numbers from 0, how many there are; None: they are text."""
+        return None
+
+    @property
     def remote(self) -> bool:
         """Whether reading downloads, so that it is not done only to check."""
         return False
+
+    def derive(self, context_length: int) -> Self:
+        """The corpus with what it leaves unset derived from the length of a window. Raises ValueError where it does not
+        fit that."""
+        return self
+
+    def counted(self, context_length: int) -> np.ndarray | None:
+        """Which targets of every window count, (T,) bool; None: all, and nothing but the loss is measured of them."""
+        return None
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that the documents depend on, except those that the fingerprint covers."""

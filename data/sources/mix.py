@@ -45,6 +45,15 @@ class MixCorpus(Corpus):
     def name(self) -> str:
         return "mix"
 
+    def derive(self, context_length: int) -> Self:
+        for name, part in self.parts.items():
+            if part.corpus.numbers is not None:
+                raise ValueError(
+                    f"data.parts.{name} is data={part.name}, whose examples fill whole windows and cannot be mixed: "
+                    f"train on data={part.name} alone"
+                )
+        return self
+
     @property
     def remote(self) -> bool:
         return any(part.corpus.remote for part in self.parts.values())

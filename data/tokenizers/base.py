@@ -5,7 +5,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -92,6 +92,13 @@ class TokenizerConfig(FrozenSettings, ABC):
 
     def check_available(self) -> None:
         """Raises UserError where a file that `train` reads is missing, or is not the right one."""
+
+    def derive(self, data: str, numbers: int | None) -> Self:
+        """The settings with what they leave unset derived from the data. data: its name; numbers: as `Corpus.numbers`.
+        Raises ValueError where the two do not go together."""
+        if numbers is not None:
+            raise ValueError(f"data={data} is written in numbers, a token each: choose tokenizer=numbers")
+        return self
 
     def cache_key(self) -> dict[str, Any]:
         """The settings that the tokens depend on, as part of the name of prepared shards. A setting that older runs

@@ -3,7 +3,7 @@
 import base64
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from common.atomic_io import read_regular
 from common.checksummed_json import parse_object, parse_verified
@@ -22,6 +22,19 @@ class StoredConfig(TokenizerConfig):
 
     path: str  # to its tokenizer.json
     hash: str  # Tokenizer.hash, so that the file is still the same one
+
+    def derive(self, data: str, numbers: int | None) -> Self:
+        """Reads nothing: a run can be looked at where the other one is gone. `check_numbers` is for its start."""
+        return self
+
+    def check_numbers(self, data: str, numbers: int) -> None:
+        """Raises UserError where data that is written in numbers would not have a token for each."""
+        text = "".join(f" {number}" for number in range(numbers))
+        if len(self.train(()).encode(text)) != numbers:
+            raise UserError(
+                f"data={data} is written in {numbers} numbers, which are not a token each in {self.path}: begin with a "
+                "run of tokenizer=numbers that has as many"
+            )
 
     def cache_key(self) -> dict[str, Any]:
         return {"hash": self.hash}

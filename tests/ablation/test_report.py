@@ -60,6 +60,29 @@ def final(variant, seed):
     return read_metrics(SWEEPS / f"three/{variant},seed={seed}/metrics.jsonl")
 
 
+def test_report_has_the_accuracy_of_runs_whose_data_has_answers(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = changed(TINY, "data.size=80")
+    options = [word for word in options if not word.startswith("data.")]
+    options += ["data=mqar", "data.size=80", "tokenizer=numbers", "attention.window=null,8", "seed=1,2", "sweep=recall"]
+    support.train_sweep(options, monkeypatch)
+    code, out, _ = compared(["--no-decode"], monkeypatch, capsys)
+    report = json.loads((SWEEPS / "recall/report.json").read_text())
+    assert code == 0 and "accuracy" in out
+    names = [variant["name"] for variant in report["variants"]]
+    table = {}
+    for variant in report["variants"]:
+        rows = {s: read_metrics(SWEEPS / f"recall/{variant['name']},seed={s}/metrics.jsonl")[-1] for s in (1, 2)}
+        table[variant["name"]] = [row["val_accuracy"] for row in rows.values()]
+        assert list(variant["val_accuracy"]["values"].values()) == table[variant["name"]]
+        assert variant["val_accuracy"]["mean"] == pytest.approx(statistics.fmean(table[variant["name"]]))
+    assert [cell["val_accuracy"] for cell in report["cells"]] == [value for name in names for value in table[name]]
+    difference = statistics.fmean(table[names[1]]) - statistics.fmean(table[names[0]])
+    assert report["accuracy"]["differences"][names[1]]["mean"] == pytest.approx(difference)
+    caches = [variant["cache_bytes_per_token"] for variant in report["variants"]]
+    assert caches[1] < caches[0]
+
+
 def test_report_numbers_are_those_of_the_metrics_files(here, monkeypatch, capsys):
     code, out, _ = compared([], monkeypatch, capsys)
     assert code == 0 and "mla" in out

@@ -7,8 +7,9 @@ from torch.utils._pytree import tree_leaves
 
 from data.batches import Batch
 from model import loss
-from model.score import score_batches, token_losses
-from model.transformer import LMHead
+from model.placement import Placement
+from model.score import score_batches, token_losses, token_losses_and_hits
+from model.transformer import Hidden, LMHead
 from runtime.precision import MixedPrecision
 from tests.support import batches, logits_of, relative_error, small_model, some_tokens
 from training.losses import mean_loss
@@ -103,6 +104,43 @@ def test_score_batches_counts_only_counted_targets():
     counted = masked >= 0
     assert score.tokens == counted.sum() and score.text_bytes == batch.targets[counted].sum()
     assert score.nats == pytest.approx(token_losses(model, batch)[counted].sum().item(), rel=1e-6)
+
+
+class Successor(torch.nn.Module):
+    """A made-up model of ten tokens that predicts the next number after each, and 3 after 9."""
+
+    def __init__(self):
+        super().__init__()
+        following = torch.tensor([*range(1, 10), 3])
+        weight = torch.zeros(12, 10)
+        weight[following, range(10)] = 1.0
+        weight[10:] = 5.0  # padding of the vocabulary, which no token is
+        self.lm_head = LMHead(torch.nn.Parameter(weight), 10, softcap=None)
+        self.weight = self.lm_head.weight
+
+    def forward(self, tokens: torch.Tensor, _: Placement) -> Hidden:
+        hidden = torch.nn.functional.one_hot(tokens, 10).float()
+        return Hidden(hidden, {})
+
+
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+def test_score_batches_accuracy_is_the_share_of_counted_targets_that_are_predicted(monkeypatch, rows):
+    monkeypatch.setitem(loss.CHUNK, "cpu", rows * 12 * 4)  # bytes of logits
+    inputs = torch.tensor([[0, 1, 2, 9, 4], [5, 9, 9, 7, 8]])
+    right = torch.tensor([[1, 2, 3, 3, 5], [6, 3, 3, 8, 9]])
+    wrong = [(0, 1), (1, 2), (1, 4)]
+    targets = right.clone()
+    for place in wrong:
+        targets[place] = 0
+    score = score_batches(Successor(), [Batch(inputs, targets)], torch.ones(10), token_losses_and_hits, accuracy=True)
+    assert (score.right, score.tokens, score.accuracy) == (7, 10, 0.7)
+    counted = torch.tensor([True, False, True, False, True])
+    batches = [Batch.of(inputs, targets, counted=counted), Batch.of(inputs[:1], right[:1], counted=counted)]
+    some = score_batches(Successor(), batches, torch.ones(10), token_losses_and_hits, accuracy=True)
+    assert (some.right, some.tokens) == (7, 9)  # two wrong ones count
+    assert score.plus(some).accuracy == 14 / 19
+    assert some.nats == score_batches(Successor(), batches, torch.ones(10)).nats
+    assert score.plus(score_batches(Successor(), batches, torch.ones(10))).accuracy is None
 
 
 def test_chunked_mean_equals_linear_cross_entropy_of_pytorch():

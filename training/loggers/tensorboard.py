@@ -31,6 +31,7 @@ class TensorboardSink(MetricSink):
         "train_bpb": "train/bits_per_byte",
         "val_loss": "validation/loss",
         "val_bpb": "validation/bits_per_byte",
+        "val_accuracy": "validation/accuracy",
         "val_tokens": "validation/tokens",
         **{key: f"optim/{key}" for key in ("lr", "muon_lr", "bias_lr", "grad_norm", "skipped")},
         **{key: f"optim/{key}" for key in ("max_logit", "clipped_heads")},

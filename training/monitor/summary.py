@@ -68,7 +68,12 @@ def _plan(run: Run, corpus: Prepared) -> str:
 
 def score_line(when: str, score: Score) -> str:
     """Validation loss during training."""
-    return f"{when}: validation {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte"
+    return f"{when}: validation {_scored(score)}"
+
+
+def _scored(score: Score) -> str:
+    accuracy = "" if score.accuracy is None else f", accuracy {score.accuracy:.4f}"
+    return f"{score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte{accuracy}"
 
 
 def skipped_line(row: MetricRow, skipped: int, precision: str, documents: str) -> str:
@@ -90,10 +95,7 @@ def spike_line(row: MetricRow, usual_loss: float, documents: str) -> str:
 
 def validation_line(score: Score) -> str:
     """The final validation loss."""
-    return (
-        f"validation   {score.loss:.4f} nats per token, {score.bpb:.4f} bits per byte "
-        f"(the whole validation set, {counted(score.tokens, 'token')})"
-    )
+    return f"validation   {_scored(score)} (the whole validation set, {counted(score.tokens, 'token')})"
 
 
 def before_line(before: MetricRow | None, prefix: Score) -> Iterator[str]:

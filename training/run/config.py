@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
+from torch import Tensor
 
 from common.conf_files import choices
 from common.errors import UserError
@@ -81,6 +83,17 @@ class Run(FrozenSettings):
             model = model.model_copy(update={"own_logit_init": chosen})
         tree["micro_batch_size"] = _micro_batch_size(tree, model.context_length)
         return validated(cls, "", tree, {"model": model} | {name: parts[name] for name in RUN_PARTS})
+
+    @field_validator("data")
+    @classmethod
+    def _derive_data(cls, data: Corpus, info: ValidationInfo) -> Corpus:
+        return data.derive(info.data["model"].context_length) if "model" in info.data else data
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _derive_tokenizer(cls, tokenizer: TokenizerConfig, info: ValidationInfo) -> TokenizerConfig:
+        data = info.data.get("data")
+        return tokenizer if data is None else tokenizer.derive(data.name, data.numbers)
 
     @field_validator("optim")
     @classmethod
@@ -165,6 +178,13 @@ class Run(FrozenSettings):
     def document_start(self, tokenizer: Tokenizer) -> int | None:
         """The token that begins a document, where documents do not see each other (document_mask)."""
         return tokenizer.end_of_text if self.document_mask else None
+
+    @property
+    def counted_targets(self) -> Tensor | None:
+        """Which targets of every window count, (T,) bool; None: all. Those that are chosen have one right answer, and
+        evaluation measures accuracy."""
+        counted = self.data.counted(self.model.context_length)
+        return None if counted is None else torch.from_numpy(counted)
 
     def learning_rates(self, step: int) -> dict[str, float]:
         """Learning rates of the update that step makes, by their settings."""

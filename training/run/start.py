@@ -16,6 +16,7 @@ from common.errors import UserError
 from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
+from data.tokenizers.load import StoredConfig
 from model.initialise import initialised
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
@@ -53,6 +54,8 @@ def resolve_run(tree: dict[str, Any], typed: list[str], held: ExitStack, resume:
         base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
         tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
     run = Run.from_tree(tree)
+    if isinstance(run.tokenizer, StoredConfig) and run.data.numbers is not None:
+        run.tokenizer.check_numbers(run.data.name, run.data.numbers)
     if not run.dry_run:
         check_makeable(run.run_dir)
     return run, None

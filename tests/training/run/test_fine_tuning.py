@@ -146,6 +146,14 @@ REFUSED = {
 }
 
 
+def test_fine_tuning_on_examples_needs_a_vocabulary_of_numbers(base, workplace, monkeypatch, capsys):
+    options = [*SMOKE, "init_from=base", "data=mqar", "run_dir=no"]
+    assert call("train", options, monkeypatch) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "error: data=mqar is written in 25 numbers, which are not a token each in " in error
+    assert not (workplace / "no").exists()
+
+
 def test_fine_tuning_with_another_model_or_vocabulary_is_refused(base, workplace, monkeypatch, capsys):
     for change, complaint in REFUSED.items():
         assert call("train", changed(TUNED, change, "run_dir=no"), monkeypatch) == 2

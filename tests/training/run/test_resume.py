@@ -103,6 +103,20 @@ def test_resume_mix_with_document_mask_is_the_same_run(workplace, monkeypatch):
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
+@pytest.mark.parametrize("backend", [None, pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_resume_on_examples_of_which_answers_count_is_the_same_run(workplace, monkeypatch, compiled_by, backend):
+    options = [option for option in LIGHT if not option.startswith("data.")]
+    options += ["data=mqar", "data.size=80", "tokenizer=numbers", compiled_by(backend)]
+    assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    rows = read_metrics(workplace / "killed/metrics.jsonl")
+    scored = [row for row in rows if "val_accuracy" in row]
+    assert [row["step"] for row in scored] == [4, 8, 12] and all(0 <= row["val_accuracy"] <= 1 for row in scored)
+    assert rows[-1]["val_tokens"] == 7 * 6  # of the eight examples held out the last fills no window
+
+
 SLOW_BACKENDS = [pytest.param(backend, marks=pytest.mark.slow) for backend in (None, "inductor")]
 
 
