@@ -50,7 +50,7 @@ LACKING = {
 }
 SHORT = ("steps=2", "batch_tokens=1024", "eval_every=2", "eval_tokens=1024", "save_every=2", "tune_malloc=false")
 SOURCES = ("SympyCorpus", "StdlibCorpus")  # which read a small folder here
-SMALL = ("model.n_layers=4", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
+SMALL = ("model.n_layers=4", "model.d_model=64", "model.n_heads=4", "model.context_length=64", "micro_batch_size=4")
 
 
 class Command(NamedTuple):

@@ -263,6 +263,9 @@ def check_decoding(config: ModelConfig, seed: int) -> None:
         found.append(logits_of(model, tokens[:, chunk], at))
         start = end
     expected = logits_of(oracle, tokens)
+    if not expected.any():  # LayerNorm of one number is zero
+        assert not torch.cat(found, 1).any()
+        return
     error = relative_error(torch.cat(found, 1), expected)
     # A width of two or so can make a model whose logits hang on the last bit of its weights.
     near = error <= 1e-5 or error <= min(1e-3, 3 * last_bit(oracle, tokens, expected))
