@@ -91,6 +91,8 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
         f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average"
         f"{keys})"
     )
+    if model.mtp is not None:
+        yield f"mtp          {flops.mtp():,.0f} of these forward FLOPs more in training; plain decoding has none of it"
     yield (
         f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32, "
         f"{cost.cache_bytes(model, run.model.context_length):,} for a full context"

@@ -42,6 +42,7 @@ class MetricRow(TypedDict, total=False):
     max_logit: float | None  # with optim.qk_clip: the largest attention score of the step
     clipped_heads: int  # with optim.qk_clip: heads whose scores were above it
     indexer_loss: float | None  # with an indexer: its KL divergence in nats, the layers' mean
+    mtp_loss: float | None  # with model.mtp_depth: nats per token after the next one, which train_loss leaves out
     val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
     val_bpb: float | None  # bits per byte of the same text
     val_tokens: int  # eval_tokens; after the last step, those of the whole validation set
