@@ -159,7 +159,8 @@ def first_token_seconds(samples: Sequence[Sample]) -> float | None:
 
 def cached_bytes(state: GenerationState) -> int:
     """Bytes that the KV caches of all rows hold."""
-    return sum(cache.bytes_per_sequence for cache in state.caches or []) * len(state.tokens)
+    caches = [*(state.caches or []), *(state.speculation.caches if state.speculation else [])]
+    return sum(cache.bytes_per_sequence for cache in caches) * len(state.tokens)
 
 
 def share_of_floor(model: TransformerLM, state: GenerationState, samples: Sequence[Sample]) -> float | None:

@@ -78,8 +78,9 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
     """keys: what is to be said of the number of keys."""
     model = cost.on_meta(run.model, vocab_size)
     counts = cost.parameters(model)
-    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    yield f"parameters   {sum(counts.values()):,}: {listed}{' (tied to the embedding)' if model.head is None else ''}"
+    remarks = {"head": " (tied to the embedding)"} if model.head is None else {}
+    listed = ", ".join(f"{name} {count:,}{remarks.get(name, '')}" for name, count in counts.items())
+    yield f"parameters   {sum(counts.values()):,}: {listed}"
     if vocab_size != GPT2_VOCABULARY:
         published = sum(cost.parameters(cost.on_meta(run.model, GPT2_VOCABULARY)).values())
         yield (
@@ -92,7 +93,7 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
         f"{keys})"
     )
     if model.mtp is not None:
-        yield f"mtp          {flops.mtp():,.0f} of these forward FLOPs more in training; plain decoding has none of it"
+        yield f"mtp          {flops.mtp():,.0f} forward FLOPs per token besides, in training alone"
     yield (
         f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32, "
         f"{cost.cache_bytes(model, run.model.context_length):,} for a full context"

@@ -26,8 +26,8 @@ def mean_loss(
     """Mean cross-entropy in nats per counted token, a scalar, and the auxiliary outputs named in `collect`.
     mtp_share: what the loss of multi-token prediction is multiplied by. min_tile: see chunked_mean.
 
-    Where the model has auxiliary losses, these are added to the scalar, each times its weight; the outputs then hold them
-    too, and the cross-entropy alone, as CROSS_ENTROPY."""
+    Where the model has auxiliary losses, these are added to the scalar, each times its weight; the outputs then hold
+    them too, and the cross-entropy alone, as CROSS_ENTROPY."""
     weights = model.auxiliary_losses
     at, names = Placement.of_batch(batch), collect.union(map(own_name, weights))
     out = model(batch.inputs, at, training=True, collect=names)

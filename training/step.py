@@ -92,9 +92,9 @@ def _mtp_shares(batches: Sequence[Batch], counts: Sequence[Tensor]) -> list[tupl
     multi-token prediction: a factor m N / (M n) of its loss, as a further argument of the loss function. Exactly 1
     where the two are the same; 0 where nothing is counted."""
     ahead = [batch.ahead().counted for batch in batches]
-    all_ahead, counted = sum(ahead).clamp(min=1), sum(counts)
+    all_ahead, counted = sum(ahead), sum(counts)
     pairs = zip(ahead, counts, strict=True)
-    return [(of_it * counted / (all_ahead * count.clamp(min=1)),) for of_it, count in pairs]
+    return [(of_it * counted / (all_ahead.clamp(min=1) * count.clamp(min=1)),) for of_it, count in pairs]
 
 
 def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[AfterStep]) -> dict[str, Tensor]:
