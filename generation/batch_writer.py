@@ -173,7 +173,9 @@ def share_of_floor(model: TransformerLM, state: GenerationState, samples: Sequen
     step = statistics.median(after - before for before, after in itertools.pairwise(moments))
     if state.speculation is not None:
         step = decode_seconds(samples) / max(1, state.speculation.passes - 1)
-    read = cached_bytes(state) + sum(parameter.nbytes for parameter in model.parameters())
+    drafts = state.speculation is not None and state.speculation.reads_hidden
+    unread = set() if model.mtp is None or drafts else set(model.mtp.parameters())
+    read = cached_bytes(state) + sum(parameter.nbytes for parameter in set(model.parameters()) - unread)
     return round(read * seconds_per_byte(next(model.parameters()).device) / step, 4)
 
 

@@ -120,6 +120,7 @@ MODELS = [  # that have every tensor between them
     ("attention=mla", "attention.k_rope_from=latent", "attention.qk_rope_head_dim=8"),
     ("attention=mla", "attention.qk_norm=head"),
     ("attention=mla", "attention.qk_norm=whole"),
+    ("attention=gqa", "model.mtp_depth=1"),
 ]
 
 
@@ -130,7 +131,10 @@ def test_run_format_page_gives_the_shape_of_every_tensor():
         model = small_model(*options, vocab_size=300)
         numbers = _sizes(model.config)
         for name, tensor in model.state_dict().items():
-            weight = re.sub(r"^layers\.\d+", "layers.N", name).removesuffix("bias").removesuffix("weight") + "weight"
+            weight = (
+                re.sub(r"^(layers\.\d+|mtp\.block)\.", "layers.N.", name).removesuffix("bias").removesuffix("weight")
+                + "weight"
+            )
             shapes = [
                 eval(shape.replace("·", "*"), dict(numbers)) for names, shape, _ in rows if f"`{weight}`" in names
             ]

@@ -1,6 +1,10 @@
 """Multi-token prediction: what its loss is, of which tokens, and that nothing but training minimises it."""
 
+import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,19 @@ from model.placement import Placement
 from model.score import token_losses
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
-from tests.support import batches, composed_run, relative_error, small_config, small_model, some_tokens, training_state
+from tests.support import (
+    SMOKE,
+    TINY,
+    batches,
+    call,
+    changed,
+    composed_run,
+    relative_error,
+    small_config,
+    small_model,
+    some_tokens,
+    training_state,
+)
 from training.losses import CROSS_ENTROPY, mean_loss
 from training.optim.qk_clip import QKClip
 from training.state import TrainState
@@ -246,3 +262,58 @@ def test_costs_count_the_module_apart():
 def test_encoder_has_no_module():
     with pytest.raises(ValueError, match="mtp_depth=1 predicts tokens that a model with causal=False sees"):
         TransformerLM(small_config(ON), 100, causal=False)
+
+
+def test_run_with_the_module_resumes_to_the_same_bits_and_samples_the_same_text_with_drafts(
+    workplace, monkeypatch, capsys
+):
+    """Documents masked, and micro-batches of unlike counts."""
+    run = [*TINY, ON, "document_mask=true", "micro_batch_size=2", "model.dropout=0.1"]
+    for name in ("whole", "resumed"):
+        assert call("train", [*run, f"run_dir={name}"], monkeypatch) == 0
+    shutil.rmtree("resumed/checkpoints/step_00000004")
+    assert call("train", ["resume=resumed"], monkeypatch) == 0
+    files = [f"checkpoints/step_00000004/{name}" for name in ("model.safetensors", "optimizer.safetensors")]
+    assert all(Path("whole", file).read_bytes() == Path("resumed", file).read_bytes() for file in files)
+    rows = [json.loads(line) for line in Path("whole/metrics.jsonl").read_text().splitlines()]
+    assert all(4 < row[MTP_LOSS] < 7 for row in rows) and len({row[MTP_LOSS] for row in rows}) == 4
+    capsys.readouterr()
+
+    def sampled(*arguments: str) -> list[dict]:
+        command = ["The", "--run", "whole", "--json", "--max-new-tokens", "40", *arguments]
+        assert call("sample", command, monkeypatch) == 0
+        found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        return [{key: one[key] for key in one if "second" not in key} for one in found]
+
+    for options in (["--num-samples", "3"], ["--temperature", "0"]):
+        assert sampled(*options) == sampled(*options, "--speculate", "self") == sampled(*options, "--no-cache")
+    assert call("sample", ["The", "--run", "whole", "--speculate", "self", "--stats"], monkeypatch) == 0
+    out = capsys.readouterr()
+    drafted, accepted = (
+        int(re.search(rf"^{name}_tokens=(\d+)$", out.err, re.M)[1]) for name in ("drafted", "accepted")
+    )
+    assert 0 <= accepted <= drafted > 10 and "tokens_per_step=" in out.err
+    assert call("train", [*TINY, ON, "dry_run=true"], monkeypatch) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"head 0 \(tied to the embedding\), mtp [\d,]+\n", out)
+    assert re.search(r"^mtp +[\d,]+ forward FLOPs per token besides, in training alone$", out, re.M)
+
+
+def test_speculate_self_without_the_module_is_refused(workplace, monkeypatch, capsys):
+    assert call("train", changed(TINY, "steps=2", "run_dir=plain"), monkeypatch) == 0
+    capsys.readouterr()
+    assert call("sample", ["The", "--run", "plain", "--speculate", "self"], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert (
+        len(err.splitlines()) == 1 and "the model of plain has no module that drafts: train one with model.mtp_" in err
+    )
+    wrong = [
+        (["model.mtp_depth=2"], "model.mtp_depth=2: give at least 0 and at most 1"),
+        (["model.mtp_weight=0.5"], "model.mtp_weight=0.5 is of multi-token prediction: set model.mtp_depth=1"),
+        ([ON, "model.mtp_weight=-1"], "model.mtp_weight=-1: give at least 0 and at most 1000000"),
+        (["init_from=plain", ON], "model.mtp_depth cannot be chosen with init_from=plain"),
+    ]
+    for overrides, message in wrong:
+        assert call("train", [*SMOKE, *overrides], monkeypatch) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and message in err
