@@ -17,7 +17,7 @@ from torch import Tensor
 
 from generation.decode import last_hidden, tile_of
 from generation.sampler import NO_TOKEN
-from generation.speculative import Draw, Speculation
+from generation.speculative import PAYS_FROM, Draw, Speculation
 from model.cache import Cache, FullCache
 from model.placement import PADDING_POSITION, Placement
 from model.transformer import TransformerLM
@@ -29,6 +29,7 @@ class SelfSpeculation(Speculation):
     """Drafts at most one token of a row in each pass, whatever became of those before."""
 
     reads_hidden = True
+    pays_from = PAYS_FROM  # of a batch too
     shortfall = "too few of the drafted tokens are what the model writes, which is done sooner without it"
 
     def __init__(self, model: TransformerLM, batch_size: int):

@@ -117,13 +117,18 @@ class Speculation:
         return kept
 
     @property
+    def pays_from(self) -> float:
+        """Tokens per pass from which drafts are worth their time."""
+        return PAYS_FROM * (1 if len(self.limits) == 1 else 1.5)
+
+    @property
     def tokens_per_step(self) -> float:
         """Tokens that a pass gave a row, in the mean."""
         return self.tokens / max(1, self.steps)
 
     def remark(self) -> str | None:
         """Say in a line where drafts cost more than they saved, by the rule of PAYS_FROM; None where they did not."""
-        if not self.drafted or self.tokens_per_step >= PAYS_FROM * (1 if len(self.limits) == 1 else 1.5):
+        if not self.drafted or self.tokens_per_step >= self.pays_from:
             return None
         found = f"{self.tokens_per_step:.2f} tokens per pass"
         return f"--speculate: {found}: {self.shortfall}"

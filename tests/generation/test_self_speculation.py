@@ -72,40 +72,35 @@ def test_generate_with_drafts_of_the_module_writes_the_undrafted_text(attention,
     assert 0 < accepted < drafted
 
 
-def naive_drafts(model: TransformerLM, text: list[int], begin: int) -> list[int]:
-    """What the module predicts of each token from `begin` on, without any cache, greedily."""
-    found = []
-    for end in range(begin, len(text)):
-        at = Placement.contiguous(end - 1)
-        stream = model(torch.tensor([text[: end - 1]]), at).stream
-        x = model.look_ahead(stream, torch.tensor([text[1:end]]), at).x
-        found.append(int(model.logits(x)[0, -1].argmax()))
-    return found
+def naive_draft(model: TransformerLM, text: list[int]) -> int:
+    """What the module predicts to follow a text, without any cache, greedily."""
+    at = Placement.contiguous(len(text) - 1)
+    stream = model(torch.tensor([text[:-1]]), at).stream
+    x = model.look_ahead(stream, torch.tensor([text[1:]]), at).x
+    return int(model.logits(x)[0, -1].argmax())
 
 
 @pytest.mark.parametrize("tile", [256, 3])
 @pytest.mark.parametrize("attention", ATTENTIONS[:3], ids=" ".join)
 def test_drafts_are_what_the_module_predicts_without_a_cache(monkeypatch, attention, tile):
-    """For each token that was drafted: right ones and refused ones alike, in a row among others."""
+    """Right ones and refused ones alike, in a row among others, after a turn of the caller's, and where texts slid."""
     monkeypatch.setattr(decode, "MIN_TILE", tile)
     monkeypatch.setattr(decode, "TILE", tile)
     model = drafting_model(*attention)
-    _, state = states(model, PROMPTS[:2])
-    drafts, real = {}, state.speculation.drafts
-    monkeypatch.setattr(state.speculation, "drafts", lambda *given: note(drafts, real, *given))
-    for row, tokens in enumerate(written(model, state, SAMPLERS[0], 18)):
-        text, begin = PROMPTS[row] + tokens, len(PROMPTS[row]) + 1
-        expected = naive_drafts(model, text, begin)
-        found = {end: drafts[row, end] for end in range(begin, len(text)) if (row, end) in drafts}
-        assert len(found) > 5 and found == {end: expected[end - begin] for end in found}
+    _, state = states(model, slide=True)
+    found, real = [], state.speculation.drafts
 
+    def noted(tokens, lengths, *rest):
+        drafts = real(tokens, lengths, *rest)
+        found.extend((tokens[row, : lengths[row]].tolist(), draft) for row, draft in enumerate(drafts) if draft)
+        return drafts
 
-def note(drafts, real, tokens, lengths, rooms, draw):
-    found = real(tokens, lengths, rooms, draw)
-    for row, (length, draft) in enumerate(zip(lengths.tolist(), found, strict=True)):
-        for token in draft:
-            drafts[row, length] = token
-    return found
+    monkeypatch.setattr(state.speculation, "drafts", noted)
+    written(model, state, SAMPLERS[0], 9)
+    state.append(1, [7, 8, 7, 9])
+    written(model, state, SAMPLERS[0], 26)
+    assert len(found) > 40 and int(state.rows.dropped.min()) > 0
+    assert all(draft == [naive_draft(model, text)] for text, draft in found)
 
 
 def edited(model, state: GenerationState) -> list:
@@ -175,6 +170,8 @@ def test_compiled_step_with_speculate_self_is_refused(monkeypatch):
 
 
 def test_shortfall_of_self_speculation_is_said():
-    speculation = SelfSpeculation(small_model("attention=gqa", ON), 1)
+    speculation = SelfSpeculation(small_model("attention=gqa", ON), 3)
     speculation.steps, speculation.tokens, speculation.drafted = 100, 105, 99
     assert speculation.remark().startswith("--speculate: 1.05 tokens per pass: too few of the drafted tokens")
+    speculation.tokens = 150
+    assert speculation.remark() is None

@@ -25,10 +25,11 @@ def opening_lines(
     """Model, attention, KV cache, data and plan of a run. device: its kind, as in cuda. done: steps before the first of
     this process."""
     dims = run.model
+    mtp = ", multi-token prediction" if dims.mtp_depth else ""
     threads = "" if measured.threads is None else f", {counted(measured.threads, 'thread')}"
     yield (
         f"model        {counted(dims.n_layers, 'layer')}, d_model {dims.d_model}, {counted(dims.n_heads, 'head')}, "
-        f"positions by {dims.positions}, {measured.parameters:,} parameters on {device}{threads}"
+        f"positions by {dims.positions}{mtp}, {measured.parameters:,} parameters on {device}{threads}"
     )
     yield f"attention    {_attention(run, measured.attention_differences)}"
     yield f"cache        {measured.cache_bytes:,} bytes per token when decoding in float32"
