@@ -10,6 +10,8 @@ from generation.options import parse_arguments
 from generation.sampler import Sampler
 from generation.self_speculation import SelfSpeculation
 from generation.state import GenerationState
+from model.decode_layout import lay_out_for_decoding
+from model.kernels.sdpa import SDPA
 from model.norm import LayerNorm
 from model.placement import Placement
 from model.transformer import TransformerLM
@@ -101,6 +103,39 @@ def test_drafts_are_what_the_module_predicts_without_a_cache(monkeypatch, attent
     written(model, state, SAMPLERS[0], 26)
     assert len(found) > 40 and int(state.rows.dropped.min()) > 0
     assert all(draft == [naive_draft(model, text)] for text, draft in found)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS[:3], ids=" ".join)
+def test_module_reads_each_place_of_a_text_once(monkeypatch, attention):
+    """Whatever is refused, and over several turns: all but the last, whose next token is not known."""
+    model = drafting_model(*attention)
+    _, state = states(model, PROMPTS[:2])
+    read, real = torch.zeros(2, 33, dtype=torch.int64), model.look_ahead
+
+    def noted(stream, after, at, **options):
+        read.scatter_add_(1, at.positions.where(at.positions >= 0, 32), torch.ones_like(at.positions))
+        return real(stream, after, at, **options)
+
+    monkeypatch.setattr(model, "look_ahead", noted)
+    written(model, state, SAMPLERS[1], 5)
+    for row in range(2):
+        state.append(row, [7, 8, 7])
+    written(model, state, SAMPLERS[1], 9)
+    assert read[:, :32].max() == 1
+    assert (read[:, :32].sum(1) >= state.rows.lengths - 4).all()  # the last pass had no room for a draft
+
+
+def test_steps_that_return_logits_alone_are_not_taken():
+    """Of one row, on the kernel that they are made for: what they leave out is what drafts are made of."""
+    model = small_model("attention=gqa", ON, kernel=SDPA(), vocab_size=12)
+    lay_out_for_decoding(model)
+    plain, drafting = states(model, PROMPTS[:1])
+    for turn in range(2):
+        for state in (plain, drafting):
+            written(model, state, SAMPLERS[0], 6)
+            state.append(0, [turn])
+    assert plain.flat and drafting.flat is None
+    assert drafting.speculation.streams.columns["stream"][0, 1 : int(drafting.rows.num_cached[0])].any(-1).all()
 
 
 def edited(model, state: GenerationState) -> list:

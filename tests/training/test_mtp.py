@@ -72,9 +72,12 @@ def naive_targets(batch: Batch) -> list[tuple[int, list[int], int]]:
 def naive_nats(model: TransformerLM, text: list[int], target: int) -> torch.Tensor:
     """By the definition, of one target alone: the text up to the token before it, none computed for another."""
     at = Placement.contiguous(len(text) - 1)
-    stream = model(torch.tensor([text[:-1]]), at).stream[0]
+    streams = []
+    hook = model.norm.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0][0]))
+    model(torch.tensor([text[:-1]]), at)
+    hook.remove()
     merged = []
-    for h, token in zip(stream, text[1:], strict=True):
+    for h, token in zip(streams[0], text[1:], strict=True):
         parts = model.mtp.hidden_norm(h), model.mtp.embedding_norm(model.embedding.weight[token])
         merged.append(model.mtp.merge.weight @ torch.cat(parts))
     x = model.mtp.block(torch.stack(merged)[None], model._context(at, False, frozenset()))[0][0, -1]
