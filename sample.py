@@ -89,6 +89,11 @@ def load(args: argparse.Namespace) -> LoadedRun:
     folder = args.run or newest(with_checkpoint=True)
     kernel = load_choice("kernel", args.kernel)
     model, tokenizer = load_run(folder, device, args.checkpoint, kernel=kernel, execution=args.execution)
+    if args.speculate == "self" and model.mtp is None:
+        raise UserError(
+            f"--speculate self: the model of {folder} has no module that drafts: train one with model.mtp_depth=1, or "
+            "choose --speculate lookup"
+        )
     model = MixedPrecision(model, choose_precision(precision, device)).model
     lay_out_for_decoding(model, args.num_samples)
     if not args.stats:
@@ -231,6 +236,7 @@ def seeds(args: argparse.Namespace) -> range:
 
 def new_state(args: argparse.Namespace, run: LoadedRun, prompt: list[int]) -> "GenerationState":
     """The prompt once for each sample, nothing in the KV caches yet."""
+    from generation.self_speculation import SelfSpeculation
     from generation.speculative import Speculation
     from generation.state import GenerationState
 
@@ -239,6 +245,8 @@ def new_state(args: argparse.Namespace, run: LoadedRun, prompt: list[int]) -> "G
     state = GenerationState(run.model, rows, seeds(args), **options)
     if args.speculate == "lookup":
         state.speculation = Speculation(len(rows))
+    elif args.speculate == "self":
+        state.speculation = SelfSpeculation(run.model, len(rows))
     return state
 
 

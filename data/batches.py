@@ -20,6 +20,18 @@ from data.shards.token_files import TokenStream
 SAMPLED_TOKENS = 2**18
 
 
+class Ahead(NamedTuple):
+    """What multi-token prediction reads beside each input and what it predicts, (B, T) int64 each. -1 is none."""
+
+    tokens: Tensor  # the token after each input, in the same document and window
+    targets: Tensor  # the token after that one
+
+    @property
+    def counted(self) -> Tensor:
+        """The number of targets that count, a scalar on the device."""
+        return (self.targets >= 0).sum()
+
+
 class Batch(NamedTuple):
     """Windows of a stream, (B, T) int64 each. Of packed documents it also knows which token belongs to which."""
 
@@ -44,6 +56,16 @@ class Batch(NamedTuple):
     def counted(self) -> Tensor:
         """The number of targets that count, a scalar on the device."""
         return (self.targets >= 0).sum()
+
+    def ahead(self) -> Ahead:
+        """Of each input, the target of the input after it, if that is of the same document: so the last input of a
+        window or a document has none, and what ends a document, which begins the next, is predicted from within."""
+        none = torch.full_like(self.inputs[:, :1], -1)
+        moved = (of[:, 1:] for of in (self.inputs, self.targets))  # (B, T - 1)
+        if self.docs is not None:
+            goes_on = self.docs[:, 1:] == self.docs[:, :-1]
+            moved = (of.where(goes_on, -1) for of in moved)
+        return Ahead(*(torch.cat((of, none), 1) for of in moved))
 
     def to(self, device: torch.device) -> Self:
         """The batch on a device."""

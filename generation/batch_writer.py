@@ -160,7 +160,8 @@ def first_token_seconds(samples: Sequence[Sample]) -> float | None:
 
 def cached_bytes(state: GenerationState) -> int:
     """Bytes that the KV caches of all rows hold."""
-    return sum(cache.bytes_per_sequence for cache in state.caches or []) * len(state.tokens)
+    caches = [*(state.caches or []), *(state.speculation.caches if state.speculation else [])]
+    return sum(cache.bytes_per_sequence for cache in caches) * len(state.tokens)
 
 
 def share_of_floor(model: TransformerLM, state: GenerationState, samples: Sequence[Sample]) -> float | None:
@@ -173,7 +174,8 @@ def share_of_floor(model: TransformerLM, state: GenerationState, samples: Sequen
     step = statistics.median(after - before for before, after in itertools.pairwise(moments))
     if state.speculation is not None:
         step = decode_seconds(samples) / max(1, state.speculation.passes - 1)
-    read = cached_bytes(state) + weight_bytes_read(model, len(state.tokens))
+    drafts = state.speculation is not None and state.speculation.reads_hidden
+    read = cached_bytes(state) + weight_bytes_read(model, len(state.tokens), drafts)
     return round(read * seconds_per_byte(next(model.parameters()).device) / step, 4)
 
 

@@ -93,7 +93,7 @@ def _begin(model: TransformerLM, state: GenerationState, sampler: Sampler, end_t
     if not state.rows.known.live:
         return None
     logits = next_logits(model, state)
-    seen = state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
+    seen = _seen(model, state, sampler)
     sampled = sampler(logits, state.rows.seeds, state.indices, seen)
     live = state.rows.known.live
     tokens = state.append_sampled(sampled, end_token)
@@ -133,7 +133,7 @@ def _draw_and_judge(
         state.rows = state.rows.read_back()
     for cache in state.caches or []:
         cache.rewind(state.rows.num_cached)  # what the last pass drafted in vain
-    drafts = _drafts(state, wanted)
+    drafts = _drafts(model, state, sampler, wanted)
     draws = _draw(model, state, sampler, drafts)
     state.speculation.passes += 1
     if any(drafts) and (draws[draws.new_tensor(wanted) > 0] == NO_TOKEN).any():
@@ -149,23 +149,33 @@ def _draw_and_judge(
     return draws, [judge(row, drawn, drafted, end_token) if wanted[row] else 0 for row, (drawn, drafted) in rows]
 
 
-def _drafts(state: GenerationState, wanted: list[int]) -> list[list[int]]:
+def _drafts(model: TransformerLM, state: GenerationState, sampler: Sampler, wanted: list[int]) -> list[list[int]]:
     """Draft tokens for each row, as many as it may write before the last that is wanted of it."""
-    drafts: list[list[int]] = [[] for _ in wanted]
-    if state.caches is not None and state.rows.known.new == 1:  # else what is new comes first
-        most = min(cache.max_rewind for cache in state.caches)
-        texts = state.tokens.cpu().numpy()
-        for row, length in enumerate(state.rows.lengths.tolist()):
-            room = min(wanted[row], state.context_length - length, most + 1) - 1
-            drafts[row] = state.speculation.draft(row, texts[row, :length], room)
-    return drafts
+    rows = state.rows
+    if state.caches is None or rows.known.new != 1:  # what is new comes first
+        return [[] for _ in wanted]
+
+    _make_room(state, rows.known.longest)
+
+    def draw(logits: Tensor) -> Tensor:
+        return sampler(logits, rows.seeds, state.indices, _seen(model, state, sampler))
+
+    most = min(cache.max_rewind for cache in state.caches)
+    lengths = rows.lengths.tolist()
+    rooms = [min(n, state.context_length - length, most + 1) - 1 for n, length in zip(wanted, lengths, strict=True)]
+    return state.speculation.drafts(state.tokens, rows.lengths, rooms, draw)
+
+
+def _seen(model: TransformerLM, state: GenerationState, sampler: Sampler) -> Tensor | None:
+    """The tokens in each row's context (B, V), where the sampler asks for them."""
+    return state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
 
 
 def _draw(model: TransformerLM, state: GenerationState, sampler: Sampler, drafts: list[list[int]]) -> Tensor:
     """Draw the token after each row's text, and after each of its drafts if they follow the text: (B, 1 + longest
     draft)."""
     rows = state.rows
-    seen = state.seen_tokens(model.vocab_size) if sampler.repetition_penalty != 1 else None
+    seen = _seen(model, state, sampler)
     longest = max(map(len, drafts))
     if not longest:
         return sampler(next_logits(model, state), rows.seeds, state.indices, seen)[:, None]
@@ -180,7 +190,7 @@ def _draw(model: TransformerLM, state: GenerationState, sampler: Sampler, drafts
     kv_len = rows.known.longest + longest
     _make_room(state, kv_len)
     at = Placement.decode(positions, state.caches, kv_len, state.context_length)
-    logits = model.logits(model(tokens, at).x)  # (B, T, V)
+    logits = model.logits(_hidden(model, state, tokens, at))  # (B, T, V)
     indices = state.indices[:, None] + ahead
     seeds = rows.seeds.repeat_interleave(len(ahead))
     return sampler(logits.flatten(0, 1), seeds, indices.flatten(), seen).view_as(indices)
@@ -193,8 +203,8 @@ def next_logits(model: TransformerLM, state: GenerationState) -> Tensor:
     known = rows.known
     _make_room(state, known.longest)
     if state.caches is None or known.fresh:
-        return _prefill(model, state.tokens, rows.lengths, state.caches)
-    if state.compiled is None or known.new > 1:
+        return _prefill(model, state)
+    if state.compiled is None or known.new > 1 or _reads_hidden(state):
         return _eager_step(model, state)
     eager = functools.partial(_eager_step, model, state)
     flat = _flat(model, state)
@@ -212,18 +222,32 @@ def _eager_step(model: TransformerLM, state: GenerationState) -> Tensor:
     tokens, positions = _new_tokens(state)
     index = (positions >= 0).sum(1) - 1  # of each row's last token; of an ended row -1
     last = None  # (B, 1, d) hidden states of these
-    for start in range(0, known.new, tile := _tile(len(tokens))):
+    for start in range(0, known.new, tile := tile_of(len(tokens))):
         here = positions[:, start : start + tile]
         at = Placement.decode(here, state.caches, known.longest, state.context_length)
-        x = model(tokens[:, start : start + tile], at).x
-        last = _last_hidden(last, x, index - start)
+        x = _hidden(model, state, tokens[:, start : start + tile], at)
+        last = last_hidden(last, x, index - start)
     return model.logits(last)[:, 0]
+
+
+def _hidden(model: TransformerLM, state: GenerationState, tokens: Tensor, at: Placement) -> Tensor:
+    """Hidden states (B, T, d), after what drafts from the pass has seen it."""
+    hidden = model(tokens, at)
+    if state.speculation is not None:
+        state.speculation.observe(at, hidden.stream)
+    return hidden.x
+
+
+def _reads_hidden(state: GenerationState) -> bool:
+    """Whether drafts are made of what a pass returns beside its logits: then no step for one token is taken that
+    returns these alone."""
+    return state.speculation is not None and state.speculation.reads_hidden
 
 
 def _flat(model: TransformerLM, state: GenerationState) -> FlatModel | None:
     """The step for one token of every row at one position, where that is what is to be computed, and there is one."""
     known = state.rows.known
-    return state.flat_model(model) if known.aligned and known.new == 1 else None
+    return state.flat_model(model) if known.aligned and known.new == 1 and not _reads_hidden(state) else None
 
 
 def _last_tokens(state: GenerationState) -> Tensor:
@@ -244,34 +268,35 @@ def _new_tokens(state: GenerationState) -> tuple[Tensor, Tensor]:
 def _make_room(state: GenerationState, length: int) -> None:
     """Grow the KV caches that do not hold a text of that length, or a full context."""
     length = min(length, state.context_length)
-    for cache in state.caches or []:
+    for cache in (*(state.caches or ()), *(state.speculation.caches if state.speculation else ())):
         if cache.capacity < length:
             cache.grow(bucket(length))
             state.flat = None
 
 
-def _prefill(model: TransformerLM, text: Tensor, lengths: Tensor, caches: list[Cache] | None = None) -> Tensor:
+def _prefill(model: TransformerLM, state: GenerationState) -> Tensor:
     """Logits (B, V) after each row's last token from the whole text, filling the KV caches where there are any: a long
     text in tiles, so that what is computed besides takes no more memory than a tile.
 
     Rows shorter than the longest are padded on the right, so that no real token sees the padding.
     """
+    text, lengths, caches = state.tokens, state.rows.lengths, state.caches
     longest = int(lengths.max())
-    tile = longest if caches is None else _tile(len(text))
+    tile = longest if caches is None else tile_of(len(text))
     last = None  # (B, 1, d) hidden states of each row's last token
     for start in range(0, longest, tile):
         at = _placement_of_tile(lengths, start, min(start + tile, longest), caches)
-        x = model(text[:, start : start + at.positions.shape[1]], at).x
-        last = _last_hidden(last, x, lengths - 1 - start)
+        x = _hidden(model, state, text[:, start : start + at.positions.shape[1]], at)
+        last = last_hidden(last, x, lengths - 1 - start)
     return model.logits(last)[:, 0]
 
 
-def _tile(rows: int) -> int:
+def tile_of(rows: int) -> int:
     """How many tokens of each row are read at one time."""
     return max(MIN_TILE, TILE // rows)
 
 
-def _last_hidden(before: Tensor | None, x: Tensor, index: Tensor) -> Tensor:
+def last_hidden(before: Tensor | None, x: Tensor, index: Tensor) -> Tensor:
     """Hidden states (B, 1, d) of each row's last token, whose index in a tile x (B, T, d) is `index` (B,): negative
     where it stood in a tile before."""
     found = x.take_along_dim(index.clamp(0, x.shape[1] - 1)[:, None, None], dim=1)

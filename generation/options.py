@@ -84,6 +84,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     picture or a page that cannot be written."""
     given = _parse(_parser(description))
     _check_contradictions(given)
+    _check_compiled(given)
     _check_greedy(given)
     _check_seeds(given)
     args = argparse.Namespace(**DEFAULTS | given)
@@ -323,8 +324,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     machine(
         "--speculate",
-        choices=["lookup"],
-        help="draft what followed the last tokens earlier in the text: the same text, sooner where it repeats itself",
+        choices=["lookup", "self"],
+        help="lookup: draft what followed the last tokens earlier in the text; self: what the model's own module of "
+        "model.mtp_depth=1 expects; the same text, sooner where drafts are right",
     )
     return parser
 
@@ -375,10 +377,17 @@ def _check_contradictions(given: dict[str, Any]) -> None:
     for flag, why in OF_SCORES.items():
         if flag in given and "score" not in given:
             raise UserError(f"{_flag(flag)} without --score: {why}; add --score FILE, or leave it out")
-    if "compile" in given and given.get("kernel") == "flex":
-        raise UserError("--compile with --kernel flex: that kernel compiles itself; leave one of them out")
     if given.get("interactive") and given.get("prompt") == "-":
         raise UserError("--interactive with -: stdin is where the turns come from; give the prompt as text")
+
+
+def _check_compiled(given: dict[str, Any]) -> None:
+    if "compile" not in given:
+        return
+    if given.get("kernel") == "flex":
+        raise UserError("--compile with --kernel flex: that kernel compiles itself; leave one of them out")
+    if given.get("speculate") == "self":
+        raise UserError("--compile with --speculate self: what is compiled drafts nothing; leave one of them out")
 
 
 def _check_greedy(given: dict[str, Any]) -> None:

@@ -7,9 +7,15 @@ index), these are the tokens that it would draw one by one: up to the first that
 included. What is behind it followed a token that is not in the text. So drafts change the time, never the text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from torch import Tensor
+
+from model.cache import Cache
+from model.placement import Placement
+
+Draw = Callable[[Tensor], Tensor]  # logits (B, V) -> the next token of each row (B,), as the text's own are drawn
 
 LONGEST_MATCH = 4  # tokens at the end of a text that are looked up, and
 SHORTEST_MATCH = 2
@@ -55,6 +61,10 @@ def next_limit(limit: float, drafted: int, accepted: int) -> float:
 class Speculation:
     """How much each row of a batch drafts, by what was accepted of it so far, and the sums of all."""
 
+    reads_hidden = False  # whether `observe` needs the residual stream of every pass
+    caches: Sequence[Cache] = ()  # besides the model's, to grow with them
+    shortfall = "the text repeats itself too little, and is written sooner without it"
+
     def __init__(self, batch_size: int):
         self.limits = [FIRST_DRAFT] * batch_size
         self.waited = [0] * batch_size  # steps since the last draft
@@ -66,12 +76,27 @@ class Speculation:
 
     def draft(self, row: int, text: np.ndarray, room: int) -> list[int]:
         """Draft at most `room` tokens that may follow a text (n,); none where nothing is found, or it is not due."""
+        k = self.allowed(row, room)
+        return look_up(text, k).tolist() if k else []
+
+    def allowed(self, row: int, room: int) -> int:
+        """How many tokens a row may draft in this step, at most `room`; 0 where none is due."""
         limit = self.limits[row]
         self.waited[row] += 1
-        k = min(max(1, int(limit)), room)
-        if k < 1 or self.waited[row] * limit < 1:
-            return []
-        return look_up(text, k).tolist()
+        return 0 if self.waited[row] * limit < 1 else max(0, min(max(1, int(limit)), room))
+
+    def drafts(self, tokens: Tensor, lengths: Tensor, rooms: Sequence[int], draw: Draw) -> list[list[int]]:
+        """Draft for each row of tokens (B, >= longest), of which `lengths` (B,) are its text, at most `rooms`."""
+        texts = tokens.cpu().numpy()
+        rows = enumerate(zip(lengths.tolist(), rooms, strict=True))
+        return [self.draft(row, texts[row, :length], room) for row, (length, room) in rows]
+
+    def observe(self, at: Placement, stream: Tensor) -> None:
+        """Called after each pass of the model over tokens `at` some places, with its residual stream (B, T, d)."""
+
+    def limit_after(self, limit: float, drafted: int, accepted: int) -> float:
+        """How many tokens a row may draft after a step."""
+        return next_limit(limit, drafted, accepted)
 
     def draft_little(self) -> None:
         """Let no row draft more than if nothing had been accepted for long."""
@@ -83,7 +108,7 @@ class Speculation:
         kept = num_kept(draws, drafts, end_token)
         accepted = sum(draw == draft for draw, draft in zip(draws[:kept], drafts, strict=False))
         if drafts:
-            self.limits[row] = next_limit(self.limits[row], len(drafts), accepted)
+            self.limits[row] = self.limit_after(self.limits[row], len(drafts), accepted)
             self.waited[row] = 0
         self.steps += 1
         self.tokens += kept
@@ -92,16 +117,21 @@ class Speculation:
         return kept
 
     @property
+    def pays_from(self) -> float:
+        """Tokens per pass from which drafts are worth their time."""
+        return PAYS_FROM * (1 if len(self.limits) == 1 else 1.5)
+
+    @property
     def tokens_per_step(self) -> float:
         """Tokens that a pass gave a row, in the mean."""
         return self.tokens / max(1, self.steps)
 
     def remark(self) -> str | None:
         """Say in a line where drafts cost more than they saved, by the rule of PAYS_FROM; None where they did not."""
-        if not self.drafted or self.tokens_per_step >= PAYS_FROM * (1 if len(self.limits) == 1 else 1.5):
+        if not self.drafted or self.tokens_per_step >= self.pays_from:
             return None
         found = f"{self.tokens_per_step:.2f} tokens per pass"
-        return f"--speculate: {found}: the text repeats itself too little, and is written sooner without it"
+        return f"--speculate: {found}: {self.shortfall}"
 
     def stats(self) -> dict[str, float | None]:
         """What was drafted and accepted, by name. None where there is nothing to divide by."""

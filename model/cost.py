@@ -14,6 +14,7 @@ from model.mask import Mask, Pattern
 from model.transformer import ModelConfig, TransformerLM
 
 PARTS = ("embedding", "attention", "mlp", "norms", "head")
+MTP = "mtp"  # as TransformerLM calls the module
 PART_OF_ROLE = {  # attention and MLP share the others
     Role.EMBEDDING: "embedding",
     Role.POSITION: "embedding",
@@ -32,26 +33,32 @@ def on_meta(config: ModelConfig, vocab_size: int) -> TransformerLM:
 
 def parameters(model: TransformerLM) -> dict[str, int]:
     """Numbers by part, as they lie in memory: the padding of a vocabulary counts, a tied head has none of its own.
-    Norms within attention are norms."""
-    counts = dict.fromkeys(PARTS, 0)
+    Norms within attention are norms. What is of multi-token prediction is a part of its own, where there is any."""
+    counts = dict.fromkeys(PARTS if model.mtp is None else (*PARTS, MTP), 0)
     layouts = model.layout()
     of_attention = {parameter for block in model.layers for parameter in block.attention.parameters()}
     for name, parameter in model.named_parameters():
         part = PART_OF_ROLE.get(layouts[name].role) or ("attention" if parameter in of_attention else "mlp")
-        counts[part] += parameter.numel()
+        counts[MTP if name.startswith(f"{MTP}.") else part] += parameter.numel()
     return counts
 
 
 def active_parameters(model: TransformerLM) -> int:
-    """Numbers that one token meets: all but those of the experts that it does not choose."""
+    """Numbers that one token meets: all but those of the experts that it does not choose, and of multi-token
+    prediction."""
     layouts = model.layout()
-    return sum(layouts[name].active(parameter.numel()) for name, parameter in model.named_parameters())
+    return sum(layouts[name].active(parameter.numel()) for name, parameter in _of_plain_decoding(model))
 
 
-def weight_bytes_read(model: TransformerLM, tokens: int) -> int:
-    """Of the weights, what a step over so many tokens reads, at most."""
-    layouts = model.layout()
-    return sum(layouts[name].active(parameter.nbytes, tokens) for name, parameter in model.named_parameters())
+def weight_bytes_read(model: TransformerLM, tokens: int, drafts: bool = False) -> int:
+    """Of the weights, what a step over so many tokens reads, at most. drafts: by multi-token prediction, whose weights
+    it reads too."""
+    layouts, read = model.layout(), model.named_parameters() if drafts else _of_plain_decoding(model)
+    return sum(layouts[name].active(parameter.nbytes, tokens) for name, parameter in read)
+
+
+def _of_plain_decoding(model: TransformerLM) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, one) for name, one in model.named_parameters() if not name.startswith(f"{MTP}.")]
 
 
 def has_experts(model: TransformerLM) -> bool:
@@ -60,20 +67,28 @@ def has_experts(model: TransformerLM) -> bool:
 
 
 class Flops(NamedTuple):
-    """Of the model as it executes in training."""
+    """Of the model as it executes in training. Multi-token prediction is apart: no score and no plain decoding has it,
+    and it runs the head once more."""
 
     per_token: int  # forward, in all layers' matrices and the head
     per_pair: int  # forward, in scores and values, per key that a query attends to, summed over the layers
     keys: float  # what a query of a training window attends to on average, as the mask allows: (T + 1) / 2 if causal
+    mtp_per_token: int = 0  # forward, of multi-token prediction
+    mtp_per_pair: int = 0
+    mtp_keys: float = 0.0
 
     def forward(self, keys: float | None = None) -> float:
         """Per token. keys: other than the mask allows. A kernel that computes all T and then hides half of them, as the
         naive one does, executes forward(T)."""
         return self.per_token + self.per_pair * (self.keys if keys is None else keys)
 
+    def mtp(self, keys: float | None = None) -> float:
+        """Per token, forward, of multi-token prediction, which training does beside `forward`."""
+        return self.mtp_per_token + self.mtp_per_pair * (self.mtp_keys if keys is None else keys)
+
     def training(self, keys: float | None = None) -> float:
         """Per token, forward and backward. What a flash kernel recomputes in its backward pass is not counted."""
-        return TRAINING * self.forward(keys)
+        return TRAINING * (self.forward(keys) + self.mtp(keys))
 
 
 def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor] | None = None) -> Flops:
@@ -86,20 +101,32 @@ def flops(config: ModelConfig, vocab_size: int, documents: tuple[Tensor, Tensor]
     """
     model = on_meta(config, vocab_size)
     attentions = [block.attention for block in model.layers]
-    macs = _macs_of_matrices(model) + sum(attention.extra_macs_per_token for attention in attentions)
+    macs, of_mtp = _macs_of_matrices(model)
+    macs += sum(attention.extra_macs_per_token for attention in attentions)
     windows = documents or (torch.arange(config.context_length)[None], None)
     keys = {pattern: _visible(pattern, *windows) for pattern in {attention.pattern for attention in attentions}}
     per_pair = sum(attention.macs_per_pair for attention in attentions)
     seen = sum(attention.macs_per_pair * keys[attention.pattern] for attention in attentions)
-    return Flops(2 * macs, 2 * per_pair, seen / per_pair)
+    found = Flops(2 * macs, 2 * per_pair, seen / per_pair)
+    if model.mtp is None:
+        return found
+    attention = model.mtp.block.attention  # of the last layer's kind, so its keys are known
+    return found._replace(
+        mtp_per_token=2 * (of_mtp + attention.extra_macs_per_token + model.lm_head.weight.numel()),
+        mtp_per_pair=2 * attention.macs_per_pair,
+        mtp_keys=keys[attention.pattern],
+    )
 
 
-def _macs_of_matrices(model: TransformerLM) -> int:
-    """Multiply-adds per token. To look up a row of an embedding is no product; but a tied embedding is the head too."""
+def _macs_of_matrices(model: TransformerLM) -> tuple[int, int]:
+    """Multiply-adds per token, of the model and of the matrices of multi-token prediction. To look up a row of an
+    embedding is no product; but a tied embedding is the head too."""
     head = Role.EMBEDDING if model.head is None else Role.HEAD
     layouts = model.layout()
     multiplied = {name for name, layout in layouts.items() if layout.kind is Kind.MATRIX or layout.role is head}
-    return sum(layouts[name].active(model.get_parameter(name).numel()) for name in multiplied)
+    active = {name: layouts[name].active(model.get_parameter(name).numel()) for name in multiplied}
+    of_mtp = sum(count for name, count in active.items() if name.startswith(f"{MTP}."))
+    return sum(active.values()) - of_mtp, of_mtp
 
 
 def _visible(pattern: Pattern, positions: Tensor, docs: Tensor | None = None) -> float:

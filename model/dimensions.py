@@ -1,13 +1,14 @@
 """Model dimensions that attention, MLP, norms and embeddings share."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from common.settings import Change, FrozenSettings
 
 MAX_SIZE = 2**20  # no memory holds a wider model; far beyond, arithmetic overflows and finding divisors takes for ever
 Size = Annotated[int, Field(ge=1, le=MAX_SIZE)]
+UNUSED_MTP_WEIGHT = 0.3  # as in conf/; another is refused without a module that it is of
 
 
 class Dimensions(FrozenSettings):
@@ -33,3 +34,13 @@ class Dimensions(FrozenSettings):
     qk_norm: bool  # RMSNorm on each query and key head; MLA always norms its latents
     qk_bias: bool  # bias on q_proj, and on k_proj unless softmax ignores it
     attention_dropout: Annotated[float, Change.FINE_TUNING] = Field(ge=0, lt=1)  # on the attention weights
+    mtp_depth: int = Field(ge=0, le=1)  # 1: multi-token prediction, a module that predicts the token after the next
+    mtp_weight: Annotated[float, Change.FINE_TUNING] = Field(ge=0, le=1e6)  # of its loss in the objective
+
+    @model_validator(mode="after")
+    def _check_mtp_weight(self) -> Self:
+        if not self.mtp_depth and self.mtp_weight != UNUSED_MTP_WEIGHT:
+            raise ValueError(
+                f"model.mtp_weight={self.mtp_weight} is of multi-token prediction: set model.mtp_depth=1, or leave it"
+            )
+        return self

@@ -58,7 +58,8 @@ def _initialise_final_norm(model: TransformerLM) -> None:
     c = model.config.own_logit_init
     assert c != "auto", "a Run fills it in"
     if c is not None:
-        model.norm.weight.fill_(c * model.config.d_model**-0.5)
+        for norm in [model.norm] if model.mtp is None else [model.norm, model.mtp.norm]:  # both are ahead of the head
+            norm.weight.fill_(c * model.config.d_model**-0.5)
 
 
 def initialised(config: ModelConfig, vocab_size: int, seed: int = 0, *, causal: bool = True) -> TransformerLM:

@@ -32,6 +32,7 @@ class Role(Enum):
     LATENT_DOWN = "latent_down"  # from the hidden state to a latent
     LATENT_UP = "latent_up"  # from a latent to what is each head's
     INDEXER = "indexer"  # chooses keys
+    MERGE = "merge"  # of a hidden state and an embedding, for multi-token prediction
     GATE = "gate"
     UP = "up"
     ROUTER = "router"  # scores experts

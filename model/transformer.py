@@ -17,6 +17,7 @@ from model.kernels.base import Kernel
 from model.layout import Kind, Names, ParamLayout, Role, check_buffers, check_layouts, leaf, nested
 from model.linear import product
 from model.mlp import MLPConfig
+from model.mtp import MTP, MTP_LOSS
 from model.norm import residual_norm
 from model.placement import Placement
 from model.positions import position_embedding
@@ -61,6 +62,7 @@ class Hidden(NamedTuple):
 
     x: Tensor  # (B, T, d) after the final norm: the input of the LM head
     aux: dict[str, Tensor]  # auxiliary outputs of the layers, as "layers.3.name"
+    stream: Tensor  # (B, T, d) ahead of that norm
 
 
 class Block(nn.Module):
@@ -161,6 +163,9 @@ class TransformerLM(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, causal) for i in range(config.n_layers))
         self.norm = residual_norm(config)
         self.head = None if config.tie_embeddings else PaddedEmbedding(vocab_size, config.d_model, Role.HEAD)
+        if config.mtp_depth and not causal:
+            raise ValueError("mtp_depth=1 predicts tokens that a model with causal=False sees: leave it at 0")
+        self.mtp = MTP(config, Block(config, config.n_layers - 1, causal)) if config.mtp_depth else None
         # Distinct rotations in order of first use: in a set the order, and so the traced graph, would change with
         # PYTHONHASHSEED.
         self.ropes = tuple(dict.fromkeys(rope for block in self.layers for rope in block.attention.ropes))
@@ -182,13 +187,37 @@ class TransformerLM(nn.Module):
         collect: names of the auxiliary outputs that layers shall return, in Hidden.aux.
         """
         at = at or Placement.contiguous(tokens.shape[1], tokens.device)
-        rotary = {rope: rope.table(at.positions, at.below) for rope in self.ropes}
-        ctx = Context(at, rotary, training, collect)
+        ctx = self._context(at, training, collect)
         x = self.embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(at.positions).to(x.dtype)
         x, aux = self._run_blocks(ctx.drop(x, self.config.dropout), ctx)
-        return Hidden(self.norm(x), aux)
+        return Hidden(self.norm(x), aux, x)
+
+    def look_ahead(
+        self,
+        stream: Tensor,
+        after: Tensor,
+        at: Placement,
+        *,
+        training: bool = False,
+        collect: frozenset[str] = frozenset(),
+    ) -> Hidden:
+        """Multi-token prediction, where config.mtp_depth is 1 (model/mtp.py): hidden states (B, T, d), whose `logits`
+        are of the token after the next one, and auxiliary outputs as "mtp.name".
+
+        stream: (B, T, d) of `forward`, for tokens that stand `at` the same places. after: (B, T) the token after each;
+        -1 for none, which is embedded as zeros. at: with a cache, that of make_mtp_cache. training, collect: as there.
+        """
+        ctx = self._context(at, training, collect)
+        embedded = self.embedding(after.clamp(min=0)).masked_fill((after < 0)[..., None], 0)
+        x = ctx.drop(self.mtp.merged(stream, embedded), self.config.dropout)
+        cache = None if at.caches is None else at.caches[0]
+        x, aux, _ = self.run_block(self.mtp.block, x, ctx, cache, None)
+        return Hidden(self.mtp.norm(x), {f"mtp.{name}": value for name, value in aux.items()}, x)
+
+    def _context(self, at: Placement, training: bool, collect: frozenset[str]) -> Context:
+        return Context(at, {rope: rope.table(at.positions, at.below) for rope in self.ropes}, training, collect)
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (B, T, d) of `forward` -> logits (B, T, V)."""
@@ -219,9 +248,17 @@ class TransformerLM(nn.Module):
 
     @property
     def auxiliary_losses(self) -> dict[str, float]:
-        """Weights of the layers' auxiliary losses in training, by their names in Hidden.aux."""
-        parts = [(i, part) for i, block in enumerate(self.layers) for part in (block.attention, block.mlp)]
-        return {f"layers.{i}.{name}": weight for i, part in parts for name, weight in part.auxiliary_losses.items()}
+        """Weights of the auxiliary losses in training: of layers, by their names in Hidden.aux, and MTP_LOSS."""
+        parts = [(name, part) for name, block in self.blocks().items() for part in (block.attention, block.mlp)]
+        of_blocks = {
+            f"{block}.{name}": weight for block, part in parts for name, weight in part.auxiliary_losses.items()
+        }
+        return of_blocks if self.mtp is None else of_blocks | {MTP_LOSS: self.config.mtp_weight}
+
+    def blocks(self) -> dict[str, Block]:
+        """All blocks, by what their auxiliary outputs are named after; that of multi-token prediction is the last."""
+        layers = {f"layers.{i}": block for i, block in enumerate(self.layers)}
+        return layers if self.mtp is None else layers | {"mtp": self.mtp.block}
 
     @property
     def lm_head(self) -> LMHead:
@@ -234,6 +271,10 @@ class TransformerLM(nn.Module):
             raise ValueError("a model that sees later tokens cannot decode from caches: build it with causal=True")
         return [block.attention.make_cache(batch_size, capacity) for block in self.layers]
 
+    def make_mtp_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Create an empty KV cache for `look_ahead`; the caller owns it."""
+        return self.mtp.block.attention.make_cache(batch_size, capacity)
+
     def layout(self) -> dict[str, ParamLayout]:
         """Describe every parameter, by its name. Raises ValueError where a module's layout() lacks one."""
         table = {
@@ -244,5 +285,6 @@ class TransformerLM(nn.Module):
             table |= nested(f"layers.{i}", block, Names(f"model.layers.{i}", f"transformer.h.{i}"))
         table |= nested("norm", self.norm, Names("model.norm", "transformer.ln_f"))
         table |= nested("head", self.head, Names("lm_head", "lm_head"))
+        table |= nested("mtp", self.mtp)
         check_layouts(self, table)
         return table

@@ -121,6 +121,7 @@ MODELS = [  # that have every tensor between them
     ("attention=gqa", "mlp=moe", "mlp.n_shared_experts=2", "model.bias=true"),
     ("attention=mla", "attention.qk_norm=head"),
     ("attention=mla", "attention.qk_norm=whole"),
+    ("attention=gqa", "model.mtp_depth=1"),
 ]
 
 
@@ -131,7 +132,8 @@ def test_run_format_page_gives_the_shape_of_every_tensor():
         model = small_model(*options, vocab_size=300)
         numbers = _sizes(model.config)
         for name, tensor in model.state_dict().items():
-            weight = re.sub(r"\.bias$", ".weight", re.sub(r"^layers\.\d+", "layers.N", name))
+            weight = re.sub(r"^(layers\.\d+|mtp\.block)\.", "layers.N.", name)
+            weight = re.sub(r"\.bias$", ".weight", weight)
             shapes = [
                 eval(shape.replace("·", "*"), dict(numbers)) for names, shape, _ in rows if f"`{weight}`" in names
             ]

@@ -22,7 +22,7 @@ DOORS = ("train", "sample", "compare")
 ORDER = {
     "common": "errors settings signals experimental atomic_io checksummed_json invocation streams console lock paths "
     "figures conf_files suggestions overrides hydra_errors process cli",
-    "model": "dimensions layout linear mask norm rope cache placement context positions kernels grouped flat_step "
+    "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",
     "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "

@@ -79,9 +79,9 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
     model = cost.on_meta(run.model, vocab_size)
     counts = cost.parameters(model)
     active = f" ({cost.active_parameters(model):,} of them for each token)" if cost.has_experts(model) else ""
-    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    tied = " (tied to the embedding)" if model.head is None else ""
-    yield f"parameters   {sum(counts.values()):,}{active}: {listed}{tied}"
+    remarks = {"head": " (tied to the embedding)"} if model.head is None else {}
+    listed = ", ".join(f"{name} {count:,}{remarks.get(name, '')}" for name, count in counts.items())
+    yield f"parameters   {sum(counts.values()):,}{active}: {listed}"
     if vocab_size != GPT2_VOCABULARY:
         published = sum(cost.parameters(cost.on_meta(run.model, GPT2_VOCABULARY)).values())
         yield (
@@ -93,6 +93,8 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
         f"({flops.per_pair * flops.keys / flops.forward():.0%} of it attention, over {flops.keys:,.1f} keys on average"
         f"{keys})"
     )
+    if model.mtp is not None:
+        yield f"mtp          {flops.mtp():,.0f} forward FLOPs per token besides, in training alone"
     yield (
         f"cache        {cost.cache_bytes_per_token(model):,} bytes per token when decoding in float32, "
         f"{cost.cache_bytes(model, run.model.context_length):,} for a full context"

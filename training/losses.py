@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from data.batches import Batch
 from model.loss import chunked_mean
+from model.mtp import MTP_LOSS
 from model.placement import Placement
 from model.score import token_losses, token_losses_and_hits
 from training.compile import maybe_compiled
@@ -18,21 +19,29 @@ CROSS_ENTROPY = "cross_entropy"
 def mean_loss(
     model: nn.Module,
     batch: Batch,
+    mtp_share: Tensor | float = 1.0,
     collect: frozenset[str] = frozenset(),
     min_tile: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean cross-entropy in nats per counted token, a scalar, and the auxiliary outputs named in `collect`.
-    min_tile: see chunked_mean.
+    mtp_share: what the loss of multi-token prediction is multiplied by. min_tile: see chunked_mean.
 
-    Where layers have auxiliary losses, these are added to the scalar, each times its weight; the outputs then hold them
-    too, and the cross-entropy alone, as CROSS_ENTROPY."""
+    Where the model has auxiliary losses, these are added to the scalar, each times its weight; the outputs then hold
+    them too, and the cross-entropy alone, as CROSS_ENTROPY."""
     weights = model.auxiliary_losses
-    out = model(batch.inputs, Placement.of_batch(batch), training=True, collect=collect.union(map(own_name, weights)))
+    at, names = Placement.of_batch(batch), collect | {own_name(name) for name in weights}
+    out = model(batch.inputs, at, training=True, collect=names)
     mean = chunked_mean(out.x, model.lm_head, batch.targets, min_tile)
     if not weights:
         return mean, out.aux
-    objective = mean + sum(weight * out.aux[name] for name, weight in weights.items())
-    return objective, out.aux | {CROSS_ENTROPY: mean.detach()}
+    aux = out.aux
+    if MTP_LOSS in weights:
+        after, targets = batch.ahead()
+        second = model.look_ahead(out.stream, after, at, training=True, collect=names)
+        loss = mtp_share * chunked_mean(second.x, model.lm_head, targets, min_tile)
+        aux = aux | second.aux | {MTP_LOSS: loss}
+    objective = mean + sum(weight * aux[name] for name, weight in weights.items())
+    return objective, aux | {CROSS_ENTROPY: mean.detach()}
 
 
 def own_name(output: str) -> str:

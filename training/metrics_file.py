@@ -47,6 +47,7 @@ class MetricRow(TypedDict, total=False):
     highest_load: float | None  # with a mixture of experts, as the lowest
     balance_loss: float | None  # with its weight: the mean of the layers; 1 for even loads
     router_z_loss: float | None  # with its weight: the mean of the layers
+    mtp_loss: float | None  # with model.mtp_depth: nats per token after the next one, which train_loss leaves out
     val_loss: float | None  # validation loss, nats per token, on val_tokens of the validation set
     val_bpb: float | None  # bits per byte of the same text
     val_accuracy: float | None  # share of them that have the largest logit, where the data has right answers

@@ -62,18 +62,22 @@ def accumulate_gradients(
     float32 parameters, and those of auxiliary losses -> that loss, a scalar without these, NaN where none is counted;
     and the auxiliary outputs that the loss function collects, joined over the micro-batches: of losses, the mean.
 
+    Each of these means is over what it counts in all micro-batches: of multi-token prediction, which counts fewer
+    targets, over its own (_mtp_shares).
+
     What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
     """
     precision = state.precision
     precision.copy_master_weights()
     counts = [batch.counted for batch in batches]
     counted = sum(counts)
+    shares = _mtp_shares(batches, counts) if state.model.mtp is not None else [()] * len(batches)
     total = torch.zeros((), device=state.device)
     joined = {}
     for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
         _seed_micro_step((state.seed, state.step), micro_step)
-        objective, aux = state.losses.mean_loss(precision.model, batch)
+        objective, aux = state.losses.mean_loss(precision.model, batch, *shares[micro_step])
         parts = counted / counts[micro_step]  # of equal counts exactly their number: / N, not / n · n / N
         precision.backward(objective / parts)
         total += aux.pop(CROSS_ENTROPY, objective.detach()) / parts
@@ -81,6 +85,16 @@ def accumulate_gradients(
         joined = _joined(joined, aux, state.after_step)
     precision.unscale()
     return total, joined
+
+
+def _mtp_shares(batches: Sequence[Batch], counts: Sequence[Tensor]) -> list[tuple[Tensor]]:
+    """What turns the share n / N of each micro-batch in the targets of all into m / M, that in the targets of
+    multi-token prediction: a factor m N / (M n) of its loss, as a further argument of the loss function. Exactly 1
+    where the two are the same; 0 where nothing is counted."""
+    ahead = [batch.ahead().counted for batch in batches]
+    all_ahead, counted = sum(ahead), sum(counts)
+    pairs = zip(ahead, counts, strict=True)
+    return [(of_it * counted / (all_ahead.clamp(min=1) * count.clamp(min=1)),) for of_it, count in pairs]
 
 
 def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[AfterStep]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ class Attending:
         maps = torch.zeros(LAYERS, 1, HEADS, len(self.keys), len(self.keys))
         maps[:-1, ..., 0] = 1
         maps[-1, 0, :, torch.arange(len(self.keys)), self.keys] = 1
-        return Hidden(tokens, {f"layers.{i}.attention_map": layer for i, layer in enumerate(maps)})
+        return Hidden(tokens, {f"layers.{i}.attention_map": layer for i, layer in enumerate(maps)}, tokens)
 
 
 class Copier:
@@ -41,7 +41,8 @@ class Copier:
 
     def __call__(self, tokens) -> Hidden:
         copied = tokens.roll(self.distance - 1, 1)
-        return Hidden(50.0 * torch.nn.functional.one_hot(copied, self.vocab_size), {})
+        x = 50.0 * torch.nn.functional.one_hot(copied, self.vocab_size)
+        return Hidden(x, {}, x)
 
     def logits(self, x):
         return x

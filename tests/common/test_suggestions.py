@@ -54,11 +54,11 @@ BESIDE_A_CHOICE = {
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        ("a.txt", "did you mean data=files data.path=a.txt? Or choose one of files, "),
-        ("books/*.txt", "did you mean data=files 'data.path=books/*.txt'? Or choose one of files, "),
-        ("folder/there", "did you mean data=files data.path=folder/there? Or choose one of files, "),
-        ("owner/name", "did you mean data=hub data.path=owner/name? Or choose one of files, "),
-        ("sympi", "choose one of files, "),
+        ("a.txt", "did you mean data=files data.path=a.txt? Or choose one of copy, files, "),
+        ("books/*.txt", "did you mean data=files 'data.path=books/*.txt'? Or choose one of copy, files, "),
+        ("folder/there", "did you mean data=files data.path=folder/there? Or choose one of copy, files, "),
+        ("owner/name", "did you mean data=hub data.path=owner/name? Or choose one of copy, files, "),
+        ("sympi", "choose one of copy, files, "),
     ],
 )
 def test_no_such_choice_place_of_text_names_the_corpus_that_reads_it(workplace, typed, meant):
@@ -74,7 +74,7 @@ def test_no_such_setting_common_guess_names_what_is_meant():
 def test_no_such_setting_beside_a_choice_names_what_that_choice_has():
     for (key, chosen), line in BESIDE_A_CHOICE.items():
         assert line in no_such_setting(key, [chosen, "steps=3"])
-    assert "of attention=mha; it belongs to attention=mla" in no_such_setting("attention.kv_lora_rank")
+    assert "of attention=mha; it belongs to attention=dsa or mla" in no_such_setting("attention.kv_lora_rank")
 
 
 def test_no_such_setting_nothing_near_points_to_the_lists_of_all():
@@ -88,7 +88,7 @@ def test_no_such_setting_of_a_part_names_the_part():
     stack = ["attention=stack"]
     assert no_such_setting("attention.local.window", stack).endswith("did you mean attention.parts.local.window?")
     line = no_such_setting("attention.window", stack)
-    assert "it belongs to attention=gqa or mha or mla or mqa" in line
+    assert "it belongs to attention=dsa or gqa or mha or mla or mqa" in line
     assert line.endswith("so set it in a part, as attention.parts.local.window=")
 
 

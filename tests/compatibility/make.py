@@ -73,6 +73,7 @@ CASES = {
         "optim.groups=[{match: '*.mlp.*', train: false}, {match: '*.attention.*', lr: 0.01, weight_decay: 0.2}]",
     ],
     "dsa": [*WORDS, "attention=dsa", "attention.indexer.top_k=8", "precision=fp32"],
+    "mtp": [*WORDS, "attention=gqa", "model.mtp_depth=1", "document_mask=true", "precision=fp32"],
     "adafactor": [*WORDS, "attention=gqa", "optim=adafactor", "precision=fp32"],
     "init_from": [*RUN, "init_from=base", "data=synthetic", "data.size=30", "data.seed=7", "precision=fp32"],
 }

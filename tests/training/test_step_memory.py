@@ -51,6 +51,14 @@ def test_memory_of_a_step_with_experts_is_what_the_allocator_gives_out(options):
     check_memory("mlp=moe", *changed(["precision=fp32"], *options), tolerance=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_memory_of_multi_token_prediction_is_counted(precision):
+    options = [f"precision={precision}", "model.mtp_depth=1", "document_mask=true"]
+    with_module = check_memory("attention=gqa", *options, tolerance=0.05)
+    plain = memory(composed_run(*SMOKE, "attention=gqa", options[0], options[2], "micro_batch_size=4"), VOCAB, CPU)
+    assert with_module > 1.2 * plain.peak
+
+
 @pytest.mark.parametrize(
     "options",
     [

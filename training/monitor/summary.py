@@ -25,11 +25,12 @@ def opening_lines(
     """Model, attention, KV cache, data and plan of a run. device: its kind, as in cuda. done: steps before the first of
     this process."""
     dims = run.model
+    mtp = ", multi-token prediction" if dims.mtp_depth else ""
     threads = "" if measured.threads is None else f", {counted(measured.threads, 'thread')}"
     active = "" if measured.active_parameters is None else f" ({measured.active_parameters:,} of them for each token)"
     yield (
         f"model        {counted(dims.n_layers, 'layer')}, d_model {dims.d_model}, {counted(dims.n_heads, 'head')}, "
-        f"positions by {dims.positions}, {measured.parameters:,} parameters{active} on {device}{threads}"
+        f"positions by {dims.positions}{mtp}, {measured.parameters:,} parameters{active} on {device}{threads}"
     )
     yield f"attention    {_attention(run, measured.attention_differences)}"
     yield f"cache        {measured.cache_bytes:,} bytes per token when decoding in float32"

@@ -19,7 +19,7 @@ class QKClip:
         self.threshold = threshold
         self.parts: list[tuple[int, float, Tensor]] = []  # layer, power, a view of the parameter: (heads, rows, ...)
         self.keys = []  # key heads of each layer
-        for i, block in enumerate(model.layers):
+        for i, block in enumerate(model.blocks().values()):
             heads = []
             for name, layout in block.attention.layout().items():
                 parameter = block.attention.get_parameter(name)

@@ -73,6 +73,7 @@ CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which 
 OPTIMIZERS_7 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")
 MODEL_7 = {"own_logit_init": None}  # the last norm started at one
 INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
+MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
 NO_INDEXER_8 = {"indexer": {"top_k": None, "n_heads": 4, "head_dim": None, "stage": "sparse", "weight": 1.0}}
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
@@ -119,7 +120,7 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _to_7(tree)
     if format < 8:
         tree = _to_8(tree)
-    return _each_part(tree, _with_indexer) if format < 9 else tree
+    return _to_9(tree) if format < 9 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -172,6 +173,12 @@ def _to_8(tree: dict[str, Any]) -> dict[str, Any]:
     tree = _each_part(tree, _with_groups)
     model = tree.get("model")
     return tree | {"model": MODEL_7 | model} if isinstance(model, Mapping) else tree
+
+
+def _to_9(tree: dict[str, Any]) -> dict[str, Any]:
+    tree = _each_part(tree, _with_indexer)
+    model = tree.get("model")
+    return tree | {"model": MODEL_8 | model} if isinstance(model, Mapping) else tree
 
 
 def _with_indexer(part: dict[str, Any]) -> dict[str, Any]:

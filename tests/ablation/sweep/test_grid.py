@@ -66,7 +66,7 @@ REFUSED = {
     "marked, and nowhere": (["attention=mha,mla", "if:attention.nonsense=8"], "if:attention.nonsense: no such setting"),
     "marked, and of another": (
         ["attention=mha,gqa", "if:attention.kv_lora_rank=8"],
-        "if:attention.kv_lora_rank: no such setting of attention=mha; it belongs to attention=mla",
+        "if:attention.kv_lora_rank: no such setting of attention=mha; it belongs to attention=dsa or mla",
     ),
     "nothing varies": (["attention=mla"], "nothing varies: give several values"),
     "nothing at all": ([], "nothing varies"),

@@ -64,6 +64,15 @@ def test_migrate_format_7_gives_optimizers_no_groups(optim):
     assert Run.from_tree(dump(grouped)) == grouped
 
 
+def test_migrate_format_8_gives_models_neither_indexer_nor_multi_token_prediction():
+    run = composed_run("attention=gqa")
+    older = dump(run)
+    del older["model"]["mtp_depth"], older["model"]["mtp_weight"], older["attention"]["indexer"]
+    assert Run.from_tree(migrate(older, 8)) == run
+    later = composed_run("attention=dsa", "model.mtp_depth=1", "model.mtp_weight=0.1")
+    assert migrate(dump(later), FORMAT) == dump(later)
+
+
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
     moved = {"data.document_mask": "document_mask"}  # format 7
