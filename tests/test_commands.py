@@ -719,7 +719,7 @@ BAD_RUNS = {  # a line of each place that refuses; tests of that place have the 
     "folder in a file": (["run_dir=empty.txt/run"], "run_dir=empty.txt/run cannot be made: Not a directory: give"),
     "a file for data": (
         ["data=a.txt"],
-        "data=a.txt: did you mean data=files data.path=a.txt? Or choose one of files, ",
+        "data=a.txt: did you mean data=files data.path=a.txt? Or choose one of copy, files, ",
     ),
     "numbered model": (["model=5"], "model=5: choose one of classic_gpt, gpt2, gpt2_medium, mini, small, tiny"),
     "no attention": (["attention=null"], "attention=null: choose one of dsa, gqa, mha, mla, mqa"),

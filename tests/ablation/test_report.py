@@ -76,7 +76,8 @@ def test_report_has_the_accuracy_of_runs_whose_data_has_answers(tmp_path, monkey
         table[variant["name"]] = [row["val_accuracy"] for row in rows.values()]
         assert list(variant["val_accuracy"]["values"].values()) == table[variant["name"]]
         assert variant["val_accuracy"]["mean"] == pytest.approx(statistics.fmean(table[variant["name"]]))
-    assert [cell["val_accuracy"] for cell in report["cells"]] == [value for name in names for value in table[name]]
+    found = {(cell["variant"], cell["seed"]): cell["val_accuracy"] for cell in report["cells"]}
+    assert found == {(name, seed): table[name][seed - 1] for name in names for seed in (1, 2)}
     difference = statistics.fmean(table[names[1]]) - statistics.fmean(table[names[0]])
     assert report["accuracy"]["differences"][names[1]]["mean"] == pytest.approx(difference)
     caches = [variant["cache_bytes_per_token"] for variant in report["variants"]]

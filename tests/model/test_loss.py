@@ -120,7 +120,7 @@ class Successor(torch.nn.Module):
 
     def forward(self, tokens: torch.Tensor, _: Placement) -> Hidden:
         hidden = torch.nn.functional.one_hot(tokens, 10).float()
-        return Hidden(hidden, {})
+        return Hidden(hidden, {}, hidden)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 1000])

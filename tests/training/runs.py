@@ -15,7 +15,7 @@ def losses(run: Path) -> list[tuple]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
     first = rows[0]["step"]  # 0 where validation came before training
     assert first in (0, 1) and [row["step"] for row in rows] == list(range(first, first + len(lines)))
-    kept = ("step", "train_loss", "grad_norm", "lr", "val_loss", "muon_lr", "skipped", "val_accuracy")
+    kept = ("step", "train_loss", "grad_norm", "lr", "val_loss", "muon_lr", "val_accuracy", "skipped")
     return [tuple(row.get(key) for key in kept) for row in rows]
 
 

@@ -126,7 +126,7 @@ def test_balance_loss_evens_the_loads_as_it_is_minimised():
             weight[:2].mul_(8)
     highest = []
     for _ in range(60):
-        _, aux = mean_loss(state.model, batch, frozenset({LOAD}))
+        _, aux = mean_loss(state.model, batch, collect=frozenset({LOAD}))
         loss = sum(aux[name] for name in state.model.auxiliary_losses)
         for weight, gradient in zip(routers, torch.autograd.grad(loss, routers), strict=True):
             weight.data -= 2.0 * gradient
