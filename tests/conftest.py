@@ -24,9 +24,10 @@ pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law sa
 
 TIERS = {  # of files and folders; all else is unit, but for what runs programs, in a workplace
     "laws": [
-        *(f"model/test_{part}.py" for part in ("flat_model", "flex", "kernels", "stats")),
-        *(f"generation/test_{part}.py" for part in ("compiled_step", "decode", "prefill", "speculative")),
-        *("model/attention", "training/test_activations.py", "compatibility"),
+        *(f"model/test_{part}.py" for part in ("flat_model", "flex", "kernels", "loss", "moe", "stats")),
+        *(f"generation/test_{part}.py" for part in ("compiled_step", "decode", "prefill", "self_speculation")),
+        *("model/attention", "generation/test_speculative.py", "compatibility"),
+        *(f"training/test_{part}.py" for part in ("activations", "mtp")),
     ],
     "system": [
         *("ablation/sweep", "benchmarks", "fuzz"),
