@@ -22,7 +22,7 @@ class LoadBalance:
     @classmethod
     def of(cls, model: TransformerLM) -> list["LoadBalance"]:
         """The hook of a model with experts; without any, none."""
-        layers = [block.mlp for block in model.layers if isinstance(block.mlp, MoE)]
+        layers = [block.mlp for block in model.blocks().values() if isinstance(block.mlp, MoE)]
         return [cls(layers)] if layers else []
 
     @torch.no_grad()

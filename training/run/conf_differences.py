@@ -3,6 +3,8 @@ from, so each attention is compared with the nearest choice."""
 
 from typing import Any
 
+from pydantic import BaseModel
+
 from common.conf_files import choices
 from model.attention.base import AttentionChoice, AttentionConfig
 from model.attention.stack import StackConfig
@@ -12,7 +14,7 @@ from training.run.composer import choice
 from training.run.parts import load_choice
 
 DERIVED = (None, "all")  # what conf/ holds where a dimension follows from the model's
-NOT_DERIVED = ("window", "rope_factor")  # of which null is a value of its own
+NOT_DERIVED = ("window", "rope_factor", "top_k")  # of which null is a value of its own
 OF_THE_MODEL = ("qk_norm", "qk_bias", "attention_dropout")  # settings of the model that an attention takes over
 
 
@@ -41,10 +43,25 @@ def _nearest(attention: AttentionConfig, offers: list[AttentionChoice], dimensio
 def _differences(attention: AttentionConfig, offer: AttentionConfig, dimensions: Dimensions) -> dict[str, Any]:
     """The settings that are not as the choice has them, or as its dimensions derive from the other settings."""
     offered = {key: value for key, value in offer if key != "position"}  # of another group, and of the whole model
-    unset = {key: value for key, value in offered.items() if value in DERIVED and key not in NOT_DERIVED}
+    sections = {key: value for key, value in offered.items() if isinstance(value, BaseModel)}
+    unset = _unset(offered)
+    of_sections = {key: getattr(attention, key).model_copy(update=_unset(dict(part))) for key, part in sections.items()}
     try:
-        derived = attention.model_copy(update=unset).derive(dimensions)
+        derived = attention.model_copy(update=unset | of_sections).derive(dimensions)
     except ValueError:  # these settings fit no derived dimensions
         derived = offer
-    expected = offered | {key: getattr(derived, key) for key in unset}
-    return {key: getattr(attention, key) for key, value in expected.items() if getattr(attention, key) != value}
+    found = _unequal(attention, {key: value for key, value in offered.items() if key not in sections}, derived)
+    for key, part in sections.items():
+        different = _unequal(getattr(attention, key), dict(part), getattr(derived, key))
+        found |= {f"{key}.{name}": value for name, value in different.items()}
+    return found
+
+
+def _unset(offered: dict[str, Any]) -> dict[str, Any]:
+    """What conf/ leaves to be derived."""
+    return {key: value for key, value in offered.items() if value in DERIVED and key not in NOT_DERIVED}
+
+
+def _unequal(actual: BaseModel, offered: dict[str, Any], derived: BaseModel) -> dict[str, Any]:
+    expected = offered | {key: getattr(derived, key) for key in _unset(offered)}
+    return {key: getattr(actual, key) for key, value in expected.items() if getattr(actual, key) != value}

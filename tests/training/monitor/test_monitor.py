@@ -83,6 +83,11 @@ def test_opening_lines_of_a_run_are_printed(workplace, monkeypatch, capsys):
         ([], {}),
         (["attention=mla"], {}),
         (["attention=stack"], {}),
+        (["attention=dsa"], {}),
+        (
+            ["attention=gqa", "attention.indexer.top_k=8", "attention.indexer.head_dim=6"],
+            {"indexer.top_k": 8, "indexer.head_dim": 6},
+        ),
         (["attention=gqa", "attention.n_kv_heads=1"], {}),  # the same as attention=mqa
         (["position=alibi"], {}),
         (["model.qk_norm=false", "attention.qk_bias=false"], {"qk_norm": False, "qk_bias": False}),

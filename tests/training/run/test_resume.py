@@ -15,7 +15,7 @@ import training.losses
 from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
 from tests.support import ATTENTIONS, SMOKE, call, changed
-from tests.training.runs import assert_same_run, losses, rewind
+from tests.training.runs import assert_same_run, losses, rewind, tensors
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run.checkpoint import MODEL, OPTIMIZER, newest
@@ -128,6 +128,19 @@ def test_resume_with_document_mask_is_the_same_run(workplace, monkeypatch, capsy
     assert call("train", ["resume=killed"], monkeypatch) == 0
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
     assert "running eagerly" not in capsys.readouterr().err
+
+
+def test_resume_with_an_indexer_experts_and_a_second_prediction_is_the_same_run(workplace, monkeypatch):
+    """All at once: each has losses, and experts a bias in a buffer, in the block of the second prediction too."""
+    options = ["attention=dsa", "attention.indexer.top_k=8", "mlp=moe", "model.mtp_depth=1", "document_mask=true"]
+    assert call("train", [*LIGHT, *options, "run_dir=whole"], monkeypatch) == 0
+    rewind(workplace / "whole", workplace / "killed", step=5)
+    assert call("train", ["resume=killed"], monkeypatch) == 0
+    assert_same_run(workplace / "whole", workplace / "killed", step=12)
+    row = read_metrics(workplace / "whole/metrics.jsonl")[-1]
+    assert row["indexer_loss"] > 0 and row["mtp_loss"] > row["train_loss"] / 2 and row["lowest_load"] < 1
+    biases = {name for name in tensors(workplace / "whole", step=12) if name.endswith("selection_bias")}
+    assert "mtp.block.mlp.router.selection_bias" in biases and len(biases) == 3
 
 
 def test_resume_with_unseeded_dropout_is_another_run(workplace, monkeypatch):
