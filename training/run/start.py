@@ -1,5 +1,6 @@
 """Starting a run: a new one, one that is resumed, or one that begins with the weights of another (fine-tuning)."""
 
+import copy
 import functools
 import logging
 import operator
@@ -69,7 +70,7 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
     """
     base_run, tokenizer = _base_run(base)
     settings = dump(base_run)
-    owned = {group: settings[group] for group in settings if change_of(base_run, group) == Change.NEVER}
+    owned = copy.deepcopy({group: settings[group] for group in settings if change_of(base_run, group) == Change.NEVER})
     for key in (override.lstrip("+~").partition("=")[0] for override in typed):
         group = key.partition(".")[0]
         if _adds_indexer(key, settings["attention"], tree["attention"]):
@@ -79,6 +80,11 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
             *path, name = key.split(".")
             into, taken = (functools.reduce(operator.getitem, path, of) for of in (owned, tree))
             into[name] = taken[name]
+    if _has_indexer(settings["attention"]) and not _has_indexer(owned["attention"]):
+        raise UserError(
+            f"attention.indexer.top_k cannot be unset with init_from={base}, whose weights have an indexer: choose as "
+            "many keys as model.context_length for dense attention"
+        )
     attention = owned["attention"]
     if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
         attention["rope_original_context"] = base_run.model.context_length  # which only the base knows
@@ -94,8 +100,12 @@ def _adds_indexer(key: str, base: Mapping[str, Any], wanted: Mapping[str, Any]) 
     """Whether a setting gives the attention of a base run, which had none, an indexer: as attention=dsa does to mla."""
     if key != "attention" and not key.startswith("attention.indexer."):
         return False
-    has = [attention.get("indexer", {}).get("top_k") is not None for attention in (base, wanted)]
-    return has == [False, True] and base["_target_"] == wanted["_target_"]
+    adds = _has_indexer(wanted) and not _has_indexer(base)
+    return adds and base["_target_"] == wanted["_target_"]
+
+
+def _has_indexer(attention: Mapping[str, Any]) -> bool:
+    return attention.get("indexer", {}).get("top_k") is not None
 
 
 def _base_run(base: Path) -> tuple[Run, Tokenizer]:

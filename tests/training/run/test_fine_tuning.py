@@ -160,3 +160,27 @@ def test_fine_tuning_with_another_model_or_vocabulary_is_refused(base, workplace
         err = capsys.readouterr().err
         assert complaint in err.splitlines()[-1] and err.count("error:") == 1
         assert not (workplace / "no").exists()
+
+
+def test_indexer_added_to_a_base_of_mla_is_warmed_up_alone_and_then_trained_with_all(workplace, monkeypatch, capsys):
+    short = [*SMOKE, "steps=2", "save_every=2"]
+    add = ["init_from=dense", "attention=dsa", "attention.indexer.n_heads=2", "attention.indexer.stage=warmup"]
+    sparse = ["init_from=warm", "attention.indexer.stage=sparse", "attention.indexer.top_k=16"]
+    assert call("train", [*short, "attention=mla", "attention.q_lora_rank=8", "run_dir=dense"], monkeypatch) == 0
+    assert call("train", [*short, *add, "run_dir=warm"], monkeypatch) == 0
+    assert "freshly initialised: layers.0.attention.indexer.q_proj.weight, " in capsys.readouterr().err
+    assert call("train", [*short, *sparse, "run_dir=sparse"], monkeypatch) == 0
+    before, warm, after = (load_run(workplace / name)[0].state_dict() for name in ("dense", "warm", "sparse"))
+    assert {name for name in warm if name not in before} == {name for name in warm if ".indexer." in name}
+    assert all(torch.equal(warm[name], weight) for name, weight in before.items())
+    moved = {name for name in warm if not torch.equal(warm[name], after[name])}
+    assert any(".indexer." in name for name in moved) and "embedding.weight" in moved
+    refusals = {
+        "attention.indexer.n_heads=4": "attention.indexer.n_heads cannot be chosen with init_from=warm",
+        "attention.indexer.top_k=null": "attention.indexer.top_k cannot be unset with init_from=warm, whose weights",
+        "attention=gqa": "attention cannot be chosen with init_from=warm",
+    }
+    capsys.readouterr()
+    for typed, line in refusals.items():
+        assert call("train", [*short, "init_from=warm", typed, "run_dir=refused"], monkeypatch) == 2
+        assert f"error: {line}" in capsys.readouterr().err
