@@ -269,7 +269,7 @@ def check_decoding(config: ModelConfig, seed: int) -> None:
     error = relative_error(torch.cat(found, 1), expected)
     # A width of two or so can make a model whose logits hang on the last bit of its weights.
     near = error <= 1e-5 or error <= min(1e-3, 3 * last_bit(oracle, tokens, expected))
-    assert near or is_undecided(oracle, tokens)
+    assert near or (torch.cat(found, 1).isfinite().all() and is_undecided(oracle, tokens))
 
 
 def is_undecided(model: TransformerLM, tokens: torch.Tensor) -> bool:

@@ -360,8 +360,11 @@ def test_experts_that_cannot_be_are_refused_in_one_line(typed):
 
 
 def test_balance_by_bias_and_losses_together_is_allowed():
-    composed_run("mlp=moe", "mlp.balance_loss=0.001", "mlp.router_z_loss=0.001")
-    composed_run("mlp=moe", "mlp.top_k=8", "mlp.bias_rate=0")
+    model = small_model("mlp=moe", "mlp.balance_loss=0.001", "mlp.router_z_loss=0.002")
+    assert set(model.auxiliary_losses.values()) == {0.001, 0.002}
+    assert model.layers[0].mlp.router.selection_bias is not None
+    unbiased = small_model("mlp=moe", "mlp.top_k=8", "mlp.bias_rate=0")
+    assert unbiased.layers[0].mlp.router.selection_bias is None
 
 
 @pytest.mark.slow

@@ -41,6 +41,10 @@ OURS = (
 )
 
 
+LATENTS = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}  # DeepSeek's
+OUR_LATENTS = [f"attention.{name}={size}" for name, size in LATENTS.items()]
+
+
 def spread_out(theirs: torch.nn.Module) -> None:
     """They begin nearly uniform, which would hide differences."""
     generator = torch.Generator().manual_seed(0)
@@ -133,10 +137,7 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
         **({"rope_parameters": rope, "rope_scaling": rope} if scaling == "yarn" else {}),
         num_key_value_heads=HEADS,
         q_lora_rank=q_lora_rank,
-        kv_lora_rank=16,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
+        **LATENTS,
         first_k_dense_replace=LAYERS,  # dense blocks only
         rope_interleave=True,
     )
@@ -145,10 +146,7 @@ def test_mla_with_deepseek_v3s_weights_gives_its_logits(q_lora_rank, execution, 
         "attention=mla",
         "attention.qk_norm=latent",
         f"attention.q_lora_rank={q_lora_rank or 0}",
-        "attention.kv_lora_rank=16",
-        "attention.qk_nope_head_dim=12",
-        "attention.qk_rope_head_dim=8",
-        "attention.v_head_dim=16",
+        *OUR_LATENTS,
         "attention.rope_layout=interleaved",
         f"attention.execution={execution}",
         *(stretched if scaling == "yarn" else ()),
@@ -163,10 +161,7 @@ def test_dsa_with_deepseek_v32s_weights_chooses_its_keys_and_gives_its_logits(mo
         **SHAPE,
         num_key_value_heads=HEADS,
         q_lora_rank=24,
-        kv_lora_rank=16,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
+        **LATENTS,
         index_topk=top_k,
         index_head_dim=20,
         index_n_heads=16,  # so many that no key has them all off: theirs takes any of equal scores
@@ -183,10 +178,7 @@ def test_dsa_with_deepseek_v32s_weights_chooses_its_keys_and_gives_its_logits(mo
         "attention=dsa",
         "attention.qk_norm=latent",
         "attention.q_lora_rank=24",
-        "attention.kv_lora_rank=16",
-        "attention.qk_nope_head_dim=12",
-        "attention.qk_rope_head_dim=8",
-        "attention.v_head_dim=16",
+        *OUR_LATENTS,
         "attention.rope_layout=interleaved",
         f"attention.indexer.top_k={top_k}",
         "attention.indexer.head_dim=20",
@@ -227,10 +219,7 @@ def test_moe_with_deepseek_v3s_weights_gives_its_logits():
         **SHAPE | {"num_hidden_layers": 3},
         num_key_value_heads=HEADS,
         q_lora_rank=None,
-        kv_lora_rank=16,
-        qk_nope_head_dim=12,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
+        **LATENTS,
         first_k_dense_replace=1,
         moe_intermediate_size=24,
         n_routed_experts=16,
@@ -253,8 +242,8 @@ def test_moe_with_deepseek_v3s_weights_gives_its_logits():
                 "attention.q_lora_rank=0",
                 "attention.qk_norm=latent",
             ),
-            *("attention.kv_lora_rank=16", "attention.qk_nope_head_dim=12", "attention.qk_rope_head_dim=8"),
-            *("attention.v_head_dim=16", "attention.rope_layout=interleaved", "mlp=moe", "mlp.d_ff=24"),
+            *OUR_LATENTS,
+            *("attention.rope_layout=interleaved", "mlp=moe", "mlp.d_ff=24"),
             *("mlp.n_experts=16", "mlp.top_k=4", "mlp.n_shared_experts=2", "mlp.n_groups=4", "mlp.top_groups=2"),
             *("mlp.scaling=2.5", "mlp.n_dense_layers=1", "mlp.dense_d_ff=96"),
         ).model,
