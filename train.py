@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from common import ranks
 from common.cli import one_line_errors, smaller_batches_advised
 from common.errors import escaped, reason
 from common.hydra_errors import one_line_hydra_errors
@@ -58,7 +59,28 @@ def main() -> None:
             request = compose_request(words)
     if request:  # none where Hydra only shows something, as with --help
         with one_line_errors():
+            processes = processes_to_start(request["tree"], request["typed"])
+            if processes > 1:
+                from training.parallel.launch import launch
+
+                sys.exit(launch(processes, sys.argv[1:]))
             train(**request)
+
+
+def processes_to_start(tree: dict, typed: list[str]) -> int:
+    """How many processes a command is to start on this machine for its run; 1 where it trains in its own."""
+    if ranks.started_together() or tree["dry_run"]:
+        return 1
+    chosen = tree["parallel"]
+    if tree["resume"] is not None:
+        from training.run.folder import parallel_of
+
+        chosen = parallel_of(str(tree["resume"]), tree, typed)
+    if not isinstance(chosen, dict) or "processes" not in chosen:
+        return 1
+    from training.parallel.config import count_processes
+
+    return count_processes(chosen["processes"])
 
 
 def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
@@ -71,14 +93,19 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     from training.dry_run import dry_run
     from training.measure import measure
     from training.monitor.monitor import Monitor
+    from training.parallel.gather import whole_model
+    from training.parallel.join import check_agreement, join, restarted
     from training.run import checkpoint
+    from training.run.config import dump
     from training.run.start import begin_or_resume
     from training.session import Session
     from training.step import train_step
 
     process.end_by_unwinding()
     with ExitStack() as held:  # the lock on its folder, released however this ends
+        tree, typed = restarted(tree, typed)
         run, folder, device = requested_run(tree, typed, choices, held)
+        world = held.enter_context(join(run, device))
         length = run.model.context_length
         if run.dry_run:
             done = checkpoint.steps_done(folder) if folder else 0
@@ -88,12 +115,15 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
         check_split_lengths(corpus, length)
         preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
         run = run.model_copy(update={"data": run.data.with_fixed_revision()})
-        state, folder = begin_or_resume(run, corpus, device, folder, held, choices)
-        monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state.step, device)
+        check_agreement(world, settings=dump(run), text=[corpus.fingerprint, corpus.tokenizer.hash])
+        state, folder = begin_or_resume(run, corpus, device, folder, held, choices, world)
+        world.trains_in(folder)
+        monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state.step, device, world)
         advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
         def preview() -> str:
-            return continuation(state.model, corpus.tokenizer, preview_tokens, run.seed)
+            model = whole_model(state)
+            return continuation(model, corpus.tokenizer, preview_tokens, run.seed) if world.is_first else ""
 
         with advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
             session = Session(run, folder, corpus, state, monitor, stop)
@@ -123,7 +153,7 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
     from training.experimental_settings import warn_experimental_settings
     from training.large_rates import warn_large_rates
     from training.minutes import steps_for
-    from training.run.config import check_not_of_sweep, pop_command_settings
+    from training.run.config import check_not_of_sweep, check_processes, pop_command_settings
     from training.run.start import resolve_run
 
     to_stderr(logging.WARNING if process.in_sweep else logging.INFO)
@@ -131,7 +161,8 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
     check_not_of_sweep(given)
     if given["minutes"] is not None:
         tree["steps"] = steps_for(given, resolve_run(tree, typed, held)[0], typed)
-    run, folder = resolve_run(tree, typed, held, given["resume"])
+    run, folder = resolve_run(tree, typed, held, given["resume"], locks=ranks.rank() == 0)
+    check_processes(run, ranks.size())
     run.logger.check_installed()
     set_determinism(run.deterministic)
     set_threads(run.threads)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common import process
+from common import process, ranks
 from common.errors import NotFinite, Unsupported, UserError, reason
 from common.invocation import ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
@@ -43,6 +43,7 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         line = _user_line(error)
         if line is None:
+            ranks.speak_of_fault()
             raise
     process.end_at_once()
     if line is not None:
@@ -59,7 +60,7 @@ def _user_line(error: Exception) -> str | None:
 
 def fail(line: str) -> NoReturn:
     """Print one line on stderr and exit with code 2."""
-    print_stderr(f"error: {line}")
+    print_stderr(f"error: {ranks.speak_of_fault()}{line}")
     sys.exit(2)
 
 

@@ -31,10 +31,11 @@ def start(*packages: str) -> None:
         sys.exit(2)
     import importlib.util
 
-    from common import streams
+    from common import ranks, streams
     from common.errors import reason
     from common.invocation import how_to_install
 
+    ranks.hush()
     streams.replace_standard_streams()
     try:
         os.getcwd()
@@ -52,6 +53,8 @@ def _end_with_parent() -> None:
     global in_sweep
     parent = os.environ.pop(PARENT, "")
     in_sweep = bool(parent)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of torchrun's agent
+        parent = parent or str(os.getppid())
     if not parent.isdecimal() or sys.platform != "linux":
         return
     import ctypes

@@ -33,10 +33,10 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def raise_if_stopped(self) -> None:
-        """Call between two parts of a long computation that can be given up. Raises Stopped where a signal came."""
-        if self.signal is not None:
-            raise Stopped
+    def receive(self, number: int) -> None:
+        """Record a signal that came to another process than this one; 0 is none."""
+        if number and self.signal is None:
+            self.signal = signal.Signals(number)
 
     @property
     def exit_code(self) -> int:

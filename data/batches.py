@@ -89,15 +89,24 @@ class TrainingBatches:
     length: int  # tokens in a sequence
     seed: int
     sequences: int  # G, in a step
-    micro_batch: int  # sequences at a time; divides G
+    micro_batch: int  # sequences at a time, at most
     document_start: int | None = None  # as Batch.of takes it
     counted_targets: Tensor | None = None  # likewise
+    rank: int = 0  # of `ranks` processes, each of which takes an equal share of a step
+    ranks: int = 1
 
     def of_step(self, step: int, device: torch.device) -> list[Batch]:
-        """Read the micro-batches of a step, on a device."""
-        chosen = _window_indices(self.stream, self.length, self.seed, step * self.sequences, self.sequences)
+        """Read the micro-batches of a step, of this process's share, on a device."""
+        share = self.sequences // self.ranks
+        first = step * self.sequences + self.rank * share
+        chosen = _window_indices(self.stream, self.length, self.seed, first, share)
         batch = read_windows(self.stream, self.length, chosen, self.document_start, self.counted_targets)
-        return batch.to(device).split(self.micro_batch)
+        return batch.to(device).split(micro_batch_of(share, self.micro_batch))
+
+
+def micro_batch_of(share: int, most: int) -> int:
+    """The sequences that a process takes at a time of its share of a step: the most that divide it, up to `most`."""
+    return max(n for n in range(1, min(most, share) + 1) if share % n == 0)
 
 
 def count_windows(stream: TokenStream, length: int) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from model.transformer import LMHead, softcapped
+from model.upcast import upcast, upcast_dtype
 
 CHUNK = {"cpu": 2**26}  # bytes of logits that exist at one time
 LARGE_CHUNK = 2**29  # bytes of logits that exist at one time where each chunk costs a launch, or a compiler's time
@@ -79,7 +80,7 @@ class _Mean(torch.autograd.Function):
         """x (N, d), weight (V', d), targets (N) -> scalar. weight: that of the lm_head, which autograd knows by it."""
         # none of what is frozen: that of a vocabulary is as large as its matrix, and takes a third of the products
         d_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight, dtype=upcast_dtype(weight)) if ctx.needs_input_grad[1] else None
         losses = _losses(x, lm_head._replace(weight=weight), targets, d_x, d_weight, min_tile)
         count = _count(targets)
         ctx.save_for_backward(d_x, d_weight, count)
@@ -93,7 +94,7 @@ class _Mean(torch.autograd.Function):
         d_x, d_weight, count = ctx.saved_tensors
         share = d_mean / count
         if d_x is not None:
-            d_x = (d_x.float() * share).to(d_x.dtype)
+            d_x = (upcast(d_x) * share).to(d_x.dtype)
         if d_weight is not None:
             # In place, as another of its size would be the most that a step holds. Autograd knows of it: a second
             # backward pass raises.
@@ -117,7 +118,7 @@ def _losses(
     """
     weight, vocab_size, softcap = lm_head
     differentiate = d_x is not None or d_weight is not None
-    losses = x.new_empty(len(x), dtype=torch.float32)
+    losses = x.new_empty(len(x), dtype=upcast_dtype(x))
     masked = targets == NOT_COUNTED
     targets = targets.masked_fill(masked, 0)
     compiling = torch.compiler.is_compiling()
@@ -145,7 +146,7 @@ def _losses(
 
 def _add_product(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     """Add d_logitsᵀ hidden, (n, V') and (n, d), to d_weight (V', d) in float32."""
-    if hidden.dtype == torch.float32:
+    if hidden.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.mT, hidden)
     else:
         d_weight += d_logits.mT @ hidden
@@ -160,7 +161,7 @@ def _of_tile(logits: Tensor, targets: Tensor, softcap: float | None, differentia
     with z = cap · tanh(logits / cap), or the logits themselves. The largest
     probability gives the sum that softmax divides by: log Σ e^z = max z - log max softmax(z).
     """
-    z = softcapped(logits.float().contiguous(), softcap)  # where rows are padded, softmax would copy them unseen
+    z = softcapped(upcast(logits).contiguous(), softcap)  # where rows are padded, softmax would copy them unseen
     p = z.softmax(-1)
     at_target = targets[:, None]
     losses = z.amax(-1) - p.amax(-1).log() - z.gather(1, at_target)[:, 0]

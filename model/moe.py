@@ -16,6 +16,7 @@ from model.dimensions import MAX_SIZE, Dimensions
 from model.grouped import grouped_product
 from model.layout import Kind, Names, ParamLayout, Role, experts, leaf, nested
 from model.mlp import MLP, MLPConfig, SwiGLU, SwiGLUConfig
+from model.upcast import upcast
 
 UNIT = 8  # of a width that is derived: what grouped products of bfloat16 need
 GROUP_SCORES = 2  # a group is as good as its best experts, so many (DeepSeek-V3)
@@ -154,7 +155,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Routes:
         """x (N, d)."""
         config = self.config
-        logits = F.linear(x.float(), self.weight.float())
+        logits = F.linear(upcast(x), upcast(self.weight))
         scores = logits.softmax(-1) if config.router == "softmax" else logits.sigmoid()
         chosen = self.choose(scores.detach())
         weights = scores.gather(1, chosen)

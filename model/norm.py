@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from model.dimensions import Dimensions
 from model.layout import Kind, ParamLayout, Role, leaf
+from model.upcast import upcast
 
 RMS_EPS = 1e-6
 
@@ -26,7 +27,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight, eps=RMS_EPS).to(x.dtype)
+            return F.rms_norm(upcast(x), self.weight.shape, self.weight, eps=RMS_EPS).to(x.dtype)
         if not torch.is_grad_enabled():
             return _rms_norm(x, self.weight)[0]  # the same bits in a third of a token's time
         return _RMSNorm.apply(x, self.weight)
@@ -37,7 +38,7 @@ class RMSNorm(nn.Module):
 
 def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The norm in the dtype of x, and inv, float32."""
-    exact = x.float()
+    exact = upcast(x)
     norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
     inverse = norm.mul_(norm).div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
     y = exact * inverse if exact is x else exact.mul_(inverse)
@@ -52,7 +53,7 @@ def rms_normer(weight: Tensor) -> Normer:
     scaled = weight.detach() * dim**0.5
 
     def norm(x: Tensor) -> Tensor:
-        exact = x.float()
+        exact = upcast(x)
         length = torch.hypot(torch.linalg.vector_norm(exact, dim=-1, keepdim=True), eps)
         return exact.div(length).mul_(scaled).to(x.dtype)
 
@@ -76,8 +77,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, inverse = ctx.saved_tensors
         inverse = inverse.view(-1, 1)
-        exact = x.float().reshape(-1, x.shape[-1])
-        d_x = d_y.to(torch.float32, copy=True, memory_format=torch.contiguous_format).view(-1, x.shape[-1])
+        exact = upcast(x).reshape(-1, x.shape[-1])
+        d_x = d_y.to(exact.dtype, copy=True, memory_format=torch.contiguous_format).view(-1, x.shape[-1])
         product = d_x * exact
         along = torch.mv(product, weight)[:, None] * inverse**3 / x.shape[-1]
         d_x.mul_(weight).mul_(inverse).addcmul_(exact, along, value=-1)
@@ -94,7 +95,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, eps=self.eps).to(x.dtype)
+        return F.layer_norm(upcast(x), self.weight.shape, self.weight, self.bias, eps=self.eps).to(x.dtype)
 
     def layout(self) -> dict[str, ParamLayout]:
         return leaf(self, Role.NORM, Kind.VECTOR)
@@ -115,7 +116,7 @@ class GroupedRMSNorm(nn.Module):
         return inverse_rms(x, self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x.float() * _per_head(self.inverse_rms(x), x.shape[-2]) * self.weight).to(x.dtype)
+        return (upcast(x) * _per_head(self.inverse_rms(x), x.shape[-2]) * self.weight).to(x.dtype)
 
     def layout(self) -> dict[str, ParamLayout]:
         return leaf(self, Role.NORM, Kind.VECTOR)
@@ -124,12 +125,12 @@ class GroupedRMSNorm(nn.Module):
 def inverse_rms(x: Tensor, groups: int) -> Tensor:
     """1 / sqrt(mean of x² + 1e-6) over the heads and dims of each group of neighbouring heads: (..., H, n) -> (..., G)
     in float32."""
-    return (x.float().unflatten(-2, (groups, -1)).square().mean((-2, -1)) + RMS_EPS).rsqrt()
+    return (upcast(x).unflatten(-2, (groups, -1)).square().mean((-2, -1)) + RMS_EPS).rsqrt()
 
 
 def unit_rms(x: Tensor, groups: int) -> Tensor:
     """GroupedRMSNorm without a weight: x (..., H, n) times its group's inverse_rms."""
-    return (x.float() * _per_head(inverse_rms(x, groups), x.shape[-2])).to(x.dtype)
+    return (upcast(x) * _per_head(inverse_rms(x, groups), x.shape[-2])).to(x.dtype)
 
 
 def _per_head(inverse: Tensor, heads: int) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from model.upcast import upcast
+
 Layout = Literal["half", "interleaved"]
 Scaling = Literal["none", "linear", "ntk", "yarn"]
 # YaRN ramps between pairs that make so many turns within the original context; the paper's values for Llama.
@@ -60,7 +62,7 @@ class Rope:
         cos, sin = table
         if x.shape[-1] > self.dim:
             return torch.cat((self.rotate(x[..., : self.dim], table), x[..., self.dim :]), dim=-1)
-        exact = x.float()
+        exact = upcast(x)
         return torch.addcmul(exact * cos, self._partners(exact), sin).to(x.dtype)
 
     def _partners(self, x: Tensor) -> Tensor:

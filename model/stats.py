@@ -12,6 +12,7 @@ from torch import Tensor
 from model.kernels.base import group_queries
 from model.kernels.online import LOWEST, rescale, scores_of_tile, tiles
 from model.mask import Mask
+from model.upcast import upcast_dtype
 
 TILE = 128  # queries, and keys, whose scores are in memory at one time
 MONITORED_STATS = frozenset({"max_logit", "entropy"})
@@ -32,10 +33,10 @@ def statistics(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: int = TILE)
 
     Beside the online softmax's sum l = Σ e^(x - m) runs h = -Σ u log u, where u = e^(x - m); the entropy is
     log l + h / l. When a larger maximum shrinks every u by r, h becomes r h - l r log r."""
-    found = tuple(q.new_empty(q.shape[:3], dtype=torch.float32) for _ in Statistics._fields)
+    found = tuple(q.new_empty(q.shape[:3], dtype=upcast_dtype(q)) for _ in Statistics._fields)
     for rows in tiles(slice(0, q.shape[1]), tile):
         q_i = group_queries(q[:, rows], k.shape[2])  # (B, t, G, R, D)
-        m = torch.full(q_i.shape[:4], LOWEST, device=q.device)  # (B, t, G, R)
+        m = torch.full(q_i.shape[:4], LOWEST, dtype=upcast_dtype(q), device=q.device)  # (B, t, G, R)
         total = torch.zeros_like(m)  # l
         h = torch.zeros_like(m)
         for keys in tiles(mask.span(rows), tile):
@@ -58,7 +59,7 @@ def head_summed(q: Tensor, k: Tensor, mask: Mask, scale: float, tile: int = TILE
     """Attention weights summed over the heads, (B, T, S) float32. The sum takes T × S memory; weights per head exist a
     tile at a time."""
     # No setting reaches this yet: it is the target of an indexer to come, which learns where attention looks.
-    summed = q.new_zeros(q.shape[0], q.shape[1], k.shape[1], dtype=torch.float32)
+    summed = q.new_zeros(q.shape[0], q.shape[1], k.shape[1], dtype=upcast_dtype(q))
     log_sum_exp = statistics(q, k, mask, scale, tile).log_sum_exp.unflatten(2, (k.shape[2], -1))  # (B, T, G, R)
     for rows in tiles(slice(0, q.shape[1]), tile):
         q_i = group_queries(q[:, rows], k.shape[2])

@@ -21,6 +21,7 @@ from model.mtp import MTP, MTP_LOSS
 from model.norm import residual_norm
 from model.placement import Placement
 from model.positions import position_embedding
+from model.upcast import upcast
 
 VOCAB_MULTIPLE = 64  # tensor cores and AMX need aligned widths
 
@@ -127,7 +128,7 @@ def _with_padding(module: PaddedEmbedding, state: dict, prefix: str, *_) -> None
 def softcapped(logits: Tensor, cap: float | None) -> Tensor:
     """Logit softcapping in float32, cap · tanh(logits / cap), which bounds them by the cap (Gemma 2, arXiv:2408.00118,
     section 2). Returns the caller's dtype; without a cap, the logits unchanged."""
-    return logits if cap is None else (cap * torch.tanh(logits.float() / cap)).to(logits.dtype)
+    return logits if cap is None else (cap * torch.tanh(upcast(logits) / cap)).to(logits.dtype)
 
 
 class LMHead(NamedTuple):

@@ -4,6 +4,7 @@ bfloat16 or float16 copies of the matrices."""
 import copy
 import logging
 from abc import ABC, abstractmethod
+from typing import NamedTuple, Self
 
 import torch
 from pydantic import Field
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from common.experimental import warn_experimental
 from common.settings import FrozenSettings
 from runtime.fp8 import check_fp8, multiply_in_fp8
+from runtime.world import ONE, World
 
 log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of the copies
@@ -80,14 +82,49 @@ class LossScale:
         self.good_steps.fill_(state.good_steps)
 
 
+class Shard(NamedTuple):
+    """What a process holds of a parameter, or of its optimizer state: all of it, or some rows (dimension 0) where it is
+    divided among processes, each of which has as many as the first, as far as there are any (so FSDP divides)."""
+
+    local: Tensor  # of a parameter, the one that the optimizer updates
+    shape: torch.Size  # of the whole
+    rank: int = 0
+    ranks: int = 1  # it is divided among so many
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Self:
+        return cls(tensor, tensor.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.ranks == 1
+
+    def rows(self, rank: int | None = None) -> slice:
+        """The rows that a process has, this one or that of a rank."""
+        count, each = self.shape[0], -(-self.shape[0] // self.ranks)
+        rank = self.rank if rank is None else rank if self.ranks > 1 else 0
+        return slice(min(rank * each, count), min((rank + 1) * each, count))
+
+    def beside(self, state: Tensor) -> Self:
+        """The shard that a tensor of the parameter's optimizer state is: of as many rows, or a number that every
+        process has."""
+        return Shard.whole(state) if state.shape != self.local.shape else self._replace(local=state)
+
+
 class Precision(ABC):
     """A precision strategy: the model that forward and backward run on, and how its gradients come to the float32
     parameters that the optimizer updates. A step calls `copy_master_weights`, `backward` for the loss of each
-    micro-batch, and `unscale`; after the update, `loss_scale.update`."""
+    micro-batch, `finish_gradients` and `clip`; after the update, `loss_scale.update`."""
 
     model: nn.Module  # forward and backward run on it
-    parameters: list[nn.Parameter]  # float32
+    shards: dict[str, Shard]  # the float32 parameters by their names, as this process holds them
     loss_scale: LossScale | None = None  # of float16
+    world: World = ONE  # the processes whose gradients are added up
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The float32 parameters that the optimizer updates; of one that is sharded, this process's rows."""
+        return [shard.local for shard in self.shards.values()]
 
     @abstractmethod
     def copy_master_weights(self) -> None:
@@ -95,11 +132,24 @@ class Precision(ABC):
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the loss's gradients to those of the parameters; in float16 they are scaled until `unscale`."""
+        """Add the loss's gradients to those of the parameters; in float16 they are scaled until the last."""
 
     @abstractmethod
+    def finish_gradients(self) -> None:
+        """Call after the last backward of a step: the gradients are then those of all processes, not scaled."""
+
+    def clip(self, limit: float) -> Tensor:
+        """Scale the gradients to a norm of at most `limit`, which may be inf -> their norm before, a scalar."""
+        return nn.utils.clip_grad_norm_(self.parameters, limit)
+
     def unscale(self) -> None:
-        """Call after the last backward of a step."""
+        """Divide the gradients by the loss scale."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        if self.loss_scale is not None and gradients:
+            torch._foreach_div_(gradients, self.loss_scale.scale)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
 
 class MixedPrecision(Precision):
@@ -107,12 +157,13 @@ class MixedPrecision(Precision):
 
     In float32 it is the model itself. In bfloat16 and float16 it is a twin that shares the vectors and the buffers, and
     has low-precision copies of the matrices, made once per step; gradients accumulate in float32, micro-batch by
-    micro-batch.
+    micro-batch. Of several processes, each has the whole model, and the accumulated gradients are summed once a step.
     """
 
-    def __init__(self, model: nn.Module, precision: str):
+    def __init__(self, model: nn.Module, precision: str, world: World = ONE):
         dtype = DTYPES[precision]
-        self.parameters = list(model.parameters())  # float32
+        self.world = world
+        self.shards = {name: Shard.whole(parameter) for name, parameter in model.named_parameters()}
         self.master_weights, self.copies = [], []
         # What deepcopy puts in the place of a tensor: a vector or a buffer itself, or a matrix's copy.
         twins = {id(buffer): buffer for buffer in model.buffers()}
@@ -133,7 +184,7 @@ class MixedPrecision(Precision):
             torch._foreach_copy_(self.copies, self.master_weights)
 
     def backward(self, loss: Tensor) -> None:
-        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
+        self.scaled(loss).backward()
         for master, twin in zip(self.master_weights, self.copies, strict=True):
             if twin.grad is None:  # frozen, or not used
                 continue
@@ -143,8 +194,6 @@ class MixedPrecision(Precision):
                 master.grad.add_(twin.grad)
             twin.grad = None
 
-    def unscale(self) -> None:
-        if self.loss_scale is not None:
-            gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-            if gradients:
-                torch._foreach_div_(gradients, self.loss_scale.scale)
+    def finish_gradients(self) -> None:
+        self.world.sum_in_place(parameter.grad for parameter in self.parameters if parameter.grad is not None)
+        self.unscale()

@@ -25,7 +25,7 @@ ORDER = {
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",
-    "training": "optim metrics_file loggers run.composer run.validation_errors run.parts run.config "
+    "training": "optim parallel.spread parallel.config metrics_file loggers run.composer run.validation_errors run.parts run.config "
     "experimental_settings large_rates epochs compile losses balance state evaluate attention_stats expert_loads step "
     "run measure monitor session step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",

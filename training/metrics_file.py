@@ -64,15 +64,18 @@ class MetricsFile:
     """metrics.jsonl: one object per step, in order, each step once; before them, where evaluation came before training,
     one of step 0."""
 
-    def __init__(self, path: Path, resume_after: int):
-        """Rows after the step a run resumes from are dropped: their steps are recomputed."""
+    def __init__(self, path: Path, resume_after: int, writes: bool = True):
+        """Rows after the step a run resumes from are dropped: their steps are recomputed. writes: false in processes
+        that train beside the one that writes."""
         self.path = path
         rows = read_metrics(path, resume_after) if resume_after else []
         self.past: list[MetricRow] = [row for row in rows if row["step"]]  # of training
         self.before: MetricRow | None = next((row for row in rows if not row["step"]), None)
+        self.writes = writes
         try:
-            write_atomic(path, "".join(map(_line, rows)).encode())
-            self.file = open(path, "a")  # noqa: SIM115
+            if writes:
+                write_atomic(path, "".join(map(_line, rows)).encode())
+            self.file = open(path if writes else os.devnull, "a")  # noqa: SIM115
         except OSError as error:
             raise UserError(f"{path} cannot be written: {reason(error)}") from None
         if len(self.past) < resume_after:
@@ -95,6 +98,8 @@ class MetricsFile:
     def complete(self, scored: Mapping[str, Any]) -> MetricRow:
         """Add the validation scores that the last of the past rows lacks, before others follow -> the row."""
         self.past[-1] = {key: value for key, value in self.past[-1].items() if key != UNSCORED} | dict(scored)
+        if not self.writes:
+            return self.past[-1]
         with self._writing():
             self.file.close()
             before = [] if self.before is None else [self.before]
@@ -105,7 +110,8 @@ class MetricsFile:
     def sync(self) -> None:
         """Flush to the disk: all rows are there when it returns."""
         with self._writing():
-            os.fsync(self.file.fileno())
+            if self.writes:
+                os.fsync(self.file.fileno())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

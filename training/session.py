@@ -10,6 +10,7 @@ from common.signals import Stopped, StopRequest
 from data.batches import Batch, TrainingBatches, evaluation_batches
 from data.shards.prepare import Prepared
 from model.score import Score
+from runtime.world import ONE, World
 from training.attention_stats import attention_stats
 from training.balance import LoadBalance
 from training.evaluate import Between, Evaluation, evaluate
@@ -39,10 +40,12 @@ class Session:
         self.stop = stop
         self.saved_step = state.step  # of the newest checkpoint
         self.evaluation: Evaluation | None = None
-        self.batches_by_step = training_batches(run, corpus)
+        self.world = state.world
+        self.batches_by_step = training_batches(run, corpus, self.world)
 
     def next_batches(self) -> list[Batch]:
         """Read the micro-batches of the next step."""
+        self.world.reached(self.state.step + 1)
         with self.monitor.timing_data():
             return self.batches_by_step.of_step(self.state.step, self.state.device)
 
@@ -65,15 +68,24 @@ class Session:
         due = step == run.steps or (run.eval_every > 0 and step % run.eval_every == 0)
         self.evaluation = self.evaluate() if due else None
         self.monitor.step(step, result, batches, self.evaluation, unscored=due and self.evaluation is None)
-        stopping = self.stop.signal is not None
-        guard = self.monitor.guard
-        if stopping or guard.diverged or step == run.steps or step % run.save_every == 0:
+        stopping, diverged, in_a_row = self._agreed_end()
+        if stopping or diverged or step == run.steps or step % run.save_every == 0:
             self.save()
-        if guard.diverged:
-            raise save_failed_step(self.folder, run, self.corpus, self.state, guard.in_a_row, batches)
+        if diverged:
+            if self.world.size > 1:  # of whose step these are a share
+                batches = training_batches(run, self.corpus).of_step(step - 1, self.state.device)
+            raise save_failed_step(self.folder, run, self.corpus, self.state, in_a_row, batches)
         if stopping:
             self.report_stop()
             raise Stopped
+
+    def _agreed_end(self) -> tuple[bool, bool, int]:
+        """Whether a signal came, and whether training has diverged, to any process; and after how many skipped
+        updates."""
+        guard = self.monitor.guard
+        signal, diverged, in_a_row = self.world.agreed(self.stop.signal or 0, int(guard.diverged), guard.in_a_row)
+        self.stop.receive(signal)
+        return signal > 0, diverged > 0, in_a_row
 
     def preview_is_due(self) -> bool:
         """Whether a text is sampled after the step."""
@@ -81,8 +93,11 @@ class Session:
         return self.run.sample_every > 0 and step % self.run.sample_every == 0 and step < self.run.steps
 
     def check_stop(self, what: str, index: int, count: int) -> None:
-        """Call between two parts of a step or an evaluation. Raises Stopped where a signal came."""
-        self.stop.raise_if_stopped()
+        """Call between two parts of a step or an evaluation. Raises Stopped where a signal came to any process."""
+        [signal] = self.world.agreed(self.stop.signal or 0)
+        self.stop.receive(signal)
+        if signal:
+            raise Stopped
         self.monitor.show_part_progress(what, index, count)
 
     def evaluate(self) -> Evaluation | None:
@@ -114,7 +129,8 @@ class Session:
             raise Stopped
         if self.monitor.unscored:
             # First the checkpoint: a kill between the two leaves the row's mark, which says that it is due.
-            checkpoint.score(self.folder, done, self.evaluation.prefix.loss)
+            if self.world.is_first:
+                checkpoint.score(self.folder, done, self.evaluation.prefix.loss)
             self.monitor.record_late_evaluation(self.evaluation)
         elif not done:
             self.monitor.record_initial_evaluation(self.evaluation)
@@ -145,11 +161,11 @@ class Session:
         )
 
 
-def training_batches(run: Run, corpus: Prepared) -> TrainingBatches:
-    """The batches that the steps of a run train on."""
+def training_batches(run: Run, corpus: Prepared, world: World = ONE) -> TrainingBatches:
+    """The batches that the steps of a run train on, of each process its share."""
     start = run.document_start(corpus.tokenizer)
     plan = run.model.context_length, run.seed, run.sequences, run.micro_batch_size
-    return TrainingBatches(corpus.train, *plan, start, run.counted_targets)
+    return TrainingBatches(corpus.train, *plan, start, run.counted_targets, world.rank, world.size)
 
 
 def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on_part: Between) -> Evaluation:
@@ -165,8 +181,15 @@ def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on
 
     def score(tokens: slice) -> Score:
         batches = evaluation_batches(corpus.val, length, run.micro_batch_size, tokens, document_start, counted)
-        model = state.precision.model
-        return evaluate(model, batches, byte_lengths, losses=losses, accuracy=accuracy, between=on_part)
+        return evaluate(
+            state.precision.model,
+            batches,
+            byte_lengths,
+            losses=losses,
+            accuracy=accuracy,
+            between=on_part,
+            world=state.world,
+        )
 
     prefix = score(slice(0, run.eval_tokens))
     reported = prefix.plus(score(slice(run.eval_tokens, None))) if whole else prefix

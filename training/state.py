@@ -9,11 +9,12 @@ from torch import Tensor
 
 from model.initialise import initialised
 from model.transformer import TransformerLM
-from runtime.activation_checkpointing import checkpoint_activations
-from runtime.precision import LossScale, MixedPrecision, Precision
+from runtime.precision import LossScale, Precision
+from runtime.world import ONE, World
 from training.balance import LoadBalance
 from training.losses import EAGER, Losses
 from training.optim.qk_clip import QKClip
+from training.parallel.plan import applied
 from training.run.config import Run
 
 
@@ -43,22 +44,20 @@ class TrainState:
     step: int = 0  # steps done
 
     @classmethod
-    def create(cls, run: Run, vocab_size: int, device: torch.device) -> Self:
-        """The state that a run begins with: freshly initialised weights. run: with a chosen precision (not auto)."""
-        return cls.of(run, initialised(run.model, vocab_size, run.seed).to(device))
+    def create(cls, run: Run, vocab_size: int, device: torch.device, world: World = ONE) -> Self:
+        """The state that a run begins with: freshly initialised weights. run: with a chosen precision (not auto).
+        world: the processes that train it."""
+        return cls.of(run, initialised(run.model, vocab_size, run.seed).to(device), world)
 
     @classmethod
-    def of(cls, run: Run, model: TransformerLM) -> Self:
+    def of(cls, run: Run, model: TransformerLM, world: World = ONE) -> Self:
         """The state around a model that is on its device with its weights, initialised or loaded. The rest is applied
-        from outside, in this order: what is frozen, precision, activation checkpointing, compilation."""
-        run.optim.freeze(model)
-        precision = MixedPrecision(model, run.precision)
-        if run.activation_checkpointing:
-            checkpoint_activations(precision.model)
-        after_step = after_step_hooks(run, model)
+        from outside, in the order of training.parallel.plan."""
+        precision = applied(run, model, world)
+        after_step = after_step_hooks(run, model, precision)
         collect = frozenset(hook.collects for hook in after_step)
         losses = Losses.of(collect, run.compilation, accuracy=run.counted_targets is not None)
-        optimizer = run.optim.build(model)
+        optimizer = run.optim.build(model, precision)
         return cls(model, precision, optimizer, losses, run.clip_norm, run.seed, after_step)
 
     @property
@@ -67,11 +66,16 @@ class TrainState:
         return self.precision.loss_scale
 
     @property
+    def world(self) -> World:
+        """The processes that train the model together."""
+        return self.precision.world
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
 
-def after_step_hooks(run: Run, model: TransformerLM) -> list[AfterStep]:
+def after_step_hooks(run: Run, model: TransformerLM, precision: Precision) -> list[AfterStep]:
     """The hooks of a run, in the order in which they are called."""
-    clip: QKClip | None = run.optim.clip(model)
+    clip: QKClip | None = run.optim.clip(model, precision)
     return [*([] if clip is None else [clip]), *LoadBalance.of(model)]

@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.errors import UserError
 from data.batches import Batch
+from runtime.world import World
 from training.evaluate import Between, go_on
 from training.losses import CROSS_ENTROPY, own_name
 from training.optim.base import scale_rates
@@ -41,7 +42,7 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
     except Exception:
         optimizer.zero_grad(set_to_none=True)
         raise
-    grad_norm = nn.utils.clip_grad_norm_(state.precision.parameters, state.clip_norm or math.inf)
+    grad_norm = state.precision.clip(state.clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
     scale_rates(optimizer, factor)
     _step_unless(skipped, optimizer)
@@ -58,43 +59,54 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
 def accumulate_gradients(
     state: TrainState, batches: Sequence[Batch], between: Between = go_on
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Gradient accumulation: adds the gradients of the mean loss over the counted targets of all micro-batches to the
-    float32 parameters, and those of auxiliary losses -> that loss, a scalar without these, NaN where none is counted;
-    and the auxiliary outputs that the loss function collects, joined over the micro-batches: of losses, the mean.
+    """Gradient accumulation: adds the gradients of the mean loss over the counted targets of all micro-batches, other
+    processes' too, to the float32 parameters, and those of auxiliary losses -> that loss, a scalar without these, NaN
+    where none is counted; and the auxiliary outputs that the loss function collects, joined over the micro-batches: of
+    losses, the mean.
 
     Each of these means is over what it counts in all micro-batches: of multi-token prediction, which counts fewer
     targets, over its own (_mtp_shares).
 
-    What is random in a micro-step draws from (seed, step, micro-step): a resumed run needs no hidden state.
+    What is random in a micro-step draws from (seed, step, micro-step), counted over the processes by rank: a resumed
+    run needs no hidden state.
     """
-    precision = state.precision
+    precision, world = state.precision, state.world
     precision.copy_master_weights()
     counts = [batch.counted for batch in batches]
-    counted = sum(counts)
-    shares = _mtp_shares(batches, counts) if state.model.mtp is not None else [()] * len(batches)
+    counted = world.total(sum(counts))
+    shares = _mtp_shares(batches, counts, counted, world) if state.model.mtp is not None else [()] * len(batches)
+    first = world.rank * len(batches)
     total = torch.zeros((), device=state.device)
     joined = {}
     for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
-        _seed_micro_step((state.seed, state.step), micro_step)
+        _seed_micro_step((state.seed, state.step), first + micro_step)
         objective, aux = state.losses.mean_loss(precision.model, batch, *shares[micro_step])
         parts = counted / counts[micro_step]  # of equal counts exactly their number: / N, not / n · n / N
         precision.backward(objective / parts)
         total += aux.pop(CROSS_ENTROPY, objective.detach()) / parts
         aux |= {name: aux[name].detach() / parts for name in aux.keys() & state.model.auxiliary_losses.keys()}
         joined = _joined(joined, aux, state.after_step)
-    precision.unscale()
-    return total, joined
+    precision.finish_gradients()
+    return world.total(total), {name: _across(world, name, value, state.after_step) for name, value in joined.items()}
 
 
-def _mtp_shares(batches: Sequence[Batch], counts: Sequence[Tensor]) -> list[tuple[Tensor]]:
+def _mtp_shares(
+    batches: Sequence[Batch], counts: Sequence[Tensor], counted: Tensor, world: World
+) -> list[tuple[Tensor]]:
     """What turns the share n / N of each micro-batch in the targets of all into m / M, that in the targets of
     multi-token prediction: a factor m N / (M n) of its loss, as a further argument of the loss function. Exactly 1
     where the two are the same; 0 where nothing is counted."""
     ahead = [batch.ahead().counted for batch in batches]
-    all_ahead, counted = sum(ahead), sum(counts)
+    all_ahead = world.total(sum(ahead))
     pairs = zip(ahead, counts, strict=True)
     return [(of_it * counted / (all_ahead.clamp(min=1) * count.clamp(min=1)),) for of_it, count in pairs]
+
+
+def _across(world: World, name: str, value: Tensor, hooks: Iterable[AfterStep]) -> Tensor:
+    """Join an auxiliary output of the processes, by its hook's rule; of losses, the sum of what each has a share of."""
+    rule = next((hook.reduce for hook in hooks if hook.collects == own_name(name)), torch.add)
+    return {torch.add: world.total, torch.maximum: world.largest}[rule](value)
 
 
 def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[AfterStep]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from model.linear import Linear
 from model.mask import Mask
 from model.norm import LayerNorm
 from model.rope import Rope
+from model.upcast import upcast
 
 INDEXER_LOSS = "indexer_loss"
 TILE_NUMBERS = 2**22  # products that are in memory at one time
@@ -86,7 +87,7 @@ def largest(scores: Tensor, count: int) -> Tensor:
 
 
 def _scores(q: Tensor, weights: Tensor, k: Tensor, visible: Tensor) -> Tensor:
-    products = torch.einsum("bthd,bsd->bths", q.float(), k.float()).relu()
+    products = torch.einsum("bthd,bsd->bths", upcast(q), upcast(k)).relu()
     return torch.einsum("bths,bth->bts", products, weights).masked_fill(~visible, float("-inf"))
 
 
@@ -139,7 +140,7 @@ class Indexer(nn.Module):
         x, source = x.detach(), source.detach()
         q = ctx.rotated(self.q_proj(source).unflatten(-1, (self.n_heads, -1)), self.rope)
         k = ctx.rotated(self.k_norm(self.k_proj(x)).unsqueeze(2), self.rope).squeeze(2)
-        weights = self.weights_proj(x).float() * (self.n_heads * self.head_dim) ** -0.5
+        weights = upcast(self.weights_proj(x)) * (self.n_heads * self.head_dim) ** -0.5
         return Index(q, k, weights, self.top_k, self.warms_up)
 
     def layout(self) -> dict[str, ParamLayout]:

@@ -18,6 +18,7 @@ from model.dimensions import Size
 from model.kernels.base import Attended, Case, How, Kernel, announce, group_queries
 from model.kernels.online import tiles
 from model.mask import Mask
+from model.upcast import upcast, upcast_dtype
 
 
 class Matmul(Kernel):
@@ -42,7 +43,7 @@ class _Attention(torch.autograd.Function):
         (B or 1, t, s). Returns the output, and the log-sum-exp if wanted."""
         (batch, _, groups, _), repeats = k.shape, q.shape[2] // k.shape[2]
         out = q.new_empty(*q.shape[:3], v.shape[3])
-        lse = q.new_empty(*q.shape[:3], 1, dtype=torch.float32) if how.lse else None
+        lse = q.new_empty(*q.shape[:3], 1, dtype=upcast_dtype(q)) if how.lse else None
         saved = []
         k, v = _by_key_head(k, groups), _by_key_head(v, groups)  # (B·G, S, D), (B·G, S, Dv)
         for (rows, keys), bias in zip(spans, biases, strict=True):
@@ -53,7 +54,7 @@ class _Attention(torch.autograd.Function):
             keep = torch.empty_like(p).bernoulli_(1 - how.dropout).div_(1 - how.dropout) if how.dropout else None
             out[:, rows] = _by_token(_dropped(p, keep) @ v[:, keys], out[:, rows].shape)
             if how.lse:
-                lse[:, rows] = _by_token(x.float().logsumexp(-1, keepdim=True), lse[:, rows].shape)
+                lse[:, rows] = _by_token(upcast(x).logsumexp(-1, keepdim=True), lse[:, rows].shape)
             saved += [q_i, p, keep]
         ctx.save_for_backward(k, v, *saved)
         ctx.shape, ctx.groups, ctx.scale, ctx.spans = q.shape, groups, how.scale, spans

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from model.dimensions import Size
 from model.kernels.base import Attended, Case, How, Kernel, announce, check_drops_nothing, group_queries
 from model.mask import Mask
+from model.upcast import upcast, upcast_dtype
 
 LOWEST = torch.finfo(torch.float32).min  # initial maximum; -∞ would give NaN in a tile where a row sees no key
 
@@ -50,10 +51,11 @@ class _Attention(torch.autograd.Function):
         """tile_sizes: of queries, and of keys. Returns the output and L, which has a gradient too."""
         query_tile, key_tile = tile_sizes
         out = q.new_empty(*q.shape[:3], v.shape[3])  # (B, T, H, Dv)
-        log_sum_exp = q.new_empty(q.shape[:3], dtype=torch.float32)  # (B, T, H)
+        log_sum_exp = q.new_empty(q.shape[:3], dtype=upcast_dtype(q))  # (B, T, H)
         for rows in tiles(slice(0, q.shape[1]), query_tile):
             q_i = group_queries(q[:, rows], k.shape[2])  # (B, t, G, R, D)
-            m = torch.full(q_i.shape[:4], LOWEST, device=q.device)  # (B, t, G, R) the largest score so far
+            # (B, t, G, R), the largest score so far
+            m = torch.full(q_i.shape[:4], LOWEST, dtype=upcast_dtype(q), device=q.device)
             total = torch.zeros_like(m)  # (B, t, G, R) the l of the papers: Σ e^(x - m)
             o = m.new_zeros(*m.shape, v.shape[3])  # (B, t, G, R, Dv) Σ e^(x - m) v, not divided by it yet
             for keys in tiles(mask.span(rows), key_tile):
@@ -62,7 +64,7 @@ class _Attention(torch.autograd.Function):
                 p = (x - m_new[..., None]).exp()  # (B, t, G, R, s)
                 shrink = rescale(m, m_new)
                 total = total * shrink + p.sum(-1)
-                o = o * shrink[..., None] + torch.einsum("btgrs,bsgv->btgrv", p, v[:, keys].float())
+                o = o * shrink[..., None] + torch.einsum("btgrs,bsgv->btgrv", p, upcast(v[:, keys]))
                 m = m_new
             out[:, rows] = (o / total[..., None]).flatten(2, 3)  # in the caller's dtype
             log_sum_exp[:, rows] = (m + total.log()).flatten(2, 3)
@@ -87,11 +89,11 @@ class _Attention(torch.autograd.Function):
         n_groups, scale = k.shape[2], ctx.scale
         query_tile, key_tile = ctx.tile_sizes
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        d_q, d_k, d_v = (torch.zeros_like(x, dtype=torch.float32) for x in (q, k, v))
+        d_q, d_k, d_v = (torch.zeros_like(x, dtype=upcast_dtype(x)) for x in (q, k, v))
         for rows in tiles(slice(0, q.shape[1]), query_tile):
             # all are views: adding to d_q_i adds to d_q
             q_i, do_i, o_i, d_q_i = (group_queries(x[:, rows], n_groups) for x in (q, d_out, out, d_q))
-            do_i = do_i.float()  # (B, t, G, R, Dv)
+            do_i = upcast(do_i)  # (B, t, G, R, Dv)
             lse_i = log_sum_exp[:, rows].unflatten(2, (n_groups, -1))  # (B, t, G, R)
             d_i = (do_i * o_i).sum(-1)  # (B, t, G, R)
             if d_lse is not None:
@@ -100,10 +102,10 @@ class _Attention(torch.autograd.Function):
                 x = scores_of_tile(q_i, k, ctx.mask, scale, rows, keys)
                 p = (x - lse_i[..., None]).exp()  # (B, t, G, R, s), which sums to 1 over all tiles
                 d_v[:, keys] += torch.einsum("btgrs,btgrv->bsgv", p, do_i)
-                d_p = torch.einsum("btgrv,bsgv->btgrs", do_i, v[:, keys].float())
+                d_p = torch.einsum("btgrv,bsgv->btgrs", do_i, upcast(v[:, keys]))
                 d_a = scale * p * (d_p - d_i[..., None])  # (B, t, G, R, s)
-                d_q_i += torch.einsum("btgrs,bsgd->btgrd", d_a, k[:, keys].float())
-                d_k[:, keys] += torch.einsum("btgrs,btgrd->bsgd", d_a, q_i.float())
+                d_q_i += torch.einsum("btgrs,bsgd->btgrd", d_a, upcast(k[:, keys]))
+                d_k[:, keys] += torch.einsum("btgrs,btgrd->bsgd", d_a, upcast(q_i))
         return d_q.to(q.dtype), d_k.to(k.dtype), d_v.to(v.dtype), None, None, None
 
 
@@ -116,7 +118,7 @@ def tiles(span: slice, size: int) -> Iterator[slice]:
 def scores_of_tile(q_i: Tensor, k: Tensor, mask: Mask, scale: float, rows: slice, keys: slice) -> Tensor:
     """Masked scores of one tile, x = scale · q kᵀ or -∞: q_i (B, t, G, R, D), the queries in `rows`, with the keys in
     `keys` of k (B, S, G, D) -> (B, t, G, R, s). KV heads are not repeated for the query heads that share them."""
-    x = scale * torch.einsum("btgrd,bsgd->btgrs", q_i.float(), k[:, keys].float())
+    x = scale * torch.einsum("btgrd,bsgd->btgrs", upcast(q_i), upcast(k[:, keys]))
     return x.masked_fill(~mask.visible_in(rows, keys)[:, :, None, None], float("-inf"))
 
 

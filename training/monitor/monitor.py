@@ -14,7 +14,9 @@ from common import process
 from data.batches import Batch, documents_of_step
 from data.shards.prepare import Prepared
 from runtime.memory import peak_memory
+from runtime.world import ONE, World
 from training.evaluate import Evaluation
+from training.loggers.base import MetricSink
 from training.measure import Measured
 from training.metrics_file import PICTURE, UNSCORED, MetricRow, MetricsFile, unscored
 from training.monitor import summary
@@ -48,8 +50,19 @@ class Monitor:
     """Writes metrics.jsonl and the logger's rows, shows progress, watches for divergence, and times training. Within
     its `with` block its files are open and its live line is shown."""
 
-    def __init__(self, run: Run, folder: Path, corpus: Prepared, measured: Measured, done: int, device: torch.device):
-        """measured: for the opening lines. done: steps before the first of this process."""
+    def __init__(
+        self,
+        run: Run,
+        folder: Path,
+        corpus: Prepared,
+        measured: Measured,
+        done: int,
+        device: torch.device,
+        world: World = ONE,
+    ):
+        """measured: for the opening lines. done: steps before the first of this process. world: the processes that
+        train the run, of which the first writes."""
+        self.world = world
         self.run = run
         self.folder = folder
         self.corpus = corpus
@@ -57,20 +70,20 @@ class Monitor:
         self.device = device
         self.byte_lengths = torch.from_numpy(corpus.tokenizer.byte_lengths).to(device)  # (V,)
         self.done = done
-        self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done)
+        self.metrics = MetricsFile(folder / "metrics.jsonl", resume_after=done, writes=world.is_first)
         self.unscored = unscored(self.metrics.past, done)  # a signal cut the evaluation after the last step short
         self.last_reported_step = done - self.unscored
         self.guard = Guard(self.metrics.past, run.max_skipped_updates)
-        self.sink = run.logger.open(folder, dump(run))
+        self.sink = run.logger.open(folder, dump(run)) if world.is_first else MetricSink()
         self.progress = ProgressLine(done, run.steps)
-        self.profile = Profile(run.profile_steps, folder, device, done, run.steps)
+        self.profile = Profile(run.profile_steps if world.is_first else 0, folder, device, done, run.steps)
         self.timer = TrainingTimer(device)
         self.pending: list[PendingRow] = []
         self.flops_per_token = flops_of(run.model, corpus, run.document_mask).training()
         self.peak_flops = peak_flops(device, run.precision, run.peak_flops)  # per second
 
     def __enter__(self) -> Self:
-        if self.done < self.run.steps:
+        if self.done < self.run.steps and self.world.is_first:
             with suppress(OSError):  # such as a folder, which is no picture
                 (self.folder / PICTURE).unlink()  # it marks a run as finished
         self.progress.start()
@@ -141,8 +154,8 @@ class Monitor:
         self.last_reported_step = step
         self.unscored = unscored
         targets = torch.cat([batch.targets for batch in batches])
-        row = MetricRow(step=step, tokens=step * targets.numel(), **self.run.learning_rates(step - 1))
-        row["data_seconds"] = self.timer.step(targets.numel())
+        row = MetricRow(step=step, tokens=step * self.run.batch_tokens, **self.run.learning_rates(step - 1))
+        row["data_seconds"] = self.timer.step(self.run.batch_tokens)
         if evaluation is not None:
             row |= evaluation.columns()
         if unscored:
@@ -156,8 +169,8 @@ class Monitor:
     def _numbers(self, result: StepResult, targets: Tensor) -> Tensor:
         """(numbers,) of a step, on the device."""
         counted = targets >= 0
-        text_bytes = (self.byte_lengths[targets] * counted).sum()
-        numbers = (result.loss, result.grad_norm, text_bytes, counted.sum(), result.skipped)
+        of_text = torch.stack([(self.byte_lengths[targets] * counted).sum(), counted.sum()])
+        numbers = (result.loss, result.grad_norm, *self.world.total(of_text), result.skipped)
         return torch.stack([number.to(result.loss) for number in (*numbers, *result.reported.values())])
 
     def _flush_is_due(self, result: StepResult, evaluated: bool) -> bool:
@@ -251,6 +264,8 @@ class Monitor:
     def draw_picture(self) -> None:
         """Draw experts.png, where there are experts, and last of all loss.png. That marks the run as finished: while it
         is missing, a resumed run prints its final lines again."""
+        if not self.world.is_first:
+            return
         for draw, name in ((plot_experts, "experts.png"), (plot_loss, PICTURE)):
             try:
                 draw(self.folder)

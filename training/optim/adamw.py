@@ -9,7 +9,8 @@ from torch import nn
 from model.layout import Kind, ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer, without_compiler_marks
-from training.optim.base import OptimConfig, StateTensor
+from runtime.precision import Precision
+from training.optim.base import OptimConfig, StateTensor, shards_of
 from training.optim.groups import parameter_groups
 
 
@@ -47,8 +48,8 @@ class AdamWConfig(OptimConfig):
         lr = self.lr or self.lr_times_width / d_model
         return self.model_copy(update={"lr": lr, "bias_lr": self.bias_lr or self.bias_lr_factor * lr})
 
-    def build(self, model: TransformerLM) -> AdamW:
-        groups = parameter_groups(model, self.groups, self.options)
+    def build(self, model: TransformerLM, precision: Precision | None = None) -> AdamW:
+        groups = parameter_groups(model, self.groups, self.options, shards_of(model, precision)[0])
         return AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)
 
     def options(self, layout: ParamLayout) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar, NamedTuple, Self
 
 import torch
@@ -10,6 +11,8 @@ from pydantic import Field
 from common.settings import FrozenSettings
 from model.layout import ParamLayout
 from model.transformer import TransformerLM
+from runtime.precision import Precision, Shard
+from runtime.world import ONE, World
 from training.optim.groups import GroupConfig, check_groups, freeze
 from training.optim.qk_clip import QKClip
 
@@ -26,9 +29,21 @@ class StateTensor(NamedTuple):
     def count(cls) -> Self:
         return cls(torch.Size(), 0.0, counts=True)
 
+    def in_place_of(self, held: torch.Size, whole: torch.Size) -> Self:
+        """That of the whole parameter, where this is of the part `held` of it."""
+        return self._replace(shape=whole) if self.shape == held else self
+
     @property
     def nbytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
+
+
+def shards_of(model: TransformerLM, precision: Precision | None) -> tuple[Mapping[str, Shard], World]:
+    """The parameters of a model by their names, as a precision strategy holds them, and the processes that share them;
+    of None, whole ones in one process."""
+    if precision is None:
+        return {name: Shard.whole(parameter) for name, parameter in model.named_parameters()}, ONE
+    return precision.shards, precision.world
 
 
 def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -40,6 +55,11 @@ def scale_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 class OptimConfig(FrozenSettings, ABC):
     own_logit_init: ClassVar[float | None] = None  # of a model that leaves it to the optimizer
+
+    @property
+    def acts_on_rows(self) -> bool:
+        """Whether a process that has some rows of each matrix can update these, alone or with the others."""
+        return True
 
     lr: float | None = Field(gt=0)  # peak; unset, it derives from d_model
     qk_clip: float | None = Field(gt=0)  # QK-clip: the largest score a head may have and keep its scale
@@ -55,9 +75,10 @@ class OptimConfig(FrozenSettings, ABC):
         """The same choice with the learning rate filled in."""
 
     @abstractmethod
-    def build(self, model: TransformerLM) -> torch.optim.Optimizer:
-        """An optimizer over the model's parameters that are not frozen, each group at its peak rate. It has a method
-        `state_layout(parameter)`, as the one below."""
+    def build(self, model: TransformerLM, precision: Precision | None = None) -> torch.optim.Optimizer:
+        """An optimizer over the model's parameters that are not frozen, each group at its peak rate, as a precision
+        strategy holds them; None: whole, in one process. It has a method `state_layout(parameter)`, as the one
+        below."""
 
     @abstractmethod
     def state_layout(self, layout: ParamLayout, shape: torch.Size) -> dict[str, StateTensor]:
@@ -73,9 +94,9 @@ class OptimConfig(FrozenSettings, ABC):
         freeze(model, self.groups)
         model.freeze_for_warmup()
 
-    def clip(self, model: TransformerLM) -> QKClip | None:
-        """QK-clip, which acts on the model after each update, where it is on."""
-        return None if self.qk_clip is None else QKClip(model, self.qk_clip)
+    def clip(self, model: TransformerLM, precision: Precision | None = None) -> QKClip | None:
+        """QK-clip, which acts on the parameters after each update, where it is on. precision: as `build` takes it."""
+        return None if self.qk_clip is None else QKClip(model, self.qk_clip, shards_of(model, precision)[0])
 
     def state_bytes(self, model: TransformerLM) -> int:
         """Bytes of the optimizer's state, of the parameters that are not frozen."""

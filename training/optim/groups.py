@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -16,6 +16,7 @@ from common.settings import FrozenSettings
 from common.suggestions import hint, nearest
 from model.layout import ParamLayout
 from model.transformer import TransformerLM
+from runtime.precision import Shard
 
 
 class GroupConfig(FrozenSettings):
@@ -95,15 +96,18 @@ def freeze(model: TransformerLM, groups: Sequence[GroupConfig]) -> None:
 
 
 def parameter_groups(
-    model: TransformerLM, groups: Sequence[GroupConfig], options_of: Callable[[ParamLayout], dict[str, Any]]
+    model: TransformerLM,
+    groups: Sequence[GroupConfig],
+    options_of: Callable[[ParamLayout], dict[str, Any]],
+    shards: Mapping[str, Shard],
 ) -> list[dict[str, Any]]:
     """Parameter groups for torch.optim: what is trained, parameters of equal options together. options_of(layout): lr,
-    weight_decay and others, which the parameter's group may change."""
+    weight_decay and others, which the parameter's group may change. shards: the parameters by their names."""
     table = model.layout()
     with_matrices = [group_of(name, groups) for name, layout in table.items() if layout.fan_in is not None]
     found: list[tuple[dict[str, Any], list]] = []
     for name, layout in table.items():
-        parameter, group = model.get_parameter(name), group_of(name, groups)
+        parameter, group = shards[name].local, group_of(name, groups)
         if not parameter.requires_grad:
             continue
         options = options_of(layout)

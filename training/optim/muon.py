@@ -1,5 +1,6 @@
 """Muon for the matrices between the layers' vectors, AdamW for everything else."""
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,11 +14,12 @@ from common.settings import MAX_COUNT
 from model.layout import Kind, ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer
-from runtime.precision import multiplies_bf16
+from runtime.precision import Precision, multiplies_bf16
 from training.optim.adamw import AdamWConfig, moments
-from training.optim.base import StateTensor
+from training.optim.base import StateTensor, shards_of
 from training.optim.groups import parameter_groups
 from training.optim.newton_schulz import newton_schulz
+from training.parallel.spread import Spread
 
 FIRST_MOMENTUM = 0.85
 
@@ -43,12 +45,15 @@ class MuonConfig(AdamWConfig):
     def base_lrs(self) -> dict[str, float]:
         return {"muon_lr": self.muon_lr, **super().base_lrs}
 
-    def build(self, model: TransformerLM) -> "Muon":
-        layouts = {
-            model.get_parameter(name): layout if self.per_head else layout.whole()
-            for name, layout in model.layout().items()
-        }
-        return Muon(parameter_groups(model, self.groups, self.options), layouts)
+    def build(self, model: TransformerLM, precision: Precision | None = None) -> "Muon":
+        shards, world = shards_of(model, precision)
+        table = {name: layout if self.per_head else layout.whole() for name, layout in model.layout().items()}
+        layouts = {shards[name].local: layout for name, layout in table.items()}
+        spread = None
+        if world.size > 1:
+            matrices = {name: layout for name, layout in table.items() if layout.kind is Kind.MATRIX}
+            spread = Spread([shards[name] for name in matrices], [*map(newton_schulz_cost, matrices.values())], world)
+        return Muon(parameter_groups(model, self.groups, self.options, shards), layouts, spread)
 
     def options(self, layout: ParamLayout) -> dict[str, Any]:
         """Options of Muon for a matrix, and of AdamW for others."""
@@ -90,10 +95,12 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     grad_scale = found_inf = None  # arguments of `step`, set while it runs, as PyTorch's gradient scaler does
 
-    def __init__(self, groups: list[dict], layouts: Mapping[nn.Parameter, ParamLayout]):
-        """groups: those of matrices have a momentum, the others what AdamW needs."""
+    def __init__(self, groups: list[dict], layouts: Mapping[nn.Parameter, ParamLayout], spread: Spread | None = None):
+        """groups: those of matrices have a momentum, the others what AdamW needs. spread: where several processes
+        train, which of them orthogonalises a matrix."""
         super().__init__(groups, {})
         self.layouts = layouts
+        self.spread = spread
 
     def state_layout(self, parameter: nn.Parameter) -> dict[str, StateTensor]:
         """State tensors of a parameter after a step, by name."""
@@ -127,21 +134,35 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
         ahead = torch._foreach_mul(buffers, momentum)
         torch._foreach_add_(ahead, fresh)
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
-        for matrices, directions in self._by_shape(parameters, ahead):
-            _, rows, cols = matrices[0].shape
-            dtype = torch.bfloat16 if multiplies_bf16(matrices[0].device) else torch.float32
-            updates = newton_schulz(torch.cat(directions), dtype) * (rate * math.sqrt(max(1, rows / cols)))
-            torch._foreach_sub_(matrices, updates.split([len(stack) for stack in matrices]))
+        if self.spread is None:
+            self._subtract_orthogonal(parameters, parameters, ahead, rate)
+        else:
+            torch._foreach_add_(parameters, self.spread(parameters, ahead, functools.partial(self._updates, rate=rate)))
         torch._foreach_add_(counts, 1 - skipped)
 
+    def _updates(self, parameters: list[nn.Parameter], directions: list[Tensor], rate: Tensor) -> list[Tensor]:
+        """What a step adds to whole matrices that go in these directions."""
+        updates = [torch.zeros_like(direction) for direction in directions]
+        self._subtract_orthogonal(parameters, updates, directions, rate)
+        return updates
+
+    def _subtract_orthogonal(
+        self, parameters: list[nn.Parameter], stored: list[Tensor], directions: list[Tensor], rate: Tensor
+    ) -> None:
+        """Subtract from tensors of the parameters' shapes their directions, orthogonalised, times the rate."""
+        for matrices, along in self._by_shape(parameters, stored, directions):
+            _, rows, cols = matrices[0].shape
+            updates = newton_schulz(torch.cat(along), _dtype(matrices[0])) * (rate * math.sqrt(max(1, rows / cols)))
+            torch._foreach_sub_(matrices, updates.split([len(stack) for stack in matrices]))
+
     def _by_shape(
-        self, parameters: list[nn.Parameter], directions: list[Tensor]
+        self, parameters: list[nn.Parameter], stored: list[Tensor], directions: list[Tensor]
     ) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Views (heads, rows, cols) of logical matrices, and of their directions, those of a shape together."""
         found = {}
-        for parameter, direction in zip(parameters, directions, strict=True):
+        for parameter, whole, direction in zip(parameters, stored, directions, strict=True):
             layout = self.layouts[parameter]
-            for part, along in zip(layout.views(parameter).values(), layout.views(direction).values(), strict=True):
+            for part, along in zip(layout.views(whole).values(), layout.views(direction).values(), strict=True):
                 matrices, alongs = found.setdefault(part.shape[1:], ([], []))
                 matrices.append(part)
                 alongs.append(along)
@@ -170,6 +191,18 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def newton_schulz_cost(layout: ParamLayout) -> int:
+    """What orthogonalising a parameter's logical matrices costs, in products per step of the iteration."""
+    matrices = layout.heads * (layout.experts.count if layout.experts else 1)
+    return sum(matrices * part.rows * layout.fan_in * min(part.rows, layout.fan_in) for part in layout.parts)
+
+
+def _dtype(matrix: Tensor) -> torch.dtype:
+    """What products of the iteration are made in."""
+    low = matrix.dtype == torch.float32 and multiplies_bf16(matrix.device)
+    return torch.bfloat16 if low else matrix.dtype
 
 
 def momentum_after(updates: Tensor, momentum: float, warmup: int) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from model.upcast import upcast
+
 # Of the odd polynomial p(s) = a s + b s³ + c s⁵ (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): its
 # slope at 0 is as steep as can be while p(p(...)) brings all of (0, 1] to within 0.3 of 1, and no nearer.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -16,7 +18,7 @@ def newton_schulz(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    norms = x.float().flatten(1).norm(dim=1).clamp_min(MIN_NORM)[:, None, None]
+    norms = upcast(x).flatten(1).norm(dim=1).clamp_min(MIN_NORM)[:, None, None]
     x = (x / norms).to(dtype).contiguous()
     for _ in range(STEPS):
         gram = torch.bmm(x, x.mT)

@@ -1,11 +1,15 @@
 """QK-clip (Kimi K2, arXiv:2507.20534, section 2.1): after an update, query and key projections shrink in heads whose
 attention logits have grown beyond a threshold, so that attention stays smooth whatever the optimizer does."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from common.errors import UserError
+from model.layout import ParamLayout
 from model.transformer import TransformerLM
+from runtime.precision import Shard
 
 
 class QKClip:
@@ -15,19 +19,20 @@ class QKClip:
     collects = "max_logit"
     reduce = staticmethod(torch.maximum)
 
-    def __init__(self, model: TransformerLM, threshold: float):
+    def __init__(self, model: TransformerLM, threshold: float, shards: Mapping[str, Shard]):
+        """shards: the model's parameters by their names, as this process holds them."""
         self.threshold = threshold
-        self.parts: list[tuple[int, float, Tensor]] = []  # layer, power, a view of the parameter: (heads, rows, ...)
+        self.clipped: list[tuple[int, ParamLayout, Shard]] = []  # with the layer
         self.keys = []  # key heads of each layer
+        path_of = {module: path for path, module in model.named_modules()}
         for i, block in enumerate(model.blocks().values()):
             heads = []
             for name, layout in block.attention.layout().items():
-                parameter = block.attention.get_parameter(name)
-                views = layout.views(parameter.detach())
                 clipped = [part for part in layout.parts if part.clip_power]
                 heads += [layout.heads for _ in clipped]
-                if parameter.requires_grad:
-                    self.parts += [(i, part.clip_power, views[part.name]) for part in clipped]
+                shard = shards[f"{path_of[block.attention]}.{name}"]
+                if clipped and shard.local.requires_grad:
+                    self.clipped.append((i, layout, shard))
             if not heads:
                 raise UserError(
                     f"optim.qk_clip={threshold} scales the rows that make a head's queries and keys, and the attention "
@@ -47,7 +52,16 @@ class QKClip:
         beyond = (max_logits > self.threshold) & ~skipped
         gamma = torch.where(beyond, self.threshold / max_logits, 1.0)
         shared = [of_layer.unflatten(0, (keys, -1)).amin(1) for of_layer, keys in zip(gamma, self.keys, strict=True)]
-        for layer, power, view in self.parts:
-            scale = shared[layer].repeat_interleave(len(view) // len(shared[layer])) ** power
-            view.mul_(scale.view(-1, *[1] * (view.ndim - 1)))
+        for layer, layout, shard in self.clipped:
+            scale = _of_rows(layout, shared[layer])[shard.rows()]
+            shard.local.mul_(scale.view(-1, *[1] * (shard.local.ndim - 1)))
         return {"max_logit": max_logits.amax(), "clipped_heads": beyond.sum()}
+
+
+def _of_rows(layout: ParamLayout, gamma: Tensor) -> Tensor:
+    """What each row of a parameter is multiplied by, (rows,), for the γ of the layer's key heads."""
+    scale = gamma.new_ones(layout.rows)
+    for part in layout.parts:
+        of_heads = layout.views(scale)[part.name]  # (heads, part rows)
+        of_heads.mul_(gamma.repeat_interleave(layout.heads // len(gamma))[:, None] ** part.clip_power)
+    return scale

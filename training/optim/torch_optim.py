@@ -14,7 +14,8 @@ from common.suggestions import aliased, hint, nearest
 from model.layout import ParamLayout
 from model.transformer import TransformerLM
 from runtime.fast_startup import UncompiledOptimizer, without_compiler_marks
-from training.optim.base import OptimConfig, StateTensor
+from runtime.precision import Precision
+from training.optim.base import OptimConfig, StateTensor, shards_of
 from training.optim.groups import parameter_groups
 
 # Arguments that are no settings: the groups', and those that say how PyTorch executes a step.
@@ -62,14 +63,20 @@ class TorchOptimConfig(OptimConfig):
     def derive(self, d_model: int) -> Self:
         return self.model_copy(update={"lr": self.lr or self.lr_times_width / d_model})
 
-    def build(self, model: TransformerLM) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, self.groups, self._options)
+    def build(self, model: TransformerLM, precision: Precision | None = None) -> torch.optim.Optimizer:
+        groups = parameter_groups(model, self.groups, self._options, shards_of(model, precision)[0])
         optimizer = _uncompiled(available()[self.name])(groups, **self.settings)
         optimizer.state_layout = lambda parameter: self._states(parameter.shape)
         return optimizer
 
     def state_layout(self, layout: ParamLayout, shape: torch.Size) -> dict[str, StateTensor]:
         return self._states(shape)
+
+    @property
+    def acts_on_rows(self) -> bool:
+        """Whether all state of a matrix is as large as it, or a count: then each number is updated by itself."""
+        states = self._states(torch.Size(SIZES[:2])).values()
+        return all(state.counts or state.shape == torch.Size(SIZES[:2]) for state in states)
 
     def _options(self, layout: ParamLayout) -> dict[str, Any]:
         return {"lr": self.lr, "weight_decay": 0.0 if layout.fan_in is None else self.weight_decay}

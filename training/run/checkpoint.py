@@ -3,14 +3,16 @@
 checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors once, the real vocabulary only
                           optimizer.safetensors  its tensors, as "<parameter>/<state>"
                           manifest.json          the fields of Manifest, with the size and hash of the other files
+
+Where processes share the parameters, model/ and optimizer/ hold a file of each process instead (tensor_files.py).
 """
 
 import hashlib
 import logging
 import math
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,10 +37,11 @@ from common.errors import UserError, reason
 from common.settings import MAX_COUNT, FrozenSettings
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
-from model.transformer import ModelConfig, TransformerLM
+from model.transformer import ModelConfig, PaddedEmbedding, TransformerLM
 from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
-from runtime.precision import LossScale
+from runtime.precision import LossScale, Shard
+from runtime.world import ONE, World
 from training.metrics_file import PICTURE, read_metrics
 from training.optim.base import StateTensor
 from training.run.config import Run, dump
@@ -53,6 +56,7 @@ from training.run.folder import (
 )
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_documents, check_same_settings, check_steps
+from training.run.tensor_files import FileMark, Piece, read_tensors, stated_tensors, together, write_pieces
 from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
@@ -63,11 +67,6 @@ MAX_NAMED = 3  # parameters
 SAFETENSORS_DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 log = logging.getLogger("headroom")
-
-
-class FileMark(FrozenSettings):
-    size: int = Field(ge=0)  # bytes
-    sha256: str
 
 
 class Manifest(FrozenSettings):
@@ -101,13 +100,18 @@ class Removed(UserError):
 
 def save(folder: Path, run: Run, corpus: Prepared, state: TrainState, val_loss: float | None) -> None:
     """Write checkpoints/step_XXXXXXXX of the run in `folder`, whole or not at all, then remove all but the last
-    run.keep_last and the best."""
+    run.keep_last and the best. Call it in all processes that train it."""
     path = folder / "checkpoints" / f"step_{state.step:08d}"
-    files = {MODEL: state.model.state_dict(), OPTIMIZER: _optimizer_tensors(state)}
+    files = {MODEL: model_tensors(state), OPTIMIZER: _optimizer_tensors(state)}
     try:
         write(path, run, corpus, state, files, val_loss)
     except OSError as error:
         raise _write_error(folder, path, error) from None
+    if state.world.is_first:
+        _remove_old(folder, run, state)
+
+
+def _remove_old(folder: Path, run: Run, state: TrainState) -> None:
     try:
         others = checkpoints_to_remove(folder, state.step, run.keep_last)
     except UserError as fault:
@@ -147,17 +151,16 @@ def write(
     run: Run,
     corpus: Prepared,
     state: TrainState,
-    files: Mapping[str, Mapping[str, Tensor]],
+    files: Mapping[str, Mapping[str, Tensor | Piece]],
     val_loss: float | None = None,
 ) -> None:
-    """Write tensors by file, and the manifest. Raises OSError, and then leaves no trace."""
-    make_folder(path.parent)
-    with atomic_folder(path) as writing:
+    """Write tensors by file, and the manifest; call it in all processes that train the run. Raises OSError in all of
+    them where one cannot write, and then leaves no trace."""
+    world = state.world
+    with _shared_folder(path, world) as writing:
         marks = {}
         for name, tensors in files.items():
-            content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
-            (writing / name).write_bytes(content)
-            marks[name] = FileMark(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+            marks |= _write_file(writing, name, tensors, world)
         manifest = Manifest(
             format=FORMAT,
             step=state.step,
@@ -166,10 +169,45 @@ def write(
             tokenizer=corpus.tokenizer.hash,
             corpus=corpus.fingerprint,
             config=dump(run),
-            machine=_machine(state.device),
+            machine=_machine(state.device, run, world),
             files=marks,
         )
-        (writing / MANIFEST).write_text(with_checksum(manifest.model_dump()))
+        content = with_checksum(manifest.model_dump())
+        together(world, lambda: world.is_first and (writing / MANIFEST).write_text(content))
+
+
+@contextmanager
+def _shared_folder(path: Path, world: World) -> Iterator[Path]:
+    """atomic_folder of the first process, for all to write into."""
+    with ExitStack() as held:
+
+        def make() -> Path | None:
+            if not world.is_first:
+                return None
+            make_folder(path.parent)
+            return held.enter_context(atomic_folder(path))
+
+        yield world.from_first(together(world, make))
+        together(world, held.close)
+
+
+def _write_file(writing: Path, name: str, tensors: Mapping[str, Tensor | Piece], world: World) -> dict[str, FileMark]:
+    """Write tensors to one file, or, where there are pieces, to a folder with a file of each process -> the marks of
+    all, in every process."""
+    if any(isinstance(tensor, Piece) for tensor in tensors.values()):
+        folder = writing / folder_of(name)
+        together(world, lambda: world.is_first and folder.mkdir())
+        written = world.gathered(write_pieces(folder, tensors, world))
+        return {file: mark for marks in written for file, mark in marks.items()}
+
+    def write_whole() -> FileMark | None:
+        if not world.is_first:
+            return None
+        content = safetensors.torch.save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+        (writing / name).write_bytes(content)
+        return FileMark(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    return {name: world.from_first(together(world, write_whole))}
 
 
 def steps_done(folder: Path) -> int:
@@ -182,15 +220,44 @@ def read(path: Path, names: Collection[str]) -> Checkpoint:
     """Read a checkpoint, with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not
     what was written, and UserError where one cannot be read, or was written in another format."""
     manifest = _read_manifest(path)
-    return Checkpoint(path, manifest, {name: _read_tensors(path / name, manifest.files.get(name)) for name in names})
+    return Checkpoint(path, manifest, {name: _tensors_of(path, name, manifest) for name in names})
+
+
+def folder_of(name: str) -> str:
+    """The folder of a file's pieces, where several processes wrote it."""
+    return name.removesuffix(".safetensors")
+
+
+def _pieces_of(path: Path, name: str, manifest: Manifest) -> list[tuple[Path, FileMark]]:
+    """The files of a folder that stands in the place of the file; none where that is one."""
+    within = f"{folder_of(name)}/"
+    return [(path / file, mark) for file, mark in sorted(manifest.files.items()) if file.startswith(within)]
+
+
+def _tensors_of(path: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
+    pieces = _pieces_of(path, name, manifest)
+    if not pieces:
+        return _read_tensors(path / name, manifest.files.get(name))
+    folder = path / folder_of(name)
+    _check_memory(folder, sum(mark.size for _, mark in pieces))
+    try:
+        return read_tensors(pieces)
+    except OSError as error:
+        raise _read_error(Path(error.filename or folder), error) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise Damaged(f"{folder} is damaged: {error}") from None
+
+
+def _check_memory(file: Path, size: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if free is not None and size > free:
+        raise UserError(f"{file} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
 
 
 def _read_tensors(file: Path, mark: FileMark | None) -> dict[str, Tensor]:
     if mark is None:
         raise Damaged(f"{file} is damaged: the manifest does not know it")
-    free = free_memory(torch.device("cpu"))
-    if free is not None and mark.size > free:
-        raise UserError(f"{file} takes {mark.size:,} bytes of memory, {free:,} are free: take a machine with more")
+    _check_memory(file, mark.size)
     content = _file_content(file, mark.size)  # no map of the file: whoever overwrites it would overwrite the tensors
     if len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
         raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
@@ -310,7 +377,8 @@ def check_fits(folder: Path, run: Run) -> None:
     tokenizer, faults = read_tokenizer(folder), []
     for path in reversed(checkpoint_paths(folder)):
         try:
-            manifest, weights = _read_manifest(path), _tensor_shapes(path / MODEL)
+            manifest = _read_manifest(path)
+            weights = _shapes_of(path, manifest)
         except Damaged as fault:
             faults.append(str(fault))
             continue
@@ -326,6 +394,20 @@ def check_fits(folder: Path, run: Run) -> None:
 
 def _none_whole(faults: Sequence[str]) -> UserError:
     return UserError(f"{faults[0]}, and no other checkpoint is whole: bring one back, or start a new run")
+
+
+def _shapes_of(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """Meta tensors of the shapes and dtypes of a checkpoint's weights. Raises Damaged where that cannot be told."""
+    pieces = _pieces_of(path, MODEL, manifest)
+    if not pieces:
+        return _tensor_shapes(path / MODEL)
+    folder = path / folder_of(MODEL)
+    try:
+        return stated_tensors(pieces)
+    except OSError as error:
+        raise _read_error(Path(error.filename or folder), error) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{folder} is damaged: {error}") from None
 
 
 def _tensor_shapes(file: Path) -> dict[str, Tensor]:
@@ -344,7 +426,7 @@ def _tensor_shapes(file: Path) -> dict[str, Tensor]:
         raise Damaged(f"{file} is damaged: {error}") from None
 
 
-def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device) -> TrainState | None:
+def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, world: World = ONE) -> TrainState | None:
     """The state of the run's newest whole checkpoint; None, saying so, where there is none yet. Raises UserError, and
     then leaves the run as it was, where data or settings are not what the run began with, every checkpoint is damaged,
     or nothing is left to do."""
@@ -357,20 +439,21 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device) -> T
         check_no_checkpoint_lost(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _check_same_run(folder, run, corpus, device, found)
-        state = _state_of(found, run, corpus.tokenizer.vocab_size, device)
+        _check_same_run(folder, run, corpus, device, found, world)
+        state = _state_of(found, run, corpus.tokenizer.vocab_size, device, world)
         if state.step < run.steps:
             log.info(f"resuming {folder} after step {state.step}")
         else:
             log.info(f"{folder} is complete at step {state.step}, but for its last text and its picture")
-    write_config(folder, run)
+    if world.is_first:
+        write_config(folder, run)
     return state
 
 
-def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device) -> TrainState:
+def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device, world: World) -> TrainState:
     """Build the state that a checkpoint holds, into memory that nothing was drawn for."""
     check_finite(found)
-    state = TrainState.of(run, load_model(found, run.model, vocab_size).to(device))
+    state = TrainState.of(run, load_model(found, run.model, vocab_size).to(device), world)
     load_optimizer(found, state)
     if state.loss_scale is not None:
         state.loss_scale.load(found.manifest.loss_scale)
@@ -487,7 +570,9 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_same_run(folder: Path, run: Run, corpus: Prepared, device: torch.device, found: Checkpoint) -> None:
+def _check_same_run(
+    folder: Path, run: Run, corpus: Prepared, device: torch.device, found: Checkpoint, world: World
+) -> None:
     manifest = found.manifest
     check_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
@@ -495,17 +580,19 @@ def _check_same_run(folder: Path, run: Run, corpus: Prepared, device: torch.devi
     check_steps(folder, run, trained.steps, manifest.step, is_finished(folder))
     if (manifest.loss_scale is None) != (run.precision != "fp16"):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
-    for name, now in _machine(device).items():
-        before = manifest.machine.get(name)
+    machine = _machine(device, run, world)
+    for name in {**machine, **manifest.machine}:
+        before, now = manifest.machine.get(name), machine.get(name)
         if before != now:
             log.warning(f"{folder} ran with {name} {before}, this process has {now}: it goes on, not bit for bit")
 
 
-def _machine(device: torch.device) -> dict[str, str | int]:
-    """The machine's properties that the bits of a run depend on."""
+def _machine(device: torch.device, run: Run, world: World) -> dict[str, str | int]:
+    """The machine's properties that the bits of a run depend on, and its processes, where there are several."""
     cuda = device.type == "cuda"
     processor = torch.cuda.get_device_name(device) if cuda else torch.backends.cpu.get_cpu_capability()
-    return {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+    one = {"device": f"{device.type} {processor}", "threads": torch.get_num_threads(), "torch": torch.__version__}
+    return one if world.size == 1 else one | {"processes": f"{world.size} of parallel={run.parallel.name}"}
 
 
 def is_finished(folder: Path) -> bool:
@@ -528,7 +615,8 @@ def load_optimizer(found: Checkpoint, state: TrainState) -> None:
     state_by_index = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
-        state_by_index.setdefault(index[name], {})[part] = tensor
+        shard = state.precision.shards[name]
+        state_by_index.setdefault(index[name], {})[part] = tensor[shard.rows()] if tensor.ndim else tensor
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": state_by_index, "param_groups": groups})
 
@@ -539,11 +627,12 @@ def _expected_state(found: Checkpoint, state: TrainState) -> dict[str, StateTens
     expected = {}
     without = []
     for name in _parameter_names(state):
-        parameter = state.model.get_parameter(name)
-        layout = {f"{name}/{part}": kept for part, kept in state.optimizer.state_layout(parameter).items()}
+        shard = state.precision.shards[name]
+        kept = state.optimizer.state_layout(shard.local)
+        layout = {f"{name}/{part}": tensor.in_place_of(shard.local.shape, shard.shape) for part, tensor in kept.items()}
         if found.tensors[OPTIMIZER].keys() & layout.keys():
             expected |= layout
-        elif layout and parameter.requires_grad:
+        elif layout and shard.local.requires_grad:
             without.append(name)
     if without:
         more = f" and {len(without) - MAX_NAMED} more" if len(without) > MAX_NAMED else ""
@@ -572,15 +661,33 @@ def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step
 
 def _parameter_names(state: TrainState) -> list[str]:
     """The parameters' names in the optimizer's own order, which its state is indexed by."""
-    name_of = {parameter: name for name, parameter in state.model.named_parameters()}
+    name_of = {shard.local: name for name, shard in state.precision.shards.items()}
     return [name_of[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
 
 
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+def model_tensors(state: TrainState) -> dict[str, Tensor | Piece]:
+    """The weights and buffers of a model as they are stored; of what is shared among processes, this one's rows."""
+    shards = state.precision.shards
+    if all(shard.is_whole for shard in shards.values()):
+        return state.model.state_dict()
+    stored_rows = {
+        f"{name}.weight": module.vocab_size
+        for name, module in state.model.named_modules()
+        if isinstance(module, PaddedEmbedding)
+    }
+    weights = {name: _stored(shard, stored_rows.get(name)) for name, shard in shards.items()}
+    return weights | dict(state.model.named_buffers())
+
+
+def _stored(shard: Shard, stored_rows: int | None = None) -> Tensor | Piece:
+    return shard.local.detach() if shard.is_whole else Piece.of(shard, stored_rows)
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor | Piece]:
     names = _parameter_names(state)
     state_by_index = state.optimizer.state_dict()["state"]
     return {
-        f"{names[i]}/{part}": tensor
+        f"{names[i]}/{part}": _stored(state.precision.shards[names[i]].beside(tensor))
         for i, parts in state_by_index.items()
         for part, tensor in parts.items()
         if tensor is not None  # such as the momentum of an SGD that has none

@@ -18,6 +18,7 @@ from model.transformer import Dimensions, ModelConfig
 from training.loggers.base import Logger
 from training.optim.base import OptimConfig
 from training.optim.schedule import Schedule
+from training.parallel.config import Parallel
 from training.run.composer import compose_tree
 from training.run.parts import MODEL_PARTS, RUN_PARTS, dump_part, pop_part
 from training.run.validation_errors import validated
@@ -39,6 +40,7 @@ class Run(FrozenSettings):
     optim: Annotated[OptimConfig, Change.FINE_TUNING]
     schedule: Annotated[Schedule, Change.FINE_TUNING]
     logger: Annotated[Logger, Change.ON_RESUME]
+    parallel: Annotated[Parallel, Change.ON_RESUME]
     batch_tokens: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=MAX_COUNT)
     micro_batch_size: Annotated[int, Change.FINE_TUNING] = Field(ge=1, le=MAX_COUNT)
     clip_norm: Annotated[float, Change.FINE_TUNING] = Field(ge=0)
@@ -200,6 +202,21 @@ def compose(*overrides: str) -> Run:
     if given["resume"] is not None:
         raise UserError("resume= goes on with a run's own settings, which conf/ does not compose: leave it out")
     return Run.from_tree(tree)
+
+
+def check_processes(run: Run, count: int) -> None:
+    """Raise UserError where so many processes cannot train the run."""
+    if run.sequences % count:
+        fitting = [n for n in divisors(run.sequences) if n <= count]
+        length = run.model.context_length
+        above = -(-run.sequences // count) * count * length
+        raise UserError(
+            f"batch_tokens={run.batch_tokens} holds {run.sequences} sequences, which {count} processes cannot share "
+            f"evenly: start {' or '.join(map(str, fitting[-2:]))}, or choose batch_tokens={above}"
+        )
+    obstacle = run.parallel.obstacle(run.precision, run.compile, run.optim)
+    if obstacle:
+        raise UserError(f"parallel={run.parallel.name}: {obstacle}")
 
 
 def pop_command_settings(tree: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -243,6 +243,13 @@ def find_run(setting: str, name: str, with_checkpoint: bool = False) -> Path:
     if name in ("last", "newest") and not os.path.lexists(name):
         raise UserError(f"{setting}={name}: there is no such folder; did you mean {setting}=latest?")
     return Path(name)
+
+
+def parallel_of(resume: str, tree: Mapping[str, Any], typed: Sequence[str]) -> Mapping[str, Any]:
+    """The setting parallel= of a run that is to be resumed: as typed, or its own."""
+    if any(word.lstrip("+~").startswith("parallel") for word in typed):
+        return tree["parallel"]
+    return read_config(find_run("resume", resume))[0]["parallel"]
 
 
 def newest(with_checkpoint: bool = False) -> Path:

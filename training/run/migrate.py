@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 9  # of config.yaml and manifest.json
+FORMAT = 10  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -74,6 +74,7 @@ OPTIMIZERS_7 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonCon
 MODEL_7 = {"own_logit_init": None}  # the last norm started at one
 INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
 MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
+ONE_PROCESS_9 = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}
 NO_INDEXER_8 = {"indexer": {"top_k": None, "n_heads": 4, "head_dim": None, "stage": "sparse", "weight": 1.0}}
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
@@ -120,7 +121,9 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _to_7(tree)
     if format < 8:
         tree = _to_8(tree)
-    return _to_9(tree) if format < 9 else tree
+    if format < 9:
+        tree = _to_9(tree)
+    return ONE_PROCESS_9 | tree if format < 10 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:

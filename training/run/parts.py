@@ -26,6 +26,7 @@ from model.mlp import MLPConfig
 from training.loggers.base import Logger
 from training.optim.base import OptimConfig
 from training.optim.schedule import Schedule
+from training.parallel.config import Parallel
 from training.run.composer import choice
 from training.run.validation_errors import check_known, dotted, spelled, validated
 
@@ -36,6 +37,7 @@ RUN_PARTS = {
     "optim": OptimConfig,
     "schedule": Schedule,
     "logger": Logger,
+    "parallel": Parallel,
 }
 HAVE_PARTS = {"attention": "stack", "data": "mix"}
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from common.settings import Change
 from data.sources.tables import format_of
 from training.run.changes import RESUMABLE, change_of, forbidden_differences, is_place
 from training.run.config import Run, dump, flatten_config
-from training.run.folder import acquire_run_lock, checkpoint_paths, find_run, read_config
+from training.run.folder import checkpoint_paths, find_run, read_config
 from training.run.signature import check_foreign
 
 log = logging.getLogger("headroom")
@@ -68,9 +67,9 @@ def check_steps(folder: Path, run: Run, before: int, done: int, finished: bool) 
             )
 
 
-def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path, AbstractContextManager]:
+def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Run, Path]:
     """Open the run to resume, a folder or `latest` -> the run, with its own stored settings and the few that may
-    change; its folder; and the lock on it.
+    change; and its folder.
 
     tree: the composed configuration; typed: the overrides on the command line. Raises UserError for one that would
     change what may not.
@@ -92,7 +91,7 @@ def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Ru
     # A run with a checkpoint needs nothing of the one it began from.
     agreed = [*keys, "init_from"] if checkpoint_paths(folder) else keys
     check_foreign(folder, own, run, signed, agreed, tree)
-    return run, folder, acquire_run_lock(folder)
+    return run, folder
 
 
 def _load(tree: Mapping[str, Any], where: str) -> Run:

@@ -21,10 +21,12 @@ from data.tokenizers.load import StoredConfig
 from model.initialise import initialised
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
+from runtime.world import ONE, World
 from training.run import checkpoint
 from training.run.changes import change_of
 from training.run.config import Run, dump, flatten_config
 from training.run.folder import (
+    acquire_run_lock,
     check_is_run,
     check_makeable,
     checkpoint_paths,
@@ -40,15 +42,18 @@ from training.state import TrainState
 log = logging.getLogger("headroom")
 
 
-def resolve_run(tree: dict[str, Any], typed: list[str], held: ExitStack, resume: Any = None) -> tuple[Run, Path | None]:
+def resolve_run(
+    tree: dict[str, Any], typed: list[str], held: ExitStack, resume: Any = None, locks: bool = True
+) -> tuple[Run, Path | None]:
     """Determine the run; and its folder, if it has one already.
 
     tree: the composed configuration; typed: the overrides on the command line; held: takes the lock on the folder;
-    resume: the folder to go on with, or latest.
+    resume: the folder to go on with, or latest; locks: false in processes beside the one that holds the lock.
     """
     if resume is not None:
-        run, folder, run_lock = open_run(str(resume), tree, typed)
-        held.enter_context(run_lock)
+        run, folder = open_run(str(resume), tree, typed)
+        if locks:
+            held.enter_context(acquire_run_lock(folder))
         checkpoint.check_fits(folder, run)
         return run, folder
     if tree["init_from"] is not None:
@@ -57,7 +62,7 @@ def resolve_run(tree: dict[str, Any], typed: list[str], held: ExitStack, resume:
     run = Run.from_tree(tree)
     if isinstance(run.tokenizer, StoredConfig) and run.data.numbers is not None:
         run.tokenizer.check_numbers(run.data.name, run.data.numbers)
-    if not run.dry_run:
+    if not run.dry_run and locks:
         check_makeable(run.run_dir)
     return run, None
 
@@ -168,24 +173,27 @@ def begin_or_resume(
     folder: Path | None,
     held: ExitStack,
     choices: Mapping[str, str],
+    world: World = ONE,
 ) -> tuple[TrainState, Path]:
     """The training state of a run, from its newest checkpoint if it has one; and its folder. folder: None for a new
-    run; held: takes the lock on it then; choices: the choice of each group that it was composed of."""
+    run; held: takes the lock on it then; choices: the choice of each group that it was composed of; world: the
+    processes that train it, of which the first makes the folder."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
-    state = folder and checkpoint.restore(folder, run, corpus, device)
+    state = folder and checkpoint.restore(folder, run, corpus, device, world)
     if state is None:
-        state = first_state(run, corpus.tokenizer.vocab_size, device)
+        state = first_state(run, corpus.tokenizer.vocab_size, device, world)
     if folder is None:
-        folder = create(run, corpus.tokenizer, choices, held)
+        folder = world.from_first(create(run, corpus.tokenizer, choices, held) if world.is_first else None)
     return state, folder
 
 
-def first_state(run: Run, vocab_size: int, device: torch.device) -> TrainState:
+def first_state(run: Run, vocab_size: int, device: torch.device, world: World = ONE) -> TrainState:
     """The state that a run begins with: the weights of its base, or freshly initialised ones."""
     if run.init_from is None:
-        return TrainState.create(run, vocab_size, device)
-    return TrainState.of(run, pretrained_model(Path(run.init_from), run.model, vocab_size, run.seed).to(device))
+        return TrainState.create(run, vocab_size, device, world)
+    base = pretrained_model(Path(run.init_from), run.model, vocab_size, run.seed)
+    return TrainState.of(run, base.to(device), world)
 
 
 def how_to_continue(folder: Path) -> str:

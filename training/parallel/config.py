@@ -1,0 +1,78 @@
+"""Ways to train one run: in one process, or in several, each of which has the whole model or a share of it."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from common.settings import FrozenSettings
+from model.transformer import TransformerLM
+from runtime.precision import MixedPrecision, Precision
+from runtime.world import World
+from training.optim.base import OptimConfig
+
+MAX_PROCESSES = 2**16
+
+
+def count_processes(processes: int | None) -> int:
+    """What an unset number of processes is on this machine: as many as there are GPUs, else one."""
+    return processes or max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
+
+
+class Parallel(FrozenSettings, ABC):
+    """Settings of one way to train."""
+
+    name: ClassVar[str]  # as it is typed
+    processes: ClassVar[int | None] = 1
+
+    def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
+        """Why a run with these settings cannot train in this way, with the way out; None: it can."""
+        return None
+
+    @abstractmethod
+    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
+        """The strategy by which the processes hold the model and its gradients."""
+
+
+class OneProcess(Parallel):
+    name = "none"
+
+    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
+        return MixedPrecision(model, precision)
+
+
+class Processes(Parallel, ABC):
+    processes: int | None = Field(ge=1, le=MAX_PROCESSES)  # unset: as many as torchrun started, or as there are GPUs
+    timeout: float = Field(gt=0)  # seconds that processes wait for one another
+
+
+class DDP(Processes):
+    """Data parallel: every process has the whole model, and its share of each step."""
+
+    name = "ddp"
+
+    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
+        return MixedPrecision(model, precision, world)
+
+
+class FSDP(Processes):
+    """Fully sharded data parallel: every process has a share of each matrix too, and of its optimizer state."""
+
+    name = "fsdp"
+
+    def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
+        if precision == "fp8":
+            return "precision=fp8 multiplies whole matrices only: choose bf16, or parallel=ddp"
+        if compiled:
+            return (
+                "compile=true compiles the whole loss, which gathers matrices between layers: leave it, or parallel=ddp"
+            )
+        if not optim.acts_on_rows:
+            return "this optimizer needs matrices whole: choose muon or adamw, or parallel=ddp"
+        return None
+
+    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
+        from training.parallel.fsdp import ShardedPrecision  # a second of imports, which no other choice needs
+
+        return ShardedPrecision(model, precision, world)

@@ -1,0 +1,95 @@
+"""FSDP: each process holds a part of the rows of every matrix, and of its optimizer state (PyTorch's FSDP2; Zhao et al.
+2023, arXiv:2304.11277). A block's matrices are gathered where it runs, forward and backward, and its gradients are
+summed and scattered after each micro-batch."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from model.transformer import TransformerLM
+from runtime.precision import DTYPES, LossScale, Precision, Shard
+from runtime.world import World
+
+EPS = 1e-6  # beside the norm that gradients are divided by, as in torch.nn.utils.clip_grad_norm_
+
+
+class ShardedPrecision(Precision):
+    """The model itself, its matrices sharded by their first dimension, and gathered in low precision; vectors, which
+    stay in float32, are whole in every process, as are the buffers. Gradients accumulate in float32."""
+
+    def __init__(self, model: TransformerLM, precision: str, world: World):
+        self.world = world
+        self.model = model
+        self.loss_scale = LossScale(next(model.parameters()).device) if precision == "fp16" else None
+        self.placed = _sharded(model, DTYPES[precision])
+        self.shards = {name: _shard_of(parameter, world) for name, parameter in self.placed.items()}
+        self.matrices = [name for name, parameter in self.placed.items() if isinstance(parameter, DTensor)]
+
+    def copy_master_weights(self) -> None:
+        """Give up what an evaluation left gathered of the embedding: it may be of older weights."""
+        self.model.reshard()
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaled(loss).backward()
+
+    def finish_gradients(self) -> None:
+        for name in self.matrices:
+            gradient = self.placed[name].grad
+            self.shards[name].local.grad = None if gradient is None else gradient.to_local()
+            self.placed[name].grad = None
+        self.world.sum_in_place(self._gradients(of_matrices=False))
+        self.unscale()
+
+    @torch.no_grad()
+    def clip(self, limit: float) -> Tensor:
+        matrices, vectors = self._gradients(of_matrices=True), self._gradients(of_matrices=False)
+        squares = self.world.total(_norm(matrices, self.model) ** 2) + _norm(vectors, self.model) ** 2
+        norm = squares.sqrt()
+        if limit < math.inf:
+            torch._foreach_mul_(matrices + vectors, (limit / (norm + EPS)).clamp(max=1))
+        return norm
+
+    def _gradients(self, of_matrices: bool) -> list[Tensor]:
+        chosen = [shard.local for name, shard in self.shards.items() if (name in set(self.matrices)) == of_matrices]
+        return [parameter.grad for parameter in chosen if parameter.grad is not None]
+
+
+def _sharded(model: TransformerLM, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """Shard the matrices of a model -> all its parameters by their names."""
+    device = next(model.parameters()).device
+    # Vectors, which forward passes read in float32; and what is in a group together is gathered in one dtype.
+    vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    low = dtype if dtype != torch.float32 else None  # what parameters have, float64 in tests
+    policy = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=low and torch.float32, output_dtype=None, cast_forward_inputs=False
+    )
+    options = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)), "mp_policy": policy}
+    for block in model.blocks().values():
+        fully_shard(block, ignored_params=vectors, **options)
+    fully_shard(model, ignored_params=vectors, **options)
+    register_fsdp_forward_method(model, "look_ahead")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the targets of all processes
+            module.set_force_sum_reduction_for_comms(True)
+    return dict(model.named_parameters())
+
+
+def _shard_of(parameter: nn.Parameter, world: World) -> Shard:
+    if not isinstance(parameter, DTensor):
+        return Shard.whole(parameter)
+    local = nn.Parameter(parameter.detach().to_local(), parameter.requires_grad)
+    shard = Shard(local, parameter.shape, world.rank, world.size)
+    rows = shard.rows()
+    assert len(local) == rows.stop - rows.start, "FSDP divides rows in another way"
+    return shard
+
+
+def _norm(gradients: list[Tensor], model: nn.Module) -> Tensor:
+    if not gradients:
+        return next(model.buffers(), next(model.parameters())).new_zeros(())
+    return nn.utils.get_total_norm(gradients)

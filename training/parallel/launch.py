@@ -1,0 +1,44 @@
+"""Starting the processes of a run on this machine, as torchrun does, with PyTorch's elastic agent in this process."""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+
+from common.invocation import ROOT
+from common.streams import print_stderr
+
+
+def launch(processes: int, words: list[str]) -> int:
+    """Run train.py in so many processes, with these words of the command line -> its exit code. Signals are passed on
+    to them, and this process waits until they have saved."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",  # any port that is free
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(),
+    )
+    try:
+        elastic_launch(config, sys.executable)(str(ROOT / "train.py"), *words)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        print_stderr(f"error: rank {rank} was ended by {name}; the other processes were stopped")
+        return 128 - failure.exitcode
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    return 0
