@@ -97,6 +97,7 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     from training.parallel.join import check_agreement, join, restarted
     from training.run import checkpoint
     from training.run.config import dump
+    from training.run.folder import create
     from training.run.start import begin_or_resume
     from training.session import Session
     from training.step import train_step
@@ -116,9 +117,11 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
         preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
         run = run.model_copy(update={"data": run.data.with_fixed_revision()})
         check_agreement(world, settings=dump(run), text=[corpus.fingerprint, corpus.tokenizer.hash])
-        state, folder = begin_or_resume(run, corpus, device, folder, held, choices, world)
+        state, folder = begin_or_resume(
+            run, corpus, device, world, folder, lambda: create(run, corpus.tokenizer, choices, held)
+        )
         world.trains_in(folder)
-        monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state.step, device, world)
+        monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state)
         advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
 
         def preview() -> str:
@@ -153,7 +156,8 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
     from training.experimental_settings import warn_experimental_settings
     from training.large_rates import warn_large_rates
     from training.minutes import steps_for
-    from training.run.config import check_not_of_sweep, check_processes, pop_command_settings
+    from training.run.config import check_not_of_sweep, pop_command_settings
+    from training.run.processes import with_processes
     from training.run.start import resolve_run
 
     to_stderr(logging.WARNING if process.in_sweep else logging.INFO)
@@ -162,11 +166,11 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
     if given["minutes"] is not None:
         tree["steps"] = steps_for(given, resolve_run(tree, typed, held)[0], typed)
     run, folder = resolve_run(tree, typed, held, given["resume"], locks=ranks.rank() == 0)
-    check_processes(run, ranks.size())
+    run = with_processes(run, ranks.size() if ranks.started_together() else 1, typed)
     run.logger.check_installed()
     set_determinism(run.deterministic)
     set_threads(run.threads)
-    device = choose_device(run.device)
+    device = choose_device(run.device, ranks.local_rank() if ranks.size() > 1 else None)
     run.model.check_training(device)
     run = run.model_copy(update={"precision": choose_precision(run.precision, device)})  # as config.yaml shall say
     warn_experimental_settings(run, device, typed)

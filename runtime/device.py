@@ -14,23 +14,31 @@ log = logging.getLogger("headroom")
 DEFAULT_THREADS = torch.get_num_threads()  # as PyTorch chose when this process started
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str, local_rank: int | None = None) -> torch.device:
     """Choose the device: `auto` is a GPU where CUDA finds one, else the CPU. Raises UserError for a device this machine
-    lacks."""
+    lacks. local_rank: of several processes on this machine, each of which takes a GPU of its own."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
         raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
     chosen = torch.device(device)
     if chosen.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (chosen.index or 0) >= count:
-            raise UserError(f"device={device}: PyTorch sees {count} CUDA devices here: choose device=cpu or auto")
+        _check_cuda(device, chosen.index or 0)
+        if local_rank is not None:
+            torch.cuda.set_device(chosen)
     if chosen.type == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
         warn_experimental("device=mps")
     return chosen
+
+
+def _check_cuda(device: str, index: int) -> None:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= count:
+        raise UserError(f"device={device}: PyTorch sees {count} CUDA devices here: choose device=cpu or auto")
 
 
 def set_threads(threads: int | None) -> None:

@@ -21,13 +21,14 @@ DOORS = ("train", "sample", "compare")
 # long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
     "common": "errors settings signals experimental atomic_io checksummed_json invocation streams console lock paths "
-    "figures conf_files suggestions overrides hydra_errors process cli",
+    "figures conf_files suggestions overrides hydra_errors ranks process cli",
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",
-    "training": "optim parallel.spread parallel.config metrics_file loggers run.composer run.validation_errors run.parts run.config "
-    "experimental_settings large_rates epochs compile losses balance state evaluate attention_stats expert_loads step "
-    "run measure monitor session step_memory step_time minutes dry_run",
+    "training": "parallel.spread optim parallel.config metrics_file loggers run.composer run.validation_errors "
+    "run.parts run.config run.processes experimental_settings large_rates epochs compile losses balance parallel.fsdp "
+    "parallel.plan state parallel.gather evaluate attention_stats expert_loads step parallel.join parallel.launch run "
+    "measure monitor session step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "
@@ -35,7 +36,7 @@ ORDER = {
     "training.optim": "newton_schulz qk_clip groups base adamw muon torch_optim schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
-    "folder resume checkpoint load start replay",
+    "folder resume tensor_files checkpoint load start replay",
     "training.monitor": "timer guard mfu plot plot_experts profiler progress summary final_lines monitor",
 }
 FORBIDDEN = {

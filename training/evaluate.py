@@ -1,6 +1,5 @@
 """Evaluation: the validation loss, on the same kind of windows as training."""
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from model.loss import NOT_COUNTED
 from model.score import Score, score_batches, token_losses
-from runtime.world import ONE, World
+from runtime.world import World
 
 Between = Callable[[str, int, int], None]  # called before each part of a long computation: what, which, of how many
 
@@ -43,22 +42,23 @@ def evaluate(
     losses: Callable = token_losses,
     accuracy: bool = False,
     between: Between = go_on,
-    world: World = ONE,
 ) -> Score:
     """The validation loss of batches that are read one at a time. byte_lengths: (V,) bytes of text that each token
-    stands for. losses, accuracy: as score_batches takes them. between: may give the evaluation up by an exception.
-    world: the processes that score them together, every one as many: one without a batch left scores no target of the
-    first."""
+    stands for. losses, accuracy: as score_batches takes them. between: may give the evaluation up by an exception."""
 
     def announced() -> Iterator[Batch]:
-        for index in range(world.rank, -(-len(batches) // world.size) * world.size, world.size):
-            between("validation batch", min(index, len(batches) - 1), len(batches))
-            yield batches[index]() if index < len(batches) else _uncounted(batches[0]())
+        for index, read in enumerate(batches):
+            between("validation batch", index, len(batches))
+            yield read()
 
-    own = score_batches(model, announced(), byte_lengths, losses, accuracy)
-    if world.size == 1:
-        return own
-    return functools.reduce(Score.plus, world.gathered(own))
+    return score_batches(model, announced(), byte_lengths, losses, accuracy)
+
+
+def share(batches: list[Callable[[], Batch]], world: World) -> list[Callable[[], Batch]]:
+    """The batches that this process scores, as many as every other: where none is left for it, the first one, of which
+    no target counts."""
+    short = -len(batches) % world.size
+    return (batches + [lambda: _uncounted(batches[0]())] * short)[world.rank :: world.size]
 
 
 def _uncounted(batch: Batch) -> Batch:

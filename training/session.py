@@ -1,5 +1,6 @@
 """Session: evaluation, checkpoints and stopping on a signal, for the training loop of one process."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from model.score import Score
 from runtime.world import ONE, World
 from training.attention_stats import attention_stats
 from training.balance import LoadBalance
-from training.evaluate import Between, Evaluation, evaluate
+from training.evaluate import Between, Evaluation, evaluate, share
 from training.expert_loads import expert_loads
 from training.monitor import summary
 from training.monitor.monitor import Monitor
@@ -181,15 +182,10 @@ def evaluation_of(run: Run, corpus: Prepared, state: TrainState, whole: bool, on
 
     def score(tokens: slice) -> Score:
         batches = evaluation_batches(corpus.val, length, run.micro_batch_size, tokens, document_start, counted)
-        return evaluate(
-            state.precision.model,
-            batches,
-            byte_lengths,
-            losses=losses,
-            accuracy=accuracy,
-            between=on_part,
-            world=state.world,
-        )
+        model = state.precision.model
+        own = share(batches, state.world)
+        found = evaluate(model, own, byte_lengths, losses=losses, accuracy=accuracy, between=on_part)
+        return functools.reduce(Score.plus, state.world.gathered(found))
 
     prefix = score(slice(0, run.eval_tokens))
     reported = prefix.plus(score(slice(run.eval_tokens, None))) if whole else prefix

@@ -14,7 +14,6 @@ from common import process
 from data.batches import Batch, documents_of_step
 from data.shards.prepare import Prepared
 from runtime.memory import peak_memory
-from runtime.world import ONE, World
 from training.evaluate import Evaluation
 from training.loggers.base import MetricSink
 from training.measure import Measured
@@ -29,6 +28,7 @@ from training.monitor.profiler import Profile
 from training.monitor.progress import ProgressLine
 from training.monitor.timer import TrainingTimer
 from training.run.config import Run, dump
+from training.state import TrainState
 from training.step import StepResult
 
 log = logging.getLogger("headroom")
@@ -50,19 +50,10 @@ class Monitor:
     """Writes metrics.jsonl and the logger's rows, shows progress, watches for divergence, and times training. Within
     its `with` block its files are open and its live line is shown."""
 
-    def __init__(
-        self,
-        run: Run,
-        folder: Path,
-        corpus: Prepared,
-        measured: Measured,
-        done: int,
-        device: torch.device,
-        world: World = ONE,
-    ):
-        """measured: for the opening lines. done: steps before the first of this process. world: the processes that
-        train the run, of which the first writes."""
-        self.world = world
+    def __init__(self, run: Run, folder: Path, corpus: Prepared, measured: Measured, state: TrainState):
+        """measured: for the opening lines. state: that the first step of this process begins with."""
+        self.world = world = state.world  # the processes that train the run, of which the first writes
+        done, device = state.step, state.device
         self.run = run
         self.folder = folder
         self.corpus = corpus

@@ -7,9 +7,6 @@ import torch
 from pydantic import Field
 
 from common.settings import FrozenSettings
-from model.transformer import TransformerLM
-from runtime.precision import MixedPrecision, Precision
-from runtime.world import World
 from training.optim.base import OptimConfig
 
 MAX_PROCESSES = 2**16
@@ -24,22 +21,18 @@ class Parallel(FrozenSettings, ABC):
     """Settings of one way to train."""
 
     name: ClassVar[str]  # as it is typed
-    processes: ClassVar[int | None] = 1
-
-    def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
-        """Why a run with these settings cannot train in this way, with the way out; None: it can."""
-        return None
+    shards: ClassVar[bool] = False  # whether a process has a share of each matrix only
 
     @abstractmethod
-    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
-        """The strategy by which the processes hold the model and its gradients."""
+    def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
+        """Why a run with these settings cannot train in this way, with the way out; None: it can."""
 
 
 class OneProcess(Parallel):
     name = "none"
 
-    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
-        return MixedPrecision(model, precision)
+    def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
+        return None
 
 
 class Processes(Parallel, ABC):
@@ -52,27 +45,21 @@ class DDP(Processes):
 
     name = "ddp"
 
-    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
-        return MixedPrecision(model, precision, world)
+    def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
+        return None
 
 
 class FSDP(Processes):
     """Fully sharded data parallel: every process has a share of each matrix too, and of its optimizer state."""
 
     name = "fsdp"
+    shards = True
 
     def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
         if precision == "fp8":
             return "precision=fp8 multiplies whole matrices only: choose bf16, or parallel=ddp"
         if compiled:
-            return (
-                "compile=true compiles the whole loss, which gathers matrices between layers: leave it, or parallel=ddp"
-            )
+            return "compile=true compiles the loss whole, and FSDP gathers matrices within it: choose parallel=ddp"
         if not optim.acts_on_rows:
             return "this optimizer needs matrices whole: choose muon or adamw, or parallel=ddp"
         return None
-
-    def precision(self, model: TransformerLM, precision: str, world: World) -> Precision:
-        from training.parallel.fsdp import ShardedPrecision  # a second of imports, which no other choice needs
-
-        return ShardedPrecision(model, precision, world)

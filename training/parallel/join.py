@@ -45,18 +45,7 @@ def join(run: Run, device: torch.device) -> Iterator[World]:
 
 def _joined(parallel: Parallel, device: torch.device) -> World:
     if isinstance(parallel, OneProcess):
-        if ranks.size() > 1:
-            raise UserError(
-                f"{ranks.size()} processes were started, and parallel=none trains in one: add parallel=ddp or "
-                "parallel=fsdp, or start train.py without torchrun"
-            )
         return ONE
-    wanted = parallel.processes
-    if ranks.started_together() and wanted not in (None, ranks.size()):
-        raise UserError(
-            f"parallel.processes={wanted}, and torchrun started {ranks.size()}: leave parallel.processes out, or start "
-            "train.py without torchrun"
-        )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
     timeout = datetime.timedelta(seconds=parallel.timeout)
     try:

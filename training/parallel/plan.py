@@ -2,7 +2,7 @@
 
 from model.transformer import TransformerLM
 from runtime.activation_checkpointing import checkpoint_activations
-from runtime.precision import Precision
+from runtime.precision import MixedPrecision, Precision
 from runtime.world import World
 from training.run.config import Run
 
@@ -15,7 +15,10 @@ def applied(run: Run, model: TransformerLM, world: World) -> Precision:
     torch.nn.parallel.DistributedDataParallel would sum the low-precision gradients of each micro-batch.
     """
     run.optim.freeze(model)
-    precision = run.parallel.precision(model, run.precision, world)
     if run.activation_checkpointing:
-        checkpoint_activations(precision.model)
-    return precision
+        checkpoint_activations(model)
+    if run.parallel.shards:
+        from training.parallel.fsdp import ShardedPrecision  # a second of imports, which no other choice needs
+
+        return ShardedPrecision(model, run.precision, world)
+    return MixedPrecision(model, run.precision, world)

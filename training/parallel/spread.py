@@ -1,7 +1,7 @@
 """Spread: of matrices that an optimizer needs whole, each goes to one process, which returns what it makes of it.
 
 A step sends each matrix to its owner, but for the rows that this has already, and returns the update's rows to those
-who hold them: with W processes that hold shares, (W - 1) / W of the matrices' bytes each way, of all processes together;
+who hold them: with W processes that hold shares, (W - 1) / W of the matrices' bytes each way, of all together;
 where every process holds everything, nothing is sent there, and each receives what the others own.
 """
 

@@ -204,21 +204,6 @@ def compose(*overrides: str) -> Run:
     return Run.from_tree(tree)
 
 
-def check_processes(run: Run, count: int) -> None:
-    """Raise UserError where so many processes cannot train the run."""
-    if run.sequences % count:
-        fitting = [n for n in divisors(run.sequences) if n <= count]
-        length = run.model.context_length
-        above = -(-run.sequences // count) * count * length
-        raise UserError(
-            f"batch_tokens={run.batch_tokens} holds {run.sequences} sequences, which {count} processes cannot share "
-            f"evenly: start {' or '.join(map(str, fitting[-2:]))}, or choose batch_tokens={above}"
-        )
-    obstacle = run.parallel.obstacle(run.precision, run.compile, run.optim)
-    if obstacle:
-        raise UserError(f"parallel={run.parallel.name}: {obstacle}")
-
-
 def pop_command_settings(tree: dict[str, Any]) -> dict[str, Any]:
     """Take the settings that belong to a command, not to a run, out of a composed tree -> these."""
     return {name: tree.pop(name) for name in OF_COMMANDS}

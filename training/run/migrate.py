@@ -119,6 +119,10 @@ def migrate(tree: Mapping[str, Any], format: int) -> dict[str, Any]:
         tree = _each_part(tree, _to_6)
     if format < 7:
         tree = _to_7(tree)
+    return _since_7(tree, format)
+
+
+def _since_7(tree: dict[str, Any], format: int) -> dict[str, Any]:
     if format < 8:
         tree = _to_8(tree)
     if format < 9:

@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from training.run.folder import (
     check_is_run,
     check_makeable,
     checkpoint_paths,
-    create,
     find_run,
     read_tokenizer,
     resume_command,
@@ -170,21 +169,19 @@ def begin_or_resume(
     run: Run,
     corpus: Prepared,
     device: torch.device,
+    world: World,
     folder: Path | None,
-    held: ExitStack,
-    choices: Mapping[str, str],
-    world: World = ONE,
+    make: Callable[[], Path],
 ) -> tuple[TrainState, Path]:
-    """The training state of a run, from its newest checkpoint if it has one; and its folder. folder: None for a new
-    run; held: takes the lock on it then; choices: the choice of each group that it was composed of; world: the
-    processes that train it, of which the first makes the folder."""
+    """The training state of a run, from its newest checkpoint if it has one; and its folder. world: the processes that
+    train it; folder: None for a new run, of which make() makes one, in the first process."""
     if device.type == "cpu" and run.tune_malloc:
         keep_buffers()
     state = folder and checkpoint.restore(folder, run, corpus, device, world)
     if state is None:
         state = first_state(run, corpus.tokenizer.vocab_size, device, world)
     if folder is None:
-        folder = world.from_first(create(run, corpus.tokenizer, choices, held) if world.is_first else None)
+        folder = world.from_first(make() if world.is_first else None)
     return state, folder
 
 
