@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from training.metrics_file import read_metrics
+from training.run import checkpoint
 
 
 def losses(run: Path) -> list[tuple]:
@@ -21,8 +22,11 @@ def losses(run: Path) -> list[tuple]:
 
 def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Weights and optimizer state after a step."""
-    checkpoint = run / f"checkpoints/step_{step:08d}"
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+    path = run / f"checkpoints/step_{step:08d}"
+    if (path / "model").is_dir():  # of several processes
+        found = checkpoint.read(path, (checkpoint.MODEL, checkpoint.OPTIMIZER)).tensors
+        return found[checkpoint.MODEL] | found[checkpoint.OPTIMIZER]
+    return load_file(path / "model.safetensors") | load_file(path / "optimizer.safetensors")
 
 
 def assert_same_run(one: Path, other: Path, step: int) -> None:
@@ -37,7 +41,7 @@ def rewind(run: Path, copy: Path, step: int) -> None:
     shutil.copytree(run, copy)
     later = [path for path in (copy / "checkpoints").iterdir() if path.name > f"step_{step:08d}"]
     first = min((int(path.name.removeprefix("step_")) for path in later), default=None)
-    for checkpoint in later:
-        shutil.rmtree(checkpoint)
+    for path in later:
+        shutil.rmtree(path)
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines[:first]))

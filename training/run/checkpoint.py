@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 import safetensors.torch
 import torch
 from pydantic import Field, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.atomic_io import (
@@ -27,7 +26,6 @@ from common.atomic_io import (
     NotRegularFile,
     atomic_folder,
     make_folder,
-    open_regular,
     read_regular,
     remove_atomic,
     write_atomic,
@@ -38,7 +36,6 @@ from common.settings import MAX_COUNT, FrozenSettings
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from model.transformer import ModelConfig, PaddedEmbedding, TransformerLM
-from runtime.fast_startup import allocate_empty
 from runtime.memory import free_memory
 from runtime.precision import LossScale, Shard
 from runtime.world import ONE, World
@@ -56,7 +53,7 @@ from training.run.folder import (
 )
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_documents, check_same_settings, check_steps
-from training.run.tensor_files import FileMark, Piece, read_tensors, stated_tensors, together, write_pieces
+from training.run.tensor_files import BadFile, FileMark, Piece, read_tensors, stated_tensors, together, write_pieces
 from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
@@ -64,7 +61,6 @@ MAX_MANIFEST_BYTES = 2**24
 MAX_READ_ATTEMPTS = 20  # to read a checkpoint before the run in training removes it
 MAX_SHOWN = 80  # characters of a value
 MAX_NAMED = 3  # parameters
-SAFETENSORS_DTYPES = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 T = TypeVar("T")
 log = logging.getLogger("headroom")
 
@@ -228,43 +224,32 @@ def folder_of(name: str) -> str:
     return name.removesuffix(".safetensors")
 
 
-def _pieces_of(path: Path, name: str, manifest: Manifest) -> list[tuple[Path, FileMark]]:
-    """The files of a folder that stands in the place of the file; none where that is one."""
+def _files_of(path: Path, name: str, manifest: Manifest) -> list[tuple[Path, FileMark]]:
+    """The file of this name, or those of the folder that stands in its place. Raises Damaged where the manifest knows
+    neither."""
     within = f"{folder_of(name)}/"
-    return [(path / file, mark) for file, mark in sorted(manifest.files.items()) if file.startswith(within)]
+    found = [(path / file, mark) for file, mark in sorted(manifest.files.items()) if file.startswith(within)]
+    if not found and name not in manifest.files:
+        raise Damaged(f"{path / name} is damaged: the manifest does not know it")
+    return found or [(path / name, manifest.files[name])]
 
 
 def _tensors_of(path: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
-    pieces = _pieces_of(path, name, manifest)
-    if not pieces:
-        return _read_tensors(path / name, manifest.files.get(name))
-    folder = path / folder_of(name)
-    _check_memory(folder, sum(mark.size for _, mark in pieces))
-    try:
-        return read_tensors(pieces)
-    except OSError as error:
-        raise _read_error(Path(error.filename or folder), error) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise Damaged(f"{folder} is damaged: {error}") from None
-
-
-def _check_memory(file: Path, size: int) -> None:
-    free = free_memory(torch.device("cpu"))
+    files = _files_of(path, name, manifest)
+    size, free = sum(mark.size for _, mark in files), free_memory(torch.device("cpu"))
     if free is not None and size > free:
-        raise UserError(f"{file} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
+        raise UserError(f"{path / name} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
+    return _taken(read_tensors, files)
 
 
-def _read_tensors(file: Path, mark: FileMark | None) -> dict[str, Tensor]:
-    if mark is None:
-        raise Damaged(f"{file} is damaged: the manifest does not know it")
-    _check_memory(file, mark.size)
-    content = _file_content(file, mark.size)  # no map of the file: whoever overwrites it would overwrite the tensors
-    if len(content) != mark.size or hashlib.sha256(content).hexdigest() != mark.sha256:
-        raise Damaged(f"{file} is damaged: it is not what the manifest says was written")
+def _taken(take: Callable[[Sequence[tuple[Path, FileMark]]], T], files: Sequence[tuple[Path, FileMark]]) -> T:
+    """take(files) -> its result. Raises Damaged, Removed or UserError for what it raises."""
     try:
-        return safetensors.torch.load(content)
-    except (SafetensorError, KeyError, AssertionError, ValueError, TypeError, RuntimeError) as error:
-        raise Damaged(f"{file} is damaged: {error}") from None
+        return take(files)
+    except OSError as error:
+        raise _read_error(Path(error.filename or files[0][0]), error) from None
+    except BadFile as fault:
+        raise Damaged(str(fault)) from None
 
 
 def _file_content(file: Path, limit: int) -> bytes:
@@ -378,7 +363,7 @@ def check_fits(folder: Path, run: Run) -> None:
     for path in reversed(checkpoint_paths(folder)):
         try:
             manifest = _read_manifest(path)
-            weights = _shapes_of(path, manifest)
+            weights = _taken(stated_tensors, _files_of(path, MODEL, manifest))
         except Damaged as fault:
             faults.append(str(fault))
             continue
@@ -394,36 +379,6 @@ def check_fits(folder: Path, run: Run) -> None:
 
 def _none_whole(faults: Sequence[str]) -> UserError:
     return UserError(f"{faults[0]}, and no other checkpoint is whole: bring one back, or start a new run")
-
-
-def _shapes_of(path: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """Meta tensors of the shapes and dtypes of a checkpoint's weights. Raises Damaged where that cannot be told."""
-    pieces = _pieces_of(path, MODEL, manifest)
-    if not pieces:
-        return _tensor_shapes(path / MODEL)
-    folder = path / folder_of(MODEL)
-    try:
-        return stated_tensors(pieces)
-    except OSError as error:
-        raise _read_error(Path(error.filename or folder), error) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{folder} is damaged: {error}") from None
-
-
-def _tensor_shapes(file: Path) -> dict[str, Tensor]:
-    """Read the header of a safetensors file -> meta tensors of its shapes and dtypes. Raises Damaged where that cannot
-    be."""
-    try:
-        open_regular(file).close()
-        with safe_open(file, "pt") as tensors:
-            parts = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-            stated = {name: (part.get_shape(), part.get_dtype()) for name, part in parts.items()}
-        dtypes = {name: SAFETENSORS_DTYPES.get(dtype, torch.uint8) for name, (_, dtype) in stated.items()}
-        return {name: torch.empty(stated[name][0], dtype=dtype, device="meta") for name, dtype in dtypes.items()}
-    except OSError as error:
-        raise _read_error(file, error) from None
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise Damaged(f"{file} is damaged: {error}") from None
 
 
 def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, world: World = ONE) -> TrainState | None:
@@ -462,10 +417,10 @@ def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device
 
 
 def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> TransformerLM:
-    """Build the model of a checkpoint's weights. Raises UserError where they are not those of such a model."""
-    file = found.path / MODEL
-    model = allocate_empty(shaped(file, found.tensors[MODEL], config, vocab_size))
-    model.load_state_dict(found.tensors[MODEL])
+    """Build the model of a checkpoint's weights, which it takes for its own. Raises UserError where they are not those
+    of such a model."""
+    model = shaped(found.path / MODEL, found.tensors[MODEL], config, vocab_size)
+    model.load_state_dict(found.tensors[MODEL], assign=True)
     return model
 
 

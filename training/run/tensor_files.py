@@ -6,11 +6,13 @@ HuggingFaceStorageReader can read them.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -24,6 +26,7 @@ from common.settings import FrozenSettings
 from runtime.precision import Shard
 from runtime.world import World
 
+OTHER = "it is not what the manifest says was written"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 MAX_HEADER_BYTES = 2**26
 T = TypeVar("T")
@@ -111,93 +114,99 @@ def _mark(file: Path) -> FileMark:
         return FileMark(size=file.stat().st_size, sha256=hashlib.file_digest(content, "sha256").hexdigest())
 
 
-class _Part(NamedTuple):
-    """Where in a file a tensor, or some rows of one, lies."""
+class BadFile(Exception):
+    """A file is not what was written. `file`: which."""
 
-    begin: int
+    def __init__(self, file: Path, fault: object):
+        super().__init__(f"{file} is damaged: {fault}")
+
+
+class _Part(NamedTuple):
+    """A tensor in a file, or some rows of one."""
+
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # its first row in the whole
 
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
 
 def read_tensors(files: Sequence[tuple[Path, FileMark]]) -> dict[str, Tensor]:
-    """Read files that hold tensors, or pieces that make them whole, straight into memory of their own: none is there
-    twice. Raises OSError, and ValueError where a file is not what its mark says, or holds no such tensors."""
-    headers = []
-    for file, mark in files:
-        with open_regular(file) as content:
-            headers.append(_header(content, mark.size))
-    tensors = _allocated([part for parts in headers for part in parts.items()])
-    filled = dict.fromkeys(tensors, 0)
+    """Read files that hold tensors, or pieces that make them whole, straight into memory of their own: no map of a
+    file, which whoever overwrites it would change, and no copy of its content. Raises OSError, and BadFile."""
+    headers = [_read(file, mark, _header) for file, mark in files]
+    tensors = _allocated(files, headers, torch.device("cpu"))
     for (file, mark), parts in zip(files, headers, strict=True):
-        with open_regular(file) as content:
-            _fill(content, mark, parts, tensors)
-        for name, part in parts.items():
-            filled[name] += math.prod(part.shape)
-    lacking = next((name for name, tensor in tensors.items() if filled[name] != tensor.numel()), None)
-    if lacking is not None:
-        raise ValueError(f"its files do not make {lacking} whole")
+        _read(file, mark, functools.partial(_fill, parts=parts, tensors=tensors))
     return tensors
 
 
 def stated_tensors(files: Sequence[tuple[Path, FileMark]]) -> dict[str, Tensor]:
     """Read the headers alone -> meta tensors, as `read_tensors` would return. Raises what that raises."""
-    parts = []
-    for file, mark in files:
-        with open_regular(file) as content:
-            parts += _header(content, mark.size).items()
-    with torch.device("meta"):
-        return _allocated(parts)
+    return _allocated(files, [_read(file, mark, _header) for file, mark in files], torch.device("meta"))
 
 
-def _header(content: BinaryIO, size: int) -> dict[str, _Part]:
-    """The tensors in a file of so many bytes."""
+def _read(file: Path, mark: FileMark, take: Callable[[BinaryIO, FileMark], T]) -> T:
+    """take(the open file, its mark) -> its result."""
+    with open_regular(file) as content:
+        try:
+            return take(content, mark)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise BadFile(file, error or type(error).__name__) from None
+
+
+def _header(content: BinaryIO, mark: FileMark) -> dict[str, _Part]:
+    """The tensors in a file, in the order in which they lie there."""
+    if os.fstat(content.fileno()).st_size != mark.size:
+        raise ValueError(OTHER)
     length = int.from_bytes(content.read(8), "little")
-    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+    if not 2 <= length <= min(MAX_HEADER_BYTES, mark.size - 8):
         raise ValueError("it is no safetensors file")
     header = json.loads(content.read(length))
     starts = json.loads((header.pop("__metadata__", None) or {}).get(PIECES, "{}"))
     parts, end = {}, 0
     for name, stated in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        offsets = starts.get(name, {}).get("saved_offsets") or [0]
-        part = _Part(end, DTYPES[stated["dtype"]], tuple(stated["shape"]), offsets[0])
-        end += math.prod(part.shape) * part.dtype.itemsize
-        if stated["data_offsets"] != [part.begin, end] or min((*part.shape, *offsets, 0)) < 0 or any(offsets[1:]):
+        start, *others = starts.get(name, {}).get("saved_offsets") or [0]
+        parts[name] = part = _Part(DTYPES[stated["dtype"]], tuple(stated["shape"]), start)
+        begin, end = end, end + part.size * part.dtype.itemsize
+        if stated["data_offsets"] != [begin, end] or min(*part.shape, start, 0) < 0 or any(others):
             raise ValueError(f"{name} is not where its header says")
-        parts[name] = part
-    if 8 + length + end != size:
+    if 8 + length + end != mark.size:
         raise ValueError("its header does not state its size")
     return parts
 
 
-def _allocated(parts: Sequence[tuple[str, _Part]]) -> dict[str, Tensor]:
+def _allocated(
+    files: Sequence[tuple[Path, FileMark]], headers: Sequence[Mapping[str, _Part]], device: torch.device
+) -> dict[str, Tensor]:
     """Memory for the whole of the tensors that there are parts of."""
-    rows: dict[str, int] = {}
-    for name, part in parts:
-        rows[name] = max(rows.get(name, 0), part.start + part.shape[0] if part.shape else 1)
+    parts: dict[str, list[_Part]] = {}
+    for header in headers:
+        for name, part in header.items():
+            parts.setdefault(name, []).append(part)
     found = {}
-    for name, part in parts:
-        shape = (rows[name], *part.shape[1:]) if part.shape else ()
-        tensor = found.setdefault(name, torch.empty(shape, dtype=part.dtype))
-        if (tuple(tensor.shape), tensor.dtype) != (shape, part.dtype):
-            raise ValueError(f"its files hold {name} in several shapes")
+    for name, pieces in parts.items():
+        first = pieces[0]
+        rows = [max(part.start + part.shape[0] for part in pieces if part.shape)] if first.shape else []
+        shape = (*rows, *first.shape[1:])
+        alike = all((part.dtype, part.shape[1:]) == (first.dtype, first.shape[1:]) for part in pieces)
+        if not alike or sum(part.size for part in pieces) != math.prod(shape):
+            raise BadFile(files[0][0].parent, f"its files do not make {name} whole")
+        found[name] = torch.empty(shape, dtype=first.dtype, device=device)
     return found
 
 
 def _fill(content: BinaryIO, mark: FileMark, parts: Mapping[str, _Part], tensors: Mapping[str, Tensor]) -> None:
-    """Read a file, whose parts lie one after another, into their tensors."""
-    digest = hashlib.sha256()
-    digest.update(content.read(8 + int.from_bytes(content.peek(8)[:8], "little")))
+    """Read the parts of a file into their tensors."""
+    length = content.read(8)
+    digest = hashlib.sha256(length + content.read(int.from_bytes(length, "little")))
     for name, part in parts.items():
         target = tensors[name][part.start :][: part.shape[0]] if part.shape else tensors[name]
-        for view in _bytes_of(target):
-            if content.readinto(view) != len(view):
-                raise ValueError("it is cut short")
-            digest.update(view)
+        numbers = memoryview(target.reshape(-1).view(torch.uint8).numpy()) if part.size else memoryview(bytearray())
+        if content.readinto(numbers) != len(numbers):
+            raise ValueError(OTHER)
+        digest.update(numbers)
     if content.read(1) or digest.hexdigest() != mark.sha256:
-        raise ValueError("it is not what the manifest says was written")
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    if tensor.numel():
-        yield memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        raise ValueError(OTHER)

@@ -2,14 +2,21 @@
 
 import multiprocessing
 import os
+import pickle
+import signal
 import socket
+import sys
+import time
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+import train
+from common import process, ranks
 from runtime.world import ProcessGroup
 
 TIMEOUT = 300  # seconds
@@ -30,14 +37,15 @@ def together(count: int, function: Callable[..., Any], *given: Any) -> list[Any]
         context.Process(target=_in_process, args=(rank, count, port, results[rank][1], function, given))
         for rank in range(count)
     ]
-    for process in processes:
-        process.start()
+    for started in processes:
+        started.start()
     try:
-        answers = [results[rank][0].recv() if results[rank][0].poll(TIMEOUT) else "no answer" for rank in range(count)]
+        pipes = [mine for mine, _ in results]
+        answers = [pickle.loads(mine.recv_bytes()) if mine.poll(TIMEOUT) else "no answer" for mine in pipes]
     finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
+        for started in processes:
+            started.join(10)
+            started.kill()
     for answer in answers:
         assert not isinstance(answer, str), answer
     return [answer[0] for answer in answers]
@@ -48,10 +56,92 @@ def _in_process(rank: int, count: int, port: int, result: Any, function: Callabl
     torch.set_num_threads(1)
     try:
         dist.init_process_group("cpu:gloo")
-        result.send((function(ProcessGroup(), *given),))
+        result.send_bytes(pickle.dumps((function(ProcessGroup(), *given),)))  # not send: the sender is soon gone
         dist.destroy_process_group()
     except BaseException:
-        result.send(traceback.format_exc())
+        result.send_bytes(pickle.dumps(traceback.format_exc()))
     finally:
         result.close()
         os._exit(0)
+
+
+class Ended(NamedTuple):
+    """How a process of a run ended."""
+
+    code: int  # -n where signal n ended it
+    out: str
+    err: str
+
+
+class Training:
+    """python train.py in several processes, as torchrun would start them, but forked from this one."""
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], count: int = 2, start: Sequence[int] | None = None, arrange=None
+    ):
+        """folder: for their output, and to train in. start: the ranks to start, all unless given. arrange(rank): called
+        in each process first."""
+        self.folder = folder
+        context, port = multiprocessing.get_context("fork"), free_port()
+        self.processes = [
+            context.Process(target=_train, args=(rank, count, port, folder, words, arrange))
+            for rank in (range(count) if start is None else start)
+        ]
+        for started in self.processes:
+            started.start()
+
+    def wait_for(self, path: Path) -> None:
+        """Wait until the path is there."""
+        end = time.monotonic() + TIMEOUT
+        while not path.exists():
+            assert time.monotonic() < end and any(one.is_alive() for one in self.processes), self.ended()
+            time.sleep(0.01)
+
+    def send(self, number: int, *of_ranks: int) -> None:
+        for rank in of_ranks or range(len(self.processes)):
+            os.kill(self.processes[rank].pid, number)
+
+    def ended(self) -> list[Ended]:
+        """Wait for all -> how each ended."""
+        end = time.monotonic() + TIMEOUT
+        for one in self.processes:
+            one.join(max(0.1, end - time.monotonic()))
+            one.kill()
+            one.join()
+        texts = [(self.folder / f"{rank}.out", self.folder / f"{rank}.err") for rank in range(len(self.processes))]
+        return [
+            Ended(one.exitcode, out.read_text(), err.read_text())
+            for one, (out, err) in zip(self.processes, texts, strict=True)
+        ]
+
+
+def train_together(folder: Path, *words: str, **options: Any) -> list[Ended]:
+    return Training(folder, words, **options).ended()
+
+
+def _train(rank: int, count: int, port: int, folder: Path, words: Sequence[str], arrange: Callable | None) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.chdir(folder)
+    for number, name in ((1, f"{rank}.out"), (2, f"{rank}.err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
+    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    sys.argv = ["train.py", *words]
+    torch.set_num_threads(1)
+    ranks.hush()
+    process._owns_process = True
+    code = 1
+    try:
+        if arrange is not None:
+            arrange(rank)
+        train.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)

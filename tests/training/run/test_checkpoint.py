@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from common.checksummed_json import digest, parse_verified
 from common.errors import UserError
 from model.kernels.sdpa import SDPA
+from runtime.world import ONE
 from tests.composition import request_of
 from tests.support import SMOKE, call, relative_error, some_tokens, training_state
 from tests.training.runs import assert_same_run, losses, rewind
 from train import train
 from training.metrics_file import read_metrics
-from training.run import checkpoint
+from training.run import checkpoint, tensor_files
 from training.run import folder as run_folder
 from training.run.checkpoint import MODEL, OPTIMIZER, newest
 from training.run.config import Run
@@ -232,11 +233,19 @@ def unreadable(monkeypatch):
 
     def arrange(path, number):
         def fails(found, limit, real=checkpoint.read_regular):
-            if found == path:
-                raise OSError(number, os.strerror(number))
+            check(found)
             return real(found, limit)
 
+        def opened(found, real=tensor_files.open_regular):
+            check(found)
+            return real(found)
+
+        def check(found):
+            if found == path:
+                raise OSError(number, os.strerror(number), str(found))
+
         monkeypatch.setattr(checkpoint, "read_regular", fails)
+        monkeypatch.setattr(tensor_files, "open_regular", opened)
 
     return arrange
 
@@ -258,9 +267,10 @@ def test_checkpoints_to_remove_unreadable_manifest_is_kept(run, unreadable, capl
 def test_save_unlistable_checkpoints_removes_none(run, monkeypatch, caplog):
     before = sorted((run / "checkpoints").iterdir())
     monkeypatch.setattr(checkpoint, "write", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "_optimizer_tensors", lambda _: {})
+    for tensors in ("model_tensors", "_optimizer_tensors"):
+        monkeypatch.setattr(checkpoint, tensors, lambda _: {})
     monkeypatch.setattr(run_folder, "names_in", lambda _: os.listdir("/nowhere"))
-    state = SimpleNamespace(model=SimpleNamespace(state_dict=dict), step=9)
+    state = SimpleNamespace(world=ONE, step=9)
     checkpoint.save(run, SimpleNamespace(keep_last=1), None, state, None)
     assert "so none is removed" in caplog.text and sorted((run / "checkpoints").iterdir()) == before
     with pytest.raises(UserError, match="run/checkpoints cannot be read"):  # and no run starts from step 0
