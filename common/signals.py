@@ -7,6 +7,8 @@ from contextlib import suppress
 from types import FrameType
 from typing import Self
 
+from common import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -45,6 +47,8 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is not None:
+            if number == signal.SIGTERM and ranks.size() > 1:
+                return  # torchrun repeats it where another process has ended already
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
         with suppress(OSError):  # nobody may be listening any more; and not print, which may be what was interrupted

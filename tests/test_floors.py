@@ -20,8 +20,8 @@ DOORS = ("train", "sample", "compare")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
 # long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
-    "common": "errors settings signals experimental atomic_io checksummed_json invocation streams console lock paths "
-    "figures conf_files suggestions overrides hydra_errors ranks process cli",
+    "common": "errors settings ranks signals experimental atomic_io checksummed_json invocation streams console lock "
+    "paths figures conf_files suggestions overrides hydra_errors process cli",
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer flat_model initialise loss cost",
     "data": "tokenizers sources shards batches",

@@ -23,7 +23,7 @@ from training.run.config import Run
 
 SPOKEN, FOLDER = "headroom/spoken", "headroom/folder"  # keys of the store that the processes share
 LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process exited", "EOF")
-LATE = ("Timed out waiting", "timed out", "Timeout")
+LATE = ("Timed out", "timed out", "Timeout")
 
 
 @contextmanager

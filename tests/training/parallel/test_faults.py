@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.support import SMOKE
+from tests.support import SMOKE, changed
 from tests.training.parallel.together import Training, train_together
 from tests.training.runs import assert_same_run
 
@@ -51,7 +51,7 @@ def test_run_stopped_by_sigterm_is_saved_and_goes_on_bit_for_bit(whole, tmp_path
     training.wait_for(tmp_path / "run/checkpoints/step_00000002")
     training.send(signal.SIGTERM, 1)  # to one of them, and all stop
     assert [one.code for one in training.ended()] == [143, 143]
-    assert not (tmp_path / "run/loss.png").exists()
+    assert not (tmp_path / "run/checkpoints/step_00000008").exists()
     assert [one.code for one in train_together(tmp_path, "resume=run")] == [0, 0]
     assert_same_run(whole[plan] / "run", tmp_path / "run", 8)
 
@@ -69,7 +69,7 @@ def test_run_whose_process_is_killed_goes_on_bit_for_bit(whole, tmp_path, plan):
 
 
 def test_process_that_hangs_is_named_with_its_step(tmp_path):
-    training = Training(tmp_path, [*TINY, "steps=1000", "run_dir=run", "parallel=ddp", "parallel.timeout=5"])
+    training = Training(tmp_path, changed(TINY, "steps=1000", "run_dir=run", "parallel=ddp", "parallel.timeout=5"))
     training.wait_for(tmp_path / "run/checkpoints/step_00000002")
     training.send(signal.SIGSTOP, 1)
     training.processes[0].join(60)
@@ -89,7 +89,7 @@ def test_processes_that_disagree_are_told(tmp_path):
 
 
 def test_batch_that_processes_cannot_share_is_refused(tmp_path):
-    ended = train_together(tmp_path, *TINY, "batch_tokens=320", "micro_batch_size=1", "parallel=ddp")
+    ended = train_together(tmp_path, *changed(TINY, "batch_tokens=320", "micro_batch_size=1", "parallel=ddp"))
     assert "holds 5 sequences, which 2 processes cannot share evenly: choose 1 processes" in line_of(ended)
 
 

@@ -47,7 +47,7 @@ def next_steps(world: World, folder, model: str) -> list[tuple]:
     return [next_step(world, folder, model, plan) for plan in ("ddp", "fsdp")]
 
 
-@pytest.fixture(scope="module", params=["moe", "gqa"])
+@pytest.fixture(scope="module", params=["gqa", pytest.param("moe", marks=pytest.mark.slow)])
 def stored(request, tmp_path_factory):
     """A folder with a checkpoint of two processes that share the model, what it is a model of, and its weights. Neither
     its vocabulary nor its heads divide evenly among them."""

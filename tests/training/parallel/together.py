@@ -20,6 +20,7 @@ from common import process, ranks
 from runtime.world import ProcessGroup
 
 TIMEOUT = 300  # seconds
+GRACE = 20  # seconds that a process gets to end after SIGTERM
 
 
 def free_port() -> int:
@@ -99,11 +100,18 @@ class Training:
 
     def send(self, number: int, *of_ranks: int) -> None:
         for rank in of_ranks or range(len(self.processes)):
-            os.kill(self.processes[rank].pid, number)
+            if self.processes[rank].is_alive():
+                os.kill(self.processes[rank].pid, number)
 
     def ended(self) -> list[Ended]:
-        """Wait for all -> how each ended."""
+        """Wait for all, and end the others where one fails, as torchrun does -> how each ended."""
         end = time.monotonic() + TIMEOUT
+        while any(one.is_alive() for one in self.processes) and time.monotonic() < end:
+            if any(one.exitcode for one in self.processes):
+                self.send(signal.SIGTERM)
+                end = min(end, time.monotonic() + GRACE)
+                break
+            time.sleep(0.05)
         for one in self.processes:
             one.join(max(0.1, end - time.monotonic()))
             one.kill()
