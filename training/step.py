@@ -1,5 +1,6 @@
 """One optimizer step: gradient accumulation over micro-batches, clipping, update."""
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -106,7 +107,9 @@ def _mtp_shares(
 def _across(world: World, name: str, value: Tensor, hooks: Iterable[AfterStep]) -> Tensor:
     """Join an auxiliary output of the processes, by its hook's rule; of losses, the sum of what each has a share of."""
     rule = next((hook.reduce for hook in hooks if hook.collects == own_name(name)), torch.add)
-    return {torch.add: world.total, torch.maximum: world.largest}[rule](value)
+    if rule in (torch.add, torch.maximum):
+        return world.total(value) if rule is torch.add else world.largest(value)
+    return functools.reduce(rule, world.gathered(value))
 
 
 def _joined(before: dict[str, Tensor], aux: dict[str, Tensor], hooks: Iterable[AfterStep]) -> dict[str, Tensor]:

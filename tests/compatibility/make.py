@@ -25,6 +25,7 @@ from generation.decode import generate
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from tests.support import call
+from tests.training.parallel.together import train_together
 from training.metrics_file import read_metrics
 from training.run.load import load_run
 
@@ -75,6 +76,8 @@ CASES = {
     "dsa": [*WORDS, "attention=dsa", "attention.indexer.top_k=8", "precision=fp32"],
     "mtp": [*WORDS, "attention=gqa", "model.mtp_depth=1", "document_mask=true", "precision=fp32"],
     "adafactor": [*WORDS, "attention=gqa", "optim=adafactor", "precision=fp32"],
+    "ddp": [*WORDS, "attention=mha", "optim=adamw", "batch_tokens=128", "precision=fp32", "parallel=ddp"],
+    "fsdp": [*WORDS, "attention=gqa", "optim=muon", "batch_tokens=128", "precision=fp32", "parallel=fsdp"],
     "init_from": [*RUN, "init_from=base", "data=synthetic", "data.size=30", "data.seed=7", "precision=fp32"],
 }
 
@@ -116,6 +119,14 @@ def losses_after(run: Path) -> list[float | None]:
     return [row["train_loss"] for row in read_metrics(run / "metrics.jsonl") if row["step"] > STOPPED]
 
 
+def train(overrides: list[str], patch: pytest.MonkeyPatch, case: str) -> None:
+    """Run train.py, in two processes where the case is of them."""
+    if case in ("ddp", "fsdp"):
+        assert [one.code for one in train_together(Path.cwd(), *overrides)] == [0, 0]
+    else:
+        assert call("train", overrides, patch) == 0
+
+
 def make(run: Path) -> None:
     """Leaves the run as a kill after STOPPED steps would, with what follows in expected.json."""
     kept = [row for row in read_metrics(run / "metrics.jsonl") if row["step"] <= STOPPED]
@@ -148,7 +159,7 @@ def main() -> None:
         assert call("train", changed([*CASES["mha_muon_fp32"], "steps=10", "run_dir=base"]), patch) == 0
         for case, overrides in CASES.items():
             if case in (args.cases or CASES) and not (final / case).exists():
-                assert call("train", changed([*overrides, f"run_dir={case}"]), patch) == 0
+                train(changed([*overrides, f"run_dir={case}"]), patch, case)
                 make(Path(case))
                 shutil.copytree(case, final / case)
 

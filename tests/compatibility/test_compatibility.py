@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from generation.sampler import Sampler
-from tests.compatibility.make import CASES, HERE, TOKENS, losses_after, machine, sampled, texts
-from tests.support import call
+from tests.compatibility.make import CASES, HERE, TOKENS, losses_after, machine, sampled, texts, train
 from training.run.migrate import FORMAT, UNSTATED
 
 RUNS = sorted((path.parent for path in HERE.glob("*/*/expected.json")), key=lambda run: (int(run.parent.name[7:]), run))
@@ -56,7 +55,7 @@ def test_stored_run_samples_and_resumes_as_recorded(run, request, monkeypatch):
         assert written == {name: expected[name] for name in written}
     assert [len(tokens) for tokens in written.values()] == [TOKENS, TOKENS]
     repeated = [override for override in CASES[case] if override.startswith("data.path=")]  # of a folder from elsewhere
-    assert call("train", ["resume=run", *repeated], monkeypatch) == 0
+    train(["resume=run", *repeated], monkeypatch, case)
     losses = losses_after(run)
     if same_machine:
         assert losses == expected["losses"]

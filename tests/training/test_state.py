@@ -8,6 +8,7 @@ from common.errors import UserError
 from model.layout import Role, linear
 from model.linear import Linear
 from model.transformer import TransformerLM
+from runtime.precision import Precision
 from tests.support import SMOKE, batches, call, composed_run
 from tests.training.runs import assert_same_run, rewind
 from training.run.config import Run
@@ -93,7 +94,7 @@ def averaging(monkeypatch):
         out = forward(self, *arguments, **options)
         return out._replace(x=out.x * (1 + 0.1 * self.average.mean()).to(out.x.dtype))
 
-    def hooks(run: Run, model: TransformerLM) -> list[ScoreAverage]:
+    def hooks(run: Run, model: TransformerLM, precision: Precision) -> list[ScoreAverage]:
         return [ScoreAverage(model)]
 
     monkeypatch.setattr(TransformerLM, "__init__", patched)

@@ -19,8 +19,9 @@ class QKClip:
     collects = "max_logit"
     reduce = staticmethod(torch.maximum)
 
-    def __init__(self, model: TransformerLM, threshold: float, shards: Mapping[str, Shard]):
-        """shards: the model's parameters by their names, as this process holds them."""
+    def __init__(self, model: TransformerLM, threshold: float, shards: Mapping[str, Shard] | None = None):
+        """shards: the model's parameters by their names, as this process holds them; None: whole."""
+        shards = shards or {name: Shard.whole(parameter) for name, parameter in model.named_parameters()}
         self.threshold = threshold
         self.clipped: list[tuple[int, ParamLayout, Shard]] = []  # with the layer
         self.keys = []  # key heads of each layer
