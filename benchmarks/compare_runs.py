@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from training.metrics_file import read_metrics
+from training.run import checkpoint
 
 COMPARED = (
     "step",
@@ -29,8 +29,9 @@ def _metrics(run: Path) -> list[tuple]:
 
 
 def _tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = run / f"checkpoints/step_{step:08d}"
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / "optimizer.safetensors")
+    path = run / f"checkpoints/step_{step:08d}"
+    found = checkpoint.read(path, (checkpoint.MODEL, checkpoint.OPTIMIZER)).tensors
+    return found[checkpoint.MODEL] | found[checkpoint.OPTIMIZER]
 
 
 def _same_tensors(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -20,6 +20,7 @@ from runtime.world import ONE, ProcessGroup, World
 from training.parallel.config import OneProcess, Parallel
 from training.run.composer import compose_tree
 from training.run.config import Run
+from training.run.start import how_to_continue
 
 SPOKEN, FOLDER = "headroom/spoken", "headroom/folder"  # keys of the store that the processes share
 LOST = ("closed by peer", "Connection reset", "Broken pipe", "Connection refused", "remote process exited", "EOF")
@@ -75,6 +76,8 @@ class SharedProcessGroup(ProcessGroup):
     """Processes that share a store, in which each says how far it is: so one that hangs can be named, and what goes
     wrong is said once."""
 
+    way_out = ""  # where the run has a folder
+
     def __init__(self) -> None:
         super().__init__()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -86,6 +89,7 @@ class SharedProcessGroup(ProcessGroup):
         self.store.set(f"headroom/step/{self.rank}", str(step))
 
     def trains_in(self, folder: Path) -> None:
+        self.way_out = f"; what was saved stands: {how_to_continue(folder)}"
         if self.is_first:
             self.store.set(FOLDER, str(folder))
 
@@ -147,7 +151,7 @@ def _described(error: RuntimeError, world: World, parallel: Parallel) -> str | N
     text = str(error)
     if any(word in text for word in LATE):
         late = ", ".join(f"rank {rank}, at step {step}," for rank, step in world.behind().items())
-        return f"{late} did not answer within parallel.timeout={parallel.timeout:g} seconds: resume the run"
+        return f"{late} did not answer within parallel.timeout={parallel.timeout:g} seconds{world.way_out}"
     if any(word in text for word in LOST):
-        return "another process of the run has ended: what was saved stands, resume the run"
+        return f"another process of the run has ended{world.way_out}"
     return None
