@@ -3,11 +3,13 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from common.signals import Stopped, StopRequest
 from data.batches import Batch, TrainingBatches, evaluation_batches
+from data.prefetch import Prefetch
 from data.shards.prepare import Prepared
 from model.score import Score
 from training.attention_stats import attention_stats
@@ -25,8 +27,8 @@ from training.step import StepResult
 
 
 class Session:
-    """Evaluates, saves and stops, for the training loop around its steps. `evaluation` is that after the last step
-    done, None where none was due."""
+    """Reads batches, evaluates, saves and stops, for the training loop around its steps; a context manager, which ends
+    the reading. `evaluation` is that after the last step done, None where none was due."""
 
     def __init__(
         self, run: Run, folder: Path, corpus: Prepared, state: TrainState, monitor: Monitor, stop: StopRequest
@@ -39,12 +41,19 @@ class Session:
         self.stop = stop
         self.saved_step = state.step  # of the newest checkpoint
         self.evaluation: Evaluation | None = None
-        self.batches_by_step = training_batches(run, corpus)
+        self.prefetch = Prefetch(training_batches(run, corpus), state.device, run.steps)
+
+    def __enter__(self) -> Self:
+        self.prefetch.__enter__()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self.prefetch.__exit__(*raised)
 
     def next_batches(self) -> list[Batch]:
-        """Read the micro-batches of the next step."""
+        """Wait for the micro-batches of the next step."""
         with self.monitor.timing_data():
-            return self.batches_by_step.of_step(self.state.step, self.state.device)
+            return self.prefetch.of_step(self.state.step)
 
     @contextmanager
     def saving_where_stopped(self) -> Iterator[None]:
