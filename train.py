@@ -128,8 +128,13 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
             model = whole_model(state)
             return continuation(model, corpus.tokenizer, preview_tokens, run.seed) if world.is_first else ""
 
-        with advice, StopRequest() as stop, stop_ends_process(stop, folder), monitor:
-            session = Session(run, folder, corpus, state, monitor, stop)
+        with (
+            advice,
+            StopRequest() as stop,
+            stop_ends_process(stop, folder),
+            monitor,
+            Session(run, folder, corpus, state, monitor, stop) as session,
+        ):
             session.evaluate_before_steps()
             for step in range(state.step, run.steps):
                 batches = session.next_batches()

@@ -71,6 +71,14 @@ def _open_nonblocking(name: str, flags: int) -> int:
     return os.open(name, flags | os.O_NONBLOCK)
 
 
+def read_at(file: int, place: int, count: int) -> bytes:
+    """Read `count` bytes of an open file from a place in it; fewer only where it ends. file: its descriptor."""
+    content = b""
+    while len(content) < count and (more := os.pread(file, count - len(content), place + len(content))):
+        content += more
+    return content
+
+
 def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError, and NotRegularFile for any other."""
     with open_regular(path) as file:

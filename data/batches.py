@@ -1,7 +1,7 @@
 """Batches: the tokens a step trains on, as a function of seed and step, so that resuming needs no saved position.
 
 Window i of a stream predicts tokens i·T+1 ... i·T+T from tokens i·T ... i·T+T-1; the tail that fills no window is
-dropped. Sequence g, counted over the whole training, is one window: epoch g // N is a permutation of all N of them.
+dropped. Which window a sequence of the training is, data/order.py says.
 """
 
 import functools
@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from data.order import windows_of
 from data.shards.build import too_short
 from data.shards.prepare import Prepared
 from data.shards.token_files import TokenStream
@@ -97,11 +97,23 @@ class TrainingBatches:
 
     def of_step(self, step: int, device: torch.device) -> list[Batch]:
         """Read the micro-batches of a step, of this process's share, on a device."""
-        share = self.sequences // self.ranks
-        first = step * self.sequences + self.rank * share
-        chosen = _window_indices(self.stream, self.length, self.seed, first, share)
-        batch = read_windows(self.stream, self.length, chosen, self.document_start, self.counted_targets)
-        return batch.to(device).split(micro_batch_of(share, self.micro_batch))
+        return self.read(step).to(device).split(self.at_a_time)
+
+    def read(self, step: int) -> Batch:
+        """Read all that this process trains on in a step, on the CPU."""
+        n = count_windows(self.stream, self.length)
+        chosen = windows_of(n, self.seed, step * self.sequences + self.rank * self.share, self.share)
+        return read_windows(self.stream, self.length, chosen, self.document_start, self.counted_targets)
+
+    @property
+    def share(self) -> int:
+        """The sequences of a step that this process trains on."""
+        return self.sequences // self.ranks
+
+    @property
+    def at_a_time(self) -> int:
+        """The sequences of a micro-batch."""
+        return micro_batch_of(self.share, self.micro_batch)
 
 
 def micro_batch_of(share: int, most: int) -> int:
@@ -112,11 +124,6 @@ def micro_batch_of(share: int, most: int) -> int:
 def count_windows(stream: TokenStream, length: int) -> int:
     """The number of windows of `length` tokens in the stream."""
     return max(0, (len(stream) - 1) // length)
-
-
-def read_window(stream: TokenStream, length: int, index: int) -> np.ndarray:
-    """Read one window, (length + 1,) tokens: the inputs are all but the last, the targets all but the first."""
-    return stream.read(index * length, length + 1)
 
 
 def evaluation_batches(
@@ -137,7 +144,7 @@ def evaluation_batches(
 
 def documents_of_step(corpus: Prepared, length: int, seed: int, step: int, sequences: int) -> list[str]:
     """Names of the documents that a step trains on."""
-    chosen = _window_indices(corpus.train, length, seed, step * sequences, sequences)
+    chosen = windows_of(count_windows(corpus.train, length), seed, step * sequences, sequences)
     return corpus.training_documents((i * length, (i + 1) * length + 1) for i in chosen)
 
 
@@ -174,29 +181,9 @@ def read_windows(
     document_start: int | None = None,
     counted: Tensor | None = None,
 ) -> Batch:
-    """Read windows by index, on the CPU. document_start, counted: as Batch.of takes them."""
-    rows = np.stack([read_window(stream, length, i) for i in indices]).astype(np.int64)
-    tokens = torch.from_numpy(rows)
+    """Read windows by index, on the CPU: (length + 1,) tokens each, of which the inputs are all but the last and the
+    targets all but the first. document_start, counted: as Batch.of takes them."""
+    tokens = torch.empty((len(indices), length + 1), dtype=torch.int64)
+    for row, window in zip(tokens.numpy(), stream.read_each((i * length for i in indices), length + 1), strict=True):
+        row[:] = window
     return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start, counted)
-
-
-def _window_indices(stream: TokenStream, length: int, seed: int, first: int, count: int) -> list[int]:
-    """The windows of sequences first ... first + count - 1."""
-    n = count_windows(stream, length)
-    return [int(_permutation(n, seed, g // n)[g % n]) for g in range(first, first + count)]
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of the windows in an epoch, (n,): sorted by a hash of (seed, epoch, index). Libraries may change
-    their shuffles; integer arithmetic gives the same order everywhere."""
-    key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)
-    return np.argsort(_mix(_mix(key) ^ np.arange(n, dtype=np.uint64)), kind="stable")
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014): a bijection that looks random. Wraps around 2^64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

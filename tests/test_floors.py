@@ -24,7 +24,7 @@ ORDER = {
     "paths figures conf_files suggestions overrides hydra_errors process cli",
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer flat_model initialise loss cost",
-    "data": "tokenizers sources shards batches",
+    "data": "tokenizers sources shards order batches prefetch",
     "training": "parallel.spread optim parallel.config metrics_file loggers run.composer run.validation_errors "
     "run.parts run.config run.processes experimental_settings large_rates epochs compile losses balance parallel.fsdp "
     "parallel.plan state parallel.gather evaluate attention_stats expert_loads step run parallel.join parallel.launch "

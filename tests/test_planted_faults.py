@@ -223,7 +223,7 @@ FAULTS = [
     ),
     Fault(
         "every epoch has the same order",
-        "data/batches.py",
+        "data/order.py",
         "key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)",
         "key = _mix(np.array([seed], np.uint64))",
         "tests/data/test_shards_and_batches.py",

@@ -4,11 +4,13 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import torch
 
 from common.signals import Stopped, StopRequest
 from data.batches import Batch, TrainingBatches, evaluation_batches
+from data.prefetch import Prefetch
 from data.shards.prepare import Prepared
 from model.score import Score
 from runtime.world import ONE, World
@@ -27,8 +29,8 @@ from training.step import StepResult
 
 
 class Session:
-    """Evaluates, saves and stops, for the training loop around its steps. `evaluation` is that after the last step
-    done, None where none was due."""
+    """Reads batches, evaluates, saves and stops, for the training loop around its steps; a context manager, which ends
+    the reading. `evaluation` is that after the last step done, None where none was due."""
 
     def __init__(
         self, run: Run, folder: Path, corpus: Prepared, state: TrainState, monitor: Monitor, stop: StopRequest
@@ -42,13 +44,20 @@ class Session:
         self.saved_step = state.step  # of the newest checkpoint
         self.evaluation: Evaluation | None = None
         self.world = state.world
-        self.batches_by_step = training_batches(run, corpus, self.world)
+        self.prefetch = Prefetch(training_batches(run, corpus, self.world), state.device, run.steps)
+
+    def __enter__(self) -> Self:
+        self.prefetch.__enter__()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self.prefetch.__exit__(*raised)
 
     def next_batches(self) -> list[Batch]:
-        """Read the micro-batches of the next step."""
+        """Wait for the micro-batches of the next step."""
         self.world.reached(self.state.step + 1)
         with self.monitor.timing_data():
-            return self.batches_by_step.of_step(self.state.step, self.state.device)
+            return self.prefetch.of_step(self.state.step)
 
     @contextmanager
     def saving_where_stopped(self) -> Iterator[None]:

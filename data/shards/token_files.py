@@ -4,15 +4,19 @@
 | magic | header length | header (JSON), zero-padded | tokens, little-endian ... |
 """
 
+import bisect
 import hashlib
+import itertools
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from common.atomic_io import names_in, open_regular
+from common.atomic_io import names_in, open_regular, read_at
 from common.checksummed_json import parse_verified, with_checksum
 from common.errors import UserError, reason
 
@@ -88,7 +92,8 @@ class ShardWriter:
 class Shard:
     """The tokens of one file, sliced like an array.
 
-    They are read from an open file, not from a memory map: a map of a file that is cut short kills the process.
+    They are read from an open file, not from a memory map: a map of a file that is cut short kills the process. Threads
+    may read at the same time: where one reads is no state of the file.
     """
 
     def __init__(self, path: Path):
@@ -107,11 +112,9 @@ class Shard:
 
     def __getitem__(self, part: slice) -> np.ndarray:
         """Tokens start ... stop - 1, fewer at the end. Raises UserError where they cannot be read, or have changed."""
-        start, stop, _ = part.indices(len(self))
-        count = max(0, stop - start) * self.dtype.itemsize
+        place, count = self._bytes(part)
         try:
-            self.file.seek(HEADER_BYTES + start * self.dtype.itemsize)
-            content = self.file.read(count)
+            content = read_at(self.file.fileno(), place, count)
             unchanged = self._signature() == self.opened
         except OSError as error:
             raise UserError(
@@ -122,6 +125,12 @@ class Shard:
             raise UserError(f"{self.path} has changed while it was in use: {_rebuild(self.path)}")
         return np.frombuffer(content, self.dtype)
 
+    def announce(self, part: slice) -> None:
+        """Have the system begin to read a slice from the disk, without waiting for it."""
+        if sys.platform == "linux":
+            with suppress(OSError):  # a hint; what cannot be read is said where it is read
+                os.posix_fadvise(self.file.fileno(), *self._bytes(part), os.POSIX_FADV_WILLNEED)
+
     def verify(self) -> None:
         """Raises UserError where the tokens are not those that were written."""
         found = hashlib.sha256()
@@ -129,6 +138,11 @@ class Shard:
             found.update(self[start : start + VERIFY_TOKENS])
         if found.hexdigest() != self.header["sha256"]:
             raise UserError(f"{self.path} is damaged: its tokens do not match their checksum: {_rebuild(self.path)}")
+
+    def _bytes(self, part: slice) -> tuple[int, int]:
+        """Where a slice begins in the file, and its number of bytes."""
+        start, stop, _ = part.indices(len(self))
+        return HEADER_BYTES + start * self.dtype.itemsize, max(0, stop - start) * self.dtype.itemsize
 
     def _signature(self) -> tuple[int, int]:
         status = os.fstat(self.file.fileno())
@@ -175,28 +189,49 @@ def open_shard(path: Path, tokenizer_hash: str) -> Shard:
     return shard
 
 
+Piece = tuple[Shard | np.ndarray, slice]  # of a shard
+
+
 class TokenStream:
     """Several shards as one sequence of tokens."""
 
     def __init__(self, shards: Sequence[Shard | np.ndarray]):
         self.shards = shards
-        self.ends = np.cumsum([len(shard) for shard in shards])
+        self.ends = list(itertools.accumulate(len(shard) for shard in shards))
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return self.ends[-1] if self.ends else 0
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Read (count,) tokens from `start`, across shards."""
-        parts = []
-        shard = int(np.searchsorted(self.ends, start, side="right"))
-        offset = start - (int(self.ends[shard]) - len(self.shards[shard]))
+        return _joined(self._pieces(start, count))
+
+    def read_each(self, starts: Iterable[int], count: int) -> Iterator[np.ndarray]:
+        """Read (count,) tokens from each start. The system is told of all of them first, so that a disk reads many at
+        the same time, in place of one after the other."""
+        pieces = [list(self._pieces(start, count)) for start in starts]
+        for shard, part in itertools.chain.from_iterable(pieces):
+            if isinstance(shard, Shard):
+                shard.announce(part)
+        return map(_joined, pieces)
+
+    def _pieces(self, start: int, count: int) -> Iterator[Piece]:
+        """Where `count` tokens from `start` stand, which may be in several shards."""
+        number = bisect.bisect_right(self.ends, start)
+        offset = start - (self.ends[number - 1] if number else 0)
         while count:
-            part = self.shards[shard][offset : offset + count]
-            parts.append(part)
-            count -= len(part)
-            shard += 1
+            shard = self.shards[number]
+            part = slice(offset, min(offset + count, len(shard)))
+            yield shard, part
+            count -= part.stop - part.start
+            number += 1
             offset = 0
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _joined(pieces: Iterable[Piece]) -> np.ndarray:
+    """Read pieces as one array."""
+    read = [shard[part] for shard, part in pieces]
+    return read[0] if len(read) == 1 else np.concatenate(read)
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:

@@ -19,6 +19,7 @@ from data.batches import (
     document_positions,
     documents_of_step,
 )
+from data.shards import token_files
 from data.shards.prepare import prepare
 from data.shards.token_files import HEADER_BYTES, ShardWriter, TokenStream, open_shard, open_stream
 from data.sources.files import FilesCorpus
@@ -48,6 +49,34 @@ def test_stream_of_several_shards_reads_as_one(stream):
     assert len(stream) == 1000
     for start, count in ((0, 1000), (99, 2), (100, 100), (250, 333), (999, 1)):
         assert stream.read(start, count).tolist() == list(range(start, start + count))
+
+
+def test_stream_read_each_equals_reading_one_after_another(stream):
+    starts = [700, 99, 0, 383, 99]  # two of which span shards
+    parts = list(stream.read_each(iter(starts), 17))
+    assert [part.tolist() for part in parts] == [stream.read(start, 17).tolist() for start in starts]
+    arrays = TokenStream([np.arange(90), np.arange(90, 200)])
+    assert [part.tolist() for part in arrays.read_each([80, 0], 20)] == [list(range(80, 100)), list(range(20))]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no such hint elsewhere")
+def test_stream_read_each_announces_all_before_it_reads_any(stream, monkeypatch):
+    calls = []
+    read_at = token_files.read_at
+    monkeypatch.setattr("os.posix_fadvise", lambda file, place, count, _: calls.append(("announced", place, count)))
+    monkeypatch.setattr(token_files, "read_at", lambda file, *of: calls.append(("read", *of)) or read_at(file, *of))
+    list(stream.read_each([700, 95], 10))  # of one shard, and of two
+    places = [(HEADER_BYTES, 20), (HEADER_BYTES + 190, 10), (HEADER_BYTES, 10)]
+    assert calls == [(what, *place) for what in ("announced", "read") for place in places]
+
+
+def test_stream_read_each_without_the_hint_reads_the_same(stream, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("os.posix_fadvise", refuse)
+    (part,) = stream.read_each([95], 10)
+    assert part.tolist() == list(range(95, 105))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip token", "flip header", "magic", "empty", "append"])
@@ -231,13 +260,13 @@ def test_shard_changed_while_open_raises_user_error(stream, tmp_path, change):
 
 def test_shard_unreadable_raises_user_error_without_rebuild(stream, tmp_path, monkeypatch):
     class Failing:
-        def seek(self, _):
+        def fileno(self):
             raise OSError(errno.EIO, "Input/output error")
 
     stream.shards[3].file = Failing()
     with pytest.raises(UserError, match=r"train_00003.tokens cannot be read: Input/output error; what was"):
         stream.read(250, 100)
-    monkeypatch.setattr("os.listdir", lambda _: Failing().seek(0))
+    monkeypatch.setattr("os.listdir", lambda _: Failing().fileno())
     with pytest.raises(UserError, match="cannot be read: Input/output error") as refused:
         open_stream(tmp_path, "train", "hash")
     assert "delete" not in str(refused.value)

@@ -168,7 +168,7 @@ def test_shard_that_changes_during_a_run_is_one_line_or_harmless(
         assert call("train", [*OPTIONS, "run_dir=run"], monkeypatch) == 0
     else:
         refused(*OPTIONS, "run_dir=run", complaint="train_00000.tokens has changed while it was in use")
-        assert len(losses(workplace / "run")) == 5
+        assert len(losses(workplace / "run")) in (5, 6)  # the sixth step's text may have been read before
         shutil.rmtree(shard.parent)
         assert call("train", ["resume=run"], monkeypatch) == 0
     assert_same_run(whole, workplace / "run", step=10)
