@@ -27,7 +27,7 @@ class Recorded:
     """Stands for TrainingBatches: records which steps are read, and by which thread. A step waits until it may be
     read, and one of them cannot be."""
 
-    micro_batch: int = 4
+    at_a_time: int = 4
     damaged: int = -1
     may_read: threading.Event = field(default_factory=threading.Event)
     steps: list[int] = field(default_factory=list)
