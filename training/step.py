@@ -133,7 +133,7 @@ def _call(hook: AfterStep, aux: dict[str, Tensor], skipped: Tensor) -> dict[str,
 def _seed_micro_step(seeds: tuple[int, int], micro_step: int, device: torch.device) -> None:
     digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
     seed = int.from_bytes(digest[:8], "big") >> 1
-    if device.type == "cpu":  # torch.manual_seed would note for every kind of GPU who asked, which takes milliseconds
+    if device.type == "cpu":  # torch.manual_seed would note for every kind of GPU who asked, which takes a while
         torch.default_generator.manual_seed(seed)
     else:
         torch.manual_seed(seed)

@@ -75,9 +75,13 @@ NOT_PLAIN = (
 )
 
 
-def test_composition_for_tests_sets_plain_values_as_hydra_does():
+def test_composition_for_tests_sets_plain_values_as_hydra_does(monkeypatch):
     """What most tests compose by, which takes Hydra once per set of choices."""
     chosen = ["attention=mla", "experiment=smoke", "data=sympy"]
+    with monkeypatch.context() as patch:
+        patch.setattr(composition.CachingConfigRepository, "load_config", composition.of_one_composition)
+        read_again = compose_tree(*chosen, *PLAIN)
+    assert repr(compose_tree(*chosen, *PLAIN)) == repr(read_again)
     assert [word for word in PLAIN if composition.composed_by_hydra([word])] == []
     assert composition.composed_by_hydra([*chosen, *PLAIN]) == chosen
     assert repr(composition.tree_of(*chosen, *PLAIN)) == repr(compose_tree(*chosen, *PLAIN))
