@@ -18,8 +18,9 @@ $(READY): pyproject.toml
 train: $(READY)
 	$(BIN)/python train.py $(ARGS)
 
+# Hypothesis' plugin, which only reports on long tests, takes seconds after the last test.
 test: $(READY)
-	$(BIN)/python -m pytest -n auto --dist loadfile -m '$(if $(TIER),$(TIER) and )not slow and not long' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -p no:hypothesispytest -m '$(if $(TIER),$(TIER) and )not slow and not long' $(ARGS)
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n auto --dist loadfile -m '' $(ARGS)  # the site, too, after make docs

@@ -3,6 +3,7 @@
 Hydra is imported where it is needed, and not with this module: the command lines answer --help without it.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +26,13 @@ def is_group(name: str) -> bool:
 
 def choices(group: str) -> list[str]:
     """The choices of a group: the files of its folder, and of folders within it (study/attention)."""
+    return list(_choices(group))
+
+
+@functools.cache
+def _choices(group: str) -> tuple[str, ...]:
     files = (path.relative_to(CONF / group).with_suffix("") for path in (CONF / group).rglob("*.yaml"))
-    return sorted(file.as_posix() for file in files if file.parts[0] != SHARED)
+    return tuple(sorted(file.as_posix() for file in files if file.parts[0] != SHARED))
 
 
 def content(group: str, choice: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Command-line overrides of train.py: quoted for Hydra's grammar, or refused in a line that says what to type."""
 
+import functools
 import os
 import re
 import sys
@@ -238,15 +239,23 @@ def _in_digits(value: str) -> str:
     return str(int(number)) if number == int(number) else value
 
 
+@functools.lru_cache(maxsize=1000)
 def _parsed(word: str) -> Any | None:
-    """Parse an override with Hydra's grammar; None where that refuses it."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    """Parse an override with Hydra's grammar, to be read alone; None where that refuses it."""
     from hydra.errors import HydraException
 
     try:
-        return OverridesParser.create().parse_override(word)
+        return _parser().parse_override(word)
     except (HydraException, RecursionError):
         return None
+
+
+@functools.cache
+def _parser() -> Any:
+    """Hydra's: to make one takes as long as to parse with it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create()
 
 
 def _unreadable(key: str, value: str) -> str:

@@ -1,7 +1,12 @@
-"""One thread per test process (they run side by side), and no network: what a test needs, it makes."""
+"""One thread per test process (they run side by side), and no network: what a test needs, it makes. PyTorch, which
+reads the number of threads from here, is not imported: the process that hands out the tests does without."""
 
 import os
+import sys
 import tempfile
+
+if "torch" in sys.modules:  # which has counted its threads already
+    sys.modules["torch"].set_num_threads(1)
 
 os.environ |= {
     "XDG_STATE_HOME": tempfile.mkdtemp(prefix="headroom-tests-"),  # what signs the runs of these tests
@@ -12,13 +17,10 @@ os.environ |= {
 }
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-torch.set_num_threads(1)
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
 

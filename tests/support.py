@@ -39,8 +39,9 @@ NEEDS = {
     ("experiment", "shakespeare_char"): ("data.path='*.txt'",),
 }
 SMOKE = ["experiment=smoke", "tune_malloc=false"]
-# A run of four steps, over few enough documents that scoring all of the validation text takes no longer than these.
-TINY = [*SMOKE, "data.size=40", "steps=4", "batch_tokens=256", "eval_every=2", "eval_tokens=256", "save_every=2"]
+# Of fewer tokens, and few enough documents that scoring all of the validation text takes no longer than some steps.
+QUICK = [*SMOKE, "data.size=40", "batch_tokens=256", "eval_tokens=256"]
+TINY = [*QUICK, "steps=4", "eval_every=2", "save_every=2"]
 SMALL = ("model.n_layers=2", "model.d_model=64", "model.n_heads=4", "model.context_length=64")
 # Every attention as it comes, and the choices within one that change its arithmetic.
 # An indexer chooses so few keys that a short text has more.
@@ -221,7 +222,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
     with monkeypatch.context() as patch:
         patch.setattr("train.compose_request", request_of)
-        patch.setattr("generation.preview.MAX_NEW_TOKENS", 12)
+        patch.setattr("generation.preview.MAX_NEW_TOKENS", 4)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)
         try:

@@ -23,7 +23,7 @@ from generation import decode as generate
 from generation.options import parse_arguments
 from generation.text_stream import TextStream
 from model.kernels.base import forget_logged
-from tests.support import ROOT, SMOKE, call
+from tests.support import QUICK, ROOT, SMOKE, call
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run import load as trained
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
         folder = tmp_path_factory.mktemp("place")
         patch.chdir(folder)
         for attention in ("gqa", "mla"):
-            assert call("train", [*SMOKE, f"attention={attention}", f"run_dir=runs/{attention}"], patch) == 0
+            assert call("train", [*QUICK, f"attention={attention}", f"run_dir=runs/{attention}"], patch) == 0
     return folder
 
 
@@ -67,7 +67,7 @@ def test_train_two_runs_in_one_second_make_two_folders(workplace, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     monkeypatch.setattr("random.choice", lambda words: words[0])
     for _ in range(2):
-        assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
+        assert call("train", [*QUICK, "steps=1"], monkeypatch) == 0
     assert len(list((workplace / "runs").glob("*/config.yaml"))) == 2
 
 
@@ -497,7 +497,7 @@ def test_sample_score_and_attention_map_of_nan_output_end_in_one_line(place, mon
 def test_train_nan_preview_does_not_end_training(workplace, monkeypatch, capsys, nan_after):
     nan_after(3)
     assert (
-        call("train", [*SMOKE, "steps=4", "sample_every=2", "sample_prompt=The key", "run_dir=run"], monkeypatch) == 0
+        call("train", [*QUICK, "steps=4", "sample_every=2", "sample_prompt=The key", "run_dir=run"], monkeypatch) == 0
     )
     out, err = capsys.readouterr()
     reported = "[the model's output is not finite after"
@@ -785,7 +785,7 @@ def test_train_version_prints_headroom_and_pytorch(workplace, monkeypatch, capsy
 def test_train_threads_are_set_and_printed(workplace, monkeypatch, capsys):
     before = torch.get_num_threads()
     try:
-        assert call("train", [*SMOKE, "steps=1", "threads=2", "run_dir=run"], monkeypatch) == 0
+        assert call("train", [*QUICK, "steps=1", "threads=2", "run_dir=run"], monkeypatch) == 0
         assert "parameters on cpu, 2 threads\n" in capsys.readouterr().err
         assert call("train", ["resume=run", "steps=2", "threads=1"], monkeypatch) == 0
         assert "parameters on cpu, 1 thread\n" in capsys.readouterr().err
@@ -796,14 +796,14 @@ def test_train_threads_are_set_and_printed(workplace, monkeypatch, capsys):
 def test_train_more_threads_than_cpus_warns(workplace, monkeypatch, capsys):
     before = torch.get_num_threads()
     try:
-        assert call("train", [*SMOKE, "steps=1", f"threads={(os.cpu_count() or 1) + 1}"], monkeypatch) == 0
+        assert call("train", [*QUICK, "steps=1", f"threads={(os.cpu_count() or 1) + 1}"], monkeypatch) == 0
         assert "is more than the CPUs there are: with threads=" in capsys.readouterr().err
     finally:
         torch.set_num_threads(before)
 
 
 def test_sample_run_latest_is_the_newest_run(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "steps=1"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=1"], monkeypatch) == 0
     assert call("sample", ["--run", "latest", "--seed", "1", "the"], monkeypatch) == 0
     named = capsys.readouterr().out
     assert call("sample", ["--seed", "1", "the"], monkeypatch) == 0
@@ -811,7 +811,7 @@ def test_sample_run_latest_is_the_newest_run(workplace, monkeypatch, capsys):
 
 
 def test_train_eval_every_0_evaluates_after_the_last_step(workplace, monkeypatch):
-    assert call("train", [*SMOKE, "steps=1e1", "eval_every=0", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=1e1", "eval_every=0", "run_dir=run"], monkeypatch) == 0
     rows = read_metrics(workplace / "run/metrics.jsonl")
     assert [row["step"] for row in rows if "val_loss" in row] == [10]
 
@@ -889,8 +889,8 @@ runpy.run_path({str(ROOT / program)!r}, run_name="__main__")
 @pytest.mark.parametrize("optim", ["muon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_train_cached_corpus_imports_no_heavy_package_before_first_save(workplace, monkeypatch, optim):
     """Each of these costs a part of a second or more, which a user would wait for at every start."""
-    settings = ["experiment=smoke", "tokenizer=bpe", "tokenizer.vocab_size=300", f"optim={optim}", "save_every=1"]
-    assert call("train", [*settings, "steps=1", "tune_malloc=false"], monkeypatch) == 0  # fills the cache
+    settings = [*QUICK, "tokenizer=bpe", "tokenizer.vocab_size=300", f"optim={optim}", "save_every=1"]
+    assert call("train", [*settings, "steps=1"], monkeypatch) == 0  # fills the cache
     assert loaded_by("train.py", *settings, until="training.metrics_file.MetricsFile.sync") == []  # its first save
 
 

@@ -81,7 +81,7 @@ def accumulate_gradients(
     joined = {}
     for micro_step, batch in enumerate(batches):
         between("micro-batch", micro_step, len(batches))
-        _seed_micro_step((state.seed, state.step), first + micro_step)
+        _seed_micro_step((state.seed, state.step), first + micro_step, state.device)
         objective, aux = state.losses.mean_loss(precision.model, batch, *shares[micro_step])
         parts = counted / counts[micro_step]  # of equal counts exactly their number: / N, not / n · n / N
         precision.backward(objective / parts)
@@ -145,9 +145,13 @@ def _call(hook: AfterStep, aux: dict[str, Tensor], skipped: Tensor) -> dict[str,
     return hook(torch.stack([value for name, value in aux.items() if own_name(name) == hook.collects]), skipped)
 
 
-def _seed_micro_step(seeds: tuple[int, int], micro_step: int) -> None:
+def _seed_micro_step(seeds: tuple[int, int], micro_step: int, device: torch.device) -> None:
     digest = hashlib.sha256(f"{seeds}/{micro_step}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    seed = int.from_bytes(digest[:8], "big") >> 1
+    if device.type == "cpu":  # torch.manual_seed would note for every kind of GPU who asked, which takes a while
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
 
 
 def _step_unless(skipped: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -10,7 +10,7 @@ from ablation import probes
 from data.batches import Batch
 from model.kernels.naive import Naive
 from model.transformer import Hidden
-from tests.support import SMOKE, call, logits_of, small_config, small_model, some_tokens
+from tests.support import QUICK, TINY, call, logits_of, small_config, small_model, some_tokens
 
 HEADS = 4
 LAYERS = 2
@@ -143,7 +143,7 @@ def run_probes(monkeypatch, *arguments: str) -> int:
 
 
 def test_probes_table_has_a_row_for_each_checkpoint_with_its_loss(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "steps=4", "save_every=2", "eval_every=2", "run_dir=runs/one"], monkeypatch) == 0
+    assert call("train", [*TINY, "run_dir=runs/one"], monkeypatch) == 0
     trained = probes.checkpoint.newest(workplace / "runs/one", ())
     capsys.readouterr()
     assert run_probes(monkeypatch, "runs/one") == 0
@@ -167,7 +167,7 @@ def test_probes_table_has_a_row_for_each_checkpoint_with_its_loss(workplace, mon
 )
 def test_probes_bad_arguments_exit_with_one_line(arguments, words, workplace, monkeypatch, capsys):
     if "runs/one" in arguments:
-        assert call("train", [*SMOKE, "steps=1", "run_dir=runs/one"], monkeypatch) == 0
+        assert call("train", [*QUICK, "steps=1", "run_dir=runs/one"], monkeypatch) == 0
         capsys.readouterr()
     assert run_probes(monkeypatch, *arguments) == 2
     said = capsys.readouterr().err.splitlines()

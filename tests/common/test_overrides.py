@@ -13,7 +13,7 @@ from common import invocation
 from common.errors import UserError
 from common.invocation import command, interpreter, quoted
 from common.overrides import format_override, hydra_arguments
-from tests.support import ROOT, SMOKE, call
+from tests.support import QUICK, ROOT, SMOKE, call
 from training.run.folder import resume_command
 
 
@@ -149,7 +149,7 @@ def test_format_override_of_any_value_is_read_back():
 
 def test_train_with_a_strange_run_name_makes_and_resumes_it(workplace, monkeypatch, capsys):
     name = "my [v1] ~ü's\x1b run"
-    assert call("train", [*SMOKE, "steps=1", f"run_dir={name}"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=1", f"run_dir={name}"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "run          my [v1] ~ü's\\x1b run  (loss.png" in out
     (line,) = [line for line in out.splitlines() if "resume=" in line]

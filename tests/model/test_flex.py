@@ -47,9 +47,19 @@ def test_flex_blocks_are_skipped_exactly_if_the_mask_hides_them(mask):
     assert torch.equal(pairs, longer.visible().flatten())
 
 
+@pytest.fixture
+def known_instructions():
+    """The processor's are taken for granted: PyTorch would compile and load a program for each kind, to see whether the
+    compiler has them, which takes as long as all else."""
+    from torch._inductor import config
+
+    with config.patch({"cpp.vec_isa_ok": True}):
+        yield
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("names", [("sparse", "padding"), ("documents", "encoder")], ids=" ".join)
-def test_flex_with_more_patterns_than_dynamos_limit_equals_naive(names):
+def test_flex_with_more_patterns_than_dynamos_limit_equals_naive(known_instructions, names):
     q, k, v = inputs(T, T, 4, 2, 16, 24)
     one_program = torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
     with torch.no_grad(), one_program:  # Flex lifts the limit for its own function
@@ -66,7 +76,7 @@ def test_flex_lse_on_a_cpu_is_refused():
     assert not Flex().gives_lse("cpu")
 
 
-def test_flex_under_two_masks_equals_naive_and_compiles_once_per_mask_and_length_bucket():
+def test_flex_under_two_masks_equals_naive_and_compiles_once_per_mask_and_length_bucket(known_instructions):
     """One by positions, for padding; one by indices, in a model, of values that are columns of the keys. Each compiles
     for seconds."""
     given, mask = inputs(T, T, 4, 2, 16, 24), MASKS["padding"]

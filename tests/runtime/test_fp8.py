@@ -14,6 +14,7 @@ from model.initialise import initialised
 from runtime import precision
 from runtime.precision import MixedPrecision, choose_precision
 from tests.support import (
+    QUICK,
     SMOKE,
     assert_one_line,
     batches,
@@ -136,7 +137,7 @@ def test_fp8_training_lowers_the_loss_as_float32_does():
 @needs_torchao
 def test_fp8_run_resumed_is_bit_exact(workplace, monkeypatch):
     monkeypatch.setattr(precision, "check_fp8", lambda device: None)  # a CPU imitates it
-    options = [*SMOKE, "precision=fp8", "steps=6", "save_every=3", "eval_every=3"]
+    options = [*QUICK, "precision=fp8", "steps=6", "save_every=3", "eval_every=3"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "again", 3)
     assert call("train", ["resume=again"], monkeypatch) == 0

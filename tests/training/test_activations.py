@@ -21,7 +21,7 @@ from runtime.precision import MixedPrecision
 from tests.model.attention import laws
 from tests.support import (
     ATTENTIONS,
-    SMOKE,
+    QUICK,
     batches,
     call,
     composed_run,
@@ -123,7 +123,7 @@ def test_activation_checkpointing_decodes_as_without_it():
 
 
 def test_activation_checkpointing_may_begin_where_a_run_is_resumed(workplace, monkeypatch):
-    options = [*SMOKE, "steps=6", "save_every=3", "model.dropout=0.1"]
+    options = [*QUICK, "steps=6", "save_every=3", "model.dropout=0.1"]
     assert call("train", [*options, "run_dir=kept"], monkeypatch) == 0
     assert call("train", [*options, "run_dir=recomputed", "activation_checkpointing=true"], monkeypatch) == 0
     losses = [

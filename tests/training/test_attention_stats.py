@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from data.shards.token_files import TokenStream
-from tests.support import SMOKE, call, small_model, some_tokens
+from tests.support import QUICK, call, small_model, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.attention_stats import attention_stats
 from training.metrics_file import read_metrics
 
-OPTIONS = [*SMOKE, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4", "attention=mla"]
+OPTIONS = [*QUICK, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4", "attention=mla"]
 STATISTICS = ("entropy", "lowest_entropy", "max_logit")
 NAMES = {f"attention/layer_{i}/{name}" for i in range(2) for name in STATISTICS}
 
@@ -46,7 +46,7 @@ def test_attention_stats_of_a_resumed_run_are_the_same(told_run, monkeypatch):
 
 
 def test_attention_stats_can_be_turned_on_when_a_run_is_resumed(workplace, monkeypatch):
-    assert call("train", [*SMOKE, "steps=5", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=5", "run_dir=run"], monkeypatch) == 0
     assert call("train", ["resume=run", "steps=7", "log_attention=true"], monkeypatch) == 0
     assert told(read_metrics(workplace / "run/metrics.jsonl")[-1]).keys() == NAMES
 

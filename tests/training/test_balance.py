@@ -8,7 +8,7 @@ from model.moe import LOAD, MoE
 from model.placement import Placement
 from model.score import token_losses
 from runtime.activation_checkpointing import checkpoint_activations
-from tests.support import SMOKE, batches, call, composed_run, logits_of, some_tokens
+from tests.support import QUICK, SMOKE, batches, call, composed_run, logits_of, some_tokens
 from tests.training.runs import assert_same_run, rewind
 from training.balance import LoadBalance
 from training.losses import mean_loss
@@ -92,7 +92,7 @@ def test_model_without_experts_has_no_balance():
     ids=" ".join,
 )
 def test_run_with_experts_resumed_is_bit_exact(options, workplace, monkeypatch):
-    typed = [*SMOKE, "mlp=moe", *options, "data.size=12", "steps=6", "save_every=3", "eval_every=3"]
+    typed = [*QUICK, "mlp=moe", *options, "micro_batch_size=1", "steps=6", "save_every=3", "eval_every=3"]
     assert call("train", [*typed, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=3)
     assert call("train", ["resume=killed"], monkeypatch) == 0

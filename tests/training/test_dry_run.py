@@ -11,7 +11,7 @@ from common.console import clock
 from data.batches import count_windows
 from data.shards.prepare import prepare
 from model import cost
-from tests.support import ROOT, SMOKE, call, composed_run
+from tests.support import QUICK, ROOT, SMOKE, call, composed_run
 from training.losses import mean_loss
 
 VOCAB, CPU = 100, torch.device("cpu")
@@ -42,7 +42,7 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
 
 
 def test_dry_run_of_experts_tells_what_a_token_meets_from_all_there_is(workplace, monkeypatch, capsys):
-    typed = [*SMOKE, "mlp=moe", "mlp.d_ff=24"]
+    typed = [*QUICK, "mlp=moe", "mlp.d_ff=24"]
     assert call("train", [*typed, "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
     of_expert, router = 3 * 24 * 64, 8 * 64
@@ -51,7 +51,7 @@ def test_dry_run_of_experts_tells_what_a_token_meets_from_all_there_is(workplace
     assert f"parameters   {total:,} ({active:,} of them for each token): embedding 20,480, " in out
     per_token = 2 * (2 * (64 * 4 * 64 + router + 3 * of_expert) + 320 * 64)
     assert f"flops        {3 * (per_token + 2 * 2 * 2 * 64 * 32.5):,.0f} per token of training, " in out
-    assert call("train", [*typed, "data.size=12", "steps=1"], monkeypatch) == 0
+    assert call("train", [*typed, "steps=1"], monkeypatch) == 0
     assert f"{total:,} parameters ({active:,} of them for each token) on cpu" in capsys.readouterr().err
 
 
@@ -65,16 +65,16 @@ def test_model_sizes_are_those_that_their_comment_states(name):
 
 
 def test_dry_run_of_a_resumed_run_does_not_change_it(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "steps=20", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=4", "run_dir=run"], monkeypatch) == 0
     before = {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()}
     capsys.readouterr()
-    assert call("train", ["resume=run", "steps=50", "dry_run=true"], monkeypatch) == 0
+    assert call("train", ["resume=run", "steps=34", "dry_run=true"], monkeypatch) == 0
     out = capsys.readouterr().out
-    assert "50 steps (20 are done) of" in out and "for 30 steps" in out
+    assert "34 steps (4 are done) of" in out and "for 30 steps" in out
     assert {path: path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file()} == before
     assert call("train", ["resume=run", "dry_run=true"], monkeypatch) == 2
-    assert "error: 20 steps of this run are done, steps=20: give a larger steps=" in capsys.readouterr().err
-    assert call("train", ["resume=run", "steps=21"], monkeypatch) == 0
+    assert "error: 4 steps of this run are done, steps=4: give a larger steps=" in capsys.readouterr().err
+    assert call("train", ["resume=run", "steps=5"], monkeypatch) == 0
 
 
 def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch, capsys):
@@ -120,7 +120,7 @@ def counted(monkeypatch) -> list:
 
 def test_dry_run_of_many_micro_batches_times_ten(workplace, monkeypatch, capsys):
     shapes = counted(monkeypatch)
-    options = [*SMOKE, "dry_run=true", "steps=99", f"batch_tokens={2**20 * 64}", "micro_batch_size=4"]
+    options = [*SMOKE, "data.size=40", "dry_run=true", "steps=99", f"batch_tokens={2**20 * 64}", "micro_batch_size=4"]
     assert call("train", options, monkeypatch) == 0
     found = capsys.readouterr()
     assert "from 10 micro-batches and one update" in found.out and "up to 10 micro-batches" in found.err
@@ -144,7 +144,7 @@ def test_dry_run_beyond_the_deadline_extrapolates_from_a_few_tokens(workplace, m
         return 1.0 + sum(shape.numel() * counts.training((shape[1] + 1) / 2) * 1e-8 for shape in shapes)
 
     monkeypatch.setattr("training.step_time._seconds", seconds)
-    assert call("train", [*SMOKE, *settings, "dry_run=true", "steps=1"], monkeypatch) == 0
+    assert call("train", [*SMOKE, "data.size=40", *settings, "dry_run=true", "steps=1"], monkeypatch) == 0
     out = capsys.readouterr().out
     (speed,) = re.findall(r"([\d,]+) tokens per second on this cpu, from 32 tokens and one update \(a micro-batch", out)
     micro_batch = 1 + 1024 * counts.training() * 1e-8
@@ -163,7 +163,7 @@ def test_dry_run_takes_about_as_long_as_it_says(workplace, monkeypatch, capsys, 
         return seconds
 
     monkeypatch.setattr("training.step_time._seconds", fixed)
-    assert call("train", [*SMOKE, "dry_run=true"], monkeypatch) == 0
+    assert call("train", [*QUICK, "dry_run=true"], monkeypatch) == 0
     found = capsys.readouterr()
     measured = f"{timed} micro-batches" if timed else "128 tokens"
     assert f"from {measured} and one update" in found.out
@@ -183,13 +183,13 @@ def test_dry_run_without_enough_memory_times_nothing(workplace, monkeypatch, cap
 
 
 def test_dry_run_without_the_vocabulary_prints_all_else(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "model.context_length=16", "tokenizer=gpt2", "dry_run=true"]
+    options = [*QUICK, "model.context_length=16", "tokenizer=gpt2", "dry_run=true"]
     assert call("train", options, monkeypatch) == 0
     out = capsys.readouterr().out
     rows = {line.split()[0]: line for line in out.splitlines()}
     assert f"embedding {50304 * 64:,}" in rows["parameters"]
     assert {"flops", "cache", "memory", "dry"} <= rows.keys() and "vocabulary" not in rows
-    assert rows["training"].endswith("30 steps of 1,024 tokens each: 30,720 tokens")
+    assert rows["training"].endswith("30 steps of 256 tokens each: 7,680 tokens")
     assert " and one update" in rows["time"]
     assert rows["not"].endswith("how many epochs that is; the vocabulary is taken as 50,257 tokens")
     assert rows["missing"].startswith("missing      tokenizer=gpt2: there is no")
@@ -201,14 +201,15 @@ def test_dry_run_without_the_vocabulary_prints_all_else(workplace, monkeypatch, 
 def test_dry_run_without_the_documents_downloads_nothing(workplace, monkeypatch, capsys):
     monkeypatch.setattr("data.sources.hub._commit_of", lambda path, revision: "0" * 40)
     monkeypatch.setattr("data.sources.hub.HubCorpus.read", None)
-    assert call("train", [*SMOKE, "data=hub", "data.path=owner/name", "dry_run=true"], monkeypatch) == 0
+    options = [*SMOKE, "batch_tokens=256", "data=hub", "data.path=owner/name", "dry_run=true"]
+    assert call("train", options, monkeypatch) == 0
     out = capsys.readouterr().out
     assert "257 tokens\nmissing      the documents of data=hub are not in cache yet: a run downloads them\n" in out
     assert "parameters   119,424" in out and "from 10 micro-batches" in out
 
 
 def test_dry_run_prints_all_that_is_missing(untimed, workplace, monkeypatch, capsys):
-    options = [*SMOKE, "data=hub", "data.path=owner/name", "tokenizer=gpt2", "dry_run=true"]
+    options = [*SMOKE, "batch_tokens=256", "data=hub", "data.path=owner/name", "tokenizer=gpt2", "dry_run=true"]
     assert call("train", options, monkeypatch) == 0
     missing = [line for line in capsys.readouterr().out.splitlines() if line.startswith("missing ")]
     assert len(missing) == 3
@@ -225,11 +226,11 @@ def test_dry_run_with_too_short_documents_is_refused(workplace, monkeypatch, cap
 def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(untimed, workplace, monkeypatch, capsys):
     said = {}
     for tokenizer in ("byte", "gpt2"):
-        options = [*SMOKE, f"tokenizer={tokenizer}", "document_mask=true", "dry_run=true"]
+        options = [*QUICK, f"tokenizer={tokenizer}", "document_mask=true", "dry_run=true"]
         assert call("train", options, monkeypatch) == 0
         (said[tokenizer],) = re.findall(r"over ([\d.]+) keys on average(.*)\)", capsys.readouterr().out)
     assert said["gpt2"] == ("32.5", ", an upper bound: pairs across documents are counted")
-    run = composed_run(*SMOKE)
+    run = composed_run(*QUICK)
     corpus = prepare(run.data, run.tokenizer, workplace / "cache")
     inputs = corpus.train.read(0, count_windows(corpus.train, 64) * 64).reshape(-1, 64)  # all of it, token by token
     keys = seen = 0

@@ -9,7 +9,7 @@ from model.layout import Role, linear
 from model.linear import Linear
 from model.transformer import TransformerLM
 from runtime.precision import Precision
-from tests.support import SMOKE, batches, call, composed_run
+from tests.support import QUICK, SMOKE, batches, call, composed_run
 from tests.training.runs import assert_same_run, rewind
 from training.run.config import Run
 from training.state import TrainState
@@ -58,7 +58,7 @@ def test_train_step_leaves_frozen_and_unused_parameters_alone(partly_trained, pr
 def test_run_with_frozen_and_unused_parameters_resumed_is_bit_exact(
     partly_trained, workplace, monkeypatch, capsys, options
 ):
-    short = [*SMOKE, *options, "data.size=12", "steps=6", "save_every=3", "eval_every=3"]
+    short = [*QUICK, *options, "steps=6", "save_every=3", "eval_every=3"]
     assert call("train", [*short, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=3)
     capsys.readouterr()
@@ -128,7 +128,7 @@ def test_after_step_hook_that_no_layer_reports_to_is_refused_before_anything_mov
         train_step(state, batches(4, 2), 1.0)
     assert all(torch.equal(before[name], tensor) for name, tensor in state.model.state_dict().items())
     assert state.step == 0 and all(p.grad is None for p in state.model.parameters())
-    assert call("train", [*SMOKE, "steps=2", "run_dir=run"], monkeypatch) == 2
+    assert call("train", [*QUICK, "steps=2", "run_dir=run"], monkeypatch) == 2
     assert "expert_load, which no layer returns" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -139,7 +139,7 @@ def test_train_step_without_batches_as_a_dry_run_times_it_calls_no_hook(averagin
 
 
 def test_run_with_a_buffer_resumed_is_bit_exact(averaging, workplace, monkeypatch):
-    options = [*SMOKE, "precision=bf16", "data.size=12", "steps=6", "save_every=3", "eval_every=3"]
+    options = [*QUICK, "precision=bf16", "steps=6", "save_every=3", "eval_every=3"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=3)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -152,7 +152,7 @@ def test_run_with_a_buffer_resumed_is_bit_exact(averaging, workplace, monkeypatc
 
 
 def test_train_state_restored_draws_no_weights(workplace, monkeypatch):
-    options = [*SMOKE, "steps=2", "save_every=1"]
+    options = [*QUICK, "steps=2", "save_every=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=1)
 

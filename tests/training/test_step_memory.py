@@ -46,12 +46,16 @@ def test_memory_of_a_step_is_what_the_allocator_gives_out(attention, options):
     check_memory(f"attention={attention}", *overrides, tolerance=0.05 if small else 0.01)
 
 
-@pytest.mark.parametrize("options", [(), ("precision=bf16", "activation_checkpointing=true")], ids=" ".join)
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), marks=pytest.mark.slow), ("precision=bf16", "activation_checkpointing=true")],
+    ids=" ".join,
+)
 def test_memory_of_a_step_with_experts_is_what_the_allocator_gives_out(options):
     check_memory("mlp=moe", *changed(["precision=fp32"], *options), tolerance=0.05)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_memory_of_multi_token_prediction_is_counted(precision):
     options = [f"precision={precision}", "model.mtp_depth=1", "document_mask=true"]
     with_module = check_memory("attention=gqa", *options, tolerance=0.05)
@@ -63,7 +67,7 @@ def test_memory_of_multi_token_prediction_is_counted(precision):
     "options",
     [
         ("attention=mla", "attention.dropout=0.1", "attention.qk_norm=head"),
-        CLASSIC,
+        pytest.param(CLASSIC, marks=pytest.mark.slow),
         (*CLASSIC, "attention.dropout=0", "precision=bf16"),
     ],
     ids=" ".join,
@@ -77,8 +81,7 @@ def test_memory_with_attention_dropout_counts_all_products(options):
     ("attention", "options"),
     [
         ("gqa", "precision=fp32"),
-        ("mla", "precision=bf16"),
-        pytest.param("mha", "precision=bf16", marks=pytest.mark.slow),
+        *(pytest.param(name, "precision=bf16", marks=pytest.mark.slow) for name in ("mla", "mha")),
         pytest.param("stack", "precision=fp32", marks=pytest.mark.slow),
     ],
 )
@@ -95,7 +98,10 @@ def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():
     check_memory("precision=fp32", "micro_batch_size=16", vocab=30_000, tolerance=0.05)
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("fp32", "false"), ("bf16", "true"), ("fp16", "false")])
+@pytest.mark.parametrize(
+    ("precision", "checkpointing"),
+    [("bf16", "true"), pytest.param("fp32", "false", marks=pytest.mark.slow), ("fp16", "false")],
+)
 def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(precision, checkpointing):
     """The peak does: the first micro-batch meets no gradients, which come as its activations go."""
     options = [f"precision={precision}", f"activation_checkpointing={checkpointing}", "micro_batch_size=4"]
@@ -105,7 +111,7 @@ def test_memory_of_activations_does_not_depend_on_the_number_of_micro_batches(pr
     assert one.peak < two.peak
 
 
-@pytest.mark.parametrize(("precision", "micro_batches"), [("fp32", 1), ("bf16", 2)])
+@pytest.mark.parametrize(("precision", "micro_batches"), [pytest.param("fp32", 1, marks=pytest.mark.slow), ("bf16", 2)])
 def test_memory_with_activation_checkpointing_has_fewer_activations(precision, micro_batches):
     options = [
         "model.n_layers=4",
@@ -123,7 +129,13 @@ def test_memory_with_activation_checkpointing_has_fewer_activations(precision, m
 
 @pytest.mark.parametrize(
     ("attention", "checkpointing"),
-    [("mha", "false"), ("gqa", "true"), ("mqa", "false"), ("mla", "false"), ("mla", "true"), ("stack", "true")],
+    [
+        *(("mha", "false"), ("mla", "true"), ("stack", "true")),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("gqa", "true"), ("mqa", "false"), ("mla", "false"))
+        ),
+    ],
 )
 def test_memory_of_activations_is_what_a_micro_batch_adds_to_its_gradients(attention, checkpointing):
     options = [f"attention={attention}", "precision=fp32", f"activation_checkpointing={checkpointing}"]

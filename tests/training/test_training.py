@@ -33,7 +33,7 @@ from training.evaluate import evaluate
 from training.losses import mean_loss
 from training.optim.adamw import AdamWConfig
 from training.optim.schedule import WSD, Cosine, Linear
-from training.step import accumulate_gradients, train_step
+from training.step import _seed_micro_step, accumulate_gradients, train_step
 
 
 def test_token_losses_are_cross_entropy_of_the_next_token():
@@ -78,6 +78,15 @@ def test_accumulate_gradients_with_dropout_draws_by_seed_step_and_micro_step():
 
     assert loss() == loss()
     assert len({loss(), loss(micro_steps=2), loss(step=1), loss(seed=1)}) == 4
+
+
+def test_a_micro_step_on_a_cpu_draws_what_torch_manual_seed_gives():
+    _seed_micro_step((3, 5), 1, torch.device("cpu"))
+    seed, found = torch.initial_seed(), torch.rand(9)
+    torch.manual_seed(seed)
+    assert torch.equal(found, torch.rand(9))
+    _seed_micro_step((3, 5), 1, torch.device("meta"))  # as a GPU, by torch.manual_seed
+    assert torch.initial_seed() == seed and torch.equal(found, torch.rand(9))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Run folders: how they are named, locked and found again, and their config.yaml and environment.yaml."""
 
+import functools
 import logging
 import os
 import platform
@@ -332,6 +333,7 @@ def _words() -> str:
     return f"{random.choice(ADJECTIVES.split())}-{random.choice(ANIMALS.split())}"
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return version(package)

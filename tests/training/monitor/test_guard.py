@@ -14,7 +14,19 @@ from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from model.score import Score
 from runtime.precision import LossScale, MixedPrecision
-from tests.support import ROOT, SMOKE, batches, call, composed_run, configured, small_model, training_state
+from tests.support import (
+    QUICK,
+    ROOT,
+    SMOKE,
+    TINY,
+    batches,
+    call,
+    changed,
+    composed_run,
+    configured,
+    small_model,
+    training_state,
+)
 from tests.training.runs import assert_same_run, losses, rewind
 from training.losses import Losses, mean_loss
 from training.metrics_file import read_metrics
@@ -108,30 +120,28 @@ def test_float16_gradients_equal_those_of_float32():
 def test_skipped_updates_are_counted_reported_with_their_documents_and_resumed(workplace, monkeypatch, capsys):
     monkeypatch.setattr("training.losses.mean_loss", sometimes_nan)
     options = [
-        *SMOKE,
-        "data.size=40",
-        "steps=30",
-        "save_every=9",
-        "batch_tokens=512",
-        "micro_batch_size=4",
+        *changed(QUICK, "batch_tokens=128"),
+        "steps=16",
+        "save_every=5",
+        "micro_batch_size=1",
         "keep_last=9",
     ]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rows = read_metrics(workplace / "whole/metrics.jsonl")
     skipped = [row for row in rows if row.get("skipped")]
-    assert 2 < len(skipped) < 28
+    assert 2 < len(skipped) < 14
     assert all(row["train_loss"] is None and row["grad_norm"] is None for row in skipped)
     shown = re.findall(r"step (\d+): loss nan, gradient norm nan: update skipped, (\d+) so far; its documents: (\S+)",
                       capsys.readouterr().err)  # fmt: skip
     assert [(int(step), int(count)) for step, count, _ in shown] == [(r["step"], i + 1) for i, r in enumerate(skipped)]
     assert all(name.startswith("synthetic/") for *_, name in shown)
-    rewind(workplace / "whole", workplace / "killed", step=9)
+    rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
-    assert_same_run(workplace / "whole", workplace / "killed", step=30)
+    assert_same_run(workplace / "whole", workplace / "killed", step=16)
 
 
 def test_updates_skipped_in_a_row_stop_the_run_and_the_printed_command_replays_it(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "max_skipped_updates=5"]
+    options = [*QUICK, "optim=adamw", "optim.lr=1e30", "clip_norm=0", "steps=500", "max_skipped_updates=5"]
     options += ["model.dropout=0.1", "run_dir='a run'", "save_every=2"]
     assert call("train", options, monkeypatch) == 2
     err = capsys.readouterr().err
@@ -164,20 +174,20 @@ def test_updates_skipped_in_a_row_stop_the_run_and_the_printed_command_replays_i
 def test_resume_of_a_diverged_run_continues_when_losses_are_finite(workplace, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("training.losses.mean_loss", lambda *arguments: (mean_loss(*arguments)[0] * math.nan, {}))
-        assert call("train", [*SMOKE, "max_skipped_updates=3", "run_dir=run"], patch) == 2
+        assert call("train", [*QUICK, "steps=12", "max_skipped_updates=3", "run_dir=run"], patch) == 2
     capsys.readouterr()
     stopped = len(losses(workplace / "run"))
     assert call("train", ["resume=run"], monkeypatch) == 0
     rows = losses(workplace / "run")
-    assert len(rows) == 30 and all(row[-1] for row in rows[:stopped]) and not any(row[-1] for row in rows[stopped:])
+    assert len(rows) == 12 and all(row[-1] for row in rows[:stopped]) and not any(row[-1] for row in rows[stopped:])
 
 
 def test_validation_loss_that_is_not_finite_is_null_and_never_best(workplace, monkeypatch, capsys):
     scores = iter([Score(math.inf, 9, 9), Score(9.0, 9, 9), Score(math.nan, 9, 9), Score(math.nan, 9, 9)])
     monkeypatch.setattr("training.session.evaluate", lambda *_, **__: next(scores))
-    assert call("train", [*SMOKE, "run_dir=run"], monkeypatch) == 0
-    assert [row[4] for row in losses(workplace / "run") if row[0] in (10, 20, 30)] == [None, 1.0, None]
-    assert checkpoint.best(workplace / "run").path.name == "step_00000020"
+    assert call("train", changed(TINY, "steps=6", "run_dir=run"), monkeypatch) == 0
+    assert [row[4] for row in losses(workplace / "run") if row[0] in (2, 4, 6)] == [None, 1.0, None]
+    assert checkpoint.best(workplace / "run").path.name == "step_00000004"
 
 
 BATCHES = {
@@ -281,7 +291,7 @@ def test_spike_in_a_run_is_reported_with_its_documents(workplace, monkeypatch, c
     assert (
         call(
             "train",
-            [*SMOKE, "steps=71", "batch_tokens=64", "eval_every=0", "save_every=100", "run_dir=run"],
+            [*changed(QUICK, "batch_tokens=64"), "steps=71", "eval_every=0", "save_every=100", "run_dir=run"],
             monkeypatch,
         )
         == 0

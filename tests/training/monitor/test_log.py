@@ -10,7 +10,7 @@ import pytest
 
 from common.errors import UserError
 from common.invocation import installed
-from tests.support import SMOKE, call, configured
+from tests.support import QUICK, SMOKE, call, configured
 from tests.training.runs import rewind
 from training.loggers.tensorboard import TensorboardLogger, TensorboardSink
 from training.loggers.wandb import WandbLogger
@@ -254,7 +254,7 @@ def test_logger_that_is_not_installed_is_refused_before_a_run_begins(workplace, 
 def test_tensorboard_of_a_resumed_run_shows_every_number_once(workplace, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = [*SMOKE, "logger=tensorboard", "steps=12", "save_every=5"]
+    options = [*QUICK, "logger=tensorboard", "steps=12", "save_every=5"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0

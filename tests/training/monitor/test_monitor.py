@@ -11,7 +11,7 @@ import torch
 
 from data.shards.prepare import prepare
 from model import cost
-from tests.support import SMOKE, call, composed_run
+from tests.support import QUICK, SMOKE, call, changed, composed_run
 from tests.training.runs import assert_same_run, rewind
 from training.measure import Measured
 from training.metrics_file import read_metrics
@@ -21,7 +21,8 @@ from training.run.conf_differences import attention_differences
 
 
 def test_metrics_rows_have_speed_memory_and_mfu(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "peak_flops=1e12", "run_dir=run"], monkeypatch) == 0
+    options = changed(QUICK, "batch_tokens=1024", "steps=4")
+    assert call("train", [*options, "peak_flops=1e12", "run_dir=run"], monkeypatch) == 0
     out, err = capsys.readouterr()
     run = composed_run(*SMOKE)
     for row in read_metrics(workplace / "run/metrics.jsonl"):
@@ -41,11 +42,11 @@ def test_progress_line_shows_the_speed_by_which_its_eta_is_told(workplace, monke
     monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 0)  # each step has a speed of its own
     shown = []
     monkeypatch.setattr("training.monitor.progress.ProgressLine.step", lambda _, row, left: shown.append((row, left)))
-    assert call("train", [*SMOKE, "peak_flops=1e12", "steps=5", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "peak_flops=1e12", "steps=5", "run_dir=run"], monkeypatch) == 0
     assert len({row["tokens_per_second"] for row in read_metrics(workplace / "run/metrics.jsonl")}) == 5
     per_token = cost.flops(composed_run(*SMOKE).model, 257).training()
     for row, seconds_left in shown:
-        assert row["tokens_per_second"] * seconds_left == pytest.approx((5 - row["step"]) * 1024)
+        assert row["tokens_per_second"] * seconds_left == pytest.approx((5 - row["step"]) * 256)
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * per_token / 1e12)
     assert [row["step"] for row, _ in shown] == [1, 2, 3, 4, 5]
 
@@ -72,7 +73,7 @@ def test_opening_lines_name_the_attention_and_its_kv_heads():
 
 
 def test_opening_lines_of_a_run_are_printed(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "data.size=40", "attention=stack", "steps=1"], monkeypatch) == 0
+    assert call("train", [*QUICK, "attention=stack", "steps=1"], monkeypatch) == 0
     err = capsys.readouterr().err
     assert f"attention    {STACK}" in err and "in a vocabulary of 257," in err
 
@@ -106,8 +107,8 @@ def test_attention_differences_are_what_was_set_off_too(overrides, expected):
 
 
 def test_flops_document_mask_counts_pairs_within_documents(workplace, monkeypatch):
-    assert call("train", [*SMOKE, "document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
-    run = composed_run(*SMOKE)
+    assert call("train", [*QUICK, "document_mask=true", "steps=2", "run_dir=run"], monkeypatch) == 0
+    run = composed_run(*QUICK)
     counted = flops_of(run.model, prepare(run.data, run.tokenizer, workplace / "cache"), document_mask=True)
     whole = cost.flops(run.model, 257)
     assert counted.per_token == whole.per_token and counted.keys < whole.keys
@@ -116,7 +117,7 @@ def test_flops_document_mask_counts_pairs_within_documents(workplace, monkeypatc
 
 
 def test_mfu_unknown_peak_is_null_and_not_shown(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "steps=3", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=3", "run_dir=run"], monkeypatch) == 0
     assert {row["mfu"] for row in read_metrics(workplace / "run/metrics.jsonl")} == {None}
     out, err = capsys.readouterr()
     assert "tokens/s  ETA" in err and "MFU" not in out + err
@@ -137,7 +138,7 @@ def test_peak_flops_known_gpu_and_precision_or_none(monkeypatch):
 
 
 def test_profile_records_its_steps_and_changes_no_bit(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4"]
+    options = [*QUICK, "model.dropout=0.1", "steps=12", "save_every=5", "eval_every=4"]
     assert call("train", [*options, "profile_steps=2", "run_dir=whole"], monkeypatch) == 0
     assert "profile of steps 4 to 5 in whole/trace_steps_4-5.json: open it at" in capsys.readouterr().err
     trace = json.loads((workplace / "whole/trace_steps_4-5.json").read_text())["traceEvents"]
@@ -156,9 +157,9 @@ def test_profile_failure_is_a_warning(workplace, monkeypatch, capsys):
         raise RuntimeError("no profiler\nhere")
 
     monkeypatch.setattr(torch.profiler, "profile", broken)
-    assert call("train", [*SMOKE, "steps=5", "profile_steps=1"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=5", "profile_steps=1"], monkeypatch) == 0
     assert "profile_steps=1 failed, training goes on: no profiler\n" in capsys.readouterr().err
-    assert call("train", [*SMOKE, "steps=2", "profile_steps=1"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=2", "profile_steps=1"], monkeypatch) == 0
     assert "the first 3 of which are not recorded, so the trace will show none\n" in capsys.readouterr().err
 
 

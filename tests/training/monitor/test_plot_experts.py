@@ -7,7 +7,7 @@ import torch
 
 from data.shards.token_files import TokenStream
 from model.moe import LOAD
-from tests.support import SMOKE, call, small_model, some_tokens
+from tests.support import QUICK, call, small_model, some_tokens
 from training.expert_loads import expert_loads
 from training.metrics_file import read_metrics
 from training.monitor import plot_experts
@@ -52,7 +52,7 @@ def test_plot_without_an_evaluation_shows_steps_alone_and_without_experts_nothin
 
 
 def test_run_with_experts_leaves_their_loads_and_a_picture(workplace, monkeypatch):
-    typed = [*SMOKE, "mlp=moe", "mlp.n_dense_layers=1", "data.size=12", "steps=4", "eval_every=2", "run_dir=run"]
+    typed = [*QUICK, "mlp=moe", "mlp.n_dense_layers=1", "steps=4", "eval_every=2", "run_dir=run"]
     assert call("train", typed, monkeypatch) == 0
     rows = read_metrics(workplace / "run/metrics.jsonl")
     for row in rows:
@@ -65,7 +65,7 @@ def test_run_with_experts_leaves_their_loads_and_a_picture(workplace, monkeypatc
 
 def test_picture_that_cannot_be_drawn_is_a_warning(workplace, monkeypatch, capsys):
     monkeypatch.setattr("training.monitor.monitor.plot_experts", lambda folder: 1 / 0)
-    assert call("train", [*SMOKE, "data.size=12", "steps=2", "run_dir=run"], monkeypatch, drawn=True) == 0
+    assert call("train", [*QUICK, "steps=2", "run_dir=run"], monkeypatch, drawn=True) == 0
     assert "run/experts.png cannot be drawn: division by zero" in capsys.readouterr().err
     assert (workplace / "run/loss.png").is_file()
 

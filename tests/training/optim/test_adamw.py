@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support import SMOKE, batches, call, composed_run, small_model, training_state
+from tests.support import QUICK, SMOKE, batches, call, composed_run, small_model, training_state
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run.config import Run
@@ -33,7 +33,7 @@ def test_bias_lr_is_the_rate_of_biases_and_of_nothing_else(optim):
 
 def test_bias_lr_is_recorded_and_resumed(workplace, monkeypatch):
     assert composed_run("optim.lr=0.5").optim.bias_lr == 4 * composed_run("optim=adamw", "optim.lr=0.5").optim.bias_lr
-    whole = [*SMOKE, "data.size=300", "steps=8", "save_every=4", "optim.bias_lr=0.1"]
+    whole = [*QUICK, "steps=8", "save_every=4", "optim.bias_lr=0.1"]
     assert call("train", [*whole, "run_dir=whole"], monkeypatch) == 0
     assert call("train", [*whole, "run_dir=stopped"], monkeypatch) == 0
     for path in checkpoint.checkpoint_paths(Path("stopped"))[1:]:

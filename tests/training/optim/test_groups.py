@@ -8,7 +8,16 @@ from common.errors import UserError
 from model import cost
 from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
-from tests.support import SMOKE, batches, call, composed_run, composed_tree, small_model, training_state
+from tests.support import (
+    QUICK,
+    SMOKE,
+    batches,
+    call,
+    composed_run,
+    composed_tree,
+    small_model,
+    training_state,
+)
 from tests.training.runs import assert_same_run, rewind, tensors
 from training.metrics_file import read_metrics
 from training.optim.qk_clip import QKClip
@@ -124,7 +133,7 @@ def test_qk_clip_leaves_frozen_parameters_alone():
     ids=lambda choice: " ".join(choice[:2]),
 )
 def test_groups_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
-    options = [*SMOKE, "attention=mla", *choice, "micro_batch_size=4", "data.size=12", "steps=8"]
+    options = [*QUICK, "attention=mla", *choice, "micro_batch_size=1", "steps=8"]
     options += ["save_every=3", "model.zero_init=false"]
     options = list({option.partition("=")[0]: option for option in options}.values())
     assert call("train", [*options, "eval_every=4", "model.n_layers=1", "run_dir=whole"], monkeypatch) == 0
@@ -186,7 +195,7 @@ def test_groups_typed_as_anything_but_a_list_are_refused_in_one_line():
 
 
 def test_groups_changed_on_resume_are_refused_and_in_fine_tuning_are_not(workplace, monkeypatch, capsys):
-    assert call("train", [*SMOKE, "steps=2", "save_every=1", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=2", "save_every=1", "run_dir=run"], monkeypatch) == 0
     assert call("train", ["resume=run", "steps=4", MLP_FROZEN], monkeypatch) == 2
     assert "optim.groups" in capsys.readouterr().err.splitlines()[-1]
-    assert call("train", ["init_from=run", "steps=2", "run_dir=tuned", *SMOKE, MLP_FROZEN], monkeypatch) == 0
+    assert call("train", ["init_from=run", "steps=2", "run_dir=tuned", *QUICK, MLP_FROZEN], monkeypatch) == 0

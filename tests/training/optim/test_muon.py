@@ -12,6 +12,7 @@ from model.kernels.sdpa import SDPA
 from model.transformer import TransformerLM
 from tests.support import (
     ATTENTIONS,
+    QUICK,
     SMOKE,
     batches,
     call,
@@ -248,8 +249,8 @@ def test_muon_state_bytes_equal_what_it_keeps_by_name():
     ids=" ".join,
 )
 def test_muon_run_resumed_is_bit_exact(workplace, monkeypatch, choice):
-    options = [*SMOKE, "optim=muon", "optim.momentum_warmup=8", "model.dropout=0.1", "micro_batch_size=4"]
-    options += ["data.size=12", "steps=12", "save_every=5", "eval_every=4", "model.n_layers=1", *choice]
+    options = [*QUICK, "optim=muon", "optim.momentum_warmup=8", "model.dropout=0.1"]
+    options += ["micro_batch_size=1", "steps=12", "save_every=5", "eval_every=4", "model.n_layers=1", *choice]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -260,7 +261,7 @@ def test_muon_run_with_skipped_float16_steps_resumes_bit_exactly(workplace, monk
     monkeypatch.setattr("runtime.precision.LossScale.INITIAL", 2.0**28)
     monkeypatch.setattr("runtime.precision.LossScale.GROWTH_STEPS", 3)
     options = [
-        *SMOKE,
+        *QUICK,
         "optim=muon",
         "precision=fp16",
         "steps=20",
@@ -268,7 +269,6 @@ def test_muon_run_with_skipped_float16_steps_resumes_bit_exactly(workplace, monk
         "save_every=5",
         "keep_last=9",
     ]
-    options += ["batch_tokens=256"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=10)
     assert call("train", ["resume=killed"], monkeypatch) == 0

@@ -8,7 +8,16 @@ import torch
 from common.errors import UserError
 from model.kernels.naive import Naive
 from model.kernels.sdpa import SDPA
-from tests.support import SMOKE, batches, call, configured, relative_error, small_model, some_tokens, training_state
+from tests.support import (
+    QUICK,
+    batches,
+    call,
+    configured,
+    relative_error,
+    small_model,
+    some_tokens,
+    training_state,
+)
 from tests.training.runs import assert_same_run, rewind
 from training.losses import Losses, mean_loss
 from training.metrics_file import read_metrics
@@ -136,8 +145,8 @@ MUON, ADAMW = (
     [(MUON, False), (ADAMW, False), *(pytest.param(choice, True, marks=pytest.mark.slow) for choice in (MUON, ADAMW))],
 )
 def test_qk_clip_run_resumed_is_bit_exact(workplace, monkeypatch, capsys, choice, compiled):
-    options = [*SMOKE, *choice, "optim.qk_clip=0.02", "model.n_layers=1", f"compile={compiled}", "steps=12"]
-    options += ["data.size=12", "save_every=5", "eval_every=4", "micro_batch_size=4"]
+    options = [*QUICK, *choice, "optim.qk_clip=0.02", "model.n_layers=1", f"compile={compiled}", "steps=12"]
+    options += ["save_every=5", "eval_every=4", "micro_batch_size=1"]
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     rows = read_metrics(workplace / "whole/metrics.jsonl")
     assert all(row["max_logit"] > 0 for row in rows) and any(row["clipped_heads"] for row in rows)
@@ -148,7 +157,7 @@ def test_qk_clip_run_resumed_is_bit_exact(workplace, monkeypatch, capsys, choice
 
 
 def test_run_without_qk_clip_has_no_rows_of_it(workplace, monkeypatch):
-    assert call("train", [*SMOKE, "steps=2", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=2", "run_dir=run"], monkeypatch) == 0
     assert not any(
         "max_logit" in row or "clipped_heads" in row for row in read_metrics(workplace / "run/metrics.jsonl")
     )

@@ -20,7 +20,7 @@ from common.errors import UserError
 from model.kernels.sdpa import SDPA
 from runtime.world import ONE
 from tests.composition import request_of
-from tests.support import SMOKE, call, relative_error, some_tokens, training_state
+from tests.support import QUICK, SMOKE, call, relative_error, some_tokens, training_state
 from tests.training.runs import assert_same_run, losses, rewind
 from train import train
 from training.metrics_file import read_metrics
@@ -32,7 +32,9 @@ from training.run.load import load_run
 from training.run.migrate import FORMAT
 from training.run.resume import open_run
 
-TRAINED = [*SMOKE, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
+TRAINED = [*QUICK, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
+
+ON_FILES = [*SMOKE, "data=files", "batch_tokens=256", "eval_tokens=256"]
 
 
 def last(run):
@@ -68,7 +70,7 @@ def test_run_folder_after_training_has_all_files_and_rows(run):
     optim = yaml.safe_load((run / "config.yaml").read_text())["optim"]
     assert [row["muon_lr"] / optim["muon_lr"] for row in rows] == pytest.approx([r["lr"] / optim["lr"] for r in rows])
     assert [row["step"] for row in rows if "val_loss" in row] == [3, 6]
-    assert rows[-1]["val_bpb"] > 0 and rows[-1]["tokens"] == 6 * 1024
+    assert rows[-1]["val_bpb"] > 0 and rows[-1]["tokens"] == 6 * 256
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000003", "step_00000006"}
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -171,8 +173,8 @@ def test_load_run_claimed_huge_size_raises_before_building(run):
     """What is claimed would take minutes and all memory."""
     config, _ = run_folder.read_config(run)
     batches = {"batch_tokens": 2**20, "eval_tokens": 2**20, "micro_batch_size": 1}
-    for setting in ("n_layers", "d_model", "context_length"):
-        model = config["model"] | {setting: 2**20} | ({"position_embedding": "learned"} if "context" in setting else {})
+    for setting, size in {"n_layers": 2**16, "d_model": 2**20, "context_length": 2**20}.items():
+        model = config["model"] | {setting: size} | ({"position_embedding": "learned"} if "context" in setting else {})
         claimed = config | {"model": model} | (batches if "context" in setting else {})
         reseal(last(run), config=config)
         with pytest.raises(UserError, match=r"config.yaml says .*, the run was trained with"):
@@ -360,9 +362,9 @@ def reseal(checkpoint, *names, **changes):
 
 
 def test_resume_edited_config_is_refused(run, monkeypatch, capsys):
-    edit(run / "config.yaml", "batch_tokens: 1024", "batch_tokens: 2048")
+    edit(run / "config.yaml", "batch_tokens: 256", "batch_tokens: 512")
     assert call("train", ["resume=run", "steps=9"], monkeypatch) == 2
-    assert "config.yaml says batch_tokens: 2048, the run was trained with 1024" in capsys.readouterr().err
+    assert "config.yaml says batch_tokens: 512, the run was trained with 256" in capsys.readouterr().err
 
 
 def test_save_keeps_last_checkpoints_and_the_best(workplace, monkeypatch, capsys):
@@ -516,7 +518,7 @@ def test_save_rows_are_on_disk_before_the_checkpoint(workplace, monkeypatch):
 
     monkeypatch.setattr("training.monitor.monitor.FLUSH_SECONDS", 1e9)
     monkeypatch.setattr("training.run.checkpoint.save", spy)
-    assert call("train", [*SMOKE, "steps=7", "save_every=3", "eval_every=100", "run_dir=run"], monkeypatch) == 0
+    assert call("train", [*QUICK, "steps=7", "save_every=3", "eval_every=100", "run_dir=run"], monkeypatch) == 0
     assert seen == [(3, [1, 2, 3]), (6, [1, 2, 3, 4, 5, 6]), (7, [1, 2, 3, 4, 5, 6, 7])]
 
 
@@ -641,7 +643,7 @@ def test_load_run_damaged_files_raise_user_error(run, damage, complaint, monkeyp
 
 def test_resume_changed_documents_are_refused_and_moved_ones_accepted(workplace, monkeypatch, capsys):
     (workplace / "a.txt").write_text("".join(f"line {i}\n" for i in range(3000)))
-    options = [*SMOKE, "data=files", "data.path=a.txt", "steps=4", "save_every=2", "run_dir=run"]
+    options = [*ON_FILES, "data.path=a.txt", "steps=4", "save_every=2", "run_dir=run"]
     assert call("train", options, monkeypatch) == 0
     shutil.copytree("run", "whole")
     assert call("train", ["resume=whole", "steps=6"], monkeypatch) == 0
@@ -663,7 +665,7 @@ def test_resume_on_another_text_says_so_before_it_is_prepared_and_names_fine_tun
     """The tokenizer would be another, too: it is trained on the text."""
     (workplace / "a.txt").write_text("".join(f"line {i} of a text\n" for i in range(3000)))
     (workplace / "b.txt").write_text("".join(f"{i} rows are in another\n" for i in range(3000)))
-    options = [*SMOKE, "tokenizer=bpe", "tokenizer.vocab_size=300", "data=files", "data.path=a.txt", "steps=2"]
+    options = [*ON_FILES, "tokenizer=bpe", "tokenizer.vocab_size=300", "data.path=a.txt", "steps=2"]
     assert call("train", [*options, "run_dir=run"], monkeypatch) == 0
     prepared = sorted((workplace / "cache").iterdir())
     capsys.readouterr()

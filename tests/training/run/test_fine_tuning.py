@@ -10,15 +10,17 @@ import torch
 
 from common.invocation import command
 from model.score import Score
-from tests.support import SMOKE, call, changed, composed_run
+from tests.support import QUICK, SMOKE, TINY, call, changed, composed_run
 from tests.training.runs import assert_same_run, losses, rewind
 from training.epochs import repetition_warnings
 from training.run import checkpoint
 from training.run.load import load_run
 
 TEXT = "".join(f"The {i}th line of quite another text, with words such as zeppelin.\n" for i in range(900))
-BASE = [*SMOKE, "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300", "run_dir=base"]
+BASE = [*changed(QUICK, "batch_tokens=512"), "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300"]
+BASE += ["run_dir=base"]
 TUNED = [*SMOKE, "init_from=base", "data=files", "data.path=a.txt", "steps=12", "save_every=5", "eval_every=6"]
+TUNED += ["batch_tokens=256"]
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +59,19 @@ def test_fine_tuning_begins_with_the_weights_of_the_base(base, workplace, monkey
 
 
 def test_best_checkpoint_that_is_not_the_last_is_kept_and_named(workplace, monkeypatch, capsys):
-    scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 10, 20, 30, and the rest
+    scores = iter([Score(nats, 1, 1) for nats in (5.0, 3.0, 1.0, 2.0, 2.0)])  # before, at 2, 4, 6, and the rest
     monkeypatch.setattr("training.session.evaluate", lambda *_, **__: next(scores))
-    assert call("train", [*SMOKE, "eval_before=true", "keep_last=1", "run_dir='a run'"], monkeypatch) == 0
+    options = changed(TINY, "steps=6", "eval_before=true", "keep_last=1", "run_dir='a run'")
+    assert call("train", options, monkeypatch) == 0
     out = capsys.readouterr().out
     assert (
         "before       5.0000 nats per token, 7.2135 bits per byte; now 2.0000 and 2.8854, which is better (both on the "
         in out
     )
-    assert "best         step 20, 1.0000 nats per token (on the first 1 token of the validation set): " in out
+    assert "best         step 4, 1.0000 nats per token (on the first 1 token of the validation set): " in out
     assert f"{command('sample.py', '--checkpoint', 'best', '--run', 'a run')}\n" in out
-    assert [path.name for path in checkpoint.checkpoint_paths(workplace / "a run")] == [
-        "step_00000020",
-        "step_00000030",
-    ]
+    kept = [path.name for path in checkpoint.checkpoint_paths(workplace / "a run")]
+    assert kept == ["step_00000004", "step_00000006"]
     assert [row[4] for row in losses(workplace / "a run") if row[4]] == [5.0, 3.0, 1.0, 2.0]
 
 
@@ -89,7 +90,7 @@ def test_repetition_warnings_name_the_steps_that_are_enough():
 
 
 def test_fine_tuning_starts_with_a_lower_loss_than_the_base(base, workplace, monkeypatch):
-    tuned = [*SMOKE, "init_from=base", "data.seed=7", "steps=3", "run_dir=tuned"]
+    tuned = [*QUICK, "init_from=base", "data.seed=7", "steps=3", "run_dir=tuned"]
     assert call("train", tuned, monkeypatch) == 0
     first = losses(workplace / "tuned")[1][1]
     assert first < losses(base)[0][1] / 2
@@ -163,7 +164,7 @@ def test_fine_tuning_with_another_model_or_vocabulary_is_refused(base, workplace
 
 
 def test_indexer_added_to_a_base_of_mla_is_warmed_up_alone_and_then_trained_with_all(workplace, monkeypatch, capsys):
-    short = [*SMOKE, "steps=2", "save_every=2"]
+    short = [*QUICK, "steps=2", "save_every=2"]
     add = ["init_from=dense", "attention=dsa", "attention.indexer.n_heads=2", "attention.indexer.stage=warmup"]
     sparse = ["init_from=warm", "attention.indexer.stage=sparse", "attention.indexer.top_k=16"]
     assert call("train", [*short, "attention=mla", "attention.q_lora_rank=8", "run_dir=dense"], monkeypatch) == 0

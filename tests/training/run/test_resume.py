@@ -14,15 +14,16 @@ import torch
 import training.losses
 from benchmarks.kill import STEPS, UNDER_FIRE, start, train_under_fire
 from common.invocation import command
-from tests.support import ATTENTIONS, SMOKE, call, changed
+from tests.support import ATTENTIONS, QUICK, call, changed
 from tests.training.runs import assert_same_run, losses, rewind, tensors
 from training.metrics_file import read_metrics
 from training.run import checkpoint
 from training.run.checkpoint import MODEL, OPTIMIZER, newest
 
 # Dropout, accumulation, and an epoch's end on the way.
-BUSY = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "data.size=12", "steps=12", "save_every=5", "eval_every=4"]
-LIGHT = changed(BUSY, "batch_tokens=512")
+BUSY = [*changed(QUICK, "data.size=12"), "model.dropout=0.1", "micro_batch_size=1"]
+BUSY += ["steps=12", "save_every=5", "eval_every=4"]
+LIGHT = changed(BUSY, "batch_tokens=128")
 CLASSIC = ["model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.context_length=64"]
 
 
@@ -144,7 +145,7 @@ def test_resume_with_an_indexer_experts_and_a_second_prediction_is_the_same_run(
 
 
 def test_resume_with_unseeded_dropout_is_another_run(workplace, monkeypatch):
-    monkeypatch.setattr("torch.manual_seed", lambda seed: None)
+    monkeypatch.setattr("training.step._seed_micro_step", lambda *_: None)
     assert call("train", [*LIGHT, "run_dir=whole"], monkeypatch) == 0
     rewind(workplace / "whole", workplace / "killed", step=5)
     assert call("train", ["resume=killed"], monkeypatch) == 0
@@ -161,7 +162,7 @@ def test_resume_float16_restores_the_loss_scale(workplace, monkeypatch):
         "max_skipped_updates=30",
         "save_every=5",
         "keep_last=9",
-        "batch_tokens=256",
+        "micro_batch_size=4",
     ]
     options = changed(BUSY, *options)
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
@@ -175,9 +176,11 @@ def test_resume_float16_restores_the_loss_scale(workplace, monkeypatch):
     assert manifest["loss_scale"]["scale"] < 2.0**28 and manifest["loss_scale"]["good_steps"] in (0, 1, 2)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(2, 60), pytest.param(20, STEPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "steps"), [(2, 15), pytest.param(20, STEPS, marks=pytest.mark.slow)])
 def test_resume_after_sigkill_at_random_moments_is_the_same_run(workplace, monkeypatch, kills, steps):
-    options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}")
+    rarely = {"save_every": 20, "eval_every": 50}  # beside that many steps
+    often = [f"{key}={max(1, every * steps // STEPS)}" for key, every in rarely.items()]
+    options = changed(UNDER_FIRE, "attention=mla", f"steps={steps}", *often)
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     draw, met = random.Random(0), []
     while len(met) < kills:
@@ -199,7 +202,7 @@ SIGNALS = {  # sent to a real process; the first two are raised within one, belo
 
 @pytest.mark.parametrize(("sent", "code"), SIGNALS.values(), ids=SIGNALS)
 def test_signal_during_training_saves_and_prints_how_to_continue(workplace, monkeypatch, sent, code):
-    options = [*SMOKE, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
+    options = [*QUICK, "model.dropout=0.1", "save_every=1000", "eval_every=1000"]
     options += ["schedule=wsd", "schedule.warmup_steps=2", "schedule.cooldown=0"]
     process = start([*options, "steps=2000", "run_dir=run"], workplace)
     steps = await_steps(process, workplace / "run", 3)
@@ -218,7 +221,7 @@ def test_signal_during_training_saves_and_prints_how_to_continue(workplace, monk
 
 def test_signal_with_closed_output_saves_the_run(workplace):
     """As Ctrl-C ends `python train.py 2>&1 | tee log`: tee is gone before the run says that it saves."""
-    process = start([*SMOKE, "steps=2000", "save_every=1000", "eval_every=50", "run_dir=run"], workplace)
+    process = start([*QUICK, "steps=2000", "save_every=1000", "eval_every=50", "run_dir=run"], workplace)
     await_steps(process, workplace / "run", 3)
     process.stderr.close()
     process.stdout.close()
@@ -228,7 +231,7 @@ def test_signal_with_closed_output_saves_the_run(workplace):
 
 
 def test_train_with_closed_output_runs_to_the_end(workplace):
-    process = start([*SMOKE, "steps=20", "eval_every=1", "eval_tokens=64", "run_dir=run"], workplace)
+    process = start([*QUICK, "steps=20", "eval_every=1", "run_dir=run"], workplace)
     await_steps(process, workplace / "run", 1)
     process.stderr.close()
     process.stdout.close()
@@ -289,7 +292,7 @@ STOPS = {
 
 
 def test_signal_within_step_or_evaluation_stops_and_resumes_to_the_same_run(workplace, monkeypatch, capsys, signals_at):
-    options = changed(BUSY, "data.size=200")
+    options = changed(BUSY, "data.size=50", "eval_tokens=1024")
     assert call("train", [*options, "run_dir=whole"], monkeypatch) == 0
     for i, (function, n, saved, reported) in enumerate(STOPS.values()):
         sent, code = ((signal.SIGINT, 130), (signal.SIGTERM, 143))[i % 2]
@@ -312,7 +315,7 @@ def test_signal_within_step_or_evaluation_stops_and_resumes_to_the_same_run(work
     "killed_in", ["training.monitor.monitor.Monitor.record_late_evaluation", "training.run.checkpoint.score"]
 )
 def test_kill_during_delayed_evaluation_loses_nothing(workplace, monkeypatch, signals_at, killed_in):
-    options = changed(BUSY, "data.size=200", "eval_every=2", "steps=3")
+    options = changed(BUSY, "data.size=50", "eval_tokens=1024", "eval_every=2", "steps=3")
     undo, saved = signals_at("token_losses", 3), workplace / "run/checkpoints/step_00000002"
     assert call("train", [*options, "run_dir=run"], monkeypatch) == 130
     undo()
@@ -367,7 +370,7 @@ def test_resume_wsd_with_more_steps_before_cooldown_is_the_longer_run(workplace,
 
 
 def test_complete_wsd_run_prints_whether_it_can_become_longer(workplace, monkeypatch, capsys):
-    options = [*SMOKE, "schedule=wsd", "schedule.warmup_steps=1", "steps=8", "save_every=100"]
+    options = [*QUICK, "schedule=wsd", "schedule.warmup_steps=1", "steps=8", "save_every=100"]
     assert call("train", [*options, "run_dir=cooled"], monkeypatch) == 0
     out = capsys.readouterr().out
     assert "a longer run is a new one: the cooldown began at step 6, and no checkpoint from before is left" in out
