@@ -314,6 +314,14 @@ def test_cache_holds_the_key_of_the_indexer():
         (("attention=dsa", "attention.window=8"), "indexer.top_k=64 chooses among all earlier tokens, and window=8"),
         (("attention=mla", "attention.indexer.n_heads=2"), "indexer.n_heads=2 is of an indexer: set attention.indexer"),
         (("attention=dsa", "attention.indexer.stage=cold"), "attention.indexer.stage=cold: choose warmup or sparse"),
+        (
+            ("attention=dsa", "attention.indexer.stage=warmup", "attention.indexer.weight=0"),
+            "indexer.weight=0 leaves indexer.stage=warmup nothing to learn: give a weight above 0",
+        ),
+        (
+            ("attention=mla", "attention.indexer.top_k=8"),
+            "q_lora_rank=0 has none: set attention.q_lora_rank to null, which is 64 here, or to another rank",
+        ),
         (("attention=dsa", "kernel=flex"), "kernel=flex cannot attend to what an indexer chooses: choose kernel=auto"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
