@@ -221,6 +221,9 @@ def _not_of_choice(key: str, group: str, known: Known) -> str:
     others = _of_choices(group)
     near = nearest(name, [*valid, *(other for keys in others.values() for other in keys)])
     where = f"no such setting of {group}={known.choices[group]}"
+    within = [one for one in valid if one.endswith(f".{name}") and not one.startswith("parts.")]
+    if within:
+        return f"{key}: {where}; {hint(*within)}"
     if near is None or near in valid:
         return f"{key}: {where}; {hint(near) or 'valid: ' + ', '.join(valid)}"
     owners = " or ".join(choice for choice, keys in others.items() if near in keys)

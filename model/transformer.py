@@ -239,13 +239,18 @@ class TransformerLM(nn.Module):
         """The indexers of layers, by their names."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Indexer)}
 
-    def freeze_for_warmup(self) -> None:
-        """Freeze all parameters but the indexers', where any of these is to be warmed up."""
+    def frozen_in_warmup(self) -> list[str]:
+        """Names of all parameters but the indexers', where any of these is to be warmed up; else none."""
         indexers = self.indexers().values()
-        if any(indexer.warms_up for indexer in indexers):
-            learning = {parameter for indexer in indexers for parameter in indexer.parameters()}
-            for parameter in set(self.parameters()) - learning:
-                parameter.requires_grad_(False)
+        if not any(indexer.warms_up for indexer in indexers):
+            return []
+        learning = {parameter for indexer in indexers for parameter in indexer.parameters()}
+        return [name for name, parameter in self.named_parameters() if parameter not in learning]
+
+    def freeze_for_warmup(self) -> None:
+        """Freeze what `frozen_in_warmup` names."""
+        for name in self.frozen_in_warmup():
+            self.get_parameter(name).requires_grad_(False)
 
     @property
     def auxiliary_losses(self) -> dict[str, float]:

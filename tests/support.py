@@ -182,6 +182,13 @@ def some_tokens(batch: int, length: int, vocab_size: int = 100, seed: int = 0) -
     return torch.randint(vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def distinct_tokens(batch: int, length: int, vocab_size: int = 100, seed: int = 0) -> torch.Tensor:
+    """Where nothing tells positions apart, a token that comes twice has two equal keys, and which one an indexer
+    chooses hangs on the last bit."""
+    drawn = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(seed))
+    return drawn[: batch * length].view(batch, length)
+
+
 def logits_of(model: TransformerLM, tokens: torch.Tensor, at: Placement | None = None, **options) -> torch.Tensor:
     """(B, T) -> (B, T, V)."""
     return model.logits(model(tokens, at, **options).x)

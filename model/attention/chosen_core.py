@@ -34,9 +34,7 @@ class ChosenCore(NamedTuple):
         if self.index.gathers(ctx, cache):
             return self._gathered(q, (*columns, k_index), mask, ctx, keys_and_values, v_dim)
         if not self.index.warms_up and k_index.shape[1] > self.index.top_k:
-            every = self.index.tiles(q.shape[1], k_index.shape[1], self.index.q.shape[2])
-            chosen = torch.cat([self.index.chosen(k_index, mask, rows) for rows in every], dim=1)
-            mask = mask.among(chosen)
+            mask = mask.among(self.index.in_tiles(self.index.chosen, k_index, mask))
         k, v = columns if keys_and_values is None else keys_and_values(*columns)
         heads = self.core.attend_to(q, k, v, mask, ctx, v_dim)
         if INDEXER_LOSS not in ctx.collect:
@@ -60,9 +58,10 @@ class ChosenCore(NamedTuple):
         q_pos, k_pos = mask.q_pos.expand(batch, -1), mask.k_pos.expand(batch, -1)
         sequence = torch.arange(batch, device=q.device)[:, None, None]
         width = sum(column[0, 0].numel() for column in columns)
+        chosen_rows = self.index.in_tiles(self.index.chosen_rows, k_index, mask)  # (B, T, top_k)
         outputs = []
         for rows in self.index.tiles(queries, self.index.top_k, width + q.shape[2]):
-            chosen = sequence, self.index.chosen_rows(k_index, mask, rows)
+            chosen = sequence, chosen_rows[:, rows]
             gathered = [column[chosen].flatten(0, 1) for column in columns]  # (B · t, top_k, ...)
             k, v = gathered if keys_and_values is None else keys_and_values(*gathered)
             of_tile = Mask(q_pos[:, rows].reshape(-1, 1), k_pos[chosen].flatten(0, 1), False, mask.pattern)

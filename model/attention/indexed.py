@@ -36,6 +36,11 @@ class IndexerConfig(FrozenSettings):
                         f"indexer.{name}={getattr(self, name)} is of an indexer: set attention.indexer.top_k, or "
                         "choose attention=dsa"
                     )
+        elif self.stage == "warmup" and not self.weight:
+            raise ValueError(
+                "indexer.weight=0 leaves indexer.stage=warmup nothing to learn: give a weight above 0, or choose "
+                "indexer.stage=sparse"
+            )
         return self
 
 

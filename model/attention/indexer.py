@@ -12,7 +12,7 @@ the loss moves the indexer alone, and the cross-entropy all else. With stage=war
 the indexer learns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -48,19 +48,24 @@ class Index(NamedTuple):
         """I of the queries in `rows` and the keys in `keys` of k (B, S, D) -> (B, t, s) float32, -∞ for hidden keys."""
         return _scores(self.q[:, rows], self.weights[:, rows], k[:, keys], mask.visible_in(rows, keys))
 
-    def chosen_rows(self, k: Tensor, mask: Mask, rows: slice) -> Tensor:
-        """The same as indices of keys, in order: (B, t, top_k)."""
-        chosen = self.chosen(k, mask, rows)
-        if not torch.compiler.is_compiling():
-            return chosen.nonzero()[:, -1].view(*chosen.shape[:2], -1)
-        index = torch.arange(chosen.shape[2], device=chosen.device)  # nonzero would break the graph
-        return index.where(chosen, len(index)).topk(self.top_k, largest=False).values
-
-    @torch.no_grad()
     def chosen(self, k: Tensor, mask: Mask, rows: slice) -> Tensor:
         """For the queries in `rows`, which of all keys k (B, S, D) they attend to -> (B, t, S) bool: top_k of them, of
         which hidden ones are some where fewer are visible."""
-        return largest(self.scores(k, mask, rows, slice(0, k.shape[1])), self.top_k)
+        with torch.no_grad():  # no decorator: compiled in one graph, it cannot be traced
+            return largest(self.scores(k, mask, rows, slice(0, k.shape[1])), self.top_k)
+
+    def chosen_rows(self, k: Tensor, mask: Mask, rows: slice) -> Tensor:
+        """The same as indices of keys, in order: (B, t, top_k). There are more keys than that."""
+        chosen = self.chosen(k, mask, rows)
+        if not torch.compiler.is_compiling():
+            return chosen.nonzero()[:, -1].view(*chosen.shape[:2], self.top_k)
+        index = torch.arange(chosen.shape[2], device=chosen.device)  # nonzero would break the graph
+        return index.where(chosen, len(index)).topk(self.top_k, largest=False).values
+
+    def in_tiles(self, choose: Callable[[Tensor, Mask, slice], Tensor], k: Tensor, mask: Mask) -> Tensor:
+        """What `chosen` or `chosen_rows` returns, for all queries, a tile of them after the other."""
+        every = self.tiles(self.q.shape[1], k.shape[1], self.q.shape[2])
+        return torch.cat([choose(k, mask, rows) for rows in every], dim=1)
 
     def gathers(self, ctx: Context, cache: Cache | None) -> bool:
         """Whether the chosen keys are gathered, and the others never read. Where a gradient flows, without a cache, or
@@ -78,9 +83,11 @@ class Index(NamedTuple):
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Which are the `count` largest of each row (..., S), of equal ones the first -> bool, count of them (or all S)."""
+    """Which are the `count` largest of each row (..., S), of equal ones the first -> bool, count of them (or all S).
+    NaN counts as -∞, so that a model that is broken chooses as many, and its output says so."""
     if scores.shape[-1] <= count:
         return torch.ones_like(scores, dtype=torch.bool)
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     least = scores.topk(count).values.amin(-1, keepdim=True)
     above, equal = scores > least, scores == least
     return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))

@@ -119,7 +119,7 @@ class MLAConfig(IndexedConfig):
         if top_k is not None and self.q_lora_rank == 0:
             raise ValueError(
                 f"indexer.top_k={top_k}: the indexer reads the latent of the queries, and q_lora_rank=0 has none: "
-                "leave q_lora_rank unset, or choose one"
+                f"set attention.q_lora_rank to null, which is {max(1, d_model // 2)} here, or to another rank"
             )
         return self.q_lora_rank or (0 if top_k is None else max(1, d_model // 2))
 

@@ -34,6 +34,7 @@ GUESSES = {
     "It belongs to data=mix",
     "attention.n_kv_head": "attention.n_kv_head: no such setting of attention=mha; did you mean n_kv_heads?",
     "attention.rope_teta": "attention.rope_teta: no such setting of attention=mha; did you mean rope_theta?",
+    "attention.top_k": "attention.top_k: no such setting of attention=mha; did you mean indexer.top_k?",
     "data.pth": "data.pth: no such setting of data=sympy; did you mean path? It belongs to data=files",
     "data.path": "data.path: no such setting of data=sympy; it belongs to data=files",
     "model.d_modl": "model.d_modl: no such setting of model=tiny; did you mean d_model?",

@@ -19,7 +19,7 @@ from model.flat_model import FlatModel
 from model.kernels.auto import Auto
 from model.kernels.naive import Naive
 from model.transformer import TransformerLM
-from tests.support import ATTENTIONS, assert_one_line, relative_error, small_model
+from tests.support import EACH, assert_one_line, relative_error, small_model
 
 SAMPLER = Sampler(temperature=1.0)
 
@@ -53,6 +53,7 @@ def text(model, prompt: list[int], step: CompiledStep | None, tokens: int = 40) 
             ["attention=gqa", "model.position_embedding=learned"], Auto(), id="learned flat", marks=pytest.mark.slow
         ),
         pytest.param(["attention=mqa", "attention.window=4"], Auto(), id="window general", marks=pytest.mark.slow),
+        pytest.param(["attention=dsa", "attention.indexer.top_k=4"], Auto(), id="dsa general"),
     ],
 )
 def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, kernel, caplog):
@@ -66,7 +67,18 @@ def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, k
     assert traced() == 1
     assert "failed" not in caplog.text
     (kind,) = {kind for kind, *_ in step.compiled}
-    assert kind is (FlatModel if isinstance(kernel, Auto) and "attention.window=4" not in attention else TransformerLM)
+    flat = isinstance(kernel, Auto) and not any("window" in part or "top_k" in part for part in attention)
+    assert kind is (FlatModel if flat else TransformerLM)
+
+
+@pytest.mark.parametrize("case", [["attention=dsa"], ["attention=gqa"]], ids=" ".join)
+def test_compiled_step_that_begins_to_choose_keys_traces_once_more(traced, case):
+    """A text of 3 tokens and then 43, of which an indexer chooses 8."""
+    model = small_model(*case, "attention.indexer.top_k=8", kernel=Auto())
+    step = compiled(40)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        assert text(model, [1, 2, 3], step) == text(model, [1, 2, 3], None)
+    assert traced() == 2 and not step.failed
 
 
 def test_compiled_step_of_rows_that_become_unlike_traces_once_more(traced):
@@ -121,11 +133,11 @@ def test_compiled_step_beyond_all_graphs_says_so(traced, monkeypatch, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_compiled_step_with_generated_code_writes_the_text_without_a_cache(attention):
+@pytest.mark.parametrize("case", EACH, ids=" ".join)
+def test_compiled_step_with_generated_code_writes_the_text_without_a_cache(case):
     """Greedy, by what torch.compile really makes: half a minute each."""
     torch._dynamo.reset()
-    model = small_model(f"attention={attention}", kernel=Auto())
+    model = small_model(*case, kernel=Auto())
     lay_out_for_decoding(model, rows=2)
     texts = []
     for options in ({"compiled": compiled(30)}, {"cached": False}):

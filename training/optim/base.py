@@ -86,7 +86,7 @@ class OptimConfig(FrozenSettings, ABC):
 
     def check_groups(self, model: TransformerLM) -> None:
         """Raise ValueError where `groups` do not fit the model's parameters."""
-        check_groups(self.groups, [name for name, _ in model.named_parameters()])
+        check_groups(self.groups, [name for name, _ in model.named_parameters()], model.frozen_in_warmup())
 
     def freeze(self, model: TransformerLM) -> None:
         """Freeze the parameters of groups that do not train, and all but the indexers where these are warmed up. Call

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -60,8 +60,9 @@ def group_of(name: str, groups: Sequence[GroupConfig]) -> GroupConfig | None:
     return next((group for group in groups if group.matches(name)), None)
 
 
-def check_groups(groups: Sequence[GroupConfig], names: Sequence[str]) -> None:
-    """Raise ValueError where a group has no parameters, or all are frozen."""
+def check_groups(groups: Sequence[GroupConfig], names: Sequence[str], frozen: Collection[str] = ()) -> None:
+    """Raise ValueError where a group has no parameters, or all are frozen. frozen: names of what is so anyway, while an
+    indexer is warmed up."""
     chosen = [group_of(name, groups) for name in names]
     for i, group in enumerate(groups):
         where = f"optim.groups: {_spelled(group)}"
@@ -72,8 +73,10 @@ def check_groups(groups: Sequence[GroupConfig], names: Sequence[str]) -> None:
             raise ValueError(f"{where} matches no parameter; {way_out}")
         if not any(one is group for one in chosen):
             raise ValueError(f"{where} matches only what groups before it match, and the first counts: put it ahead")
-    if all(group is not None and not group.train for group in chosen):
-        raise ValueError("optim.groups freeze all parameters: leave some to train")
+    learning = [group for name, group in zip(names, chosen, strict=True) if name not in frozen]
+    if all(group is not None and not group.train for group in learning):
+        of_indexer = " of the indexer, which attention.indexer.stage=warmup trains alone" if frozen else ""
+        raise ValueError(f"optim.groups freeze all parameters{of_indexer}: leave some to train")
 
 
 def described(groups: Sequence[GroupConfig], names: Sequence[str]) -> str:

@@ -188,7 +188,13 @@ def begin_or_resume(
 def first_state(run: Run, vocab_size: int, device: torch.device, world: World = ONE) -> TrainState:
     """The state that a run begins with: the weights of its base, or freshly initialised ones."""
     if run.init_from is None:
-        return TrainState.create(run, vocab_size, device, world)
+        state = TrainState.create(run, vocab_size, device, world)
+        if state.model.frozen_in_warmup():
+            log.warning(
+                "attention.indexer.stage=warmup trains the indexer alone, and all other weights stay random: give "
+                "init_from= of a trained run, or choose attention.indexer.stage=sparse"
+            )
+        return state
     base = pretrained_model(Path(run.init_from), run.model, vocab_size, run.seed)
     return TrainState.of(run, base.to(device), world)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from model.cache import SLACK, Cache
 from model.placement import Placement
 from model.transformer import TransformerLM
-from tests.support import logits_of, relative_error, some_tokens
+from tests.support import distinct_tokens, logits_of, relative_error, some_tokens
 
 
 def check_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
@@ -111,7 +111,7 @@ def decode_with_rewinding(model: TransformerLM, tokens: Tensor) -> Tensor:
 
 def check_cached(model: TransformerLM, oracle: TransformerLM, tolerance: float = 1e-5) -> None:
     """Decoding gives, at every position, the logits of the oracle's one uncached forward."""
-    tokens = some_tokens(2, 23)
+    tokens = distinct_tokens(2, 23)
     with torch.no_grad():
         expected = logits_of(oracle, tokens)
     for way, found in ways_to_decode(model, tokens):
@@ -122,7 +122,7 @@ def check_cached(model: TransformerLM, oracle: TransformerLM, tolerance: float =
 def check_ragged(model: TransformerLM, oracle: TransformerLM, tolerance: float = 1e-5) -> None:
     """Rows of different length, padded on the left with negative positions, decode as each does alone."""
     lengths, total = (5, 11, 8), 11
-    rows = [some_tokens(1, n + 4, seed=n)[0] for n in lengths]
+    rows = [distinct_tokens(1, n + 4, seed=n)[0] for n in lengths]
     expected = [logits_of(oracle, row[None])[0] for row in rows]
     tokens = torch.zeros(len(rows), total, dtype=torch.int64)
     positions = torch.full((len(rows), total), -1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.errors import UserError
+from model.attention import indexer
 from model.attention.chosen_core import INDEX_KEY, ChosenCore
 from model.attention.indexer import Index, indexer_loss, largest
 from model.context import Context
@@ -18,7 +19,7 @@ from model.mask import CAUSAL, Mask
 from model.placement import Placement
 from model.score import token_losses
 from tests.model.attention.laws import check_cached, check_packed_documents, check_ragged, check_relative_positions
-from tests.support import batches, composed_run, logits_of, relative_error, small_model, some_tokens
+from tests.support import batches, composed_run, distinct_tokens, logits_of, relative_error, small_model, some_tokens
 from training.losses import CROSS_ENTROPY, mean_loss
 
 DSA = ("attention=dsa", "attention.indexer.top_k=4")
@@ -30,7 +31,6 @@ CHOSEN = [
     ("attention=gqa", "attention.indexer.top_k=4", "attention.indexer.head_dim=6"),
     ("attention=mqa", "attention.indexer.top_k=1"),
 ]
-GATHERED = [case for case in CHOSEN if "attention.position=alibi" not in case]
 
 
 @pytest.mark.parametrize("case", CHOSEN, ids=" ".join)
@@ -88,6 +88,21 @@ def test_largest_takes_the_first_of_equal_scores():
         [1, 1, 0, 0, 0, 1],
     ]
     assert largest(scores, 6).all() and largest(scores, 9).all()
+
+
+def test_largest_takes_as_many_where_scores_are_no_numbers():
+    scores = torch.tensor([[math.nan, 1, math.nan, 2], [math.nan] * 4, [math.inf, math.nan, -math.inf, math.inf]])
+    assert largest(scores, 2).int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 0, 1]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("broken", ["embedding.weight", "layers.0.attention.kv_up.weight"])
+def test_model_whose_weights_are_no_numbers_decodes_to_what_is_none(broken):
+    model = small_model(*DSA, kernel=Auto())
+    caches = model.make_caches(1, 31)
+    logits_of(model, some_tokens(1, 30), Placement.prefill(torch.tensor([30]), caches))
+    model.get_parameter(broken).fill_(math.nan)
+    assert logits_of(model, torch.tensor([[1]]), Placement.decode(torch.tensor([[30]]), caches)).isnan().any()
 
 
 def made_index(ties: bool = False) -> tuple[Index, Tensor]:
@@ -231,9 +246,9 @@ def test_score_of_a_text_does_not_depend_on_the_loss_of_the_indexer():
     assert mean_loss(other, batch)[1][CROSS_ENTROPY] == mean_loss(other, batch)[0]
 
 
-@pytest.mark.parametrize("case", GATHERED, ids=" ".join)
+@pytest.mark.parametrize("case", CHOSEN, ids=" ".join)
 def test_gathered_keys_give_the_output_of_masked_ones(monkeypatch, case):
-    model, tokens, calls = small_model(*case, kernel=Auto()), some_tokens(2, 40), []
+    model, tokens, calls = small_model(*case, kernel=Auto()), distinct_tokens(2, 40), []
     gathered = ChosenCore._gathered
     monkeypatch.setattr(ChosenCore, "_gathered", lambda *given: calls.append(1) or gathered(*given))
     monkeypatch.setattr("model.attention.indexer.TILE_NUMBERS", 500)
@@ -243,6 +258,23 @@ def test_gathered_keys_give_the_output_of_masked_ones(monkeypatch, case):
         assert len(calls) == 2  # layers
         assert relative_error(found, logits_of(model, tokens)) <= 1e-5
     assert len(calls) == 2  # without a cache all are read
+
+
+def test_no_more_products_are_in_memory_than_a_tile_has(monkeypatch):
+    """In training, where keys are masked, and in a prefill, where they are gathered: of few numbers each."""
+    made, scores = [], indexer._scores
+
+    def noted(q: Tensor, weights: Tensor, k: Tensor, visible: Tensor) -> Tensor:
+        made.append(q[..., 0].numel() * k.shape[1])
+        return scores(q, weights, k, visible)
+
+    monkeypatch.setattr(indexer, "_scores", noted)
+    monkeypatch.setattr(indexer, "TILE_NUMBERS", 3000)
+    model, tokens = small_model(*DSA, "attention.indexer.head_dim=2", kernel=Auto()), some_tokens(1, 64)
+    mean_loss(model, batches(1, 1)[0])
+    with torch.no_grad():
+        logits_of(model, tokens, Placement.prefill(torch.tensor([64]), model.make_caches(1, 64)))
+    assert len(made) > 8 and max(made) <= 3000
 
 
 def test_decoding_reads_the_chosen_rows_alone():
@@ -282,6 +314,14 @@ def test_cache_holds_the_key_of_the_indexer():
         (("attention=dsa", "attention.window=8"), "indexer.top_k=64 chooses among all earlier tokens, and window=8"),
         (("attention=mla", "attention.indexer.n_heads=2"), "indexer.n_heads=2 is of an indexer: set attention.indexer"),
         (("attention=dsa", "attention.indexer.stage=cold"), "attention.indexer.stage=cold: choose warmup or sparse"),
+        (
+            ("attention=dsa", "attention.indexer.stage=warmup", "attention.indexer.weight=0"),
+            "indexer.weight=0 leaves indexer.stage=warmup nothing to learn: give a weight above 0",
+        ),
+        (
+            ("attention=mla", "attention.indexer.top_k=8"),
+            "q_lora_rank=0 has none: set attention.q_lora_rank to null, which is 64 here, or to another rank",
+        ),
         (("attention=dsa", "kernel=flex"), "kernel=flex cannot attend to what an indexer chooses: choose kernel=auto"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",

@@ -186,6 +186,16 @@ def test_groups_that_do_not_fit_are_refused_in_one_line(groups, line):
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("match", ["*", "*.indexer.*"])
+def test_groups_that_freeze_all_that_an_indexers_warmup_trains_are_refused(match):
+    warm = ("attention=dsa", "attention.indexer.stage=warmup")
+    line = "optim.groups freeze all parameters of the indexer, which attention.indexer.stage=warmup trains alone: leave"
+    with pytest.raises(UserError, match=line) as refused:
+        composed_run(*warm, f"optim.groups=[{{match: '{match}', train: false}}]")
+    assert "\n" not in str(refused.value)
+    composed_run(*warm, "optim.groups=[{match: '*.q_proj.*', train: false}]")
+
+
 def test_groups_typed_as_anything_but_a_list_are_refused_in_one_line():
     line = r"optim.groups is a list: give it as a whole, as 'optim.groups=\[{match: .*, lr: "
     for groups in ("{match: '*', lr: 0.1}", "{}"):

@@ -15,6 +15,7 @@ from tests.training.runs import assert_same_run, losses, rewind
 from training.epochs import repetition_warnings
 from training.run import checkpoint
 from training.run.load import load_run
+from training.run.start import first_state
 
 TEXT = "".join(f"The {i}th line of quite another text, with words such as zeppelin.\n" for i in range(900))
 BASE = [*changed(QUICK, "batch_tokens=512"), "attention=mla", "tokenizer=bpe", "tokenizer.vocab_size=300"]
@@ -133,6 +134,13 @@ def test_fine_tuning_resumes_without_its_base(base, workplace, monkeypatch):
     assert_same_run(workplace / "whole", workplace / "killed", step=12)
 
 
+def test_warming_up_an_indexer_of_a_new_model_warns_that_nothing_else_learns(caplog):
+    warm = composed_run("model=mini", "precision=fp32", "attention=dsa", "attention.indexer.stage=warmup")
+    first_state(warm, 100, torch.device("cpu"))
+    line = "stage=warmup trains the indexer alone, and all other weights stay random: give init_from="
+    assert sum(line in record.message for record in caplog.records) == 1
+
+
 REFUSED = {
     "init_from=5": "5 is not a run",
     "tokenizer=byte": "tokenizer cannot be chosen with init_from=base: its weights know the 300 tokens",
@@ -169,7 +177,8 @@ def test_indexer_added_to_a_base_of_mla_is_warmed_up_alone_and_then_trained_with
     sparse = ["init_from=warm", "attention.indexer.stage=sparse", "attention.indexer.top_k=16"]
     assert call("train", [*short, "attention=mla", "attention.q_lora_rank=8", "run_dir=dense"], monkeypatch) == 0
     assert call("train", [*short, *add, "run_dir=warm"], monkeypatch) == 0
-    assert "freshly initialised: layers.0.attention.indexer.q_proj.weight, " in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "freshly initialised: layers.0.attention.indexer.q_proj.weight, " in error and "stay random" not in error
     assert call("train", [*short, *sparse, "run_dir=sparse"], monkeypatch) == 0
     before, warm, after = (load_run(workplace / name)[0].state_dict() for name in ("dense", "warm", "sparse"))
     assert {name for name in warm if name not in before} == {name for name in warm if ".indexer." in name}
