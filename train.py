@@ -78,16 +78,16 @@ def processes_to_start(tree: dict, typed: list[str]) -> int:
         chosen = parallel_of(str(tree["resume"]), tree, typed)
     if not isinstance(chosen, dict) or "processes" not in chosen:
         return 1
-    from training.parallel.config import count_processes
+    from training.run.processes import processes_here
 
-    return count_processes(chosen["processes"])
+    return processes_here(chosen, typed)
 
 
 def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     """Train one run. tree: the composed configuration; typed: the overrides on the command line; choices: the choice of
     each group."""
     from common import process
-    from data.batches import check_split_lengths
+    from data.batches import check_split_lengths, micro_batch_of
     from data.shards.prepare import prepare
     from generation.preview import continuation, preview_prompt
     from training.dry_run import dry_run
@@ -122,7 +122,8 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
         )
         world.trains_in(folder)
         monitor = Monitor(run, folder, corpus, measure(run, corpus, state.model, device), state)
-        advice = smaller_batches_advised(run.sequences, run.micro_batch_size)
+        share = run.sequences // world.size
+        advice = smaller_batches_advised(share, micro_batch_of(share, run.micro_batch_size))
 
         def preview() -> str:
             model = whole_model(state)
@@ -160,7 +161,7 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
     from runtime.precision import choose_precision
     from training.experimental_settings import warn_experimental_settings
     from training.large_rates import warn_large_rates
-    from training.minutes import steps_for
+    from training.minutes import check_one_process, steps_for
     from training.run.config import check_not_of_sweep, pop_command_settings
     from training.run.processes import with_processes
     from training.run.start import resolve_run
@@ -169,6 +170,7 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
     given = pop_command_settings(tree)
     check_not_of_sweep(given)
     if given["minutes"] is not None:
+        check_one_process(given["minutes"], tree["parallel"])
         tree["steps"] = steps_for(given, resolve_run(tree, typed, held)[0], typed)
     run, folder = resolve_run(tree, typed, held, given["resume"], locks=ranks.rank() == 0)
     run = with_processes(run, ranks.size() if ranks.started_together() else 1, typed)

@@ -25,6 +25,7 @@ from training.run.folder import MAX_CONFIG_BYTES, check_is_run, read_config, rea
 # Settings that make no other experiment: where files are, what is written, how often, and what is only looked at.
 NOT_COMPARED = ("run_dir", "cache_dir", "logger", "save_every", "keep_last", "sample_every", "sample_prompt")
 NOT_COMPARED += ("eval_every", "eval_before", "eval_tokens", "log_attention", "profile_steps", "dry_run", "peak_flops")
+NOT_COMPARED += ("parallel",)
 PLACES = ("data.path", "tokenizer.path", "tokenizer.folder")
 MIN_INTERVALS = 10  # of training, that tell how evenly a run went
 

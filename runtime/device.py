@@ -19,19 +19,26 @@ def choose_device(device: str, local_rank: int | None = None) -> torch.device:
     lacks. local_rank: of several processes on this machine, each of which takes a GPU of its own."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and local_rank is not None:
-        device = f"cuda:{local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", device):
         raise UserError(f"device={device}: choose auto, cpu, cuda, cuda:1 (or another number) or mps")
-    chosen = torch.device(device)
+    chosen = torch.device(device) if local_rank is None else _own_device(device, local_rank)
     if chosen.type == "cuda":
         _check_cuda(device, chosen.index or 0)
-        if local_rank is not None:
-            torch.cuda.set_device(chosen)
     if chosen.type == "mps":
         if not torch.backends.mps.is_available():
             raise UserError("device=mps: PyTorch finds no Metal device here: choose device=cpu or auto")
         warn_experimental("device=mps")
+    return chosen
+
+
+def _own_device(device: str, local_rank: int) -> torch.device:
+    """The device of one of several processes on this machine."""
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"device={device} is one device, and several processes need one each: choose cuda, cpu or auto")
+    chosen = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
+    if chosen.type == "cuda":
+        _check_cuda(device, local_rank)
+        torch.cuda.set_device(chosen)
     return chosen
 
 

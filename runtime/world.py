@@ -1,5 +1,6 @@
 """World: the processes that train one run together, and what they tell each other."""
 
+import datetime
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+CPU = torch.device("cpu")
 BUCKET = 2**23  # numbers that are summed at one time: 32 MB of float32
 T = TypeVar("T")
 
@@ -64,11 +66,13 @@ class ProcessGroup(World):
     """The processes of torch.distributed's default group. Tensors travel by the device's backend; `agreed`, `gathered`
     and `from_first` by gloo, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU, timeout: datetime.timedelta | None = None):
+        """device: of the parameters. timeout: as the group was made with."""
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        backends = dist.get_backend_config()
-        self.control = dist.group.WORLD if backends == "cpu:gloo" else dist.new_group(backend="gloo")
+        self.device = device
+        talks_by_gloo = dist.get_backend_config() == "cpu:gloo"
+        self.control = dist.group.WORLD if talks_by_gloo else dist.new_group(timeout=timeout, backend="gloo")
 
     def total(self, number: Tensor) -> Tensor:
         return self._reduced(number, dist.ReduceOp.SUM)

@@ -23,6 +23,12 @@ MAX_MINUTES = 1_000_000  # two years
 log = logging.getLogger("headroom")
 
 
+def check_one_process(minutes: Any, parallel: Any) -> None:
+    """Raise UserError where several processes are to train for so many minutes."""
+    if isinstance(parallel, Mapping) and "processes" in parallel:
+        raise UserError(f"minutes={minutes} is measured in one process, which parallel= is not: give steps=")
+
+
 def steps_for(given: Mapping[str, Any], run: Run, typed: Sequence[str]) -> int:
     """The steps of a run that fill its minutes. given: the settings of the command; typed: its overrides. Raises
     UserError."""

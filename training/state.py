@@ -47,12 +47,12 @@ class TrainState:
     def create(cls, run: Run, vocab_size: int, device: torch.device, world: World = ONE) -> Self:
         """The state that a run begins with: freshly initialised weights. run: with a chosen precision (not auto).
         world: the processes that train it."""
-        return cls.of(run, initialised(run.model, vocab_size, run.seed).to(device), world)
+        return cls.of(run, run.parallel.placed(initialised(run.model, vocab_size, run.seed), device), world)
 
     @classmethod
     def of(cls, run: Run, model: TransformerLM, world: World = ONE) -> Self:
-        """The state around a model that is on its device with its weights, initialised or loaded. The rest is applied
-        from outside, in the order of training.parallel.plan."""
+        """The state around a model that is placed (Parallel.placed) with its weights, initialised or loaded. The rest
+        is applied from outside, in the order of training.parallel.plan."""
         precision = applied(run, model, world)
         after_step = after_step_hooks(run, model, precision)
         collect = frozenset(hook.collects for hook in after_step)

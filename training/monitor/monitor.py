@@ -213,7 +213,7 @@ class Monitor:
         return columns
 
     def _mfu(self, tokens_per_second: float) -> float | None:
-        return self.peak_flops and tokens_per_second * self.flops_per_token / self.peak_flops
+        return self.peak_flops and tokens_per_second * self.flops_per_token / (self.peak_flops * self.world.size)
 
     def _report_trouble(self, row: MetricRow) -> None:
         spike = self.guard.see(row)

@@ -7,14 +7,10 @@ import torch
 from pydantic import Field
 
 from common.settings import FrozenSettings
+from model.transformer import TransformerLM
 from training.optim.base import OptimConfig
 
-MAX_PROCESSES = 2**16
-
-
-def count_processes(processes: int | None) -> int:
-    """What an unset number of processes is on this machine: as many as there are GPUs, else one."""
-    return processes or max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
+MAX_PROCESSES = 4096
 
 
 class Parallel(FrozenSettings, ABC):
@@ -22,6 +18,10 @@ class Parallel(FrozenSettings, ABC):
 
     name: ClassVar[str]  # as it is typed
     shards: ClassVar[bool] = False  # whether a process has a share of each matrix only
+
+    def placed(self, model: TransformerLM, device: torch.device) -> TransformerLM:
+        """The model on the device; one that is to be sharded stays where it is until it is, a block at a time."""
+        return model if self.shards else model.to(device)
 
     @abstractmethod
     def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:

@@ -24,14 +24,16 @@ class ShardedPrecision(Precision):
     def __init__(self, model: TransformerLM, precision: str, world: World):
         self.world = world
         self.model = model
-        self.loss_scale = LossScale(next(model.parameters()).device) if precision == "fp16" else None
-        self.placed = _sharded(model, DTYPES[precision])
+        self.loss_scale = LossScale(world.device) if precision == "fp16" else None
+        self.placed = _sharded(model, DTYPES[precision], world.device)
         self.shards = {name: _shard_of(parameter, world) for name, parameter in self.placed.items()}
         self.matrices = [name for name, parameter in self.placed.items() if isinstance(parameter, DTensor)]
 
     def copy_master_weights(self) -> None:
-        """Give up what an evaluation left gathered of the embedding: it may be of older weights."""
+        """Give up what an evaluation left gathered of the embedding, which may be of older weights."""
         self.model.reshard()
+        for name in self.matrices:  # of a step that was given up
+            self.placed[name].grad = None
 
     def backward(self, loss: Tensor) -> None:
         self.scaled(loss).backward()
@@ -54,15 +56,17 @@ class ShardedPrecision(Precision):
         return norm
 
     def _gradients(self, of_matrices: bool) -> list[Tensor]:
-        chosen = [shard.local for name, shard in self.shards.items() if (name in set(self.matrices)) == of_matrices]
+        chosen = [shard.local for shard in self.shards.values() if shard.is_whole != of_matrices]
         return [parameter.grad for parameter in chosen if parameter.grad is not None]
 
 
-def _sharded(model: TransformerLM, dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """Shard the matrices of a model -> all its parameters by their names."""
-    device = next(model.parameters()).device
+def _sharded(model: TransformerLM, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
+    """Shard the matrices of a model over processes, moving them to a device a block at a time -> all its parameters by
+    their names."""
     # Vectors, which forward passes read in float32; and what is in a group together is gathered in one dtype.
     vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    for vector in vectors:
+        vector.data = vector.data.to(device)
     low = dtype if dtype != torch.float32 else None  # what parameters have, float64 in tests
     policy = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=low and torch.float32, output_dtype=None, cast_forward_inputs=False

@@ -21,7 +21,7 @@ def whole_model(state: TrainState) -> TransformerLM | None:
         return None
     with torch.device("meta"):
         model = TransformerLM(state.model.config, state.model.vocab_size)
-    model = allocate_empty(model).to(state.device)
+    model = allocate_empty(model)  # on the CPU: no device need hold it whole
     for name, weight in (weights | dict(state.model.named_buffers())).items():
         model.get_parameter(name).copy_(weight) if name in weights else model.get_buffer(name).copy_(weight)
     return model

@@ -56,7 +56,7 @@ def _joined(parallel: Parallel, device: torch.device) -> World:
             dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
         raise UserError(_not_joined(error, parallel.timeout)) from None
-    return SharedProcessGroup() if ranks.size() > 1 else ProcessGroup()
+    return (SharedProcessGroup if ranks.size() > 1 else ProcessGroup)(device, timeout)
 
 
 def _not_joined(error: Exception, timeout: float) -> str:
@@ -78,12 +78,13 @@ class SharedProcessGroup(ProcessGroup):
 
     way_out = ""  # where the run has a folder
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, device: torch.device, timeout: datetime.timedelta):
+        super().__init__(device, timeout)
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
         self.spoken = f"{SPOKEN}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         ranks.claim = self._claims
+        self.reached(0)
 
     def reached(self, step: int) -> None:
         self.store.set(f"headroom/step/{self.rank}", str(step))
@@ -95,8 +96,12 @@ class SharedProcessGroup(ProcessGroup):
 
     def behind(self) -> dict[int, int]:
         """The processes that have not come as far as this one, and the step that they are at."""
-        steps = {rank: int(self.store.get(f"headroom/step/{rank}")) for rank in range(self.size)}
-        return {rank: step for rank, step in steps.items() if step < steps[self.rank]} or steps
+        try:
+            steps = {rank: int(self.store.get(f"headroom/step/{rank}")) for rank in range(self.size)}
+        except RuntimeError:  # whoever holds the store has ended
+            return {}
+        others = {rank: step for rank, step in steps.items() if rank != self.rank}
+        return {rank: step for rank, step in others.items() if step < steps[self.rank]} or others
 
     def _claims(self) -> bool:
         try:
@@ -108,11 +113,11 @@ class SharedProcessGroup(ProcessGroup):
 def restarted(tree: dict, typed: list[str]) -> tuple[dict, list[str]]:
     """The settings and overrides of a command; where torchrun has started its processes again, those that resume the
     run which they had begun."""
-    if not int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # of the first node, which lasts as long as its agent
         return tree, typed
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=30))
-    if not store.check([FOLDER]):  # they had not come so far
+    if not store.check([FOLDER]):  # started for the first time, or they had not come so far
         return tree, typed
     resume = format_override("resume", store.get(FOLDER).decode())
     return compose_tree(resume), [resume]
@@ -151,6 +156,7 @@ def _described(error: RuntimeError, world: World, parallel: Parallel) -> str | N
     text = str(error)
     if any(word in text for word in LATE):
         late = ", ".join(f"rank {rank}, at step {step}," for rank, step in world.behind().items())
+        late = late or "another process"
         return f"{late} did not answer within parallel.timeout={parallel.timeout:g} seconds{world.way_out}"
     if any(word in text for word in LOST):
         return f"another process of the run has ended{world.way_out}"

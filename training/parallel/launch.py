@@ -6,8 +6,15 @@ import signal
 import sys
 import uuid
 
+from common import process
 from common.invocation import ROOT
 from common.streams import print_stderr
+
+SECONDS_TO_SAVE = "120"  # after a signal, until processes are killed
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(processes: int, words: list[str]) -> int:
@@ -18,7 +25,10 @@ def launch(processes: int, words: list[str]) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)  # older releases of PyTorch give 30
+    if process.in_sweep:
+        os.environ[process.PARENT] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -408,7 +408,7 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, worl
 def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device, world: World) -> TrainState:
     """Build the state that a checkpoint holds, into memory that nothing was drawn for."""
     check_finite(found)
-    state = TrainState.of(run, load_model(found, run.model, vocab_size).to(device), world)
+    state = TrainState.of(run, run.parallel.placed(load_model(found, run.model, vocab_size), device), world)
     load_optimizer(found, state)
     if state.loss_scale is not None:
         state.loss_scale.load(found.manifest.loss_scale)

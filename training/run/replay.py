@@ -58,7 +58,7 @@ def save_failed_step(
         f"a smaller {rates}"
     )
     tokens = {name: torch.stack([getattr(batch, name) for batch in batches]) for name in ("inputs", "targets")}
-    files = {checkpoint.MODEL: state.model.state_dict(), BATCH: tokens}  # (micro-steps, B, T) each
+    files = {checkpoint.MODEL: checkpoint.model_tensors(state), BATCH: tokens}  # (micro-steps, B, T) each
     try:
         checkpoint.write(path, run, corpus, state, files)
     except OSError as error:

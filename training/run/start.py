@@ -196,7 +196,7 @@ def first_state(run: Run, vocab_size: int, device: torch.device, world: World = 
             )
         return state
     base = pretrained_model(Path(run.init_from), run.model, vocab_size, run.seed)
-    return TrainState.of(run, base.to(device), world)
+    return TrainState.of(run, run.parallel.placed(base, device), world)
 
 
 def how_to_continue(folder: Path) -> str:

@@ -170,6 +170,8 @@ def _header(content: BinaryIO, mark: FileMark) -> dict[str, _Part]:
     for name, stated in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, *others = starts.get(name, {}).get("saved_offsets") or [0]
         parts[name] = part = _Part(DTYPES[stated["dtype"]], tuple(stated["shape"]), start)
+        if not all(type(number) is int for number in (*part.shape, start)):
+            raise ValueError(f"{name} has a shape of no whole numbers")
         begin, end = end, end + part.size * part.dtype.itemsize
         if stated["data_offsets"] != [begin, end] or min(*part.shape, start, 0) < 0 or any(others):
             raise ValueError(f"{name} is not where its header says")
@@ -188,11 +190,14 @@ def _allocated(
             parts.setdefault(name, []).append(part)
     found = {}
     for name, pieces in parts.items():
+        pieces.sort(key=lambda part: part.start)
         first = pieces[0]
         rows = [max(part.start + part.shape[0] for part in pieces if part.shape)] if first.shape else []
         shape = (*rows, *first.shape[1:])
         alike = all((part.dtype, part.shape[1:]) == (first.dtype, first.shape[1:]) for part in pieces)
-        if not alike or sum(part.size for part in pieces) != math.prod(shape):
+        ends = [0, *(part.start + part.shape[0] for part in pieces if part.shape)]
+        adjoin = all(part.start == end for part, end in zip(pieces, ends, strict=False))
+        if not alike or not adjoin or sum(part.size for part in pieces) != math.prod(shape):
             raise BadFile(files[0][0].parent, f"its files do not make {name} whole")
         found[name] = torch.empty(shape, dtype=first.dtype, device=device)
     return found
