@@ -168,7 +168,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Each tile gives its queries their gradients, and adds to those of the keys that it met."""
-        given, lse = ctx.saved_tensors[:4], ctx.saved_tensors[4]
+        *given, lse = ctx.saved_tensors
         d_out = torch.zeros_like(given[0]) if d_out is None else d_out
         dtype, width = given[0].dtype, given[0].shape[-1]
         d_out, q, k, v, out = (x.to(lse.dtype) for x in (d_out, *given))
@@ -214,4 +214,6 @@ def _bias(mask: Mask, tile: Tile, dtype: torch.dtype) -> Tensor:
         visible = torch.cat([mask.visible_in(rows, keys) for keys in tile.keys], -1)[:, None]
         return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, float("-inf"))
 
-    return made_once(mask.made if tile.shared else {}, (rows.start, rows.stop, rows.step, dtype), make)
+    # What documents or an indexer hide differs by sequence: to keep it would take memory for each.
+    of_all = mask.contiguous and mask.chosen is None
+    return made_once(mask.made if tile.shared and of_all else {}, (rows.start, rows.stop, rows.step, dtype), make)
