@@ -102,7 +102,7 @@ def _plan(settings: tuple | None, n_queries: int, n_keys: int, sizes: tuple[int,
     return _cheapest(settings, n_queries, n_keys, sizes)
 
 
-_plan._dynamo_marked_constant = True  # else torch.compile would trace the arithmetic of every tile
+_plan._dynamo_marked_constant = True  # else torch.compile, which looks past a cache, would trace every tile made
 
 
 @functools.lru_cache(maxsize=64)
