@@ -84,7 +84,7 @@ def in_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7) -> di
             own[name].append(reading.own)
             others[name].append(reading.others)
     return {
-        name: Timing(_median(seconds[name]), _spread(seconds[name]), _median(others[name]), _median(own[name]))
+        name: Timing(_median(seconds[name]), spread(seconds[name]), _median(others[name]), _median(own[name]))
         for name in candidates
     }
 
@@ -191,7 +191,7 @@ def _median(values: list[float]) -> float:
     return statistics.median(values)
 
 
-def _spread(values: list[float]) -> float:
+def spread(values: list[float]) -> float:
     if len(values) < 2:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4)

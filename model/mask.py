@@ -1,6 +1,6 @@
 """Attention masks as predicates over positions: which keys a query may see. Kernels turn them into what they need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -59,12 +59,68 @@ class Pattern:
             seen = seen & local
         return seen if self.see_self else seen & ((distance != 0) | (q_pos == 0))
 
-    def _in_random_block(self, q_block: Tensor, k_block: Tensor) -> Tensor:
-        """Whether the 31-bit hash of the pair and the seed is below the share `random_blocks`."""
+    @property
+    def settings(self) -> tuple[bool, int | None, int, int, float, int, int]:
+        """What `spans` depends on, in the order of the fields: as numbers, of which torch.compile makes constants."""
+        near = self.causal, self.window, self.dilation
+        return *near, self.global_tokens, self.random_blocks, self.block_size, self.seed
+
+    def span(self, rows: slice, n_keys: int) -> slice:
+        """A range of keys that holds all those visible to the queries in `rows` (a start and a stop), where indices are
+        positions, as in `spans`."""
+        near = self._near(rows, n_keys)
+        if self.global_tokens or self.random_blocks:
+            return slice(0, near.stop if self.causal else n_keys)
+        return near
+
+    def spans(self, rows: slice, n_keys: int) -> list[slice]:
+        """The same in ranges, in order and none twice, which leave out what lies between. Where `rows` are every n-th,
+        and n divides the dilation, so are the keys nearby."""
+        near = self._near(rows, n_keys)
+        first = slice(0, min(self.global_tokens, near.stop if self.causal else n_keys))
+        if rows.step is None:
+            return merged([first, near, *self._random_spans(rows, n_keys)])
+        assert self.dilation % rows.step == 0 and not self.random_blocks, f"rows {rows} may see any key"
+        start = max(near.start, first.stop)
+        start += (rows.start - start) % rows.step
+        return [span for span in (first, slice(start, near.stop, rows.step)) if span.start < span.stop]
+
+    def _near(self, rows: slice, n_keys: int) -> slice:
+        """The keys that causality and window leave."""
+        start = 0 if self.window is None else max(0, rows.start - self.window + 1)
+        stop = n_keys
+        if self.causal:
+            stop = rows.stop
+        elif self.window is not None:
+            stop = rows.stop + self.window - 1
+        return slice(start, min(stop, n_keys))
+
+    def _random_spans(self, rows: slice, n_keys: int) -> Iterable[slice]:
+        if not self.random_blocks:
+            return
+        size, stop = self.block_size, rows.stop if self.causal else n_keys
+        blocks = range(rows.start // size, -(-rows.stop // size))
+        for i in range(-(-stop // size)):
+            if any(self._in_random_block(block, i) for block in blocks):
+                yield slice(i * size, min(stop, (i + 1) * size))
+
+    def _in_random_block(self, q_block: Any, k_block: Any) -> Any:
+        """Whether the 31-bit hash of the pair, tensors or numbers, and the seed is below the share `random_blocks`."""
         bits = (q_block * 73856093) ^ (k_block * 19349663) ^ ((self.seed * 83492791) & HASH_BITS)
         for _ in range(3):
             bits = ((bits & HASH_BITS) ^ ((bits & HASH_BITS) >> 16)) * 0x45D9F3B + 1
         return (bits & HASH_BITS) < int(self.random_blocks * HASH_BITS)
+
+
+def merged(spans: Iterable[slice]) -> list[slice]:
+    """What spans cover together, in order, none twice; those that touch become one."""
+    found: list[slice] = []
+    for span in sorted((span for span in spans if span.start < span.stop), key=lambda span: span.start):
+        if found and span.start <= found[-1].stop:
+            found[-1] = slice(found[-1].start, max(found[-1].stop, span.stop))
+        else:
+            found.append(span)
+    return found
 
 
 CAUSAL = Pattern()
@@ -99,10 +155,10 @@ class Mask:
     k_pos: Tensor  # (B, S) or (1, S)
     contiguous: bool
     pattern: Pattern
-    q_doc: Tensor | None = None  # (B, T) document of each token, if packed
+    q_doc: Tensor | None = None  # (B, T) document of each token, if packed: each a run of tokens, positions from 0 on
     k_doc: Tensor | None = None  # (B, S)
     chosen: Tensor | None = None  # (B, T, S) bool: of the keys that are visible, an indexer shows these alone
-    _biases: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # of it, by kernels
 
     @property
     def is_plain_causal(self) -> bool:
@@ -130,7 +186,7 @@ class Mask:
         repeated. Layers that share this mask compute it once, unless it is large."""
         key = (rows.start, rows.stop, keys.start, keys.stop, dtype, repeats)
         few = (rows.stop - rows.start) * (keys.stop - keys.start) * repeats <= MAX_SHARED
-        return made_once(self._biases if few else {}, key, lambda: self._bias(*key))
+        return made_once(self.made if few else {}, key, lambda: self._bias(*key))
 
     def _bias(self, first: int, last: int, first_key: int, last_key: int, dtype: torch.dtype, repeats: int) -> Tensor:
         visible = self.visible_in(slice(first, last), slice(first_key, last_key))
@@ -144,18 +200,22 @@ class Mask:
             seen = seen & (k_doc == q_doc)
         return seen | (q_pos < 0)
 
+    @property
+    def pattern_by_index(self) -> Pattern | None:
+        """A pattern that hides, by index, nothing that this mask shows, and which keys it leaves out may be told from
+        shapes alone: the mask's own where positions are contiguous; in packed documents, where an index tells distances
+        but not positions, without what positions choose; None where it tells neither."""
+        if self.contiguous:
+            return self.pattern
+        if self.q_doc is None:
+            return None
+        pattern = self.pattern
+        if pattern.global_tokens or pattern.random_blocks:
+            return Pattern(pattern.causal)
+        return Pattern(pattern.causal, pattern.window, pattern.dilation)
+
     def span(self, rows: slice) -> slice:
         """A range of keys that holds all those visible to the queries in `rows` (a start and a stop), so that a kernel
-        can leave out the others; all keys where positions are not contiguous."""
-        if not self.contiguous:
-            return slice(0, self.k_pos.shape[1])
-        pattern = self.pattern
-        n_keys = self.k_pos.shape[1]
-        only_window = pattern.window is not None and not pattern.random_blocks and not pattern.global_tokens
-        start = max(0, rows.start - pattern.window + 1) if only_window else 0
-        stop = n_keys
-        if pattern.causal:
-            stop = rows.stop
-        elif only_window:
-            stop = rows.stop + pattern.window - 1
-        return slice(start, min(stop, n_keys))
+        can leave out the others; all keys where indices do not tell."""
+        pattern, n_keys = self.pattern_by_index, self.k_pos.shape[1]
+        return slice(0, n_keys) if pattern is None else pattern.span(rows, n_keys)

@@ -69,6 +69,14 @@ FAULTS = [
         "pattern",
     ),
     Fault(
+        "tiles leave out a key that the window shows",
+        "model/mask.py",
+        "start = 0 if self.window is None else max(0, rows.start - self.window + 1)",
+        "start = 0 if self.window is None else max(0, rows.start - self.window + 2)",
+        "tests/model/test_kernels.py",
+        "any_tile_size",
+    ),
+    Fault(
         "packed documents see those before them",
         "model/mask.py",
         "seen = seen & (k_doc == q_doc)",

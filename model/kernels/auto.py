@@ -14,22 +14,27 @@ from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
+from model.kernels.tiles import Tiles
 from model.mask import CAUSAL, Mask, Pattern
 
 SDPA_DEFAULT = SDPA()
 MATMUL = Matmul()
 ONLINE = Online()
+TILES = Tiles()
 FALLBACK = Naive()
 # Beyond, kernel=matmul is still no slower, but the weights it saves outgrow all other activations.
 MAX_MATMUL_KEYS = 512
+# Masks under which kernel=tiles was the faster one to train with, at 4,096 tokens in float32 (benchmarks/README.md). Of
+# shorter texts, and without gradients, it is taken for the same results in training and evaluation, not measured.
+SKIPPED = ("patterned", "documents")
 TRIAL_TOKENS = 8
 TRIAL_ERROR = {torch.float32: 1e-3}  # relative to the largest number; of lower precisions, 0.05
 
 
 class Auto(Kernel):
-    """Uses the fused kernel; on a CPU kernel=matmul if it is faster or the fused one cannot drop weights; another one
-    if the fused one lacks the log-sum-exp that is asked for; and with a warning the naive one, if this device or shape
-    has no fused kernel, or it fails a trial."""
+    """Uses the fused kernel; on a CPU kernel=matmul if it is faster or the fused one cannot drop weights, and
+    kernel=tiles where patterns or documents hide keys; another one if the fused one lacks the log-sum-exp that
+    is asked for; and with a warning the naive one, if this device or shape has no fused kernel, or it fails a trial."""
 
     is_flash_on_cpu = True
 
@@ -51,10 +56,12 @@ class Auto(Kernel):
 
 def preferred(case: Case, few_keys: bool) -> Kernel:
     """Choose the kernel that auto tries first, as measured (benchmarks/README.md): on a CPU the fused kernel is slow to
-    train in bfloat16, and has no dropout."""
+    train in bfloat16, has no dropout, and computes what random blocks, global tokens, a dilation or documents hide."""
     if case.device == "cpu":
         short = case.trains and case.dtype == torch.bfloat16 and few_keys
-        return MATMUL if short or case.dropout else SDPA_DEFAULT
+        if short or case.dropout:
+            return MATMUL
+        return TILES if case.mask in SKIPPED else SDPA_DEFAULT
     if case.lse and not SDPA_DEFAULT.gives_lse(case.device):
         return MATMUL if few_keys or case.dropout else ONLINE
     return SDPA_DEFAULT
@@ -111,8 +118,13 @@ def _made_up(case: Case) -> tuple[tuple[Tensor, Tensor, Tensor, Mask], How]:
         )
     )
     positions = torch.arange(TRIAL_TOKENS, device=case.device)[None]
+    contiguous = case.mask in ("causal", "patterned")
     pattern = Pattern(window=TRIAL_TOKENS // 2) if case.mask == "patterned" else CAUSAL
-    mask = Mask(positions, positions, case.mask != "positions", pattern)
+    if case.mask == "documents":
+        docs, positions = positions // (TRIAL_TOKENS // 2), positions % (TRIAL_TOKENS // 2)
+        mask = Mask(positions, positions, contiguous, pattern, docs, docs)
+    else:
+        mask = Mask(positions, positions, contiguous, pattern)
     return (q, k, v, mask), How(case.key_dim**-0.5, 0.1 if case.dropout else 0.0, case.lse)
 
 

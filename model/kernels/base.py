@@ -60,11 +60,17 @@ class Case(NamedTuple):
             k.shape[2],
             q.shape[3],
             v.shape[3] if how.v_dim is None else how.v_dim,
-            "causal" if mask.is_plain_causal else "patterned" if mask.contiguous else "positions",
+            _kind_of(mask),
             torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v)),
             how.dropout > 0,
             how.lse,
         )
+
+
+def _kind_of(mask: Mask) -> str:
+    if mask.contiguous:
+        return "causal" if mask.is_plain_causal else "patterned"
+    return "positions" if mask.q_doc is None else "documents"
 
 
 class Kernel(FrozenSettings, ABC):

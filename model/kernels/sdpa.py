@@ -221,17 +221,23 @@ class _FlashWithLSE(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
-        """The kernel's backward pass computes dX = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O), and dL/dX = P asks for
-        D - dL in place of D. So O, dO and V get one more column, of -1, dL and 0 (q and k too, of 0: it wants equal
-        widths), which adds -dL to D and nothing to dO Vᵀ."""
         q, k, v, out, lse, bias = ctx.saved_tensors
         width = q.shape[-1]
-        d_out = torch.cat((d_out, d_lse[..., None].to(d_out.dtype)), -1)
-        q, k, v = (widened(x, width + 1) for x in (q, k, v))
-        gradients = CPU_FLASH_BACKWARD(
-            d_out, q, k, v, F.pad(out, (0, 1), value=-1.0), lse, 0.0, ctx.is_causal, attn_mask=bias, scale=ctx.scale
-        )
+        d_out, q, k, v, out = with_gradient_of_lse(d_out, d_lse, q, k, v, out)
+        gradients = CPU_FLASH_BACKWARD(d_out, q, k, v, out, lse, 0.0, ctx.is_causal, attn_mask=bias, scale=ctx.scale)
         return *(grad[..., :width] for grad in gradients), None, None, None
+
+
+def with_gradient_of_lse(
+    d_out: Tensor, d_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, ...]:
+    """Return dO, Q, K, V and O with one more column, by which the flash kernel's backward pass takes in the gradient dL
+    of the log-sum-exp. It computes dX = P ∘ (dO Vᵀ - D) with D = rowsum(dO ∘ O), and dL/dX = P asks for D - dL in place
+    of D. So O, dO and V get a column of -1, dL and 0 (Q and K too, of 0: it wants equal widths), which adds -dL to D
+    and nothing to dO Vᵀ."""
+    width = q.shape[-1] + 1
+    d_out = torch.cat((d_out, d_lse[..., None].to(d_out.dtype)), -1)
+    return d_out, widened(q, width), widened(k, width), widened(v, width), F.pad(out, (0, 1), value=-1.0)
 
 
 class FusedSDPA:

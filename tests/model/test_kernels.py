@@ -17,6 +17,7 @@ from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import QUERY_TILE, SDPA
+from model.kernels.tiles import Tiles
 from model.mask import CAUSAL, Mask, Pattern
 from runtime.memory import PeakTensorBytes
 from tests.model.masks import LENGTH, SITUATIONS, mask_of
@@ -81,7 +82,7 @@ def mask_in(situation: str, t: int, s: int) -> Mask:
 def test_kernels_equal_naive_forward_and_backward(shape, situation):
     """As they come, and Auto, they are held against it in test_kernels_take_tensors_of_any_strides."""
     t, s = {"chunk": (5, 21), "one query": (1, 21)}.get(situation, shape[:2])
-    check_against_naive((SDPA(), TILED, PRODUCTS), inputs(t, s, *shape[2:]), mask_in(situation, t, s))
+    check_against_naive((SDPA(), TILED, PRODUCTS, Tiles()), inputs(t, s, *shape[2:]), mask_in(situation, t, s))
 
 
 def check_against_naive(kernels: Sequence[Kernel], given, mask, tolerance=1e-5) -> None:
@@ -107,6 +108,9 @@ PATTERNS = {
     "window on both sides": Pattern(causal=False, window=4),
     "wide window": Pattern(window=11),
     "dilated window": Pattern(window=7, dilation=3),
+    "dilation": Pattern(dilation=3),
+    "dilated window and global tokens": Pattern(window=9, dilation=2, global_tokens=3),
+    "dilation on both sides": Pattern(causal=False, window=8, dilation=2, global_tokens=5),
     "global tokens": Pattern(window=3, global_tokens=2),
     "random blocks": Pattern(window=3, random_blocks=0.4, block_size=2),
     "not itself": Pattern(see_self=False),
@@ -125,7 +129,8 @@ def test_kernels_with_any_tile_size_equal_naive_under_every_mask(monkeypatch, pa
     check_against_naive(kernels, given, mask)
     for queries, _ in sizes:
         monkeypatch.setattr(sdpa, "QUERY_TILE", queries)
-        check_against_naive([SDPA()], given, mask)
+        monkeypatch.setattr("model.kernels.tiles.QUERIES", (queries, 2 * queries))
+        check_against_naive([SDPA(), Tiles()], given, mask)
 
 
 CAN = {
@@ -134,6 +139,7 @@ CAN = {
     "auto": Auto(),
     "online": Online(query_tile=3, key_tile=4),
     "matmul": Matmul(query_tile=5),
+    "tiles": Tiles(),
 }
 
 
@@ -427,7 +433,7 @@ def test_kernels_in_bfloat16_are_within_rounding():
     mask = Mask(positions(0, 16), positions(0, 16), contiguous=True, pattern=CAUSAL)
     expected = attend(Naive(), *(x.float() for x in low), mask, 0.35)
     gradients = torch.autograd.grad(expected.square().sum(), low)
-    for kernel in (Naive(), SDPA(), TILED, PRODUCTS, Auto()):
+    for kernel in (Naive(), SDPA(), TILED, PRODUCTS, Tiles(), Auto()):
         found = attend(kernel, *low, mask, 0.35)
         assert found.dtype == torch.bfloat16
         assert relative_error(found, expected) <= 0.02
@@ -623,7 +629,7 @@ def test_kernels_take_tensors_of_any_strides(contiguous):
     wanted = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = attend(Naive(), *wanted, mask, 0.3)
     exact = torch.autograd.grad(expected.square().sum(), wanted)
-    for kernel in (Naive(), Online(), Matmul(), SDPA(), Auto()):
+    for kernel in (Naive(), Online(), Matmul(), SDPA(), Tiles(), Auto()):
         strided = [x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in (q, k, v)]
         found = attend(kernel, *strided, mask, 0.3)
         assert torch.allclose(found, expected, atol=1e-5), kernel

@@ -86,11 +86,12 @@ def test_memory_with_attention_dropout_counts_all_products(options):
     ],
 )
 def test_memory_of_masked_documents_counts_the_masks(attention, options):
-    """In windows of several tiles of queries, whose masks, once for all layers alike, add to it."""
+    """In windows of several tiles of queries, whose masks, once for all layers alike, add to it where they are kept, as
+    kernel=sdpa does; on the default kernel they are made again for each layer."""
     window = ["model.context_length=600", "batch_tokens=4800"]
-    masked = check_memory(f"attention={attention}", options, *window, "document_mask=true")
     plain = memory(composed_run(*SMOKE, f"attention={attention}", options, *window, "micro_batch_size=4"), VOCAB, CPU)
-    assert masked > 1.15 * plain.peak
+    given = f"attention={attention}", options, *window, "document_mask=true"
+    assert check_memory(*given, "kernel=sdpa") > 1.15 * plain.peak > 1.08 * check_memory(*given)
 
 
 def test_memory_of_a_large_vocabulary_is_predicted_from_few_tiles():

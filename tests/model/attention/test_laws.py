@@ -20,6 +20,7 @@ from model.kernels.matmul import Matmul
 from model.kernels.naive import Naive
 from model.kernels.online import Online
 from model.kernels.sdpa import SDPA
+from model.kernels.tiles import Tiles
 from model.layout import Kind, Role
 from model.mask import CAUSAL, Mask
 from model.placement import Placement
@@ -39,7 +40,7 @@ from tests.support import (
 )
 
 # Auto takes one of these. Flex needs texts of a block, and seconds to compile: tests/model/test_flex.py.
-KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=7)]
+KERNELS = [Naive(), SDPA(), Online(query_tile=4, key_tile=3), Matmul(query_tile=7), Tiles()]
 # What a token is, or what it sees, depends on where it stands.
 ANCHORED = ("global_tokens", "random_blocks", "mask_diagonal", "position=learned", "position=sinusoidal")
 Cases = Sequence[tuple[str, ...]]
@@ -47,10 +48,11 @@ often = pytest.mark.parametrize("case", mostly_slow())  # to compose all of them
 GQA = ("attention=gqa",)
 ABSORBED = ("attention=mla", "attention.execution=absorbed", "attention.qk_norm=latent", "attention.q_lora_rank=24")
 ALIBI = ("attention=stack", "position=alibi", "attention.parts.local.window=5", "attention.parts.global.attention=mla")
+RANDOM = ("attention=gqa", "attention.window=3", "attention.random_blocks=0.4", "attention.block_size=2")
 # These hand a kernel all that cases can: shared keys, wide ones, values that are keys, masks, added columns.
-ON_ALL_KERNELS = [(case, kernel) for case in (GQA, ABSORBED, ALIBI) for kernel in (Naive, Online, Matmul)]
-ON_ONE_KERNEL_EACH = [(GQA, Naive), (ABSORBED, Online), (ALIBI, Matmul)]
-assert all(case in CASES for case in (GQA, ABSORBED, ALIBI))
+ON_ALL_KERNELS = [(case, kernel) for case in (GQA, ABSORBED, ALIBI) for kernel in (Naive, Online, Matmul, Tiles)]
+ON_ONE_KERNEL_EACH = [(GQA, Naive), (ABSORBED, Online), (ALIBI, Matmul), (RANDOM, Tiles)]
+assert all(case in CASES for case in (GQA, ABSORBED, ALIBI, RANDOM))
 
 
 def on_kernels(
