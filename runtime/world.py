@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import DeviceMesh
 
 BUCKET = 2**23  # numbers that are summed at one time: 32 MB of float32
 T = TypeVar("T")
@@ -103,6 +104,10 @@ class ProcessGroup(World):
         came = sent.new_empty(sum(sizes))
         dist.all_to_all_single(came, sent, list(sizes), [len(piece) for piece in outgoing])
         return list(came.split(list(sizes)))
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in a row, as FSDP takes them."""
+        return dist.init_device_mesh(device.type, (self.size,))
 
     def _reduced(self, number: Tensor, operation: dist.ReduceOp) -> Tensor:
         reduced = number.clone()

@@ -23,6 +23,11 @@ class Parallel(FrozenSettings, ABC):
     name: ClassVar[str]  # as it is typed
     shards: ClassVar[bool] = False  # whether a process has a share of each matrix only
 
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many processes train."""
+
     @abstractmethod
     def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
         """Why a run with these settings cannot train in this way, with the way out; None: it can."""
@@ -31,6 +36,10 @@ class Parallel(FrozenSettings, ABC):
 class OneProcess(Parallel):
     name = "none"
 
+    @property
+    def count(self) -> int:
+        return 1
+
     def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
         return None
 
@@ -38,6 +47,10 @@ class OneProcess(Parallel):
 class Processes(Parallel, ABC):
     processes: int | None = Field(ge=1, le=MAX_PROCESSES)  # unset: as many as torchrun started, or as there are GPUs
     timeout: float = Field(gt=0)  # seconds that processes wait for one another
+
+    @property
+    def count(self) -> int:
+        return count_processes(self.processes)
 
 
 class DDP(Processes):
