@@ -106,12 +106,12 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     with ExitStack() as held:  # the lock on its folder, released however this ends
         tree, typed = restarted(tree, typed)
         run, folder, device = requested_run(tree, typed, choices, held)
-        world = held.enter_context(join(run, device))
         length = run.model.context_length
         if run.dry_run:
             done = checkpoint.steps_done(folder) if folder else 0
             return dry_run(run, device, done, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
 
+        world = held.enter_context(join(run, device))
         corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)
         check_split_lengths(corpus, length)
         preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
@@ -173,7 +173,8 @@ def requested_run(tree: dict, typed: list[str], choices: dict[str, str], held: E
         check_one_process(given["minutes"], tree["parallel"])
         tree["steps"] = steps_for(given, resolve_run(tree, typed, held)[0], typed)
     run, folder = resolve_run(tree, typed, held, given["resume"], locks=ranks.rank() == 0)
-    run = with_processes(run, ranks.size() if ranks.started_together() else 1, typed)
+    foreseen = run.parallel.count if run.dry_run else 1
+    run = with_processes(run, ranks.size() if ranks.started_together() else foreseen, typed)
     run.logger.check_installed()
     set_determinism(run.deterministic)
     set_threads(run.threads)

@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -103,14 +103,31 @@ def allocated_peak(run: Callable[[], Any]) -> int:
 
 class PeakTensorBytes(TorchDispatchMode):
     """Within its `with` block: `bytes`, the most that the storages of tensors made there took at one time. Around code
-    that runs on fake tensors it predicts what the same code holds on real ones. It sees what operators return; not what
-    a kernel allocates and frees within itself, but for `_sums_of`, nor what an allocator wastes."""
+    that runs on fake tensors it predicts what the same code holds on real ones. It sees what operators return, and
+    storages that are resized, as those are that FSDP gathers into; not what a kernel allocates and frees within itself,
+    but for `_sums_of`, nor what an allocator wastes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
         self.alive = 0
-        self._seen: set[int] = set()
+        self._sizes: dict[int, int] = {}  # of the storages there are
+
+    def __enter__(self) -> Self:
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:  # which no operator does, so no mode sees it
+            result = self._resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._resized(storage._cdata, storage.nbytes())
+            return result
+
+        torch.UntypedStorage.resize_ = resize
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize
+        super().__exit__(*raised)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         result = operator(*args, **(kwargs or {}))
@@ -124,15 +141,18 @@ class PeakTensorBytes(TorchDispatchMode):
 
     def count(self, storage: torch.UntypedStorage) -> None:
         """Called with the storage of each tensor that an operator returns; `alive` are the bytes there are now."""
-        if storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
-            self.alive += storage.nbytes()
-            self.bytes = max(self.bytes, self.alive)
-            weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = 0
+            self._resized(storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._forget, storage._cdata)
 
-    def _forget(self, key: int, size: int) -> None:
-        self._seen.remove(key)
-        self.alive -= size
+    def _resized(self, key: int, size: int) -> None:
+        self.alive += size - self._sizes[key]
+        self._sizes[key] = size
+        self.bytes = max(self.bytes, self.alive)
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
 
 
 def _sums_of(operator: Any, result: Any) -> int:

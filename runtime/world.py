@@ -108,6 +108,10 @@ class ProcessGroup(World):
         dist.all_to_all_single(came, sent, list(sizes), [len(piece) for piece in outgoing])
         return list(came.split(list(sizes)))
 
+    def mesh(self) -> Any:
+        """A DeviceMesh of all processes in a row, as FSDP takes them."""
+        return dist.init_device_mesh(self.device.type, (self.size,))
+
     def _reduced(self, number: Tensor, operation: dist.ReduceOp) -> Tensor:
         reduced = number.clone()
         dist.all_reduce(reduced, operation)

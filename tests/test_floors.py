@@ -27,8 +27,8 @@ ORDER = {
     "data": "tokenizers sources shards order batches prefetch",
     "training": "parallel.spread optim parallel.config metrics_file loggers run.composer run.validation_errors "
     "run.parts run.config run.processes experimental_settings large_rates epochs compile losses balance parallel.fsdp "
-    "parallel.plan state parallel.gather evaluate attention_stats expert_loads step run parallel.join parallel.launch "
-    "measure monitor session step_memory step_time minutes dry_run",
+    "parallel.plan state parallel.gather parallel.imagined evaluate attention_stats expert_loads step run "
+    "parallel.join parallel.launch measure monitor session step_memory step_time minutes dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "

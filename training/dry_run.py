@@ -12,7 +12,7 @@ from common.cli import out_of_memory
 from common.console import clock
 from common.errors import UserError
 from common.streams import print_line
-from data.batches import check_split_lengths
+from data.batches import check_split_lengths, micro_batch_of
 from data.shards.prepare import Prepared, missing, prepare
 from model import cost
 from runtime.memory import free_memory
@@ -104,15 +104,25 @@ def _shapes(run: Run, vocab_size: int, flops: cost.Flops, keys: str) -> Iterator
 def _memory_line(run: Run, vocab_size: int, needed: StepMemory, device: torch.device) -> str:
     """The peak, its parts, and the peak with the other choice of what is kept of the activations."""
     where = "on the GPU" if device.type == "cuda" else "besides what Python and PyTorch take themselves"
-    parts = ", ".join(f"{name} {size(number)}" for name, number in needed._asdict().items() if name != "peak")
+    if run.parallel.count > 1:
+        several = f"in each of {run.parallel.count} processes ({run.parallel.name})"
+        where = f"{several}, if each has a device of its own, {where}"
+    parts = ", ".join(f"{name} {size(number)}" for name, number in _parts(run, needed))
     checkpointing = not run.activation_checkpointing
     other = memory(run.model_copy(update={"activation_checkpointing": checkpointing}), vocab_size, device)
     return (
         f"memory       about {size(needed.peak)} of tensors at the peak of a step {where} (micro-batches of "
-        f"{run.micro_batch_size} x {run.model.context_length}, {run.precision}); parts, each at its own peak: {parts}; "
+        f"{micro_batch_of(run.sequences // run.parallel.count, run.micro_batch_size)} x {run.model.context_length}, "
+        f"{run.precision}); parts, each at its own peak: {parts}; "
         f"with activation_checkpointing={str(checkpointing).lower()} about {size(other.peak)}, "
         f"activations {size(other.activations)}"
     )
+
+
+def _parts(run: Run, needed: StepMemory) -> Iterator[tuple[str, int]]:
+    named = {"copies": "gathered", "activations": "activations with what is gathered"} if run.parallel.shards else {}
+    for name in ("weights", "gradients", "optimizer", "copies", "activations"):
+        yield named.get(name, name), needed._asdict()[name]
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
@@ -131,9 +141,12 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
     if reason is None:
         try:
             seconds, measured = time_step(run, vocab_size, flops, device)
+            several = run.parallel.count > 1
+            left_out = "reading, evaluating and saving" + (", and what processes send each other," if several else "")
+            devices = f"{run.parallel.count} such devices" if several else f"this {device.type}"
             return (
-                f"time         about {clock(steps * seconds)} for {steps:,} steps, reading, evaluating and saving not "
-                f"counted: {run.batch_tokens / seconds:,.0f} tokens per second on this {device.type}, from {measured}"
+                f"time         about {clock(steps * seconds)} for {steps:,} steps, {left_out} not counted: "
+                f"{run.batch_tokens / seconds:,.0f} tokens per second on {devices}, from {measured}"
             )
         except Exception as error:
             reason = out_of_memory(error)
@@ -156,7 +169,7 @@ def _usual_duration(run: Run, steps: int, flops: cost.Flops, device: torch.devic
             f"time         n/a: no step can be timed here ({reason}), and the peak of this {device.type} is not known"
         )
     per_token = flops.training() + (flops.forward() if run.activation_checkpointing else 0)
-    seconds = steps * run.batch_tokens * per_token / (USUAL_MFU * peak)
+    seconds = steps * run.batch_tokens * per_token / (USUAL_MFU * peak * run.parallel.count)
     return (
         f"time         about {clock(seconds)} for {steps:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
         f"are reached: no step can be timed here ({reason})"

@@ -74,7 +74,7 @@ def accumulate_gradients(
     precision, world = state.precision, state.world
     precision.copy_master_weights()
     counts = [batch.counted for batch in batches]
-    counted = world.total(sum(counts))
+    counted = world.total(sum(counts, torch.zeros((), dtype=torch.int64, device=state.device)))  # of no batch too
     shares = _mtp_shares(batches, counts, counted, world) if state.model.mtp is not None else [()] * len(batches)
     first = world.rank * len(batches)
     total = torch.zeros((), device=state.device)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from common.console import clock
-from data.batches import Batch
+from data.batches import Batch, micro_batch_of
 from model.cost import Flops
 from runtime.allocator import keep_buffers
+from runtime.world import World
 from training.losses import mean_loss
+from training.parallel.imagined import imagined
 from training.run.config import Run
 from training.state import TrainState
 from training.step import train_step
@@ -33,8 +35,14 @@ class StepTime(NamedTuple):
 
 
 def time_step(run: Run, vocab_size: int, flops: Flops, device: torch.device) -> StepTime:
-    """The tokens are made up: real ones take as long, and may not be there."""
-    step = _Step(run, vocab_size, device)
+    """The tokens are made up: real ones take as long, and may not be there. Of several processes one is timed, with its
+    share of a step; what they send each other takes no time here."""
+    with imagined(run.parallel, device) as world:
+        return _time_step(_Step(run, vocab_size, device, world), flops)
+
+
+def _time_step(step: "_Step", flops: Flops) -> StepTime:
+    run = step.run
     sample = step.tokens[: max(1, SAMPLE_TOKENS // run.model.context_length), :SAMPLE_TOKENS]
     log.info(f"timing {sample.numel():,} tokens")
     seconds = step.estimate(sample, flops)
@@ -56,18 +64,20 @@ def time_step(run: Run, vocab_size: int, flops: Flops, device: torch.device) -> 
 class _Step:
     """The real model and optimizer of a run, of whose step some parts can be timed."""
 
-    def __init__(self, run: Run, vocab_size: int, device: torch.device):
+    def __init__(self, run: Run, vocab_size: int, device: torch.device, world: World):
         if device.type == "cpu" and run.tune_malloc:
             keep_buffers()
-        state = TrainState.create(run, vocab_size, device)
+        state = TrainState.create(run, vocab_size, device, world)
         self.run = run
         self.device = device
-        self.count = run.sequences // run.micro_batch_size  # micro-batches of a step
+        share = run.sequences // world.size
+        micro_batch = micro_batch_of(share, run.micro_batch_size)
+        self.count = share // micro_batch  # micro-batches of a step
         self.state = state
         state.precision.copy_master_weights()
         self.document_start = made_up_document_start(run, vocab_size)
         draw = torch.Generator().manual_seed(run.seed)
-        shape = (run.micro_batch_size, run.model.context_length)
+        shape = (micro_batch, run.model.context_length)
         self.tokens = torch.randint(vocab_size, shape, generator=draw).to(device)
 
     def estimate(self, sample: Tensor, flops: Flops) -> float:

@@ -106,6 +106,31 @@ def test_clock_formats_hours_minutes_and_seconds():
     assert [clock(seconds) for seconds in (0.4, 65, 3599.7, 100_000)] == ["0:00", "1:05", "1:00:00", "27:46:40"]
 
 
+@pytest.mark.parametrize(("plan", "parts"), [("ddp", "copies "), ("fsdp", "gathered ")])
+def test_dry_run_of_processes_is_of_one_of_them_and_starts_none(plan, parts, workplace, monkeypatch, capsys):
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", None)
+    options = [*SMOKE, "precision=bf16", "dry_run=true", f"parallel={plan}", "parallel.processes=2"]
+    assert call("train", options, monkeypatch) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert f"of a step in each of 2 processes ({plan}), if each has a device of its own, besides" in rows["memory"]
+    assert "(micro-batches of 8 x 64, bf16)" in rows["memory"] and f", {parts}" in rows["memory"]
+    assert "evaluating and saving, and what processes send each other, not counted: " in rows["time"]
+    assert "tokens per second on 2 such devices, from " in rows["time"]
+    assert [path.name for path in workplace.iterdir()] == ["cache"]
+    assert not torch.distributed.is_initialized()
+
+
+def test_dry_run_of_processes_that_cannot_share_a_step_is_refused_as_a_run_is(workplace, monkeypatch, capsys):
+    options = [*SMOKE, "parallel=ddp", "dry_run=true"]
+    assert call("train", [*options, "parallel.processes=3"], monkeypatch) == 2
+    foreseen = capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert call("train", options[:-1], monkeypatch) == 2
+    assert capsys.readouterr().err == foreseen
+    assert "holds 16 sequences, which 3 processes cannot share evenly: choose 2 processes, or batch_tok" in foreseen
+
+
 def counted(monkeypatch) -> list:
     """Fills with the windows that each call of the timed loss was given."""
     shapes = []

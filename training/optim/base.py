@@ -98,8 +98,10 @@ class OptimConfig(FrozenSettings, ABC):
         """QK-clip, which acts on the parameters after each update, where it is on. precision: as `build` takes it."""
         return None if self.qk_clip is None else QKClip(model, self.qk_clip, shards_of(model, precision)[0])
 
-    def state_bytes(self, model: TransformerLM) -> int:
-        """Bytes of the optimizer's state, of the parameters that are not frozen."""
-        named = ((model.get_parameter(name), layout) for name, layout in model.layout().items())
+    def state_bytes(self, model: TransformerLM, precision: Precision | None = None) -> int:
+        """Bytes of the optimizer's state in this process, of the parameters that are not frozen. precision: as `build`
+        takes it."""
+        shards, _ = shards_of(model, precision)
+        named = ((shards[name].local, layout) for name, layout in model.layout().items())
         states = (self.state_layout(layout, p.shape).values() for p, layout in named if p.requires_grad)
         return sum(state.nbytes for of_parameter in states for state in of_parameter)

@@ -138,7 +138,7 @@ class Muon(UncompiledOptimizer, torch.optim.Optimizer):
             self._subtract_orthogonal(parameters, parameters, ahead, rate)
         else:
             torch._foreach_add_(parameters, self.spread(parameters, ahead, functools.partial(self._updates, rate=rate)))
-        torch._foreach_add_(counts, 1 - skipped)
+        torch._foreach_add_(counts, [1 - skipped] * len(counts))  # of one tensor, a CPU would read its number
 
     def _updates(self, parameters: list[nn.Parameter], directions: list[Tensor], rate: Tensor) -> list[Tensor]:
         """What a step adds to whole matrices that go in these directions."""

@@ -19,6 +19,11 @@ class Parallel(FrozenSettings, ABC):
     name: ClassVar[str]  # as it is typed
     shards: ClassVar[bool] = False  # whether a process has a share of each matrix only
 
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many processes train."""
+
     def placed(self, model: TransformerLM, device: torch.device) -> TransformerLM:
         """The model on the device; one that is to be sharded stays where it is until it is, a block at a time."""
         return model if self.shards else model.to(device)
@@ -31,6 +36,10 @@ class Parallel(FrozenSettings, ABC):
 class OneProcess(Parallel):
     name = "none"
 
+    @property
+    def count(self) -> int:
+        return 1
+
     def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:
         return None
 
@@ -38,6 +47,10 @@ class OneProcess(Parallel):
 class Processes(Parallel, ABC):
     processes: int | None = Field(ge=1, le=MAX_PROCESSES)  # unset: as many as torchrun started, or as there are GPUs
     timeout: float = Field(gt=0)  # seconds that processes wait for one another
+
+    @property
+    def count(self) -> int:
+        return self.processes or max(1, torch.cuda.device_count() if torch.cuda.is_available() else 1)
 
 
 class DDP(Processes):

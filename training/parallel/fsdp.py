@@ -6,13 +6,12 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from model.transformer import TransformerLM
 from runtime.precision import DTYPES, LossScale, Precision, Shard
-from runtime.world import World
+from runtime.world import ProcessGroup, World
 
 EPS = 1e-6  # beside the norm that gradients are divided by, as in torch.nn.utils.clip_grad_norm_
 
@@ -21,11 +20,11 @@ class ShardedPrecision(Precision):
     """The model itself, its matrices sharded by their first dimension, and gathered in low precision; vectors, which
     stay in float32, are whole in every process, as are the buffers. Gradients accumulate in float32."""
 
-    def __init__(self, model: TransformerLM, precision: str, world: World):
+    def __init__(self, model: TransformerLM, precision: str, world: ProcessGroup):
         self.world = world
         self.model = model
         self.loss_scale = LossScale(world.device) if precision == "fp16" else None
-        self.placed = _sharded(model, DTYPES[precision], world.device)
+        self.placed = _sharded(model, DTYPES[precision], world)
         self.shards = {name: _shard_of(parameter, world) for name, parameter in self.placed.items()}
         self.matrices = [name for name, parameter in self.placed.items() if isinstance(parameter, DTensor)]
 
@@ -60,18 +59,18 @@ class ShardedPrecision(Precision):
         return [parameter.grad for parameter in chosen if parameter.grad is not None]
 
 
-def _sharded(model: TransformerLM, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Parameter]:
+def _sharded(model: TransformerLM, dtype: torch.dtype, world: ProcessGroup) -> dict[str, nn.Parameter]:
     """Shard the matrices of a model over processes, moving them to a device a block at a time -> all its parameters by
     their names."""
     # Vectors, which forward passes read in float32; and what is in a group together is gathered in one dtype.
     vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
     for vector in vectors:
-        vector.data = vector.data.to(device)
+        vector.data = vector.data.to(world.device)
     low = dtype if dtype != torch.float32 else None  # what parameters have, float64 in tests
     policy = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=low and torch.float32, output_dtype=None, cast_forward_inputs=False
     )
-    options = {"mesh": init_device_mesh(device.type, (torch.distributed.get_world_size(),)), "mp_policy": policy}
+    options = {"mesh": world.mesh(), "mp_policy": policy}
     for block in model.blocks().values():
         fully_shard(block, ignored_params=vectors, **options)
     fully_shard(model, ignored_params=vectors, **options)

@@ -41,7 +41,7 @@ def processes_here(chosen: Mapping[str, Any], typed: Sequence[str]) -> int:
     own settings ask for more than it has cores and GPUs: they may be somebody else's."""
     parallel = pop_part({"parallel": chosen}, "parallel")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    wanted, most = parallel.processes or max(1, gpus), max(os.cpu_count() or 1, gpus)
+    wanted, most = parallel.count, max(os.cpu_count() or 1, gpus)
     if wanted > most and not _are_typed(typed):
         raise UserError(
             f"the run was trained by {wanted} processes, and this machine has {most} cores or GPUs: add parallel="
