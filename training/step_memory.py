@@ -6,6 +6,7 @@ and no numbers, and beside imagined processes. A compiled step takes less.
 """
 
 import functools
+import gc
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -72,6 +73,7 @@ def _memory(run: Run, vocab_size: int, device: torch.device, world: World) -> St
     loss = functools.partial(mean_loss, min_tile=math.prod(shape) * vocab_size // MAX_TILES)
     with FakeTensorMode(), device, _StepPeak() as peak:
         state = TrainState.of(eager_run(run), TransformerLM(traceable(run.model), vocab_size), world)
+        gc.collect()  # what sharding leaves of whole matrices is in cycles, on fake tensors alone
         state.losses = Losses(loss)
         state.optimizer.state.clear()  # Adagrad has it before the first step, and it is added here for all
         precision = state.precision

@@ -26,7 +26,7 @@ class ShardedPrecision(Precision):
         self.loss_scale = LossScale(world.device) if precision == "fp16" else None
         self.placed = _sharded(model, DTYPES[precision], world)
         self.shards = {name: _shard_of(parameter, world) for name, parameter in self.placed.items()}
-        self.matrices = [name for name, parameter in self.placed.items() if isinstance(parameter, DTensor)]
+        self.matrices = {name for name, parameter in self.placed.items() if isinstance(parameter, DTensor)}
 
     def copy_master_weights(self) -> None:
         """Give up what an evaluation left gathered of the embedding, which may be of older weights."""
@@ -55,7 +55,7 @@ class ShardedPrecision(Precision):
         return norm
 
     def _gradients(self, of_matrices: bool) -> list[Tensor]:
-        chosen = [shard.local for shard in self.shards.values() if shard.is_whole != of_matrices]
+        chosen = [shard.local for name, shard in self.shards.items() if (name in self.matrices) == of_matrices]
         return [parameter.grad for parameter in chosen if parameter.grad is not None]
 
 
