@@ -23,7 +23,8 @@ from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from training.run import checkpoint
 from training.run.changes import change_of
-from training.run.config import Run, dump, flatten_config
+from training.run.composer import compose_tree
+from training.run.config import Run, dump, flatten_config, pop_command_settings
 from training.run.folder import (
     check_is_run,
     check_makeable,
@@ -51,15 +52,29 @@ def resolve_run(tree: dict[str, Any], typed: list[str], held: ExitStack, resume:
         held.enter_context(run_lock)
         checkpoint.check_fits(folder, run)
         return run, folder
+    run = run_of(tree, typed)
+    if not run.dry_run:
+        check_makeable(run.run_dir)
+    return run, None
+
+
+def run_of(tree: Mapping[str, Any], typed: list[str]) -> Run:
+    """The new run of a composed configuration; where it begins with the weights of another, with that one's model and
+    tokenizer. typed: the overrides on the command line."""
     if tree["init_from"] is not None:
         base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
         tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
     run = Run.from_tree(tree)
     if isinstance(run.tokenizer, StoredConfig) and run.data.numbers is not None:
         run.tokenizer.check_numbers(run.data.name, run.data.numbers)
-    if not run.dry_run:
-        check_makeable(run.run_dir)
-    return run, None
+    return run
+
+
+def compose_start(*overrides: str) -> Run:
+    """The new run that `python train.py *overrides` begins: `compose` knows of no base run. Raises UserError."""
+    tree = compose_tree(*overrides)
+    pop_command_settings(tree)
+    return run_of(tree, list(overrides))
 
 
 def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:

@@ -183,6 +183,7 @@ REFUSED = {
     "no such choice": (["attention=mha,nope"], "attention=mha,nope: choose one of"),
     "a folder of one run": (["seed=1,2", "run_dir=here"], "run_dir= is the folder of one run: name the sweep instead"),
     "a run to go on": (["seed=1,2", "resume=latest"], "resume= continues one run: leave it out"),
+    "no base for a seed": (["seed=1,2", "init_from=sweeps/none/seed=${seed}"], "sweeps/none/seed=1 is not a run"),
     "what is of the whole": (["match=none,params"], "match is of the whole sweep"),
     "another launcher": (["seed=1,2", "hydra/launcher=joblib"], "hydra/launcher=joblib does nothing in a sweep"),
     "no budget": (
