@@ -112,7 +112,7 @@ def test_sweep_more_seeds_and_variants_join_one_that_is_there(launcher, quick, w
 
 def test_sweep_of_other_settings_in_conf_is_refused_whatever_variant_is_added(launcher, quick, workplace, monkeypatch):
     assert run_sweep([*TINY, "attention=mha", "seed=1,2", "sweep=conf"], launcher) == 0
-    monkeypatch.setattr("ablation.sweep.plan.compose", lambda *words: compose(*words, "clip_norm=0.5"))
+    monkeypatch.setattr("ablation.sweep.plan.compose_start", lambda *words: compose(*words, "clip_norm=0.5"))
     with pytest.raises(UserError, match=r"was begun with clip_norm=1.0 in .*, now that is 0.5: runs of both could not"):
         run_sweep([*TINY, "attention=mha", "seed=3", "sweep=conf"], launcher)
 
