@@ -33,10 +33,8 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="*", help="a sweep, or runs; without: the newest sweep")
-    parser.add_argument(
-        "-o", "--output", type=Path, help="the report's folder; unset: the sweep's own, or ./report for runs"
-    )
+    parser.add_argument("folders", type=Path, nargs="*", help="sweeps, or runs; without: the newest sweep")
+    parser.add_argument("-o", "--output", type=Path, help="the report's folder; unset: one sweep's own, else ./report")
     parser.add_argument("--baseline", metavar="VARIANT", help="what the others are compared with; unset: the first")
     parser.add_argument("--x", choices=("steps", "tokens", "seconds", "flops"), default="tokens", help="of the curves")
     parser.add_argument("--y", choices=("bpb", "loss"), default="bpb", help="bits per byte, or nats per token")
@@ -59,7 +57,7 @@ def compare(args: argparse.Namespace) -> None:
     process.end_by_unwinding()
     to_stderr()
     folders = args.folders or [newest()]
-    output = args.output or (folders[0] if is_sweep(folders[0]) else REPORT)
+    output = args.output or (folders[0] if len(folders) == 1 and is_sweep(folders[0]) else REPORT)
     check_output(output)
     found = report_on(folders, baseline=args.baseline, force=args.force, decode=not args.no_decode)
     width = min(MAX_WIDTH, shutil.get_terminal_size((100, 24)).columns)

@@ -24,7 +24,8 @@ from model.attention.stack import StackConfig
 from model.dimensions import MAX_SIZE
 from model.moe import MoEConfig
 from model.transformer import ModelConfig
-from training.run.config import Run, compose
+from training.run.config import Run
+from training.run.start import compose_start
 
 Budget = Literal["params", "flops", "cache"]
 
@@ -55,7 +56,7 @@ class _Variant:
 
     def moved(self, key: str, value: int) -> "_Variant":
         added = (*self.added, f"{key}={value}")
-        return replace(self, run=compose(*self.overrides, *added), added=added)
+        return replace(self, run=compose_start(*self.overrides, *added), added=added)
 
     def override(self, key: str) -> str | None:
         """The override as typed that gives this setting, if there is one."""
@@ -65,10 +66,10 @@ class _Variant:
 def match(variants: Mapping[str, Sequence[str]], budgets: Sequence[Budget], vocab_size: int) -> Matched:
     """Overrides that bring each variant's budgets to those of the first, and a table of them.
 
-    variants: name -> overrides for `compose`. Raises UserError where a budget cannot be matched.
+    variants: name -> overrides for `compose_start`. Raises UserError where a budget cannot be matched.
     """
     budgets = _ordered(budgets, len(variants))
-    found = [_Variant(name, tuple(typed), compose(*typed)) for name, typed in variants.items()]
+    found = [_Variant(name, tuple(typed), compose_start(*typed)) for name, typed in variants.items()]
     table = []
     for budget in budgets:
         before = tuple(found)

@@ -4,6 +4,7 @@ A sweep has its cells; other runs are put together by their settings: those that
 variant.
 """
 
+import functools
 import json
 import math
 import os
@@ -61,7 +62,7 @@ class Selection(NamedTuple):
 def report_on(
     folders: Sequence[Path], *, baseline: str | None = None, force: bool = False, decode: bool = True
 ) -> Report:
-    """folders: one sweep, or runs. baseline: a variant's name, or its label; unset: the first. force: compare across
+    """folders: sweeps, or runs. baseline: a variant's name, or its label; unset: the first. force: compare across
     corpora and tokenizers. decode: measure the speed of decoding here. Raises UserError."""
     selection = select(folders)
     if not selection.members:
@@ -106,19 +107,59 @@ def report_on(
 
 
 def select(folders: Sequence[Path]) -> Selection:
-    """Raises UserError for a folder that is neither a sweep nor a run, and for sweeps beside others."""
+    """Raises UserError for a folder that is neither a sweep nor a run, for sweeps beside runs, and for sweeps that have
+    variants of one name."""
     sweeps = {folder: found for folder in folders if (found := read_sweep(folder)) is not None}
     if not sweeps:
         return select_runs(folders)
-    if len(folders) > 1:
-        raise UserError(f"{next(iter(sweeps))} is a sweep: compare it alone, or give runs, as in sweeps/NAME/*seed=1")
-    ((folder, sweep),) = sweeps.items()
-    return select_cells(folder, sweep)
+    run = next((folder for folder in folders if folder not in sweeps), None)
+    if run is not None:
+        raise UserError(
+            f"{next(iter(sweeps))} is a sweep, and {run} is none: compare sweeps, or give runs, as in "
+            "sweeps/NAME/*seed=1"
+        )
+    check_unlike(sweeps)
+    labels = labels_of(dict.fromkeys(cell.variant for sweep in sweeps.values() for cell in sweep.cells))
+    first, *others = [select_cells(folder, sweep, labels) for folder, sweep in sweeps.items()]
+    return functools.reduce(together, others, first)
 
 
-def select_cells(folder: Path, sweep: Sweep) -> Selection:
+def check_unlike(sweeps: Mapping[Path, Sweep]) -> None:
+    """Raise UserError for variants of one name in two sweeps."""
+    having: dict[str, Path] = {}
+    for folder, sweep in sweeps.items():
+        for variant in by_variant(sweep.cells):
+            if variant in having:
+                raise UserError(
+                    f"{having[variant]} and {folder} both have {variant}, which would be one variant: compare each "
+                    "sweep alone, or give runs, as in sweeps/NAME/*seed=1"
+                )
+        having |= dict.fromkeys(by_variant(sweep.cells), folder)
+
+
+def together(one: Selection, other: Selection) -> Selection:
+    """Two sweeps as one: the baseline is the first's."""
+    first, second = one.sweep, other.sweep
+    both = first.model_copy(
+        update={
+            "commands": [*first.commands, *second.commands],
+            "added": first.added | second.added,
+            "match": first.match if first.match == second.match else [],
+            "minutes": first.minutes if first.minutes == second.minutes else None,
+            "hypothesis": "\n".join(dict.fromkeys(filter(None, (first.hypothesis, second.hypothesis)))) or None,
+        }
+    )
+    return Selection(
+        title=f"{one.title} and {other.title}",
+        members=[*one.members, *other.members],
+        cells=[*one.cells, *other.cells],
+        notes=[*one.notes, *other.notes],
+        sweep=both,
+    )
+
+
+def select_cells(folder: Path, sweep: Sweep, labels: Mapping[str, str]) -> Selection:
     outcomes = read_outcomes(folder)
-    labels = labels_of(dict.fromkeys(cell.variant for cell in sweep.cells))
     members, cells, notes = [], [], []
     for planned in sweep.cells:
         place = folder / planned.name

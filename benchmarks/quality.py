@@ -19,7 +19,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,9 @@ class Characters(NamedTuple):
 
     def read(self, start: int, count: int) -> np.ndarray:
         return self.tokens[start : start + count]
+
+    def read_each(self, starts: Iterable[int], count: int) -> Iterator[np.ndarray]:
+        return (self.read(start, count) for start in starts)
 
 
 class Text(NamedTuple):

@@ -95,7 +95,9 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(upcast(x), self.weight.shape, self.weight, self.bias, eps=self.eps).to(x.dtype)
+        exact = upcast(x)
+        weight, bias = (None if part is None else part.to(exact.dtype) for part in (self.weight, self.bias))
+        return F.layer_norm(exact, self.weight.shape, weight, bias, eps=self.eps).to(x.dtype)
 
     def layout(self) -> dict[str, ParamLayout]:
         return leaf(self, Role.NORM, Kind.VECTOR)

@@ -62,7 +62,9 @@ def request_of(words: Sequence[str]) -> dict[str, Any]:
 
 
 def composed_by_hydra(words: Sequence[str]) -> list[str]:
-    """Those that Hydra must see."""
+    """Those that Hydra must see: all, where one refers to others."""
+    if any("${" in word for word in words):
+        return list(words)
     return [word for word in words if _plain(word) is None]
 
 

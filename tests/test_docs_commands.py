@@ -122,6 +122,8 @@ def made_place(tmp_path_factory):
         assert call("train", [*run, "run_dir=runs/NAME"], patch) == 0
         assert call("train", [*run, "model.mtp_depth=1", "run_dir=runs/MTP"], patch) == 0
         assert call("train", [*run, "attention=mla", "attention.q_lora_rank=8", "run_dir=runs/MLA"], patch) == 0
+        for seed in (1, 2, 3):
+            shutil.copytree("runs/MLA", f"sweeps/base/seed={seed}")
         warm = ["init_from=runs/MLA", "attention=dsa", "attention.indexer.stage=warmup", "run_dir=runs/WARM"]
         assert call("train", [*(one for one in run if not one.startswith("model.")), *warm], patch) == 0
     return folder

@@ -41,8 +41,8 @@ def x_axis(unit: str, values: Iterable[float], log: bool) -> Axis:
 
 
 def loss_axis(unit: str, values: Iterable[float], log: bool = False, label: str | None = None) -> Axis:
-    """The axis of losses, with a margin. Differences may be drawn on it too."""
-    found = list(values) or [0.0, 1.0]
+    """The axis of losses, with a margin. Differences may be drawn on it too; a logarithmic one begins above zero."""
+    found = [value for value in values if value > 0 or not log] or [0.1 if log else 0.0, 1.0]
     low, high = _apart(min(found), max(found), log)
     margin = 0.05 * (high - low)
     low = low if log and low - margin <= 0 else low - margin

@@ -24,7 +24,8 @@ from common.invocation import ROOT
 from common.process import PARENT
 from data.shards.prepare import prepare
 from training.minutes import seconds_per_step
-from training.run.config import Run, compose
+from training.run.config import Run
+from training.run.start import compose_start
 
 STARTUP = 5.0  # seconds of a process before its first step and after its last one
 FORWARD = 1 / 3  # of the time of training a token, that of scoring one
@@ -71,7 +72,7 @@ def main() -> None:
         to_stderr()
         found = {}
         for variant, overrides in json.load(sys.stdin).items():
-            run = compose(*overrides)
+            run = compose_start(*overrides)
             with level_of_log(logging.WARNING):  # what is logged on the way, each run says again
                 corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir))
                 found[variant] = Pace(seconds_per_step(run, corpus), len(corpus.val))

@@ -17,8 +17,11 @@ from data.batches import check_split_lengths
 from data.shards.prepare import Prepared, prepare
 from training.minutes import steps_within
 from training.run.checkpoint import steps_done
-from training.run.config import Run, compose, dump, flatten_config
+from training.run.config import Run, dump, flatten_config
 from training.run.folder import resume_command
+from training.run.start import compose_start
+
+OF_CELL = ("seed", "init_from", "dry_run")  # what a variant's cells may differ in: each seed may have a base of its own
 
 
 class Plan(NamedTuple):
@@ -46,7 +49,7 @@ def planned(folder: Path, request: Request) -> Plan:
     paces = paces_of({variant: [*first[variant], *added[variant]] for variant in by_variant(left)})
     if request.settings.minutes is not None:
         add_steps(added, paces, request.settings.minutes)
-    runs = {variant: compose(*first[variant], *added[variant]) for variant in first}
+    runs = {variant: compose_start(*first[variant], *added[variant]) for variant in first}
     sweep = combined(request, before, added, runs)
     plan = Plan(folder, sweep, request.typed, request.grid.cells, left, runs, paces)
     print_plan(plan, request.settings.max_minutes)
@@ -91,7 +94,7 @@ def check_same_settings(folder: Path, before: Sweep) -> None:
     """Raise UserError where the settings of one of the sweep's variants are not what they were: conf/ has changed."""
     for variant, cells in by_variant(before.cells).items():
         old = flatten_config(before.settings[variant])
-        new = flatten_config(_settings(compose(*before.overrides_of(cells[0]))))
+        new = flatten_config(_settings(compose_start(*before.overrides_of(cells[0]))))
         for key in {**old, **new}:
             if old.get(key) != new.get(key):
                 raise UserError(
@@ -169,7 +172,7 @@ def combined(request: Request, before: Sweep | None, added: dict[str, list[str]]
 
 def _settings(run: Run) -> dict[str, Any]:
     """All settings that make the variant, as they are read back."""
-    return {name: value for name, value in json.loads(json.dumps(dump(run))).items() if name not in ("seed", "dry_run")}
+    return {name: value for name, value in json.loads(json.dumps(dump(run))).items() if name not in OF_CELL}
 
 
 def print_plan(plan: Plan, max_minutes: float | None) -> None:

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.settings import FrozenSettings
 from training.run.composer import compose_tree
 from training.run.config import Run, pop_command_settings
+from training.run.start import run_of
 from training.run.validation_errors import validated
 
 NOT_IN_SWEEPS = {
@@ -65,11 +66,11 @@ def composed(grid: Grid) -> tuple[SweepSettings, dict[str, Run]]:
     runs: dict[str, Run] = {}
     for variant, (first, *others) in by_variant(grid.cells).items():
         settings[variant], tree = _composed_tree([*grid.command, *first.overrides])
-        runs[variant] = Run.from_tree(tree)
-        for cell in others:  # composing takes a tenth of a second, and the seed refers to nothing
-            whole = cell.seed is None or first.seed is None
+        runs[variant] = run_of(tree, first.overrides)
+        for cell in others:  # composing takes a tenth of a second, and but for init_from nothing refers to the seed
+            whole = cell.seed is None or first.seed is None or tree["init_from"] is not None
             other = _composed_tree([*grid.command, *cell.overrides])[1] if whole else tree | {"seed": cell.seed}
-            Run.from_tree(other)
+            run_of(other, cell.overrides)
     name, own = next(iter(settings.items()))
     other = next((variant for variant in settings if settings[variant] != own), None)
     if other is not None:

@@ -74,7 +74,8 @@ class AttentionChoice(FrozenSettings, ABC):
 class AttentionConfig(AttentionChoice, PositionConfig):
     """Settings of one attention, the same in each layer that uses it."""
 
-    window: Size | None  # sliding window: keys a query sees, its own included; unset: all before it
+    # Sliding window: keys a query sees, its own included; unset: all before it. No weight hangs on it
+    window: Annotated[Size | None, Change.FINE_TUNING]
     dilation: Size  # within the window, every n-th key
     global_tokens: int = Field(ge=0, le=MAX_SIZE)  # the first tokens, visible from beyond the window
     random_blocks: float = Field(ge=0, lt=1)  # share of the blocks beyond the window that are visible

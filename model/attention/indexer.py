@@ -64,6 +64,8 @@ class Index(NamedTuple):
 
     def in_tiles(self, choose: Callable[[Tensor, Mask, slice], Tensor], k: Tensor, mask: Mask) -> Tensor:
         """What `chosen` or `chosen_rows` returns, for all queries, a tile of them after the other."""
+        if self.q.shape[1] == 1:  # a decode step, which is not to be traced anew for each number of keys
+            return choose(k, mask, slice(0, 1))
         every = self.tiles(self.q.shape[1], k.shape[1], self.q.shape[2])
         return torch.cat([choose(k, mask, rows) for rows in every], dim=1)
 

@@ -19,5 +19,5 @@ def without_timing(patch: MonkeyPatch) -> None:
 
 def composing_once(patch: MonkeyPatch) -> None:
     """Compose what several cells, or several sweeps, share only once."""
-    for user in ("training.run.config", "ablation.sweep.request"):
+    for user in ("training.run.config", "training.run.start", "ablation.sweep.request"):
         patch.setattr(f"{user}.compose_tree", composed_tree)

@@ -35,7 +35,7 @@ def composed(*overrides: str) -> Run:
 @pytest.fixture(autouse=True)
 def _composed_quickly(request, monkeypatch):
     if "compose" not in request.fixturenames:
-        monkeypatch.setattr(module, "compose", composed)
+        monkeypatch.setattr(module, "compose_start", composed)
 
 
 @pytest.fixture

@@ -255,6 +255,31 @@ def test_compare_runs_that_differ_in_the_seed_alone_are_one_variant(here):
     assert again.comparison.baseline == str(folders[0])
 
 
+def test_compare_sweeps_that_begin_with_the_runs_of_another_seed_by_seed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    mla = ["attention=mla", "attention.q_lora_rank=8", "seed=1,2", "sweep=base"]
+    support.train_sweep([*TINY, *mla], monkeypatch)
+    begun = [*TINY, "init_from=sweeps/base/seed=${seed}", "seed=1,2"]
+    support.train_sweep([*begun, "attention.window=null,8", "sweep=windows"], monkeypatch)
+    support.train_sweep([*begun, "attention=dsa", "attention.indexer.top_k=choice(8)", "sweep=chosen"], monkeypatch)
+    for path in SWEEPS.glob("*/*seed=*/config.yaml"):
+        base = f"sweeps/base/{path.parent.name.rpartition(',')[2]}"
+        assert (f"init_from: {base}\n" in path.read_text()) == (path.parts[1] != "base")
+    capsys.readouterr()
+    code, _, _ = compared(["sweeps/windows", "sweeps/chosen", "--no-decode"], monkeypatch, capsys)
+    report = json.loads(Path("report/report.json").read_text())
+    names = ["attention.window=null", "attention.window=8", "attention.indexer.top_k=8"]
+    assert code == 0 and [variant["name"] for variant in report["variants"]] == names
+    assert len({variant["label"] for variant in report["variants"]}) == 3
+    assert report["config_differences"]["attention.window"] == dict(zip(names, (None, 8, None), strict=True))
+    assert [len(report["comparison"]["differences"][name]["seeds"]) for name in names[1:]] == [2, 2]
+    assert {cell["state"] for cell in report["cells"]} == {"finished"} and len(report["cells"]) == 6
+    assert report["command"].count("train.py -m") == 2
+    shutil.copytree("sweeps/base", "sweeps/again")
+    code, _, err = compared(["sweeps/base", "sweeps/again"], monkeypatch, capsys)
+    assert code == 2 and "sweeps/base and sweeps/again both have this model, which would be one variant" in err
+
+
 def test_compare_unfinished_run_is_drawn_and_not_compared(here, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr("training.session.Session.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -287,9 +312,9 @@ def test_compare_other_texts_are_refused_unless_forced(here, monkeypatch, capsys
 REFUSED = {
     "no folder": (["nothing"], "nothing is not a run"),
     "a folder of something": (["cache"], "cache is not a run: it has no config.yaml"),
-    "a sweep beside others": (
+    "a sweep beside runs": (
         ["sweeps/three", "sweeps/three/attention=mha,seed=1"],
-        "sweeps/three is a sweep: compare it alone",
+        "sweeps/three is a sweep, and sweeps/three/attention=mha,seed=1 is none: compare sweeps, or give runs",
     ),
     "no such baseline": (["--baseline", "mqa"], "--baseline mqa is no variant here: choose one of attention=mha"),
     "no folder to write": (["-o", "sweeps/three/sweep.json/x"], "-o"),

@@ -250,7 +250,10 @@ def parallel_of(resume: str, tree: Mapping[str, Any], typed: Sequence[str]) -> M
     """The setting parallel= of a run that is to be resumed: as typed, or its own."""
     if any(word.lstrip("+~").startswith("parallel") for word in typed):
         return tree["parallel"]
-    return read_config(find_run("resume", resume))[0]["parallel"]
+    try:
+        return read_config(find_run("resume", resume))[0]["parallel"]
+    except UserError:  # which whoever opens the run says, beside what else is wrong
+        return tree["parallel"]
 
 
 def newest(with_checkpoint: bool = False) -> Path:

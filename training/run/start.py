@@ -24,7 +24,8 @@ from runtime.allocator import keep_buffers
 from runtime.world import ONE, World
 from training.run import checkpoint
 from training.run.changes import change_of
-from training.run.config import Run, dump, flatten_config
+from training.run.composer import compose_tree
+from training.run.config import Run, dump, flatten_config, pop_command_settings
 from training.run.folder import (
     acquire_run_lock,
     check_is_run,
@@ -55,15 +56,29 @@ def resolve_run(
             held.enter_context(acquire_run_lock(folder))
         checkpoint.check_fits(folder, run)
         return run, folder
+    run = run_of(tree, typed)
+    if not run.dry_run and locks:
+        check_makeable(run.run_dir)
+    return run, None
+
+
+def run_of(tree: Mapping[str, Any], typed: list[str]) -> Run:
+    """The new run of a composed configuration; where it begins with the weights of another, with that one's model and
+    tokenizer. typed: the overrides on the command line."""
     if tree["init_from"] is not None:
         base = find_run("init_from", str(tree["init_from"]), with_checkpoint=True)
         tree = {**config_from_base_run(base, tree, typed), "init_from": str(base)}
     run = Run.from_tree(tree)
     if isinstance(run.tokenizer, StoredConfig) and run.data.numbers is not None:
         run.tokenizer.check_numbers(run.data.name, run.data.numbers)
-    if not run.dry_run and locks:
-        check_makeable(run.run_dir)
-    return run, None
+    return run
+
+
+def compose_start(*overrides: str) -> Run:
+    """The new run that `python train.py *overrides` begins: `compose` knows of no base run. Raises UserError."""
+    tree = compose_tree(*overrides)
+    pop_command_settings(tree)
+    return run_of(tree, list(overrides))
 
 
 def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def test_curves_over_every_axis_have_ticks_within_it(x, log):
     assert (axes.get_xscale(), axes.get_yscale()) == (("log", "log") if log else ("linear", "linear"))
 
 
+@pytest.mark.parametrize(("losses", "log"), [([0.0, 0.2, 3.0], True), ([0.0], True), ([0.0, 3.0], False)])
+def test_axis_of_losses_that_reach_zero_has_ticks_and_a_logarithm(losses, log):
+    axis = loss_axis("loss", losses, log)
+    assert (axis.low > 0) == log and len(axis.ticks) >= 2
+    assert all(axis.low <= place <= axis.high for place, _ in axis.ticks)
+
+
 def test_final_has_means_seeds_and_intervals():
     left, right = final(support.four()).axes
     assert [len(line.get_xdata()) for line in left.lines] == [2, 3, 1] * 4

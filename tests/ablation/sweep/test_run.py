@@ -112,7 +112,7 @@ def test_sweep_more_seeds_and_variants_join_one_that_is_there(launcher, quick, w
 
 def test_sweep_of_other_settings_in_conf_is_refused_whatever_variant_is_added(launcher, quick, workplace, monkeypatch):
     assert run_sweep([*TINY, "attention=mha", "seed=1,2", "sweep=conf"], launcher) == 0
-    monkeypatch.setattr("ablation.sweep.plan.compose", lambda *words: compose(*words, "clip_norm=0.5"))
+    monkeypatch.setattr("ablation.sweep.plan.compose_start", lambda *words: compose(*words, "clip_norm=0.5"))
     with pytest.raises(UserError, match=r"was begun with clip_norm=1.0 in .*, now that is 0.5: runs of both could not"):
         run_sweep([*TINY, "attention=mha", "seed=3", "sweep=conf"], launcher)
 
@@ -183,6 +183,7 @@ REFUSED = {
     "no such choice": (["attention=mha,nope"], "attention=mha,nope: choose one of"),
     "a folder of one run": (["seed=1,2", "run_dir=here"], "run_dir= is the folder of one run: name the sweep instead"),
     "a run to go on": (["seed=1,2", "resume=latest"], "resume= continues one run: leave it out"),
+    "no base for a seed": (["seed=1,2", "init_from=sweeps/none/seed=${seed}"], "sweeps/none/seed=1 is not a run"),
     "what is of the whole": (["match=none,params"], "match is of the whole sweep"),
     "another launcher": (["seed=1,2", "hydra/launcher=joblib"], "hydra/launcher=joblib does nothing in a sweep"),
     "no budget": (

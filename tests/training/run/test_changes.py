@@ -61,9 +61,8 @@ def test_resuming_reads_the_configuration_a_fixed_number_of_times(workplace, mon
     from_tree = Run.from_tree
     monkeypatch.setattr(Run, "from_tree", lambda tree: loads.append(1) or from_tree(tree))
     typed = ["resume=run", *settings[2:], "steps=77"]
-    run, _, lock = open_run("run", composed_tree(*settings, "steps=77"), typed)
-    with lock:
-        assert run.steps == 77 and len(loads) == 3
+    run, _ = open_run("run", composed_tree(*settings, "steps=77"), typed)
+    assert run.steps == 77 and len(loads) == 3
 
 
 CHANGES = ["attention.n_kv_heads=3", "attention=mha", "position=rope", "experiment=smoke", "optim=adamw"]

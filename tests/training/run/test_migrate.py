@@ -83,7 +83,8 @@ def test_migrate_moves_the_document_mask_of_a_corpus_and_of_parts_to_the_run():
     parts = {"a": {"quota": 1, "corpus": {"_target_": "x", "size": 3, "document_mask": False}}}
     old = {"data": {"_target_": "y", "parts": parts, "document_mask": True}}
     expected = {"a": {"quota": 1, "corpus": {"_target_": "x", "size": 3}}}
-    assert migrate(old, 6) == {"document_mask": True, "data": {"_target_": "y", "parts": expected}}
+    since = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}  # of format 10
+    assert migrate(old, 6) == {"document_mask": True, "data": {"_target_": "y", "parts": expected}} | since
 
 
 def test_migrate_format_7_keeps_the_first_loss_that_a_run_had():

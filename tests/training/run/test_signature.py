@@ -25,9 +25,7 @@ def made(workplace):
 
 def resume(*typed: str, folder: str = "run"):
     typed = with_stored_choices([f"resume={folder}", *typed])
-    run, _, run_lock = open_run(folder, composed_tree(*typed[1:]), typed)
-    with run_lock:
-        return run
+    return open_run(folder, composed_tree(*typed[1:]), typed)[0]
 
 
 FILES = ("data=files", "data.path=a.txt")
