@@ -68,7 +68,7 @@ def check(models: list[str], processes: int, tolerance: float) -> None:
 
 
 def test_memory_of_two_processes_is_what_the_allocator_gives_out():
-    check(["mha"], 2, tolerance=0.05)
+    check(["mha"], 2, tolerance=0.1)
 
 
 @pytest.mark.slow

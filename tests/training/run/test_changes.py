@@ -28,7 +28,7 @@ CHANGE_OF = {
     "attention.rope_factor": Change.FINE_TUNING,
     "model.d_model": Change.NEVER,
     "attention": Change.NEVER,
-    "attention.window": Change.NEVER,
+    "attention.window": Change.FINE_TUNING,
     "mlp.d_ff": Change.NEVER,
     "tokenizer.vocab_size": Change.NEVER,
     "position": Change.NEVER,
