@@ -48,11 +48,14 @@ class ShardedPrecision(Precision):
     @torch.no_grad()
     def clip(self, limit: float) -> Tensor:
         matrices, vectors = self._gradients(of_matrices=True), self._gradients(of_matrices=False)
-        squares = self.world.total(_norm(matrices, self.model) ** 2) + _norm(vectors, self.model) ** 2
+        squares = self.world.total(self._norm(matrices) ** 2) + self._norm(vectors) ** 2
         norm = squares.sqrt()
         if limit < math.inf:
             torch._foreach_mul_(matrices + vectors, (limit / (norm + EPS)).clamp(max=1))
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.world.device)
 
     def _gradients(self, of_matrices: bool) -> list[Tensor]:
         chosen = [shard.local for name, shard in self.shards.items() if (name in self.matrices) == of_matrices]
@@ -90,9 +93,3 @@ def _shard_of(parameter: nn.Parameter, world: World) -> Shard:
     rows = shard.rows()
     assert len(local) == rows.stop - rows.start, "FSDP divides rows in another way"
     return shard
-
-
-def _norm(gradients: list[Tensor], model: nn.Module) -> Tensor:
-    if not gradients:
-        return next(model.buffers(), next(model.parameters())).new_zeros(())
-    return nn.utils.get_total_norm(gradients)
