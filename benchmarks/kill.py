@@ -59,7 +59,7 @@ def main() -> None:
             whole = place / f"{attention}-{precision}"
             if not whole.exists():
                 whole.mkdir()
-                _finish(start([*options, "run_dir=run"], whole))
+                finish(start([*options, "run_dir=run"], whole))
             folder = place / f"killed-{runs}"
             folder.mkdir()
             met += Counter(train_under_fire(options, folder, min(KILLS_PER_RUN, args.kills - met.total()), draw))
@@ -75,7 +75,8 @@ def main() -> None:
     print("every run ended with the weights, optimizer state and metrics of the run that was left alone, bit for bit")
 
 
-def _finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen) -> None:
+    """Wait for a process that is left alone. Exits with its stderr where it fails."""
     _, err = process.communicate()
     if process.returncode:
         raise SystemExit(err)

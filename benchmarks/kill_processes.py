@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.compare_runs import same_run
-from benchmarks.kill import start
+from benchmarks.kill import finish, start
 
 KILLS_PER_RUN = 5
 STEPS = 120
@@ -43,7 +43,7 @@ def main() -> None:
             for one in (whole, folder):
                 one.mkdir(exist_ok=True)
             if not (whole / "run").exists():
-                _finish(start(options, whole))
+                finish(start(options, whole))
             met += _under_fire(options, folder, min(KILLS_PER_RUN, args.kills - met.total()), draw)
             if not same_run(whole / "run", folder / "run", STEPS):
                 raise SystemExit(f"after {met.total()} kills a run differs from the one left alone, parallel={plan}")
@@ -54,12 +54,6 @@ def main() -> None:
         print(f"{count:6} {victim}")
     print("every run ended with the weights, optimizer state and metrics of the run that was left alone, bit for bit;")
     print("no process was left behind")
-
-
-def _finish(process: subprocess.Popen) -> None:
-    _, err = process.communicate()
-    if process.returncode:
-        raise SystemExit(err)
 
 
 def _under_fire(options: list[str], folder: Path, kills: int, draw: random.Random) -> Counter:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 GRACE = 3.0  # seconds after a fault, in which the first process says so itself if it has it too, and all are ended
 _stderr: int | None = None  # where this process would write, if it spoke
-claim: Callable[[], bool] | None = None  # whether no other process has spoken of a fault yet
+reports_first: Callable[[], bool] | None = None  # whether no other process has reported a fault yet
 
 
 def rank() -> int:
@@ -45,7 +45,7 @@ def speak_of_fault() -> str:
     global _stderr
     if _stderr is not None:
         time.sleep(GRACE)
-    if claim is not None and not claim():
+    if reports_first is not None and not reports_first():
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     elif _stderr is not None:
         os.dup2(_stderr, 2)

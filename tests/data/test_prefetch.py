@@ -100,4 +100,5 @@ def test_prefetch_error_that_no_step_needed_is_no_error():
     recorded = Recorded(damaged=1)
     recorded.may_read.set()
     with Prefetch(recorded, CPU, steps=9) as prefetch:
-        prefetch.of_step(0)
+        assert prefetch.of_step(0)
+    assert not any(thread.is_alive() for thread in recorded.threads)

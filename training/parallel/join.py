@@ -74,7 +74,7 @@ def _not_joined(error: Exception, timeout: float) -> str:
 
 class SharedProcessGroup(ProcessGroup):
     """Processes that share a store, in which each says how far it is: so one that hangs can be named, and what goes
-    wrong is said once."""
+    wrong is reported once."""
 
     way_out = ""  # where the run has a folder
 
@@ -83,7 +83,7 @@ class SharedProcessGroup(ProcessGroup):
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self.store = dist.TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=5))
         self.spoken = f"{SPOKEN}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        ranks.claim = self._claims
+        ranks.reports_first = self._reports_first
         self.reached(0)
 
     def reached(self, step: int) -> None:
@@ -103,7 +103,7 @@ class SharedProcessGroup(ProcessGroup):
         others = {rank: step for rank, step in steps.items() if rank != self.rank}
         return {rank: step for rank, step in others.items() if step < steps[self.rank]} or others
 
-    def _claims(self) -> bool:
+    def _reports_first(self) -> bool:
         try:
             return self.store.add(self.spoken, 1) == 1
         except RuntimeError:  # whoever holds the store has ended

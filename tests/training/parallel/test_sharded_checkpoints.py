@@ -102,7 +102,7 @@ def test_sharded_checkpoint_is_read_without_a_copy_of_its_content(stored):
     assert peak < sum(mark.size for _, mark in files) / 4
 
 
-def spoiled(folder, tmp_path, spoil) -> None:
+def check_damage_is_named(folder, tmp_path, spoil) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     spoil(sorted((last(copy) / "model").iterdir())[1])
@@ -114,12 +114,12 @@ def spoiled(folder, tmp_path, spoil) -> None:
 
 def test_damaged_shard_is_one_line(stored, tmp_path):
     folder, _, _ = stored
-    spoiled(folder, tmp_path, lambda file: file.unlink())
-    spoiled(folder, tmp_path, lambda file: file.write_bytes(file.read_bytes()[:-1]))
-    spoiled(folder, tmp_path, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"))
-    spoiled(folder, tmp_path, lambda file: file.write_bytes(b"\xff" * file.stat().st_size))
+    check_damage_is_named(folder, tmp_path, lambda file: file.unlink())
+    check_damage_is_named(folder, tmp_path, lambda file: file.write_bytes(file.read_bytes()[:-1]))
+    check_damage_is_named(folder, tmp_path, lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"))
+    check_damage_is_named(folder, tmp_path, lambda file: file.write_bytes(b"\xff" * file.stat().st_size))
     header = json.dumps({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}).encode()
-    spoiled(folder, tmp_path, lambda file: file.write_bytes(len(header).to_bytes(8, "little") + header))
+    check_damage_is_named(folder, tmp_path, lambda file: file.write_bytes(len(header).to_bytes(8, "little") + header))
 
 
 def full_disk_in_the_second(world: World, folder) -> str:
