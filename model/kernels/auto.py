@@ -38,13 +38,16 @@ class Auto(Kernel):
 
     is_flash_on_cpu = True
 
+    tiles: bool = True  # whether it takes kernel=tiles; runs older than that go on without, to the same bits
+
     def check(self, device: torch.device, training: bool, dropout: bool) -> None:
         if device.type == "cuda":
             SDPA_DEFAULT.check(device, training, dropout)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor | None, mask: Mask, how: How) -> Attended:
         case, few_keys = Case.of(q, k, v, mask, how), k.shape[1] <= MAX_MATMUL_KEYS
-        kernel, warning = (preferred(case, few_keys), "") if torch.compiler.is_compiling() else tried(case, few_keys)
+        choose = _compiled if torch.compiler.is_compiling() else tried
+        kernel, warning = choose(case, few_keys, self.tiles)
         if warning:
             say_once(logging.WARNING, warning)
         try:
@@ -54,23 +57,28 @@ class Auto(Kernel):
             return FALLBACK(q, k, v, mask, how)
 
 
-def preferred(case: Case, few_keys: bool) -> Kernel:
+def _compiled(case: Case, few_keys: bool, takes_tiles: bool) -> tuple[Kernel, str]:
+    """Without a trial."""
+    return preferred(case, few_keys, takes_tiles), ""
+
+
+def preferred(case: Case, few_keys: bool, takes_tiles: bool) -> Kernel:
     """Choose the kernel that auto tries first, as measured (benchmarks/README.md): on a CPU the fused kernel is slow to
     train in bfloat16, has no dropout, and computes what random blocks, global tokens, a dilation or documents hide."""
     if case.device == "cpu":
         short = case.trains and case.dtype == torch.bfloat16 and few_keys
         if short or case.dropout:
             return MATMUL
-        return TILES if case.mask in SKIPPED else SDPA_DEFAULT
+        return TILES if takes_tiles and case.mask in SKIPPED else SDPA_DEFAULT
     if case.lse and not SDPA_DEFAULT.gives_lse(case.device):
         return MATMUL if few_keys or case.dropout else ONLINE
     return SDPA_DEFAULT
 
 
 @functools.cache
-def tried(case: Case, few_keys: bool) -> tuple[Kernel, str]:
+def tried(case: Case, few_keys: bool, takes_tiles: bool) -> tuple[Kernel, str]:
     """The preferred kernel after a trial, and no warning; or the fallback and a warning that says why."""
-    kernel = preferred(case, few_keys)
+    kernel = preferred(case, few_keys, takes_tiles)
     try:
         # Whoever counts memory or operations, or saves tensors to recompute them, shall see those of the run alone.
         with unannounced(), _disable_current_modes(), saved_tensors_hooks(_unchanged, _unchanged):

@@ -209,10 +209,11 @@ def test_lse_from_a_kernel_that_has_none_is_refused_and_auto_takes_another():
         SDPA().check_lse(case)
     assert_one_line(refusal.value)
     assert not SDPA().gives_lse("cuda")
-    assert auto.preferred(case, few_keys=True) == auto.MATMUL and auto.preferred(case, few_keys=False) == auto.ONLINE
-    assert auto.preferred(case._replace(lse=False), few_keys=True) == auto.SDPA_DEFAULT
-    for few_keys in (True, False):
-        assert auto.preferred(case, few_keys).gives_lse("cuda")
+    few, many = ({"few_keys": few_keys, "takes_tiles": True} for few_keys in (True, False))
+    assert auto.preferred(case, **few) == auto.MATMUL and auto.preferred(case, **many) == auto.ONLINE
+    assert auto.preferred(case._replace(lse=False), **few) == auto.SDPA_DEFAULT
+    for keys in (few, many):
+        assert auto.preferred(case, **keys).gives_lse("cuda")
 
 
 @pytest.mark.parametrize("situation", SITUATIONS)

@@ -75,6 +75,7 @@ MODEL_7 = {"own_logit_init": None}  # the last norm started at one
 INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
 MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
 ONE_PROCESS_9 = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}
+NO_TILES_9 = {"tiles": False}  # of kernel=auto
 NO_INDEXER_8 = {"indexer": {"top_k": None, "n_heads": 4, "head_dim": None, "stage": "sparse", "weight": 1.0}}
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
@@ -127,7 +128,7 @@ def _since_7(tree: dict[str, Any], format: int) -> dict[str, Any]:
         tree = _to_8(tree)
     if format < 9:
         tree = _to_9(tree)
-    return ONE_PROCESS_9 | tree if format < 10 else tree
+    return ONE_PROCESS_9 | _each_part(tree, _without_tiles) if format < 10 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -190,6 +191,10 @@ def _to_9(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _with_indexer(part: dict[str, Any]) -> dict[str, Any]:
     return NO_INDEXER_8 | part if part.get("_target_") in INDEXED_9 else part
+
+
+def _without_tiles(part: dict[str, Any]) -> dict[str, Any]:
+    return NO_TILES_9 | part if part.get("_target_") == "model.kernels.auto.Auto" else part
 
 
 def _with_groups(part: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,13 @@ def test_migrate_format_8_gives_models_neither_indexer_nor_multi_token_predictio
     assert migrate(dump(later), FORMAT) == dump(later)
 
 
+def test_migrate_format_9_gives_kernel_auto_no_tiles():
+    older = dump(composed_run("attention.window=8"))
+    del older["kernel"]["tiles"]
+    assert Run.from_tree(migrate(older, 9)) == composed_run("attention.window=8", "kernel.tiles=false")
+    assert Run.from_tree(migrate(older, FORMAT)) == composed_run("attention.window=8")
+
+
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
     moved = {"data.document_mask": "document_mask"}  # format 7
