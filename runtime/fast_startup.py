@@ -24,7 +24,6 @@ class UncompiledOptimizer:
     compiles an optimizer."""
 
     add_param_group = without_compiler_marks(torch.optim.Optimizer.add_param_group)
-    zero_grad = without_compiler_marks(torch.optim.Optimizer.zero_grad)
     state_dict = without_compiler_marks(torch.optim.Optimizer.state_dict)
     load_state_dict = without_compiler_marks(torch.optim.Optimizer.load_state_dict)
 

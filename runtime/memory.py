@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
 from runtime.precision import multiplies_bf16
@@ -135,7 +135,8 @@ class PeakTensorBytes(TorchDispatchMode):
         self.alive += sums
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.count(tensor.untyped_storage())
+                for one in _with_storage(tensor):
+                    self.count(one.untyped_storage())
         self.alive -= sums
         return result
 
@@ -153,6 +154,14 @@ class PeakTensorBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.alive -= self._sizes.pop(key)
+
+
+def _with_storage(tensor: Tensor) -> list[Tensor]:
+    """The tensor, or those that it wraps, as a DTensor does, which has none of its own memory."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    wrapped = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [one for one in wrapped if isinstance(one, Tensor)]
 
 
 def _sums_of(operator: Any, result: Any) -> int:

@@ -114,7 +114,7 @@ class Shard(NamedTuple):
 class Precision(ABC):
     """A precision strategy: the model that forward and backward run on, and how its gradients come to the float32
     parameters that the optimizer updates. A step calls `copy_master_weights`, `backward` for the loss of each
-    micro-batch, `finish_gradients` and `clip`; after the update, `loss_scale.update`."""
+    micro-batch, `finish_gradients` and `clip`; after the update, `loss_scale.update` and `drop_gradients`."""
 
     model: nn.Module  # forward and backward run on it
     shards: dict[str, Shard]  # the float32 parameters by their names, as this process holds them
@@ -141,6 +141,11 @@ class Precision(ABC):
     def clip(self, limit: float) -> Tensor:
         """Scale the gradients to a norm of at most `limit`, which may be inf -> their norm before, a scalar."""
         return nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients of a step that was taken or given up."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def unscale(self) -> None:
         """Divide the gradients by the loss scale."""

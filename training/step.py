@@ -41,7 +41,7 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
         mean, aux = accumulate_gradients(state, batches, between)
         _check_reported(hooks, aux)
     except Exception:
-        optimizer.zero_grad(set_to_none=True)
+        state.precision.drop_gradients()
         raise
     grad_norm = state.precision.clip(state.clip_norm or math.inf)
     skipped = ~(mean.isfinite() & grad_norm.isfinite())
@@ -52,7 +52,7 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
         reported |= _call(hook, aux, skipped)
     if state.loss_scale is not None:
         state.loss_scale.update(skipped)
-    optimizer.zero_grad(set_to_none=True)
+    state.precision.drop_gradients()
     state.step += 1
     return StepResult(mean, grad_norm, skipped, reported)
 

@@ -18,14 +18,15 @@ def call(monkeypatch, *options: str) -> None:
 
 
 def test_scale_times_both_plans_in_the_same_processes(workplace, monkeypatch, capfd):
+    monkeypatch.setattr(scale, "LOOKS", 1)
     call(monkeypatch, "--processes", "1", "2", "--json", "s.json")
     rows = json.loads((workplace / "s.json").read_text())["rows"]
     assert [(row["processes"], row["plan"]) for row in rows] == [(1, "ddp"), (1, "fsdp"), (2, "ddp"), (2, "fsdp")]
     assert [row["x ddp"] == 1 for row in rows] == [True, False, True, False]
     for row in rows:
         assert row["ms"] > 0 and 0 <= int(row["waiting"].removesuffix(" %")) < 100
-        # One look at a peak may meet what gloo's threads still hold; test_memory_of_processes takes two, to 10 %.
-        assert row["predicted"] == pytest.approx(row["MB"], rel=0.4)
+        if row["processes"] == 1:  # of more, test_memory_of_processes looks often enough
+            assert row["predicted"] == pytest.approx(row["MB"], rel=0.01)
     assert int(rows[2]["waiting"].removesuffix(" %")) > 0  # two processes do send
     assert "mini, 2 processes: round 2 of 2" in capfd.readouterr().err  # of a process
 

@@ -31,8 +31,6 @@ class ShardedPrecision(Precision):
     def copy_master_weights(self) -> None:
         """Give up what an evaluation left gathered of the embedding, which may be of older weights."""
         self.model.reshard()
-        for name in self.matrices:  # of a step that was given up
-            self.placed[name].grad = None
 
     def backward(self, loss: Tensor) -> None:
         self.scaled(loss).backward()
@@ -53,6 +51,11 @@ class ShardedPrecision(Precision):
         if limit < math.inf:
             torch._foreach_mul_(matrices + vectors, (limit / (norm + EPS)).clamp(max=1))
         return norm
+
+    def drop_gradients(self) -> None:
+        super().drop_gradients()
+        for name in self.matrices:  # of a step that was given up before its last micro-batch
+            self.placed[name].grad = None
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=self.world.device)

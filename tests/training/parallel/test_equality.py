@@ -64,7 +64,7 @@ def gradients(state: TrainState) -> dict[str, Tensor]:
         if shard.local.grad is not None:
             mine = shard.local.grad.clone()
             found[name] = mine if shard.is_whole else torch.cat(state.world.gathered(mine))
-    state.optimizer.zero_grad(set_to_none=True)
+    state.precision.drop_gradients()
     return found
 
 

@@ -36,12 +36,12 @@ def run_of(model: str, plan: str, processes: int) -> Run:
     return with_processes(composed_run(*overrides, f"parallel={plan}"), processes, ())
 
 
-def peaks(world: World, runs: list[Run]) -> list[int]:
-    """Bytes, from nothing through two steps of each run, in each process."""
-    return [_peak(world, run) for run in runs]
+def peaks(world: World, runs: list[Run], looks: int) -> list[int]:
+    """Bytes, from nothing through two steps of each run, in each process; the least of so many looks."""
+    return [_peak(world, run, looks) for run in runs]
 
 
-def _peak(world: World, run: Run) -> int:
+def _peak(world: World, run: Run, looks: int) -> int:
     share = run.sequences // world.size
     tokens = some_tokens(share, run.model.context_length, VOCAB, seed=world.rank)
 
@@ -51,15 +51,16 @@ def _peak(world: World, run: Run) -> int:
             train_step(state, Batch(tokens, tokens).split(micro_batch_of(share, run.micro_batch_size)), 1.0)
 
     found = []
-    for _ in range(2):  # what gloo's threads still hold of a step before is not this one's
+    # Where all cores are busy, gloo's threads hold what was sent for a moment longer, by chance: a quarter of the peak.
+    for _ in range(looks):
         gc.collect()
         found.append(allocated_peak(steps))
     return min(found)
 
 
-def check(models: list[str], processes: int, tolerance: float) -> None:
+def check(models: list[str], processes: int, tolerance: float, looks: int) -> None:
     runs = [run_of(model, plan, processes) for model in models for plan in PLANS]
-    found = together(processes, peaks, runs)
+    found = together(processes, peaks, runs, looks)
     for run, of_ranks in zip(runs, zip(*found, strict=True), strict=True):
         predicted = memory(run, VOCAB, CPU).peak
         print(run.parallel.name, run.precision, predicted, of_ranks, predicted / max(of_ranks))
@@ -68,13 +69,13 @@ def check(models: list[str], processes: int, tolerance: float) -> None:
 
 
 def test_memory_of_two_processes_is_what_the_allocator_gives_out():
-    check(["mha"], 2, tolerance=0.1)
+    check(["mla"], 2, tolerance=0.05, looks=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_memory_of_processes_is_what_the_allocator_gives_out(processes):
-    check(sorted(MODELS), processes, tolerance=0.1)
+    check(sorted(MODELS), processes, tolerance=0.1, looks=12)
 
 
 def test_memory_of_processes_shrinks_with_their_number_where_they_share_the_matrices():
