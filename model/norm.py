@@ -13,48 +13,50 @@ from model.layout import Kind, ParamLayout, Role, leaf
 from model.upcast import upcast
 
 RMS_EPS = 1e-6
+LAYER_EPS = 1e-5
 
 Normer = Callable[[Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x · weight / sqrt(mean(x²) + 1e-6) (Zhang & Sennrich 2019, arXiv:1910.07467). On CUDA it is one kernel; elsewhere
+    """x · weight / sqrt(mean(x²) + eps) (Zhang & Sennrich 2019, arXiv:1910.07467). On CUDA it is one kernel; elsewhere
     PyTorch differentiates each product of it, which takes up to three times as long as the formula in _RMSNorm."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, eps: float = RMS_EPS):
         super().__init__()
+        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
-            return F.rms_norm(upcast(x), self.weight.shape, self.weight, eps=RMS_EPS).to(x.dtype)
+            return F.rms_norm(upcast(x), self.weight.shape, self.weight, eps=self.eps).to(x.dtype)
         if not torch.is_grad_enabled():
-            return _rms_norm(x, self.weight)[0]  # the same bits in a third of a token's time
-        return _RMSNorm.apply(x, self.weight)
+            return _rms_norm(x, self.weight, self.eps)[0]  # the same bits in a third of a token's time
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
     def layout(self) -> dict[str, ParamLayout]:
         return leaf(self, Role.NORM, Kind.VECTOR)
 
 
-def _rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The norm in the dtype of x, and inv, float32."""
     exact = upcast(x)
     norm = torch.linalg.vector_norm(exact, dim=-1, keepdim=True)
-    inverse = norm.mul_(norm).div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
+    inverse = norm.mul_(norm).div_(x.shape[-1]).add_(eps).rsqrt_()
     y = exact * inverse if exact is x else exact.mul_(inverse)
     return y.mul_(weight).to(x.dtype), inverse
 
 
-def rms_normer(weight: Tensor) -> Normer:
+def rms_normer(weight: Tensor, eps: float = RMS_EPS) -> Normer:
     """RMSNorm without gradients for few numbers, in the fewest operations: x (..., d) -> the same. weight: (d,), or
     (H, d) for a norm of each head of x (..., H, d)."""
     dim = weight.shape[-1]
-    eps = torch.tensor((dim * RMS_EPS) ** 0.5, device=weight.device)
+    shortest = torch.tensor((dim * eps) ** 0.5, device=weight.device)
     scaled = weight.detach() * dim**0.5
 
     def norm(x: Tensor) -> Tensor:
         exact = upcast(x)
-        length = torch.hypot(torch.linalg.vector_norm(exact, dim=-1, keepdim=True), eps)
+        length = torch.hypot(torch.linalg.vector_norm(exact, dim=-1, keepdim=True), shortest)
         return exact.div(length).mul_(scaled).to(x.dtype)
 
     return norm
@@ -67,14 +69,14 @@ class _RMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        y, inverse = _rms_norm(x, weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, inverse = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y.detach()  # its own: compiled by PyTorch 2.11, what an operation in place returned has no gradient
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         inverse = inverse.view(-1, 1)
         exact = upcast(x).reshape(-1, x.shape[-1])
@@ -82,13 +84,13 @@ class _RMSNorm(torch.autograd.Function):
         product = d_x * exact
         along = torch.mv(product, weight)[:, None] * inverse**3 / x.shape[-1]
         d_x.mul_(weight).mul_(inverse).addcmul_(exact, along, value=-1)
-        return d_x.to(x.dtype).view_as(x), torch.mv(product.mT, inverse.flatten())
+        return d_x.to(x.dtype).view_as(x), torch.mv(product.mT, inverse.flatten()), None
 
 
 class LayerNorm(nn.Module):
     """(x - mean(x)) · weight / sqrt(var(x) + eps) + bias (Ba et al. 2016, arXiv:1607.06450); var divides by n."""
 
-    def __init__(self, dim: int, bias: bool, eps: float = 1e-5):
+    def __init__(self, dim: int, bias: bool, eps: float = LAYER_EPS):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -142,7 +144,7 @@ def _per_head(inverse: Tensor, heads: int) -> Tensor:
 
 def normer(norm: nn.Module) -> Normer:
     """A norm of a residual stream as a function, without gradients, for few tokens."""
-    return rms_normer(norm.weight) if type(norm) is RMSNorm else norm.forward
+    return rms_normer(norm.weight, norm.eps) if type(norm) is RMSNorm else norm.forward
 
 
 def are_plain(*norms: nn.Module) -> bool:
@@ -154,5 +156,5 @@ def residual_norm(dimensions: Dimensions) -> nn.Module:
     """Build a norm of the residual stream, ahead of an attention, an MLP or the LM head. Norms within an attention (of
     queries, keys and latents) are always RMSNorms, as in their papers."""
     if dimensions.norm == "layer":
-        return LayerNorm(dimensions.d_model, dimensions.bias)
-    return RMSNorm(dimensions.d_model)
+        return LayerNorm(dimensions.d_model, dimensions.bias, dimensions.norm_eps or LAYER_EPS)
+    return RMSNorm(dimensions.d_model, dimensions.norm_eps or RMS_EPS)

@@ -20,13 +20,14 @@ from model.kernels.base import Kernel
 from model.kernels.sdpa import attend_to_all
 from model.layout import Names, ParamLayout, Part, Role, linear, nested
 from model.linear import Linear
-from model.norm import RMSNorm, are_plain, rms_normer
+from model.norm import RMS_EPS, RMSNorm, are_plain, rms_normer
 
 
 class GQAConfig(IndexedConfig):
     n_kv_heads: Size | Literal["all"] | None  # unset: the smallest divisor of n_heads >= n_heads/4, and 2
     head_dim: Size | None  # unset: d_model / n_heads
     qk_norm: bool | None  # RMSNorm on each query and key head, before RoPE; unset: model.qk_norm
+    v_bias: bool | None  # bias on v_proj; unset: model.bias
     rope_dim: Size | None  # leading dimensions of each head that rotate (partial RoPE); unset: head_dim
 
     def derive(self, dimensions: Dimensions) -> Self:
@@ -45,6 +46,7 @@ class GQAConfig(IndexedConfig):
                 "head_dim": head_dim,
                 "rope_dim": self._rope_dim(head_dim),
                 "qk_norm": dimensions.qk_norm if self.qk_norm is None else self.qk_norm,
+                "v_bias": dimensions.bias if self.v_bias is None else self.v_bias,
                 "indexer": self.derived_indexer(dimensions),
             }
         )
@@ -101,9 +103,9 @@ class GQA(IndexedAttention):
         k_bias = config.qk_bias and (self.rope is not None or config.qk_norm)
         self.q_proj = Linear(d_model, n_heads * config.head_dim, dimensions.bias or config.qk_bias)
         self.k_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias or k_bias)
-        self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, dimensions.bias)
-        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.v_proj = Linear(d_model, config.n_kv_heads * config.head_dim, config.v_bias)
+        self.q_norm = _head_norm(config, dimensions)
+        self.k_norm = _head_norm(config, dimensions)
         self.o_proj = Linear(n_heads * config.head_dim, d_model, dimensions.bias)
 
     def of_one_input(self) -> tuple[Linear, ...]:
@@ -127,7 +129,7 @@ class GQA(IndexedAttention):
         norm = None
         if isinstance(self.q_norm, RMSNorm):
             weights = self.q_norm.weight.expand(n_heads, -1), self.k_norm.weight.expand(n_kv_heads, -1)
-            norm = rms_normer(torch.cat(weights))
+            norm = rms_normer(torch.cat(weights), self.q_norm.eps)
 
         def attend(x: Tensor, residual: Tensor, now: Now) -> Tensor:
             y = project(x, None).view(batch, -1, head_dim)
@@ -161,3 +163,7 @@ class GQA(IndexedAttention):
             **nested("k_norm", self.k_norm, Names("k_norm")),
             **nested("indexer", self.indexer, Names("indexer")),
         }
+
+
+def _head_norm(config: GQAConfig, dimensions: Dimensions) -> nn.Module:
+    return RMSNorm(config.head_dim, dimensions.norm_eps or RMS_EPS) if config.qk_norm else nn.Identity()

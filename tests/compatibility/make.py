@@ -78,6 +78,10 @@ CASES = {
     "adafactor": [*WORDS, "attention=gqa", "optim=adafactor", "precision=fp32"],
     "ddp": [*WORDS, "attention=mha", "optim=adamw", "batch_tokens=128", "precision=fp32", "parallel=ddp"],
     "fsdp": [*WORDS, "attention=gqa", "optim=muon", "batch_tokens=128", "precision=fp32", "parallel=fsdp"],
+    "qwen2": [
+        *(*WORDS, "attention=gqa", "mlp=swiglu", "model.qk_norm=false", "precision=fp32"),
+        *("attention.v_bias=true", "model.norm_eps=1e-5"),
+    ],
     "init_from": [*RUN, "init_from=base", "data=synthetic", "data.size=30", "data.seed=7", "precision=fp32"],
 }
 

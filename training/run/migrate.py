@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 10  # of config.yaml and manifest.json
+FORMAT = 11  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -73,6 +73,8 @@ CLASSIC_GPT_4 = {"norm": "layer", "bias": True, "zero_init": False}  # by which 
 OPTIMIZERS_7 = ("training.optim.adamw.AdamWConfig", "training.optim.muon.MuonConfig")
 MODEL_7 = {"own_logit_init": None}  # the last norm started at one
 INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
+MODEL_10 = {"norm_eps": None}  # it was 1e-6 of rms, 1e-5 of layer
+V_BIAS_10 = {"v_bias": None}  # of GQA: as model.bias
 MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
 ONE_PROCESS_9 = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}
 NO_TILES_9 = {"tiles": False}  # of kernel=auto
@@ -128,7 +130,9 @@ def _since_7(tree: dict[str, Any], format: int) -> dict[str, Any]:
         tree = _to_8(tree)
     if format < 9:
         tree = _to_9(tree)
-    return ONE_PROCESS_9 | _each_part(tree, _without_tiles) if format < 10 else tree
+    if format < 10:
+        tree = ONE_PROCESS_9 | _each_part(tree, _without_tiles)
+    return _to_11(tree) if format < 11 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -187,6 +191,16 @@ def _to_9(tree: dict[str, Any]) -> dict[str, Any]:
     tree = _each_part(tree, _with_indexer)
     model = tree.get("model")
     return tree | {"model": MODEL_8 | model} if isinstance(model, Mapping) else tree
+
+
+def _to_11(tree: dict[str, Any]) -> dict[str, Any]:
+    tree = _each_part(tree, _with_v_bias)
+    model = tree.get("model")
+    return tree | {"model": MODEL_10 | model} if isinstance(model, Mapping) else tree
+
+
+def _with_v_bias(part: dict[str, Any]) -> dict[str, Any]:
+    return V_BIAS_10 | part if part.get("_target_") == "model.attention.gqa.GQAConfig" else part
 
 
 def _with_indexer(part: dict[str, Any]) -> dict[str, Any]:

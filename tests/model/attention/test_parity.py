@@ -113,6 +113,12 @@ def test_gqa_with_llamas_biases_gives_its_logits():
     check_parity(theirs, "attention=gqa", "attention.qk_norm=false", "model.bias=true")
 
 
+def test_gqa_with_qwen2s_biases_and_its_eps_gives_its_logits():
+    config = transformers.Qwen2Config(**SHAPE | {"rms_norm_eps": 1e-3}, num_key_value_heads=2)
+    ours = ("attention=gqa", "attention.qk_norm=false", "attention.v_bias=true", "model.norm_eps=1e-3")
+    check_parity(transformers.Qwen2ForCausalLM(config), *ours, "attention.qk_bias=true")
+
+
 def test_gqa_with_qwen3s_qk_norms_gives_its_logits():
     config = transformers.Qwen3Config(**SHAPE, num_key_value_heads=2, head_dim=16)
     check_parity(transformers.Qwen3ForCausalLM(config), "attention=gqa")

@@ -80,6 +80,15 @@ def test_migrate_format_9_gives_kernel_auto_no_tiles():
     assert Run.from_tree(migrate(older, FORMAT)) == composed_run("attention.window=8")
 
 
+def test_migrate_format_10_gives_norms_their_eps_and_values_the_bias_that_they_had():
+    run = composed_run("attention=gqa", "model.bias=true")
+    older = dump(run)
+    del older["model"]["norm_eps"], older["attention"]["v_bias"]
+    assert Run.from_tree(migrate(older, 10)) == run
+    later = composed_run("attention=gqa", "attention.v_bias=true", "model.norm_eps=1e-5")
+    assert migrate(dump(later), FORMAT) == dump(later)
+
+
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
     moved = {"data.document_mask": "document_mask"}  # format 7
