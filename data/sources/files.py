@@ -13,13 +13,15 @@ from pydantic import Field, field_validator
 from common.errors import UserError
 from common.paths import is_folder, matching_files, raise_unreadable, working_folder
 from common.suggestions import nearest
+from data.sources.compression import content_name, open_bytes, open_text
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
-from data.sources.tables import cells, check_column, format_of
+from data.sources.tables import BINARY, cells, check_column, format_of
 
 PART_BYTES = 2**24  # how much of a long file is in memory at one time
 DEFAULT_COLUMN = "text"
 UNITS = ("file", "line", "row")
+SPLITS_FILE = "dataset_dict.json"  # of a folder that `datasets` saved several splits in
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # how users type them
 
 
@@ -118,7 +120,7 @@ class FilesCorpus(Corpus):
 
     def _file_documents(self, path: str) -> Iterator[Document]:
         with _open(path) as file:
-            size = os.fstat(file.fileno()).st_size
+            size = _size(file, path)
             start = len(_mark(file, path)) if self.reading > 2 else 0
             cut = max(start, _cut(file, path, size, int(size * (1 - self.val_fraction))))
             for validation, first, stop in ((False, start, cut), (True, cut, size)):
@@ -130,17 +132,29 @@ class FilesCorpus(Corpus):
             head = _read(file, path, HEAD_BYTES)
         if not (head.removeprefix(MARK) if self.reading > 2 else head):
             raise UserError(f"{path} is empty: remove it, or exclude it from data.path")
-        if format_of(path) != "parquet":
+        if format_of(path) not in BINARY:
             check_is_text(path, head)
         if self._is_table(path):
-            if self._unit(path) != "row":
-                raise UserError(f"data.document={self.document} does not fit {path}, a table: choose row")
-            self._check_column(path)
-        elif self.document == "row":
+            self._check_table(path)
+        else:
+            self._check_text(path, head)
+
+    def _check_table(self, path: str) -> None:
+        if self._unit(path) != "row":
+            raise UserError(f"data.document={self.document} does not fit {path}, a table: choose row")
+        if format_of(path) in BINARY and content_name(path) != path:
+            raise UserError(
+                f"{path} is a table of {format_of(path)}, which compresses by itself: decompress it, and give it as "
+                f"{content_name(path)}"
+            )
+        self._check_column(path)
+
+    def _check_text(self, path: str, head: bytes) -> None:
+        if self.document == "row":
             raise UserError(f"data.document=row does not fit {path}, which is no table: choose file or line")
-        elif self.column is not None:
+        if self.column is not None:
             raise UserError(f"data.column={self.column} does not fit {path}, which is no table: leave it out")
-        elif self.document is None and self.reading > 2:
+        if self.document is None and self.reading > 2:
             check_no_markup(path, head)
 
     def _check_column(self, path: str) -> None:
@@ -160,11 +174,13 @@ class FilesCorpus(Corpus):
             )
 
     def _files(self) -> list[str]:
-        found = matching_files(self.path)
+        found = matching_files(self.path) or _arrow_files(self.path)
         if found:
             return found
         path = os.path.expanduser(self.path)
-        if is_folder(path):
+        if os.path.exists(f"{path}/{SPLITS_FILE}"):
+            reason = f"is a dataset of several splits: write {self.path}/train, or another of its folders"
+        elif is_folder(path):
             reason = f"is a folder: write {self.path}/*"
         elif os.path.exists(path):
             reason = "is a pipe or a device, which cannot be read twice: write what it gives to a file"
@@ -176,9 +192,14 @@ class FilesCorpus(Corpus):
         raise UserError(f"data.path={self.path!r} {reason}")
 
 
+def _arrow_files(folder: str) -> list[str]:
+    """The files of a dataset that `datasets` saved to a folder, without those in which it later kept results."""
+    return [path for path in matching_files(f"{folder}/*.arrow") if not Path(path).name.startswith("cache-")]
+
+
 def _open(path: str) -> BinaryIO:
     try:
-        return Path(path).open("rb")
+        return open_bytes(path)
     except OSError as error:
         raise_unreadable(path, error)
 
@@ -186,7 +207,7 @@ def _open(path: str) -> BinaryIO:
 def _hash(path: str) -> bytes:
     """SHA-256 of the file. Raises UserError where it should be text and is not."""
     digest = hashlib.sha256()
-    is_text = format_of(path) != "parquet"
+    is_text = format_of(path) not in BINARY
     start = 0  # bytes decoded so far
     rest = b""  # half a character after them
     with _open(path) as file:
@@ -209,6 +230,20 @@ def _read(file: BinaryIO, path: str, count: int) -> bytes:
         raise_unreadable(path, error)
 
 
+def _size(file: BinaryIO, path: str) -> int:
+    """Bytes of the file's content. Afterwards it stands at its beginning."""
+    size = _seek(file, path, 0, os.SEEK_END)
+    _seek(file, path, 0)
+    return size
+
+
+def _seek(file: BinaryIO, path: str, offset: int, whence: int = os.SEEK_SET) -> int:
+    try:
+        return file.seek(offset, whence)
+    except OSError as error:
+        raise_unreadable(path, error)
+
+
 def _mark(file: BinaryIO, path: str) -> bytes:
     """The byte order mark that the file begins with, if it does."""
     head = _read(file, path, len(MARK))
@@ -227,7 +262,7 @@ def _decoded(path: str, start: int, content: bytes, final: bool) -> tuple[str, b
 
 def _cut(file: BinaryIO, path: str, size: int, goal: int) -> int:
     """The byte where the first line after `goal` begins; in one long line, where the character at `goal` begins."""
-    file.seek(goal)
+    _seek(file, path, goal)
     found = goal
     while block := _read(file, path, PART_BYTES):
         end = block.find(b"\n")
@@ -238,7 +273,7 @@ def _cut(file: BinaryIO, path: str, size: int, goal: int) -> int:
     if found < size:
         return found
     start = max(0, goal - 3)
-    file.seek(start)
+    _seek(file, path, start)
     around = _read(file, path, goal - start + 1)
     while goal > start and goal < size and around[goal - start] & 0xC0 == 0x80:
         goal -= 1
@@ -247,7 +282,7 @@ def _cut(file: BinaryIO, path: str, size: int, goal: int) -> int:
 
 def _parts(file: BinaryIO, path: str, start: int, stop: int) -> Iterator[str]:
     """Decode bytes start ... stop - 1 as texts of at most PART_BYTES, cut after line ends where there are any."""
-    file.seek(start)
+    _seek(file, path, start)
     rest = b""
     while start < stop:
         block = rest + _read(file, path, min(PART_BYTES - len(rest), stop - start - len(rest)))
@@ -264,7 +299,7 @@ def _parts(file: BinaryIO, path: str, start: int, stop: int) -> Iterator[str]:
 def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> Iterator[tuple[str, str]]:
     """Yield (path:line, text without the line end) of every line that has text. ends: None for \\n, \\r\\n and \\r."""
     try:
-        with open(path, encoding=encoding, newline=ends) as file:
+        with open_text(path, encoding, ends) as file:
             for number, line in enumerate(file, 1):
                 text = line.rstrip("\r\n")
                 if text:
@@ -286,7 +321,7 @@ def _separated(path: str, separator: str) -> Iterator[tuple[str, str]]:
 def _split(path: str, separator: str) -> Iterator[str]:
     """str.split of a file's text, with only a part of the file and the text that it ends in memory."""
     with _open(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        size = _size(file, path)
         rest = ""
         for part in _parts(file, path, len(_mark(file, path)), size):
             *texts, rest = (rest + part).split(separator)

@@ -4,6 +4,7 @@ import codecs
 from pathlib import Path
 
 from common.errors import UserError
+from data.sources.compression import CODECS, content_name
 from data.sources.tables import FORMATS
 
 HEAD_BYTES = 2**12  # that are checked
@@ -28,7 +29,10 @@ MARKUP = {
     ".xhtml": "HTML",
     ".ipynb": "a Jupyter notebook",
 }
-WAY_OUT = f"convert or exclude it; what is read is UTF-8 text, and tables named {' '.join(FORMATS)}"
+WAY_OUT = (
+    f"convert or exclude it; what is read is UTF-8 text, and tables named {' '.join(FORMATS)}, "
+    f"also compressed as {' '.join(CODECS)}"
+)
 AS_IT_IS = "to train on it as it is, give data.document=file"
 
 
@@ -52,7 +56,7 @@ def check_no_nul(path: str, start: int, content: bytes) -> None:
 
 def check_no_markup(path: str, head: bytes) -> None:
     """Raises UserError for pages and notebooks: a model would learn their tags and braces."""
-    kind = MARKUP.get(Path(path).suffix.lower())
+    kind = MARKUP.get(Path(content_name(path)).suffix.lower())
     if kind is None and head.removeprefix(MARK).lstrip().lower().startswith((b"<!doctype html", b"<html")):
         kind = "an HTML page, as it begins"
     if kind is not None:

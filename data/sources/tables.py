@@ -1,17 +1,18 @@
-"""Tables: read one column of JSON, JSON lines, CSV or Parquet row by row, never as a whole."""
+"""Tables: read columns of JSON, JSON lines, CSV, Parquet or Arrow row by row, never as a whole."""
 
 import csv
 import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.paths import raise_unreadable
+from data.sources.compression import content_name, open_bytes, open_text
 from data.sources.json_values import values
 
 FORMATS = {
@@ -21,15 +22,22 @@ FORMATS = {
     ".csv": "csv",
     ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
-PARQUET_ROWS = 256  # decoded at one time
+BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
+ARROW_FILE = b"ARROW1"  # begins an Arrow file and Feather; a stream begins otherwise
+BATCH_ROWS = 256  # of Parquet, decoded at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book
 log = logging.getLogger("headroom")
 
+Columns = tuple[str, ...]
+Cells = Iterator[tuple[int, Sequence[Any]]]  # the number of a row, and its cells in the columns asked for
+
 
 def format_of(path: str) -> str | None:
-    """The table format by the file's suffix; None for other files."""
-    return FORMATS.get(Path(path).suffix.lower())
+    """The table format by the file's suffix, before that of a compression; None for other files."""
+    return FORMATS.get(Path(content_name(path)).suffix.lower())
 
 
 def check_column(path: str, column: str) -> None:
@@ -39,19 +47,30 @@ def check_column(path: str, column: str) -> None:
 
 def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
-    kinds = {"json lines": _json_cells, "json": _json_cells, "csv": _csv_cells, "parquet": _parquet_cells}
-    rows = kinds[format_of(path)]
+    return ((place, text) for place, (text,) in rows(path, (column,)))
+
+
+def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """As `cells`, of every row that has text in all of several columns."""
+    kinds = {
+        "json lines": _json_cells,
+        "json": _json_cells,
+        "csv": _csv_cells,
+        "parquet": _parquet_cells,
+        "arrow": _arrow_cells,
+    }
     with _user_errors(path):
-        for number, cell in rows(path, column):
-            if cell is not None and cell != "":
-                yield f"{path}:{number}", _text(f"{path}:{number}", column, cell)
+        for number, found in kinds[format_of(path)](path, columns):
+            if None not in found and "" not in found:
+                place = f"{path}:{number}"
+                yield place, tuple(_text(place, *each) for each in zip(columns, found, strict=True))
 
 
-def check_rows_have_column(path: str, column: str, rows: int | None) -> int:
+def check_rows_have_column(path: str, column: str, count: int | None) -> int:
     """Raises UserError for the first row of JSON or JSON lines that lacks the column, unlike one with null in it.
-    rows: how many are checked; None: all. -> the number of rows checked."""
+    count: how many rows are checked; None: all. -> the number of rows checked."""
     with _user_errors(path):
-        return sum(1 for _ in itertools.islice(_json_cells(path, column), rows))
+        return sum(1 for _ in itertools.islice(_json_cells(path, (column,)), count))
 
 
 def _text(place: str, column: str, cell: Any) -> str:
@@ -74,9 +93,11 @@ def not_text_message(place: str, column: str, cell: Any) -> str:
 def _columns(path: str) -> list[str]:
     if format_of(path) == "parquet":
         return _open_parquet(path).schema_arrow.names
+    if format_of(path) == "arrow":
+        return _open_arrow(path)[0]
     with _user_errors(path):
         if format_of(path) == "csv":
-            with open(path, encoding="utf-8-sig", newline="") as file:
+            with open_text(path, "utf-8-sig", "") as file:
                 return next(_csv_rows(path, file), [])
         return next((list(row) for _, row in _json_rows(path)), [])
 
@@ -102,7 +123,7 @@ def _check_known(place: str, column: str, columns: list[str]) -> None:
 
 def no_column_message(place: str, column: str, columns: list[str]) -> str:
     """The error message for a missing column, also where data.column is not set."""
-    if len(columns) == 1 and ";" in columns[0] and place.lower().endswith(".csv"):
+    if len(columns) == 1 and ";" in columns[0] and content_name(place).lower().endswith(".csv"):
         return f"{place} has one column, {columns[0]}: separate its cells by commas instead of semicolons"
     return f"{place} has no column {column}, it has {list_names(columns)}: give one as data.column="
 
@@ -122,7 +143,7 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -134,7 +155,7 @@ def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
 
 
 def _json_values(path: str) -> Iterator[Any]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open_text(path, "utf-8-sig", "") as file:
         number = 0
         try:
             for value in values(file):
@@ -148,69 +169,95 @@ def _json_values(path: str) -> Iterator[Any]:
             raise UserError(f"{path} is not JSON{place} ({reason}): mend or exclude it") from None
 
 
-def _json_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
+def _json_cells(path: str, columns: Columns) -> Cells:
     for number, row in _json_rows(path):
-        if column not in row:
-            raise UserError(f"{no_column_message(f'{path}:{number}', column, list(row))}, or mend or remove the row")
-        yield number, row[column]
+        for column in columns:
+            if column not in row:
+                missing = no_column_message(f"{path}:{number}", column, list(row))
+                raise UserError(f"{missing}, or mend or remove the row")
+        yield number, [row[column] for column in columns]
 
 
 def _csv_rows(path: str, file) -> Iterator[list[str]]:
-    reader = csv.reader(file, strict=True, delimiter="\t" if path.lower().endswith(".tsv") else ",")
+    reader = csv.reader(file, strict=True, delimiter="\t" if content_name(path).lower().endswith(".tsv") else ",")
     try:
         yield from reader
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}, is not CSV ({error}): mend or exclude the file") from None
 
 
-def _csv_cells(path: str, column: str) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+def _csv_cells(path: str, columns: Columns) -> Cells:
+    with open_text(path, "utf-8-sig", "") as file:
         rows = _csv_rows(path, file)
         head = next(rows, [])
-        _check_known(path, column, head)
-        place = head.index(column)
-        warn_of_tabs = path.lower().endswith(".tsv")
+        for column in columns:
+            _check_known(path, column, head)
+        places = [head.index(column) for column in columns]
+        warn_of_tabs = content_name(path).lower().endswith(".tsv")
         for number, row in enumerate(rows, 1):
             if row and len(row) != len(head):
                 raise UserError(
                     f"{path}, row {number} after the head, has {len(row)} cells, the head has {len(head)}: mend the row"
                 )
             if row:
-                if warn_of_tabs and set(row[place]) & set("\t\r\n"):
-                    warn_of_tabs = False
-                    _warn_once(
-                        f"{path}:{number} has tabs or line ends within quotes in column {column}, read as one cell: "
-                        "where a quote is text, double and enclose it, or give the table as .jsonl"
-                    )
-                yield number, row[place]
+                found = [row[place] for place in places]
+                if warn_of_tabs:
+                    warn_of_tabs = not _warns_of_tabs(f"{path}:{number}", columns, found)
+                yield number, found
 
 
-def _parquet_cells(path: str, column: str) -> Iterator[tuple[int, Any]]:
+def _warns_of_tabs(place: str, columns: Columns, found: list[str]) -> bool:
+    """Warn where a cell of a .tsv file has what separates cells. -> whether it did."""
+    column = next((column for column, cell in zip(columns, found, strict=True) if set(cell) & set("\t\r\n")), None)
+    if column is not None:
+        _warn_once(
+            f"{place} has tabs or line ends within quotes in column {column}, read as one cell: "
+            "where a quote is text, double and enclose it, or give the table as .jsonl"
+        )
+    return column is not None
+
+
+def _parquet_cells(path: str, columns: Columns) -> Cells:
+    file = _open_parquet(path)
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    names = file.schema_arrow.names
+    for column in columns:
+        _check_known(path, column, names)
+        if leaves.count(column) > names.count(column):
+            struct, _, field = column.partition(".")
+            _warn_once(
+                f"{path}: data.column={column} reads the column of that name; the field {field} of the struct {struct} "
+                f"is another text, which can be read from a file where it has a column of its own"
+            )
+    yield from _cells_of_batches(path, columns, file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)))
+
+
+def _arrow_cells(path: str, columns: Columns) -> Cells:
+    names, _ = _open_arrow(path)
+    for column in columns:
+        _check_known(path, column, names)
+    _, batches = _open_arrow(path, [names.index(column) for column in columns])
+    yield from _cells_of_batches(path, columns, batches)
+
+
+def _cells_of_batches(path: str, columns: Columns, batches: Iterable) -> Cells:
+    """Rows of Arrow record batches, which are read as they are taken."""
     from pyarrow import ArrowException
 
-    file = _open_parquet(path)
     number = 0
-    _check_known(path, column, file.schema_arrow.names)
-    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    if leaves.count(column) > file.schema_arrow.names.count(column):
-        struct, _, field = column.partition(".")
-        _warn_once(
-            f"{path}: data.column={column} reads the column of that name; the field {field} of the struct {struct} is "
-            f"another text, which can be read from a file where it has a column of its own"
-        )
     try:
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=[column]):
-            # By name, not the first: columns=["a.text"] also selects the field text of a struct a.
-            for cell in batch.column(batch.schema.names.index(column)):
+        for batch in batches:
+            # By name, not by place: of Parquet, columns=["a.text"] also selects the field text of a struct a.
+            chosen = [batch.column(batch.schema.names.index(column)) for column in columns]
+            for found in zip(*chosen, strict=True):
                 number += 1
-                yield number, cell.as_py()
+                yield number, [cell.as_py() for cell in found]
     except UnicodeDecodeError:
         raise UserError(
-            f"{path}:{number} is not UTF-8 text in column {column}: mend the row, or exclude the file"
+            f"{path}:{number} is not UTF-8 text in column {' or '.join(columns)}: mend the row, or exclude the file"
         ) from None
     except (ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is damaged after row {number}: {reason}: replace or exclude it") from None
+        raise UserError(f"{path} is damaged after row {number}: {_first_line(error)}: replace or exclude it") from None
 
 
 @functools.cache
@@ -225,4 +272,31 @@ def _open_parquet(path: str):
     try:
         return ParquetFile(path)
     except (ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}: replace or exclude it") from None
+        raise UserError(f"{path} is not a Parquet file: {_first_line(error)}: replace or exclude it") from None
+
+
+def _open_arrow(path: str, fields: list[int] | None = None) -> tuple[list[str], Iterator]:
+    """The names of the columns, and the record batches, of an Arrow stream, as `datasets` writes it, or of an Arrow
+    file, as Feather is. fields: places of the columns that are read; None: all."""
+    from pyarrow import ArrowException, OSFile, ipc
+
+    options = ipc.IpcReadOptions(included_fields=fields)
+    try:
+        file = OSFile(path)  # not a memory map: one of a file that is cut short kills the process
+        begins_file = file.read(len(ARROW_FILE)) == ARROW_FILE
+        file.seek(0)
+        reader = ipc.open_file(file, options=options) if begins_file else ipc.open_stream(file, options=options)
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path} is not an Arrow file: {_first_line(error)}: replace or exclude it") from None
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if begins_file else iter(reader)
+    return reader.schema.names, map(_checked, batches)
+
+
+def _checked(batch):
+    """Raises ArrowException for a damaged batch, whose offsets would be followed out of its memory."""
+    batch.validate(full=True)
+    return batch
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

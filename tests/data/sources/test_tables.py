@@ -4,9 +4,11 @@ import csv
 import json
 import re
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import feather
 
 from common.errors import UserError
 from data.sources import files
@@ -18,6 +20,11 @@ from tests.support import configured
 TEXTS = [f'row {i}, with "quotes",\nline ends and ünï🙂' for i in range(300)]
 
 
+def write_batches(open_writer, path, table: pa.Table) -> None:
+    with open_writer(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=70)
+
+
 def write_table(path, texts, column="text"):
     rows = [{"n": i, column: text} for i, text in enumerate(texts)]
     if path.suffix == ".json":
@@ -26,13 +33,17 @@ def write_table(path, texts, column="text"):
         path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
     elif path.suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=70)
+    elif path.suffix == ".arrow":  # a stream, as `datasets` writes it
+        write_batches(pa.ipc.new_stream, path, pa.Table.from_pylist(rows))
+    elif path.suffix == ".feather":
+        feather.write_feather(pa.Table.from_pylist(rows), path, compression="zstd", chunksize=70)
     else:
         with path.open("w", newline="", encoding="utf-8-sig") as file:  # as a spreadsheet writes it
             writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
             writer.writerows([["n", column], *([row["n"], row[column]] for row in rows)])
 
 
-@pytest.fixture(params=["jsonl", "json", "csv", "tsv", "parquet"])
+@pytest.fixture(params=["jsonl", "json", "csv", "tsv", "parquet", "arrow", "feather"])
 def table(request, tmp_path):
     path = tmp_path / f"a.{request.param}"
     write_table(path, TEXTS)
@@ -74,7 +85,7 @@ def test_table_unknown_column_raises_error_with_columns(table):
 
 
 def test_table_rows_without_text_are_skipped(tmp_path):
-    for path in (tmp_path / f"a.{kind}" for kind in ("jsonl", "json", "parquet", "csv")):
+    for path in (tmp_path / f"a.{kind}" for kind in ("jsonl", "json", "parquet", "arrow", "csv")):
         write_table(path, ["one", None, "", "two"])
         found = read(path=str(path))
         assert [document.text for document in found] == ["one", "two"]
@@ -90,6 +101,7 @@ BAD_TABLES = {
     "surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1 is not valid Unicode"),
     "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv, row 2 after the head, has 1 cells, the head has 2"),
     "open quote": ("a.csv", 'n,text\n1,"x\n', "a.csv, line 2, is not CSV"),
+    "no Arrow": ("a.arrow", "text", "a.arrow is not an Arrow file"),
     "no Parquet": ("a.parquet", "text", "a.parquet is not a Parquet file"),
     "empty": ("a.jsonl", "", "a.jsonl is empty"),
     "blank": ("a.jsonl", "\n", "a.jsonl has no column text, it has none"),
@@ -101,7 +113,7 @@ BAD_TABLES = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet", "arrow"])
 def test_table_damaged_raises_error_with_name(tmp_path, suffix):
     for name, content, complaint in BAD_TABLES.values():
         if name == f"a.{suffix}":
@@ -116,6 +128,33 @@ def test_parquet_damaged_raises_error_with_name(tmp_path):
     content[200:1200] = bytes(1000)
     (tmp_path / "a.parquet").write_bytes(content)
     assert "a.parquet is damaged after row" in refusal(path=f"{tmp_path}/*")
+
+
+@pytest.mark.parametrize("open_writer", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_damaged_raises_error_with_name(tmp_path, open_writer):
+    path = tmp_path / "a.arrow"
+    write_batches(open_writer, path, pa.table({"text": [f"{i} " * 200 for i in range(300)]}))
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert "a.arrow is damaged after row" in (cut := refusal(path=str(path))) or "a.arrow is not an Arrow" in cut
+    first = content.index(b"0 0 0 ")
+    path.write_bytes(content[: first - 100] + b"\x7f" * 90 + content[first - 10 :])  # offsets of texts
+    assert "a.arrow is damaged after row 0" in refusal(path=str(path))
+
+
+def test_arrow_folder_of_datasets_is_read_whole(tmp_path):
+    rows = datasets.Dataset.from_list([{"n": i, "text": text} for i, text in enumerate(TEXTS)])
+    rows.save_to_disk(tmp_path / "saved", num_shards=3)
+    datasets.DatasetDict(train=rows, test=rows.select([5])).save_to_disk(tmp_path / "splits")
+    write_table(tmp_path / "saved" / "cache-1.arrow", ["a result that datasets kept"])
+    assert [document.text for document in read(path=f"{tmp_path}/saved")] == TEXTS
+    assert "is a dataset of several splits: write " in refusal(path=f"{tmp_path}/splits")
+    assert [document.text for document in read(path=f"{tmp_path}/splits/train")] == TEXTS
+
+
+def test_arrow_words_of_a_dictionary_are_text(tmp_path):
+    write_batches(pa.ipc.new_stream, tmp_path / "a.arrow", pa.table({"text": pa.array(TEXTS).dictionary_encode()}))
+    assert [document.text for document in read(path=f"{tmp_path}/a.arrow")] == TEXTS
 
 
 def test_parquet_column_not_text_raises_error(tmp_path):
