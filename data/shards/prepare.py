@@ -11,9 +11,11 @@ from common.errors import UserError, reason
 from common.lock import lock
 from common.paths import raise_unreadable
 from data.shards.build import build, contents_path, discard_abandoned, discard_parts, lock_file, measure
+from data.shards.copy_tokens import copy_tokens
 from data.shards.document_index import READ_BYTES, document_names, index_path
 from data.shards.token_files import VERSION, TokenStream, open_stream
 from data.sources.corpus import Corpus
+from data.sources.tokens import TokensCorpus
 from data.tokenizers.base import Tokenizer, TokenizerConfig
 from data.tokenizers.load import load_tokenizer
 
@@ -103,7 +105,7 @@ def check_downloaded(corpus: Corpus, cache_dir: Path) -> None:
 
 
 def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path, window: int) -> None:
-    size = measure(corpus, window)
+    size = measure(corpus, window) if corpus.has_text else None
     try:
         make_folder(folder.parent)
         busy = f"another process is preparing {folder}: waiting for it"
@@ -117,7 +119,10 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         remove_unfinished(folder.parent, folder.name)
         if not _exists(folder):
             try:
-                build(corpus, fingerprint, config, folder, size)
+                if isinstance(corpus, TokensCorpus):
+                    copy_tokens(corpus, fingerprint, config, folder)
+                else:
+                    build(corpus, fingerprint, config, folder, size)
             except OSError as error:
                 raise UserError(
                     f"the shards cannot be written to {folder.parent}: {reason(error)}: make room and run again; "

@@ -46,6 +46,11 @@ class Corpus(FrozenSettings, ABC):
         return None
 
     @property
+    def has_text(self) -> bool:
+        """Whether its documents are text; else they are tokens already."""
+        return True
+
+    @property
     def remote(self) -> bool:
         """Whether reading downloads, so that it is not done only to check."""
         return False

@@ -52,6 +52,11 @@ class MixCorpus(Corpus):
                     f"data.parts.{name} is data={part.name}, whose examples fill whole windows and cannot be mixed: "
                     f"train on data={part.name} alone"
                 )
+            if not part.corpus.has_text:
+                raise ValueError(
+                    f"data.parts.{name} is data={part.name}, which has no documents of text to be mixed: train on it "
+                    "alone"
+                )
         return self
 
     @property

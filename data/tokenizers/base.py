@@ -86,6 +86,11 @@ class TokenizerConfig(FrozenSettings, ABC):
         """The size of the vocabulary before it is made; an upper bound where training decides. Raises UserError where
         it is read from a file that cannot be read."""
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether `train` needs texts."""
+        return False
+
     def sample_fraction(self, total: int) -> float:
         """The fraction of `total` bytes of training text that `train` wants to read, spread over all of it."""
         return 1.0

@@ -95,6 +95,10 @@ class BPEConfig(TokenizerConfig):
     def max_vocab_size(self) -> int:
         return self.vocab_size
 
+    @property
+    def is_trained(self) -> bool:
+        return True
+
     def vocab_warning(self, tokenizer: Tokenizer) -> str | None:
         if tokenizer.vocab_size == self.vocab_size:
             return None

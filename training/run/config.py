@@ -108,6 +108,15 @@ class Run(FrozenSettings):
         return schedule.derive(info.data["steps"]) if "steps" in info.data else schedule
 
     @model_validator(mode="after")
+    def _tokenizer_has_text_to_learn(self) -> Self:
+        if self.tokenizer.is_trained and not self.data.has_text:
+            raise ValueError(
+                f"tokenizer={self.tokenizer.name} is trained on text, and data={self.data.name} has none: name the "
+                "tokenizer that its tokens were made with, as tokenizer=gpt2"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _compiles_once(self) -> Self:
         kernel = self.model.kernel
         if self.compile and kernel.compiles_itself:
