@@ -113,7 +113,7 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
 
         world = held.enter_context(join(run, device))
         corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)
-        check_split_lengths(corpus, length)
+        check_split_lengths(corpus, length, run.eval_tokens)
         preview_tokens = preview_prompt(corpus, run.sample_prompt, length)
         run = run.model_copy(update={"data": run.data.with_fixed_revision()})
         check_agreement(world, settings=dump(run), text=[corpus.fingerprint, corpus.tokenizer.hash])

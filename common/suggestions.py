@@ -17,6 +17,7 @@ RENAMED = {  # settings, by their former names
     "data.document_mask": "document_mask",
 }
 ALIASES = {  # settings, by the names that other programs give them
+    "answer": ("data.column",),
     "attn": ("attention",),
     "batch_size": ("batch_tokens", "micro_batch_size"),
     "block_size": ("model.context_length", "attention.block_size"),

@@ -12,6 +12,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from common.errors import UserError
+from common.settings import MAX_COUNT
 from data.order import windows_of
 from data.shards.build import too_short
 from data.shards.prepare import Prepared
@@ -45,7 +47,7 @@ class Batch(NamedTuple):
         cls, inputs: Tensor, targets: Tensor, document_start: int | None = None, counted: Tensor | None = None
     ) -> Self:
         """document_start: the token that begins a document, where documents do not see each other; None: each window is
-        one text. counted: (T,) bool, which targets of a window count; None: all."""
+        one text. counted: (T,) or (B, T) bool, which targets of a window count; None: all."""
         if counted is not None:
             targets = targets.masked_fill(~counted, -1)
         if document_start is None:
@@ -167,11 +169,25 @@ def sampled_positions(stream: TokenStream, length: int, document_start: int) -> 
     )
 
 
-def check_split_lengths(corpus: Prepared, length: int) -> None:
-    """Raises UserError where a split is shorter than one window."""
-    for split, stream in (("train", corpus.train), ("val", corpus.val)):
-        if not count_windows(stream, length):
+def check_split_lengths(corpus: Prepared, length: int, eval_tokens: int = MAX_COUNT) -> None:
+    """Raises UserError where a split is shorter than one window, and where no token of it is counted; of the validation
+    split none of the first eval_tokens."""
+    for split, stream, tokens in (("train", corpus.train, MAX_COUNT), ("val", corpus.val, eval_tokens)):
+        windows = count_windows(stream, length)
+        if not windows:
             raise too_short(split, f"{len(stream):,} tokens", length + 1)
+        if not _counts_any(stream, min(windows, tokens // length) * length):
+            which = "of the training split" if split == "train" else "of the first eval_tokens of the validation split"
+            way_out = "give more text" if split == "train" else "give a larger eval_tokens, or more text"
+            raise UserError(f"every token {which} is of a prompt (data.prompt), so that none is counted: {way_out}")
+
+
+def _counts_any(stream: TokenStream, tokens: int) -> bool:
+    """Whether any of the first targets of the stream is counted."""
+    marks = stream.counted
+    if marks is None:
+        return True
+    return any(marks.read(i + 1, min(SAMPLED_TOKENS, tokens - i)).any() for i in range(0, tokens, SAMPLED_TOKENS))
 
 
 def read_windows(
@@ -182,8 +198,16 @@ def read_windows(
     counted: Tensor | None = None,
 ) -> Batch:
     """Read windows by index, on the CPU: (length + 1,) tokens each, of which the inputs are all but the last and the
-    targets all but the first. document_start, counted: as Batch.of takes them."""
+    targets all but the first; those of prompts do not count. document_start, counted: as Batch.of takes them."""
+    tokens = _windows(stream, length, indices)
+    if stream.counted is not None:
+        counted = _windows(stream.counted, length, indices)[:, 1:].bool()
+    return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start, counted)
+
+
+def _windows(stream: TokenStream, length: int, indices: list[int]) -> Tensor:
+    """(B, length + 1) int64."""
     tokens = torch.empty((len(indices), length + 1), dtype=torch.int64)
     for row, window in zip(tokens.numpy(), stream.read_each((i * length for i in indices), length + 1), strict=True):
         row[:] = window
-    return Batch.of(tokens[:, :-1], tokens[:, 1:], document_start, counted)
+    return tokens

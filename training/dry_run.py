@@ -69,7 +69,7 @@ def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | No
         corpus = prepare(run.data, run.tokenizer, cache_dir, download=False)
     except UserError as error:
         return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
-    check_split_lengths(corpus, run.model.context_length)
+    check_split_lengths(corpus, run.model.context_length, run.eval_tokens)
     check(corpus)
     return corpus, []
 

@@ -27,7 +27,7 @@ from common.atomic_io import atomic_folder, exists, make_folder, names_in, remov
 from common.errors import UserError
 from common.lock import lock
 from data.shards.document_index import index_entry, index_path
-from data.shards.token_files import Shard, ShardWriter, shard_paths
+from data.shards.token_files import Shard, ShardWriter, counted_name, shard_paths
 from data.sources.contents import Contents
 from data.sources.corpus import Corpus, Document, Split, hash_sample
 from data.tokenizers.base import Tokenizer, TokenizerConfig
@@ -52,6 +52,13 @@ class Size(NamedTuple):
     @property
     def megabytes(self) -> float | None:
         return None if self.train is None else (self.train + self.val) / 1e6
+
+
+class Encoded(NamedTuple):
+    """A document's tokens, (n,) each."""
+
+    prompt: np.ndarray
+    text: np.ndarray  # that follows the prompt
 
 
 def measure(corpus: Corpus, window: int = 1) -> Size:
@@ -199,31 +206,49 @@ def _encode(
             totals = {split: _last_shard(folder, split).header["end"] for split in SPLITS}
             continue
         with atomic_folder(folder) as building:
-            kind = (tokenizer.dtype, tokenizer.hash, 2**62)
-            writers = {split: ShardWriter(building, split, *kind, after=(number, totals[split])) for split in SPLITS}
+            after = {split: (number, totals[split]) for split in SPLITS}
+            writers = _writers(building, tokenizer, after, corpus.has_prompts)
             _write_part(building, writers, _encoded(part, tokenizer, workers), tokenizer.end_of_text, advance)
-            for split, writer in writers.items():
+            for writer in writers.values():
                 writer.close(last=documents.ended)
-                totals[split] = writer.total
+            totals = {split: writers[split].total for split in SPLITS}
     _check_no_split_empty(corpus, contents)
     return contents
 
 
+def _writers(
+    building: Path, tokenizer: Tokenizer, after: dict[Split, tuple[int, int]], has_prompts: bool
+) -> dict[str, ShardWriter]:
+    """Of the shards of each split, by their names. after: as ShardWriter takes it."""
+    kinds = {split: (split, tokenizer.dtype) for split in SPLITS}
+    if has_prompts:
+        kinds |= {counted_name(split): (split, np.uint8) for split in SPLITS}
+    return {
+        name: ShardWriter(building, name, dtype, tokenizer.hash, 2**62, after[split])
+        for name, (split, dtype) in kinds.items()
+    }
+
+
 def _write_part(
     building: Path,
-    writers: dict[Split, ShardWriter],
-    encoded: Iterable[tuple[Document, np.ndarray]],
+    writers: dict[str, ShardWriter],
+    encoded: Iterable[tuple[Document, Encoded]],
     end_of_text: int,
     advance: Callable[[int], None],
 ) -> None:
     with index_path(building, "train").open("w") as train, index_path(building, "val").open("w") as val:
         indices = {"train": train, "val": val}
-        for document, tokens in encoded:
+        for document, (prompt, text) in encoded:
             writer = writers[document.split]
+            end_before = np.array([] if document.is_continuation else [end_of_text], text.dtype)
             if not document.is_continuation:
                 indices[document.split].write(index_entry(writer.total, document.name))
-                writer.write(np.array([end_of_text]))
-            writer.write(tokens)
+            for tokens in (end_before, prompt, text):
+                writer.write(tokens)
+            counted = writers.get(counted_name(document.split))
+            if counted is not None:  # the end before it too, which follows from the text before
+                for tokens, counts in ((end_before, 1), (prompt, 0), (text, 1)):
+                    counted.write(np.full(len(tokens), counts))
             advance(_bytes(document))
 
 
@@ -267,9 +292,7 @@ def _numbered(documents: Iterable[Document], part_bytes: int) -> Iterator[tuple[
         yield number, document
 
 
-def _encoded(
-    documents: Iterable[Document], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[Document, np.ndarray]]:
+def _encoded(documents: Iterable[Document], tokenizer: Tokenizer, workers: int) -> Iterator[tuple[Document, Encoded]]:
     """Documents and their tokens, in order. In threads, not processes: tiktoken releases Python's lock while it
     encodes."""
     waiting = deque()
@@ -283,8 +306,14 @@ def _encoded(
             yield from zip(batch, tokens.result(), strict=True)
 
 
-def _encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[np.ndarray]:
-    return [tokenizer.encode(document.text) for document in batch]
+def _encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
+    return [_encode_document(tokenizer, document) for document in batch]
+
+
+def _encode_document(tokenizer: Tokenizer, document: Document) -> Encoded:
+    """Encode the prompt by itself, as it is given to a model to be continued."""
+    parts = document.text[: document.prompt], document.text[document.prompt :]
+    return Encoded(*map(tokenizer.encode, parts))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -310,7 +339,7 @@ def _assemble(parts: Path, building: Path) -> None:
     shutil.copyfile(parts / "tokenizer.json", building / "tokenizer.json")
     for folder in _finished_parts(parts):
         for split in SPLITS:
-            for path in shard_paths(folder, split):
+            for path in shard_paths(folder, split) + shard_paths(folder, counted_name(split)):
                 try:
                     os.link(path, building / path.name)
                 except OSError:  # a file system without links, or without space, which copying reports

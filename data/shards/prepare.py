@@ -83,7 +83,7 @@ def prepare(
     vocab_warning = tokenizer.vocab_warning(trained)
     if vocab_warning:
         log.warning(vocab_warning)
-    train, val = (open_stream(folder, split, trained.hash) for split in ("train", "val"))
+    train, val = (open_stream(folder, split, trained.hash, corpus.has_prompts) for split in ("train", "val"))
     return Prepared(folder, fingerprint, trained, train, val)
 
 

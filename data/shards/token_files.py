@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,7 +25,7 @@ VERSION = 3
 HEADER_BYTES = 4096
 SHARD_TOKENS = 2**27  # tokens per file
 VERIFY_TOKENS = 2**22  # read at one time to verify
-DTYPES = {"uint16": "<u2", "uint32": "<u4"}
+DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 
 
 class ShardWriter:
@@ -193,10 +193,15 @@ Piece = tuple[Shard | np.ndarray, slice]  # of a shard
 
 
 class TokenStream:
-    """Several shards as one sequence of tokens."""
+    """Several shards as one sequence of tokens.
 
-    def __init__(self, shards: Sequence[Shard | np.ndarray]):
+    counted: a sequence as long, 1 for each token that is counted where it is predicted, 0 for those of prompts; None:
+    all are.
+    """
+
+    def __init__(self, shards: Sequence[Shard | np.ndarray], counted: Self | None = None):
         self.shards = shards
+        self.counted = counted
         self.ends = list(itertools.accumulate(len(shard) for shard in shards))
 
     def __len__(self) -> int:
@@ -240,8 +245,14 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
     return [folder / name for name in names if name.startswith(f"{split}_") and name.endswith(".tokens")]
 
 
-def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
+def counted_name(split: str) -> str:
+    """The name of the shards that say which tokens of a split are counted."""
+    return f"counted_{split}"
+
+
+def open_stream(folder: Path, split: str, tokenizer_hash: str, has_prompts: bool = False) -> TokenStream:
     """Open all shards of a split. Raises UserError where there is none, or one is damaged."""
+    counted = open_stream(folder, counted_name(split), tokenizer_hash) if has_prompts else None
     try:
         paths = shard_paths(folder, split)
     except OSError as error:
@@ -258,4 +269,6 @@ def open_stream(folder: Path, split: str, tokenizer_hash: str) -> TokenStream:
         shards.append(shard)
     if not shards[-1].header["last"]:
         raise UserError(f"a shard after {paths[-1]} is missing: {_rebuild(paths[-1])}")
-    return TokenStream(shards)
+    if counted is not None and len(counted) != total:
+        raise UserError(f"{folder} says of {len(counted)} of {total} {split} tokens what counts: {_rebuild(paths[0])}")
+    return TokenStream(shards, counted)

@@ -18,6 +18,7 @@ class Document(NamedTuple):
     text: str
     held_out: bool  # in the validation split
     is_continuation: bool = False  # continues the previous document of its split: a long one comes in parts
+    prompt: int = 0  # characters at the beginning of the text that are read, but not counted
 
     @property
     def split(self) -> Split:
@@ -49,6 +50,11 @@ class Corpus(FrozenSettings, ABC):
     def has_text(self) -> bool:
         """Whether its documents are text; else they are tokens already."""
         return True
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether documents may begin with a prompt, of which no token is counted."""
+        return False
 
     @property
     def remote(self) -> bool:

@@ -6,9 +6,9 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.errors import UserError
 from common.paths import is_folder, matching_files, raise_unreadable, working_folder
@@ -16,7 +16,7 @@ from common.suggestions import nearest
 from data.sources.compression import content_name, open_bytes, open_text
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
-from data.sources.tables import BINARY, cells, check_column, format_of
+from data.sources.tables import BINARY, cells, check_column, format_of, rows
 
 PART_BYTES = 2**24  # how much of a long file is in memory at one time
 DEFAULT_COLUMN = "text"
@@ -37,6 +37,8 @@ class FilesCorpus(Corpus):
 
     path: str = Field(min_length=1)
     column: str | None
+    prompt: str | None = Field(min_length=1)
+    prompt_end: str
     document: str | None = Field(min_length=1)  # one of UNITS, or a separator
     val_fraction: float = Field(gt=0, lt=1)
     held_out_by: HeldOutBy
@@ -53,15 +55,28 @@ class FilesCorpus(Corpus):
             )
         return document
 
+    @model_validator(mode="after")
+    def _check_prompt_is_another_column(self) -> Self:
+        if self.prompt == (self.column or DEFAULT_COLUMN):
+            raise ValueError(
+                f"data.prompt={self.prompt} is the column of the text too: name that of the answers as data.column="
+            )
+        return self
+
     @property
     def name(self) -> str:
         return "files"
 
+    @property
+    def has_prompts(self) -> bool:
+        return self.prompt is not None
+
     def cache_key(self) -> dict[str, Any]:
         """The settings without those at the values of older versions, which had no key for them: their shards are
         found."""
-        older = {"held_out_by": "index", "reading": 2}.items()
-        return {name: value for name, value in super().cache_key().items() if (name, value) not in older}
+        older = {"held_out_by": "index", "reading": 2, "prompt": None}.items()
+        unused = {"prompt_end"} if self.prompt is None else None
+        return {name: value for name, value in self.model_dump(exclude=unused).items() if (name, value) not in older}
 
     def sources(self) -> list[str]:
         return self._files()
@@ -70,7 +85,7 @@ class FilesCorpus(Corpus):
         if self.held_out_by == "index":
             return None
         of_texts = any(self._unit(path) != "file" for path in self._files())
-        rule = self.model_dump(exclude={"path"})
+        rule = self.model_dump(exclude={"path", "prompt_end"})
         return SplitRule(rule, self.val_fraction if of_texts else None)
 
     def fingerprint(self) -> str:
@@ -89,8 +104,9 @@ class FilesCorpus(Corpus):
             if self._unit(path) == "file":
                 yield from self._file_documents(path)
                 continue
-            for name, text in self._texts(path):
-                yield Document(name, text, is_held_out(self.held_out_by, index, text, self.val_fraction))
+            for name, prompt, text in self._texts(path):
+                held_out = is_held_out(self.held_out_by, index, prompt or text, self.val_fraction)
+                yield Document(name, prompt + text, held_out, prompt=len(prompt))
                 index += 1
         if self.document not in (None, *UNITS) and index <= len(files):
             self._check_separator_found(files)
@@ -104,19 +120,30 @@ class FilesCorpus(Corpus):
             return self.reading > 2 and self.document in (None, "row")
         return format_of(path) is not None
 
-    def _texts(self, path: str) -> Iterator[tuple[str, str]]:
+    def _texts(self, path: str) -> Iterator[tuple[str, str, str]]:
+        """The name, the prompt ("" without one) and the text of each document."""
+        if self.prompt is not None:
+            for name, (prompt, text) in rows(path, self._columns):
+                yield name, prompt + _unescaped(self.prompt_end), text
+            return
         if self._is_table(path):
-            return cells(path, self.column or DEFAULT_COLUMN)
-        if self.document == "line":
-            return _lines(path) if self.reading > 2 else _lines(path, encoding="utf-8", ends="\n")
-        return _separated(path, self._separator)
+            texts = cells(path, self.column or DEFAULT_COLUMN)
+        elif self.document == "line":
+            texts = _lines(path) if self.reading > 2 else _lines(path, encoding="utf-8", ends="\n")
+        else:
+            texts = _separated(path, self._separator)
+        for name, text in texts:
+            yield name, "", text
+
+    @property
+    def _columns(self) -> dict[str, str]:
+        """The columns that are read of a table, by the settings that name them."""
+        prompt = {} if self.prompt is None else {"data.prompt": self.prompt}
+        return prompt | {"data.column": self.column or DEFAULT_COLUMN}
 
     @property
     def _separator(self) -> str:
-        separator = self.document
-        for typed, meant in ESCAPES.items():
-            separator = separator.replace(typed, meant)
-        return separator
+        return _unescaped(self.document)
 
     def _file_documents(self, path: str) -> Iterator[Document]:
         with _open(path) as file:
@@ -152,14 +179,16 @@ class FilesCorpus(Corpus):
     def _check_text(self, path: str, head: bytes) -> None:
         if self.document == "row":
             raise UserError(f"data.document=row does not fit {path}, which is no table: choose file or line")
-        if self.column is not None:
-            raise UserError(f"data.column={self.column} does not fit {path}, which is no table: leave it out")
+        for setting, column in {"data.column": self.column, "data.prompt": self.prompt}.items():
+            if column is not None:
+                raise UserError(f"{setting}={column} does not fit {path}, which is no table: leave it out")
         if self.document is None and self.reading > 2:
             check_no_markup(path, head)
 
     def _check_column(self, path: str) -> None:
         try:
-            check_column(path, self.column or DEFAULT_COLUMN)
+            for setting, column in self._columns.items():
+                check_column(path, column, setting)
         except UserError as error:
             if format_of(path) != "json":
                 raise
@@ -190,6 +219,13 @@ class FilesCorpus(Corpus):
                 f"matches no file (looked from {working_folder()}): give a path or a quoted pattern, as in {pattern}"
             )
         raise UserError(f"data.path={self.path!r} {reason}")
+
+
+def _unescaped(text: str) -> str:
+    """A text with line ends and tabs as they can be typed, such as \\n."""
+    for typed, meant in ESCAPES.items():
+        text = text.replace(typed, meant)
+    return text
 
 
 def _arrow_files(folder: str) -> list[str]:

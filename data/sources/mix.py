@@ -60,6 +60,10 @@ class MixCorpus(Corpus):
         return self
 
     @property
+    def has_prompts(self) -> bool:
+        return any(part.corpus.has_prompts for part in self.parts.values())
+
+    @property
     def remote(self) -> bool:
         return any(part.corpus.remote for part in self.parts.values())
 

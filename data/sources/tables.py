@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ BATCH_ROWS = 256  # of Parquet, decoded at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book
 log = logging.getLogger("headroom")
 
-Columns = tuple[str, ...]
+Columns = Mapping[str, str]  # by the settings that name them
 Cells = Iterator[tuple[int, Sequence[Any]]]  # the number of a row, and its cells in the columns asked for
+COLUMN = "data.column"
 
 
 def format_of(path: str) -> str | None:
@@ -40,14 +41,15 @@ def format_of(path: str) -> str | None:
     return FORMATS.get(Path(content_name(path)).suffix.lower())
 
 
-def check_column(path: str, column: str) -> None:
-    """Raises UserError where a table's header or first row has no such column. Reads nothing more."""
-    _check_known(path, column, _columns(path))
+def check_column(path: str, column: str, setting: str = COLUMN) -> None:
+    """Raises UserError where a table's header or first row has no such column. Reads nothing more. setting: the one
+    that names it."""
+    _check_known(path, {setting: column}, _columns(path))
 
 
 def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
-    return ((place, text) for place, (text,) in rows(path, (column,)))
+    return ((place, text) for place, (text,) in rows(path, {COLUMN: column}))
 
 
 def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -63,19 +65,20 @@ def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...]]]:
         for number, found in kinds[format_of(path)](path, columns):
             if None not in found and "" not in found:
                 place = f"{path}:{number}"
-                yield place, tuple(_text(place, *each) for each in zip(columns, found, strict=True))
+                yield place, tuple(_text(place, *each) for each in zip(columns.items(), found, strict=True))
 
 
 def check_rows_have_column(path: str, column: str, count: int | None) -> int:
     """Raises UserError for the first row of JSON or JSON lines that lacks the column, unlike one with null in it.
     count: how many rows are checked; None: all. -> the number of rows checked."""
     with _user_errors(path):
-        return sum(1 for _ in itertools.islice(_json_cells(path, (column,)), count))
+        return sum(1 for _ in itertools.islice(_json_cells(path, {COLUMN: column}), count))
 
 
-def _text(place: str, column: str, cell: Any) -> str:
+def _text(place: str, named: tuple[str, str], cell: Any) -> str:
+    setting, column = named
     if not isinstance(cell, str):
-        raise UserError(not_text_message(place, column, cell))
+        raise UserError(not_text_message(place, column, cell, setting))
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -83,9 +86,9 @@ def _text(place: str, column: str, cell: Any) -> str:
     return cell
 
 
-def not_text_message(place: str, column: str, cell: Any) -> str:
+def not_text_message(place: str, column: str, cell: Any, setting: str = COLUMN) -> str:
     return (
-        f"{place} holds {type(cell).__name__} in column {column}, not text: choose a column of strings as data.column= "
+        f"{place} holds {type(cell).__name__} in column {column}, not text: choose a column of strings as {setting}= "
         "(null and empty ones are passed over)"
     )
 
@@ -114,18 +117,19 @@ def _user_errors(path: str) -> Iterator[None]:
         raise UserError(f"{path} is not UTF-8 text (it holds the byte 0x{byte:02x}): convert or exclude it") from None
 
 
-def _check_known(place: str, column: str, columns: list[str]) -> None:
-    if column not in columns:
-        raise UserError(no_column_message(place, column, columns))
-    if columns.count(column) > 1:
-        _warn_once(f"{place} has {columns.count(column)} columns named {column}: the first is read")
+def _check_known(place: str, columns: Columns, names: list[str]) -> None:
+    for setting, column in columns.items():
+        if column not in names:
+            raise UserError(no_column_message(place, column, names, setting))
+        if names.count(column) > 1:
+            _warn_once(f"{place} has {names.count(column)} columns named {column}: the first is read")
 
 
-def no_column_message(place: str, column: str, columns: list[str]) -> str:
-    """The error message for a missing column, also where data.column is not set."""
+def no_column_message(place: str, column: str, columns: list[str], setting: str = COLUMN) -> str:
+    """The error message for a missing column, also where the setting that names it is not set."""
     if len(columns) == 1 and ";" in columns[0] and content_name(place).lower().endswith(".csv"):
         return f"{place} has one column, {columns[0]}: separate its cells by commas instead of semicolons"
-    return f"{place} has no column {column}, it has {list_names(columns)}: give one as data.column="
+    return f"{place} has no column {column}, it has {list_names(columns)}: give one as {setting}="
 
 
 def list_names(names: list[str]) -> str:
@@ -171,11 +175,11 @@ def _json_values(path: str) -> Iterator[Any]:
 
 def _json_cells(path: str, columns: Columns) -> Cells:
     for number, row in _json_rows(path):
-        for column in columns:
+        for setting, column in columns.items():
             if column not in row:
-                missing = no_column_message(f"{path}:{number}", column, list(row))
+                missing = no_column_message(f"{path}:{number}", column, list(row), setting)
                 raise UserError(f"{missing}, or mend or remove the row")
-        yield number, [row[column] for column in columns]
+        yield number, [row[column] for column in columns.values()]
 
 
 def _csv_rows(path: str, file) -> Iterator[list[str]]:
@@ -190,9 +194,8 @@ def _csv_cells(path: str, columns: Columns) -> Cells:
     with open_text(path, "utf-8-sig", "") as file:
         rows = _csv_rows(path, file)
         head = next(rows, [])
-        for column in columns:
-            _check_known(path, column, head)
-        places = [head.index(column) for column in columns]
+        _check_known(path, columns, head)
+        places = [head.index(column) for column in columns.values()]
         warn_of_tabs = content_name(path).lower().endswith(".tsv")
         for number, row in enumerate(rows, 1):
             if row and len(row) != len(head):
@@ -208,7 +211,9 @@ def _csv_cells(path: str, columns: Columns) -> Cells:
 
 def _warns_of_tabs(place: str, columns: Columns, found: list[str]) -> bool:
     """Warn where a cell of a .tsv file has what separates cells. -> whether it did."""
-    column = next((column for column, cell in zip(columns, found, strict=True) if set(cell) & set("\t\r\n")), None)
+    column = next(
+        (column for column, cell in zip(columns.values(), found, strict=True) if set(cell) & set("\t\r\n")), None
+    )
     if column is not None:
         _warn_once(
             f"{place} has tabs or line ends within quotes in column {column}, read as one cell: "
@@ -221,22 +226,23 @@ def _parquet_cells(path: str, columns: Columns) -> Cells:
     file = _open_parquet(path)
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     names = file.schema_arrow.names
-    for column in columns:
-        _check_known(path, column, names)
+    _check_known(path, columns, names)
+    for setting, column in columns.items():
         if leaves.count(column) > names.count(column):
             struct, _, field = column.partition(".")
             _warn_once(
-                f"{path}: data.column={column} reads the column of that name; the field {field} of the struct {struct} "
+                f"{path}: {setting}={column} reads the column of that name; the field {field} of the struct {struct} "
                 f"is another text, which can be read from a file where it has a column of its own"
             )
-    yield from _cells_of_batches(path, columns, file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns)))
+    yield from _cells_of_batches(
+        path, columns, file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns.values()))
+    )
 
 
 def _arrow_cells(path: str, columns: Columns) -> Cells:
     names, _ = _open_arrow(path)
-    for column in columns:
-        _check_known(path, column, names)
-    _, batches = _open_arrow(path, [names.index(column) for column in columns])
+    _check_known(path, columns, names)
+    _, batches = _open_arrow(path, [names.index(column) for column in columns.values()])
     yield from _cells_of_batches(path, columns, batches)
 
 
@@ -248,13 +254,14 @@ def _cells_of_batches(path: str, columns: Columns, batches: Iterable) -> Cells:
     try:
         for batch in batches:
             # By name, not by place: of Parquet, columns=["a.text"] also selects the field text of a struct a.
-            chosen = [batch.column(batch.schema.names.index(column)) for column in columns]
+            chosen = [batch.column(batch.schema.names.index(column)) for column in columns.values()]
             for found in zip(*chosen, strict=True):
                 number += 1
                 yield number, [cell.as_py() for cell in found]
     except UnicodeDecodeError:
+        named = " or ".join(columns.values())
         raise UserError(
-            f"{path}:{number} is not UTF-8 text in column {' or '.join(columns)}: mend the row, or exclude the file"
+            f"{path}:{number} is not UTF-8 text in column {named}: mend the row, or exclude the file"
         ) from None
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged after row {number}: {_first_line(error)}: replace or exclude it") from None

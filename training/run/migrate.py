@@ -75,6 +75,7 @@ MODEL_7 = {"own_logit_init": None}  # the last norm started at one
 INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
 MODEL_10 = {"norm_eps": None}  # it was 1e-6 of rms, 1e-5 of layer
 V_BIAS_10 = {"v_bias": None}  # of GQA: as model.bias
+FILES_10 = {"prompt": None, "prompt_end": "\\n"}  # of data=files: no row had a prompt
 MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
 ONE_PROCESS_9 = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}
 NO_TILES_9 = {"tiles": False}  # of kernel=auto
@@ -194,13 +195,17 @@ def _to_9(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_11(tree: dict[str, Any]) -> dict[str, Any]:
-    tree = _each_part(tree, _with_v_bias)
+    tree = _each_part(_each_part(tree, _with_v_bias), _without_prompts)
     model = tree.get("model")
     return tree | {"model": MODEL_10 | model} if isinstance(model, Mapping) else tree
 
 
 def _with_v_bias(part: dict[str, Any]) -> dict[str, Any]:
     return V_BIAS_10 | part if part.get("_target_") == "model.attention.gqa.GQAConfig" else part
+
+
+def _without_prompts(part: dict[str, Any]) -> dict[str, Any]:
+    return FILES_10 | part if part.get("_target_") == "data.sources.files.FilesCorpus" else part
 
 
 def _with_indexer(part: dict[str, Any]) -> dict[str, Any]:

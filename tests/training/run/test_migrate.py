@@ -89,6 +89,15 @@ def test_migrate_format_10_gives_norms_their_eps_and_values_the_bias_that_they_h
     assert migrate(dump(later), FORMAT) == dump(later)
 
 
+def test_migrate_format_10_gives_files_no_prompts():
+    data = "data.parts={files: {quota: 1, path: a.csv}, sympy: 1}"
+    for run in (composed_run("data=files", "data.path=a.csv"), composed_run("data=mix", data)):
+        older = dump(run)
+        files = older["data"]["parts"]["files"]["corpus"] if "parts" in older["data"] else older["data"]
+        del files["prompt"], files["prompt_end"]
+        assert Run.from_tree(migrate(older, 10)) == run
+
+
 def test_renamed_settings_are_the_migrated_ones():
     (optim,) = PART_RENAMED_4.values()
     moved = {"data.document_mask": "document_mask"}  # format 7
