@@ -1,6 +1,7 @@
 """Logging to stderr, and numbers formatted for people."""
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,12 @@ log = logging.getLogger("headroom")
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """Format a number with its noun: 1 step, 2 steps, 1,024 tokens. plural: where it is not the noun with an s."""
     return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    exponent = min(4, int(math.log(max(count, 1), 1000)))
+    return f"{count / 1000**exponent:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"
 
 
 def clock(seconds: float) -> str:

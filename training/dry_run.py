@@ -1,7 +1,6 @@
 """Dry run: parameters, FLOPs, KV cache, memory, epochs and time of a run, without the run. Nothing is written but the
 prepared corpus, and nothing is downloaded."""
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from common.cli import out_of_memory
-from common.console import clock
+from common.console import clock, size
 from common.errors import UserError
 from common.streams import print_line
 from data.batches import check_split_lengths, micro_batch_of
@@ -21,6 +20,7 @@ from training.monitor.mfu import flops_of, peak_flops
 from training.run.config import Run
 from training.step_memory import StepMemory, memory
 from training.step_time import time_step
+from training.text_lines import text_lines
 
 OVERHEAD = 1.8  # bytes of the process to bytes of its tensors on a CPU, whose allocator leaves gaps: 1.75 was seen
 GPT2_VOCABULARY = 50_257  # tokens; the published sizes of models are counted with it
@@ -126,6 +126,8 @@ def _parts(run: Run, needed: StepMemory) -> Iterator[tuple[str, int]]:
 
 
 def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
+    if corpus:
+        yield from text_lines(run.data, corpus)
     tokens = run.steps * run.batch_tokens
     behind = f" ({done:,} are done)" if done else ""
     read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
@@ -174,9 +176,3 @@ def _usual_duration(run: Run, steps: int, flops: cost.Flops, device: torch.devic
         f"time         about {clock(seconds)} for {steps:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
         f"are reached: no step can be timed here ({reason})"
     )
-
-
-def size(count: float) -> str:
-    """Bytes as a person reads them."""
-    exponent = min(4, int(math.log(max(count, 1), 1000)))
-    return f"{count / 1000**exponent:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[exponent]}"

@@ -52,8 +52,8 @@ class Contents:
 
     def summary(self, files: int) -> str:
         """A line with the counts. files: 0 where the documents do not come from files."""
-        documents, identical = self._documents()
-        first = "the first " if len(self.names) == MAX_COMPARED else ""
+        documents, identical = self.documents()
+        first = "" if self.compared_all else "the first "
         parts = [f"{files:,} file{'s' * (files != 1)}"] * bool(files)
         parts.append(f"{first}{documents:,} document{'s' * (documents != 1)}")
         return ", ".join(parts) + f", {identical:,} of them identical to an earlier one" * bool(identical)
@@ -65,8 +65,13 @@ class Contents:
                 f"as text: where it separates documents of a text file, give data.document='{marker}'"
             )
 
-    def _documents(self) -> tuple[int, int]:
-        """Count documents and duplicates; documents without text are not compared."""
+    @property
+    def compared_all(self) -> bool:
+        """Whether all documents were compared with those before them."""
+        return len(self.names) < MAX_COMPARED
+
+    def documents(self) -> tuple[int, int]:
+        """Count documents and duplicates, of those that were compared; documents without text are not."""
         names, place = np.unique(np.frombuffer(self.names, np.uint64), return_inverse=True)
         texts = np.zeros(len(names), np.uint64)
         np.add.at(texts, place, np.frombuffer(self.texts, np.uint64))  # the parts of one document, in any order

@@ -31,6 +31,9 @@ def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, caps
     both = r"about ([\d.]+) MB .* activations ([\d.]+) MB; with activation_checkpointing=true about ([\d.]+) MB, "
     peak, kept, smaller, recomputed = map(float, re.search(both + r"activations ([\d.]+) MB\n", out).groups())
     assert 0 < recomputed < 0.8 * kept and recomputed < smaller < peak
+    assert "\ntext         100,552 tokens of 1.00 bytes on average: 100 kB\n" in out
+    assert "\ndocuments    200 documents, 0 of them identical to an earlier one; the longest has " in out
+    assert "\ncharacters   0 of 100,352 are no text: " in out
     assert "training     3,000 steps of 1,024 tokens each: 3,072,000 tokens, 33.8 epochs of 90,944\n" in out
     assert "\nwarning      the training text is read 33.8 times: beyond 4 epochs" in out
     assert "for 3,000 steps, reading, evaluating and saving not counted: " in out
