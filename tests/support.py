@@ -33,6 +33,7 @@ NEEDS = {
     ("data", "files"): ("data.path='*.txt'",),
     ("data", "hub"): ("data.path=owner/name",),
     ("data", "mix"): ("data.parts={sympy: 2, texts: {quota: 0.5, data: files, path: '*.txt'}}",),
+    ("data", "tokens"): ("data.path='*.bin'", "tokenizer=gpt2"),
     **{("data", name): ("tokenizer=numbers",) for name in ("mqar", "needle", "copy")},
     ("tokenizer", "numbers"): ("data=mqar",),
     ("optim", "torch"): ("optim.name=Adagrad",),

@@ -111,8 +111,8 @@ class Run(FrozenSettings):
     def _tokenizer_has_text_to_learn(self) -> Self:
         if self.tokenizer.is_trained and not self.data.has_text:
             raise ValueError(
-                f"tokenizer={self.tokenizer.name} is trained on text, and data={self.data.name} has none: name the "
-                "tokenizer that its tokens were made with, as tokenizer=gpt2"
+                f"data={self.data.name} has no text to train a tokenizer on: name the one that its tokens were made "
+                "with, as tokenizer=gpt2"
             )
         return self
 

@@ -95,7 +95,7 @@ def test_tokens_without_training_file_raise_error(tmp_path):
 
 
 def test_tokens_need_a_tokenizer_that_is_not_trained():
-    with pytest.raises(UserError, match="tokenizer=bpe4096 is trained on text, and data=tokens has none"):
+    with pytest.raises(UserError, match="data=tokens has no text to train a tokenizer on: name the one that"):
         composed_run("data=tokens", "data.path=a.bin")
     assert composed_run("data=tokens", "data.path=a.bin", "tokenizer=gpt2").data.path == "a.bin"
     with pytest.raises((UserError, ValidationError), match="has no documents of text to be mixed"):

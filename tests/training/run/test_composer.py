@@ -271,6 +271,9 @@ WAYS_OUT = {
         f"data={name} is written in numbers, a token each: choose tokenizer=numbers": "tokenizer=numbers"
         for name in ("mqar", "needle", "copy")
     },
+    "data=tokens has no text to train a tokenizer on: name the one that its tokens were made with, as tokenizer=gpt2": (
+        "tokenizer=gpt2"
+    ),
     "tokenizer=numbers needs tokenizer.size= with text, or data that is written in numbers, as data=mqar": (
         "tokenizer.size=100"
     ),
