@@ -24,11 +24,11 @@ ORDER = {
     "paths figures conf_files suggestions overrides hydra_errors process cli",
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer flat_model initialise loss cost",
-    "data": "tokenizers sources shards order batches prefetch",
+    "data": "tokenizers sources report shards order batches prefetch",
     "training": "parallel.spread optim parallel.config metrics_file loggers run.composer run.validation_errors "
     "run.parts run.config run.processes experimental_settings large_rates epochs compile losses balance parallel.fsdp "
     "parallel.plan state parallel.gather parallel.imagined evaluate attention_stats expert_loads step run "
-    "parallel.join parallel.launch measure monitor session step_memory step_time minutes dry_run",
+    "parallel.join parallel.launch measure monitor session step_memory step_time minutes text_lines dry_run",
     "ablation": "outcome statistics results match records curves decoding sweep pages report probes",
     "ablation.sweep": "stored grid pace launch request plan run",
     "ablation.pages": "formats words palette axes series columns terminal tables markdown tags charts html pictures "

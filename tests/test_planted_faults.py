@@ -214,6 +214,14 @@ FAULTS = [
         "epoch",
     ),
     Fault(
+        "prompts count",
+        "data/shards/build.py",
+        "for tokens, counts in ((end_before, 1), (prompt, 0), (text, 1)):",
+        "for tokens, counts in ((end_before, 1), (prompt, 1), (text, 1)):",
+        "tests/data/sources/test_prompts.py",
+        "answers_and_their_ends",
+    ),
+    Fault(
         "keys count in the place of answers",
         "data/sources/examples.py",
         "of_example[list(self.answers())] = True",

@@ -85,7 +85,7 @@ class FilesCorpus(Corpus):
         if self.held_out_by == "index":
             return None
         of_texts = any(self._unit(path) != "file" for path in self._files())
-        rule = self.model_dump(exclude={"path", "prompt_end"})
+        rule = {name: value for name, value in self.cache_key().items() if name != "path"}
         return SplitRule(rule, self.val_fraction if of_texts else None)
 
     def fingerprint(self) -> str:

@@ -20,6 +20,7 @@ HEADER = np.dtype("<i4")
 HEADER_BYTES = 256 * HEADER.itemsize  # of llm.c: its magic, its version, the number of tokens, then zeros
 LLMC_MAGIC = 20240520
 LLMC_VERSION = 1
+OTHER_MAGIC = (20240522, 20240801)  # of llm.c's multiple choices, and of its files for Llama 3, in four bytes a token
 STATED = 3  # numbers that llm.c's header states
 BLOCK_TOKENS = 2**22  # in memory at one time
 
@@ -135,7 +136,7 @@ def _has_header(path: str, head: bytes) -> bool:
     if len(head) < HEADER_BYTES:
         return False
     magic, version, _, *rest = np.frombuffer(head, HEADER).tolist()
-    if any(rest) and magic != LLMC_MAGIC:
+    if any(rest) and magic not in (LLMC_MAGIC, *OTHER_MAGIC):
         return False
     if (magic, version) != (LLMC_MAGIC, LLMC_VERSION):
         raise UserError(

@@ -154,6 +154,17 @@ def test_prompts_change_no_key_of_text_without(pairs):
     assert all(keys.count(one) == 1 for one in keys)
 
 
+def test_prompts_with_other_ends_are_no_parts_of_one_mix(pairs):
+    for other, refused in (({"prompt_end": " "}, True), ({}, False)):
+        parts = {"a": Part(quota=1, corpus=corpus()), "b": Part(quota=1, corpus=corpus(**other))}
+        mix = configured(MixCorpus, parts=parts)
+        if refused:
+            with pytest.raises(UserError, match="would train on what the other holds out"):
+                mix.fingerprint()
+        else:
+            mix.fingerprint()
+
+
 def test_prompts_marks_missing_raise_error(pairs):
     found = made(pairs)
     for path in found.folder.glob("counted_val_*"):

@@ -75,6 +75,10 @@ BAD_FILES = {
     "header alone": (header(0), "a.bin holds no tokens"),
     "cut short": (llmc(FILE)[:-2], f"a.bin holds {len(FILE) - 1:,} tokens, its header says {len(FILE):,}: fetch"),
     "magic": (header(9, magic=20240801) + bytes(18), "a.bin begins with a header of magic 20240801 and version 1"),
+    "choices": (
+        np.array([20240522, 1, 2, 900, *[0] * 252], "<i4").tobytes() + bytes(18),
+        "a.bin begins with a header of magic 20240522",
+    ),
     "version": (header(9, version=7) + bytes(18), "a.bin begins with a header of magic 20240520 and version 7"),
     "vocabulary": (FILE[:9].tobytes() + b"\1\1", "a.bin holds token 257 (its number 10), tokenizer=byte has 257 from"),
 }
