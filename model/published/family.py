@@ -130,6 +130,8 @@ class Family:
         joined: dict[str, list[str]] = {}
         widths: dict[str, int] = {}  # rows of published matrices and norms
         for name, layout in model.layout().items():
+            if name.startswith("mtp."):  # which no family that is known reads
+                continue
             published = self.published_name(layout)
             is_bias = layout.kind is Kind.BIAS
             if published is None or (is_bias and not self._has(published, content)):
@@ -141,8 +143,7 @@ class Family:
                 joined.setdefault(published, []).append(name)
             else:
                 found.append(self._entry(name, published, layout, sizes[name], settings))
-        for published, names in joined.items():
-            found.append(Joined(names, published, [sizes[name][0] for name in names], published.endswith(".weight")))
+        found += [_joined(published, joined, sizes) for published in joined]
         return found + self._chosen_by(model, content) + self._zeros(widths, content, found)
 
     def published_name(self, layout: ParamLayout) -> str | None:
@@ -183,6 +184,15 @@ class Family:
         taken = {name for entry in there for name in entry.published}
         biases = {f"{name.removesuffix('weight')}bias": width for name, width in widths.items()}
         return [Zeros(n, (width,)) for n, width in biases.items() if n not in taken and self._has(n, content)]
+
+
+def _joined(published: str, joined: Mapping[str, Sequence[str]], sizes: Mapping[str, Sequence[int]]) -> Joined:
+    """joined: our names of each published one. Biases lie as their matrices do, zeros where ours has none."""
+    kind = published.rpartition(".")[2]
+    matrices = joined[f"{published.removesuffix(kind)}weight"]
+    names = [name.removesuffix("weight") + kind for name in matrices]
+    rows = [sizes[name][0] for name in matrices]
+    return Joined([name if name in sizes else None for name in names], published, rows, transposed=kind == "weight")
 
 
 def by_halves(rows: int, head_dim: int, rope_dim: int) -> torch.Tensor:

@@ -50,19 +50,28 @@ class Same(Entry):
 class Joined(Entry):
     """Several tensors whose rows lie one after another in one, as GPT-2's queries, keys and values do."""
 
-    def __init__(self, ours: Sequence[str], published: str, sizes: Sequence[int], transposed: bool):
-        """sizes: the rows of each of ours."""
-        self.ours, self.published = tuple(ours), (published,)
+    def __init__(self, parts: Sequence[str | None], published: str, sizes: Sequence[int], transposed: bool):
+        """parts: our names; None for a bias that ours lacks, which is zero. sizes: the rows of each."""
+        self.ours, self.published = tuple(part for part in parts if part is not None), (published,)
+        self.parts = parts
         self.sizes = list(sizes)
         self.transposed = transposed
 
     def pack(self, ours: Sequence[Tensor]) -> list[Tensor]:
-        joined = torch.cat(list(ours))
+        given = iter(ours)
+        pieces = [
+            torch.zeros(n) if part is None else next(given) for part, n in zip(self.parts, self.sizes, strict=True)
+        ]
+        joined = torch.cat(pieces)
         return [joined.mT if self.transposed else joined]
 
     def unpack(self, published: Sequence[Tensor]) -> list[Tensor]:
         (joined,) = published
-        return list((joined.mT if self.transposed else joined).split(self.sizes))
+        pieces = (joined.mT if self.transposed else joined).split(self.sizes)
+        given = dict(zip(self.parts, pieces, strict=True))
+        if None in given and given.pop(None).any():
+            raise Misfit(f"a part of {self.published[0]} is not zero, and a model with these settings has no such bias")
+        return list(given.values())
 
 
 class PerExpert(Entry):
