@@ -44,8 +44,8 @@ def export(
     which: str = "latest",
     file_bytes: int = FILE_BYTES,
 ) -> Exported:
-    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. family: of FAMILIES; unset: the first
-    that can express it. which: latest or best. Raises UserError where none can, or something would be lost."""
+    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. family: of FAMILIES; unset: the
+    first that can express it. which: latest or best. Raises UserError where none can, or something would be lost."""
     check_output(output)
     model, tokenizer = load_run(run, which=which)
     chosen = chosen_family(model, family)
@@ -97,7 +97,8 @@ def packed(
             name = str(error)
             way_out = next((way for end, way in WITHOUT_BIAS.items() if name.endswith(end)), "model.bias=false")
             raise UserError(
-                f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains without"
+                f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains "
+                "without"
             ) from None
         for name, tensor in zip(entry.published, tensors, strict=True):
             yield name, tensor.to(dtype).contiguous()

@@ -6,11 +6,11 @@ from typing import Any
 
 from common.errors import UserError
 from model.published.family import Content, Family, Key, Settings
+from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW
 from model.transformer import ModelConfig
 
 ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 DECODER = {  # what all but GPT-2 have in common
-    "attention of layers": ("one",),
     "model.position_embedding": ("none",),
     "model.norm": ("rms",),
     "model.logit_softcap": (None,),
@@ -66,10 +66,12 @@ def rope_keys(settings: Settings) -> dict[str, Any]:
     if scaling == "none":
         return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
     scaled = {"rope_type": scaling, "factor": factor, "rope_theta": theta}
-    if scaling == "yarn":
+    if scaling in FROM_CONTEXT:
         scaled["original_max_position_embeddings"] = settings["attention.rope_original_context"]
-        if settings["attention"] == "mla":
-            scaled |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if scaling == "yarn" and settings["attention"] == "mla":
+        scaled |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if scaling == "llama3":
+        scaled |= {"low_freq_factor": float(TURNS_SLOW), "high_freq_factor": float(TURNS_FAST)}
     return {"rope_theta": theta, "rope_parameters": scaled, "rope_scaling": scaled}
 
 
@@ -86,22 +88,25 @@ def rope_settings(content: Content, theta: float = 10000.0) -> Settings:
     found: Settings = {"attention.rope_theta": float(stated.get("rope_theta", content.get("rope_theta", theta)))}
     if kind == "default":
         return found
-    if kind not in ("linear", "yarn"):
-        raise UserError(f"rope_type={kind}: positions can be scaled by linear and yarn, or not at all (default)")
+    if kind not in ("linear", *FROM_CONTEXT):
+        raise UserError(f"rope_type={kind}: positions can be scaled by linear, yarn or llama3, or not at all (default)")
     found |= {"attention.rope_scaling": kind, "attention.rope_factor": float(stated["factor"])}
-    return found if kind == "linear" else found | _yarn_settings(content, stated)
+    return found if kind == "linear" else found | _context_settings(content, stated)
 
 
-def _yarn_settings(content: Content, stated: Content) -> Settings:
-    usual = {"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+def _context_settings(content: Content, stated: Content) -> Settings:
+    """Of a scaling that goes by the context that a model was trained on."""
+    kind = stated.get("rope_type", stated.get("type"))
+    usual = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+    usual |= {"low_freq_factor": TURNS_SLOW, "high_freq_factor": TURNS_FAST}
     for name, value in usual.items():
         if stated.get(name, value) != value:
-            raise UserError(f"yarn with {name}={stated[name]}: only {name}={value} is known")
-    if content["model_type"] == "deepseek_v3" and not stated.get("mscale_all_dim"):
+            raise UserError(f"{kind} with {name}={stated[name]}: only {name}={value} is known")
+    if content["model_type"] == "deepseek_v3" and kind == "yarn" and not stated.get("mscale_all_dim"):
         raise UserError("yarn without mscale_all_dim: only mscale_all_dim=1.0 is known of deepseek_v3")
     original = stated.get("original_max_position_embeddings")
     if original is None:
-        raise UserError("yarn without original_max_position_embeddings, the context that it was trained on")
+        raise UserError(f"{kind} without original_max_position_embeddings, the context that it was trained on")
     return {"attention.rope_original_context": original}
 
 
@@ -289,6 +294,12 @@ def _expert_settings(content: Content) -> Settings:
     return {"mlp": "moe", "mlp.router": "sigmoid", "mlp.bias_rate": 0.0 if every else 0.001}
 
 
+def _glm_fits(settings: Settings) -> str | None:
+    """Its yarn scales the products of what rotates, ours those of whole heads."""
+    partial = settings["attention.rope_scaling"] == "yarn" and _same_rope_everywhere(settings)
+    return partial or _experts_fit(settings)
+
+
 def _experts_fit(settings: Settings) -> str | None:
     groups, shared = settings["mlp.n_groups"], settings["mlp.n_shared_experts"]
     if settings["mlp.n_experts"] < 2 * groups:
@@ -328,7 +339,7 @@ GLM4_MOE = Family(
     _glm_settings,
     ROPE | {"attention_bias", "use_qk_norm", "hidden_act", "partial_rotary_factor"},
     lambda content: QKV if content.get("attention_bias") else (),
-    fits=_experts_fit,
+    fits=_glm_fits,
 )
 
 
@@ -361,7 +372,6 @@ def _deepseek_settings(content: Content) -> Settings:
     return {
         **(plain if dense else experts | _expert_settings(content)),
         "model.bias": biased,
-        "attention.qk_bias": biased,
         "attention.q_lora_rank": content.get("q_lora_rank", 1536) or 0,
         "attention.rope_layout": "interleaved" if content.get("rope_interleave", True) else "half",
         **rope_settings(content),
@@ -377,6 +387,7 @@ DEEPSEEK_V3 = Family(
         "attention": ("mla",),
         "attention.qk_norm": ("latent",),
         "attention.k_rope_from": ("hidden",),
+        "attention.qk_bias": (False,),
         "mlp": ("swiglu", "relu2", "moe"),
         "mlp.router": ("sigmoid",),
     },
@@ -477,10 +488,15 @@ FAMILIES = {
 def family_of(config: ModelConfig) -> Family:
     """The first family that can express a model. Raises UserError with what the nearest one lacks."""
     obstacles = {family: family.obstacles(config) for family in FAMILIES.values()}
-    nearest = min(obstacles, key=lambda family: len(obstacles[family]))
+    nearest = min(obstacles, key=lambda family: sum(map(_weight, obstacles[family])))
     if obstacles[nearest]:
         raise UserError(
             f"no family of transformers can express this model; the nearest, {nearest.model_type}, has no "
             f"{', no '.join(obstacles[nearest])}"
         )
     return nearest
+
+
+def _weight(obstacle: str) -> int:
+    """Another attention or MLP is further away than another setting of one."""
+    return 10 if obstacle.startswith(("attention=", "mlp=")) else 1

@@ -93,8 +93,9 @@ class Family:
             for setting, allowed in self.needs.items()
             if setting in settings and settings[setting] not in allowed
         ]
-        further = None if found else self.fits(settings)
-        return found if further is None else [further]
+        another = any(obstacle.startswith(("attention=", "mlp=")) for obstacle in found)
+        further = None if another else self.fits(settings)
+        return found if further is None else [*found, further]
 
     def config_json(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
         """The content of config.json of a model that it can express."""
@@ -206,16 +207,16 @@ def by_halves(rows: int, head_dim: int, rope_dim: int) -> torch.Tensor:
 def settings_of(config: ModelConfig) -> Settings:
     """The derived settings of a model that decide what it computes."""
     layers = [config.attention.of_layer(i) for i in range(config.n_layers)]
+    alike = all(layer == layers[0] for layer in layers)
     attention, mlp = layers[0].model_dump(), config.mlp.model_dump()
     return {
         **{f"model.{name}": getattr(config, name) for name in (*OF_MODEL, "logit_softcap")},
         "model.norm_eps": config.norm_eps or (RMS_EPS if config.norm == "rms" else LAYER_EPS),
-        "attention": CHOICES.get(type(layers[0]), type(layers[0]).__name__),
+        "attention": CHOICES.get(type(layers[0]), type(layers[0]).__name__) if alike else "stack",
         "attention.indexer.top_k": attention.pop("indexer", {}).get("top_k"),
         **{f"attention.{name}": value for name, value in attention.items()},
         "mlp": CHOICES.get(type(config.mlp), type(config.mlp).__name__),
         **{f"mlp.{name}": value for name, value in mlp.items()},
-        "attention of layers": "one" if all(layer == layers[0] for layer in layers) else "several",
     }
 
 

@@ -68,10 +68,9 @@ class Joined(Entry):
     def unpack(self, published: Sequence[Tensor]) -> list[Tensor]:
         (joined,) = published
         pieces = (joined.mT if self.transposed else joined).split(self.sizes)
-        given = dict(zip(self.parts, pieces, strict=True))
-        if None in given and given.pop(None).any():
-            raise Misfit(f"a part of {self.published[0]} is not zero, and a model with these settings has no such bias")
-        return list(given.values())
+        if any(part is None and piece.any() for part, piece in zip(self.parts, pieces, strict=True)):
+            raise Misfit(f"{self.published[0]} is not zero where a model with these settings has no bias")
+        return [piece for part, piece in zip(self.parts, pieces, strict=True) if part is not None]
 
 
 class PerExpert(Entry):

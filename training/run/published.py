@@ -51,9 +51,7 @@ def look_at(name: Path | str) -> Published:
     if model_type not in FAMILIES:
         raise UserError(f"{folder}/config.json: model_type={model_type} is not known: {', '.join(FAMILIES)}")
     try:
-        settings = FAMILIES[model_type].settings(content)
-        given = {setting: value for setting, value in settings.items() if " " not in setting}
-        run = compose(*_overrides(given))
+        run = compose(*_overrides(FAMILIES[model_type].settings(content)))
     except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         fault = error if isinstance(error, UserError) else f"it is not what such a model has ({error})"
         raise UserError(f"{folder}/config.json: {fault}") from None

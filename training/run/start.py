@@ -20,6 +20,7 @@ from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import StoredConfig
 from model.initialise import initialised
+from model.rope import FROM_CONTEXT
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.world import ONE, World
@@ -107,7 +108,7 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
             "many keys as model.context_length for dense attention"
         )
     attention = owned["attention"]
-    if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
+    if attention.get("rope_scaling") in FROM_CONTEXT and attention["rope_original_context"] is None:
         attention["rope_original_context"] = base_run.model.context_length  # which only the base knows
     owned["tokenizer"] = {
         "_target_": "data.tokenizers.load.StoredConfig",
