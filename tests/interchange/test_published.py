@@ -12,10 +12,11 @@ from tokenizers import Tokenizer as Theirs
 
 from common.errors import UserError
 from data.tokenizers.load import load_tokenizer
+from runtime.memory import allocated_peak
 from tests.interchange.published import THEIRS, VOCAB, save, theirs, transformers
 from tests.support import assert_one_line, call, logits_of, relative_error, some_tokens
 from training.run.load import load_run
-from training.run.published import dequantised
+from training.run.published import dequantised, load_published, look_at
 
 
 @pytest.mark.parametrize("name", THEIRS)
@@ -109,6 +110,15 @@ def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys)
     assert call("sample", ["a", "--run", "tuned", "--max-new-tokens", "4"], monkeypatch) == 0
     shutil.rmtree(workplace / "model")  # the run stands by itself
     assert call("train", ["resume=tuned", "steps=5"], monkeypatch) == 0
+
+
+def test_published_model_is_in_memory_once_while_it_is_read(tmp_path):
+    """Besides, a tensor or two at a time; and the map of the file, which the profiler counts and the system can drop."""
+    folder = save(theirs("llama", num_hidden_layers=12, attention_bias=False), tmp_path / "model")
+    found, loaded = look_at(f"hf:{folder}"), []
+    peak = allocated_peak(lambda: loaded.append(load_published(found, found.run.model)))
+    peak -= (folder / "model.safetensors").stat().st_size
+    assert peak <= 1.2 * sum(p.nbytes for p in loaded[0].parameters())
 
 
 ADDED = [
