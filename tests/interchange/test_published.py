@@ -113,7 +113,7 @@ def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys)
 
 
 def test_published_model_is_in_memory_once_while_it_is_read(tmp_path):
-    """Besides, a tensor or two at a time; and the map of the file, which the profiler counts and the system can drop."""
+    """Besides, a tensor or two; and the map of the file, which the profiler counts and the system can drop."""
     folder = save(theirs("llama", num_hidden_layers=12, attention_bias=False), tmp_path / "model")
     found, loaded = look_at(f"hf:{folder}"), []
     peak = allocated_peak(lambda: loaded.append(load_published(found, found.run.model)))
