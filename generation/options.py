@@ -14,6 +14,7 @@ from common.cli import Parser, number
 from common.conf_files import choices, is_group, keys
 from common.errors import UserError, reason
 from common.figures import check_writable
+from common.hf_names import folder_of
 from common.invocation import quoted, version_line
 from common.paths import entering
 from common.streams import print_line, print_stderr
@@ -91,7 +92,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     if args.run == Path("latest"):  # as train.py's resume=latest
         args.run = None
     if args.run is not None:
-        check_is_folder(args.run)
+        check_is_folder(folder_of(args.run))
     args.prompt = _read_prompt(args)
     if args.attention_map is not None:
         check_writable(args.attention_map, "--attention-map")

@@ -146,8 +146,8 @@ class PlainMLP(MLP):
 
     def layout(self) -> dict[str, ParamLayout]:
         return {
-            **linear("up_proj", self.up_proj, Role.UP, published=Names(gpt2="c_fc")),
-            **linear("down_proj", self.down_proj, Role.RESIDUAL_OUTPUT, published=Names(gpt2="c_proj")),
+            **linear("up_proj", self.up_proj, Role.UP, published=Names("up_proj", "c_fc")),
+            **linear("down_proj", self.down_proj, Role.RESIDUAL_OUTPUT, published=Names("down_proj", "c_proj")),
         }
 
 

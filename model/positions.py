@@ -15,7 +15,7 @@ from common.settings import Change, FrozenSettings
 from model.dimensions import MAX_SIZE, Dimensions
 from model.layout import Kind, ParamLayout, Role, leaf
 from model.mask import Mask
-from model.rope import Layout, Rope, Scaling
+from model.rope import FROM_CONTEXT, Layout, Rope, Scaling
 
 Position = Literal["rope", "alibi", "none"]
 Slopes = Literal["published", "geometric"]
@@ -34,7 +34,7 @@ class PositionConfig(FrozenSettings):
     rope_scaling: Annotated[Scaling, Change.FINE_TUNING]
     # Texts become this many times longer:
     rope_factor: Annotated[float | None, Change.FINE_TUNING] = Field(ge=1, le=MAX_SIZE)
-    # Yarn's; unset: context_length / rope_factor:
+    # Of yarn and llama3; unset: context_length / rope_factor:
     rope_original_context: Annotated[int | None, Change.FINE_TUNING] = Field(ge=MIN_ORIGINAL_CONTEXT, le=MAX_SIZE)
 
     @model_validator(mode="after")
@@ -52,14 +52,18 @@ class PositionConfig(FrozenSettings):
         if scaling != "none" and factor is None:
             raise ValueError(f"rope_scaling={scaling} needs a factor: set attention.rope_factor, as in 4")
         if scaling == "none" and factor is not None:
-            raise ValueError(f"rope_factor={factor} does nothing with rope_scaling=none: choose linear, ntk or yarn")
-        if scaling != "yarn" and self.rope_original_context is not None:
             raise ValueError(
-                f"rope_original_context={self.rope_original_context} is what yarn begins from, "
-                f"and rope_scaling={scaling} does not ask: choose yarn, or leave it unset"
+                f"rope_factor={factor} does nothing with rope_scaling=none: choose linear, ntk, yarn or llama3"
             )
-        if scaling == "yarn" and self.rope_theta == 1:
-            raise ValueError("rope_theta=1 turns all pairs alike, which leaves yarn no choice: choose a larger one")
+        if scaling not in FROM_CONTEXT and self.rope_original_context is not None:
+            raise ValueError(
+                f"rope_original_context={self.rope_original_context} is what yarn and llama3 begin from, "
+                f"and rope_scaling={scaling} does not ask: choose one of these, or leave it unset"
+            )
+        if scaling in FROM_CONTEXT and self.rope_theta == 1:
+            raise ValueError(
+                f"rope_theta=1 turns all pairs alike, which leaves {scaling} no choice: choose a larger one"
+            )
         return self
 
     def check_rotated(self, name: str, dim: int) -> None:
@@ -70,8 +74,8 @@ class PositionConfig(FrozenSettings):
             raise ValueError(f"{name}={dim} is one pair, which rope_scaling=ntk leaves as it is: choose linear or yarn")
 
     def original_context(self, dimensions: Dimensions) -> int | None:
-        """Derive an unset rope_original_context, which YaRN alone has: context_length / rope_factor."""
-        if self.rope_scaling != "yarn" or self.rope_original_context is not None:
+        """Derive an unset rope_original_context, which YaRN and Llama 3 have: context_length / rope_factor."""
+        if self.rope_scaling not in FROM_CONTEXT or self.rope_original_context is not None:
             return self.rope_original_context
         return min(MAX_SIZE, max(MIN_ORIGINAL_CONTEXT, round(dimensions.context_length / self.rope_factor)))
 

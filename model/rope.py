@@ -12,10 +12,12 @@ from torch import Tensor
 from model.upcast import upcast
 
 Layout = Literal["half", "interleaved"]
-Scaling = Literal["none", "linear", "ntk", "yarn"]
+Scaling = Literal["none", "linear", "ntk", "yarn", "llama3"]
+FROM_CONTEXT = ("yarn", "llama3")  # these scalings go by the context that a model was trained on
 # YaRN ramps between pairs that make so many turns within the original context; the paper's values for Llama.
 BETA_FAST = 32
 BETA_SLOW = 1
+TURNS_FAST, TURNS_SLOW = 4, 1  # of Llama 3.1, in the same sense
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Rope:
         yarn     pairs that turn often within the original context as before, those that do not turn once factor times
                  slower, a ramp in between (Peng et al. 2023, arXiv:2309.00071, section 3.2); the attention multiplies
                  its softmax scale by PositionConfig.softmax_scale_factor
+        llama3   the same between 4 turns and 1, the ramp by turns, and no other softmax scale (Llama 3.1,
+                 arXiv:2407.21783)
     """
 
     dim: int
@@ -39,7 +43,7 @@ class Rope:
     layout: Layout
     scaling: Scaling = "none"
     factor: float = 1.0
-    original_context: int | None = None  # tokens; yarn only
+    original_context: int | None = None  # tokens; of FROM_CONTEXT
 
     def table(self, positions: Tensor, below: int | None = None) -> tuple[Tensor, Tensor]:
         """positions (B, T) -> cos, sin, each (B, T, 1, dim) in float32: bfloat16 loses positions beyond 256. Both
@@ -80,8 +84,8 @@ class Rope:
         frequencies = theta**-exponents
         if self.scaling == "linear":
             return frequencies / self.factor
-        if self.scaling == "yarn":
-            slowed = self._yarn_ramp(device)
+        if self.scaling in FROM_CONTEXT:
+            slowed = self._yarn_ramp(device) if self.scaling == "yarn" else self._llama3_ramp(frequencies)
             return frequencies / self.factor * slowed + frequencies * (1 - slowed)
         return frequencies
 
@@ -91,6 +95,10 @@ class Rope:
         last = min(math.ceil(self._pair_that_turns(BETA_SLOW)), self.dim - 1)
         pairs = torch.arange(self.dim // 2, device=device, dtype=torch.float32)
         return ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+
+    def _llama3_ramp(self, frequencies: Tensor) -> Tensor:
+        turns = self.original_context * frequencies / (2 * math.pi)
+        return ((TURNS_FAST - turns) / (TURNS_FAST - TURNS_SLOW)).clamp(0, 1)
 
     def _pair_that_turns(self, times: float) -> float:
         """Fractional index i of the pair that turns `times` times: original_context · theta^(-2i/dim) = 2π · times."""

@@ -1,8 +1,9 @@
 """Commands that the pages show: each is composed or parsed, and those of train.py run for two steps.
 
 A command is a line of a fenced block of README.md or docs/*.md, as COMMAND takes it: `python` (or `.venv/bin/python`,
-`python3`), with train.py, sample.py, compare.py or `-m MODULE` behind it, at the start of the line, or behind `$ `, a
-pipe or `eval "$(`. What follows a # is a comment; an `error: ` on the next line is the one that the command ends in.
+`python3`), with train.py, sample.py, compare.py, convert.py or `-m MODULE` behind it, at the start of the line, or
+behind `$ `, a pipe or `eval "$(`. What follows a # is a comment; an `error: ` on the next line is the one that the
+command ends in.
 """
 
 import functools
@@ -20,6 +21,7 @@ import pytest
 import torch
 
 import compare
+import convert
 from ablation.sweep.request import requested
 from common.hydra_errors import one_line_hydra_errors
 from common.overrides import hydra_arguments, sweep_overrides
@@ -33,7 +35,7 @@ from training.run.start import resolve_run
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.M | re.S)
 COMMAND = re.compile(
     r'^(?:\$ |[^#\n]*\| |(?P<eval>eval "\$\())?(?:\S*/)?python3? '
-    r'(?P<program>(?:train|sample|compare)\.py|-m [\w.]+)(?P<words>[^\n]*?)(?(eval)\)".*)$'
+    r'(?P<program>(?:train|sample|compare|convert)\.py|-m [\w.]+)(?P<words>[^\n]*?)(?(eval)\)".*)$'
     r"(?:\n(?P<refusal>error: [^\n]*)$)?",
     re.M,
 )
@@ -122,6 +124,7 @@ def made_place(tmp_path_factory):
         assert call("train", [*run, "run_dir=runs/NAME"], patch) == 0
         assert call("train", [*run, "model.mtp_depth=1", "run_dir=runs/MTP"], patch) == 0
         assert call("train", [*run, "attention=mla", "attention.q_lora_rank=8", "run_dir=runs/MLA"], patch) == 0
+        assert call("convert", ["export", "runs/NAME", "--to", "hf", "exported"], patch) == 0
         for seed in (1, 2, 3):
             shutil.copytree("runs/MLA", f"sweeps/base/seed={seed}")
         warm = ["init_from=runs/MLA", "attention=dsa", "attention.indexer.stage=warmup", "run_dir=runs/WARM"]
@@ -209,6 +212,12 @@ def test_sample_command_of_a_page_is_parsed(place, monkeypatch, capsys, command)
 def test_compare_command_of_a_page_is_parsed(place, monkeypatch, command):
     monkeypatch.setattr(sys, "argv", ["compare.py", *command.arguments])
     assert compare.parse_arguments().x
+
+
+@of_program("convert.py")
+def test_convert_command_of_a_page_is_parsed(place, monkeypatch, command):
+    monkeypatch.setattr(sys, "argv", ["convert.py", *command.arguments])
+    assert convert.parse_arguments().to
 
 
 @pytest.mark.parametrize("module", sorted({one.program for one in COMMANDS if not one.program.endswith(".py")}))

@@ -15,15 +15,16 @@ ROOMS = {  # each with the rooms that it may use, besides itself
     "training": {"common", "model", "data", "runtime"},
     "generation": {"common", "model", "data", "runtime"},
     "ablation": {"common", "model", "data", "runtime", "training", "generation"},
+    "interchange": {"common", "model", "data", "runtime", "training", "generation"},
 }
-DOORS = ("train", "sample", "compare")
+DOORS = ("train", "sample", "compare", "convert")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
 # long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
-    "common": "errors settings ranks signals experimental atomic_io checksummed_json invocation streams console lock "
-    "paths figures conf_files suggestions overrides hydra_errors process cli",
+    "common": "errors hf_names settings ranks signals experimental atomic_io checksummed_json invocation streams "
+    "console lock paths figures conf_files suggestions overrides hydra_errors process cli",
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
-    "mlp attention moe transformer flat_model initialise loss cost",
+    "mlp attention moe transformer published flat_model initialise loss cost",
     "data": "tokenizers sources report shards order batches prefetch",
     "training": "parallel.spread optim parallel.config metrics_file loggers run.composer run.validation_errors "
     "run.parts run.config run.processes experimental_settings large_rates epochs compile losses balance parallel.fsdp "
@@ -36,7 +37,7 @@ ORDER = {
     "training.optim": "newton_schulz qk_clip groups base adamw muon torch_optim schedule",
     "training.loggers": "base tensorboard wandb",
     "training.run": "composer validation_errors parts config conf_differences settings_page migrate changes signature "
-    "folder resume tensor_files checkpoint load start replay",
+    "folder resume tensor_files checkpoint published load start replay",
     "training.monitor": "timer guard mfu plot plot_experts profiler progress summary final_lines monitor",
 }
 FORBIDDEN = {

@@ -5,14 +5,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from common.atomic_io import read_regular
+from common.atomic_io import exists, read_regular
 from common.checksummed_json import parse_object, parse_verified
 from common.errors import UserError, reason
 from data.tokenizers.base import Tokenizer, TokenizerConfig
 from data.tokenizers.bpe import STORED_KINDS, BPETokenizer
 from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.patterns import KNOWN
-from data.tokenizers.vocabulary import parse_tokenizer_json, vocabulary_fault
+from data.tokenizers.published import KIND, parse_stored, published_tokenizer
+from data.tokenizers.vocabulary import OURS, parse_tokenizer_json, vocabulary_fault
 
 MAX_JSON_BYTES = 2**26  # size limit of tokenizer.json; o200k's has a fifth of it
 
@@ -60,7 +61,7 @@ class StoredConfig(TokenizerConfig):
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load a tokenizer.json. Raises UserError where it is missing, damaged, or cannot represent every text."""
     try:
-        return _parse_tokenizer(read_regular(path, MAX_JSON_BYTES).decode())
+        return _parse_tokenizer(read_regular(path, MAX_JSON_BYTES).decode(), path.parent)
     except OSError as error:
         raise UserError(f"the tokenizer {path} cannot be read: {reason(error)}") from None
     except ValueError as error:
@@ -71,10 +72,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"the tokenizer {path} is damaged: its parts are not what they should be") from None
 
 
-def _parse_tokenizer(text: str) -> Tokenizer:
+def _parse_tokenizer(text: str, folder: Path) -> Tokenizer:
     """Raises ValueError, KeyError, TypeError or AttributeError where `Tokenizer.save` did not write it, now or in older
-    runs."""
+    runs, nor anybody who published a model in that folder."""
     content = parse_object(text)
+    if "model" in content and OURS not in content["model"] and exists(folder / "config.json"):
+        return published_tokenizer(folder, content)
+    if "model" in content and content["model"].get(OURS, {}).get("kind") == KIND:
+        return parse_stored(content)
     if "model" in content:
         tokens, merges, rules = parse_tokenizer_json(content)
     else:

@@ -6,21 +6,26 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from common.hf_names import is_published
 from data.tokenizers.base import Tokenizer
 from model.transformer import ModelConfig, TransformerLM
 from training.run import checkpoint
 from training.run.folder import check_is_run, read_tokenizer, resume_command, warn_if_it_diverged
+from training.run.published import load_published, look_at
 
 
 def load_run(
     folder: Path | str, device: torch.device | str = "cpu", which: str = "latest", **changes: Any
 ) -> tuple[TransformerLM, Tokenizer]:
-    """Load a run's weights, in float32, and its tokenizer.
+    """Load a run's weights, in float32, and its tokenizer; or those of a published model, as hf:DIR.
 
     which: `latest` or `best`, which has the lowest validation loss of those kept. changes: `kernel`, a Kernel;
     `execution`, for MLA: naive, expanded or absorbed. Raises UserError where the run has no such checkpoint, a file of
     it is damaged, or its files do not belong together.
     """
+    if is_published(folder):
+        found = look_at(folder)
+        return load_published(found, changed(found.run.model, **changes)).to(device), found.tokenizer
     folder = Path(folder)
     choose = checkpoint.newest if which == "latest" else checkpoint.best
     found = choose(folder, (checkpoint.MODEL,))

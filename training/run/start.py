@@ -14,11 +14,13 @@ from torch import Tensor
 
 from common import process
 from common.errors import UserError
+from common.hf_names import folder_of, is_published
 from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import StoredConfig
 from model.initialise import initialised
+from model.rope import FROM_CONTEXT
 from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.world import ONE, World
@@ -36,6 +38,7 @@ from training.run.folder import (
     resume_command,
     warn_if_it_diverged,
 )
+from training.run.published import load_published, look_at
 from training.run.resume import open_run
 from training.state import TrainState
 
@@ -105,11 +108,11 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
             "many keys as model.context_length for dense attention"
         )
     attention = owned["attention"]
-    if attention.get("rope_scaling") == "yarn" and attention["rope_original_context"] is None:
+    if attention.get("rope_scaling") in FROM_CONTEXT and attention["rope_original_context"] is None:
         attention["rope_original_context"] = base_run.model.context_length  # which only the base knows
     owned["tokenizer"] = {
         "_target_": "data.tokenizers.load.StoredConfig",
-        "path": str(base / "tokenizer.json"),
+        "path": str(folder_of(base) / "tokenizer.json"),
         "hash": tokenizer.hash,
     }
     return {**tree, **owned}
@@ -130,6 +133,9 @@ def _has_indexer(attention: Mapping[str, Any]) -> bool:
 def _base_run(base: Path) -> tuple[Run, Tokenizer]:
     """Read what the newest whole checkpoint was trained with. Raises UserError where nothing can begin with its
     weights."""
+    if is_published(base):
+        published = look_at(base)
+        return published.run, published.tokenizer
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         check_is_run(base)
@@ -160,6 +166,10 @@ def _check_changeable(key: str, base: Path, base_run: Run, vocab_size: int) -> N
 def pretrained_model(base: Path, config: ModelConfig, vocab_size: int, seed: int) -> TransformerLM:
     """Build the model with the weights of the base run's newest whole checkpoint. An indexer that it had not begins
     freshly initialised."""
+    if is_published(base):
+        model = load_published(look_at(base), config)
+        log.info(f"loaded the weights of {folder_of(base)}")
+        return model
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")

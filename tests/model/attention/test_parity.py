@@ -88,13 +88,15 @@ def test_gqa_with_llamas_weights_gives_its_logits(kv_heads, attention):
     check_parity(transformers.LlamaForCausalLM(config), f"attention={attention}", "attention.qk_norm=false")
 
 
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
-@pytest.mark.parametrize("scaling", ["linear", "yarn"])
+@pytest.mark.parametrize("scaling", ["linear", "yarn", "llama3"])
 def test_gqa_with_llamas_scaled_rope_gives_its_logits(scaling):
     """Theirs multiplies cos and sin by YaRN's mscale, ours the scores by its square."""
-    rope = YARN if scaling == "yarn" else {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    turns = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    rope = {"linear": LINEAR, "yarn": YARN, "llama3": {**YARN, "rope_type": "llama3", **turns}}[scaling]
     shape = {**SHAPE, "rope_parameters": rope, "rope_scaling": rope}
     config = transformers.LlamaConfig(**shape, num_key_value_heads=2)
     check_parity(

@@ -260,7 +260,7 @@ def covering(offered: Callable[[str], list[str]]) -> Iterator[dict[str, str]]:
 
 
 # Of a model, by an experiment for whichever is chosen, or by position=.
-SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding", "context_length")
+SAID_ELSEWHERE = ("dropout", "own_logit_init", "position_embedding", "context_length", "qk_norm", "qk_bias")
 # Why two choices may not go together, and what is typed instead.
 WAYS_OUT = {
     "kernel=flex cannot attend to what an indexer chooses: choose kernel=auto": "kernel=auto",

@@ -211,7 +211,7 @@ RULES = {
     ),
     "original context without yarn": (
         ("attention.rope_scaling=ntk", "attention.rope_factor=2", "attention.rope_original_context=64"),
-        "rope_original_context=64 is what yarn begins from, and rope_scaling=ntk does not ask",
+        "rope_original_context=64 is what yarn and llama3 begin from, and rope_scaling=ntk does not ask",
     ),
     "scaling without rope": (
         ("attention.rope_scaling=linear", "attention.rope_factor=2", "position=alibi"),

@@ -1,0 +1,126 @@
+"""The tokenizer of a published model: its tokenizer.json, encoded with Hugging Face's `tokenizers`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.atomic_io import read_regular
+from common.errors import UserError, reason
+from data.tokenizers.base import Tokenizer, encode_utf8
+from data.tokenizers.vocabulary import OURS, spelled_bytes
+
+KIND = "published"
+MAX_CONFIG_BYTES = 2**24
+
+
+class PublishedTokenizer(Tokenizer):
+    """Byte-level BPE as a tokenizer.json describes it: words, normal form and merges are its own. Special tokens stand
+    for no bytes, and are not read from a text that spells them out."""
+
+    def __init__(self, published: Mapping[str, Any], end_of_text: int):
+        """published: the content of tokenizer.json. end_of_text: the token that ends a text. Raises ValueError,
+        KeyError, TypeError or AttributeError where it is not of the kind that is known."""
+        from tokenizers import Tokenizer as Published
+
+        self.published = published
+        self._end_of_text = end_of_text
+        self.tokens = _bytes_of_tokens(published)
+        if not 0 <= end_of_text < len(self.tokens):
+            raise ValueError(f"its end of text, {end_of_text}, is none of its {len(self.tokens):,} tokens")
+        try:
+            self.encoding = Published.from_str(json.dumps(published))
+        except Exception as error:  # of the library, which has no class for it
+            raise ValueError(f"tokenizers cannot read it: {error}") from None
+        self.encoding.encode_special_tokens = True
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def end_of_text(self) -> int:
+        return self._end_of_text
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        return np.array([*map(len, self.tokens)])
+
+    def encode(self, text: str) -> np.ndarray:
+        encode_utf8(text)
+        return np.array(self.encoding.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": KIND, "end_of_text": self._end_of_text, "tokenizer": self.published}
+
+    def content(self) -> dict[str, Any]:
+        rules = {"kind": KIND, "end_of_text": self._end_of_text, "hash": self.hash}
+        return {**self.published, "model": {**self.published["model"], OURS: rules}}
+
+
+def parse_stored(content: dict[str, Any]) -> PublishedTokenizer:
+    """The tokenizer whose `content` that is. Raises ValueError, KeyError, TypeError or AttributeError where it is
+    something else, or any of it has changed."""
+    model = dict(content["model"])
+    rules = model.pop(OURS)
+    found = PublishedTokenizer({**content, "model": model}, rules["end_of_text"])
+    if found.hash != rules["hash"]:
+        raise ValueError("its hash does not match its content")
+    return found
+
+
+def published_tokenizer(folder: Path, content: Mapping[str, Any]) -> PublishedTokenizer:
+    """The tokenizer beside the config.json of a published model. content: of its tokenizer.json. Raises UserError where
+    nothing says which token ends a text, and ValueError and the like as PublishedTokenizer does."""
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    stated: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        stated.append(_read(folder / name).get("eos_token_id"))
+    token = _read(folder / "tokenizer_config.json").get("eos_token")
+    stated.insert(0, added.get(token["content"] if isinstance(token, Mapping) else token))
+    first = next(
+        (each[0] if isinstance(each, list) and each else each for each in stated if each not in (None, [])), None
+    )
+    if type(first) is not int:
+        raise UserError(
+            f"{folder} does not say which token ends a text: state eos_token_id in {folder / 'config.json'}"
+        )
+    return PublishedTokenizer(content, first)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; none of one that is not there. Raises UserError."""
+    try:
+        found = json.loads(read_regular(path, MAX_CONFIG_BYTES))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no object")
+    return found
+
+
+def _bytes_of_tokens(published: Mapping[str, Any]) -> tuple[bytes, ...]:
+    """What each token stands for, by number; a number that is no token, for nothing."""
+    model = published["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(published):
+        raise ValueError("byte-level BPE alone is known, as of GPT-2, Llama 3, Qwen and DeepSeek")
+    added = {token["id"]: token for token in published.get("added_tokens", ())}
+    vocab = {number: token for token, number in model["vocab"].items()}
+    count = max([*vocab, *added], default=-1) + 1
+    if count > 4 * (len(vocab) + len(added)):
+        raise ValueError("its tokens are numbered with gaps")
+    found = [spelled_bytes(vocab[i]) if i in vocab and i not in added else b"" for i in range(count)]
+    for number, token in added.items():
+        found[number] = b"" if token["special"] else token["content"].encode()
+    return tuple(found)
+
+
+def _is_byte_level(published: Mapping[str, Any]) -> bool:
+    decoder = published.get("decoder") or {}
+    return "ByteLevel" in [decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))]

@@ -1,0 +1,1 @@
+"""Folders of other formats, and adapters to other tools."""

@@ -1,0 +1,71 @@
+"""The model card of an exported run: README.md, as model hubs show it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.atomic_io import exists
+from model.published.family import Family
+from training.metrics_file import read_metrics
+from training.run.folder import read_config
+
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [headroom]
+---
+# {name}
+
+A language model of {model_type} shape, trained with Headroom and exported in {dtype}. Opened without its code:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+{trained}"""
+TRAINED = """## How it was trained
+
+| | |
+|---|---|
+| steps | {steps:,} |
+| tokens | {tokens:,} |
+| data | {data} |
+| seed | {seed} |
+| validation loss, nats per token | {val_loss} |
+| bits per byte | {val_bpb} |
+
+Its settings, all of them:
+
+```yaml
+{settings}```
+"""
+
+
+def card(run: Path, family: Family, dtype: str) -> str:
+    """Of a run, with its figures; of a model that was no run, without."""
+    trained = _trained(run) if exists(run / "config.yaml") else ""
+    return CARD.format(name=run.resolve().name, model_type=family.model_type, dtype=dtype, trained=trained)
+
+
+def _trained(run: Path) -> str:
+    settings, _ = read_config(run)
+    rows = read_metrics(run / "metrics.jsonl")
+    scored = next((row for row in reversed(rows) if row.get("val_loss") is not None), {})
+    last: dict[str, Any] = dict(rows[-1]) if rows else {}
+    return TRAINED.format(
+        steps=last.get("step", 0),
+        tokens=last.get("tokens", 0),
+        data=settings["data"]["_target_"].rpartition(".")[2].removesuffix("Corpus"),
+        seed=settings["seed"],
+        val_loss=_number(scored.get("val_loss")),
+        val_bpb=_number(scored.get("val_bpb")),
+        settings=yaml.safe_dump(settings, sort_keys=False),
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"

@@ -1,0 +1,169 @@
+"""A folder that transformers opens: config.json, safetensors, tokenizer.json and the files beside it, a model card."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from common.atomic_io import atomic_folder, exists, names_in
+from common.errors import UserError
+from common.hf_names import folder_of
+from data.tokenizers.base import Tokenizer
+from interchange.card import card
+from model.published.families import FAMILIES, family_of
+from model.published.family import Family
+from model.published.tensors import Misfit
+from model.transformer import TransformerLM
+from training.run.load import load_run
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FILE_BYTES = 5_000_000_000  # of weights in one file, at most
+# What to choose so that a model has no such bias, by how its name ends; of all others model.bias=false:
+WITHOUT_BIAS = {"q_proj.bias": "attention.qk_bias=false", "q_proj.up.bias": "attention.qk_bias=false"}
+WITHOUT_BIAS |= {"k_proj.bias": "attention.qk_bias=false", "v_proj.bias": "attention.v_bias=false"}
+
+log = logging.getLogger("headroom")
+
+
+class Exported(NamedTuple):
+    family: Family
+    files: list[str]
+    parameters: int  # in the files
+
+
+def export(
+    run: Path,
+    output: Path,
+    *,
+    dtype: str = "fp32",
+    family: str | None = None,
+    which: str = "latest",
+    file_bytes: int = FILE_BYTES,
+) -> Exported:
+    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. family: of FAMILIES; unset: the
+    first that can express it. which: latest or best. Raises UserError where none can, or something would be lost."""
+    check_output(output)
+    model, tokenizer = load_run(run, which=which)
+    chosen = chosen_family(model, family)
+    if model.mtp is not None:
+        log.warning(f"the module for multi-token prediction is left out: transformers' {chosen.model_type} reads none")
+    content = chosen.config_json(model.config, model.vocab_size)
+    content |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
+    with atomic_folder(output) as folder:
+        names = _write_weights(folder, packed(model, chosen, content, DTYPES[dtype]), file_bytes)
+        _write(folder / "config.json", content)
+        write_tokenizer(folder, tokenizer, model.config.context_length)
+        (folder / "README.md").write_text(card(folder_of(run), chosen, dtype))
+    return Exported(chosen, [*names, "config.json", "tokenizer.json"], sum(p.numel() for p in model.parameters()))
+
+
+def check_output(output: Path) -> None:
+    """Raise UserError where a folder cannot be written without losing what is there."""
+    if exists(output) and (not output.is_dir() or names_in(output)):
+        raise UserError(f"{output} is there already: choose another folder, or move it away")
+    if not exists(output.parent):
+        raise UserError(f"{output} cannot be made: there is no folder {output.parent}")
+
+
+def check_family(name: str | None) -> None:
+    """Raise UserError where there is none of that name."""
+    if name is not None and name not in FAMILIES:
+        raise UserError(f"--family {name}: there is no such family: {', '.join(FAMILIES)}")
+
+
+def chosen_family(model: TransformerLM, name: str | None) -> Family:
+    """Raises UserError where it, or any, cannot express the model."""
+    if name is None:
+        return family_of(model.config)
+    obstacles = FAMILIES[name].obstacles(model.config)
+    if obstacles:
+        raise UserError(f"{name} cannot express this model: it has no {', no '.join(obstacles)}")
+    return FAMILIES[name]
+
+
+def packed(
+    model: TransformerLM, family: Family, content: dict[str, Any], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The published tensors, one after another. Raises UserError where one of ours has no place there."""
+    ours = model.state_dict()
+    for entry in family.entries(model, content):
+        try:
+            tensors = entry.pack([ours[name] for name in entry.ours])
+        except Misfit as error:
+            name = str(error)
+            way_out = next((way for end, way in WITHOUT_BIAS.items() if name.endswith(end)), "model.bias=false")
+            raise UserError(
+                f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains "
+                "without"
+            ) from None
+        for name, tensor in zip(entry.published, tensors, strict=True):
+            yield name, tensor.to(dtype).contiguous()
+
+
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> list[str]:
+    """Write safetensors files, with an index where there are several -> their names."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    size = 0
+    for batch in _in_batches(tensors, file_bytes):
+        save_file(batch, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        shards.append(list(batch))
+        size += sum(tensor.nbytes for tensor in batch.values())
+    count = len(shards)
+    names = (
+        [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
+    )
+    for i, name in enumerate(names):
+        (folder / f"{i}.part").rename(folder / name)
+    if count == 1:
+        return names
+    places = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
+    _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+    return [*names, "model.safetensors.index.json"]
+
+
+def _in_batches(tensors: Iterator[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """As many together as have so many bytes, or one."""
+    batch: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if batch and size + tensor.nbytes > most:
+            yield batch
+            batch, size = {}, 0
+        batch[name] = tensor
+        size += tensor.nbytes
+    yield batch
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """A text begins with the token that ends the one before it."""
+    end = tokenizer.end_of_text
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
+    """tokenizer.json, and what transformers wants to know beside it."""
+    tokenizer.save(folder / "tokenizer.json")
+    content = tokenizer.content()
+    named = {token["id"]: token["content"] for token in content["added_tokens"]}
+    end = named.get(tokenizer.end_of_text)
+    end = end or next(word for word, number in content["model"]["vocab"].items() if number == tokenizer.end_of_text)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "pad_token": end,
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    _write(folder / "tokenizer_config.json", settings)
+    _write(folder / "generation_config.json", {**special_tokens(tokenizer), "do_sample": False})
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

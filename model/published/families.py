@@ -1,0 +1,502 @@
+"""The families of published models that there are: GPT-2, Llama, Mistral, Qwen2 and 3, Apertus, GLM-4's experts, and
+DeepSeek-V3."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from common.errors import UserError
+from model.published.family import Content, Family, Key, Settings
+from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW
+from model.transformer import ModelConfig
+
+ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
+DECODER = {  # what all but GPT-2 have in common
+    "model.position_embedding": ("none",),
+    "model.norm": ("rms",),
+    "model.logit_softcap": (None,),
+    "attention.position": ("rope",),
+    "attention.dilation": (1,),
+    "attention.global_tokens": (0,),
+    "attention.random_blocks": (0.0,),
+    "attention.mask_diagonal": (False,),
+    "attention.indexer.top_k": (None,),
+}
+GROUPED = DECODER | {"attention": ("gqa",)}
+NO_WINDOW = {"attention.window": (None,)}
+DECODER_KEYS = (
+    Key("hidden_size", "model.d_model"),
+    Key("num_hidden_layers", "model.n_layers"),
+    Key("num_attention_heads", "model.n_heads"),
+    Key("max_position_embeddings", "model.context_length"),
+    Key("tie_word_embeddings", "model.tie_embeddings", False),
+)
+GROUPED_KEYS = (
+    *DECODER_KEYS,
+    Key("num_key_value_heads", "attention.n_kv_heads", None),
+    Key("head_dim", "attention.head_dim", None),
+)
+DENSE_KEYS = (*GROUPED_KEYS, Key("intermediate_size", "mlp.d_ff"), Key("rms_norm_eps", "model.norm_eps", 1e-6))
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKVO = (*QKV, "self_attn.o_proj")
+LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.o_proj")
+OF_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+OF_GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2", "ln_f")
+ACTIVATIONS = {"relu": ("relu", None), "relu2": ("relu2", None), "gelu": ("gelu", "none")}
+ACTIVATIONS |= {"gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh")}
+EXPERT_KEYS = (
+    Key("n_routed_experts", "mlp.n_experts"),
+    Key("num_experts_per_tok", "mlp.top_k"),
+    Key("n_shared_experts", "mlp.n_shared_experts", 1),
+    Key("moe_intermediate_size", "mlp.d_ff"),
+    Key("intermediate_size", "mlp.dense_d_ff"),
+    Key("first_k_dense_replace", "mlp.n_dense_layers", 0),
+    Key("n_group", "mlp.n_groups", 1),
+    Key("topk_group", "mlp.top_groups", 1),
+    Key("norm_topk_prob", "mlp.renormalise", True),
+    Key("routed_scaling_factor", "mlp.scaling", 1.0),
+)
+
+
+def rope_keys(settings: Settings) -> dict[str, Any]:
+    """Scaled positions, as transformers spells them now and before its version 5."""
+    theta, factor = settings["attention.rope_theta"], settings["attention.rope_factor"]
+    scaling, dim = settings["attention.rope_scaling"], _rotated(settings)
+    if scaling == "ntk":  # another base, and nothing else
+        theta, scaling = theta * factor ** (dim / (dim - 2)), "none"
+    if scaling == "none":
+        return {"rope_theta": theta, "rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+    scaled = {"rope_type": scaling, "factor": factor, "rope_theta": theta}
+    if scaling in FROM_CONTEXT:
+        scaled["original_max_position_embeddings"] = settings["attention.rope_original_context"]
+    if scaling == "yarn" and settings["attention"] == "mla":
+        scaled |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+    if scaling == "llama3":
+        scaled |= {"low_freq_factor": float(TURNS_SLOW), "high_freq_factor": float(TURNS_FAST)}
+    return {"rope_theta": theta, "rope_parameters": scaled, "rope_scaling": scaled}
+
+
+def _rotated(settings: Settings) -> int:
+    return settings["attention.qk_rope_head_dim" if settings["attention"] == "mla" else "attention.rope_dim"]
+
+
+def rope_settings(content: Content, theta: float = 10000.0) -> Settings:
+    """theta: where nothing states it. Raises UserError for a scaling that is not ours."""
+    stated = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(stated, Mapping):
+        raise UserError(f"rope_parameters={stated!r} are no parameters")
+    kind = stated.get("rope_type", stated.get("type", "default"))
+    found: Settings = {"attention.rope_theta": float(stated.get("rope_theta", content.get("rope_theta", theta)))}
+    if kind == "default":
+        return found
+    if kind not in ("linear", *FROM_CONTEXT):
+        raise UserError(f"rope_type={kind}: positions can be scaled by linear, yarn or llama3, or not at all (default)")
+    found |= {"attention.rope_scaling": kind, "attention.rope_factor": float(stated["factor"])}
+    return found if kind == "linear" else found | _context_settings(content, stated)
+
+
+def _context_settings(content: Content, stated: Content) -> Settings:
+    """Of a scaling that goes by the context that a model was trained on."""
+    kind = stated.get("rope_type", stated.get("type"))
+    usual = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
+    usual |= {"low_freq_factor": TURNS_SLOW, "high_freq_factor": TURNS_FAST}
+    for name, value in usual.items():
+        if stated.get(name, value) != value:
+            raise UserError(f"{kind} with {name}={stated[name]}: only {name}={value} is known")
+    if content["model_type"] == "deepseek_v3" and kind == "yarn" and not stated.get("mscale_all_dim"):
+        raise UserError("yarn without mscale_all_dim: only mscale_all_dim=1.0 is known of deepseek_v3")
+    original = stated.get("original_max_position_embeddings")
+    if original is None:
+        raise UserError(f"{kind} without original_max_position_embeddings, the context that it was trained on")
+    return {"attention.rope_original_context": original}
+
+
+def grouped_settings(content: Content, *, biased: bool, qk_norm: bool) -> Settings:
+    """Of attention with queries, keys and values of heads. biased: whether these three have biases."""
+    heads = content["num_attention_heads"]
+    return {
+        "attention.n_kv_heads": content.get("num_key_value_heads") or heads,
+        "attention.head_dim": content.get("head_dim") or content["hidden_size"] // heads,
+        "attention.qk_norm": qk_norm,
+        "attention.qk_bias": biased,
+        "attention.v_bias": biased,
+        **rope_settings(content),
+    }
+
+
+def _activation(content: Content, name: str = "hidden_act") -> Settings:
+    """The MLP of two matrices with an activation. Raises UserError for one that is not ours."""
+    stated = content.get(name)
+    if stated not in ACTIVATIONS:
+        raise UserError(f"{name}={stated}: this model's MLP can have {', '.join(ACTIVATIONS)}")
+    mlp, approximate = ACTIVATIONS[stated]
+    return {"mlp": mlp} | ({} if approximate is None else {"mlp.approximate": approximate})
+
+
+def _activation_key(settings: Settings) -> str:
+    wanted = settings["mlp"], settings.get("mlp.approximate")
+    return next(name for name, found in ACTIVATIONS.items() if found == wanted)
+
+
+def _silu(content: Content) -> None:
+    if content.get("hidden_act", "silu") != "silu":
+        raise UserError(f"hidden_act={content['hidden_act']}: this model's MLP can have silu alone")
+
+
+def _has_biases(settings: Settings) -> bool:
+    return settings["model.bias"] or settings["attention.qk_bias"] or settings.get("attention.v_bias", False)
+
+
+def _same_rope_everywhere(settings: Settings) -> str | None:
+    if settings["attention.rope_dim"] != settings["attention.head_dim"]:
+        return f"attention.rope_dim={settings['attention.rope_dim']} (attention.rope_dim=null)"
+    return None
+
+
+def _llama_settings(content: Content) -> Settings:
+    _silu(content)
+    biased = bool(content.get("attention_bias"))
+    bias = biased or bool(content.get("mlp_bias"))  # of all layers; those that the files lack are zero
+    if content.get("pretraining_tp", 1) != 1:
+        raise UserError(f"pretraining_tp={content['pretraining_tp']}: only 1 is known")
+    return {"model.bias": bias, **grouped_settings(content, biased=biased, qk_norm=False)}
+
+
+LLAMA = Family(
+    "llama",
+    "LlamaForCausalLM",
+    GROUPED | NO_WINDOW | {"attention.qk_norm": (False,), "mlp": ("swiglu",)},
+    DENSE_KEYS,
+    lambda s: {"attention_bias": _has_biases(s), "mlp_bias": s["model.bias"], "hidden_act": "silu", **rope_keys(s)},
+    _llama_settings,
+    ROPE | {"attention_bias", "mlp_bias", "hidden_act", "pretraining_tp"},
+    lambda content: (*(QKVO if content.get("attention_bias") else ()), *(OF_MLP if content.get("mlp_bias") else ())),
+    fits=_same_rope_everywhere,
+)
+
+
+def _mistral_settings(content: Content) -> Settings:
+    _silu(content)
+    window = content.get("sliding_window", 4096)
+    return {
+        "model.bias": False,
+        "attention.window": window,
+        **grouped_settings(content, biased=False, qk_norm=False),
+    }
+
+
+MISTRAL = Family(
+    "mistral",
+    "MistralForCausalLM",
+    GROUPED
+    | {"attention.qk_norm": (False,), "attention.qk_bias": (False,), "attention.v_bias": (False,), "mlp": ("swiglu",)},
+    DENSE_KEYS,
+    lambda s: {"sliding_window": s["attention.window"], "hidden_act": "silu", **rope_keys(s)},
+    _mistral_settings,
+    ROPE | {"sliding_window", "hidden_act"},
+    lambda content: (),
+    fits=_same_rope_everywhere,
+)
+
+
+def _window_keys(settings: Settings) -> dict[str, Any]:
+    """Qwen's: of layers from max_window_layers on."""
+    window, layers = settings["attention.window"], settings["model.n_layers"]
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": layers if window is None else 0,
+        "layer_types": ["full_attention" if window is None else "sliding_attention"] * layers,
+    }
+
+
+WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+
+
+def _window_settings(content: Content) -> Settings:
+    """Raises UserError where some layers have a window, and others not."""
+    layers, window = content["num_hidden_layers"], content.get("sliding_window", 4096)
+    if not content.get("use_sliding_window") or window is None:
+        return {"attention.window": None}
+    first = content.get("max_window_layers", 28)
+    kinds = content.get("layer_types") or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (
+        layers - first
+    )
+    if len(set(kinds)) > 1:
+        raise UserError("some of its layers have a window and others none: only the same in all layers is known")
+    return {"attention.window": window if kinds[0] == "sliding_attention" else None}
+
+
+def _qwen2_settings(content: Content) -> Settings:
+    _silu(content)
+    grouped = grouped_settings(content, biased=True, qk_norm=False)
+    return {"model.bias": False, **grouped, **_window_settings(content)}
+
+
+QWEN2 = Family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    GROUPED | {"attention.qk_norm": (False,), "mlp": ("swiglu",)},
+    DENSE_KEYS,
+    lambda s: {"hidden_act": "silu", **_window_keys(s), **rope_keys(s)},
+    _qwen2_settings,
+    ROPE | WINDOW | {"hidden_act"},
+    lambda content: QKV,
+    fits=_same_rope_everywhere,
+)
+
+
+def _qwen3_settings(content: Content) -> Settings:
+    _silu(content)
+    biased = bool(content.get("attention_bias"))
+    content = {"head_dim": 128, **content}
+    grouped = grouped_settings(content, biased=biased, qk_norm=True)
+    return {"model.bias": biased, **grouped, **_window_settings(content)}
+
+
+QWEN3 = Family(
+    "qwen3",
+    "Qwen3ForCausalLM",
+    GROUPED | {"attention.qk_norm": (True,), "mlp": ("swiglu",)},
+    DENSE_KEYS,
+    lambda s: {"attention_bias": _has_biases(s), "hidden_act": "silu", **_window_keys(s), **rope_keys(s)},
+    _qwen3_settings,
+    ROPE | WINDOW | {"attention_bias", "hidden_act"},
+    lambda content: QKVO if content.get("attention_bias") else (),
+    fits=_same_rope_everywhere,
+)
+
+
+def _apertus_settings(content: Content) -> Settings:
+    biased = bool(content.get("attention_bias"))
+    grouped = grouped_settings(content, biased=biased, qk_norm=True)
+    return {"model.bias": biased, **_activation(content), **grouped, **rope_settings(content, theta=12e6)}
+
+
+APERTUS = Family(
+    "apertus",
+    "ApertusForCausalLM",
+    GROUPED | NO_WINDOW | {"attention.qk_norm": (True,), "mlp": ("relu2", "relu", "gelu")},
+    (*DENSE_KEYS[:-1], Key("rms_norm_eps", "model.norm_eps", 1e-5)),
+    lambda s: {"attention_bias": _has_biases(s), "hidden_act": _activation_key(s), **rope_keys(s)},
+    _apertus_settings,
+    ROPE | {"attention_bias", "hidden_act"},
+    lambda content: QKVO if content.get("attention_bias") else (),
+    renamed={"input_layernorm": "attention_layernorm", "post_attention_layernorm": "feedforward_layernorm"},
+    fits=_same_rope_everywhere,
+)
+
+
+def _expert_settings(content: Content) -> Settings:
+    """The bias by which experts are chosen moves on where it is trained."""
+    if content["n_routed_experts"] < 2 * content.get("n_group", 1):
+        raise UserError("a group of fewer than two experts is not known")
+    every = content["num_experts_per_tok"] == content["n_routed_experts"]
+    return {"mlp": "moe", "mlp.router": "sigmoid", "mlp.bias_rate": 0.0 if every else 0.001}
+
+
+def _glm_fits(settings: Settings) -> str | None:
+    """Its yarn scales the products of what rotates, ours those of whole heads."""
+    partial = settings["attention.rope_scaling"] == "yarn" and _same_rope_everywhere(settings)
+    return partial or _experts_fit(settings)
+
+
+def _experts_fit(settings: Settings) -> str | None:
+    groups, shared = settings["mlp.n_groups"], settings["mlp.n_shared_experts"]
+    if settings["mlp.n_experts"] < 2 * groups:
+        return f"mlp.n_groups={groups} of fewer than two experts (mlp.n_groups=1)"
+    return f"mlp.n_shared_experts={shared} (mlp.n_shared_experts=1)" if shared == 0 else None
+
+
+def _glm_keys(settings: Settings) -> dict[str, Any]:
+    rope, partial = rope_keys(settings), settings["attention.rope_dim"] / settings["attention.head_dim"]
+    rope["rope_parameters"]["partial_rotary_factor"] = partial
+    return {
+        "attention_bias": _has_biases(settings),
+        "use_qk_norm": settings["attention.qk_norm"],
+        "hidden_act": "silu",
+        "num_nextn_predict_layers": 0,
+        "partial_rotary_factor": partial,
+        **rope,
+    }
+
+
+def _glm_settings(content: Content) -> Settings:
+    _silu(content)
+    biased = bool(content.get("attention_bias"))
+    grouped = grouped_settings(content, biased=biased, qk_norm=bool(content.get("use_qk_norm")))
+    stated = (content.get("rope_parameters") or {}).get("partial_rotary_factor")
+    partial = stated or content.get("partial_rotary_factor", 0.5)
+    grouped["attention.rope_dim"] = int(grouped["attention.head_dim"] * partial)
+    return {"model.bias": False, **_expert_settings(content), **grouped}
+
+
+GLM4_MOE = Family(
+    "glm4_moe",
+    "Glm4MoeForCausalLM",
+    GROUPED | NO_WINDOW | {"mlp": ("moe",), "mlp.router": ("sigmoid",)},
+    (*GROUPED_KEYS, *EXPERT_KEYS, Key("rms_norm_eps", "model.norm_eps", 1e-5)),
+    _glm_keys,
+    _glm_settings,
+    ROPE | {"attention_bias", "use_qk_norm", "hidden_act", "partial_rotary_factor"},
+    lambda content: QKV if content.get("attention_bias") else (),
+    fits=_glm_fits,
+)
+
+
+def _deepseek_keys(settings: Settings) -> dict[str, Any]:
+    layers, moe = settings["model.n_layers"], settings["mlp"] == "moe"
+    dense = {"intermediate_size": settings["mlp.d_ff"], "first_k_dense_replace": layers}
+    dense |= {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    return {
+        **({key.name: settings[key.setting] for key in EXPERT_KEYS} if moe else dense),
+        "num_key_value_heads": settings["model.n_heads"],
+        "q_lora_rank": settings["attention.q_lora_rank"] or None,
+        "rope_interleave": settings["attention.rope_layout"] == "interleaved",
+        "attention_bias": _has_biases(settings),
+        "hidden_act": "relu" if settings["mlp"] == "relu2" else "silu",
+        "num_nextn_predict_layers": 0,
+        **rope_keys(settings),
+    }
+
+
+def _deepseek_settings(content: Content) -> Settings:
+    dense = content.get("first_k_dense_replace", 3) >= content["num_hidden_layers"]
+    activation = content.get("hidden_act", "silu")
+    if activation != "silu" and not (activation == "relu" and dense):
+        raise UserError(f"hidden_act={activation}: silu is known, and relu of a model without experts")
+    plain = {"mlp": "relu2" if activation == "relu" else "swiglu", "mlp.d_ff": content.get("intermediate_size")}
+    experts = {key.setting: content.get(key.name, key.default) for key in EXPERT_KEYS}
+    if not dense and ... in experts.values():
+        raise UserError("its experts are not described whole: n_routed_experts, num_experts_per_tok and their widths")
+    biased = bool(content.get("attention_bias"))
+    return {
+        **(plain if dense else experts | _expert_settings(content)),
+        "model.bias": biased,
+        "attention.q_lora_rank": content.get("q_lora_rank", 1536) or 0,
+        "attention.rope_layout": "interleaved" if content.get("rope_interleave", True) else "half",
+        **rope_settings(content),
+    }
+
+
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    DECODER
+    | NO_WINDOW
+    | {
+        "attention": ("mla",),
+        "attention.qk_norm": ("latent",),
+        "attention.k_rope_from": ("hidden",),
+        "attention.qk_bias": (False,),
+        "mlp": ("swiglu", "relu2", "moe"),
+        "mlp.router": ("sigmoid",),
+    },
+    (
+        *DECODER_KEYS,
+        Key("rms_norm_eps", "model.norm_eps", 1e-6),
+        Key("kv_lora_rank", "attention.kv_lora_rank", 512),
+        Key("qk_nope_head_dim", "attention.qk_nope_head_dim", 128),
+        Key("qk_rope_head_dim", "attention.qk_rope_head_dim", 64),
+        Key("v_head_dim", "attention.v_head_dim", 128),
+    ),
+    _deepseek_keys,
+    _deepseek_settings,
+    ROPE
+    | {key.name for key in EXPERT_KEYS}
+    | {
+        "q_lora_rank",
+        "rope_interleave",
+        "attention_bias",
+        "hidden_act",
+        "num_key_value_heads",
+        "head_dim",
+        "qk_head_dim",
+    }
+    | {"topk_method", "scoring_func", "moe_layer_freq", "pretraining_tp"},
+    lambda content: LATENT if content.get("attention_bias") else (),
+    gates=True,
+    fits=lambda settings: _experts_fit(settings) if settings["mlp"] == "moe" else None,
+)
+
+
+def _gpt2_keys(settings: Settings) -> dict[str, Any]:
+    return {"n_inner": settings["mlp.d_ff"], "activation_function": _activation_key(settings)}
+
+
+GPT2_USUAL = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}
+GPT2_USUAL |= {"add_cross_attention": False}
+
+
+def _gpt2_settings(content: Content) -> Settings:
+    for name, value in GPT2_USUAL.items():
+        if content.get(name, value) is not value:
+            raise UserError(f"{name}={content[name]}: only {value} is known")
+    heads, width = content.get("n_head", 12), content.get("n_embd", 768)
+    return {
+        "model.bias": True,
+        "attention.n_kv_heads": heads,
+        "attention.head_dim": width // heads,
+        "attention.qk_bias": True,
+        "attention.v_bias": True,
+        "mlp.d_ff": content.get("n_inner") or 4 * width,
+        **_activation({"activation_function": "gelu_new", **content}, "activation_function"),
+    }
+
+
+def _gpt2_fits(settings: Settings) -> str | None:
+    heads, width = settings["model.n_heads"], settings["model.d_model"]
+    if settings["attention.n_kv_heads"] != heads:
+        return f"attention.n_kv_heads={settings['attention.n_kv_heads']} (attention.n_kv_heads=all)"
+    if settings["attention.head_dim"] * heads != width:
+        return f"attention.head_dim={settings['attention.head_dim']} (attention.head_dim=null)"
+    return None
+
+
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    GROUPED
+    | NO_WINDOW
+    | {
+        "model.position_embedding": ("learned",),
+        "model.norm": ("layer",),
+        "attention.position": ("none",),
+        "attention.qk_norm": (False,),
+        "mlp": ("gelu", "relu", "relu2"),
+    },
+    (
+        Key("n_embd", "model.d_model", 768),
+        Key("n_layer", "model.n_layers", 12),
+        Key("n_head", "model.n_heads", 12),
+        Key("n_positions", "model.context_length", 1024),
+        Key("layer_norm_epsilon", "model.norm_eps", 1e-5),
+        Key("tie_word_embeddings", "model.tie_embeddings", True),
+    ),
+    _gpt2_keys,
+    _gpt2_settings,
+    frozenset({"n_inner", "activation_function"}) | GPT2_USUAL.keys(),
+    lambda content: OF_GPT2,
+    names="gpt2",
+    fits=_gpt2_fits,
+)
+
+FAMILIES = {
+    family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, APERTUS, GLM4_MOE, DEEPSEEK_V3, GPT2)
+}
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The first family that can express a model. Raises UserError with what the nearest one lacks."""
+    obstacles = {family: family.obstacles(config) for family in FAMILIES.values()}
+    nearest = min(obstacles, key=lambda family: sum(map(_weight, obstacles[family])))
+    if obstacles[nearest]:
+        raise UserError(
+            f"no family of transformers can express this model; the nearest, {nearest.model_type}, has no "
+            f"{', no '.join(obstacles[nearest])}"
+        )
+    return nearest
+
+
+def _weight(obstacle: str) -> int:
+    """Another attention or MLP is further away than another setting of one."""
+    return 10 if obstacle.startswith(("attention=", "mlp=")) else 1

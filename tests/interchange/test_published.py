@@ -1,0 +1,239 @@
+"""Published models are read: logits and texts are those of transformers; what is damaged or unknown is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Theirs
+
+from common.errors import UserError
+from data.tokenizers.load import load_tokenizer
+from runtime.memory import allocated_peak
+from tests.interchange.published import THEIRS, VOCAB, save, theirs, transformers
+from tests.support import assert_one_line, call, logits_of, relative_error, some_tokens
+from training.run.load import load_run
+from training.run.published import dequantised, load_published, look_at
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_published_model_gives_its_logits_and_its_greedy_text(name, tmp_path):
+    model = theirs(name)
+    mine, tokenizer = load_run(f"hf:{save(model, tmp_path / 'model')}")
+    tokens = some_tokens(2, 40, VOCAB)
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+        assert relative_error(logits_of(mine, tokens), expected) <= 1e-4
+    assert (tokenizer.vocab_size, tokenizer.end_of_text) == (VOCAB, 256)
+
+
+def test_published_model_in_several_files_and_bfloat16_is_read(tmp_path):
+    model = theirs("qwen3").to(torch.bfloat16)
+    folder = save(model, tmp_path / "model", max_shard_size="100KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    mine, _ = load_run(f"hf:{folder}")
+    tokens = some_tokens(1, 20, VOCAB)
+    with torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        expected = again(tokens, use_cache=False).logits
+    assert relative_error(logits_of(mine, tokens), expected) <= 1e-4
+
+
+def test_published_gpt2_without_a_prefix_and_with_its_constants_is_read(tmp_path):
+    model = theirs("gpt2")
+    folder = save(model, tmp_path / "model")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items() if name != "lm_head.weight"}
+    save_file({**tensors, "h.0.attn.bias": torch.ones(1, 1, 64, 64)}, folder / "model.safetensors")
+    tokens = some_tokens(1, 20, VOCAB)
+    with torch.no_grad():
+        assert relative_error(logits_of(load_run(f"hf:{folder}")[0], tokens), model(tokens).logits) <= 1e-4
+
+
+def test_dequantised_equals_the_product_of_each_number_and_the_scale_of_its_tile():
+    numbers = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    scales = torch.rand(3, 2)
+    found = dequantised(numbers, scales, (2, 4))
+    for i in range(5):
+        for j in range(7):
+            assert found[i, j] == numbers[i, j].float() * scales[i // 2, j // 4]
+
+
+def test_published_matrices_of_8_bit_numbers_are_read_with_their_scales(tmp_path):
+    model = theirs("llama", attention_bias=False)
+    folder = save(model, tmp_path / "model")
+    tensors = model.state_dict()
+    name, scales = "model.layers.0.mlp.up_proj.weight", torch.rand(6, 4) + 0.5
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file({**tensors, f"{name}_scale_inv": scales}, folder / "model.safetensors")
+    _change(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [16, 16]})
+    mine, _ = load_run(f"hf:{folder}")
+    assert torch.equal(mine.layers[0].mlp.up_proj.weight, dequantised(tensors[name], scales, (16, 16)))
+
+
+def test_tokenizer_of_a_published_model_encodes_as_tokenizers_does(tmp_path):
+    folder = save(theirs("llama"), tmp_path / "model")
+    _change(folder / "tokenizer.json", normalizer={"type": "NFC"}, added_tokens=ADDED)
+    tokenizer, text = load_tokenizer(folder / "tokenizer.json"), "def f(x):\n    return 'é' <|endoftext|>"
+    expected = Theirs.from_file(str(folder / "tokenizer.json"))
+    expected.encode_special_tokens = True
+    assert tokenizer.encode(text).tolist() == expected.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.byte_lengths.sum() == 256 and tokenizer.decode([256, 97]) == "a"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    again = load_tokenizer(tmp_path / "tokenizer.json")
+    assert again.hash == tokenizer.hash and np.array_equal(again.encode(text), tokenizer.encode(text))
+
+
+def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys):
+    """The vocabulary has rows without a token, as published ones do."""
+    model = theirs("qwen3", vocab_size=VOCAB + 7)
+    save(model, workplace / "model")
+    prompt = torch.tensor([list(b"def f(")])
+    with torch.no_grad():
+        model.lm_head.weight[VOCAB:] = 0
+        written = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=256, pad_token_id=0)[0, 6:]
+    save(model, workplace / "model")
+    assert (
+        call("sample", ["def f(", "--run", "hf:model", "--temperature", "0", "--max-new-tokens", "12"], monkeypatch)
+        == 0
+    )
+    expected = bytes(token for token in written.tolist() if token < 256).decode(errors="replace")
+    assert capsys.readouterr().out.removeprefix("def f(").removesuffix("\n") == expected
+    (workplace / "text.txt").write_text("def f(x): return x")
+    assert call("sample", ["--score", "text.txt", "--run", "hf:model"], monkeypatch) == 0
+    options = ["experiment=smoke", "init_from=hf:model", "steps=3", "run_dir=tuned", "eval_tokens=256", "data.size=40"]
+    assert call("train", options, monkeypatch) == 0
+    assert call("sample", ["a", "--run", "tuned", "--max-new-tokens", "4"], monkeypatch) == 0
+    shutil.rmtree(workplace / "model")  # the run stands by itself
+    assert call("train", ["resume=tuned", "steps=5"], monkeypatch) == 0
+
+
+def test_published_model_is_in_memory_once_while_it_is_read(tmp_path):
+    """Besides, a tensor or two; and the map of the file, which the profiler counts and the system can drop."""
+    folder = save(theirs("llama", num_hidden_layers=12, attention_bias=False), tmp_path / "model")
+    found, loaded = look_at(f"hf:{folder}"), []
+    peak = allocated_peak(lambda: loaded.append(load_published(found, found.run.model)))
+    peak -= (folder / "model.safetensors").stat().st_size
+    assert peak <= 1.2 * sum(p.nbytes for p in loaded[0].parameters())
+
+
+ADDED = [
+    {"id": 256, "content": "<|endoftext|>", "special": True}
+    | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+]
+
+
+def _change(file, **changes):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, **changes}))
+
+
+def _without(file, *names):
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in content.items() if name not in names}))
+
+
+def _replaced(folder, change):
+    with safe_open(folder / "model.safetensors", "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    save_file(change(tensors), folder / "model.safetensors")
+
+
+def _pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _index(*names):
+    def change(folder):
+        (folder / "model.safetensors").rename(folder / "a.safetensors")
+        places = {str(i): name for i, name in enumerate(names)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+    return change
+
+
+def _truncated(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+
+
+Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
+FAULTS = {
+    "weights pickled": (_pickled, "has its weights pickled"),
+    "half a set": (_index("a.safetensors", "b.safetensors"), "is not whole: its index names b.safetensors"),
+    "an index that leads out": (_index("../a.safetensors"), "is no safetensors file of its folder"),
+    "an absolute index": (_index("/etc/a.safetensors"), "is no safetensors file of its folder"),
+    "an empty index": (_index(), "has no weight_map"),
+    "truncated weights": (_truncated, "model.safetensors is damaged"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be read"),
+    "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+    "another model": (
+        lambda folder: _change(folder / "config.json", model_type="mamba"),
+        "model_type=mamba is not known",
+    ),
+    "an unknown key": (lambda folder: _change(folder / "config.json", clip_qkv=8), "clip_qkv=8 is not known of llama"),
+    "a missing key": (
+        lambda folder: _without(folder / "config.json", "intermediate_size"),
+        "there is no intermediate_size",
+    ),
+    "another activation": (lambda folder: _change(folder / "config.json", hidden_act="gelu"), "hidden_act=gelu"),
+    "another scaling": (
+        lambda folder: _change(folder / "config.json", rope_parameters={"rope_type": "dynamic", "rope_theta": 9.0}),
+        "rope_type=dynamic",
+    ),
+    "a width that is none": (lambda folder: _change(folder / "config.json", hidden_size=-64), "config.json: "),
+    "heads of no number": (lambda folder: _change(folder / "config.json", num_attention_heads=0), "config.json: "),
+    "a smaller vocabulary": (
+        lambda folder: _change(folder / "config.json", vocab_size=200),
+        "belong to different models",
+    ),
+    "another width": (lambda folder: _change(folder / "config.json", intermediate_size=100), "has shape"),
+    "a tensor too few": (
+        lambda folder: _replaced(folder, lambda all: {n: t for n, t in all.items() if n != Q_BIAS}),
+        f"lack {Q_BIAS}",
+    ),
+    "a tensor too many": (
+        lambda folder: _replaced(folder, lambda all: {**all, "model.layers.0.extra": torch.ones(2)}),
+        "hold model.layers.0.extra",
+    ),
+    "integers": (
+        lambda folder: _replaced(folder, lambda all: {**all, Q_BIAS: torch.ones(64, dtype=torch.int32)}),
+        "holds no weights",
+    ),
+    "no end of text": (
+        lambda folder: [_without(folder / "config.json", "eos_token_id"), _no_end(folder)],
+        "ends a text",
+    ),
+    "another tokenizer": (
+        lambda folder: _change(folder / "tokenizer.json", model={"type": "WordPiece", "vocab": {}}),
+        "byte-level BPE alone is known",
+    ),
+}
+
+
+def _no_end(folder):
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return save(theirs("llama"), tmp_path_factory.mktemp("published") / "model")
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_published_model_with_a_fault_is_refused_in_one_line(fault, published, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(published, folder)
+    change, said = FAULTS[fault]
+    change(folder)
+    with pytest.raises(UserError) as refusal:
+        load_run(f"hf:{folder}")
+    assert_one_line(refusal.value)
+    assert said in str(refusal.value)
