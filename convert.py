@@ -14,8 +14,8 @@ if __name__ == "__main__":
 import argparse
 from pathlib import Path
 
-from common.cli import Parser, one_line_errors
-from common.hf_names import folder_of
+from common.cli import Parser, number, one_line_errors
+from common.hf_names import folder_of, is_published
 from common.streams import print_stderr
 
 FORMATS = ("hf",)
@@ -34,12 +34,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="best: of validation loss")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in the files")
     parser.add_argument("--family", help="as which family of transformers, as qwen3; unset: the first that fits")
-    parser.add_argument("--file-bytes", type=int, default=None, help="of weights in one file, at most")
+    size = number(int, 1)
+    parser.add_argument("--file-bytes", type=size, default=5_000_000_000, help="of weights in one file, at most")
     args = parser.parse_args()
     if args.to[0] not in FORMATS:
         parser.error(f"--to {args.to[0]}: there is no such format: {', '.join(FORMATS)}")
-    if args.file_bytes is not None and args.file_bytes < 1:
-        parser.error(f"--file-bytes {args.file_bytes}: it must be 1 or more")
+    if args.checkpoint == "best" and is_published(args.run):
+        parser.error(f"--checkpoint best is of a run, and {args.run} has one set of weights: leave it out")
     return args
 
 
@@ -47,7 +48,7 @@ def convert(args: argparse.Namespace) -> None:
     from common import process
     from common.console import to_stderr
     from generation.options import check_is_folder
-    from interchange.hf_folder import FILE_BYTES, check_family, export
+    from interchange.hf_folder import check_family, export
 
     process.end_by_unwinding()
     to_stderr()
@@ -55,8 +56,8 @@ def convert(args: argparse.Namespace) -> None:
     check_is_folder(folder_of(args.run))
     output = Path(args.to[1])
     options = {"dtype": args.dtype, "family": args.family, "which": args.checkpoint}
-    found = export(args.run, output, **options, file_bytes=args.file_bytes or FILE_BYTES)
-    print_stderr(f"{found.family.architecture}, {found.parameters:,} parameters in {args.dtype}: {output}")
+    found = export(args.run, output, **options, file_bytes=args.file_bytes)
+    print_stderr(f"{found.family.architecture}, {found.numbers:,} numbers in {args.dtype}: {output}")
 
 
 if __name__ == "__main__":

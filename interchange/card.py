@@ -1,13 +1,13 @@
 """The model card of an exported run: README.md, as model hubs show it."""
 
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from common.atomic_io import exists
+from common.hf_names import folder_of, is_published
 from model.published.family import Family
 from training.metrics_file import read_metrics
+from training.run.checkpoint import best, newest
 from training.run.folder import read_config
 
 CARD = """---
@@ -45,24 +45,25 @@ Its settings, all of them:
 """
 
 
-def card(run: Path, family: Family, dtype: str) -> str:
-    """Of a run, with its figures; of a model that was no run, without."""
-    trained = _trained(run) if exists(run / "config.yaml") else ""
-    return CARD.format(name=run.resolve().name, model_type=family.model_type, dtype=dtype, trained=trained)
+def card(run: Path, which: str, family: Family, dtype: str) -> str:
+    """Of a run, with the figures of the checkpoint; of a published model, without. which: latest or best."""
+    trained = "" if is_published(run) else _trained(run, which)
+    name = folder_of(run).resolve().name
+    return CARD.format(name=name, model_type=family.model_type, dtype=dtype, trained=trained)
 
 
-def _trained(run: Path) -> str:
-    settings, _ = read_config(run)
-    rows = read_metrics(run / "metrics.jsonl")
-    scored = next((row for row in reversed(rows) if row.get("val_loss") is not None), {})
-    last: dict[str, Any] = dict(rows[-1]) if rows else {}
+def _trained(run: Path, which: str) -> str:
+    found = (newest if which == "latest" else best)(run, ())
+    step = found.manifest.step
+    row = next((row for row in read_metrics(run / "metrics.jsonl") if row["step"] == step), {})
+    settings = read_config(run)[0]
     return TRAINED.format(
-        steps=last.get("step", 0),
-        tokens=last.get("tokens", 0),
+        steps=step,
+        tokens=row.get("tokens", 0),
         data=settings["data"]["_target_"].rpartition(".")[2].removesuffix("Corpus"),
         seed=settings["seed"],
-        val_loss=_number(scored.get("val_loss")),
-        val_bpb=_number(scored.get("val_bpb")),
+        val_loss=_number(row.get("val_loss")),
+        val_bpb=_number(row.get("val_bpb")),
         settings=yaml.safe_dump(settings, sort_keys=False),
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.atomic_io import atomic_folder, exists, names_in
+from common.atomic_io import atomic_folder, names_in
 from common.errors import UserError
-from common.hf_names import folder_of
 from data.tokenizers.base import Tokenizer
 from interchange.card import card
 from model.published.families import FAMILIES, family_of
@@ -22,17 +22,19 @@ from training.run.load import load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FILE_BYTES = 5_000_000_000  # of weights in one file, at most
-# What to choose so that a model has no such bias, by how its name ends; of all others model.bias=false:
+# Where model.bias=false, what else gives a model a bias, by how its name ends:
 WITHOUT_BIAS = {"q_proj.bias": "attention.qk_bias=false", "q_proj.up.bias": "attention.qk_bias=false"}
 WITHOUT_BIAS |= {"k_proj.bias": "attention.qk_bias=false", "v_proj.bias": "attention.v_bias=false"}
+
+IN_FLOAT32 = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")  # of a router, whose choice would change
 
 log = logging.getLogger("headroom")
 
 
 class Exported(NamedTuple):
     family: Family
-    files: list[str]
-    parameters: int  # in the files
+    weights: list[str]  # the files
+    numbers: int  # in them
 
 
 def export(
@@ -53,19 +55,20 @@ def export(
         log.warning(f"the module for multi-token prediction is left out: transformers' {chosen.model_type} reads none")
     content = chosen.config_json(model.config, model.vocab_size)
     content |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
-    with atomic_folder(output) as folder:
-        names = _write_weights(folder, packed(model, chosen, content, DTYPES[dtype]), file_bytes)
+    with atomic_folder(output.resolve()) as folder:
+        names, numbers = _write_weights(folder, packed(model, chosen, content, DTYPES[dtype]), file_bytes)
         _write(folder / "config.json", content)
         write_tokenizer(folder, tokenizer, model.config.context_length)
-        (folder / "README.md").write_text(card(folder_of(run), chosen, dtype))
-    return Exported(chosen, [*names, "config.json", "tokenizer.json"], sum(p.numel() for p in model.parameters()))
+        (folder / "README.md").write_text(card(run, which, chosen, dtype))
+    return Exported(chosen, names, numbers)
 
 
 def check_output(output: Path) -> None:
     """Raise UserError where a folder cannot be written without losing what is there."""
-    if exists(output) and (not output.is_dir() or names_in(output)):
+    whole = output.resolve()
+    if os.path.lexists(whole) and (not whole.is_dir() or names_in(whole) or whole == Path.cwd()):
         raise UserError(f"{output} is there already: choose another folder, or move it away")
-    if not exists(output.parent):
+    if not whole.parent.is_dir():
         raise UserError(f"{output} cannot be made: there is no folder {output.parent}")
 
 
@@ -81,7 +84,7 @@ def chosen_family(model: TransformerLM, name: str | None) -> Family:
         return family_of(model.config)
     obstacles = FAMILIES[name].obstacles(model.config)
     if obstacles:
-        raise UserError(f"{name} cannot express this model: it has no {', no '.join(obstacles)}")
+        raise UserError(f"{name} cannot express this model: it has no {', no '.join(map(str, obstacles))}")
     return FAMILIES[name]
 
 
@@ -95,25 +98,36 @@ def packed(
             tensors = entry.pack([ours[name] for name in entry.ours])
         except Misfit as error:
             name = str(error)
-            way_out = next((way for end, way in WITHOUT_BIAS.items() if name.endswith(end)), "model.bias=false")
+            way_out = "model.bias=false" if model.config.bias else _without(name)
             raise UserError(
                 f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains "
                 "without"
             ) from None
         for name, tensor in zip(entry.published, tensors, strict=True):
-            yield name, tensor.to(dtype).contiguous()
+            exact = name.endswith(IN_FLOAT32)  # and rounded in none of transformers' precisions
+            yield name, tensor.to(torch.float32 if exact else dtype).contiguous()
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> list[str]:
-    """Write safetensors files, with an index where there are several -> their names."""
+def _without(name: str) -> str:
+    """What to choose so that a model has no such bias."""
+    return next(way for end, way in WITHOUT_BIAS.items() if name.endswith(end))
+
+
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> tuple[list[str], int]:
+    """Write safetensors files, with an index where there are several -> their names, and how many numbers they hold."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shards: list[list[str]] = []
-    size = 0
+    size, numbers = 0, 0
     for batch in _in_batches(tensors, file_bytes):
-        save_file(batch, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        try:
+            save_file(batch, folder / f"{len(shards)}.part", metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk, say
+            raise UserError(f"the weights cannot be written: {str(error)[:200]}") from None
         shards.append(list(batch))
         size += sum(tensor.nbytes for tensor in batch.values())
+        numbers += sum(tensor.numel() for tensor in batch.values())
     count = len(shards)
     names = (
         [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
@@ -121,10 +135,10 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_byt
     for i, name in enumerate(names):
         (folder / f"{i}.part").rename(folder / name)
     if count == 1:
-        return names
+        return names, numbers
     places = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}
     _write(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
-    return [*names, "model.safetensors.index.json"]
+    return names, numbers
 
 
 def _in_batches(tensors: Iterator[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
@@ -148,11 +162,11 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
     """tokenizer.json, and what transformers wants to know beside it."""
-    tokenizer.save(folder / "tokenizer.json")
-    content = tokenizer.content()
-    named = {token["id"]: token["content"] for token in content["added_tokens"]}
-    end = named.get(tokenizer.end_of_text)
-    end = end or next(word for word, number in content["model"]["vocab"].items() if number == tokenizer.end_of_text)
+    content = tokenizer.content() | {"post_processor": None}  # nothing is put before a text, as nothing is here
+    _write(folder / "tokenizer.json", content)
+    spelled = {number: word for word, number in content["model"]["vocab"].items()}
+    spelled |= {token["id"]: token["content"] for token in content.get("added_tokens") or ()}
+    end = spelled[tokenizer.end_of_text]
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": end,

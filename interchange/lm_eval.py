@@ -18,7 +18,11 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
+from common.cli import one_line_errors
+from common.errors import UserError
+from common.hf_names import folder_of
 from generation.batch_writer import Sample, write
+from generation.options import check_is_folder
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from runtime.device import choose_device
@@ -26,6 +30,7 @@ from training.run.folder import newest
 from training.run.load import load_run
 
 MAX_NEW_TOKENS = 256  # the harness's own, where a task states none
+GIVEN = {"batch_size", "max_batch_size"}
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # the texts; context and continuation in tokens
 
 
@@ -33,11 +38,16 @@ Encoded = tuple[tuple[str, str] | None, list[int], list[int]]  # the texts; cont
 class HeadroomLM(TemplateLM):
     """A model in float32, one text at a time."""
 
-    def __init__(self, run: str = "latest", checkpoint: str = "latest", device: str = "auto", **_ignored: Any):
-        """_ignored: batch_size and the like, which the harness gives to every model."""
+    def __init__(self, run: str = "latest", checkpoint: str = "latest", device: str = "auto", **others: Any):
+        """others: batch_size and the like, which the harness gives to every model. Raises UserError."""
         super().__init__()
+        unknown = others.keys() - GIVEN
+        if unknown or checkpoint not in ("latest", "best"):
+            wrong = ", ".join(sorted(unknown)) or f"checkpoint={checkpoint}"
+            raise UserError(f"--model_args {wrong}: run, checkpoint (latest, best) and device are what there is")
         folder = newest(with_checkpoint=True) if run == "latest" else Path(run)
-        self._device = choose_device(device if device in ("cpu", "cuda", "mps") else "auto")
+        check_is_folder(folder_of(folder))
+        self._device = choose_device(device)
         self.model, self.text_tokenizer = load_run(folder, self._device, checkpoint)
         self.max_length = self.model.config.context_length
         self.name = str(folder)
@@ -60,6 +70,11 @@ class HeadroomLM(TemplateLM):
         """Of each continuation, the sum of ln p of its tokens, and whether each is the likeliest."""
         found = []
         for _, context, continuation in tqdm(requests, disable=disable_tqdm):
+            if len(continuation) > self.max_length:
+                raise UserError(
+                    f"a continuation of {len(continuation)} tokens does not fit into the context of {self.name}, of "
+                    f"{self.max_length}: take a task of shorter ones, or a model of a longer context"
+                )
             tokens = torch.tensor([context + continuation], device=self._device)[:, -(self.max_length + 1) :]
             hidden = self.model(tokens[:, :-1]).x[:, -len(continuation) :]
             logits = self.model.logits(hidden)[0].float()
@@ -86,14 +101,23 @@ class HeadroomLM(TemplateLM):
     def _written(self, context: str, asked: dict[str, Any]) -> str:
         until = asked.get("until") or []
         count = asked.get("max_gen_toks", asked.get("max_new_tokens", MAX_NEW_TOKENS))
-        temperature = asked.get("temperature", 0.0) if asked.get("do_sample") else 0.0
+        drawn = {
+            name: asked[name]
+            for name in ("temperature", "top_k", "top_p", "min_p")
+            if asked.get("do_sample") and name in asked
+        }
         room = self.max_length - count
         if room < 1:
-            raise ValueError(f"the task wants {count} tokens, and the context of {self.name} holds {self.max_length}")
+            raise UserError(
+                f"the task wants {count} tokens, and the context of {self.name} holds {self.max_length}: state a "
+                "smaller max_gen_toks by --gen_kwargs"
+            )
         prompt = (self.tok_encode(context) or [self.eot_token_id])[-room:]
         state = GenerationState(self.model, [prompt], [0])
         sample = Sample(0, len(prompt), self.text_tokenizer, [until] if isinstance(until, str) else until)
-        for _ in write(self.model, self.text_tokenizer, Sampler(temperature=temperature), state, [sample], count):
+        for _ in write(
+            self.model, self.text_tokenizer, Sampler(**({"temperature": 0.0} | drawn)), state, [sample], count
+        ):
             pass
         return sample.text
 
@@ -101,7 +125,8 @@ class HeadroomLM(TemplateLM):
 def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    with one_line_errors():
+        cli_evaluate()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from common.atomic_io import read_regular
-from common.errors import UserError, reason
+from common.errors import UserError
+from common.json_files import read_object
 from data.tokenizers.base import Tokenizer, encode_utf8
 from data.tokenizers.vocabulary import OURS, spelled_bytes
 
@@ -27,13 +27,20 @@ class PublishedTokenizer(Tokenizer):
 
         self.published = published
         self._end_of_text = end_of_text
-        self.tokens = _bytes_of_tokens(published)
-        if not 0 <= end_of_text < len(self.tokens):
-            raise ValueError(f"its end of text, {end_of_text}, is none of its {len(self.tokens):,} tokens")
+        tokens = _bytes_of_tokens(published)
+        if not 0 <= end_of_text < len(tokens):
+            raise ValueError(f"its end of text, {end_of_text}, is none of its {len(tokens):,} tokens")
+        tokens[end_of_text] = b""
+        self.tokens = tuple(tokens)
         try:
             self.encoding = Published.from_str(json.dumps(published))
         except Exception as error:  # of the library, which has no class for it
             raise ValueError(f"tokenizers cannot read it: {error}") from None
+        for token in published.get("added_tokens") or ():
+            if self.encoding.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"its added token {token['content']!r} has another number than {token['id']}")
+        self.encoding.no_truncation()
+        self.encoding.no_padding()
         self.encoding.encode_special_tokens = True
 
     @property
@@ -74,7 +81,7 @@ def parse_stored(content: dict[str, Any]) -> PublishedTokenizer:
 def published_tokenizer(folder: Path, content: Mapping[str, Any]) -> PublishedTokenizer:
     """The tokenizer beside the config.json of a published model. content: of its tokenizer.json. Raises UserError where
     nothing says which token ends a text, and ValueError and the like as PublishedTokenizer does."""
-    added = {token["content"]: token["id"] for token in content.get("added_tokens", ())}
+    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
     stated: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         stated.append(_read(folder / name).get("eos_token_id"))
@@ -93,34 +100,45 @@ def published_tokenizer(folder: Path, content: Mapping[str, Any]) -> PublishedTo
 def _read(path: Path) -> dict[str, Any]:
     """An object of a JSON file; none of one that is not there. Raises UserError."""
     try:
-        found = json.loads(read_regular(path, MAX_CONFIG_BYTES))
+        return read_object(path, MAX_CONFIG_BYTES)
     except FileNotFoundError:
         return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return found
 
 
-def _bytes_of_tokens(published: Mapping[str, Any]) -> tuple[bytes, ...]:
+def _bytes_of_tokens(published: Mapping[str, Any]) -> list[bytes]:
     """What each token stands for, by number; a number that is no token, for nothing."""
-    model = published["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback") or not _is_byte_level(published):
-        raise ValueError("byte-level BPE alone is known, as of GPT-2, Llama 3, Qwen and DeepSeek")
-    added = {token["id"]: token for token in published.get("added_tokens", ())}
-    vocab = {number: token for token, number in model["vocab"].items()}
+    _check_kind(published)
+    added = {token["id"]: token for token in published.get("added_tokens") or ()}
+    vocab = {number: token for token, number in published["model"]["vocab"].items()}
     count = max([*vocab, *added], default=-1) + 1
     if count > 4 * (len(vocab) + len(added)):
         raise ValueError("its tokens are numbered with gaps")
     found = [spelled_bytes(vocab[i]) if i in vocab and i not in added else b"" for i in range(count)]
     for number, token in added.items():
         found[number] = b"" if token["special"] else token["content"].encode()
-    return tuple(found)
+    missing = {bytes([byte]) for byte in range(256)}.difference(found)
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of the 256 bytes, such as 0x{min(missing).hex()}")
+    return found
 
 
-def _is_byte_level(published: Mapping[str, Any]) -> bool:
-    decoder = published.get("decoder") or {}
-    return "ByteLevel" in [decoder.get("type"), *(one.get("type") for one in decoder.get("decoders", ()))]
+def _check_kind(published: Mapping[str, Any]) -> None:
+    """Raise ValueError where it is not byte-level BPE that gives every text its tokens, and one text the same ones."""
+    model = published["model"]
+    words = [one for one in _each(published.get("pre_tokenizer"), "pretokenizers") if one["type"] == "ByteLevel"]
+    decodes = [one for one in _each(published.get("decoder"), "decoders") if one["type"] == "ByteLevel"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or not words or not decodes:
+        raise ValueError("byte-level BPE alone is known, as of GPT-2, Llama 3, Qwen and DeepSeek")
+    changes = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
+    changes += ["add_prefix_space"] if any(one.get("add_prefix_space") for one in words) else []
+    forms = [one["type"] for one in _each(published.get("normalizer"), "normalizers")]
+    changes += [f"normalizer {form}" for form in forms if form != "NFC"]
+    stripping = [token for token in published.get("added_tokens") or () if token.get("lstrip") or token.get("rstrip")]
+    changes += ["added tokens that strip spaces"] if any(not token["special"] for token in stripping) else []
+    if changes:
+        raise ValueError(f"its {', '.join(changes)} would change a text, and only NFC may")
+
+
+def _each(part: Mapping[str, Any] | None, of_sequence: str) -> list[Mapping[str, Any]]:
+    """The parts of a sequence, or the one that there is."""
+    return [] if part is None else list(part[of_sequence]) if part["type"] == "Sequence" else [part]

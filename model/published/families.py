@@ -1,11 +1,12 @@
 """The families of published models that there are: GPT-2, Llama, Mistral, Qwen2 and 3, Apertus, GLM-4's experts, and
 DeepSeek-V3."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UserError
-from model.published.family import Content, Family, Key, Settings
+from model.published.family import Content, Family, Key, Obstacle, Settings
 from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW
 from model.transformer import ModelConfig
 
@@ -43,17 +44,17 @@ OF_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 OF_GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2", "ln_f")
 ACTIVATIONS = {"relu": ("relu", None), "relu2": ("relu2", None), "gelu": ("gelu", "none")}
 ACTIVATIONS |= {"gelu_new": ("gelu", "tanh"), "gelu_pytorch_tanh": ("gelu", "tanh")}
-EXPERT_KEYS = (
+EXPERT_KEYS = (  # whose defaults differ between the families that have them
     Key("n_routed_experts", "mlp.n_experts"),
     Key("num_experts_per_tok", "mlp.top_k"),
-    Key("n_shared_experts", "mlp.n_shared_experts", 1),
+    Key("n_shared_experts", "mlp.n_shared_experts"),
     Key("moe_intermediate_size", "mlp.d_ff"),
     Key("intermediate_size", "mlp.dense_d_ff"),
-    Key("first_k_dense_replace", "mlp.n_dense_layers", 0),
-    Key("n_group", "mlp.n_groups", 1),
-    Key("topk_group", "mlp.top_groups", 1),
-    Key("norm_topk_prob", "mlp.renormalise", True),
-    Key("routed_scaling_factor", "mlp.scaling", 1.0),
+    Key("first_k_dense_replace", "mlp.n_dense_layers"),
+    Key("n_group", "mlp.n_groups"),
+    Key("topk_group", "mlp.top_groups"),
+    Key("norm_topk_prob", "mlp.renormalise"),
+    Key("routed_scaling_factor", "mlp.scaling"),
 )
 
 
@@ -79,42 +80,67 @@ def _rotated(settings: Settings) -> int:
     return settings["attention.qk_rope_head_dim" if settings["attention"] == "mla" else "attention.rope_dim"]
 
 
+def stated_rope(content: Content) -> Content:
+    """What a config.json says of positions, in either spelling. Raises UserError where two say different things."""
+    spelled = [content[name] for name in ("rope_parameters", "rope_scaling") if content.get(name)]
+    for stated in spelled:
+        if not isinstance(stated, Mapping):
+            raise UserError(f"rope_parameters={str(stated)[:80]} are no parameters")
+    stated = dict(spelled[0]) if spelled else {}
+    without_theta = [{name: value for name, value in one.items() if name not in FREE} for one in spelled]
+    if len(spelled) == 2 and without_theta[0] != without_theta[1]:
+        raise UserError("rope_parameters and rope_scaling say different things: remove the one that is not meant")
+    stated.setdefault("rope_type", stated.pop("type", "default"))
+    return stated
+
+
+FREE = ("rope_theta", "partial_rotary_factor")  # parameters beside those of a scaling
+# What the parameters of a scaling must be; those of FROM_CONTEXT have the context that was trained on besides.
+OF_SCALING = {
+    "linear": {},
+    "yarn": {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "truncate": True, "attention_factor": None},
+    "llama3": {"low_freq_factor": TURNS_SLOW, "high_freq_factor": TURNS_FAST},
+}
+OF_LATENT_YARN = {"mscale": 1.0, "mscale_all_dim": 1.0}  # with these it is the scale that ours is
+
+
 def rope_settings(content: Content, theta: float = 10000.0) -> Settings:
     """theta: where nothing states it. Raises UserError for a scaling that is not ours."""
-    stated = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    if not isinstance(stated, Mapping):
-        raise UserError(f"rope_parameters={stated!r} are no parameters")
-    kind = stated.get("rope_type", stated.get("type", "default"))
+    stated = stated_rope(content)
+    kind = stated.pop("rope_type")
     found: Settings = {"attention.rope_theta": float(stated.get("rope_theta", content.get("rope_theta", theta)))}
-    if kind == "default":
+    stated = {name: value for name, value in stated.items() if name not in FREE}
+    if kind == "default" and not stated:
         return found
-    if kind not in ("linear", *FROM_CONTEXT):
-        raise UserError(f"rope_type={kind}: positions can be scaled by linear, yarn or llama3, or not at all (default)")
-    found |= {"attention.rope_scaling": kind, "attention.rope_factor": float(stated["factor"])}
-    return found if kind == "linear" else found | _context_settings(content, stated)
+    if kind not in OF_SCALING:
+        raise UserError(
+            f"rope_type={kind}: positions can be scaled by {', '.join(OF_SCALING)}, or not at all (default)"
+        )
+    factor, original = stated.pop("factor", None), stated.pop("original_max_position_embeddings", None)
+    if factor is None or (original is None and kind in FROM_CONTEXT):
+        raise UserError(f"rope_type={kind} without its factor, or without original_max_position_embeddings")
+    latent_yarn = kind == "yarn" and content["model_type"] == "deepseek_v3"
+    _check_scaling(kind, stated, OF_LATENT_YARN if latent_yarn else {})
+    found |= {"attention.rope_scaling": kind, "attention.rope_factor": float(factor)}
+    return found | ({"attention.rope_original_context": original} if kind in FROM_CONTEXT else {})
 
 
-def _context_settings(content: Content, stated: Content) -> Settings:
-    """Of a scaling that goes by the context that a model was trained on."""
-    kind = stated.get("rope_type", stated.get("type"))
-    usual = {"beta_fast": BETA_FAST, "beta_slow": BETA_SLOW, "mscale": 1.0, "mscale_all_dim": 1.0, "truncate": True}
-    usual |= {"low_freq_factor": TURNS_SLOW, "high_freq_factor": TURNS_FAST}
-    for name, value in usual.items():
-        if stated.get(name, value) != value:
-            raise UserError(f"{kind} with {name}={stated[name]}: only {name}={value} is known")
-    if content["model_type"] == "deepseek_v3" and kind == "yarn" and not stated.get("mscale_all_dim"):
-        raise UserError("yarn without mscale_all_dim: only mscale_all_dim=1.0 is known of deepseek_v3")
-    original = stated.get("original_max_position_embeddings")
-    if original is None:
-        raise UserError(f"{kind} without original_max_position_embeddings, the context that it was trained on")
-    return {"attention.rope_original_context": original}
+def _check_scaling(kind: str, stated: Content, needed: Content) -> None:
+    """Raise UserError where further parameters of a scaling are not what they must be; `needed` have to be there."""
+    usual = OF_SCALING[kind] | needed
+    for name in {**stated, **needed}:
+        if name not in usual or stated.get(name, ...) != usual[name]:
+            must = f"{name}={usual[name]}" if name in usual else "it left out"
+            raise UserError(f"rope_type={kind} with {name}={stated.get(name, 'unset')}: only {must} is known")
 
 
 def grouped_settings(content: Content, *, biased: bool, qk_norm: bool) -> Settings:
     """Of attention with queries, keys and values of heads. biased: whether these three have biases."""
-    heads = content["num_attention_heads"]
+    heads, kv_heads = content["num_attention_heads"], content.get("num_key_value_heads")
+    if kv_heads is None and content["model_type"] not in ("llama", "apertus"):  # in which it is the number of heads
+        raise UserError("there is no num_key_value_heads")
     return {
-        "attention.n_kv_heads": content.get("num_key_value_heads") or heads,
+        "attention.n_kv_heads": kv_heads or heads,
         "attention.head_dim": content.get("head_dim") or content["hidden_size"] // heads,
         "attention.qk_norm": qk_norm,
         "attention.qk_bias": biased,
@@ -146,10 +172,9 @@ def _has_biases(settings: Settings) -> bool:
     return settings["model.bias"] or settings["attention.qk_bias"] or settings.get("attention.v_bias", False)
 
 
-def _same_rope_everywhere(settings: Settings) -> str | None:
-    if settings["attention.rope_dim"] != settings["attention.head_dim"]:
-        return f"attention.rope_dim={settings['attention.rope_dim']} (attention.rope_dim=null)"
-    return None
+def _same_rope_everywhere(settings: Settings) -> Obstacle | None:
+    rotated = settings["attention.rope_dim"]
+    return None if rotated == settings["attention.head_dim"] else Obstacle("attention.rope_dim", rotated, None)
 
 
 def _llama_settings(content: Content) -> Settings:
@@ -209,6 +234,7 @@ def _window_keys(settings: Settings) -> dict[str, Any]:
     }
 
 
+WINDOWS = frozenset({"full_attention", "sliding_attention"})
 WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
 
 
@@ -217,13 +243,15 @@ def _window_settings(content: Content) -> Settings:
     layers, window = content["num_hidden_layers"], content.get("sliding_window", 4096)
     if not content.get("use_sliding_window") or window is None:
         return {"attention.window": None}
-    first = content.get("max_window_layers", 28)
-    kinds = content.get("layer_types") or ["full_attention"] * min(first, layers) + ["sliding_attention"] * (
-        layers - first
-    )
-    if len(set(kinds)) > 1:
-        raise UserError("some of its layers have a window and others none: only the same in all layers is known")
-    return {"attention.window": window if kinds[0] == "sliding_attention" else None}
+    kinds = content.get("layer_types")
+    if kinds is None:  # from that layer on
+        first = content.get("max_window_layers", 28)
+        kinds = {"sliding_attention"} if first <= 0 else {"full_attention"} if first >= layers else WINDOWS
+    if set(kinds) not in ({"full_attention"}, {"sliding_attention"}):
+        raise UserError(
+            f"layers of {', '.join(map(str, sorted(set(kinds))))}: one kind of them is known, full or sliding"
+        )
+    return {"attention.window": window if "sliding_attention" in kinds else None}
 
 
 def _qwen2_settings(content: Content) -> Settings:
@@ -268,8 +296,9 @@ QWEN3 = Family(
 
 def _apertus_settings(content: Content) -> Settings:
     biased = bool(content.get("attention_bias"))
-    grouped = grouped_settings(content, biased=biased, qk_norm=True)
-    return {"model.bias": biased, **_activation(content), **grouped, **rope_settings(content, theta=12e6)}
+    if not (content.get("rope_parameters") or content.get("rope_scaling")):
+        raise UserError("there is no rope_parameters, without which versions of transformers differ")
+    return {"model.bias": biased, **_activation(content), **grouped_settings(content, biased=biased, qk_norm=True)}
 
 
 APERTUS = Family(
@@ -294,21 +323,28 @@ def _expert_settings(content: Content) -> Settings:
     return {"mlp": "moe", "mlp.router": "sigmoid", "mlp.bias_rate": 0.0 if every else 0.001}
 
 
-def _glm_fits(settings: Settings) -> str | None:
+def _glm_fits(settings: Settings) -> Obstacle | None:
     """Its yarn scales the products of what rotates, ours those of whole heads."""
-    partial = settings["attention.rope_scaling"] == "yarn" and _same_rope_everywhere(settings)
+    partial = _same_rope_everywhere(settings) if settings["attention.rope_scaling"] == "yarn" else None
     return partial or _experts_fit(settings)
 
 
-def _experts_fit(settings: Settings) -> str | None:
+def _experts_fit(settings: Settings) -> Obstacle | None:
+    """A group is as good as its two best experts; there is a shared one."""
     groups, shared = settings["mlp.n_groups"], settings["mlp.n_shared_experts"]
     if settings["mlp.n_experts"] < 2 * groups:
-        return f"mlp.n_groups={groups} of fewer than two experts (mlp.n_groups=1)"
-    return f"mlp.n_shared_experts={shared} (mlp.n_shared_experts=1)" if shared == 0 else None
+        return Obstacle("mlp.n_groups", groups, 1)
+    return Obstacle("mlp.n_shared_experts", shared, 1) if shared == 0 else None
+
+
+def _share(part: int, whole: int) -> float:
+    """A factor f with int(whole * f) = part, which part / whole is not always."""
+    found = part / whole
+    return found if int(whole * found) == part else math.nextafter(found, 2.0)
 
 
 def _glm_keys(settings: Settings) -> dict[str, Any]:
-    rope, partial = rope_keys(settings), settings["attention.rope_dim"] / settings["attention.head_dim"]
+    rope, partial = rope_keys(settings), _share(settings["attention.rope_dim"], settings["attention.head_dim"])
     rope["rope_parameters"]["partial_rotary_factor"] = partial
     return {
         "attention_bias": _has_biases(settings),
@@ -324,8 +360,7 @@ def _glm_settings(content: Content) -> Settings:
     _silu(content)
     biased = bool(content.get("attention_bias"))
     grouped = grouped_settings(content, biased=biased, qk_norm=bool(content.get("use_qk_norm")))
-    stated = (content.get("rope_parameters") or {}).get("partial_rotary_factor")
-    partial = stated or content.get("partial_rotary_factor", 0.5)
+    partial = stated_rope(content).get("partial_rotary_factor") or content.get("partial_rotary_factor", 0.5)
     grouped["attention.rope_dim"] = int(grouped["attention.head_dim"] * partial)
     return {"model.bias": False, **_expert_settings(content), **grouped}
 
@@ -360,6 +395,9 @@ def _deepseek_keys(settings: Settings) -> dict[str, Any]:
 
 
 def _deepseek_settings(content: Content) -> Settings:
+    for name, value in {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}.items():
+        if content.get(name, value) != value:
+            raise UserError(f"{name}={content[name]}: only {value} is known")
     dense = content.get("first_k_dense_replace", 3) >= content["num_hidden_layers"]
     activation = content.get("hidden_act", "silu")
     if activation != "silu" and not (activation == "relu" and dense):
@@ -367,7 +405,7 @@ def _deepseek_settings(content: Content) -> Settings:
     plain = {"mlp": "relu2" if activation == "relu" else "swiglu", "mlp.d_ff": content.get("intermediate_size")}
     experts = {key.setting: content.get(key.name, key.default) for key in EXPERT_KEYS}
     if not dense and ... in experts.values():
-        raise UserError("its experts are not described whole: n_routed_experts, num_experts_per_tok and their widths")
+        raise UserError(f"its experts are not described whole: it needs {', '.join(key.name for key in EXPERT_KEYS)}")
     biased = bool(content.get("attention_bias"))
     return {
         **(plain if dense else experts | _expert_settings(content)),
@@ -443,12 +481,12 @@ def _gpt2_settings(content: Content) -> Settings:
     }
 
 
-def _gpt2_fits(settings: Settings) -> str | None:
-    heads, width = settings["model.n_heads"], settings["model.d_model"]
-    if settings["attention.n_kv_heads"] != heads:
-        return f"attention.n_kv_heads={settings['attention.n_kv_heads']} (attention.n_kv_heads=all)"
-    if settings["attention.head_dim"] * heads != width:
-        return f"attention.head_dim={settings['attention.head_dim']} (attention.head_dim=null)"
+def _gpt2_fits(settings: Settings) -> Obstacle | None:
+    heads, kv_heads = settings["model.n_heads"], settings["attention.n_kv_heads"]
+    if kv_heads != heads:
+        return Obstacle("attention.n_kv_heads", kv_heads, "all")
+    if settings["attention.head_dim"] * heads != settings["model.d_model"]:
+        return Obstacle("attention.head_dim", settings["attention.head_dim"], None)
     return None
 
 
@@ -492,11 +530,11 @@ def family_of(config: ModelConfig) -> Family:
     if obstacles[nearest]:
         raise UserError(
             f"no family of transformers can express this model; the nearest, {nearest.model_type}, has no "
-            f"{', no '.join(obstacles[nearest])}"
+            f"{', no '.join(map(str, obstacles[nearest]))}"
         )
     return nearest
 
 
-def _weight(obstacle: str) -> int:
+def _weight(obstacle: Obstacle) -> int:
     """Another attention or MLP is further away than another setting of one."""
-    return 10 if obstacle.startswith(("attention=", "mlp=")) else 1
+    return 10 if obstacle.setting in ("attention", "mlp") else 1

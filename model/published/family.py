@@ -25,37 +25,25 @@ CHOICES = {GQAConfig: "gqa", MLAConfig: "mla"}
 CHOICES |= {SwiGLUConfig: "swiglu", ReLUConfig: "relu", ReLU2Config: "relu2", GELUConfig: "gelu", MoEConfig: "moe"}
 OF_MODEL = ("n_layers", "d_model", "n_heads", "context_length", "tie_embeddings", "position_embedding", "norm", "bias")
 # Keys of config.json that say nothing of what a model computes, or only how it is trained.
-WITHOUT_MEANING = {
-    *(
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "attn_pdrop",
-        "auto_map",
-        "aux_loss_alpha",
-        "bos_token_id",
-    ),
-    *(
-        "dtype",
-        "embd_pdrop",
-        "eos_token_id",
-        "ep_size",
-        "initializer_range",
-        "model_type",
-        "n_ctx",
-        "output_router_logits",
-    ),
-    *(
-        "num_nextn_predict_layers",
-        "pad_token_id",
-        "quantization_config",
-        "resid_pdrop",
-        "router_aux_loss_coef",
-        "seq_aux",
-    ),
-    *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
-    *("task_specific_params", "torch_dtype", "transformers_version", "use_cache", "vocab_size"),
-}
+WITHOUT_MEANING = """
+_name_or_path architectures attention_dropout attn_pdrop aux_loss_alpha auto_map bos_token_id dtype embd_pdrop
+eos_token_id ep_size initializer_range model_type n_ctx num_nextn_predict_layers output_router_logits pad_token_id
+quantization_config resid_pdrop router_aux_loss_coef seq_aux summary_activation summary_first_dropout
+summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
+vocab_size
+"""
+MAX_NUMBER = 2**31  # in a config.json
+
+
+class Obstacle(NamedTuple):
+    """A setting of a model that a family cannot express, and the one to choose instead."""
+
+    setting: str
+    value: Any
+    instead: Any
+
+    def __str__(self) -> str:
+        return f"{self.setting}={typed(self.value)} ({self.setting}={typed(self.instead)})"
 
 
 class Key(NamedTuple):
@@ -82,19 +70,18 @@ class Family:
     names: Literal["llama", "gpt2"] = "llama"
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of names that differ from Llama's
     gates: bool = False  # whether its MLP has a gate even where ours is relu2: relu(W x) · W x
-    fits: Callable[[Settings], str | None] = lambda settings: None  # what else it cannot express, and the way out
+    fits: Callable[[Settings], Obstacle | None] = lambda settings: None  # what else it cannot express
 
-    def obstacles(self, config: ModelConfig) -> list[str]:
-        """What it cannot express of a model: the settings that are not, and what to choose, as in `attention.window=8
-        (attention.window=null)`."""
+    def obstacles(self, config: ModelConfig) -> list[Obstacle]:
+        """What it cannot express of a model."""
         settings = settings_of(config)
         found = [
-            f"{setting}={typed(settings[setting])} ({setting}={typed(allowed[0])})"
+            Obstacle(setting, settings[setting], allowed[0])
             for setting, allowed in self.needs.items()
             if setting in settings and settings[setting] not in allowed
         ]
-        another = any(obstacle.startswith(("attention=", "mlp=")) for obstacle in found)
-        further = None if another else self.fits(settings)
+        comparable = not {one.setting for one in found} & {"attention", "attention.position", "mlp"}
+        further = self.fits(settings) if comparable else None
         return found if further is None else [*found, further]
 
     def config_json(self, config: ModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -111,18 +98,32 @@ class Family:
     def settings(self, content: Content) -> Settings:
         """Our settings of a config.json. Raises UserError for keys that are not known, or missing, and for what no
         setting of ours says."""
-        known = {key.name for key in self.keys} | self.reads | WITHOUT_MEANING
+        known = {key.name for key in self.keys} | self.reads | set(WITHOUT_MEANING.split())
         for name in content:
             if name not in known:
-                raise UserError(f"{name}={content[name]!r} is not known of {self.model_type}")
+                stated = f"{name}={str(content[name])[:80]}"
+                raise UserError(f"{stated} is not known of {self.model_type}: remove it if it changes nothing")
+        self._check_origin(content)
         only = {setting: allowed[0] for setting, allowed in self.needs.items() if len(allowed) == 1}
         found: Settings = {setting: value for setting, value in only.items() if not setting.startswith("mlp.")}
         for key in self.keys:
             value = content.get(key.name, key.default)
-            if value is ...:
+            if value is ... or (value is None and key.default is not None):
                 raise UserError(f"there is no {key.name}, without which no {self.model_type} can be built")
+            if not (value is None or type(value) in (bool, int, float)) or not -MAX_NUMBER < (value or 0) < MAX_NUMBER:
+                raise UserError(f"{key.name}={str(value)[:80]} is no number, or too large a one")
             found[key.setting] = value
         return found | self.read(content)
+
+    def _check_origin(self, content: Content) -> None:
+        """Raise UserError where code of its own, or another class, makes something else of these settings."""
+        architectures = content.get("architectures") or [self.architecture]
+        if architectures != [self.architecture]:
+            raise UserError(f"architectures={str(architectures)[:80]}: only {self.architecture} is known")
+        if content.get("auto_map") and self.model_type != "deepseek_v3":  # whose code became transformers'
+            raise UserError(
+                f"auto_map names code of its own, which is not run: remove it if this is a {self.model_type}"
+            )
 
     def entries(self, model: TransformerLM, content: Content) -> list[Entry]:
         """Where each tensor of a model, which may be on the meta device, lies in the files beside its config.json."""

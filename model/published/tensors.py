@@ -121,7 +121,7 @@ class Zeros(Entry):
 
 
 class Left(Entry):
-    """A bias of ours that the published model has no place for: it can be left out where it is zero."""
+    """A tensor of ours, a bias, that the published model has no place for: it can be left out where it is zero."""
 
     def __init__(self, ours: str, shape: Sequence[int]):
         self.ours, self.published = (ours,), ()

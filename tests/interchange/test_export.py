@@ -21,7 +21,7 @@ def exported(model, folder, monkeypatch, **options):
     tokenizer = BPEConfig(vocab_size=VOCAB, train_bytes=2**16, cut="exact").train(["def f(x):\n    return x\n" * 50])
     tokenizer.tokens = tokenizer.tokens[: VOCAB - 1]
     monkeypatch.setattr(hf_folder, "load_run", lambda run, which: (model, tokenizer))
-    monkeypatch.setattr(hf_folder, "card", lambda run, family, dtype: "")
+    monkeypatch.setattr(hf_folder, "card", lambda run, which, family, dtype: "")
     return hf_folder.export(folder / "run", folder / "out", **options)
 
 
@@ -41,7 +41,7 @@ def test_exported_model_has_its_logits_in_transformers_and_here(name, tmp_path, 
 def test_exported_files_hold_at_most_so_many_bytes_and_lower_precision(tmp_path, monkeypatch):
     model = ours(["attention=gqa"])
     found = exported(model, tmp_path, monkeypatch, dtype="bf16", file_bytes=60_000)
-    shards = [tmp_path / "out" / name for name in found.files if name.startswith("model-")]
+    shards = [tmp_path / "out" / name for name in found.weights]
     assert len(shards) > 2 and all(shard.stat().st_size <= 70_000 for shard in shards)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
@@ -151,7 +151,7 @@ BAD = {
     "a family": (["export", "run", "--to", "hf", "out", "--family", "opt"], "there is no such family"),
     "a folder": (["export", "run", "--to", "hf", "no/out"], "there is no folder no"),
     "an output": (["export", "run", "--to", "hf", "."], "is there already"),
-    "a size": (["export", "run", "--to", "hf", "out", "--file-bytes", "0"], "it must be 1 or more"),
+    "a size": (["export", "run", "--to", "hf", "out", "--file-bytes", "0"], "is not a whole number of at least 1"),
 }
 
 

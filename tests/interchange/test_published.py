@@ -1,6 +1,7 @@
 """Published models are read: logits and texts are those of transformers; what is damaged or unknown is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,8 +13,9 @@ from tokenizers import Tokenizer as Theirs
 
 from common.errors import UserError
 from data.tokenizers.load import load_tokenizer
+from model.published.families import _share
 from runtime.memory import allocated_peak
-from tests.interchange.published import THEIRS, VOCAB, save, theirs, transformers
+from tests.interchange.published import LINEAR, THEIRS, VOCAB, YARN, save, theirs, transformers
 from tests.support import assert_one_line, call, logits_of, relative_error, some_tokens
 from training.run.load import load_run
 from training.run.published import dequantised, load_published, look_at
@@ -53,6 +55,24 @@ def test_published_gpt2_without_a_prefix_and_with_its_constants_is_read(tmp_path
         assert relative_error(logits_of(load_run(f"hf:{folder}")[0], tokens), model(tokens).logits) <= 1e-4
 
 
+@pytest.mark.parametrize("context", [100, 4096])
+def test_published_model_of_any_context_is_read(context, tmp_path):
+    folder = save(theirs("qwen2", max_position_embeddings=context), tmp_path / "model")
+    assert load_run(f"hf:{folder}")[0].config.context_length == context
+
+
+def test_published_head_that_is_tied_and_differs_is_refused(tmp_path):
+    folder = save(theirs("llama tied, linear"), tmp_path / "model")
+    _replaced(folder, lambda all: {**all, "lm_head.weight": all["model.embed_tokens.weight"] + 1})
+    with pytest.raises(UserError, match=r"hold lm_head\.weight, which this model does not have"):
+        load_run(f"hf:{folder}")
+
+
+@pytest.mark.parametrize(("part", "whole"), [(30, 88), (30, 44), (102, 168), (16, 32)])
+def test_share_of_a_head_that_rotates_is_read_back(part, whole):
+    assert int(whole * _share(part, whole)) == part
+
+
 def test_dequantised_equals_the_product_of_each_number_and_the_scale_of_its_tile():
     numbers = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
     scales = torch.rand(3, 2)
@@ -76,10 +96,12 @@ def test_published_matrices_of_8_bit_numbers_are_read_with_their_scales(tmp_path
 
 def test_tokenizer_of_a_published_model_encodes_as_tokenizers_does(tmp_path):
     folder = save(theirs("llama"), tmp_path / "model")
-    _change(folder / "tokenizer.json", normalizer={"type": "NFC"}, added_tokens=ADDED)
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    _change(folder / "tokenizer.json", normalizer={"type": "NFC"}, added_tokens=ADDED, truncation=cut)
     tokenizer, text = load_tokenizer(folder / "tokenizer.json"), "def f(x):\n    return 'é' <|endoftext|>"
     expected = Theirs.from_file(str(folder / "tokenizer.json"))
     expected.encode_special_tokens = True
+    expected.no_truncation()
     assert tokenizer.encode(text).tolist() == expected.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.byte_lengths.sum() == 256 and tokenizer.decode([256, 97]) == "a"
@@ -161,6 +183,34 @@ def _truncated(folder):
     (folder / "model.safetensors").write_bytes(content[:-100])
 
 
+def _rope(scaling, **more):
+    return lambda folder: _change(folder / "config.json", rope_parameters={**scaling, **more})
+
+
+def _dangling(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("nowhere")
+
+
+def _pipe(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+
+
+def _tokenizer(**changes):
+    def change(folder):
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        _change(folder / "tokenizer.json", model={**model, **changes})
+
+    return change
+
+
+def _without_a_byte(folder):
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    del model["vocab"]["z"]
+    _change(folder / "tokenizer.json", model=model)
+
+
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
 FAULTS = {
     "weights pickled": (_pickled, "has its weights pickled"),
@@ -170,7 +220,7 @@ FAULTS = {
     "an empty index": (_index(), "has no weight_map"),
     "truncated weights": (_truncated, "model.safetensors is damaged"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "there is no"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "cannot be read"),
     "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
     "another model": (
@@ -186,6 +236,40 @@ FAULTS = {
     "another scaling": (
         lambda folder: _change(folder / "config.json", rope_parameters={"rope_type": "dynamic", "rope_theta": 9.0}),
         "rope_type=dynamic",
+    ),
+    "both spellings": (
+        lambda folder: _change(folder / "config.json", rope_scaling={"rope_type": "linear", "factor": 2.0}),
+        "say different things",
+    ),
+    "yarn with a factor of its own": (_rope(YARN, attention_factor=1.0), "attention_factor=1.0"),
+    "yarn with DeepSeek's scales": (_rope(YARN, mscale=1.0), "mscale=1.0"),
+    "a parameter of no scaling": (_rope(LINEAR, sharpness=2), "sharpness=2"),
+    "another class": (lambda folder: _change(folder / "config.json", architectures=["LlamaBiModel"]), "LlamaBiModel"),
+    "code of its own": (lambda folder: _change(folder / "config.json", auto_map={"AutoModel": "a.B"}), "auto_map"),
+    "a type that is a list": (lambda folder: _change(folder / "config.json", model_type=[]), "is not known"),
+    "an interpolation": (lambda folder: _change(folder / "config.json", hidden_size="${oc.env:HOME}"), "is no number"),
+    "null": (lambda folder: _change(folder / "config.json", intermediate_size=None), "there is no intermediate_size"),
+    "a number beyond all": (lambda folder: _change(folder / "config.json", num_hidden_layers=10**20), "too large"),
+    "an endless theta": (
+        lambda folder: _change(folder / "config.json", rope_parameters={"rope_theta": 10**400}),
+        "values",
+    ),
+    "a link to nothing": (_dangling, "cannot be read"),
+    "a pipe": (_pipe, "cannot be read"),
+    "numbers that are not finite": (
+        lambda folder: _replaced(folder, lambda all: {**all, Q_BIAS: torch.full((64,), torch.nan)}),
+        "not finite",
+    ),
+    "8-bit numbers without scales": (
+        lambda folder: _replaced(folder, lambda all: {**all, Q_BIAS: torch.ones(64).to(torch.float8_e4m3fn)}),
+        "needs scales",
+    ),
+    "nesting": (lambda folder: (folder / "tokenizer_config.json").write_text("[" * 9999), "is damaged"),
+    "a tokenizer that lacks a byte": (_without_a_byte, "it lacks 1 of the 256 bytes"),
+    "a tokenizer that draws": (_tokenizer(dropout=0.5), "dropout"),
+    "a tokenizer of lower case": (
+        lambda folder: _change(folder / "tokenizer.json", normalizer={"type": "Lowercase"}),
+        "normalizer Lowercase",
     ),
     "a width that is none": (lambda folder: _change(folder / "config.json", hidden_size=-64), "config.json: "),
     "heads of no number": (lambda folder: _change(folder / "config.json", num_attention_heads=0), "config.json: "),

@@ -1,7 +1,6 @@
 """Published models in a folder, in transformers' format, as `hf:DIR` names them: settings, tokenizer and weights. Read
 are config.json, tokenizer.json and safetensors files; nothing of the folder is executed or unpickled."""
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -12,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from common.atomic_io import exists, names_in, read_regular
+from common.atomic_io import names_in, open_regular
 from common.errors import UserError, reason
 from common.hf_names import folder_of
+from common.json_files import read_object
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
 from model.published.families import FAMILIES
@@ -29,6 +29,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALES = "_scale_inv"  # beside the name of a matrix of 8-bit numbers: what each of its tiles is multiplied by
 # Tensors that files hold and no model needs: constants of older versions, and those of multi-token prediction (below).
 CONSTANTS = re.compile(r"\.(inv_freq|masked_bias)$|\.attn\.bias$")
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_BLOCK = 2**16
+TABLES = ("embedding.weight", "head.weight")
+# What values of the wrong kind raise on their way through a family.
+UNFIT = (ArithmeticError, LookupError, AttributeError, TypeError, ValueError, RecursionError)
 
 log = logging.getLogger("headroom")
 
@@ -46,15 +52,17 @@ class Published(NamedTuple):
 def look_at(name: Path | str) -> Published:
     """What is in the folder behind `hf:`. Raises UserError where it is no model that this program can be."""
     folder = folder_of(name)
-    content = _object(folder / "config.json")
+    content = _config(folder)
     model_type = content.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{folder}/config.json: model_type={model_type} is not known: {', '.join(FAMILIES)}")
     try:
         run = compose(*_overrides(FAMILIES[model_type].settings(content)))
-    except (UserError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        fault = error if isinstance(error, UserError) else f"it is not what such a model has ({error})"
-        raise UserError(f"{folder}/config.json: {fault}") from None
+    except UserError as error:
+        raise UserError(f"{folder}/config.json: {error}") from None
+    except UNFIT as error:
+        fault = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"{folder}/config.json: its values are not what such a model has ({fault})") from None
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     rows = content.get("vocab_size")
     if type(rows) is not int or rows < tokenizer.vocab_size:
@@ -65,10 +73,18 @@ def look_at(name: Path | str) -> Published:
     return Published(folder, FAMILIES[model_type], content, run, tokenizer)
 
 
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return read_object(folder / "config.json", MAX_JSON_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no published model: there is no {folder / 'config.json'}") from None
+
+
 def _overrides(settings: Mapping[str, Any]) -> list[str]:
-    """Choices first, which the values of their settings follow."""
+    """Choices first, which the values of their settings follow. What the run has besides a model fits any of them."""
     fixed = {"model.dropout": 0.0, "model.zero_init": True, "model.own_logit_init": None, "attention.dropout": 0.0}
-    every = {**settings, **fixed}
+    window = settings["model.context_length"]
+    every = {**settings, **fixed, "batch_tokens": window, "eval_tokens": window, "micro_batch_size": 1}
     return [f"{name}={typed(value)}" for name, value in sorted(every.items(), key=lambda item: "." in item[0])]
 
 
@@ -84,10 +100,16 @@ def load_published(found: Published, config: ModelConfig) -> TransformerLM:
         model = allocate_empty(model)
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for entry in entries:
+            given = [files.read(name) for name in entry.published]
             try:
-                tensors = entry.unpack([files.read(name) for name in entry.published])
+                tensors = entry.unpack(given)
             except Misfit as error:
                 raise UserError(f"{found.folder}: {error}") from None
+            except (RuntimeError, IndexError, TypeError):
+                shapes = ", ".join(
+                    f"{name} {tuple(one.shape)}" for name, one in zip(entry.published, given, strict=True)
+                )
+                raise UserError(f"{found.folder}: {shapes[:300]}: other shapes than its config.json says") from None
             for name, tensor in zip(entry.ours, tensors, strict=True):
                 _fill(targets[name], tensor, ", ".join(entry.published) or name, found, is_table=name in TABLES)
     left = found.content["vocab_size"] - found.tokenizer.vocab_size
@@ -96,15 +118,14 @@ def load_published(found: Published, config: ModelConfig) -> TransformerLM:
     return model
 
 
-TABLES = ("embedding.weight", "head.weight")
-
-
 def _fill(target: Tensor, tensor: Tensor, name: str, found: Published, is_table: bool) -> None:
     """Copy a tensor; of a vocabulary, the rows of its tokens, and zeros behind them."""
     rows = found.tokenizer.vocab_size if is_table else len(target)
     expected = (found.content["vocab_size"] if is_table else rows, *target.shape[1:])
     if tuple(tensor.shape) != expected:
         raise UserError(f"{found.folder}: {name} has shape {tuple(tensor.shape)}, and its config.json says {expected}")
+    if not tensor.isfinite().all():
+        raise UserError(f"{found.folder}: {name} holds numbers that are not finite, of which nothing is learned")
     target[:rows].copy_(tensor[:rows])
     target[rows:].zero_()
 
@@ -118,7 +139,10 @@ class _Files:
         self.places: dict[str, tuple[str, str]] = {}  # by name: the file, and the name there
         for file, opened in self.open.items():
             for name in opened.keys():  # noqa: SIM118
-                self.places[self._full(name)] = (file, name)
+                full = self._full(name)
+                if full in self.places:
+                    raise UserError(f"{found.folder} holds {full} twice, in {self.places[full][0]} and {file}")
+                self.places[full] = (file, name)
 
     def _full(self, name: str) -> str:
         bare = self.found.family.names == "gpt2" and not name.startswith(("transformer.", "lm_head."))
@@ -132,31 +156,44 @@ class _Files:
             raise UserError(f"{folder}: its safetensors files lack {name}")
         layers = self.found.run.model.n_layers
         for name in sorted(self.places.keys() - wanted):
-            further = re.match(r"model\.layers\.(\d+)\.", name)
+            further = re.match(r"model\.layers\.(\d{1,9})\.", name)
             of_scale = name.endswith(SCALES) and name.removesuffix(SCALES) in wanted
-            of_tied = tied and name == "lm_head.weight"
+            of_tied = tied and name == "lm_head.weight" and self._is_embedding(name)
             predicts_further = further is not None and int(further[1]) >= layers
             if not (of_scale or of_tied or predicts_further or CONSTANTS.search(name)):
                 raise UserError(f"{folder}: its safetensors files hold {name}, which this model does not have")
+
+    def _is_embedding(self, name: str) -> bool:
+        """Whether a head that is tied is the embedding; one that differs would be lost."""
+        embedding = "transformer.wte.weight" if self.found.family.names == "gpt2" else "model.embed_tokens.weight"
+        return torch.equal(self.read(name), self.read(embedding))
 
     def read(self, name: str) -> Tensor:
         """In float32."""
         file, stored = self.places[name]
         tensor = self._tensor(file, stored)
-        if tensor.dtype == torch.float8_e4m3fn:
-            return self._dequantised(name, tensor)
-        if not tensor.is_floating_point():
-            raise UserError(f"{self.found.folder}/{file}: {stored} is {tensor.dtype}, which holds no weights")
-        return tensor.float()
+        scaled = name + SCALES in self.places
+        known = (torch.float8_e4m3fn,) if scaled else FLOATS
+        if tensor.dtype not in known:
+            fault = "is not known with scales" if scaled else "holds no weights, or needs scales"
+            raise UserError(f"{self.found.folder}/{file}: {stored} is {tensor.dtype}, which {fault}")
+        return self._dequantised(name, tensor) if scaled else tensor.float()
 
     def _dequantised(self, name: str, tensor: Tensor) -> Tensor:
-        if name + SCALES not in self.places:
-            raise UserError(f"{self.found.folder}: {name} is of 8-bit numbers, and there is no {name}{SCALES}")
-        stated = self.found.content.get("quantization_config") or {}
-        block = stated.get("weight_block_size")
-        if block is None or len(block) != 2:
-            raise UserError(f"{self.found.folder}/config.json: quantization_config states no weight_block_size")
-        return dequantised(tensor, self._tensor(*self.places[name + SCALES]).float(), block)
+        stated = self.found.content.get("quantization_config")
+        block = stated.get("weight_block_size") if isinstance(stated, dict) else None
+        scales = self._tensor(*self.places[name + SCALES]).float()
+        whole = (
+            isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= MAX_BLOCK for n in block)
+        )
+        if not whole or tensor.ndim != 2:
+            raise UserError(
+                f"{self.found.folder}: {name} has scales, and its config.json no weight_block_size for them"
+            )
+        tiles = tuple(-(-size // n) for size, n in zip(tensor.shape, block, strict=True))
+        if tuple(scales.shape) != tiles:
+            raise UserError(f"{self.found.folder}: {name}{SCALES} has shape {tuple(scales.shape)}, not {tiles}")
+        return dequantised(tensor, scales, block)
 
     def _tensor(self, file: str, name: str) -> Tensor:
         from safetensors import SafetensorError
@@ -175,25 +212,33 @@ def dequantised(tensor: Tensor, scales: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def _file_names(folder: Path) -> list[str]:
-    """The safetensors files of the folder, as its index names them. Raises UserError."""
-    if not exists(folder / INDEX):
-        if exists(folder / SINGLE):
-            return [SINGLE]
-        pickled = [name for name in sorted(names_in(folder)) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        if pickled:
-            raise UserError(
-                f"{folder} has its weights pickled ({pickled[0]}), which could run any code, and is not read: convert "
-                "them to safetensors with transformers, by save_pretrained"
-            )
-        raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}")
-    places = _object(folder / INDEX).get("weight_map")
+    """The safetensors files of the folder: the one of all tensors, or those that an index names. Raises UserError."""
+    try:
+        names = names_in(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {reason(error)}") from None
+    if SINGLE in names:
+        return [SINGLE]
+    if INDEX in names:
+        return _indexed(folder, names)
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled:
+        raise UserError(
+            f"{folder} has its weights pickled ({pickled[0]}), which could run any code, and is not read: convert "
+            "them to safetensors with transformers, by save_pretrained"
+        )
+    raise UserError(f"{folder} has neither {SINGLE} nor {INDEX}")
+
+
+def _indexed(folder: Path, there: Sequence[str]) -> list[str]:
+    places = read_object(folder / INDEX, MAX_JSON_BYTES).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise UserError(f"{folder / INDEX} is damaged: it has no weight_map")
     names = sorted({str(name) for name in places.values()})
     for name in names:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if "/" in name or not name.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX} names {name!r}, which is no safetensors file of its folder")
-        if not exists(folder / name):
+        if name not in there:
             raise UserError(f"{folder} is not whole: its index names {name}, which is not there")
     return names
 
@@ -202,21 +247,9 @@ def _opened(path: Path, held: ExitStack) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        open_regular(path).close()  # what is no file would be waited for
         return held.enter_context(safe_open(path, framework="pt"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError."""
-    try:
-        found = json.loads(read_regular(path, MAX_JSON_BYTES))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: it holds no object")
-    return found

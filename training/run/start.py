@@ -96,6 +96,10 @@ def config_from_base_run(base: Path, tree: Mapping[str, Any], typed: list[str]) 
     for key in (override.lstrip("+~").partition("=")[0] for override in typed):
         group = key.partition(".")[0]
         if _adds_indexer(key, settings["attention"], tree["attention"]):
+            if is_published(base):
+                raise UserError(
+                    f"{key} cannot add an indexer to {base}: begin a run with it, and then another with that"
+                )
             owned["attention"]["indexer"] = tree["attention"]["indexer"]
         elif group in owned or group == "position":  # which sets what the model owns
             _check_changeable(key, base, base_run, tokenizer.vocab_size)
