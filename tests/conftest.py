@@ -1,6 +1,7 @@
 """One thread per test process (they run side by side), and no network: what a test needs, it makes. PyTorch, which
 reads the number of threads from here, is not imported: the process that hands out the tests does without."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -20,6 +21,8 @@ import logging
 from pathlib import Path
 
 import pytest
+
+os.fsync = lambda file: None  # no test loses power, and to wait for the disk thousands of times takes its time
 
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
@@ -47,6 +50,13 @@ def pytest_collection_modifyitems(items):
         if item.path.is_relative_to(here):
             tier = tier_of(item.path.relative_to(here))
             item.add_marker("system" if tier == "unit" and "workplace" in item.fixturenames else tier)
+
+
+def pytest_collection_finish(session):
+    """What is imported stays: no collection of garbage looks through it again, of which predicting memory asks for
+    one each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def tier_of(path: Path) -> str:
