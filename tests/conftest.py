@@ -27,6 +27,7 @@ os.fsync = lambda file: None  # no test loses power, and to wait for the disk th
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
 
+looked_through = 0  # how many modules there were when garbage was last told from what stays
 TIERS = {  # of files and folders; all else is unit, but for what runs programs, in a workplace
     "laws": [
         *(f"model/test_{part}.py" for part in ("flat_model", "flex", "kernels", "loss", "moe", "stats")),
@@ -52,13 +53,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker("system" if tier == "unit" and "workplace" in item.fixturenames else tier)
 
 
-def pytest_collection_finish(session):
-    """What is imported stays: no collection of garbage looks through it again, of which predicting memory asks for
-    one each time."""
-    gc.collect()
-    gc.freeze()
-
-
 def tier_of(path: Path) -> str:
     """Of a file under tests/."""
     inside = [tier for tier, places in TIERS.items() if any(path.is_relative_to(place) for place in places)]
@@ -80,6 +74,18 @@ def heard():
     logger.handlers[:] = []
     logger.propagate = True
     logger.setLevel(logging.NOTSET)  # sample.py leaves WARNING
+
+
+@pytest.fixture(autouse=True)
+def imported_for_good():
+    """What is imported stays, and is kept from collections of garbage, of which each prediction of memory asks for one:
+    they would take longer than the rest of it."""
+    yield
+    global looked_through
+    if len(sys.modules) > looked_through + 100:
+        looked_through = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

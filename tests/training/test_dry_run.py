@@ -15,6 +15,23 @@ from tests.support import QUICK, ROOT, SMOKE, call, composed_run
 from training.losses import mean_loss
 
 VOCAB, CPU = 100, torch.device("cpu")
+ASIDE = {"steps": 1, "data": None, "tokenizer": None, "cache_dir": None, "run_dir": None}  # of no weight in a step
+PREDICTED = {}  # the memory of runs
+
+
+@pytest.fixture(autouse=True)
+def predicted_once(monkeypatch):
+    """To predict memory takes most of a dry run, and is the same for runs of the same step."""
+    dry_run = importlib.import_module("training.dry_run")
+    predict = dry_run.memory
+
+    def remembered(run, *rest):
+        key = (repr(run.model_copy(update=ASIDE)), *rest)
+        if key not in PREDICTED:
+            PREDICTED[key] = predict(run, *rest)
+        return PREDICTED[key]
+
+    monkeypatch.setattr(dry_run, "memory", remembered)
 
 
 def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,17 @@ import torch.distributed as dist
 
 import train
 from common import process, ranks
+from common.conf_files import choices
+from common.overrides import hydra_arguments
 from generation import preview
 from runtime.world import ProcessGroup
+from tests.composition import request_of
 from training.monitor import monitor
+from training.run.composer import choice
 
 # What two seconds of each process would go into, were it not there before they are forked.
-IMPORTED = ("torch._dynamo", "torch.distributed.checkpoint", "training.parallel.fsdp", "training.run.start")
+IMPORTED = ("torch._dynamo", "torch.distributed.checkpoint", "training.parallel.fsdp")
+IMPORTED += tuple(f"training.{name}" for name in ("dry_run", "measure", "optim.muon", "run.start", "session"))
 TIMEOUT = 300  # seconds
 GRACE = 20  # seconds that a process gets to end after SIGTERM
 
@@ -39,6 +45,8 @@ def forking() -> BaseContext:
     """What starts processes that need import nothing again."""
     for module in IMPORTED:
         importlib.import_module(module)
+    for name in choices("attention"):  # which a run's opening lines compare
+        choice("attention", name)
     return multiprocessing.get_context("fork")
 
 
@@ -98,6 +106,8 @@ class Training:
         unless given. arrange(rank): called in each process first."""
         self.folder = folder
         context, port = forking(), free_port()
+        with suppress(Exception):  # which each process meets itself
+            request_of(hydra_arguments(words))
         self.processes = [
             context.Process(target=_train, args=(rank, count, port, folder, words, arrange))
             for rank in (range(count) if start is None else start)
@@ -155,6 +165,7 @@ def _train(rank: int, count: int, port: int, folder: Path, words: Sequence[str],
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = ["train.py", *words]
+    train.compose_request = request_of
     monitor.plot_loss = lambda folder: None
     preview.MAX_NEW_TOKENS = 4
     torch.set_num_threads(1)
