@@ -13,6 +13,7 @@ from data.shards.prepare import prepare
 from model import cost
 from tests.support import QUICK, ROOT, SMOKE, call, composed_run
 from training.losses import mean_loss
+from training.step_memory import StepMemory
 
 VOCAB, CPU = 100, torch.device("cpu")
 ASIDE = {"steps": 1, "data": None, "tokenizer": None, "cache_dir": None, "run_dir": None}  # of no weight in a step
@@ -106,11 +107,12 @@ def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """No step can be timed, which saves a dry run its seconds."""
+    """No step can be timed, nor is its memory predicted, which saves a dry run its seconds."""
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
+    monkeypatch.setattr("training.dry_run.memory", lambda *_: StepMemory(1, 1, 1, 1, 1, 1, 1))
     monkeypatch.setattr("training.step_time.train_step", full)
 
 
