@@ -1,6 +1,7 @@
 """One thread per test process (they run side by side), and no network: what a test needs, it makes. PyTorch, which
 reads the number of threads from here, is not imported: the process that hands out the tests does without."""
 
+import gc
 import os
 import sys
 import tempfile
@@ -21,9 +22,12 @@ from pathlib import Path
 
 import pytest
 
+os.fsync = lambda file: None  # no test loses power, and to wait for the disk thousands of times takes its time
+
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
 
+looked_through = 0  # how many modules there were when garbage was last told from what stays
 TIERS = {  # of files and folders; all else is unit, but for what runs programs, in a workplace
     "laws": [
         *(f"model/test_{part}.py" for part in ("flat_model", "flex", "kernels", "loss", "moe", "stats")),
@@ -70,6 +74,18 @@ def heard():
     logger.handlers[:] = []
     logger.propagate = True
     logger.setLevel(logging.NOTSET)  # sample.py leaves WARNING
+
+
+@pytest.fixture(autouse=True)
+def imported_for_good():
+    """What is imported stays, and is kept from collections of garbage, of which each prediction of memory asks for one:
+    they would take longer than the rest of it."""
+    yield
+    global looked_through
+    if len(sys.modules) > looked_through + 100:
+        looked_through = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(autouse=True)

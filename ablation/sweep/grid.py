@@ -5,6 +5,7 @@ same cells again. A setting that only some choices have is marked: `if:attention
 exists, and cells that would differ in nothing else are one.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -111,19 +112,23 @@ def _distinct(word: str, values: list[Override]) -> list[Override]:
 
 
 def _varying_of_experiment(fixed: Sequence[Override], typed: set[str]) -> list[Varying]:
-    """What varies by an experiment's file, as hydra.sweeper.params, where the command line does not give it."""
+    """What varies by an experiment's file, where the command line does not give it."""
+    experiments = [one.word for one in fixed if one.key == "experiment"]
+    params = _sweeper_params(*experiments) if experiments else {}
+    return _parsed([f"{key}={value}" for key, value in params.items() if key not in typed])[1]
+
+
+@functools.cache
+def _sweeper_params(*experiments: str) -> dict[str, Any]:
+    """hydra.sweeper.params in the files of experiments."""
     from hydra import compose
     from hydra.errors import HydraException
 
-    experiments = [one.word for one in fixed if one.key == "experiment"]
-    if not experiments:
-        return []
     try:
         with hydra_initialized():
-            params = compose("train", experiments, return_hydra_config=True).hydra.sweeper.params or {}
+            return dict(compose("train", list(experiments), return_hydra_config=True).hydra.sweeper.params or {})
     except HydraException:  # composing the cells says what is wrong
-        return []
-    return _parsed([f"{key}={value}" for key, value in params.items() if key not in typed])[1]
+        return {}
 
 
 def _cells(fixed: Sequence[Override], varying: Sequence[Varying], optional: set[str]) -> Iterator[PlannedCell]:

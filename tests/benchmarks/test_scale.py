@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from benchmarks import scale
 from common.errors import UserError
+from tests.training.parallel.together import forking
 
 SMALL = [*("--models", "mini", "--rounds", "2", "--steps", "1", "--vocab", "100"), "--set", "batch_tokens=512"]
 
@@ -18,6 +19,7 @@ def call(monkeypatch, *options: str) -> None:
 
 
 def test_scale_times_both_plans_in_the_same_processes(workplace, monkeypatch, capfd):
+    forking()  # so that no process imports what the others do
     monkeypatch.setattr(scale, "LOOKS", 1)
     call(monkeypatch, "--processes", "1", "2", "--json", "s.json")
     rows = json.loads((workplace / "s.json").read_text())["rows"]

@@ -53,7 +53,7 @@ def text(model, prompt: list[int], step: CompiledStep | None, tokens: int = 40) 
             ["attention=gqa", "model.position_embedding=learned"], Auto(), id="learned flat", marks=pytest.mark.slow
         ),
         pytest.param(["attention=mqa", "attention.window=4"], Auto(), id="window general", marks=pytest.mark.slow),
-        pytest.param(["attention=dsa", "attention.indexer.top_k=4"], Auto(), id="dsa general"),
+        pytest.param(["attention=dsa", "attention.indexer.top_k=4"], Auto(), id="dsa general", marks=pytest.mark.slow),
     ],
 )
 def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, kernel, caplog):
@@ -71,10 +71,10 @@ def test_compiled_step_traces_once_for_texts_of_all_lengths(traced, attention, k
     assert kind is (FlatModel if flat else TransformerLM)
 
 
-@pytest.mark.parametrize("case", [["attention=dsa"], ["attention=gqa"]], ids=" ".join)
-def test_compiled_step_that_begins_to_choose_keys_traces_once_more(traced, case):
+@pytest.mark.parametrize("attention", ["dsa", pytest.param("gqa", marks=pytest.mark.slow)])
+def test_compiled_step_that_begins_to_choose_keys_traces_once_more(traced, attention):
     """A text of 3 tokens and then 43, of which an indexer chooses 8."""
-    model = small_model(*case, "attention.indexer.top_k=8", kernel=Auto())
+    model = small_model(f"attention={attention}", "attention.indexer.top_k=8", kernel=Auto())
     step = compiled(40)
     with torch._dynamo.config.patch(error_on_recompile=False):
         assert text(model, [1, 2, 3], step) == text(model, [1, 2, 3], None)

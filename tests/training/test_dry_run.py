@@ -13,8 +13,26 @@ from data.shards.prepare import prepare
 from model import cost
 from tests.support import QUICK, ROOT, SMOKE, call, composed_run
 from training.losses import mean_loss
+from training.step_memory import StepMemory
 
 VOCAB, CPU = 100, torch.device("cpu")
+ASIDE = {"steps": 1, "data": None, "tokenizer": None, "cache_dir": None, "run_dir": None}  # of no weight in a step
+PREDICTED = {}  # the memory of runs
+
+
+@pytest.fixture(autouse=True)
+def predicted_once(monkeypatch):
+    """To predict memory takes most of a dry run, and is the same for runs of the same step."""
+    dry_run = importlib.import_module("training.dry_run")
+    predict = dry_run.memory
+
+    def remembered(run, *rest):
+        key = (repr(run.model_copy(update=ASIDE)), *rest)
+        if key not in PREDICTED:
+            PREDICTED[key] = predict(run, *rest)
+        return PREDICTED[key]
+
+    monkeypatch.setattr(dry_run, "memory", remembered)
 
 
 def test_dry_run_prints_the_costs_and_leaves_no_run(workplace, monkeypatch, capsys):
@@ -92,11 +110,12 @@ def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """No step can be timed, which saves a dry run its seconds."""
+    """No step can be timed, nor is its memory predicted, which saves a dry run its seconds."""
 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
 
+    monkeypatch.setattr("training.dry_run.memory", lambda *_: StepMemory(1, 1, 1, 1, 1, 1, 1))
     monkeypatch.setattr("training.step_time.train_step", full)
 
 

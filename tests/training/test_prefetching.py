@@ -17,23 +17,6 @@ OPTIONS = [*SMOKE, "model.dropout=0.1", "micro_batch_size=4", "document_mask=tru
 OPTIONS += ["data.size=12", "steps=12", "save_every=5", "eval_every=5", "eval_tokens=256"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A folder with a run that nothing disturbed, and its corpus."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call("train", [*OPTIONS, "run_dir=whole"], patch) == 0
-    return folder
-
-
-@pytest.fixture
-def whole(finished, workplace):
-    """A copy of it, in the folder to work in."""
-    shutil.copytree(finished, workplace, dirs_exist_ok=True)
-    return workplace
-
-
 @pytest.fixture
 def in_step(monkeypatch):
     """Call it with a function that is called once, within the step of a run after six others."""
@@ -55,7 +38,7 @@ def readers() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
-def test_run_with_prefetch_is_the_run_without(whole, monkeypatch):
+def test_run_with_prefetch_is_the_run_without(whole, workplace, monkeypatch):
     read = []
 
     def next_batches(session):
@@ -65,7 +48,7 @@ def test_run_with_prefetch_is_the_run_without(whole, monkeypatch):
     monkeypatch.setattr(Session, "next_batches", next_batches)
     assert call("train", [*OPTIONS, "run_dir=run"], monkeypatch) == 0
     assert read == list(range(12))
-    assert_same_run(whole / "whole", whole / "run", step=12)
+    assert_same_run(whole, workplace / "run", step=12)
 
 
 def test_run_reads_ahead_while_it_trains_and_leaves_no_thread(whole, monkeypatch, in_step):
@@ -76,16 +59,16 @@ def test_run_reads_ahead_while_it_trains_and_leaves_no_thread(whole, monkeypatch
 
 
 @pytest.mark.parametrize(("times", "code"), [(1, 130), (2, 130)], ids=["stopped", "stopped at once"])
-def test_run_that_is_stopped_leaves_no_thread_and_resumes_equal(whole, monkeypatch, in_step, times, code):
+def test_run_that_is_stopped_leaves_no_thread_and_resumes_equal(whole, workplace, monkeypatch, in_step, times, code):
     in_step(lambda: [signal.raise_signal(signal.SIGINT) for _ in range(times)])
     assert call("train", [*OPTIONS, "run_dir=run"], monkeypatch) == code
     assert not readers()
     assert call("train", ["resume=run"], monkeypatch) == 0
-    assert_same_run(whole / "whole", whole / "run", step=12)
+    assert_same_run(whole, workplace / "run", step=12)
 
 
-def test_shard_cut_short_amid_a_run_is_one_line_and_leaves_no_thread(whole, monkeypatch, capsys, in_step):
-    (shard,) = whole.glob("cache/*/train_00000.tokens")
+def test_shard_cut_short_amid_a_run_is_one_line_and_leaves_no_thread(whole, workplace, monkeypatch, capsys, in_step):
+    (shard,) = workplace.glob("cache/*/train_00000.tokens")
     in_step(lambda: os.truncate(shard, 5000))
     capsys.readouterr()
     assert call("train", [*OPTIONS, "run_dir=run"], monkeypatch) == 2
@@ -95,4 +78,4 @@ def test_shard_cut_short_amid_a_run_is_one_line_and_leaves_no_thread(whole, monk
     assert not readers()
     shutil.rmtree(shard.parent)
     assert call("train", ["resume=run"], monkeypatch) == 0
-    assert_same_run(whole / "whole", whole / "run", step=12)
+    assert_same_run(whole, workplace / "run", step=12)

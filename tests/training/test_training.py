@@ -331,7 +331,7 @@ def test_maybe_compiled_with_a_failing_backward_runs_eagerly(caplog, monkeypatch
 
 @pytest.mark.parametrize(
     "attention",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gqa", "mla"))) for name in ATTENTIONS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "gqa")) for name in ATTENTIONS],  # mla: test_activations.py
 )
 def test_compiled_loss_has_the_same_gradients(attention):
     layers = 2 if attention == "stack" else 1  # of each kind

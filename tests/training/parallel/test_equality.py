@@ -8,13 +8,15 @@ from data.batches import Batch
 from model.initialise import initialised
 from runtime.precision import DTYPES
 from runtime.world import ONE, World
+from tests.support import composed_run
 from tests.training.parallel.together import together
 from training.parallel.gather import whole_model
-from training.run.config import Run, compose
+from training.run.config import Run
 from training.state import TrainState
 from training.step import accumulate_gradients, train_step
 
-VOCAB, LENGTH, STEPS, MICRO_BATCHES = 75, 32, 20, 4
+VOCAB, LENGTH, MICRO_BATCHES = 75, 32, 4
+FEW, SOME, STEPS = 4, 10, 20
 MODELS = {
     "gqa": ("attention=gqa", "model.tie_embeddings=false", "model.qk_norm=false", "optim.qk_clip=0.3"),
     "mha": ("attention=mha", "clip_norm=0.1", "model.norm=layer", "model.bias=true"),
@@ -28,7 +30,8 @@ PLANS = ("ddp", "fsdp")
 
 def run_of(model: str, optim: str, plan: str = "none") -> Run:
     shape = (f"model.context_length={LENGTH}", f"batch_tokens={LENGTH}", "eval_tokens=64")
-    run = compose("experiment=smoke", "tokenizer=byte", f"optim={optim}", *MODELS[model], *shape, f"parallel={plan}")
+    parts = f"optim={optim}", *MODELS[model], f"parallel={plan}"
+    run = composed_run("experiment=smoke", "tokenizer=byte", *parts, *shape)
     return run.model_copy(update={"precision": "fp32"})
 
 
@@ -80,41 +83,37 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(float((found[name] - one).norm() / one.norm().clamp(min=1e-6)) for name, one in expected.items())
 
 
-def trained(world: World, model: str, optim: str, plan: str, dtype: torch.dtype, steps: int = STEPS) -> tuple:
+def trained(world: World, run: Run, dtype: torch.dtype, steps: int) -> tuple:
     """Gradients of the first step, weights after all steps, and the loss of each, as several processes have them."""
-    state = state_of(run_of(model, optim, plan), world, dtype)
+    state = state_of(run, world, dtype)
     first = gradients(state)
     losses = [train_step(state, batches_of(step, world), 1.0).loss.item() for step in range(steps)]
     return first, weights(state), losses
 
 
-def all_trained(world: World, cases: list[tuple], dtype: torch.dtype, steps: int = STEPS) -> list[tuple]:
-    return [trained(world, *case, dtype, steps) for case in cases]
+def all_trained(world: World, runs: list[Run], dtype: torch.dtype, steps: int) -> list[tuple]:
+    return [trained(world, run, dtype, steps) for run in runs]
 
 
-def check_equal(cases: list[tuple[str, str, str]], steps: int = STEPS) -> None:
+def check_equal(cases: list[tuple[str, str, str]], steps: int) -> None:
     """Of models, optimizers and plans: gradients within 1e-9 and weights after some steps within 1e-7 of those of one
     process, in float64."""
-    found, _ = together(2, all_trained, cases, torch.float64, steps)
+    found, _ = together(2, all_trained, [run_of(*case) for case in cases], torch.float64, steps)
     for (model, optim, plan), (first, after, losses) in zip(cases, found, strict=True):
-        one = trained(ONE, model, optim, "none", torch.float64, steps)
+        one = trained(ONE, run_of(model, optim), torch.float64, steps)
         assert distance(first, one[0]) < 1e-9, (model, optim, plan)
         assert distance(after, one[1]) < 1e-7, (model, optim, plan)
         assert losses == pytest.approx(one[2], abs=1e-5)
 
 
-FAST = [("gqa", "muon", "ddp"), ("gqa", "muon", "fsdp"), ("moe", "adamw", "fsdp")]
-
-
 def test_two_processes_train_what_one_would():
-    check_equal(FAST)
+    check_equal([("gqa", "muon", "ddp"), ("gqa", "muon", "fsdp"), ("moe", "adamw", "fsdp")], FEW)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_two_processes_train_what_one_would_with_every_attention(model):
-    cases = [(model, optim, plan) for optim in ("adamw", "muon") for plan in PLANS]
-    check_equal([case for case in cases if case not in FAST])
+    check_equal([(model, optim, plan) for optim in ("adamw", "muon") for plan in PLANS], STEPS)
 
 
 def test_planted_fault_of_unequal_shares_is_caught(monkeypatch):
@@ -129,7 +128,7 @@ def reordered(dtype: torch.dtype) -> list[tuple]:
     results = []
     for order in (1, -1):
         state = state_of(run_of("gqa", "adamw"), ONE, dtype)
-        losses = [train_step(state, batches_of(step)[::order], 1.0).loss.item() for step in range(STEPS)]
+        losses = [train_step(state, batches_of(step)[::order], 1.0).loss.item() for step in range(SOME)]
         results.append((losses, weights(state)))
     return results
 
@@ -138,9 +137,8 @@ def test_float32_processes_stay_as_near_as_one_with_its_micro_batches_in_another
     dtype = DTYPES["fp32"]
     (losses, after), (other_losses, other) = reordered(dtype)
     usual = max(distance(other, after), 1e-6)
-    for plan, (first, theirs, their_losses) in zip(
-        PLANS, together(2, all_trained, [("gqa", "adamw", plan) for plan in PLANS], dtype)[0], strict=True
-    ):
+    found, _ = together(2, all_trained, [run_of("gqa", "adamw", plan) for plan in PLANS], dtype, SOME)
+    for plan, (first, theirs, their_losses) in zip(PLANS, found, strict=True):
         one = gradients(state_of(run_of("gqa", "adamw"), ONE, dtype))
         assert distance(first, one) < 1e-5, plan
         assert their_losses[0] == pytest.approx(losses[0], abs=1e-5)

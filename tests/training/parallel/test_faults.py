@@ -8,19 +8,11 @@ import sys
 
 import pytest
 
-from tests.support import SMOKE, changed
+from tests.support import QUICK, changed
 from tests.training.parallel.together import Training, train_together
 from tests.training.runs import assert_same_run
 
-TINY = [
-    *SMOKE,
-    "steps=8",
-    "save_every=2",
-    "eval_every=4",
-    "micro_batch_size=2",
-    "batch_tokens=512",
-    "model.dropout=0.1",
-]
+TINY = [*QUICK, "steps=8", "save_every=2", "eval_every=4", "micro_batch_size=1", "model.dropout=0.1"]
 
 
 def line_of(ended) -> str:
@@ -89,7 +81,7 @@ def test_processes_that_disagree_are_told(tmp_path):
 
 
 def test_batch_that_processes_cannot_share_is_refused(tmp_path):
-    ended = train_together(tmp_path, *changed(TINY, "batch_tokens=320", "micro_batch_size=1", "parallel=ddp"))
+    ended = train_together(tmp_path, *changed(TINY, "batch_tokens=320", "parallel=ddp"))
     assert "holds 5 sequences, which 2 processes cannot share evenly: choose 1 processes" in line_of(ended)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from common.errors import UserError
 from runtime.world import ONE, World
-from tests.training.parallel.test_equality import VOCAB, batches_of, run_of, state_of, weights
+from tests.training.parallel.test_equality import PLANS, VOCAB, batches_of, run_of, state_of, weights
 from tests.training.parallel.together import together
 from training.run import checkpoint
 from training.run.checkpoint import MODEL, OPTIMIZER
@@ -44,7 +44,7 @@ def next_step(world: World, folder, model: str, plan: str) -> tuple[float, dict[
 
 
 def next_steps(world: World, folder, model: str) -> list[tuple]:
-    return [next_step(world, folder, model, plan) for plan in ("ddp", "fsdp")]
+    return [next_step(world, folder, model, plan) for plan in PLANS]
 
 
 @pytest.fixture(scope="module", params=["gqa", pytest.param("moe", marks=pytest.mark.slow)])
@@ -52,6 +52,8 @@ def stored(request, tmp_path_factory):
     """A folder with a checkpoint of two processes that share the model, what it is a model of, and its weights. Neither
     its vocabulary nor its heads divide evenly among them."""
     folder = tmp_path_factory.mktemp(request.param)
+    for plan in PLANS:  # composed once, for all processes
+        run_of(request.param, "muon", plan)
     return folder, request.param, together(2, saved, folder, request.param, "fsdp")[0]
 
 

@@ -1,5 +1,6 @@
 """Processes that train together, for tests: forked, so that none of them imports anything again."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +20,17 @@ import torch.distributed as dist
 
 import train
 from common import process, ranks
+from common.conf_files import choices
+from common.overrides import hydra_arguments
+from generation import preview
 from runtime.world import ProcessGroup
+from tests.composition import request_of
+from training.monitor import monitor
+from training.run.composer import choice
 
+# What two seconds of each process would go into, were it not there before they are forked.
+IMPORTED = ("torch._dynamo", "torch.distributed.checkpoint", "training.parallel.fsdp")
+IMPORTED += tuple(f"training.{name}" for name in ("dry_run", "measure", "optim.muon", "run.start", "session"))
 TIMEOUT = 300  # seconds
 GRACE = 20  # seconds that a process gets to end after SIGTERM
 
@@ -29,10 +41,19 @@ def free_port() -> int:
         return held.getsockname()[1]
 
 
+def forking() -> BaseContext:
+    """What starts processes that need import nothing again."""
+    for module in IMPORTED:
+        importlib.import_module(module)
+    for name in choices("attention"):  # which a run's opening lines compare
+        choice("attention", name)
+    return multiprocessing.get_context("fork")
+
+
 def together(count: int, function: Callable[..., Any], *given: Any) -> list[Any]:
     """Call function(world, *given) in so many processes -> what each returns, by rank. Raises AssertionError with the
     traceback of one in which it raised."""
-    context = multiprocessing.get_context("fork")
+    context = forking()
     port, results = free_port(), [context.Pipe() for _ in range(count)]
     processes = [
         context.Process(target=_in_process, args=(rank, count, port, results[rank][1], function, given))
@@ -75,15 +96,18 @@ class Ended(NamedTuple):
 
 
 class Training:
-    """python train.py in several processes, as torchrun would start them, but forked from this one."""
+    """python train.py in several processes, as torchrun would start them, but forked from this one. As little is drawn
+    and written at the end as by `tests.support.call`."""
 
     def __init__(
         self, folder: Path, words: Sequence[str], count: int = 2, start: Sequence[int] | None = None, arrange=None
     ):
-        """folder: for their output, and to train in. start: the ranks to start, all unless given. arrange(rank): called
-        in each process first."""
+        """folder: for their output, and to train in. count: 1 is as without torchrun. start: the ranks to start, all
+        unless given. arrange(rank): called in each process first."""
         self.folder = folder
-        context, port = multiprocessing.get_context("fork"), free_port()
+        context, port = forking(), free_port()
+        with suppress(Exception):  # which each process meets itself
+            request_of(hydra_arguments(words))
         self.processes = [
             context.Process(target=_train, args=(rank, count, port, folder, words, arrange))
             for rank in (range(count) if start is None else start)
@@ -97,6 +121,10 @@ class Training:
         while not path.exists():
             assert time.monotonic() < end and any(one.is_alive() for one in self.processes), self.ended()
             time.sleep(0.01)
+
+    def poll(self) -> int | None:
+        """The exit code of the first; None while it runs."""
+        return self.processes[0].exitcode
 
     def send(self, number: int, *of_ranks: int) -> None:
         for rank in of_ranks or range(len(self.processes)):
@@ -128,7 +156,8 @@ def train_together(folder: Path, *words: str, **options: Any) -> list[Ended]:
 
 
 def _train(rank: int, count: int, port: int, folder: Path, words: Sequence[str], arrange: Callable | None) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if count > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.chdir(folder)
     for number, name in ((1, f"{rank}.out"), (2, f"{rank}.err")):
         os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
@@ -136,6 +165,9 @@ def _train(rank: int, count: int, port: int, folder: Path, words: Sequence[str],
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     sys.argv = ["train.py", *words]
+    train.compose_request = request_of
+    monitor.plot_loss = lambda folder: None
+    preview.MAX_NEW_TOKENS = 4
     torch.set_num_threads(1)
     ranks.hush()
     process._owns_process = True

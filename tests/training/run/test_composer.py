@@ -237,12 +237,16 @@ def test_config_of_every_choice_loads_and_survives_storage(group):
         assert again == run and again.document_mask, name
 
 
-def one_of_each_class(group: str) -> list[str]:
-    """The choices of a group; of those that name the same class, or lie in the same folder, the first."""
-    first = {
-        content(group, name).get("_target_", name.rpartition("/")[0] or name): name for name in reversed(choices(group))
-    }
-    return list(first.values())
+def kind(group: str, name: str) -> Any:
+    """What the choices of a group have in common of which one stands for all: their class, their folder, or the groups
+    in which they choose."""
+    found, folder = content(group, name), name.rpartition("/")[0]
+    chosen = tuple(key for default in found.get("defaults", ()) if isinstance(default, dict) for key in default)
+    return found.get("_target_") or folder or (chosen if group == "experiment" else name)
+
+
+def one_of_each_kind(group: str) -> list[str]:
+    return list({kind(group, name): name for name in reversed(choices(group))}.values())
 
 
 def covering(offered: Callable[[str], list[str]]) -> Iterator[dict[str, str]]:
@@ -288,7 +292,7 @@ def refusal(tree: dict[str, Any]) -> str | None:
         return str(error)
 
 
-@pytest.mark.parametrize("offered", [one_of_each_class, pytest.param(choices, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offered", [one_of_each_kind, pytest.param(choices, marks=pytest.mark.slow)])
 def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
     """As kernel=flex by experiment=gpt2_124m, which compiles. What the command line chooses goes before what an
     experiment does, and whole: nothing that the experiment would have chosen instead is left in it, but for what is
