@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.compare_runs import same_run
-from benchmarks.kill import finish, start
+from benchmarks.kill import finish, start, written
 
 KILLS_PER_RUN = 5
 STEPS = 120
@@ -59,16 +59,14 @@ def main() -> None:
 
 
 def _under_fire(options: list[str], folder: Path, kills: int, lasts: float, draw: random.Random) -> Counter:
-    """Train to the end, with kills on the way -> the victims. lasts: seconds of a run, within which each falls."""
+    """Train to the end, with kills on the way -> the victims. lasts: seconds of a run, within which they fall."""
     met: Counter[str] = Counter()
     while True:
         resumed = (folder / "run/config.yaml").exists()
         process = start(["resume=run"] if resumed else options, folder)
         killed, workers = False, []
         if met.total() < kills:
-            end = time.monotonic() + draw.uniform(0.0, lasts)
-            while time.monotonic() < end and process.poll() is None:
-                time.sleep(0.01)
+            _wait_for_moment(process, folder / "run", lasts, draw)
             victim = draw.choice(sorted(VICTIMS))
             workers = _children(process.pid)
             if process.poll() is None and (workers or victim == "agent"):
@@ -80,6 +78,19 @@ def _under_fire(options: list[str], folder: Path, kills: int, lasts: float, draw
         _wait_for_end(workers)
         if process.returncode == 0 or "is complete at step" in err:
             return met
+
+
+def _wait_for_moment(process: subprocess.Popen, run: Path, lasts: float, draw: random.Random) -> None:
+    """Wait from the start of the processes, or from the first step on that they write, or until they have ended."""
+    if draw.random() < 0.5:
+        end = time.monotonic() + draw.uniform(0.0, lasts / 2)
+    else:
+        before = written(run)
+        while process.poll() is None and written(run) == before:
+            time.sleep(0.01)
+        end = time.monotonic() + draw.uniform(0.0, lasts / 4)
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(0.01)
 
 
 def _one(_agent: int, workers: list[int], draw: random.Random) -> list[int]:

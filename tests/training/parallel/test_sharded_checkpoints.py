@@ -72,7 +72,9 @@ def test_sharded_checkpoint_holds_the_weights_and_no_pickle(stored):
     assert max(sizes) < 0.7 * sum(sizes)
 
 
-def test_sharded_checkpoint_goes_on_in_one_process_and_in_others(stored):
+def test_sharded_checkpoint_goes_on_in_one_process_and_in_others(stored, monkeypatch):
+    # Where a processor has bfloat16 Muon multiplies in it, and what differs by rounding differs by its steps then.
+    monkeypatch.setattr("training.optim.muon.multiplies_bf16", lambda _: False)
     folder, model, _ = stored
     losses, after = zip(*[next_step(ONE, folder, model, "none")], strict=True)
     for found in together(4, next_steps, folder, model)[0]:
