@@ -693,20 +693,19 @@ def _parameter_names(state: TrainState) -> list[str]:
 
 def model_tensors(state: TrainState) -> dict[str, Tensor | Piece]:
     """The weights and buffers of a model as they are stored; of what is shared among processes, this one's rows."""
-    shards = state.precision.shards
-    if all(shard.is_whole for shard in shards.values()):
-        return state.model.state_dict()
     stored_rows = {
         f"{name}.weight": module.vocab_size
         for name, module in state.model.named_modules()
         if isinstance(module, PaddedEmbedding)
     }
-    weights = {name: _stored(shard, stored_rows.get(name)) for name, shard in shards.items()}
+    weights = {name: _stored(shard, stored_rows.get(name)) for name, shard in state.precision.shards.items()}
     return weights | dict(state.model.named_buffers())
 
 
 def _stored(shard: Shard, stored_rows: int | None = None) -> Tensor | Piece:
-    return shard.local.detach() if shard.is_whole else Piece.of(shard, stored_rows)
+    if not shard.is_whole:
+        return Piece.of(shard, stored_rows)
+    return shard.local.detach() if stored_rows is None else shard.local.detach()[:stored_rows]
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor | Piece]:
