@@ -47,14 +47,18 @@ def test_train_starts_no_process_where_all_would_refuse(workplace, monkeypatch, 
     assert complaint in err and len(err.splitlines()) == 1
 
 
-def test_fsdp_in_one_process_saves_what_others_read_and_goes_on(workplace, monkeypatch):
-    words = [*changed(TINY, "steps=4", "save_every=2"), "parallel=fsdp", "parallel.processes=1"]
-    assert call("train", [*words, "run_dir=whole"], monkeypatch) == 0
-    assert call("train", [*words, "run_dir=run"], monkeypatch) == 0
+def test_fsdp_in_one_process_saves_what_others_read_and_goes_on(workplace):
+    def run(*words: str) -> None:
+        [ended] = train_together(workplace, *words, count=1)
+        assert ended.code == 0, ended
+
+    words = [*changed(TINY, "steps=4", "save_every=2"), "parallel=fsdp"]
+    run(*words, "run_dir=whole")
+    run(*words, "run_dir=run")
     shutil.rmtree("run/checkpoints/step_00000004")
-    assert call("train", ["resume=run"], monkeypatch) == 0
+    run("resume=run")
     assert_same_run(workplace / "whole", workplace / "run", 4)
-    assert call("train", ["resume=run", "steps=5", "parallel=none"], monkeypatch) == 0
+    run("resume=run", "steps=5", "parallel=none")
 
 
 def start(words: list[str], *before: str) -> subprocess.Popen:
