@@ -1,7 +1,7 @@
 """Kills processes of runs that two train together (one of them, all, or the one that started them), resumes the runs,
 and compares each with the run that was left alone, bit for bit.
 
-python -m benchmarks.kill_processes               # 50 kills, about a quarter of an hour on two cores
+python -m benchmarks.kill_processes               # 50 kills, half an hour on two busy cores
 python -m benchmarks.kill_processes --kills 10 --seed 1
 """
 
