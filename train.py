@@ -5,6 +5,7 @@ python train.py attention=mla steps=300           # any setting of conf/ can be 
 python train.py --help
 """
 
+import copy
 import logging
 import os
 import sys
@@ -80,7 +81,27 @@ def processes_to_start(tree: dict, typed: list[str]) -> int:
         return 1
     from training.run.processes import processes_here
 
-    return processes_here(chosen, typed)
+    count = processes_here(chosen, typed)
+    if count > 1:
+        check_startable(count, copy.deepcopy(tree), typed)
+    return count
+
+
+def check_startable(processes: int, tree: dict, typed: list[str]) -> None:
+    """Raise UserError where so many processes would all refuse what a command asks for, before there are any."""
+    from training.minutes import check_one_process
+    from training.run.config import pop_command_settings
+    from training.run.processes import with_processes
+    from training.run.start import resolve_run
+
+    given = pop_command_settings(tree)
+    if given["minutes"] is not None:
+        check_one_process(given["minutes"], tree["parallel"])
+    logging.disable()  # what is to be warned of, the processes say
+    with ExitStack() as held:
+        held.callback(logging.disable, logging.NOTSET)
+        run, _ = resolve_run(tree, typed, held, given["resume"], locks=False)
+    with_processes(run, processes, typed)
 
 
 def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:

@@ -108,27 +108,27 @@ def train_under_fire(options: Sequence[str], folder: Path, kills: int, draw: ran
     run = folder / "run"
     while True:
         arguments = ["resume=run"] if (run / "config.yaml").exists() else [*options, "run_dir=run"]
-        writing, before = len(met) == 1 < kills, _written(run)
+        writing, before = len(met) == 1 < kills, written(run)
         process = start(arguments, folder, dies_at_checkpoint=2 if writing else None)
         if not writing and len(met) < kills:
             if not met or draw.random() < 0.25:
                 time.sleep(draw.uniform(0, 3))
             else:
-                while process.poll() is None and _written(run) == before:
+                while process.poll() is None and written(run) == before:
                     time.sleep(0.005)
                 time.sleep(draw.uniform(0, 0.7))
             process.send_signal(signal.SIGKILL)
         _, err = process.communicate(timeout=300)
         if process.returncode == -signal.SIGKILL:
             caught = writing or list(run.rglob(".writing-*"))
-            met.append("while writing" if caught else "starting up" if _written(run) == before else "training")
+            met.append("while writing" if caught else "starting up" if written(run) == before else "training")
         elif process.returncode == 0 or "is complete at step" in err:
             return met
         else:
             raise AssertionError(f"exit code {process.returncode}: {err}")
 
 
-def _written(run: Path) -> int | None:
+def written(run: Path) -> int | None:
     """When the run last wrote a row of metrics; None before the first."""
     metrics = run / "metrics.jsonl"
     return metrics.stat().st_mtime_ns if metrics.exists() else None

@@ -1,7 +1,7 @@
 """Kills processes of runs that two train together (one of them, all, or the one that started them), resumes the runs,
 and compares each with the run that was left alone, bit for bit.
 
-python -m benchmarks.kill_processes               # 50 kills, about a quarter of an hour on two cores
+python -m benchmarks.kill_processes               # 50 kills, half an hour on two busy cores
 python -m benchmarks.kill_processes --kills 10 --seed 1
 """
 
@@ -18,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.compare_runs import same_run
-from benchmarks.kill import finish, start
+from benchmarks.kill import finish, start, written
 
 KILLS_PER_RUN = 5
 STEPS = 120
 UNDER_FIRE = ["experiment=smoke", "model.dropout=0.1", f"steps={STEPS}", "batch_tokens=512", "micro_batch_size=2"]
 UNDER_FIRE += ["save_every=10", "eval_every=50", "eval_tokens=512", "tune_malloc=false", "data.size=100"]
-LATEST = 25.0  # seconds of a process's life in which it is killed
 PATIENCE = 120.0  # seconds in which all processes of a run must have ended after a kill
 
 
@@ -34,6 +33,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     args = parser.parse_args()
     draw, met, begun = random.Random(args.seed), Counter(), time.perf_counter()
+    lasts: dict[str, float] = {}  # seconds, of each plan
     with tempfile.TemporaryDirectory() as name:
         place, runs = Path(name), 0
         while met.total() < args.kills:
@@ -42,9 +42,11 @@ def main() -> None:
             whole, folder = place / plan, place / f"killed-{runs}"
             for one in (whole, folder):
                 one.mkdir(exist_ok=True)
-            if not (whole / "run").exists():
+            if plan not in lasts:
+                alone = time.perf_counter()
                 finish(start(options, whole))
-            met += _under_fire(options, folder, min(KILLS_PER_RUN, args.kills - met.total()), draw)
+                lasts[plan] = time.perf_counter() - alone
+            met += _under_fire(options, folder, min(KILLS_PER_RUN, args.kills - met.total()), lasts[plan], draw)
             if not same_run(whole / "run", folder / "run", STEPS):
                 raise SystemExit(f"after {met.total()} kills a run differs from the one left alone, parallel={plan}")
             runs += 1
@@ -56,26 +58,39 @@ def main() -> None:
     print("no process was left behind")
 
 
-def _under_fire(options: list[str], folder: Path, kills: int, draw: random.Random) -> Counter:
-    """Train to the end, with kills on the way -> the victims."""
+def _under_fire(options: list[str], folder: Path, kills: int, lasts: float, draw: random.Random) -> Counter:
+    """Train to the end, with kills on the way -> the victims. lasts: seconds of a run, within which they fall."""
     met: Counter[str] = Counter()
     while True:
         resumed = (folder / "run/config.yaml").exists()
         process = start(["resume=run"] if resumed else options, folder)
+        killed, workers = False, []
         if met.total() < kills:
-            end = time.monotonic() + draw.uniform(0.0, LATEST)
-            while time.monotonic() < end and process.poll() is None:
-                time.sleep(0.01)
+            _wait_for_moment(process, folder / "run", lasts, draw)
             victim = draw.choice(sorted(VICTIMS))
             workers = _children(process.pid)
             if process.poll() is None and (workers or victim == "agent"):
                 for pid in VICTIMS[victim](process.pid, workers, draw):
                     os.kill(pid, signal.SIGKILL)
                 met[victim] += 1
-        _, err = process.communicate(timeout=PATIENCE)
-        _wait_for_end(workers if met else [])
+                killed = True
+        _, err = process.communicate(timeout=PATIENCE if killed else None)
+        _wait_for_end(workers)
         if process.returncode == 0 or "is complete at step" in err:
             return met
+
+
+def _wait_for_moment(process: subprocess.Popen, run: Path, lasts: float, draw: random.Random) -> None:
+    """Wait from the start of the processes, or from the first step on that they write, or until they have ended."""
+    if draw.random() < 0.5:
+        end = time.monotonic() + draw.uniform(0.0, lasts / 2)
+    else:
+        before = written(run)
+        while process.poll() is None and written(run) == before:
+            time.sleep(0.01)
+        end = time.monotonic() + draw.uniform(0.0, lasts / 4)
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(0.01)
 
 
 def _one(_agent: int, workers: list[int], draw: random.Random) -> list[int]:

@@ -4,6 +4,7 @@ bfloat16 or float16 copies of the matrices."""
 import copy
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -15,6 +16,7 @@ from common.settings import FrozenSettings
 from runtime.fp8 import check_fp8, multiply_in_fp8
 from runtime.world import ONE, World
 
+Weights = Callable[[str, slice], Tensor]  # some rows of a parameter, by its name, or a buffer; they are the caller's
 log = logging.getLogger("headroom")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}  # of the copies
 
@@ -109,6 +111,11 @@ class Shard(NamedTuple):
         """The shard that a tensor of the parameter's optimizer state is: of as many rows, or a number that every
         process has."""
         return Shard.whole(state) if state.shape != self.local.shape else self._replace(local=state)
+
+
+def is_divided(parameter: Tensor) -> bool:
+    """Whether FSDP divides a parameter: a matrix, or those of experts. Vectors are whole in every process."""
+    return parameter.ndim >= 2
 
 
 class Precision(ABC):

@@ -7,9 +7,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from model.initialise import initialised
+from model.initialise import initial_weight, initialised, without_matrices
 from model.transformer import TransformerLM
-from runtime.precision import LossScale, Precision
+from runtime.precision import LossScale, Precision, Weights
 from runtime.world import ONE, World
 from training.balance import LoadBalance
 from training.losses import EAGER, Losses
@@ -47,13 +47,17 @@ class TrainState:
     def create(cls, run: Run, vocab_size: int, device: torch.device, world: World = ONE) -> Self:
         """The state that a run begins with: freshly initialised weights. run: with a chosen precision (not auto).
         world: the processes that train it."""
-        return cls.of(run, run.parallel.placed(initialised(run.model, vocab_size, run.seed), device), world)
+        if not run.parallel.shards:
+            return cls.of(run, initialised(run.model, vocab_size, run.seed).to(device), world)
+        model = without_matrices(run.model, vocab_size)
+        return cls.of(run, model, world, initial_weights(model, run.seed))
 
     @classmethod
-    def of(cls, run: Run, model: TransformerLM, world: World = ONE) -> Self:
-        """The state around a model that is placed (Parallel.placed) with its weights, initialised or loaded. The rest
-        is applied from outside, in the order of training.parallel.plan."""
-        precision = applied(run, model, world)
+    def of(cls, run: Run, model: TransformerLM, world: World = ONE, weights: Weights | None = None) -> Self:
+        """The state around a model that is on its device with its weights, initialised or loaded; or around one that is
+        to be sharded, on the meta device, and whose weights are handed over in pieces. The rest is applied from
+        outside, in the order of training.parallel.plan."""
+        precision = applied(run, model, world, weights)
         after_step = after_step_hooks(run, model, precision)
         collect = frozenset(hook.collects for hook in after_step)
         losses = Losses.of(collect, run.compilation, accuracy=run.counted_targets is not None)
@@ -73,6 +77,16 @@ class TrainState:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+
+def initial_weights(model: TransformerLM, seed: int) -> Weights:
+    """What a model without matrices (model.initialise) begins with: drawn whole, a parameter at a time."""
+    layouts, buffers = model.layout(), dict(model.named_buffers())
+
+    def rows_of(name: str, rows: slice) -> Tensor:
+        return buffers[name] if name in buffers else initial_weight(model, layouts, name, seed)[rows].clone()
+
+    return rows_of
 
 
 def after_step_hooks(run: Run, model: TransformerLM, precision: Precision) -> list[AfterStep]:

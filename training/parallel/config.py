@@ -7,7 +7,6 @@ import torch
 from pydantic import Field
 
 from common.settings import FrozenSettings
-from model.transformer import TransformerLM
 from training.optim.base import OptimConfig
 
 MAX_PROCESSES = 4096
@@ -23,10 +22,6 @@ class Parallel(FrozenSettings, ABC):
     @abstractmethod
     def count(self) -> int:
         """How many processes train."""
-
-    def placed(self, model: TransformerLM, device: torch.device) -> TransformerLM:
-        """The model on the device; one that is to be sharded stays where it is until it is, a block at a time."""
-        return model if self.shards else model.to(device)
 
     @abstractmethod
     def obstacle(self, precision: str, compiled: bool, optim: OptimConfig) -> str | None:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from model.transformer import TransformerLM
-from runtime.precision import DTYPES, LossScale, Precision, Shard
+from runtime.precision import DTYPES, LossScale, Precision, Shard, Weights, is_divided
 from runtime.world import ProcessGroup, World
 
 EPS = 1e-6  # beside the norm that gradients are divided by, as in torch.nn.utils.clip_grad_norm_
@@ -20,11 +20,16 @@ class ShardedPrecision(Precision):
     """The model itself, its matrices sharded by their first dimension, and gathered in low precision; vectors, which
     stay in float32, are whole in every process, as are the buffers. Gradients accumulate in float32."""
 
-    def __init__(self, model: TransformerLM, precision: str, world: ProcessGroup):
+    def __init__(self, model: TransformerLM, precision: str, world: ProcessGroup, weights: Weights | None = None):
+        """weights: of a model whose own matrices are on the meta device, so that no process ever has more than its rows
+        of them; None: the model has them."""
         self.world = world
         self.model = model
         self.loss_scale = LossScale(world.device) if precision == "fp16" else None
-        self.placed = _sharded(model, DTYPES[precision], world)
+        _shard(model, DTYPES[precision], world)
+        if weights is not None:
+            _fill(model, weights, world)
+        self.placed = dict(model.named_parameters())
         self.shards = {name: _shard_of(parameter, world) for name, parameter in self.placed.items()}
         self.matrices = {name for name, parameter in self.placed.items() if isinstance(parameter, DTensor)}
 
@@ -65,13 +70,13 @@ class ShardedPrecision(Precision):
         return [parameter.grad for parameter in chosen if parameter.grad is not None]
 
 
-def _sharded(model: TransformerLM, dtype: torch.dtype, world: ProcessGroup) -> dict[str, nn.Parameter]:
-    """Shard the matrices of a model over processes, moving them to a device a block at a time -> all its parameters by
-    their names."""
+def _shard(model: TransformerLM, dtype: torch.dtype, world: ProcessGroup) -> None:
+    """Shard the matrices of a model over processes, moving those that have memory to a device a block at a time."""
     # Vectors, which forward passes read in float32; and what is in a group together is gathered in one dtype.
-    vectors = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    vectors = {parameter for parameter in model.parameters() if not is_divided(parameter)}
     for vector in vectors:
-        vector.data = vector.data.to(world.device)
+        if not vector.is_meta:
+            vector.data = vector.data.to(world.device)
     low = dtype if dtype != torch.float32 else None  # what parameters have, float64 in tests
     policy = MixedPrecisionPolicy(
         param_dtype=low, reduce_dtype=low and torch.float32, output_dtype=None, cast_forward_inputs=False
@@ -85,7 +90,26 @@ def _sharded(model: TransformerLM, dtype: torch.dtype, world: ProcessGroup) -> d
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # sums: the loss is divided by the targets of all processes
             module.set_force_sum_reduction_for_comms(True)
-    return dict(model.named_parameters())
+
+
+@torch.no_grad()
+def _fill(model: TransformerLM, weights: Weights, world: World) -> None:
+    """Give a sharded model its weights and buffers, one after another."""
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+    def filled(tensor: Tensor) -> Tensor:
+        name = names[id(tensor)]
+        if not isinstance(tensor, DTensor):
+            return weights(name, slice(None)).to(world.device)
+        rows = Shard(tensor, tensor.shape, world.rank, world.size).rows()
+        local = weights(name, rows).to(world.device)
+        padding = rows.stop - rows.start - len(local)  # of a vocabulary, which is not stored
+        if padding:
+            local = torch.cat([local, local.new_zeros(padding, *local.shape[1:])])
+        mesh, places = tensor.device_mesh, tensor.placements
+        return DTensor.from_local(local, mesh, places, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+    model._apply(filled)  # which tells FSDP of it, as nn.Module.to_empty does
 
 
 def _shard_of(parameter: nn.Parameter, world: World) -> Shard:

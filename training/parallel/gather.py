@@ -14,7 +14,7 @@ def whole_model(state: TrainState) -> TransformerLM | None:
     """The float32 model, whole: what is trained itself where every process has it, else a copy, made in the first
     process alone. Call it in all processes; None in the others."""
     shards = state.precision.shards
-    if all(shard.is_whole for shard in shards.values()):
+    if all(state.model.get_parameter(name) is shard.local for name, shard in shards.items()):
         return state.model
     weights = {name: _gathered(shard, state.world) for name, shard in shards.items()}
     if not state.world.is_first:

@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from common.overrides import format_override
 from runtime.world import ONE, ProcessGroup, World
 from training.parallel.config import OneProcess, Parallel
 from training.run.composer import compose_tree
-from training.run.config import Run
+from training.run.config import Run, flatten_config
 from training.run.start import how_to_continue
 
 SPOKEN, FOLDER = "headroom/spoken", "headroom/folder"  # keys of the store that the processes share
@@ -123,17 +124,25 @@ def restarted(tree: dict, typed: list[str]) -> tuple[dict, list[str]]:
     return compose_tree(resume), [resume]
 
 
-def check_agreement(world: World, **parts: object) -> None:
-    """Raise UserError in all processes where they differ in one of the parts, which are hashed with the code."""
-    stated = {name: _hash(value) for name, value in parts.items()} | {"code": code_hash()}
-    for name in stated:
-        found = world.gathered(stated[name])
-        odd = [rank for rank, value in enumerate(found) if value != found[0]]
+def check_agreement(world: World, settings: Mapping[str, Any], text: object) -> None:
+    """Raise UserError in all processes where they differ in the settings, the text, or the code and versions."""
+    for name, value in {"settings": settings, "text": text, "code": code_hash()}.items():
+        found = world.gathered(_hash(value))
+        odd = [rank for rank, of_rank in enumerate(found) if of_rank != found[0]]
         if odd:
+            which = _differing(world, settings, odd[0]) if name == "settings" else f"the {name}"
             raise UserError(
-                f"the processes disagree: the {name} of rank {', '.join(map(str, odd))} is not that of rank 0: give "
-                "all of them the same files, settings and packages"
+                f"the processes disagree: rank {', '.join(map(str, odd))} differs from rank 0 in {which}: give all of "
+                "them the same files, settings and packages"
             )
+
+
+def _differing(world: World, settings: Mapping[str, Any], odd: int) -> str:
+    """The first setting in which a rank differs from the first one, with the values of both."""
+    of_all = world.gathered(flatten_config(settings))
+    first, other = of_all[0], of_all[odd]
+    key = next(key for key in {**first, **other} if first.get(key) != other.get(key))
+    return f"{key}={other.get(key)}, not {first.get(key)}"
 
 
 def code_hash() -> str:

@@ -4,7 +4,9 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
+from collections.abc import Callable
 
 from common import process
 from common.invocation import ROOT
@@ -20,8 +22,7 @@ def _cores() -> int:
 def launch(processes: int, words: list[str]) -> int:
     """Run train.py in so many processes, with these words of the command line -> its exit code. Signals are passed on
     to them, and this process waits until they have saved."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
@@ -29,19 +30,28 @@ def launch(processes: int, words: list[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)  # older releases of PyTorch give 30
     if process.in_sweep:
         os.environ[process.PARENT] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",  # any port that is free
-        max_restarts=0,
-        monitor_interval=0.1,
-        logs_specs=DefaultLogsSpecs(),
-    )
+    with tempfile.TemporaryDirectory() as of_agent:  # where it would keep logs; without one it makes one, and leaves it
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=str(uuid.uuid4()),
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",  # any port that is free
+            max_restarts=0,
+            monitor_interval=0.1,
+            logs_specs=DefaultLogsSpecs(of_agent),
+        )
+        return _exit_code(lambda: elastic_launch(config, sys.executable)(str(ROOT / "train.py"), *words))
+
+
+def _exit_code(run: Callable[[], object]) -> int:
+    """Run what an agent starts -> the exit code of the program. Says which process a signal ended, if any."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     try:
-        elastic_launch(config, sys.executable)(str(ROOT / "train.py"), *words)
+        run()
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:

@@ -7,6 +7,7 @@ checkpoints/step_00000200/model.safetensors      float32 weights, tied tensors o
 Where processes share the parameters, model/ and optimizer/ hold a file of each process instead (tensor_files.py).
 """
 
+import functools
 import hashlib
 import logging
 import math
@@ -35,9 +36,10 @@ from common.errors import UserError, reason
 from common.settings import MAX_COUNT, FrozenSettings
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
+from model.cost import on_meta
 from model.transformer import ModelConfig, PaddedEmbedding, TransformerLM
 from runtime.memory import free_memory
-from runtime.precision import LossScale, Shard
+from runtime.precision import LossScale, Shard, is_divided
 from runtime.world import ONE, World
 from training.metrics_file import PICTURE, read_metrics
 from training.optim.base import StateTensor
@@ -53,7 +55,17 @@ from training.run.folder import (
 )
 from training.run.migrate import FORMAT, migrate, stated_format
 from training.run.resume import check_same_documents, check_same_settings, check_steps
-from training.run.tensor_files import BadFile, FileMark, Piece, read_tensors, stated_tensors, together, write_pieces
+from training.run.tensor_files import (
+    WHOLE,
+    BadFile,
+    FileMark,
+    Piece,
+    Share,
+    read_tensors,
+    stated_tensors,
+    together,
+    write_pieces,
+)
 from training.state import TrainState
 
 MODEL, OPTIMIZER, MANIFEST = "model.safetensors", "optimizer.safetensors", "manifest.json"
@@ -84,6 +96,11 @@ class Checkpoint(NamedTuple):
     path: Path
     manifest: Manifest
     tensors: dict[str, dict[str, Tensor]]  # of each file that was asked for, in memory of their own
+    whole: dict[str, dict[str, Tensor]] | None = None  # where those are some rows: the whole ones, on the meta device
+
+    def written(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a file in the shapes in which they were written."""
+        return self.tensors[name] if self.whole is None else self.whole[name]
 
 
 class Damaged(UserError):
@@ -212,11 +229,38 @@ def steps_done(folder: Path) -> int:
     return max(map(step_of, checkpoint_paths(folder)), default=0)
 
 
-def read(path: Path, names: Collection[str]) -> Checkpoint:
-    """Read a checkpoint, with the tensors of the files named. Raises Damaged where one of them, or the manifest, is not
-    what was written, and UserError where one cannot be read, or was written in another format."""
-    manifest = _read_manifest(path)
-    return Checkpoint(path, manifest, {name: _tensors_of(path, name, manifest) for name in names})
+def read(path: Path, names: Collection[str], share: Share = WHOLE) -> Checkpoint:
+    """Read a checkpoint, with the tensors of the files named, or what a process is to keep of them. Raises Damaged
+    where one of them, or the manifest, is not what was written, and UserError where one cannot be read, or was written
+    in another format; in all processes that read together, whichever finds it."""
+
+    def read_share() -> Checkpoint:
+        manifest = _read_manifest(path)
+        files = {name: _files_of(path, name, manifest) for name in names}
+        tensors = {name: _tensors_of(path / name, of_name, share) for name, of_name in files.items()}
+        if not share.divided:
+            return Checkpoint(path, manifest, tensors)
+        return Checkpoint(
+            path, manifest, tensors, {name: _taken(stated_tensors, of_name) for name, of_name in files.items()}
+        )
+
+    return _in_all(share.world, read_share)
+
+
+def _in_all(world: World, action: Callable[[], T]) -> T:
+    """Call action() in all processes -> its result. A UserError that it raises in one is raised in all of them."""
+    if world.size == 1:
+        return action()
+    result, fault = None, None
+    try:
+        result = action()
+    except UserError as error:
+        fault = (type(error), str(error))
+    faults = [one for one in world.gathered(fault) if one is not None]
+    if faults:
+        kind, line = faults[0]
+        raise kind(line)
+    return result
 
 
 def folder_of(name: str) -> str:
@@ -234,12 +278,13 @@ def _files_of(path: Path, name: str, manifest: Manifest) -> list[tuple[Path, Fil
     return found or [(path / name, manifest.files[name])]
 
 
-def _tensors_of(path: Path, name: str, manifest: Manifest) -> dict[str, Tensor]:
-    files = _files_of(path, name, manifest)
+def _tensors_of(path: Path, files: Sequence[tuple[Path, FileMark]], share: Share) -> dict[str, Tensor]:
     size, free = sum(mark.size for _, mark in files), free_memory(torch.device("cpu"))
+    if share.divided:
+        size //= share.world.size
     if free is not None and size > free:
-        raise UserError(f"{path / name} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
-    return _taken(read_tensors, files)
+        raise UserError(f"{path} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
+    return _taken(functools.partial(read_tensors, share=share), files)
 
 
 def _taken(take: Callable[[Sequence[tuple[Path, FileMark]]], T], files: Sequence[tuple[Path, FileMark]]) -> T:
@@ -274,15 +319,15 @@ def _read_error(file: Path, error: OSError) -> UserError:
     )
 
 
-def newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
+def newest(folder: Path, names: Collection[str], share: Share = WHOLE) -> Checkpoint | None:
     """The newest checkpoint of a run whose files, of those named, are whole; the damaged ones that were passed over are
     named in a warning. None where there is no checkpoint. Raises UserError where all are damaged, or one cannot be
-    read."""
-    return _retried(lambda: _newest(folder, names))
+    read. share: of processes that read it together."""
+    return _retried(lambda: _newest(folder, names, share))
 
 
-def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
-    found, faults = _first_whole(reversed(checkpoint_paths(folder)), names)
+def _newest(folder: Path, names: Collection[str], share: Share) -> Checkpoint | None:
+    found, faults = _first_whole(reversed(checkpoint_paths(folder)), names, share)
     if found is None and faults:
         raise _none_whole(faults)
     for fault in faults:
@@ -290,12 +335,14 @@ def _newest(folder: Path, names: Collection[str]) -> Checkpoint | None:
     return found
 
 
-def _first_whole(paths: Iterable[Path], names: Collection[str]) -> tuple[Checkpoint | None, list[str]]:
+def _first_whole(
+    paths: Iterable[Path], names: Collection[str], share: Share = WHOLE
+) -> tuple[Checkpoint | None, list[str]]:
     """The first checkpoint that is whole, and the faults of those before it."""
     faults = []
     for path in paths:
         try:
-            return read(path, names), faults
+            return read(path, names, share), faults
         except Damaged as fault:
             faults.append(str(fault))  # the exception itself would keep its frames alive, and the lock they hold
     return None, faults
@@ -385,7 +432,7 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, worl
     """The state of the run's newest whole checkpoint; None, saying so, where there is none yet. Raises UserError, and
     then leaves the run as it was, where data or settings are not what the run began with, every checkpoint is damaged,
     or nothing is left to do."""
-    found = newest(folder, (MODEL, OPTIMIZER))
+    found = newest(folder, (MODEL, OPTIMIZER), share_of(run, corpus.tokenizer.vocab_size, world))
     if found is not None:  # before the tokenizer, which other documents may have changed
         check_same_documents(folder, run, found.manifest.corpus, corpus.fingerprint)
     check_tokenizer(folder, read_tokenizer(folder), corpus.tokenizer.hash)
@@ -405,15 +452,32 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, worl
     return state
 
 
+def share_of(run: Run, vocab_size: int, world: World) -> Share:
+    """What a process of a run keeps of a checkpoint."""
+    if not run.parallel.shards:
+        return Share(world)
+    matrices = {name: one for name, one in on_meta(run.model, vocab_size).named_parameters() if is_divided(one)}
+    return Share(world, {name: Shard(one, one.shape, world.rank, world.size).rows() for name, one in matrices.items()})
+
+
 def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device, world: World) -> TrainState:
-    """Build the state that a checkpoint holds, into memory that nothing was drawn for."""
-    check_finite(found)
-    state = TrainState.of(run, run.parallel.placed(load_model(found, run.model, vocab_size), device), world)
-    load_optimizer(found, state)
+    """Build the state that a checkpoint holds, into memory that nothing was drawn for. found: read by `share_of`."""
+    _in_all(world, lambda: check_finite(found))
+    state = state_with_weights(found, run, vocab_size, device, world)
+    _in_all(world, lambda: load_optimizer(found, state))
     if state.loss_scale is not None:
         state.loss_scale.load(found.manifest.loss_scale)
     state.step = found.manifest.step
     return state
+
+
+def state_with_weights(found: Checkpoint, run: Run, vocab_size: int, device: torch.device, world: World) -> TrainState:
+    """The state that begins with the weights of a checkpoint, which was read by `share_of`, and takes them for its own.
+    Raises UserError where they are not those of the run's model."""
+    if not run.parallel.shards:
+        return TrainState.of(run, load_model(found, run.model, vocab_size).to(device), world)
+    model = shaped(found.path / MODEL, found.written(MODEL), run.model, vocab_size)
+    return TrainState.of(run, model, world, lambda name, _: found.tensors[MODEL].pop(name))
 
 
 def load_model(found: Checkpoint, config: ModelConfig, vocab_size: int) -> TransformerLM:
@@ -557,21 +621,23 @@ def is_finished(folder: Path) -> bool:
 
 
 def load_optimizer(found: Checkpoint, state: TrainState) -> None:
-    """Load a checkpoint's optimizer state. A parameter that had no update, since it is frozen or got no gradient, has
-    none. Raises UserError where it is not that of this optimizer after the checkpoint's steps."""
-    tensors = found.tensors[OPTIMIZER]
+    """Load a checkpoint's optimizer state, of which it holds the rows that this process has. A parameter that had no
+    update, since it is frozen or got no gradient, has none. Raises UserError where it is not that of this optimizer
+    after the checkpoint's steps."""
+    tensors, written = found.tensors[OPTIMIZER], found.written(OPTIMIZER)
     names = _parameter_names(state)
     expected = _expected_state(found, state)
     for key in {**expected, **tensors}:
-        fault = _state_fault(key, tensors.get(key), expected.get(key), found.manifest.step)
+        fault = _shape_fault(key, written.get(key), expected.get(key)) or _numbers_fault(
+            key, tensors[key], expected[key], found.manifest.step
+        )
         if fault:
             raise UserError(f"{found.path}/{OPTIMIZER} does not fit this run's optimizer: {fault}")
     index = {name: i for i, name in enumerate(names)}
     state_by_index = {}
     for key, tensor in tensors.items():
         name, _, part = key.rpartition("/")
-        shard = state.precision.shards[name]
-        state_by_index.setdefault(index[name], {})[part] = tensor[shard.rows()] if tensor.ndim else tensor
+        state_by_index.setdefault(index[name], {})[part] = tensor
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": state_by_index, "param_groups": groups})
 
@@ -597,8 +663,8 @@ def _expected_state(found: Checkpoint, state: TrainState) -> dict[str, StateTens
     return expected
 
 
-def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step: int) -> str | None:
-    """Return why a tensor is not what an optimizer has after `step` steps; None where it is."""
+def _shape_fault(key: str, tensor: Tensor | None, kept: StateTensor | None) -> str | None:
+    """Return why a tensor is not of the kind that an optimizer has; None where it is."""
     if tensor is None:
         return f"it lacks {key}"
     if kept is None:
@@ -607,6 +673,11 @@ def _state_fault(key: str, tensor: Tensor | None, kept: StateTensor | None, step
         return f"{key} has shape {tuple(tensor.shape)}, not {tuple(kept.shape)}"
     if tensor.dtype != kept.dtype:
         return f"{key} is {tensor.dtype}, not {kept.dtype}"
+    return None
+
+
+def _numbers_fault(key: str, tensor: Tensor, kept: StateTensor, step: int) -> str | None:
+    """Return why an optimizer does not have these numbers after `step` steps; None where it may."""
     if not (tensor >= kept.minimum).all():
         return f"{key} holds a number that is not at least {kept.minimum}"
     if kept.counts and not (tensor <= step and tensor == tensor.floor()):
@@ -622,20 +693,19 @@ def _parameter_names(state: TrainState) -> list[str]:
 
 def model_tensors(state: TrainState) -> dict[str, Tensor | Piece]:
     """The weights and buffers of a model as they are stored; of what is shared among processes, this one's rows."""
-    shards = state.precision.shards
-    if all(shard.is_whole for shard in shards.values()):
-        return state.model.state_dict()
     stored_rows = {
         f"{name}.weight": module.vocab_size
         for name, module in state.model.named_modules()
         if isinstance(module, PaddedEmbedding)
     }
-    weights = {name: _stored(shard, stored_rows.get(name)) for name, shard in shards.items()}
+    weights = {name: _stored(shard, stored_rows.get(name)) for name, shard in state.precision.shards.items()}
     return weights | dict(state.model.named_buffers())
 
 
 def _stored(shard: Shard, stored_rows: int | None = None) -> Tensor | Piece:
-    return shard.local.detach() if shard.is_whole else Piece.of(shard, stored_rows)
+    if not shard.is_whole:
+        return Piece.of(shard, stored_rows)
+    return shard.local.detach() if stored_rows is None else shard.local.detach()[:stored_rows]
 
 
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor | Piece]:

@@ -4,7 +4,7 @@ import copy
 import functools
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from common.settings import Change
 from data.shards.prepare import Prepared
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import StoredConfig
-from model.initialise import initialised
+from model.initialise import initial_weight, without_matrices
 from model.rope import FROM_CONTEXT
-from model.transformer import ModelConfig, TransformerLM
 from runtime.allocator import keep_buffers
 from runtime.world import ONE, World
 from training.run import checkpoint
@@ -167,31 +166,37 @@ def _check_changeable(key: str, base: Path, base_run: Run, vocab_size: int) -> N
     raise UserError(f"{refused}: the model is that run's; {', '.join(may)} may change")
 
 
-def pretrained_model(base: Path, config: ModelConfig, vocab_size: int, seed: int) -> TransformerLM:
-    """Build the model with the weights of the base run's newest whole checkpoint. An indexer that it had not begins
-    freshly initialised."""
+def _state_from_base(run: Run, base: Path, vocab_size: int, device: torch.device, world: World) -> TrainState:
+    """The state that begins with the weights of the base run's newest whole checkpoint. An indexer that it had not
+    begins freshly initialised."""
     if is_published(base):
-        model = load_published(look_at(base), config)
-        log.info(f"loaded the weights of {folder_of(base)}")
-        return model
-    found = checkpoint.newest(base, (checkpoint.MODEL,))
+        return _state_from_published(run, base, device, world)
+    share = checkpoint.share_of(run, vocab_size, world)
+    found = checkpoint.newest(base, (checkpoint.MODEL,), share)
     if found is None:
         raise UserError(f"init_from={base} has no checkpoint any more: bring it back")
-    weights = found.tensors[checkpoint.MODEL]
-    fresh = {name: weight for name, weight in _fresh_indexers(config, vocab_size, seed).items() if name not in weights}
-    whole = found._replace(tensors={checkpoint.MODEL: weights | fresh})
-    model = checkpoint.load_model(whole, config, vocab_size)
     log.info(f"loaded the weights of {found.path}")
-    if fresh:
-        log.info(f"freshly initialised: {', '.join(fresh)}")
-    return model
+    added = _fresh_indexers(run, vocab_size, found.tensors[checkpoint.MODEL].keys())
+    if added:
+        log.info(f"freshly initialised: {', '.join(added)}")
+    found.written(checkpoint.MODEL).update(added)
+    found.tensors[checkpoint.MODEL].update({name: one[share.rows(name)].clone() for name, one in added.items()})
+    return checkpoint.state_with_weights(found, run, vocab_size, device, world)
 
 
-def _fresh_indexers(config: ModelConfig, vocab_size: int, seed: int) -> dict[str, Tensor]:
-    if not any(config.attention.of_layer(i).has_indexer for i in range(config.n_layers)):
-        return {}
-    indexers = initialised(config, vocab_size, seed).indexers()
-    return {f"{name}.{key}": weight for name, one in indexers.items() for key, weight in one.state_dict().items()}
+def _state_from_published(run: Run, base: Path, device: torch.device, world: World) -> TrainState:
+    """The state that begins with published weights, which every process reads whole."""
+    model = load_published(look_at(base), run.model)
+    log.info(f"loaded the weights of {folder_of(base)}")
+    return TrainState.of(run, model if run.parallel.shards else model.to(device), world)
+
+
+def _fresh_indexers(run: Run, vocab_size: int, known: Collection[str]) -> dict[str, Tensor]:
+    """The weights of indexers, whole, that are not known."""
+    model = without_matrices(run.model, vocab_size)
+    layouts = model.layout()
+    names = [f"{path}.{name}" for path, one in model.indexers().items() for name, _ in one.named_parameters()]
+    return {name: initial_weight(model, layouts, name, run.seed) for name in names if name not in known}
 
 
 def begin_or_resume(
@@ -216,16 +221,15 @@ def begin_or_resume(
 
 def first_state(run: Run, vocab_size: int, device: torch.device, world: World = ONE) -> TrainState:
     """The state that a run begins with: the weights of its base, or freshly initialised ones."""
-    if run.init_from is None:
-        state = TrainState.create(run, vocab_size, device, world)
-        if state.model.frozen_in_warmup():
-            log.warning(
-                "attention.indexer.stage=warmup trains the indexer alone, and all other weights stay random: give "
-                "init_from= of a trained run, or choose attention.indexer.stage=sparse"
-            )
-        return state
-    base = pretrained_model(Path(run.init_from), run.model, vocab_size, run.seed)
-    return TrainState.of(run, run.parallel.placed(base, device), world)
+    if run.init_from is not None:
+        return _state_from_base(run, Path(run.init_from), vocab_size, device, world)
+    state = TrainState.create(run, vocab_size, device, world)
+    if state.model.frozen_in_warmup():
+        log.warning(
+            "attention.indexer.stage=warmup trains the indexer alone, and all other weights stay random: give "
+            "init_from= of a trained run, or choose attention.indexer.stage=sparse"
+        )
+    return state
 
 
 def how_to_continue(folder: Path) -> str:

@@ -24,11 +24,12 @@ from common.atomic_io import open_regular
 from common.errors import reason
 from common.settings import FrozenSettings
 from runtime.precision import Shard
-from runtime.world import World
+from runtime.world import ONE, World
 
 OTHER = "it is not what the manifest says was written"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 MAX_HEADER_BYTES = 2**26
+BLOCK = 2**20  # bytes that are read at one time of what is not kept
 T = TypeVar("T")
 PIECES = "DCP_SHARDING_INFO"  # in a header's metadata: where in the whole each tensor of the file begins
 
@@ -36,6 +37,25 @@ PIECES = "DCP_SHARDING_INFO"  # in a header's metadata: where in the whole each 
 class FileMark(FrozenSettings):
     size: int = Field(ge=0)  # bytes
     sha256: str
+
+
+class Share(NamedTuple):
+    """What a process keeps of the tensors that it reads, together with others."""
+
+    world: World = ONE
+    divided: Mapping[str, slice] = {}  # its rows of the parameters that are divided; of all else it keeps everything
+
+    def rows(self, key: str) -> slice:
+        """Of a parameter, or of its optimizer state, "<parameter>/<state>"."""
+        return self.divided.get(key.rpartition("/")[0] or key, slice(None))
+
+    def checks(self, file: int) -> bool:
+        """Whether it is this process that compares the hash of a file, by its place among all: of those that several
+        wrote the one that it wrote itself, where there are as many as then."""
+        return not self.divided or file % self.world.size == self.world.rank
+
+
+WHOLE = Share()
 
 
 class Piece(NamedTuple):
@@ -133,19 +153,25 @@ class _Part(NamedTuple):
         return math.prod(self.shape)
 
 
-def read_tensors(files: Sequence[tuple[Path, FileMark]]) -> dict[str, Tensor]:
+def read_tensors(files: Sequence[tuple[Path, FileMark]], share: Share = WHOLE) -> dict[str, Tensor]:
     """Read files that hold tensors, or pieces that make them whole, straight into memory of their own: no map of a
-    file, which whoever overwrites it would change, and no copy of its content. Raises OSError, and BadFile."""
+    file, which whoever overwrites it would change, and no copy of its content. Raises OSError, and BadFile; where
+    several processes keep shares, of a file that is not what was written in one of them."""
     headers = [_read(file, mark, _header) for file, mark in files]
-    tensors = _allocated(files, headers, torch.device("cpu"))
-    for (file, mark), parts in zip(files, headers, strict=True):
-        _read(file, mark, functools.partial(_fill, parts=parts, tensors=tensors))
+    stated = _stated(files, headers)
+    tensors = {
+        name: torch.empty_like(tensor[share.rows(name)] if tensor.ndim else tensor, device="cpu")
+        for name, tensor in stated.items()
+    }
+    for i, ((file, mark), parts) in enumerate(zip(files, headers, strict=True)):
+        fill = functools.partial(_fill, parts=parts, tensors=tensors, share=share, checked=share.checks(i))
+        _read(file, mark, fill)
     return tensors
 
 
 def stated_tensors(files: Sequence[tuple[Path, FileMark]]) -> dict[str, Tensor]:
     """Read the headers alone -> meta tensors, as `read_tensors` would return. Raises what that raises."""
-    return _allocated(files, [_read(file, mark, _header) for file, mark in files], torch.device("meta"))
+    return _stated(files, [_read(file, mark, _header) for file, mark in files])
 
 
 def _read(file: Path, mark: FileMark, take: Callable[[BinaryIO, FileMark], T]) -> T:
@@ -180,10 +206,8 @@ def _header(content: BinaryIO, mark: FileMark) -> dict[str, _Part]:
     return parts
 
 
-def _allocated(
-    files: Sequence[tuple[Path, FileMark]], headers: Sequence[Mapping[str, _Part]], device: torch.device
-) -> dict[str, Tensor]:
-    """Memory for the whole of the tensors that there are parts of."""
+def _stated(files: Sequence[tuple[Path, FileMark]], headers: Sequence[Mapping[str, _Part]]) -> dict[str, Tensor]:
+    """The whole of the tensors that there are parts of, on the meta device."""
     parts: dict[str, list[_Part]] = {}
     for header in headers:
         for name, part in header.items():
@@ -199,19 +223,56 @@ def _allocated(
         adjoin = all(part.start == end for part, end in zip(pieces, ends, strict=False))
         if not alike or not adjoin or sum(part.size for part in pieces) != math.prod(shape):
             raise BadFile(files[0][0].parent, f"its files do not make {name} whole")
-        found[name] = torch.empty(shape, dtype=first.dtype, device=device)
+        found[name] = torch.empty(shape, dtype=first.dtype, device="meta")
     return found
 
 
-def _fill(content: BinaryIO, mark: FileMark, parts: Mapping[str, _Part], tensors: Mapping[str, Tensor]) -> None:
-    """Read the parts of a file into their tensors."""
+def _fill(
+    content: BinaryIO,
+    mark: FileMark,
+    parts: Mapping[str, _Part],
+    tensors: Mapping[str, Tensor],
+    share: Share,
+    checked: bool,
+) -> None:
+    """Read what is kept of a file's parts into their tensors; all else is read too where its hash is compared."""
+    digest = hashlib.sha256()
     length = content.read(8)
-    digest = hashlib.sha256(length + content.read(int.from_bytes(length, "little")))
+    digest.update(length + content.read(int.from_bytes(length, "little")))
     for name, part in parts.items():
-        target = tensors[name][part.start :][: part.shape[0]] if part.shape else tensors[name]
-        numbers = memoryview(target.reshape(-1).view(torch.uint8).numpy()) if part.size else memoryview(bytearray())
+        kept, before, behind = _kept(part, tensors[name], share.rows(name))
+        _pass_over(content, before, digest, checked)
+        numbers = memoryview(kept.reshape(-1).view(torch.uint8).numpy()) if kept.numel() else memoryview(bytearray())
         if content.readinto(numbers) != len(numbers):
             raise ValueError(OTHER)
-        digest.update(numbers)
-    if content.read(1) or digest.hexdigest() != mark.sha256:
+        if checked:
+            digest.update(numbers)
+        _pass_over(content, behind, digest, checked)
+    if checked and (content.read(1) or digest.hexdigest() != mark.sha256):
         raise ValueError(OTHER)
+
+
+def _kept(part: _Part, tensor: Tensor, rows: slice) -> tuple[Tensor, int, int]:
+    """Where to put what is kept of a part: in some rows of the tensor; and how many bytes of the part lie before that
+    and behind it. rows: of the whole, which the tensor has."""
+    if not part.shape:
+        return tensor, 0, 0
+    origin = rows.start or 0
+    first, last = (min(max(row, origin), origin + len(tensor)) for row in (part.start, part.start + part.shape[0]))
+    row_bytes = math.prod(part.shape[1:]) * part.dtype.itemsize
+    kept = tensor[first - origin : last - origin]
+    before = (first - part.start) * row_bytes if len(kept) else 0
+    return kept, before, part.size * part.dtype.itemsize - before - len(kept) * row_bytes
+
+
+def _pass_over(content: BinaryIO, count: int, digest: Any, read: bool) -> None:
+    """Go on by so many bytes, which the digest learns of where they are to be read."""
+    if not read:
+        content.seek(count, os.SEEK_CUR)
+        return
+    while count:
+        block = content.read(min(count, BLOCK))
+        if not block:
+            raise ValueError(OTHER)
+        digest.update(block)
+        count -= len(block)

@@ -76,7 +76,7 @@ def with_other_settings(rank: int) -> None:
 
 def test_processes_that_disagree_are_told(tmp_path):
     ended = train_together(tmp_path, *TINY, "run_dir=run", "parallel=ddp", arrange=with_other_settings)
-    assert "the processes disagree: the settings of rank 1" in line_of(ended)
+    assert "the processes disagree: rank 1 differs from rank 0 in seed=5, not 0:" in line_of(ended)
     assert not (tmp_path / "run").exists()
 
 

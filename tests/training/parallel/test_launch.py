@@ -22,13 +22,43 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 def test_train_starts_as_many_processes_as_it_is_told_or_the_run_had(workplace, monkeypatch):
     started = []
     monkeypatch.setattr("training.parallel.launch.launch", lambda count, words: started.append((count, words)) or 7)
-    assert call("train", [*TINY, "parallel=ddp", "parallel.processes=3"], monkeypatch) == 7
+    assert call("train", [*TINY, "parallel=ddp", "parallel.processes=4"], monkeypatch) == 7
     ended = train_together(workplace, *changed(TINY, "steps=1"), "parallel=ddp", "run_dir=run")
     assert [one.code for one in ended] == [0, 0], ended
     assert call("train", ["resume=run", "steps=2"], monkeypatch) == 7
-    assert [count for count, _ in started] == [3, 2]
+    assert [count for count, _ in started] == [4, 2]
     assert call("train", ["resume=run", "steps=2", "parallel=none"], monkeypatch) == 0  # here
     assert len(started) == 2
+
+
+@pytest.mark.parametrize(
+    "words, complaint",
+    [
+        (["parallel=ddp", "parallel.processes=3"], "which 3 processes cannot share evenly: choose 2 processes"),
+        (["parallel=fsdp", "parallel.processes=2", "optim=adafactor"], "parallel=fsdp: this optimizer needs matrices"),
+        (["parallel=ddp", "parallel.processes=2", "minutes=1"], "minutes=1 is measured in one process"),
+        (["parallel=ddp", "parallel.processes=2", "init_from=nowhere"], "nowhere is not a run"),
+    ],
+)
+def test_train_starts_no_process_where_all_would_refuse(workplace, monkeypatch, capsys, words, complaint):
+    monkeypatch.setattr("training.parallel.launch.launch", lambda *_: pytest.fail("processes were started"))
+    assert call("train", [*TINY, *words], monkeypatch) == 2
+    err = capsys.readouterr().err
+    assert complaint in err and len(err.splitlines()) == 1
+
+
+def test_fsdp_in_one_process_saves_what_others_read_and_goes_on(workplace):
+    def run(*words: str) -> None:
+        [ended] = train_together(workplace, *words, count=1)
+        assert ended.code == 0, ended
+
+    words = [*changed(TINY, "steps=4", "save_every=2"), "parallel=fsdp"]
+    run(*words, "run_dir=whole")
+    run(*words, "run_dir=run")
+    shutil.rmtree("run/checkpoints/step_00000004")
+    run("resume=run")
+    assert_same_run(workplace / "whole", workplace / "run", 4)
+    run("resume=run", "steps=5", "parallel=none")
 
 
 def start(words: list[str], *before: str) -> subprocess.Popen:

@@ -15,6 +15,7 @@ from tests.training.parallel.test_equality import PLANS, VOCAB, batches_of, run_
 from tests.training.parallel.together import together
 from training.run import checkpoint
 from training.run.checkpoint import MODEL, OPTIMIZER
+from training.run.config import Run
 from training.run.tensor_files import read_tensors
 from training.state import TrainState
 from training.step import train_step
@@ -33,13 +34,13 @@ def saved(world: World, folder, model: str, plan: str) -> dict[str, torch.Tensor
     return weights(state)
 
 
-def loaded(world: World, folder, model: str, plan: str) -> TrainState:
-    found = checkpoint.newest(folder, (MODEL, OPTIMIZER))
-    return checkpoint._state_of(found, run_of(model, "muon", plan), VOCAB, torch.device("cpu"), world)
+def loaded_state(world: World, folder, run: Run, vocab_size: int) -> TrainState:
+    found = checkpoint.newest(folder, (MODEL, OPTIMIZER), checkpoint.share_of(run, vocab_size, world))
+    return checkpoint._state_of(found, run, vocab_size, torch.device("cpu"), world)
 
 
 def next_step(world: World, folder, model: str, plan: str) -> tuple[float, dict[str, torch.Tensor]]:
-    state = loaded(world, folder, model, plan)
+    state = loaded_state(world, folder, run_of(model, "muon", plan), VOCAB)
     return train_step(state, batches_of(STEPS, world), 1.0).loss.item(), weights(state)
 
 
@@ -73,7 +74,9 @@ def test_sharded_checkpoint_holds_the_weights_and_no_pickle(stored):
     assert max(sizes) < 0.7 * sum(sizes)
 
 
-def test_sharded_checkpoint_goes_on_in_one_process_and_in_others(stored):
+def test_sharded_checkpoint_goes_on_in_one_process_and_in_others(stored, monkeypatch):
+    # Where a processor has bfloat16 Muon multiplies in it, and what differs by rounding differs by its steps then.
+    monkeypatch.setattr("training.optim.muon.multiplies_bf16", lambda _: False)
     folder, model, _ = stored
     losses, after = zip(*[next_step(ONE, folder, model, "none")], strict=True)
     for found in together(4, next_steps, folder, model)[0]:
@@ -122,6 +125,24 @@ def test_damaged_shard_is_one_line(stored, tmp_path):
     check_damage_is_named(folder, tmp_path, lambda file: file.write_bytes(b"\xff" * file.stat().st_size))
     header = json.dumps({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}).encode()
     check_damage_is_named(folder, tmp_path, lambda file: file.write_bytes(len(header).to_bytes(8, "little") + header))
+
+
+def told(world: World, folder, plan: str) -> str:
+    """What a process says of a checkpoint of which it reads its share."""
+    with pytest.raises(UserError) as fault:
+        loaded_state(world, folder, run_of("gqa", "muon", plan), VOCAB)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize("plan", ["ddp", "fsdp"])
+def test_damage_that_one_process_meets_is_told_in_all(stored, tmp_path, plan):
+    folder, _, _ = stored
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    file = sorted((last(copy) / "optimizer").iterdir())[1]
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    lines = together(2, told, copy, plan)
+    assert lines[0] == lines[1] and "optimizer/shard-00002" in lines[0] and "is damaged" in lines[0]
 
 
 def full_disk_in_the_second(world: World, folder) -> str:

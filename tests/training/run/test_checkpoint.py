@@ -294,13 +294,13 @@ def test_newest_and_best_checkpoint_removed_meanwhile_retry(run, monkeypatch, ch
     """With keep_last=1, each that is listed may be gone when it is read."""
     older, removed = run / "checkpoints/step_00000003", []
 
-    def removes_first(path, names, real=checkpoint.read):
+    def removes_first(path, *asked, real=checkpoint.read):
         if not removed:
             removed.append(path)
             shutil.copytree(path, older, dirs_exist_ok=True)
             reseal(older, step=3)
             shutil.rmtree(path)
-        return real(path, names)
+        return real(path, *asked)
 
     shutil.rmtree(older)
     monkeypatch.setattr(checkpoint, "read", removes_first)
