@@ -2,6 +2,7 @@
 
 python convert.py export runs/NAME --to hf DIR             # a folder that transformers opens, without this program
 python convert.py export runs/NAME --to hf DIR --dtype bf16
+python convert.py export runs/NAME --to hf-code DIR        # the same with a file of code, for what no family expresses
 
 Back again: train.py init_from=hf:DIR, sample.py --run hf:DIR.
 """
@@ -12,13 +13,14 @@ if __name__ == "__main__":
     process.start()
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from common.cli import Parser, one_line_errors
 from common.hf_names import folder_of
 from common.streams import print_stderr
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "hf-code")
 
 
 def main() -> None:
@@ -30,14 +32,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("export",))
     parser.add_argument("run", type=Path, help="the folder of a run; or hf:DIR, a published model")
-    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "DIR"), required=True, help="hf, and a folder to make")
+    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "DIR"), required=True, help="hf or hf-code, and a folder")
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="best: of validation loss")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in the files")
-    parser.add_argument("--family", help="as which family of transformers, as qwen3; unset: the first that fits")
+    parser.add_argument("--family", help="of hf: which, as qwen3; unset: the first that fits")
     parser.add_argument("--file-bytes", type=int, default=None, help="of weights in one file, at most")
     args = parser.parse_args()
     if args.to[0] not in FORMATS:
         parser.error(f"--to {args.to[0]}: there is no such format: {', '.join(FORMATS)}")
+    if args.family is not None and args.to[0] != "hf":
+        parser.error(f"--family {args.family} is of --to hf: leave it out")
     if args.file_bytes is not None and args.file_bytes < 1:
         parser.error(f"--file-bytes {args.file_bytes}: it must be 1 or more")
     return args
@@ -47,16 +51,18 @@ def convert(args: argparse.Namespace) -> None:
     from common import process
     from common.console import to_stderr
     from generation.options import check_is_folder
-    from interchange.hf_folder import FILE_BYTES, check_family, export
+    from interchange.hf_code import with_code
+    from interchange.hf_family import check_family, in_family
+    from interchange.hf_folder import FILE_BYTES, export
 
     process.end_by_unwinding()
     to_stderr()
     check_family(args.family)
     check_is_folder(folder_of(args.run))
-    output = Path(args.to[1])
-    options = {"dtype": args.dtype, "family": args.family, "which": args.checkpoint}
-    found = export(args.run, output, **options, file_bytes=args.file_bytes or FILE_BYTES)
-    print_stderr(f"{found.family.architecture}, {found.parameters:,} parameters in {args.dtype}: {output}")
+    form_of = with_code if args.to[0] == "hf-code" else partial(in_family, name=args.family)
+    options = {"dtype": args.dtype, "which": args.checkpoint, "file_bytes": args.file_bytes or FILE_BYTES}
+    found = export(args.run, Path(args.to[1]), form_of, **options)
+    print_stderr(f"{found.form.architecture}, {found.parameters:,} parameters in {args.dtype}: {args.to[1]}")
 
 
 if __name__ == "__main__":

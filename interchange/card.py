@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from common.atomic_io import exists
-from model.published.family import Family
+from interchange.form import Form
 from training.metrics_file import read_metrics
 from training.run.folder import read_config
 
@@ -17,16 +17,23 @@ tags: [headroom]
 ---
 # {name}
 
-A language model of {model_type} shape, trained with Headroom and exported in {dtype}. Opened without its code:
+{what}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```
 
 {trained}"""
+IN_FAMILY = (
+    "A language model of {model_type} shape, trained with Headroom and exported in {dtype}. Opened without its code:"
+)
+WITH_CODE = (
+    "A language model trained with Headroom and exported in {dtype}. No family of transformers is needed for it: "
+    "`{code}` computes it, a file to read before it is trusted."
+)
 TRAINED = """## How it was trained
 
 | | |
@@ -45,10 +52,14 @@ Its settings, all of them:
 """
 
 
-def card(run: Path, family: Family, dtype: str) -> str:
+def card(run: Path, form: Form, dtype: str) -> str:
     """Of a run, with its figures; of a model that was no run, without."""
     trained = _trained(run) if exists(run / "config.yaml") else ""
-    return CARD.format(name=run.resolve().name, model_type=family.model_type, dtype=dtype, trained=trained)
+    if form.code is None:
+        what, trust = IN_FAMILY.format(model_type=form.model_type, dtype=dtype), ""
+    else:
+        what, trust = WITH_CODE.format(code=form.code.name, dtype=dtype), ", trust_remote_code=True"
+    return CARD.format(name=run.resolve().name, what=what, trust=trust, trained=trained)
 
 
 def _trained(run: Path) -> str:

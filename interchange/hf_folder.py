@@ -1,8 +1,9 @@
-"""A folder that transformers opens: config.json, safetensors, tokenizer.json and the files beside it, a model card."""
+"""A folder that transformers opens: config.json, safetensors, tokenizer.json and the files beside it, a model card; and
+a file of code, where the model needs one."""
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,23 +15,18 @@ from common.errors import UserError
 from common.hf_names import folder_of
 from data.tokenizers.base import Tokenizer
 from interchange.card import card
-from model.published.families import FAMILIES, family_of
-from model.published.family import Family
-from model.published.tensors import Misfit
+from interchange.form import Form
 from model.transformer import TransformerLM
 from training.run.load import load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FILE_BYTES = 5_000_000_000  # of weights in one file, at most
-# What to choose so that a model has no such bias, by how its name ends; of all others model.bias=false:
-WITHOUT_BIAS = {"q_proj.bias": "attention.qk_bias=false", "q_proj.up.bias": "attention.qk_bias=false"}
-WITHOUT_BIAS |= {"k_proj.bias": "attention.qk_bias=false", "v_proj.bias": "attention.v_bias=false"}
 
 log = logging.getLogger("headroom")
 
 
 class Exported(NamedTuple):
-    family: Family
+    form: Form
     files: list[str]
     parameters: int  # in the files
 
@@ -38,27 +34,29 @@ class Exported(NamedTuple):
 def export(
     run: Path,
     output: Path,
+    form_of: Callable[[TransformerLM], Form],
     *,
     dtype: str = "fp32",
-    family: str | None = None,
     which: str = "latest",
     file_bytes: int = FILE_BYTES,
 ) -> Exported:
-    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. family: of FAMILIES; unset: the
-    first that can express it. which: latest or best. Raises UserError where none can, or something would be lost."""
+    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. which: latest or best. Raises
+    UserError where form_of does, which is where something would be lost."""
     check_output(output)
     model, tokenizer = load_run(run, which=which)
-    chosen = chosen_family(model, family)
+    form = form_of(model)
     if model.mtp is not None:
-        log.warning(f"the module for multi-token prediction is left out: transformers' {chosen.model_type} reads none")
-    content = chosen.config_json(model.config, model.vocab_size)
-    content |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
+        log.warning(f"the module for multi-token prediction is left out: {form.architecture} reads none")
+    config = form.config | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
+    tensors = ((name, tensor.to(DTYPES[dtype]).contiguous()) for name, tensor in form.tensors)
     with atomic_folder(output) as folder:
-        names = _write_weights(folder, packed(model, chosen, content, DTYPES[dtype]), file_bytes)
-        _write(folder / "config.json", content)
+        names = _write_weights(folder, tensors, file_bytes)
+        _write(folder / "config.json", config)
         write_tokenizer(folder, tokenizer, model.config.context_length)
-        (folder / "README.md").write_text(card(folder_of(run), chosen, dtype))
-    return Exported(chosen, [*names, "config.json", "tokenizer.json"], sum(p.numel() for p in model.parameters()))
+        if form.code is not None:
+            (folder / form.code.name).write_bytes(form.code.read_bytes())
+        (folder / "README.md").write_text(card(folder_of(run), form, dtype))
+    return Exported(form, [*names, "config.json", "tokenizer.json"], sum(p.numel() for p in model.parameters()))
 
 
 def check_output(output: Path) -> None:
@@ -67,41 +65,6 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output} is there already: choose another folder, or move it away")
     if not exists(output.parent):
         raise UserError(f"{output} cannot be made: there is no folder {output.parent}")
-
-
-def check_family(name: str | None) -> None:
-    """Raise UserError where there is none of that name."""
-    if name is not None and name not in FAMILIES:
-        raise UserError(f"--family {name}: there is no such family: {', '.join(FAMILIES)}")
-
-
-def chosen_family(model: TransformerLM, name: str | None) -> Family:
-    """Raises UserError where it, or any, cannot express the model."""
-    if name is None:
-        return family_of(model.config)
-    obstacles = FAMILIES[name].obstacles(model.config)
-    if obstacles:
-        raise UserError(f"{name} cannot express this model: it has no {', no '.join(obstacles)}")
-    return FAMILIES[name]
-
-
-def packed(
-    model: TransformerLM, family: Family, content: dict[str, Any], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The published tensors, one after another. Raises UserError where one of ours has no place there."""
-    ours = model.state_dict()
-    for entry in family.entries(model, content):
-        try:
-            tensors = entry.pack([ours[name] for name in entry.ours])
-        except Misfit as error:
-            name = str(error)
-            way_out = next((way for end, way in WITHOUT_BIAS.items() if name.endswith(end)), "model.bias=false")
-            raise UserError(
-                f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains "
-                "without"
-            ) from None
-        for name, tensor in zip(entry.published, tensors, strict=True):
-            yield name, tensor.to(dtype).contiguous()
 
 
 def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> list[str]:
