@@ -23,7 +23,7 @@ tags: [headroom]
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 ```
 
 {trained}"""
@@ -31,8 +31,8 @@ IN_FAMILY = (
     "A language model of {model_type} shape, trained with Headroom and exported in {dtype}. Opened without its code:"
 )
 WITH_CODE = (
-    "A language model trained with Headroom and exported in {dtype}. No family of transformers is needed for it: "
-    "`{code}` computes it, a file to read before it is trusted."
+    "A language model trained with Headroom and exported in {dtype}. `{code}` computes it, with torch and transformers "
+    "alone; read it before you trust it:"
 )
 TRAINED = """## How it was trained
 

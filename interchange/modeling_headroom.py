@@ -19,6 +19,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 # What this release of transformers calls the KV cache:
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+# Arguments that `forward` is given by some releases: the cache, by both its names, and what changes nothing here.
+KNOWN = {"cache", "past_key_values", "cache_position", "return_dict", "num_items_in_batch"}
 Settings = dict[str, Any]  # of one attention, or of the MLP, by the names that they have in training
 
 
@@ -45,9 +47,6 @@ class HeadroomConfig(PretrainedConfig):
     tie_word_embeddings: bool = True
     attention: Any = ()  # a list of Settings
     mlp: Any = None  # Settings
-
-
-# ---------------------------------------------------------------- norms
 
 
 class RMSNorm(nn.Module):
@@ -86,9 +85,6 @@ def residual_norm(config: HeadroomConfig) -> nn.Module:
     if config.norm == "layer":
         return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
     return RMSNorm(config.d_model, config.norm_eps)
-
-
-# ---------------------------------------------------------------- positions
 
 
 def rope_frequencies(s: Settings, dim: int, device: torch.device) -> Tensor:
@@ -140,9 +136,6 @@ def sinusoidal(positions: Tensor, dim: int) -> Tensor:
     pairs = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * 10000.0 ** (-pairs / dim)
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(-2)[..., :dim] * dim**-0.5
-
-
-# ---------------------------------------------------------------- attention
 
 
 def visible(q_pos: Tensor, k_pos: Tensor, s: Settings) -> Tensor:
@@ -258,10 +251,9 @@ class LatentAttention(Attention):
 ATTENTIONS = {"gqa": GroupedAttention, "mla": LatentAttention}
 
 
-# ---------------------------------------------------------------- MLP
-
-
 class SwiGLU(nn.Module):
+    """A gated MLP."""
+
     def __init__(self, d_model: int, d_ff: int, bias: bool):
         super().__init__()
         self.gate_proj = nn.Linear(d_model, d_ff, bias)
@@ -273,6 +265,8 @@ class SwiGLU(nn.Module):
 
 
 class PlainMLP(nn.Module):
+    """ReLU, squared ReLU or GELU between two matrices."""
+
     def __init__(self, d_model: int, s: Settings, bias: bool):
         super().__init__()
         self.s = s
@@ -350,18 +344,13 @@ class MixtureOfExperts(nn.Module):
 
 def mlp_of(config: HeadroomConfig, layer: int) -> nn.Module:
     s = config.mlp
-    if s["kind"] == "moe":
-        if layer < s["n_dense_layers"]:
-            return SwiGLU(config.d_model, s["dense_d_ff"], config.bias)
-        return MixtureOfExperts(config.d_model, s, config.bias)
-    return (
-        SwiGLU(config.d_model, s["d_ff"], config.bias)
-        if s["kind"] == "swiglu"
-        else PlainMLP(config.d_model, s, config.bias)
-    )
-
-
-# ---------------------------------------------------------------- the model
+    if s["kind"] == "swiglu":
+        return SwiGLU(config.d_model, s["d_ff"], config.bias)
+    if s["kind"] != "moe":
+        return PlainMLP(config.d_model, s, config.bias)
+    if layer < s["n_dense_layers"]:
+        return SwiGLU(config.d_model, s["dense_d_ff"], config.bias)
+    return MixtureOfExperts(config.d_model, s, config.bias)
 
 
 class Block(nn.Module):
@@ -381,6 +370,7 @@ class Block(nn.Module):
 class HeadroomForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = HeadroomConfig
     _tied_weights_keys = {"head.weight": "embedding.weight"}  # noqa: RUF012 - where config.tie_word_embeddings is true
+    _input_embed_layer = "embedding"
     _no_split_modules = ("Block",)
 
     def __init__(self, config: HeadroomConfig):
@@ -392,12 +382,6 @@ class HeadroomForCausalLM(PreTrainedModel, GenerationMixin):
         self.norm = residual_norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embedding = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -414,12 +398,11 @@ class HeadroomForCausalLM(PreTrainedModel, GenerationMixin):
         **more: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids (B, T) -> logits (B, T, V). attention_mask: (B, S), 0 for padding; positions count from the first
-        token that is none. labels: (B, T), of which each is predicted from the tokens before it; -100 counts nothing.
-        more: the KV cache, as transformers calls it, and arguments of it that change nothing here."""
+        token that is none. labels: (B, T), each predicted from the tokens before it; -100 for none. more: KNOWN."""
         cache = more.get("past_key_values") if more.get("cache") is None else more["cache"]
-        unknown = more.keys() - {"cache", "past_key_values", "cache_position", "return_dict", "num_items_in_batch"}
-        if unknown:
-            raise TypeError(f"this model has no {', '.join(sorted(unknown))}")
+        asked = {name for name, value in more.items() if value is not None and value is not False}
+        if asked - KNOWN:
+            raise TypeError(f"this model has no {', '.join(sorted(asked - KNOWN))}")
         if use_cache and cache is None:
             cache = DynamicCache()
         past = 0 if cache is None else cache.get_seq_length()

@@ -147,7 +147,7 @@ def _has_biases(settings: Settings) -> bool:
 
 
 def _same_rope_everywhere(settings: Settings) -> str | None:
-    if settings["attention.rope_dim"] != settings["attention.head_dim"]:
+    if settings["attention.rope_dim"] not in (settings["attention.head_dim"], None):  # None: nothing rotates
         return f"attention.rope_dim={settings['attention.rope_dim']} (attention.rope_dim=null)"
     return None
 

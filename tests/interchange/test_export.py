@@ -150,6 +150,7 @@ BAD = {
     "a format": (["export", "run", "--to", "onnx", "out"], "there is no such format"),
     "a run": (["export", "nowhere", "--to", "hf", "out"], "nowhere is not a run"),
     "a family": (["export", "run", "--to", "hf", "out", "--family", "opt"], "there is no such family"),
+    "a family of code": (["export", "run", "--to", "hf-code", "out", "--family", "llama"], "is of --to hf"),
     "a folder": (["export", "run", "--to", "hf", "no/out"], "there is no folder no"),
     "an output": (["export", "run", "--to", "hf", "."], "is there already"),
     "a size": (["export", "run", "--to", "hf", "out", "--file-bytes", "0"], "it must be 1 or more"),
