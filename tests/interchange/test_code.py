@@ -28,7 +28,7 @@ MODELS = {
     "grouped heads with biases, part of which rotates, beneath a window": (
         *("attention=gqa", "model.bias=true", "attention.rope_dim=8", "attention.rope_layout=interleaved", *PATTERN),
         *("attention.rope_scaling=linear", "attention.rope_factor=2", "model.logit_softcap=5", "mlp=gelu"),
-        *("model.norm=layer", "model.norm_eps=1e-3"),
+        *("model.norm=layer", "model.norm_eps=1e-2"),
     ),
     "alibi without a diagonal": (
         *("attention=gqa", "position=alibi", "model.qk_norm=false", "attention.mask_diagonal=true", "mlp=relu"),
@@ -42,6 +42,7 @@ MODELS = {
         *("attention=mla", "attention.k_rope_from=latent", "attention.qk_norm_groups=2", "mlp=moe"),
         *("mlp.router=softmax", "mlp.n_groups=4", "mlp.top_groups=2", "mlp.n_shared_experts=0", "mlp.bias_rate=0"),
         *("mlp.renormalise=false", "attention.rope_scaling=yarn", "attention.rope_factor=4"),
+        *("attention.rope_theta=100", "attention.rope_original_context=512"),
     ),
     "latents of queries too, parts of heads normed, llama3": (
         *("attention=mla", "attention.qk_norm=head", "attention.qk_norm_groups=2", "attention.q_lora_rank=24"),
@@ -92,16 +93,15 @@ def test_code_has_the_logits_and_the_cached_text_of_our_model_beside_padding_too
         expected = logits_of(model, tokens)
         assert relative_error(theirs(tokens).logits, expected) <= 1e-4
         prompts = [tokens[:1, :9], tokens[1:, :14]]
-        texts = [greedy(model, prompt, 24) for prompt in prompts]
-    padding = torch.full((1, 5), 256)
-    batch = torch.cat((torch.cat((padding, prompts[0]), 1), prompts[1]))
+        texts = [greedy(model, prompt, 16) for prompt in prompts]
+    batch = torch.cat((F.pad(prompts[0], (5, 0), value=256), prompts[1]))
     mask = torch.ones_like(batch)
     mask[0, :5] = 0
     with torch.no_grad():
-        padded = theirs(batch, attention_mask=mask).logits
-    assert relative_error(padded[0, 5:], expected[0, :9]) <= 1e-4
-    assert relative_error(padded[1], expected[1, :14]) <= 1e-4
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+        assert relative_error(theirs(batch, attention_mask=mask).logits[0, 5:], expected[0, :9]) <= 1e-4
+        behind = theirs(batch.roll(-5, 1), attention_mask=mask.roll(-5, 1)).logits[0, :9]
+        assert relative_error(behind, expected[0, :9]) <= 1e-4
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     found = theirs.generate(batch, attention_mask=mask, **options)
     assert torch.equal(found[:1, 5:], texts[0]) and torch.equal(found[1:], texts[1])
     assert torch.equal(theirs.generate(prompts[1], **options), texts[1])
