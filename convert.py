@@ -4,7 +4,7 @@ python convert.py export runs/NAME --to hf DIR             # a folder that trans
 python convert.py export runs/NAME --to hf DIR --dtype bf16
 python convert.py export runs/NAME --to hf-code DIR        # the same with a file of code, for what no family expresses
 
-Back again: train.py init_from=hf:DIR, sample.py --run hf:DIR.
+Back again, from hf: train.py init_from=hf:DIR, sample.py --run hf:DIR.
 """
 
 if __name__ == "__main__":
