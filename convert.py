@@ -2,8 +2,9 @@
 
 python convert.py export runs/NAME --to hf DIR             # a folder that transformers opens, without this program
 python convert.py export runs/NAME --to hf DIR --dtype bf16
+python convert.py export runs/NAME --to hf-code DIR        # the same with a file of code, for what no family expresses
 
-Back again: train.py init_from=hf:DIR, sample.py --run hf:DIR.
+Back again, from hf: train.py init_from=hf:DIR, sample.py --run hf:DIR.
 """
 
 if __name__ == "__main__":
@@ -12,13 +13,14 @@ if __name__ == "__main__":
     process.start()
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from common.cli import Parser, number, one_line_errors
 from common.hf_names import folder_of, is_published
 from common.streams import print_stderr
 
-FORMATS = ("hf",)
+FORMATS = ("hf", "hf-code")
 
 
 def main() -> None:
@@ -30,15 +32,17 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("export",))
     parser.add_argument("run", type=Path, help="the folder of a run; or hf:DIR, a published model")
-    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "DIR"), required=True, help="hf, and a folder to make")
+    parser.add_argument("--to", nargs=2, metavar=("FORMAT", "DIR"), required=True, help="hf or hf-code, and a folder")
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="best: of validation loss")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in the files")
-    parser.add_argument("--family", help="as which family of transformers, as qwen3; unset: the first that fits")
+    parser.add_argument("--family", help="of hf: which, as qwen3; unset: the first that fits")
     size = number(int, 1)
-    parser.add_argument("--file-bytes", type=size, default=5_000_000_000, help="of weights in one file, at most")
+    parser.add_argument("--file-bytes", type=size, help="of weights in one file, at most; unset: 5 GB")
     args = parser.parse_args()
     if args.to[0] not in FORMATS:
         parser.error(f"--to {args.to[0]}: there is no such format: {', '.join(FORMATS)}")
+    if args.family is not None and args.to[0] != "hf":
+        parser.error(f"--family {args.family} is of --to hf: leave it out")
     if args.checkpoint == "best" and is_published(args.run):
         parser.error(f"--checkpoint best is of a run, and {args.run} has one set of weights: leave it out")
     return args
@@ -48,16 +52,19 @@ def convert(args: argparse.Namespace) -> None:
     from common import process
     from common.console import to_stderr
     from generation.options import check_is_folder
-    from interchange.hf_folder import check_family, export
+    from interchange.hf_code import with_code
+    from interchange.hf_family import check_family, in_family
+    from interchange.hf_folder import export
 
     process.end_by_unwinding()
     to_stderr()
     check_family(args.family)
     check_is_folder(folder_of(args.run))
-    output = Path(args.to[1])
-    options = {"dtype": args.dtype, "family": args.family, "which": args.checkpoint}
-    found = export(args.run, output, **options, file_bytes=args.file_bytes)
-    print_stderr(f"{found.family.architecture}, {found.numbers:,} numbers in {args.dtype}: {output}")
+    form_of = with_code if args.to[0] == "hf-code" else partial(in_family, name=args.family)
+    options = {"dtype": args.dtype, "which": args.checkpoint}
+    options |= {} if args.file_bytes is None else {"file_bytes": args.file_bytes}
+    found = export(args.run, Path(args.to[1]), form_of, **options)
+    print_stderr(f"{found.form.architecture}, {found.numbers:,} numbers in {args.dtype}: {args.to[1]}")
 
 
 if __name__ == "__main__":

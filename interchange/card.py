@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from common.hf_names import folder_of, is_published
-from model.published.family import Family
+from interchange.form import Form
 from training.metrics_file import read_metrics
 from training.run.checkpoint import best, newest
 from training.run.folder import read_config
@@ -17,16 +17,23 @@ tags: [headroom]
 ---
 # {name}
 
-A language model of {model_type} shape, trained with Headroom and exported in {dtype}. Opened without its code:
+{what}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})
 ```
 
 {trained}"""
+IN_FAMILY = (
+    "A language model of {model_type} shape, trained with Headroom and exported in {dtype}. Opened without its code:"
+)
+WITH_CODE = (
+    "A language model trained with Headroom and exported in {dtype}. `{code}` computes it, with torch and transformers "
+    "alone; read it before you trust it:"
+)
 TRAINED = """## How it was trained
 
 | | |
@@ -45,11 +52,14 @@ Its settings, all of them:
 """
 
 
-def card(run: Path, which: str, family: Family, dtype: str) -> str:
+def card(run: Path, which: str, form: Form, dtype: str) -> str:
     """Of a run, with the figures of the checkpoint; of a published model, without. which: latest or best."""
     trained = "" if is_published(run) else _trained(run, which)
-    name = folder_of(run).resolve().name
-    return CARD.format(name=name, model_type=family.model_type, dtype=dtype, trained=trained)
+    if form.code is None:
+        what, trust = IN_FAMILY.format(model_type=form.model_type, dtype=dtype), ""
+    else:
+        what, trust = WITH_CODE.format(code=form.code.name, dtype=dtype), ", trust_remote_code=True"
+    return CARD.format(name=folder_of(run).resolve().name, what=what, trust=trust, trained=trained)
 
 
 def _trained(run: Path, which: str) -> str:

@@ -1,9 +1,10 @@
-"""A folder that transformers opens: config.json, safetensors, tokenizer.json and the files beside it, a model card."""
+"""A folder that transformers opens: config.json, safetensors, tokenizer.json and the files beside it, a model card; and
+a file of code, where the model needs one."""
 
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,25 +15,21 @@ from common.atomic_io import atomic_folder, names_in
 from common.errors import UserError
 from data.tokenizers.base import Tokenizer
 from interchange.card import card
-from model.published.families import FAMILIES, family_of
-from model.published.family import Family
-from model.published.tensors import Misfit
+from interchange.form import Form
 from model.transformer import TransformerLM
 from training.run.load import load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FILE_BYTES = 5_000_000_000  # of weights in one file, at most
-# Where model.bias=false, what else gives a model a bias, by how its name ends:
-WITHOUT_BIAS = {"q_proj.bias": "attention.qk_bias=false", "q_proj.up.bias": "attention.qk_bias=false"}
-WITHOUT_BIAS |= {"k_proj.bias": "attention.qk_bias=false", "v_proj.bias": "attention.v_bias=false"}
 
-IN_FLOAT32 = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")  # of a router, whose choice would change
+# Of a router, whose choice would change; transformers rounds them in no precision either.
+IN_FLOAT32 = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias", "router.weight", "router.selection_bias")
 
 log = logging.getLogger("headroom")
 
 
 class Exported(NamedTuple):
-    family: Family
+    form: Form
     weights: list[str]  # the files
     numbers: int  # in them
 
@@ -40,27 +37,33 @@ class Exported(NamedTuple):
 def export(
     run: Path,
     output: Path,
+    form_of: Callable[[TransformerLM], Form],
     *,
     dtype: str = "fp32",
-    family: str | None = None,
     which: str = "latest",
     file_bytes: int = FILE_BYTES,
 ) -> Exported:
-    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. family: of FAMILIES; unset: the
-    first that can express it. which: latest or best. Raises UserError where none can, or something would be lost."""
+    """Write the model of a run, or of hf:DIR, for transformers: whole or not at all. which: latest or best. Raises
+    UserError where form_of does, which is where something would be lost."""
     check_output(output)
     model, tokenizer = load_run(run, which=which)
-    chosen = chosen_family(model, family)
+    form = form_of(model)
     if model.mtp is not None:
-        log.warning(f"the module for multi-token prediction is left out: transformers' {chosen.model_type} reads none")
-    content = chosen.config_json(model.config, model.vocab_size)
-    content |= {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
+        log.warning(f"the module for multi-token prediction is left out: {form.architecture} reads none")
+    config = form.config | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
     with atomic_folder(output.resolve()) as folder:
-        names, numbers = _write_weights(folder, packed(model, chosen, content, DTYPES[dtype]), file_bytes)
-        _write(folder / "config.json", content)
+        names, numbers = _write_weights(folder, in_dtype(form.tensors, DTYPES[dtype]), file_bytes)
+        _write(folder / "config.json", config)
         write_tokenizer(folder, tokenizer, model.config.context_length)
-        (folder / "README.md").write_text(card(run, which, chosen, dtype))
-    return Exported(chosen, names, numbers)
+        if form.code is not None:
+            (folder / form.code.name).write_bytes(form.code.read_bytes())
+        (folder / "README.md").write_text(card(run, which, form, dtype))
+    return Exported(form, names, numbers)
+
+
+def in_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        yield name, tensor.to(torch.float32 if name.endswith(IN_FLOAT32) else dtype).contiguous()
 
 
 def check_output(output: Path) -> None:
@@ -70,47 +73,6 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output} is there already: choose another folder, or move it away")
     if not whole.parent.is_dir():
         raise UserError(f"{output} cannot be made: there is no folder {output.parent}")
-
-
-def check_family(name: str | None) -> None:
-    """Raise UserError where there is none of that name."""
-    if name is not None and name not in FAMILIES:
-        raise UserError(f"--family {name}: there is no such family: {', '.join(FAMILIES)}")
-
-
-def chosen_family(model: TransformerLM, name: str | None) -> Family:
-    """Raises UserError where it, or any, cannot express the model."""
-    if name is None:
-        return family_of(model.config)
-    obstacles = FAMILIES[name].obstacles(model.config)
-    if obstacles:
-        raise UserError(f"{name} cannot express this model: it has no {', no '.join(map(str, obstacles))}")
-    return FAMILIES[name]
-
-
-def packed(
-    model: TransformerLM, family: Family, content: dict[str, Any], dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
-    """The published tensors, one after another. Raises UserError where one of ours has no place there."""
-    ours = model.state_dict()
-    for entry in family.entries(model, content):
-        try:
-            tensors = entry.pack([ours[name] for name in entry.ours])
-        except Misfit as error:
-            name = str(error)
-            way_out = "model.bias=false" if model.config.bias else _without(name)
-            raise UserError(
-                f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains "
-                "without"
-            ) from None
-        for name, tensor in zip(entry.published, tensors, strict=True):
-            exact = name.endswith(IN_FLOAT32)  # and rounded in none of transformers' precisions
-            yield name, tensor.to(torch.float32 if exact else dtype).contiguous()
-
-
-def _without(name: str) -> str:
-    """What to choose so that a model has no such bias."""
-    return next(way for end, way in WITHOUT_BIAS.items() if name.endswith(end))
 
 
 def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> tuple[list[str], int]:

@@ -10,26 +10,27 @@ import torch
 from common.errors import UserError
 from data.tokenizers.bpe import BPEConfig
 from interchange import hf_folder
+from interchange.hf_family import in_family
 from model.published.families import FAMILIES, family_of
 from tests.interchange.published import OURS_AS, VOCAB, ours, transformers
 from tests.support import assert_one_line, call, composed_run, logits_of, relative_error, some_tokens
 from training.run.load import load_run
 
 
-def exported(model, folder, monkeypatch, **options):
+def exported(model, folder, monkeypatch, form_of=in_family, **options):
     """The folder of a model that was trained by no run."""
     tokenizer = BPEConfig(vocab_size=VOCAB, train_bytes=2**16, cut="exact").train(["def f(x):\n    return x\n" * 50])
     tokenizer.tokens = tokenizer.tokens[: VOCAB - 1]
     monkeypatch.setattr(hf_folder, "load_run", lambda run, which: (model, tokenizer))
-    monkeypatch.setattr(hf_folder, "card", lambda run, which, family, dtype: "")
-    return hf_folder.export(folder / "run", folder / "out", **options)
+    monkeypatch.setattr(hf_folder, "card", lambda run, which, form, dtype: "")
+    return hf_folder.export(folder / "run", folder / "out", form_of, **options)
 
 
 @pytest.mark.parametrize("name", OURS_AS)
 def test_exported_model_has_its_logits_in_transformers_and_here(name, tmp_path, monkeypatch):
     model = ours(OURS_AS[name])
     found = exported(model, tmp_path, monkeypatch)
-    assert found.family.model_type == name.partition(" ")[0].partition(",")[0]
+    assert found.form.model_type == name.partition(" ")[0].partition(",")[0]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = some_tokens(2, 40, VOCAB)
     with torch.no_grad():
@@ -149,6 +150,7 @@ BAD = {
     "a format": (["export", "run", "--to", "onnx", "out"], "there is no such format"),
     "a run": (["export", "nowhere", "--to", "hf", "out"], "nowhere is not a run"),
     "a family": (["export", "run", "--to", "hf", "out", "--family", "opt"], "there is no such family"),
+    "a family of code": (["export", "run", "--to", "hf-code", "out", "--family", "llama"], "is of --to hf"),
     "a folder": (["export", "run", "--to", "hf", "no/out"], "there is no folder no"),
     "an output": (["export", "run", "--to", "hf", "."], "is there already"),
     "a size": (["export", "run", "--to", "hf", "out", "--file-bytes", "0"], "is not a whole number of at least 1"),

@@ -55,7 +55,8 @@ def look_at(name: Path | str) -> Published:
     content = _config(folder)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise UserError(f"{folder}/config.json: model_type={model_type} is not known: {', '.join(FAMILIES)}")
+        code = ", and its own code is not run" if "auto_map" in content else ""
+        raise UserError(f"{folder}/config.json: model_type={model_type} is not known{code}: {', '.join(FAMILIES)}")
     try:
         run = compose(*_overrides(FAMILIES[model_type].settings(content)))
     except UserError as error:
