@@ -51,6 +51,7 @@ class Characters(NamedTuple):
     """A text as numbers of its characters; read as the streams are that training reads."""
 
     tokens: np.ndarray  # (n,) int64
+    counted: None = None  # all are
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -12,7 +12,7 @@ from common.json_files import read_object
 from data.tokenizers.base import Tokenizer, encode_utf8
 from data.tokenizers.vocabulary import OURS, spelled_bytes
 
-KIND = "published"
+KIND = "huggingface"
 MAX_CONFIG_BYTES = 2**24
 
 

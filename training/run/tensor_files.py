@@ -159,14 +159,17 @@ def read_tensors(files: Sequence[tuple[Path, FileMark]], share: Share = WHOLE) -
     several processes keep shares, of a file that is not what was written in one of them."""
     headers = [_read(file, mark, _header) for file, mark in files]
     stated = _stated(files, headers)
-    tensors = {
-        name: torch.empty_like(tensor[share.rows(name)] if tensor.ndim else tensor, device="cpu")
-        for name, tensor in stated.items()
-    }
+    tensors = {name: _room(tensor, share.rows(name)) for name, tensor in stated.items()}
     for i, ((file, mark), parts) in enumerate(zip(files, headers, strict=True)):
         fill = functools.partial(_fill, parts=parts, tensors=tensors, share=share, checked=share.checks(i))
         _read(file, mark, fill)
     return tensors
+
+
+def _room(stated: Tensor, rows: slice) -> Tensor:
+    """Memory for some rows of a meta tensor. (torch.empty_like of it imports SymPy.)"""
+    first = [] if stated.ndim == 0 else [len(range(*rows.indices(len(stated))))]
+    return torch.empty((*first, *stated.shape[1:]), dtype=stated.dtype)
 
 
 def stated_tensors(files: Sequence[tuple[Path, FileMark]]) -> dict[str, Tensor]:
