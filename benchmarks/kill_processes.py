@@ -74,7 +74,7 @@ def _under_fire(options: list[str], folder: Path, kills: int, lasts: float, draw
                     os.kill(pid, signal.SIGKILL)
                 met[victim] += 1
                 killed = True
-        _, err = process.communicate(timeout=PATIENCE if killed else None)
+        _, err = process.communicate(timeout=PATIENCE if killed else PATIENCE + 10 * lasts)
         _wait_for_end(workers)
         if process.returncode == 0 or "is complete at step" in err:
             return met

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
 
+import training.step_memory  # noqa: F401  which takes its loss function now, before a test replaces that
 from common.conf_files import choices, content
 from common.errors import Unsupported, UserError
 from data.batches import Batch
@@ -25,6 +26,10 @@ from training.run.composer import choice, merged
 from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.state import TrainState
+
+# Autograd begins here, where there is nothing but the CPU: with threads for another device, which a test may make up, no
+# process could be forked any more.
+torch.ones((), requires_grad=True).backward()
 
 ROOT = Path(__file__).resolve().parent.parent
 ATTENTIONS = choices("attention")

@@ -40,6 +40,7 @@ class MetricRow(TypedDict, total=False):
     bias_lr: float  # learning rate of biases, where it is not lr
     grad_norm: float | None  # of the whole gradient, before clipping
     skipped: bool  # true where loss or gradient were not finite, and nothing was updated
+    uncounted: bool  # true where no target of the step was counted, as of prompts alone, and nothing was updated
     max_logit: float | None  # with optim.qk_clip: the largest attention score of the step
     clipped_heads: int  # with optim.qk_clip: heads whose scores were above it
     indexer_loss: float | None  # with an indexer: its KL divergence in nats, the layers' mean

@@ -30,7 +30,7 @@ class StepResult(NamedTuple):
 
 def train_step(state: TrainState, batches: Iterable[Batch], factor: float, between: Between = go_on) -> StepResult:
     """One update from micro-batches. A loss or gradient that is not finite skips it, and so does a batch of which no
-    target is counted.
+    target is counted, as where all of it is prompts.
 
     factor: of each parameter group's base rate. between: may give the step up by an exception, which leaves weights and
     optimizer as they were; so does the UserError where no layer reports what an after-step hook goes by.
@@ -51,7 +51,8 @@ def train_step(state: TrainState, batches: Iterable[Batch], factor: float, betwe
     for hook in hooks:
         reported |= _call(hook, aux, skipped)
     if state.loss_scale is not None:
-        state.loss_scale.update(skipped)
+        counted = state.world.total(sum((batch.counted for batch in batches), mean.new_zeros(())))
+        state.loss_scale.update(skipped & (counted > 0))  # a step of prompts alone says nothing of the scale
     state.precision.drop_gradients()
     state.step += 1
     return StepResult(mean, grad_norm, skipped, reported)

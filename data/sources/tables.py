@@ -27,6 +27,7 @@ FORMATS = {
 }
 BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
 ARROW_FILE = b"ARROW1"  # begins an Arrow file and Feather; a stream begins otherwise
+MAX_LINE_BYTES = 2**30  # of JSON lines; a compressed file of a few bytes can hold more
 BATCH_ROWS = 256  # of Parquet, decoded at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book
 log = logging.getLogger("headroom")
@@ -148,7 +149,9 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
     with open_bytes(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
+            if len(line) == MAX_LINE_BYTES:
+                raise UserError(f"{path}:{number} is longer than {MAX_LINE_BYTES:,} bytes, as no row is: divide it")
             if not line.strip():
                 continue
             try:

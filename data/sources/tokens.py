@@ -117,6 +117,12 @@ def _token_file(path: str) -> TokenFile:
         raise_unreadable(path, error)
     is_val = not {"val", "valid", "validation"}.isdisjoint(re.split(r"[^a-z]+", Path(path).stem.lower()))
     start = HEADER_BYTES if _has_header(path, head) else 0
+    if not path.endswith(".bin"):
+        raise UserError(
+            f"{path} is not called .bin, as files of tokens are: is it text, for data=files? Else rename it"
+        )
+    if not start and len(head) == HEADER_BYTES and not np.frombuffer(head, DTYPE)[1::2].any():
+        raise UserError(f"{path} has zeros at all odd places, as tokens of four bytes have: write it as np.uint16")
     if size == start:
         raise UserError(f"{path} holds no tokens: remove it, or exclude it from data.path")
     if (size - start) % DTYPE.itemsize:

@@ -31,6 +31,7 @@ from tests.support import (
 from training.compile import maybe_compiled
 from training.evaluate import evaluate
 from training.losses import mean_loss
+from training.monitor.guard import Guard
 from training.optim.adamw import AdamWConfig
 from training.optim.schedule import WSD, Cosine, Linear
 from training.step import _seed_micro_step, accumulate_gradients, train_step
@@ -343,3 +344,22 @@ def test_compiled_loss_has_the_same_gradients(attention):
         torch.autograd.grad(compiled(model, batch)[0], list(model.parameters())), expected, strict=True
     ):
         assert relative_error(found, exact) <= 1e-4
+
+
+def test_step_of_prompts_alone_changes_neither_weights_nor_the_loss_scale():
+    model = small_model("attention=gqa", "model.n_layers=1")
+    state = training_state(model, precision="fp16")
+    before, scale = [p.clone() for p in model.parameters()], state.loss_scale.scale.clone()
+    (batch,) = batches(2, 2)
+    for _ in range(3):
+        result = train_step(state, [batch._replace(targets=torch.full_like(batch.targets, -1))], 1.0)
+        assert result.skipped
+    assert all(map(torch.equal, before, model.parameters()))
+    assert torch.equal(state.loss_scale.scale, scale)
+
+
+def test_guard_does_not_count_steps_of_prompts_alone():
+    guard = Guard([], 2)
+    for step in range(5):
+        guard.see({"step": step, "train_loss": None, "uncounted": True})
+    assert not guard.diverged and guard.uncounted == 5 and guard.skipped == 0

@@ -20,6 +20,7 @@ class Guard:
         diverged."""
         self.max_in_a_row = max_in_a_row
         self.skipped = 0
+        self.uncounted = 0
         self.in_a_row = 0
         self.losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self.spiking = False
@@ -37,6 +38,9 @@ class Guard:
     def see(self, row: MetricRow) -> bool:
         """Record the next row -> whether a loss spike starts with it."""
         self.only_past = False
+        if row.get("uncounted"):  # which is no sign of divergence, nor of the contrary
+            self.uncounted += 1
+            return False
         if row.get("skipped") or row["train_loss"] is None:
             self.skipped += 1
             self.in_a_row += 1

@@ -208,7 +208,9 @@ class Monitor:
     ) -> MetricRow:
         bpb = loss * counted / (math.log(2) * max(1.0, text_bytes))
         columns = MetricRow(train_loss=loss, train_bpb=bpb, grad_norm=grad_norm, **shared)
-        if skipped:
+        if not counted:
+            columns["uncounted"] = True
+        elif skipped:
             columns["skipped"] = True
         return columns
 
@@ -217,7 +219,10 @@ class Monitor:
 
     def _report_trouble(self, row: MetricRow) -> None:
         spike = self.guard.see(row)
-        if row.get("skipped") and self.guard.in_a_row <= self.run.max_skipped_updates:
+        if row.get("uncounted"):
+            if self.guard.uncounted == 1:
+                self.print_line(summary.uncounted_line(row))
+        elif row.get("skipped") and self.guard.in_a_row <= self.run.max_skipped_updates:
             self.print_line(
                 summary.skipped_line(row, self.guard.skipped, self.run.precision, self._documents(row["step"]))
             )

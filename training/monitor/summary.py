@@ -86,6 +86,14 @@ def skipped_line(row: MetricRow, skipped: int, precision: str, documents: str) -
     )
 
 
+def uncounted_line(row: MetricRow) -> str:
+    """The first step that learns nothing."""
+    return (
+        f"step {row['step']}: none of its tokens is counted, all are of prompts: nothing is learned in such "
+        "steps, of which a larger batch_tokens leaves fewer"
+    )
+
+
 def spike_line(row: MetricRow, usual_loss: float, documents: str) -> str:
     """A loss spike."""
     return (

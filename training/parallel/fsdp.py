@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from model.transformer import TransformerLM
+from model.transformer import PaddedEmbedding, TransformerLM
 from runtime.precision import DTYPES, LossScale, Precision, Shard, Weights, is_divided
 from runtime.world import ProcessGroup, World
 
@@ -104,6 +104,7 @@ def _fill(model: TransformerLM, weights: Weights, world: World) -> None:
         rows = Shard(tensor, tensor.shape, world.rank, world.size).rows()
         local = weights(name, rows).to(world.device)
         padding = rows.stop - rows.start - len(local)  # of a vocabulary, which is not stored
+        assert not padding or isinstance(model.get_submodule(name.rpartition(".")[0]), PaddedEmbedding), name
         if padding:
             local = torch.cat([local, local.new_zeros(padding, *local.shape[1:])])
         mesh, places = tensor.device_mesh, tensor.placements

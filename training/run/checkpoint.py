@@ -280,8 +280,8 @@ def _files_of(path: Path, name: str, manifest: Manifest) -> list[tuple[Path, Fil
 
 def _tensors_of(path: Path, files: Sequence[tuple[Path, FileMark]], share: Share) -> dict[str, Tensor]:
     size, free = sum(mark.size for _, mark in files), free_memory(torch.device("cpu"))
-    if share.divided:
-        size //= share.world.size
+    if share.divided:  # and the other processes of this machine take theirs
+        size = size * int(os.environ.get("LOCAL_WORLD_SIZE", share.world.size)) // share.world.size
     if free is not None and size > free:
         raise UserError(f"{path} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
     return _taken(functools.partial(read_tensors, share=share), files)
@@ -327,7 +327,9 @@ def newest(folder: Path, names: Collection[str], share: Share = WHOLE) -> Checkp
 
 
 def _newest(folder: Path, names: Collection[str], share: Share) -> Checkpoint | None:
-    found, faults = _first_whole(reversed(checkpoint_paths(folder)), names, share)
+    # One list for all: a checkpoint that is just being written may be seen by some.
+    paths = share.world.from_first(_in_all(share.world, lambda: checkpoint_paths(folder)))
+    found, faults = _first_whole(reversed(paths), names, share)
     if found is None and faults:
         raise _none_whole(faults)
     for fault in faults:

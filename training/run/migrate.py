@@ -78,7 +78,7 @@ V_BIAS_10 = {"v_bias": None}  # of GQA: as model.bias
 FILES_10 = {"prompt": None, "prompt_end": "\\n"}  # of data=files: no row had a prompt
 MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
 ONE_PROCESS_9 = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}
-NO_TILES_9 = {"tiles": False}  # of kernel=auto
+NO_TILES_9, TILES_10 = {"tiles": False}, {"tiles": True}  # of kernel=auto
 NO_INDEXER_8 = {"indexer": {"top_k": None, "n_heads": 4, "head_dim": None, "stage": "sparse", "weight": 1.0}}
 MOVED_4 = {  # classes, to where they are now
     "data.corpus.SympyCorpus": "data.sources.python_source.SympyCorpus",
@@ -195,7 +195,8 @@ def _to_9(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _to_11(tree: dict[str, Any]) -> dict[str, Any]:
-    tree = _each_part(_each_part(tree, _with_v_bias), _without_prompts)
+    for older in (_with_v_bias, _without_prompts, _with_tiles):
+        tree = _each_part(tree, older)
     model = tree.get("model")
     return tree | {"model": MODEL_10 | model} if isinstance(model, Mapping) else tree
 
@@ -214,6 +215,10 @@ def _with_indexer(part: dict[str, Any]) -> dict[str, Any]:
 
 def _without_tiles(part: dict[str, Any]) -> dict[str, Any]:
     return NO_TILES_9 | part if part.get("_target_") == "model.kernels.auto.Auto" else part
+
+
+def _with_tiles(part: dict[str, Any]) -> dict[str, Any]:
+    return TILES_10 | part if part.get("_target_") == "model.kernels.auto.Auto" else part
 
 
 def _with_groups(part: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def text_of(out: str) -> str:
     return out.split("\nvalidation ")[0]
 
 
-OFTEN = [("mha", "fp32"), ("mqa", "bf16"), ("mla", "bf16"), ("stack", "bf16")]  # gqa and dsa: below
+OFTEN = [("mha", "fp32"), ("mla", "fp32"), ("mqa", "bf16"), ("mla", "bf16"), ("stack", "bf16")]  # gqa and dsa: below
 
 
 def runs() -> list:
