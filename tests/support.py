@@ -27,8 +27,8 @@ from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 from training.state import TrainState
 
-# Autograd begins here, where there is nothing but the CPU: with threads for another device, which a test may make up, no
-# process could be forked any more.
+# Autograd begins here, where there is nothing but the CPU: with threads for another device, which a test may make up,
+# no process could be forked any more.
 torch.ones((), requires_grad=True).backward()
 
 ROOT = Path(__file__).resolve().parent.parent
