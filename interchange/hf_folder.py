@@ -96,6 +96,7 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_byt
     )
     for i, name in enumerate(names):
         (folder / f"{i}.part").rename(folder / name)
+        (folder / name).chmod((folder / name).stat().st_mode | 0o044)  # as the files beside it, for others to read
     if count == 1:
         return names, numbers
     places = {tensor: name for name, held in zip(names, shards, strict=True) for tensor in held}

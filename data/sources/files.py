@@ -18,6 +18,7 @@ from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_
 from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
 from data.sources.tables import BINARY, cells, check_column, format_of, rows
 
+UNUSED_PROMPT_END = "\\n"  # as in conf/; another is refused without prompts
 PART_BYTES = 2**24  # how much of a long file is in memory at one time
 DEFAULT_COLUMN = "text"
 UNITS = ("file", "line", "row")
@@ -56,7 +57,9 @@ class FilesCorpus(Corpus):
         return document
 
     @model_validator(mode="after")
-    def _check_prompt_is_another_column(self) -> Self:
+    def _check_prompt(self) -> Self:
+        if self.prompt is None and self.prompt_end != UNUSED_PROMPT_END:
+            raise ValueError(f"data.prompt_end={self.prompt_end!r} is of prompts: set data.prompt, or leave it out")
         if self.prompt == (self.column or DEFAULT_COLUMN):
             raise ValueError(
                 f"data.prompt={self.prompt} is the column of the text too: name that of the answers as data.column="

@@ -108,7 +108,10 @@ def rope_settings(content: Content, theta: float = 10000.0) -> Settings:
     """theta: where nothing states it. Raises UserError for a scaling that is not ours."""
     stated = stated_rope(content)
     kind = stated.pop("rope_type")
-    found: Settings = {"attention.rope_theta": float(stated.get("rope_theta", content.get("rope_theta", theta)))}
+    thetas = {float(one["rope_theta"]) for one in (stated, content) if one.get("rope_theta") is not None} or {theta}
+    if len(thetas) > 1:
+        raise UserError(f"rope_theta is {' and '.join(map(str, sorted(thetas)))}: remove the one that is not meant")
+    found: Settings = {"attention.rope_theta": thetas.pop()}
     stated = {name: value for name, value in stated.items() if name not in FREE}
     if kind == "default" and not stated:
         return found
@@ -140,7 +143,7 @@ def grouped_settings(content: Content, *, biased: bool, qk_norm: bool) -> Settin
     if kv_heads is None and content["model_type"] not in ("llama", "apertus"):  # in which it is the number of heads
         raise UserError("there is no num_key_value_heads")
     return {
-        "attention.n_kv_heads": kv_heads or heads,
+        "attention.n_kv_heads": heads if kv_heads is None else kv_heads,
         "attention.head_dim": content.get("head_dim") or content["hidden_size"] // heads,
         "attention.qk_norm": qk_norm,
         "attention.qk_bias": biased,

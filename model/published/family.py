@@ -33,6 +33,7 @@ summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_
 vocab_size
 """
 MAX_NUMBER = 2**31  # in a config.json
+SWITCHES = {"attention_bias", "mlp_bias", "use_qk_norm", "rope_interleave", "use_sliding_window"}
 
 
 class Obstacle(NamedTuple):
@@ -104,6 +105,9 @@ class Family:
                 stated = f"{name}={str(content[name])[:80]}"
                 raise UserError(f"{stated} is not known of {self.model_type}: remove it if it changes nothing")
         self._check_origin(content)
+        for name in SWITCHES & content.keys():
+            if content[name] is not None and type(content[name]) is not bool:
+                raise UserError(f"{name}={str(content[name])[:80]}: true or false is what it can be")
         only = {setting: allowed[0] for setting, allowed in self.needs.items() if len(allowed) == 1}
         found: Settings = {setting: value for setting, value in only.items() if not setting.startswith("mlp.")}
         for key in self.keys:

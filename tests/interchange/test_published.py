@@ -249,6 +249,17 @@ FAULTS = {
     "a type that is a list": (lambda folder: _change(folder / "config.json", model_type=[]), "is not known"),
     "an interpolation": (lambda folder: _change(folder / "config.json", hidden_size="${oc.env:HOME}"), "is no number"),
     "null": (lambda folder: _change(folder / "config.json", intermediate_size=None), "there is no intermediate_size"),
+    "fewer layers than there are": (
+        lambda folder: _change(folder / "config.json", num_hidden_layers=1),
+        "hold model.layers.1.",
+    ),
+    "another quantization": (
+        lambda folder: _change(folder / "config.json", quantization_config={"quant_method": "gptq"}),
+        "only quant_method=fp8",
+    ),
+    "no key heads": (lambda folder: _change(folder / "config.json", num_key_value_heads=0), "config.json: "),
+    "a switch that is a word": (lambda folder: _change(folder / "config.json", attention_bias="yes"), "true or false"),
+    "two thetas": (lambda folder: _change(folder / "config.json", rope_theta=5.0), "remove the one"),
     "a number beyond all": (lambda folder: _change(folder / "config.json", num_hidden_layers=10**20), "too large"),
     "an endless theta": (
         lambda folder: _change(folder / "config.json", rope_parameters={"rope_theta": 10**400}),

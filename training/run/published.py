@@ -64,6 +64,9 @@ def look_at(name: Path | str) -> Published:
     except UNFIT as error:
         fault = f"{type(error).__name__}: {str(error)[:200]}"
         raise UserError(f"{folder}/config.json: its values are not what such a model has ({fault})") from None
+    stated = content.get("quantization_config")
+    if stated is not None and not (isinstance(stated, dict) and stated.get("quant_method") == "fp8"):
+        raise UserError(f"{folder}/config.json: quantization_config={str(stated)[:80]}: only quant_method=fp8 is known")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     rows = content.get("vocab_size")
     if type(rows) is not int or rows < tokenizer.vocab_size:
@@ -156,11 +159,12 @@ class _Files:
         for name in sorted(wanted - self.places.keys()):
             raise UserError(f"{folder}: its safetensors files lack {name}")
         layers = self.found.run.model.n_layers
+        further_layers = range(layers, layers + int(self.found.content.get("num_nextn_predict_layers") or 0))
         for name in sorted(self.places.keys() - wanted):
             further = re.match(r"model\.layers\.(\d{1,9})\.", name)
             of_scale = name.endswith(SCALES) and name.removesuffix(SCALES) in wanted
             of_tied = tied and name == "lm_head.weight" and self._is_embedding(name)
-            predicts_further = further is not None and int(further[1]) >= layers
+            predicts_further = further is not None and int(further[1]) in further_layers
             if not (of_scale or of_tied or predicts_further or CONSTANTS.search(name)):
                 raise UserError(f"{folder}: its safetensors files hold {name}, which this model does not have")
 
@@ -181,8 +185,7 @@ class _Files:
         return self._dequantised(name, tensor) if scaled else tensor.float()
 
     def _dequantised(self, name: str, tensor: Tensor) -> Tensor:
-        stated = self.found.content.get("quantization_config")
-        block = stated.get("weight_block_size") if isinstance(stated, dict) else None
+        block = (self.found.content.get("quantization_config") or {}).get("weight_block_size")
         scales = self._tensor(*self.places[name + SCALES]).float()
         whole = (
             isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n <= MAX_BLOCK for n in block)
