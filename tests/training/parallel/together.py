@@ -112,7 +112,9 @@ class Training:
             context.Process(target=_train, args=(rank, count, port, folder, words, arrange))
             for rank in (range(count) if start is None else start)
         ]
-        for started in self.processes:
+        for rank, started in enumerate(self.processes):
+            for end in ("out", "err"):  # of one that is ended before it writes, too
+                (folder / f"{rank}.{end}").write_text("")
             started.start()
 
     def wait_for(self, path: Path) -> None:
