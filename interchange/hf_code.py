@@ -40,7 +40,7 @@ def obstacles(config: ModelConfig) -> list[str]:
     (attention.random_blocks=0)`."""
     attention = config.attention
     parts = attention.parts if isinstance(attention, StackConfig) else {}
-    found = [in_part(f"attention.parts.{name}", said) for name, part in parts.items() for said in _obstacles_in(part)]
+    found = [in_part(f"attention.parts.{name}", one) for name, part in parts.items() for one in _obstacles_in(part)]
     if not parts:
         found = _obstacles_in(attention)
     if type(config.mlp) not in CHOICES:

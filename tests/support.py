@@ -243,3 +243,17 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
         except SystemExit as stop:
             return stop.code or 0
     return 0
+
+
+def spread_out(model: torch.nn.Module) -> torch.nn.Module:
+    """Models begin nearly uniform, which would hide differences."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            norm = "norm" in name or ".ln_" in name
+            parameter.copy_(1 + 0.3 * noise if norm else noise * parameter.shape[-1] ** -0.5 * 2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):  # by which experts are chosen
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
+    return model

@@ -5,15 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
 
 from data.tokenizers.byte import ByteTokenizer
 from data.tokenizers.vocabulary import OURS
 from model.initialise import initialised
 from model.layout import Kind
 from model.transformer import TransformerLM
-from tests.support import composed_run
+from tests.support import composed_run, spread_out
 
 transformers = pytest.importorskip("transformers")
 
@@ -95,20 +93,6 @@ OURS_AS = {
     "gpt2": ("model=classic_gpt", "model.n_layers=2", "model.d_model=64", "model.n_heads=4"),
     "gpt2 with few biases": ("attention=mha", "position=learned", "model.norm=layer", "model.qk_norm=false"),
 }
-
-
-def spread_out(model: nn.Module) -> nn.Module:
-    """Models begin nearly uniform, which would hide differences."""
-    draw = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=draw)
-            norm = "norm" in name or ".ln_" in name
-            parameter.copy_(1 + 0.3 * noise if norm else noise * parameter.shape[-1] ** -0.5 * 2)
-        for name, buffer in model.named_buffers():
-            if name.endswith("bias"):  # by which experts are chosen
-                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=draw))
-    return model
 
 
 def theirs(name: str, **changed: object) -> transformers.PreTrainedModel:

@@ -191,11 +191,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_model_that_the_code_cannot_express_is_refused_with_the_switch(case):
-    overrides, said = REFUSED[case]
+    overrides, message = REFUSED[case]
     with pytest.raises(UserError) as refusal:
         with_code(ours(overrides))
     assert_one_line(refusal.value)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 def test_attention_and_mlp_of_ones_own_are_refused(monkeypatch):
@@ -204,7 +204,7 @@ def test_attention_and_mlp_of_ones_own_are_refused(monkeypatch):
     mlp = type("OwnMLP", (type(config.mlp),), {})(**config.mlp.model_dump())
     assert isinstance(own, FrozenSettings)
     found = obstacles(config.model_copy(update={"attention": own, "mlp": mlp}))
-    assert [said.partition(" (")[0] for said in found] == ["attention of type Own", "mlp of type OwnMLP"]
+    assert [message.partition(" (")[0] for message in found] == ["attention of type Own", "mlp of type OwnMLP"]
 
 
 def test_refusal_of_families_names_this_format_where_it_is_a_way_out():

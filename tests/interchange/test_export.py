@@ -78,11 +78,11 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_model_that_no_family_expresses_is_refused_with_the_switch(case):
-    overrides, said = REFUSED[case]
+    overrides, message = REFUSED[case]
     with pytest.raises(UserError) as refusal:
         family_of(composed_run("model=mini", *overrides).model)
     assert_one_line(refusal.value)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
 
 
 def test_bias_that_would_be_lost_is_refused_with_the_switch(tmp_path, monkeypatch):
@@ -160,6 +160,6 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_convert_with_bad_arguments_says_so_in_one_line(case, workplace, monkeypatch, capsys):
     (workplace / "run").mkdir()
-    arguments, said = BAD[case]
+    arguments, message = BAD[case]
     assert call("convert", arguments, monkeypatch) == 2
-    assert said in (err := capsys.readouterr().err) and len(err.splitlines()) == 1
+    assert message in (err := capsys.readouterr().err) and len(err.splitlines()) == 1

@@ -326,9 +326,9 @@ def published(tmp_path_factory):
 def test_published_model_with_a_fault_is_refused_in_one_line(fault, published, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(published, folder)
-    change, said = FAULTS[fault]
+    change, message = FAULTS[fault]
     change(folder)
     with pytest.raises(UserError) as refusal:
         load_run(f"hf:{folder}")
     assert_one_line(refusal.value)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)

@@ -16,7 +16,13 @@ from training.losses import mean_loss
 from training.step_memory import StepMemory
 
 VOCAB, CPU = 100, torch.device("cpu")
-ASIDE = {"steps": 1, "data": None, "tokenizer": None, "cache_dir": None, "run_dir": None}  # of no weight in a step
+WITHOUT_WEIGHT = {
+    "steps": 1,
+    "data": None,
+    "tokenizer": None,
+    "cache_dir": None,
+    "run_dir": None,
+}  # of no weight in a step
 PREDICTED = {}  # the memory of runs
 
 
@@ -27,7 +33,7 @@ def predicted_once(monkeypatch):
     predict = dry_run.memory
 
     def remembered(run, *rest):
-        key = (repr(run.model_copy(update=ASIDE)), *rest)
+        key = (repr(run.model_copy(update=WITHOUT_WEIGHT)), *rest)
         if key not in PREDICTED:
             PREDICTED[key] = predict(run, *rest)
         return PREDICTED[key]

@@ -244,23 +244,7 @@ def read(path: Path, names: Collection[str], share: Share = WHOLE) -> Checkpoint
             path, manifest, tensors, {name: _taken(stated_tensors, of_name) for name, of_name in files.items()}
         )
 
-    return _in_all(share.world, read_share)
-
-
-def _in_all(world: World, action: Callable[[], T]) -> T:
-    """Call action() in all processes -> its result. A UserError that it raises in one is raised in all of them."""
-    if world.size == 1:
-        return action()
-    result, fault = None, None
-    try:
-        result = action()
-    except UserError as error:
-        fault = (type(error), str(error))
-    faults = [one for one in world.gathered(fault) if one is not None]
-    if faults:
-        kind, line = faults[0]
-        raise kind(line)
-    return result
+    return together(share.world, read_share, UserError)
 
 
 def folder_of(name: str) -> str:
@@ -328,7 +312,7 @@ def newest(folder: Path, names: Collection[str], share: Share = WHOLE) -> Checkp
 
 def _newest(folder: Path, names: Collection[str], share: Share) -> Checkpoint | None:
     # One list for all: a checkpoint that is just being written may be seen by some.
-    paths = share.world.from_first(_in_all(share.world, lambda: checkpoint_paths(folder)))
+    paths = share.world.from_first(together(share.world, lambda: checkpoint_paths(folder), UserError))
     found, faults = _first_whole(reversed(paths), names, share)
     if found is None and faults:
         raise _none_whole(faults)
@@ -464,9 +448,9 @@ def share_of(run: Run, vocab_size: int, world: World) -> Share:
 
 def _state_of(found: Checkpoint, run: Run, vocab_size: int, device: torch.device, world: World) -> TrainState:
     """Build the state that a checkpoint holds, into memory that nothing was drawn for. found: read by `share_of`."""
-    _in_all(world, lambda: check_finite(found))
+    together(world, lambda: check_finite(found), UserError)
     state = state_with_weights(found, run, vocab_size, device, world)
-    _in_all(world, lambda: load_optimizer(found, state))
+    together(world, lambda: load_optimizer(found, state), UserError)
     if state.loss_scale is not None:
         state.loss_scale.load(found.manifest.loss_scale)
     state.step = found.manifest.step

@@ -84,18 +84,22 @@ class Piece(NamedTuple):
         return [WriteItem(MetadataIndex(name, chunk.offsets), WriteItemType.SHARD, tensor_data=data)]
 
 
-def together(world: World, action: Callable[[], T]) -> T:
-    """Call action() -> its result. An OSError that it raises in one process is raised in all of them."""
+def together(world: World, action: Callable[[], T], kind: type[Exception] = OSError) -> T:
+    """Call action() in all processes -> its result. An error of this kind, OSError or UserError, that it raises in one
+    is raised in all of them."""
     if world.size == 1:
         return action()
     result, fault = None, None
     try:
         result = action()
-    except OSError as error:
-        fault = (error.errno or errno.EIO, f"process {world.rank}: {reason(error)}")
-    faults = [one for one in world.gathered(fault) if one is not None]
-    if faults:
-        raise OSError(*faults[0])
+    except kind as error:
+        fault = (type(error), (str(error),))
+        if isinstance(error, OSError):
+            fault = (OSError, (error.errno or errno.EIO, f"process {world.rank}: {reason(error)}"))
+    for found in world.gathered(fault):
+        if found is not None:
+            raised, given = found
+            raise raised(*given)
     return result
 
 

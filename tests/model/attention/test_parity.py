@@ -13,7 +13,7 @@ from model.layout import Kind
 from model.mask import Mask
 from model.transformer import TransformerLM
 from tests.model.attention.laws import ways_to_decode
-from tests.support import composed_run, logits_of, relative_error, some_tokens
+from tests.support import composed_run, logits_of, relative_error, some_tokens, spread_out
 
 transformers = pytest.importorskip("transformers")
 
@@ -43,16 +43,6 @@ OURS = (
 
 LATENTS = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16}  # DeepSeek's
 OUR_LATENTS = [f"attention.{name}={size}" for name, size in LATENTS.items()]
-
-
-def spread_out(theirs: torch.nn.Module) -> None:
-    """They begin nearly uniform, which would hide differences."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            spread = torch.randn(parameter.shape, generator=generator)
-            norm = "norm" in name or ".ln_" in name
-            parameter.copy_(1 + 0.3 * spread if norm else spread * parameter.shape[-1] ** -0.5 * 2)
 
 
 def load_published(mine: TransformerLM, state: dict[str, Tensor]) -> None:

@@ -306,8 +306,8 @@ def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
         tree, ways_out = composed_tree(*typed, *needs), []
         for group in ("model", "data", "tokenizer", "optim", "schedule"):
             alone = composed_tree(f"{group}={row[group]}", *NEEDS.get((group, row[group]), ()))[group]
-            said = (*SAID_ELSEWHERE, *(("qk_norm", "qk_bias") if row["experiment"] in BLOCKS else ()))
-            said_elsewhere = {key: tree[group][key] for key in said if key in alone}
+            exempt = (*SAID_ELSEWHERE, *(("qk_norm", "qk_bias") if row["experiment"] in BLOCKS else ()))
+            said_elsewhere = {key: tree[group][key] for key in exempt if key in alone}
             assert tree[group] == alone | said_elsewhere, typed
         while problem := refusal(tree):
             assert problem.split()[0] in typed and WAYS_OUT[problem] not in ways_out
