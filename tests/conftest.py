@@ -1,6 +1,9 @@
 """One thread per test process (they run side by side), and no network: what a test needs, it makes. PyTorch, which
-reads the number of threads from here, is not imported: the process that hands out the tests does without."""
+reads the number of threads from here, is not imported: the process that hands out the tests does without. Programs
+that tests start keep what Python compiled of the sources, even where the environment says otherwise: it takes each of
+them a second or more."""
 
+import functools
 import gc
 import os
 import sys
@@ -15,6 +18,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONDONTWRITEBYTECODE": "",
 }
 
 import logging
@@ -46,16 +50,18 @@ TIERS = {  # of files and folders; all else is unit, but for what runs programs,
 
 
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here):
-            tier = tier_of(item.path.relative_to(here))
+        if tier := tier_of(item.path):
             item.add_marker("system" if tier == "unit" and "workplace" in item.fixturenames else tier)
 
 
-def tier_of(path: Path) -> str:
+@functools.cache
+def tier_of(path: Path) -> str | None:
     """Of a file under tests/."""
-    inside = [tier for tier, places in TIERS.items() if any(path.is_relative_to(place) for place in places)]
+    here = Path(__file__).parent
+    if not path.is_relative_to(here):
+        return None
+    inside = [tier for tier, places in TIERS.items() if any(path.is_relative_to(here / place) for place in places)]
     return inside[0] if inside else "unit"
 
 

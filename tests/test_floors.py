@@ -1,6 +1,7 @@
 """Imports between packages: which may use which, and the order of the files within one."""
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def name_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Modules, and what is taken from them, within functions too."""
     found = set()
@@ -66,11 +68,16 @@ def imports_of(path: Path) -> set[str]:
 FILES = {
     name_of(path): path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")) if path.name != "__init__.py"
 } | {door: ROOT / f"{door}.py" for door in DOORS}
-IMPORTS = {name: imports_of(path) & FILES.keys() for name, path in FILES.items()}
+
+
+@functools.cache
+def all_imports() -> dict[str, set[str]]:
+    """Of our files, those of our files."""
+    return {name: imports_of(path) & FILES.keys() for name, path in FILES.items()}
 
 
 def test_imports_of_a_room_are_of_rooms_below_it():
-    for name, imports in IMPORTS.items():
+    for name, imports in all_imports().items():
         room = name.partition(".")[0]
         used = {imported.partition(".")[0] for imported in imports} - {room}
         assert used <= ROOMS.get(room, set(ROOMS)), f"{name} imports {sorted(imports)}"
@@ -82,11 +89,11 @@ def test_imports_form_no_circle():
     def visit(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, f"a circle of imports: {' -> '.join((*above, name))}"
         if name not in done:
-            for imported in sorted(IMPORTS[name]):
+            for imported in sorted(all_imports()[name]):
                 visit(imported, (*above, name))
             done.add(name)
 
-    for name in IMPORTS:
+    for name in all_imports():
         visit(name, ())
 
 
@@ -102,7 +109,7 @@ def test_imports_within_a_folder_follow_its_order():
         order = text.split()
         paths = [ROOT.joinpath(*folder.split("."), *name.split(".")) for name in order]
         assert all(path.is_dir() or path.with_suffix(".py").is_file() for path in paths), folder
-        for name, imports in IMPORTS.items():
+        for name, imports in all_imports().items():
             own = place_in(order, folder, name)
             for imported in imports if own is not None else ():
                 other = place_in(order, folder, imported)
