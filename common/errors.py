@@ -21,6 +21,11 @@ class UserError(Exception):
         super().__init__(line)
 
 
+class NotFetched(UserError):
+    """What must be fetched before a run can begin is not there: the documents of the hub, or a published vocabulary.
+    A dry run reports it and goes on."""
+
+
 def reason(error: OSError) -> str:
     """The reason of an OSError, in words."""
     return "it is closed" if error.errno == errno.EBADF else error.strerror or str(error) or type(error).__name__

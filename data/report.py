@@ -25,6 +25,7 @@ class Report(NamedTuple):
     longest: int  # bytes of the longest document
     longest_name: str
     whole: bool  # all text; else the first MAX_BYTES
+    skipped: list[str]  # rows of tables that are no documents: a line for each of what they lack
 
 
 def examine(corpus: Corpus, max_bytes: int = MAX_BYTES) -> Report:
@@ -34,7 +35,7 @@ def examine(corpus: Corpus, max_bytes: int = MAX_BYTES) -> Report:
     text_bytes = characters = no_text = length = longest = 0
     name = longest_name = ""
     whole = True
-    for document in corpus.read():
+    for document in corpus.read_counting(contents.rows):
         if text_bytes >= max_bytes:
             whole = False
             break
@@ -57,4 +58,5 @@ def examine(corpus: Corpus, max_bytes: int = MAX_BYTES) -> Report:
         longest=longest,
         longest_name=longest_name,
         whole=whole,
+        skipped=contents.rows.lines(),
     )

@@ -9,7 +9,7 @@ import torch
 
 from common.cli import out_of_memory
 from common.console import clock, size
-from common.errors import UserError
+from common.errors import NotFetched, UserError
 from common.streams import print_line
 from data.batches import check_split_lengths, micro_batch_of
 from data.shards.prepare import Prepared, missing, prepare
@@ -32,8 +32,8 @@ def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared
     download.
 
     run: with its precision chosen. done: steps that a run to be resumed has behind it. check: called with the corpus
-    where it is there, to refuse what training would. Raises UserError where nothing is left to do, or where the
-    documents there are do not fit the run.
+    where it is there, to refuse what training would. Raises UserError where nothing is left to do, or where
+    training would refuse the documents or the tokenizer, other than for what can be fetched.
     """
     if done >= run.steps:
         raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
@@ -63,11 +63,11 @@ def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared
 
 
 def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | None, list[str]]:
-    """The corpus, or all that is missing for it, a line each."""
+    """The corpus, or all that must be fetched for it, a line each."""
     cache_dir = Path(run.cache_dir)
     try:
-        corpus = prepare(run.data, run.tokenizer, cache_dir, download=False)
-    except UserError as error:
+        corpus = prepare(run.data, run.tokenizer, cache_dir, download=False, window=run.model.context_length + 1)
+    except NotFetched as error:
         return None, missing(run.data, run.tokenizer, cache_dir) or [str(error)]
     check_split_lengths(corpus, run.model.context_length, run.eval_tokens)
     check(corpus)

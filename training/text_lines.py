@@ -34,6 +34,8 @@ def _quality(found: Report) -> Iterator[str]:
         f"documents    {where}{first}{counted(found.documents, 'document')}, {found.identical:,} of them identical to "
         f"an earlier one; the longest has {size(found.longest)}: {found.longest_name}"
     )
+    for line in found.skipped:
+        yield f"rows         {where}{line}"
     yield (
         f"characters   {where}{found.no_text:,} of {found.characters:,} are no text: control characters, and U+FFFD, "
         "which stands for bytes that were none"

@@ -28,6 +28,7 @@ from common.errors import UserError
 from common.lock import lock
 from data.shards.document_index import index_entry, index_path
 from data.shards.token_files import Shard, ShardWriter, counted_name, shard_paths
+from data.sources import bounds
 from data.sources.contents import Contents
 from data.sources.corpus import Corpus, Document, Split, hash_sample
 from data.tokenizers.base import Tokenizer, TokenizerConfig
@@ -68,8 +69,8 @@ def measure(corpus: Corpus, window: int = 1) -> Size:
     if corpus.remote:
         return Size(None, None)
     found = Contents()
-    for document in corpus.read():
-        found.add(document)
+    for _ in found.reading(corpus):
+        pass
     _check_no_split_empty(corpus, found)
     for split in SPLITS:  # a token is a byte or more, but the one that begins a document
         if found.bytes[split] + found.begun[split] < window:
@@ -121,6 +122,14 @@ def _make_parts(corpus: Corpus, config: TokenizerConfig, parts: Path, size: Size
 def contents_path(folder: Path) -> Path:
     """The file with `Contents.summary`."""
     return folder / "contents.txt"
+
+
+def has_parts(folder: Path) -> bool:
+    """Whether finished parts of a build are kept, after which the next one continues."""
+    try:
+        return any(_build_name(parts) == folder.name for parts in _parts_folders(folder.parent))
+    except OSError:
+        return False
 
 
 def discard_parts(folder: Path) -> None:
@@ -195,7 +204,7 @@ def _encode(
     """Encode the corpus into the parts that do not exist yet -> the contents of the whole corpus."""
     totals = dict.fromkeys(SPLITS, 0)  # tokens of each split so far
     contents = Contents()
-    read = contents.counting(corpus.read())
+    read = contents.reading(corpus)
     documents = _EndOfIteration(_cut_between_words(read) if tokenizer.cut == "exact" else read)
     for number, numbered in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
         folder = parts / f"part_{number:05d}"
@@ -258,6 +267,8 @@ def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
     for document in documents:
         if before and document.is_continuation:
             cut = last_cut(before.text)
+            if not cut and len(before.text) > bounds.MAX_LENGTH:
+                raise bounds.too_long(f"{before.name}, in a passage where no word ends,")
             rest = before.text[cut:] + document.text
             document = document._replace(text=rest) if cut else before._replace(text=rest)
             before = before._replace(text=before.text[:cut]) if cut else None
@@ -354,6 +365,9 @@ def _log_contents(corpus: Corpus, contents: Contents) -> None:
 
 
 def _check_no_split_empty(corpus: Corpus, contents: Contents) -> None:
+    if not contents.bytes and contents.rows.lines():
+        skipped = "; ".join(contents.rows.lines())
+        raise UserError(f"data={corpus.name} has no documents: {skipped}: name other columns, or give other files")
     for split in SPLITS:
         if split not in contents.bytes:
             found = f", of {contents.summary(len(corpus.sources()))}" * bool(contents.bytes)

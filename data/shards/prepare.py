@@ -7,15 +7,14 @@ from pathlib import Path
 
 from common.atomic_io import exists, make_folder, names_in, open_regular, read_regular, remove_unfinished
 from common.checksummed_json import digest
-from common.errors import UserError, reason
+from common.errors import NotFetched, UserError, reason
 from common.lock import lock
 from common.paths import raise_unreadable
-from data.shards.build import build, contents_path, discard_abandoned, discard_parts, lock_file, measure
+from data.shards.build import build, contents_path, discard_abandoned, discard_parts, has_parts, lock_file, measure
 from data.shards.copy_tokens import copy_tokens
 from data.shards.document_index import READ_BYTES, document_names, index_path
 from data.shards.token_files import VERSION, TokenStream, open_stream
 from data.sources.corpus import Corpus
-from data.sources.tokens import TokensCorpus
 from data.tokenizers.base import Tokenizer, TokenizerConfig
 from data.tokenizers.load import load_tokenizer
 
@@ -59,8 +58,9 @@ def prepare(
 
     A build appears atomically, so that nothing half-built is ever used; a second process that wants the same waits for
     it. A killed build is continued after its last finished part. Raises UserError for documents
-    that cannot be read, a cache folder that cannot be written, or damaged shards; unless download, where only a
-    download could build them; and for text to build of whose bytes a split could not fill a window of so many tokens.
+    that cannot be read, a cache folder that cannot be written, or damaged shards; NotFetched where a vocabulary is not
+    there, or, unless download, where only a download could build them; and UserError for text to build of whose bytes a
+    split could not fill a window of so many tokens.
     """
     if not _prepared_before(cache_dir, f"{corpus.name}-{tokenizer.name}-"):
         tokenizer.check_available()  # before the corpus is read, which may take minutes
@@ -88,20 +88,21 @@ def prepare(
 
 
 def missing(corpus: Corpus, tokenizer: TokenizerConfig, cache_dir: Path) -> list[str]:
-    """The obstacles to preparing documents with these settings, a line each; [] where there is none."""
+    """What must be fetched before documents can be prepared with these settings, a line each; [] where there is
+    nothing. Raises UserError for what no fetching would mend."""
     found = []
     for check in (tokenizer.check_available, corpus.fingerprint, lambda: check_downloaded(corpus, cache_dir)):
         try:
             check()
-        except UserError as error:
+        except NotFetched as error:
             found.append(str(error))
     return found
 
 
 def check_downloaded(corpus: Corpus, cache_dir: Path) -> None:
-    """Raises UserError where documents that are not prepared yet would have to be downloaded."""
+    """Raises NotFetched where documents that are not prepared yet would have to be downloaded."""
     if corpus.remote:
-        raise UserError(f"the documents of data={corpus.name} are not in {cache_dir} yet: a run downloads them")
+        raise NotFetched(f"the documents of data={corpus.name} are not in {cache_dir} yet: a run downloads them")
 
 
 def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folder: Path, window: int) -> None:
@@ -119,14 +120,14 @@ def _build_once(corpus: Corpus, fingerprint: str, config: TokenizerConfig, folde
         remove_unfinished(folder.parent, folder.name)
         if not _exists(folder):
             try:
-                if isinstance(corpus, TokensCorpus):
-                    copy_tokens(corpus, fingerprint, config, folder)
-                else:
+                if corpus.has_text:
                     build(corpus, fingerprint, config, folder, size)
+                else:
+                    copy_tokens(corpus, fingerprint, config, folder)
             except OSError as error:
+                kept = "; finished parts are kept" * has_parts(folder)
                 raise UserError(
-                    f"the shards cannot be written to {folder.parent}: {reason(error)}: make room and run again; "
-                    "finished parts are kept"
+                    f"the shards cannot be written to {folder.parent}: {reason(error)}: make room and run again{kept}"
                 ) from None
 
 

@@ -18,8 +18,8 @@ def content_name(path: str) -> str:
 
 
 def open_bytes(path: str) -> BinaryIO:
-    """Open a file for reading, compressed or not. It raises OSError, also for compressed data that is damaged or ends
-    too early, where that is read."""
+    """Open a file for reading, compressed or not. Raises OSError, also for one that is named as compressed and is not;
+    and for compressed data that is damaged or ends too early, where that is read."""
     codec = _codec_of(path)
     return Path(path).open("rb") if codec is None else io.BufferedReader(_Decompressed(path, codec), BLOCK_BYTES)
 
@@ -30,12 +30,16 @@ def open_text(path: str, encoding: str, newline: str | None) -> TextIO:
 
 
 def _codec_of(path: str) -> str | None:
-    """How a file is compressed: as its suffix says, if it begins so."""
-    codec = CODECS.get(Path(path).suffix.lower())
+    """How a file is compressed, as its suffix says; an empty one is not. Raises OSError where it begins otherwise."""
+    suffix = Path(path).suffix
+    codec = CODECS.get(suffix.lower())
     if codec is None:
         return None
     with open(path, "rb") as file:
-        return codec if file.read(4).startswith(MAGIC[codec]) else None
+        head = file.read(4)
+    if head and not head.startswith(MAGIC[codec]):
+        raise OSError(f"it is named {suffix} and does not begin as {codec} data does: rename it without {suffix}")
+    return codec if head else None
 
 
 class _Decompressed(io.RawIOBase):
@@ -45,6 +49,7 @@ class _Decompressed(io.RawIOBase):
     def __init__(self, path: str, codec: str):
         self.path = path
         self.codec = codec
+        self.stream = None
         self._begin()
 
     def readable(self) -> bool:
@@ -77,8 +82,9 @@ class _Decompressed(io.RawIOBase):
         return self.at
 
     def close(self) -> None:
-        if not self.closed:
+        if self.stream is not None:
             self.stream.close()
+            self.stream = None
         super().close()
 
     def _skip(self, count: float) -> None:
@@ -92,5 +98,7 @@ class _Decompressed(io.RawIOBase):
 
         if not pa.Codec.is_available(self.codec):
             raise OSError(f"the installed pyarrow has no {self.codec}: decompress it")
-        self.stream = pa.CompressedInputStream(pa.OSFile(self.path), self.codec)
+        if self.stream is not None:
+            self.stream.close()
+        self.stream = pa.CompressedInputStream(pa.OSFile(self.path), self.codec)  # which closes the file, too
         self.at = 0

@@ -1,13 +1,14 @@
-"""Count the files, documents and duplicates of a corpus while it is read."""
+"""Count the files, documents, duplicates and skipped rows of a corpus while it is read."""
 
 import hashlib
 import logging
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
-from data.sources.corpus import Document, Split
+from data.sources.corpus import Corpus, Document, Split
+from data.sources.row_counts import RowCounts
 
 MARKERS = ("<|endoftext|>", "<|end_of_text|>")  # separators that other programs write between documents
 MAX_COMPARED = 2**23  # documents, 16 bytes of memory each
@@ -28,6 +29,7 @@ class Contents:
         self.names = array("Q")  # hashes
         self.texts = array("Q")
         self.running = b""  # hash of the current document's text so far
+        self.rows = RowCounts()
         self.markers: dict[str, tuple[int, str]] = {}  # count, and the name of the first document with one
 
     def add(self, document: Document) -> None:
@@ -44,9 +46,9 @@ class Contents:
             self.names.append(_number(_hash(document.name.encode(errors="surrogatepass"))))
             self.texts.append(_number(self.running) if text else 0)
 
-    def counting(self, documents: Iterable[Document]) -> Iterator[Document]:
-        """Pass documents through, adding each as it is taken."""
-        for document in documents:
+    def reading(self, corpus: Corpus) -> Iterator[Document]:
+        """The documents of a corpus; each is added as it is taken."""
+        for document in corpus.read_counting(self.rows):
             self.add(document)
             yield document
 
@@ -56,7 +58,8 @@ class Contents:
         first = "" if self.compared_all else "the first "
         parts = [f"{files:,} file{'s' * (files != 1)}"] * bool(files)
         parts.append(f"{first}{documents:,} document{'s' * (documents != 1)}")
-        return ", ".join(parts) + f", {identical:,} of them identical to an earlier one" * bool(identical)
+        parts += [f"{identical:,} of them identical to an earlier one"] * bool(identical)
+        return "; ".join([", ".join(parts), *self.rows.lines()])
 
     def warn_of_markers(self) -> None:
         for marker, (count, name) in self.markers.items():

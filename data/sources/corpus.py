@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 
 from common.settings import FrozenSettings
+from data.sources.row_counts import RowCounts
 
 Split = Literal["train", "val"]
 HeldOutBy = Literal["content", "index"]
@@ -94,6 +95,10 @@ class Corpus(FrozenSettings, ABC):
     def read(self) -> Iterator[Document]:
         """The documents of both splits, in one pass and never all in memory. Raises UserError, with the file and the
         line, where one cannot be read as text."""
+
+    def read_counting(self, counts: RowCounts) -> Iterator[Document]:
+        """As `read`. counts: of the rows of tables, which grow while they are read."""
+        return self.read()
 
     def documents(self, split: Split) -> Iterator[Document]:
         return (document for document in self.read() if document.split == split)

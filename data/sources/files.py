@@ -13,10 +13,12 @@ from pydantic import Field, field_validator, model_validator
 from common.errors import UserError
 from common.paths import is_folder, matching_files, raise_unreadable, working_folder
 from common.suggestions import nearest
+from data.sources import bounds
 from data.sources.compression import content_name, open_bytes, open_text
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.kinds import AS_IT_IS, HEAD_BYTES, MARK, WAY_OUT, check_is_text, check_no_markup, check_no_nul
-from data.sources.tables import BINARY, cells, check_column, format_of, rows
+from data.sources.row_counts import RowCounts
+from data.sources.tables import BINARY, check_column, format_of, rows
 
 UNUSED_PROMPT_END = "\\n"  # as in conf/; another is refused without prompts
 PART_BYTES = 2**24  # how much of a long file is in memory at one time
@@ -101,13 +103,16 @@ class FilesCorpus(Corpus):
         return digest.hexdigest()
 
     def read(self) -> Iterator[Document]:
+        return self.read_counting(RowCounts())
+
+    def read_counting(self, counts: RowCounts) -> Iterator[Document]:
         index = 0
         files = self._files()
         for path in files:
             if self._unit(path) == "file":
                 yield from self._file_documents(path)
                 continue
-            for name, prompt, text in self._texts(path):
+            for name, prompt, text in self._texts(path, counts):
                 held_out = is_held_out(self.held_out_by, index, prompt or text, self.val_fraction)
                 yield Document(name, prompt + text, held_out, prompt=len(prompt))
                 index += 1
@@ -123,20 +128,29 @@ class FilesCorpus(Corpus):
             return self.reading > 2 and self.document in (None, "row")
         return format_of(path) is not None
 
-    def _texts(self, path: str) -> Iterator[tuple[str, str, str]]:
+    def _texts(self, path: str, counts: RowCounts) -> Iterator[tuple[str, str, str]]:
         """The name, the prompt ("" without one) and the text of each document."""
-        if self.prompt is not None:
-            for name, (prompt, text) in rows(path, self._columns):
-                yield name, prompt + _unescaped(self.prompt_end), text
-            return
         if self._is_table(path):
-            texts = cells(path, self.column or DEFAULT_COLUMN)
-        elif self.document == "line":
+            yield from self._rows(path, counts)
+            return
+        if self.document == "line":
             texts = _lines(path) if self.reading > 2 else _lines(path, encoding="utf-8", ends="\n")
         else:
             texts = _separated(path, self._separator)
         for name, text in texts:
             yield name, "", text
+
+    def _rows(self, path: str, counts: RowCounts) -> Iterator[tuple[str, str, str]]:
+        """As `_texts`, of a table; rows that lack one of the columns are counted and skipped."""
+        answer = f"column {self.column or DEFAULT_COLUMN}"
+        lack = f"no text ({answer})"
+        if self.prompt is not None:
+            lack = f"no prompt (column {self.prompt}) or no answer ({answer})"
+        for name, found in rows(path, self._columns):
+            counts.add(lack, found is None)
+            if found is not None:
+                *prompt, text = found
+                yield name, "".join(each + _unescaped(self.prompt_end) for each in prompt), text
 
     @property
     def _columns(self) -> dict[str, str]:
@@ -339,7 +353,7 @@ def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> I
     """Yield (path:line, text without the line end) of every line that has text. ends: None for \\n, \\r\\n and \\r."""
     try:
         with open_text(path, encoding, ends) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in bounds.numbered_lines(path, file):
                 text = line.rstrip("\r\n")
                 if text:
                     yield f"{path}:{number}", text
@@ -361,8 +375,12 @@ def _split(path: str, separator: str) -> Iterator[str]:
     """str.split of a file's text, with only a part of the file and the text that it ends in memory."""
     with _open(path) as file:
         size = _size(file, path)
+        number = 1
         rest = ""
         for part in _parts(file, path, len(_mark(file, path)), size):
             *texts, rest = (rest + part).split(separator)
             yield from texts
+            number += len(texts)
+            if len(rest) > bounds.MAX_LENGTH:
+                raise bounds.too_long(f"{path}:{number}")
         yield rest

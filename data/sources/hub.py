@@ -12,14 +12,14 @@ from typing import Any, Self, TypeVar
 
 from pydantic import Field
 
-from common.errors import UserError, reason
+from common.errors import NotFetched, UserError, reason
 from common.paths import files_below, is_folder, raise_unreadable
 from common.settings import MAX_COUNT
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
+from data.sources.row_counts import RowCounts
 from data.sources.tables import (
     cells,
     check_column,
-    check_rows_have_column,
     format_of,
     list_names,
     no_column_message,
@@ -80,6 +80,9 @@ class HubCorpus(Corpus):
         return self.model_copy(update={"revision": self._commit})
 
     def read(self) -> Iterator[Document]:
+        return self.read_counting(RowCounts())
+
+    def read_counting(self, counts: RowCounts) -> Iterator[Document]:
         rows = self._open()
         index = 0
         columns_checked = self.remote  # only the files of a folder can be checked
@@ -91,10 +94,11 @@ class HubCorpus(Corpus):
             name = f"{self.path}:{index + 1}"  # rows are counted from 1, as in tables
             if text is not None and not isinstance(text, str):
                 raise UserError(not_text_message(name, self.column, text))
+            counts.add(f"no text (column {self.column})", not text)
             if text:
                 yield Document(name, text, is_held_out(self.held_out_by, index, text, self.val_fraction))
             elif text is None and not columns_checked:
-                self._check_rows_have_column()
+                self._check_files_have_column()
                 columns_checked = True
             index += 1
 
@@ -137,19 +141,17 @@ class HubCorpus(Corpus):
         stream = stream.select_columns([self.column])
         return iter(stream.take(self.limit) if self.limit else stream)
 
-    def _check_rows_have_column(self) -> None:
-        """Raises UserError for a row of a local JSON file that lacks the column, as data=files does: the library gives
-        null for it. Files on the hub cannot be checked."""
+    def _check_files_have_column(self) -> None:
+        """Raises UserError for a local JSON file of which no row has the column, as data=files does: the library gives
+        null for all. Files on the hub cannot be checked."""
         import datasets
 
         if (Path(self._place) / "README.md").is_file():  # its header may configure how files are read
             return
         builder = self._ask(lambda: datasets.load_dataset_builder(self._place, self.config))
-        left = self.limit
         for path in builder.config.data_files[self.split]:
             if format_of(path) in ("json", "json lines"):
-                checked = check_rows_have_column(path, self.column, left)
-                left = left and max(0, left - checked)
+                check_column(path, self.column)
 
     def _ask(self, question: Callable[[], T], when: str = "") -> T:
         try:
@@ -192,7 +194,7 @@ def _no_folder_message(path: str) -> str:
 def _check_reachable(path: str) -> None:
     way_out = "give a folder of this machine, or a whole commit as data.revision= for what is prepared already"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
-        raise UserError(f"{_no_folder_message(path)}, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
+        raise NotFetched(f"{_no_folder_message(path)}, and HF_HUB_OFFLINE keeps from asking the hub: {way_out}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT).close()
@@ -200,7 +202,7 @@ def _check_reachable(path: str) -> None:
         pass  # it answers
     except (OSError, ValueError) as error:
         fault = f"{endpoint} does not answer: {_reason(error)}"
-        raise UserError(f"{_no_folder_message(path)}, and {fault}: {way_out}") from None
+        raise NotFetched(f"{_no_folder_message(path)}, and {fault}: {way_out}") from None
 
 
 def _check_one_format(folder: Path) -> None:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+from data.sources import bounds
+
 READ_CHARS = 2**16  # at one time, and more where a value is longer
 DECODER = json.JSONDecoder()
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -13,7 +15,8 @@ MAX_WORD = 16  # characters: more than -Infinity or an escape has
 
 def values(file: TextIO) -> Iterator[Any]:
     """The elements of a file's array, or its values one after another, each on one line or on several. Raises
-    ValueError and RecursionError where it is not JSON, and the OSError and UnicodeDecodeError of reading."""
+    ValueError and RecursionError where it is not JSON, TooLong for a value that is too long, and the OSError and
+    UnicodeDecodeError of reading."""
     text = _Text(file)
     if text.next() != "[":
         while text.next():
@@ -64,7 +67,10 @@ class _Text:
                     raise
 
     def _read(self) -> bool:
-        more = self.file.read(max(READ_CHARS, len(self.text) - self.at))
+        held = len(self.text) - self.at
+        if held > bounds.MAX_LENGTH:
+            raise bounds.TooLong
+        more = self.file.read(max(READ_CHARS, held))
         self.text = self.text[self.at :] + more
         self.at = 0
         return bool(more)

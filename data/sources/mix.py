@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.paths import FileId, file_ids
 from common.settings import FrozenSettings
 from data.sources.corpus import Corpus, Document
+from data.sources.row_counts import RowCounts
 
 log = logging.getLogger("headroom")
 
@@ -108,8 +109,11 @@ class MixCorpus(Corpus):
                     )
 
     def read(self) -> Iterator[Document]:
+        return self.read_counting(RowCounts())
+
+    def read_counting(self, counts: RowCounts) -> Iterator[Document]:
         names = sorted(self.parts)  # sorted, so that equal settings give equal documents
-        readers = {name: _Reader(self.parts[name].corpus) for name in names}
+        readers = {name: _Reader(self.parts[name].corpus, counts) for name in names}
         while True:
             name = min(names, key=lambda name: readers[name].taken / self.parts[name].quota)
             for document in readers[name].next_training():
@@ -123,8 +127,8 @@ class MixCorpus(Corpus):
 class _Reader:
     """The reading position of a part."""
 
-    def __init__(self, corpus: Corpus):
-        self.documents = corpus.read()
+    def __init__(self, corpus: Corpus, counts: RowCounts):
+        self.documents = corpus.read_counting(counts)
         self.ahead: Document | None = None  # read, but not yet returned
         self.taken = 0  # bytes of training text
         self.ended = False

@@ -8,10 +8,12 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from common.errors import UserError
 from common.paths import raise_unreadable
+from data.sources import bounds
+from data.sources.arrow_sizes import ARROW_FILE, largest_message
 from data.sources.compression import content_name, open_bytes, open_text
 from data.sources.json_values import values
 
@@ -26,10 +28,12 @@ FORMATS = {
     ".feather": "arrow",
 }
 BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
-ARROW_FILE = b"ARROW1"  # begins an Arrow file and Feather; a stream begins otherwise
-MAX_LINE_BYTES = 2**30  # of JSON lines; a compressed file of a few bytes can hold more
-BATCH_ROWS = 256  # of Parquet, decoded at one time
-csv.field_size_limit(2**31 - 1)  # a cell may be a book
+MAX_BATCH_BYTES = 2**31  # of an Arrow record batch in memory: as many as a column of text can have
+BATCH_ROWS = 16  # of Parquet, decoded at one time, and fewer where they may be large
+BATCH_BYTES = 2**29
+MAX_KEYS = 1000  # of JSON rows, looked at for a message
+READ_BYTES = 2**20  # of Parquet, in memory at one time
+csv.field_size_limit(2**31 - 1)  # a cell may be a book; rows have a bound of their own
 log = logging.getLogger("headroom")
 
 Columns = Mapping[str, str]  # by the settings that name them
@@ -43,18 +47,18 @@ def format_of(path: str) -> str | None:
 
 
 def check_column(path: str, column: str, setting: str = COLUMN) -> None:
-    """Raises UserError where a table's header or first row has no such column. Reads nothing more. setting: the one
-    that names it."""
-    _check_known(path, {setting: column}, _columns(path))
+    """Raises UserError where a table has no such column: in its header, or, of JSON, in any row, of which no more are
+    read than up to the first that has it. setting: the one that names it."""
+    _check_known(path, {setting: column}, _columns(path, column))
 
 
 def cells(path: str, column: str) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every row that has text: the place is `path:row`, for JSON lines `path:line`, from 1."""
-    return ((place, text) for place, (text,) in rows(path, {COLUMN: column}))
+    return ((place, found[0]) for place, found in rows(path, {COLUMN: column}) if found is not None)
 
 
-def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """As `cells`, of every row that has text in all of several columns."""
+def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...] | None]]:
+    """Yield the place of every row, as `cells` does, and its texts in several columns; None where it lacks one."""
     kinds = {
         "json lines": _json_cells,
         "json": _json_cells,
@@ -64,22 +68,17 @@ def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...]]]:
     }
     with _user_errors(path):
         for number, found in kinds[format_of(path)](path, columns):
-            if None not in found and "" not in found:
-                place = f"{path}:{number}"
-                yield place, tuple(_text(place, *each) for each in zip(columns.items(), found, strict=True))
-
-
-def check_rows_have_column(path: str, column: str, count: int | None) -> int:
-    """Raises UserError for the first row of JSON or JSON lines that lacks the column, unlike one with null in it.
-    count: how many rows are checked; None: all. -> the number of rows checked."""
-    with _user_errors(path):
-        return sum(1 for _ in itertools.islice(_json_cells(path, {COLUMN: column}), count))
+            place = f"{path}:{number}"
+            lacks = None in found or "" in found
+            yield place, None if lacks else tuple(map(_text, itertools.repeat(place), columns.items(), found))
 
 
 def _text(place: str, named: tuple[str, str], cell: Any) -> str:
     setting, column = named
     if not isinstance(cell, str):
         raise UserError(not_text_message(place, column, cell, setting))
+    if len(cell) > bounds.MAX_LENGTH:
+        raise bounds.too_long(f"{place}, in column {column},")
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -94,7 +93,8 @@ def not_text_message(place: str, column: str, cell: Any, setting: str = COLUMN) 
     )
 
 
-def _columns(path: str) -> list[str]:
+def _columns(path: str, wanted: str) -> list[str]:
+    """The columns of a table. Of JSON: the keys of the rows up to the first that has the wanted one."""
     if format_of(path) == "parquet":
         return _open_parquet(path).schema_arrow.names
     if format_of(path) == "arrow":
@@ -102,8 +102,18 @@ def _columns(path: str) -> list[str]:
     with _user_errors(path):
         if format_of(path) == "csv":
             with open_text(path, "utf-8-sig", "") as file:
-                return next(_csv_rows(path, file), [])
-        return next((list(row) for _, row in _json_rows(path)), [])
+                return next((head for _, head in _csv_rows(path, file)), [])
+        return _json_keys(path, wanted)
+
+
+def _json_keys(path: str, wanted: str) -> list[str]:
+    found: dict[str, None] = {}
+    for _, row in _json_rows(path):
+        if wanted in row or len(found) < MAX_KEYS:
+            found |= dict.fromkeys(row)
+        if wanted in row:
+            break
+    return list(found)
 
 
 @contextmanager
@@ -149,9 +159,7 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json_lines(path: str) -> Iterator[tuple[int, Any]]:
     with open_bytes(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES), b""), 1):
-            if len(line) == MAX_LINE_BYTES:
-                raise UserError(f"{path}:{number} is longer than {MAX_LINE_BYTES:,} bytes, as no row is: divide it")
+        for number, line in bounds.numbered_lines(path, file):
             if not line.strip():
                 continue
             try:
@@ -170,6 +178,8 @@ def _json_values(path: str) -> Iterator[Any]:
                 yield value
         except UnicodeDecodeError:
             raise
+        except bounds.TooLong:
+            raise bounds.too_long(f"{path}, in its row {number + 1},") from None
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(":")[0]
             place = f" after row {number}" if number else ""
@@ -178,17 +188,28 @@ def _json_values(path: str) -> Iterator[Any]:
 
 def _json_cells(path: str, columns: Columns) -> Cells:
     for number, row in _json_rows(path):
-        for setting, column in columns.items():
-            if column not in row:
-                missing = no_column_message(f"{path}:{number}", column, list(row), setting)
-                raise UserError(f"{missing}, or mend or remove the row")
-        yield number, [row[column] for column in columns.values()]
+        yield number, [row.get(column) for column in columns.values()]
 
 
-def _csv_rows(path: str, file) -> Iterator[list[str]]:
-    reader = csv.reader(file, strict=True, delimiter="\t" if content_name(path).lower().endswith(".tsv") else ",")
+def _csv_rows(path: str, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Rows, and the line that each ends in. A row may go over many lines, where a quote is open."""
+    first = 1  # line of the row
+    length = 0  # of the row so far
+
+    def lines() -> Iterator[str]:
+        nonlocal length
+        while line := file.readline(bounds.MAX_LENGTH + 1 - length):
+            length += len(line)
+            if length > bounds.MAX_LENGTH:
+                raise bounds.too_long(f"{path}, the row that begins in line {first},")
+            yield line
+
+    reader = csv.reader(lines(), strict=True, delimiter="\t" if content_name(path).lower().endswith(".tsv") else ",")
     try:
-        yield from reader
+        for row in reader:
+            length = 0
+            first = reader.line_num + 1
+            yield reader.line_num, row
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}, is not CSV ({error}): mend or exclude the file") from None
 
@@ -196,14 +217,15 @@ def _csv_rows(path: str, file) -> Iterator[list[str]]:
 def _csv_cells(path: str, columns: Columns) -> Cells:
     with open_text(path, "utf-8-sig", "") as file:
         rows = _csv_rows(path, file)
-        head = next(rows, [])
+        _, head = next(rows, (0, []))
         _check_known(path, columns, head)
         places = [head.index(column) for column in columns.values()]
         warn_of_tabs = content_name(path).lower().endswith(".tsv")
-        for number, row in enumerate(rows, 1):
+        for number, (line, row) in enumerate(rows, 1):
             if row and len(row) != len(head):
                 raise UserError(
-                    f"{path}, row {number} after the head, has {len(row)} cells, the head has {len(head)}: mend the row"
+                    f"{path}, line {line}, row {number} after the head, has {len(row)} cells, the head has "
+                    f"{len(head)}: mend the row"
                 )
             if row:
                 found = [row[place] for place in places]
@@ -237,14 +259,21 @@ def _parquet_cells(path: str, columns: Columns) -> Cells:
                 f"{path}: {setting}={column} reads the column of that name; the field {field} of the struct {struct} "
                 f"is another text, which can be read from a file where it has a column of its own"
             )
-    yield from _cells_of_batches(
-        path, columns, file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns.values()))
-    )
+    yield from _cells_of_batches(path, columns, _parquet_batches(file, list(columns.values())))
+
+
+def _parquet_batches(file, columns: list[str]) -> Iterator:
+    """Each row may be as large as its whole group is before it is decoded: rows may share a text there."""
+    for group in range(file.num_row_groups):
+        largest = max(1, file.metadata.row_group(group).total_byte_size)
+        rows = min(BATCH_ROWS, max(1, BATCH_BYTES // largest))
+        yield from file.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
 
 
 def _arrow_cells(path: str, columns: Columns) -> Cells:
     names, _ = _open_arrow(path)
     _check_known(path, columns, names)
+    _check_batch_sizes(path)
     _, batches = _open_arrow(path, [names.index(column) for column in columns.values()])
     yield from _cells_of_batches(path, columns, batches)
 
@@ -280,7 +309,7 @@ def _open_parquet(path: str):
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(path)
+        return ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
     except (ArrowException, OSError) as error:
         raise UserError(f"{path} is not a Parquet file: {_first_line(error)}: replace or exclude it") from None
 
@@ -300,6 +329,16 @@ def _open_arrow(path: str, fields: list[int] | None = None) -> tuple[list[str], 
         raise UserError(f"{path} is not an Arrow file: {_first_line(error)}: replace or exclude it") from None
     batches = map(reader.get_batch, range(reader.num_record_batches)) if begins_file else iter(reader)
     return reader.schema.names, map(_checked, batches)
+
+
+def _check_batch_sizes(path: str) -> None:
+    with open(path, "rb") as file:
+        size = largest_message(file)
+    if size > MAX_BATCH_BYTES:
+        raise UserError(
+            f"{path} has a record batch of {size:,} bytes, {MAX_BATCH_BYTES:,} are the most that is read as one: write "
+            "it in batches of fewer rows, as with max_chunksize=1000, or exclude it"
+        )
 
 
 def _checked(batch):

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from common.atomic_io import read_regular
-from common.errors import UserError, reason
+from common.errors import NotFetched, UserError, reason
 from data.tokenizers.base import Tokenizer, TokenizerConfig
 from data.tokenizers.bpe import BPETokenizer
 from data.tokenizers.patterns import CL100K, GPT2, O200K
@@ -67,7 +67,7 @@ class PublishedConfig(TokenizerConfig):
         try:
             content = read_regular(self._path, MAX_BYTES)
         except FileNotFoundError:
-            raise UserError(
+            raise NotFetched(
                 f"tokenizer={self.name}: there is no {self._path}: fetch {self.published.url} and put it into "
                 f"{self.folder} as {self._path.name}, or say with tokenizer.folder= where it is"
             ) from None

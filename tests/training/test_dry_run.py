@@ -276,6 +276,37 @@ def test_dry_run_with_too_short_documents_is_refused(workplace, monkeypatch, cap
     assert "give more text, or a shorter context" in capsys.readouterr().err
 
 
+REFUSED = {
+    "no file": {},
+    "damaged": {"a.jsonl": '{"text": "x"}\n{oops\n'},
+    "no column": {"a.jsonl": '{"body": "x"}\n'},
+    "no text": {"a.jsonl": '{"text": ""}\n{"text": null}\n{}\n'},
+    "too short": {"a.jsonl": "".join(f'{{"text": "row {i}"}}\n' for i in range(40))},
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_dry_run_of_text_that_training_refuses_ends_as_training_does(case, workplace, monkeypatch, capsys):
+    for name, content in REFUSED[case].items():
+        (workplace / name).write_text(content)
+    options = [*SMOKE, "precision=fp32", "data=files", "data.path=*.jsonl"]
+    said = []
+    for dry in ("false", "true"):
+        assert call("train", [*options, f"dry_run={dry}"], monkeypatch) == 2
+        said.append(capsys.readouterr())
+    assert said[0] == said[1] and re.fullmatch("error: .*\n", said[0].err) and not said[0].out
+
+
+def test_dry_run_tells_the_rows_that_are_skipped(untimed, workplace, monkeypatch, capsys):
+    rows = "".join(f'{{"text": "row {i}, and some words"}}\n{{"text": null}}\n' for i in range(200))
+    (workplace / "a.jsonl").write_text(rows)
+    assert call("train", [*SMOKE, "data=files", "data.path=a.jsonl", "dry_run=true"], monkeypatch) == 0
+    found = capsys.readouterr()
+    line = "200 of 400 rows have no text (column text): skipped"
+    assert f"\nrows         {line}\n" in found.out
+    assert f"data=files: 1 file, 200 documents; {line}\n" in found.err
+
+
 def test_dry_run_with_masked_documents_counts_their_pairs_or_an_upper_bound(untimed, workplace, monkeypatch, capsys):
     said = {}
     for tokenizer in ("byte", "gpt2"):

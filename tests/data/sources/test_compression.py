@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import re
 import tracemalloc
 import types
 
@@ -88,12 +89,17 @@ def test_compressed_damaged_raises_error_with_name(tmp_path, suffix):
         path.write_bytes(damaged)
         line = refusal(path)
         assert f"{path} cannot be read: its " in line and "data is damaged or cut short (" in line
-    path.write_bytes(whole[9:])
-    assert f"{path}" in refusal(path)
+    for other in (whole[9:], b"text\n"):
+        path.write_bytes(other)
+        line = (
+            f"{path} cannot be read: it is named .{suffix} and does not begin as .* does: rename it without .{suffix}"
+        )
+        assert re.fullmatch(line, refusal(path))
     path.write_bytes(compressed(b"text \xff", suffix))
     assert f"{path} is not UTF-8 text (at byte 5)" in refusal(path)
-    path.write_bytes(compressed(b"", suffix))
-    assert f"{path} is empty" in refusal(path)
+    for empty in (compressed(b"", suffix), b""):
+        path.write_bytes(empty)
+        assert f"{path} is empty" in refusal(path)
 
 
 def test_compressed_table_that_compresses_by_itself_raises_error(tmp_path, suffix):

@@ -73,7 +73,7 @@ def test_files_with_one_line_are_split(tmp_path, text):
 
 def test_files_with_unusual_names_are_read_unchanged(tmp_path):
     """Line ends are kept; names that look like archives, patterns or nested paths are names of files."""
-    texts = {"crlf.txt": "a\r\nb\rc\n" * 50, "a::b.txt": "x\n" * 50, "a[1].txt": "y\n" * 50, "b.gz": "z\n" * 50}
+    texts = {"crlf.txt": "a\r\nb\rc\n" * 50, "a::b.txt": "x\n" * 50, "a[1].txt": "y\n" * 50, "b.gzip": "z\n" * 50}
     for name, text in texts.items():
         (tmp_path / name).write_bytes(text.encode())
     corpus = configured(FilesCorpus, path=f"{tmp_path}/*")

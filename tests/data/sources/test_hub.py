@@ -7,6 +7,7 @@ import pytest
 
 from common.errors import UserError
 from data.sources import hub
+from data.sources.contents import Contents
 from data.sources.files import FilesCorpus
 from data.sources.hub import HubCorpus
 from data.sources.mix import MixCorpus, Part
@@ -89,15 +90,14 @@ def test_hub_csv_not_utf8_far_down_raises_error_with_name(tmp_path):
         list(configured(HubCorpus, path=str(tmp_path)).read())
 
 
-def test_hub_row_without_column_raises_same_error_as_files(folder):
+def test_hub_rows_without_text_are_skipped_and_counted_as_by_files(folder):
     rows = [{"text": None}, {"text": "x"}, {"n": 2}, {"text": "y"}]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for corpus in (configured(HubCorpus, path=str(folder)), configured(FilesCorpus, path=f"{folder}/train.jsonl")):
-        with pytest.raises(UserError, match=r"train\.jsonl:3 has no column text, it has n: .* mend or remove the row"):
-            list(corpus.read())
-    assert [d.text for d in configured(HubCorpus, path=str(folder), limit=2).read()] == [
-        "x"
-    ]  # null is no text, and not refused
+        found = Contents()
+        assert [d.text for d in found.reading(corpus)] == ["x", "y"]
+        assert found.rows.lines() == ["2 of 4 rows have no text (column text): skipped"]
+    assert [d.text for d in configured(HubCorpus, path=str(folder), limit=2).read()] == ["x"]
 
 
 def test_hub_folder_in_home_with_links_to_itself_is_read(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from common.errors import UserError
 from data.batches import TrainingBatches, check_split_lengths, evaluation_batches
 from data.shards import build
 from data.shards.prepare import Prepared, prepare
+from data.sources.contents import Contents
 from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
 from data.sources.synthetic import SyntheticCorpus
@@ -30,6 +32,24 @@ T = 64
 def pairs(workplace):
     (workplace / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return workplace
+
+
+def write_table(path, rows: list[dict]) -> None:
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        table = pa.Table.from_pylist(rows)
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table)
 
 
 def corpus(**settings) -> FilesCorpus:
@@ -87,21 +107,8 @@ def test_prompts_of_packed_documents_see_their_own_answer_alone(pairs):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "arrow", "json"])
 def test_prompts_of_any_table_are_those_of_json_lines(pairs, kind):
-    path = pairs / f"b.{kind}"
-    table = pa.Table.from_pylist(ROWS)
-    if kind == "csv":
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ROWS[0])
-            writer.writeheader()
-            writer.writerows(ROWS)
-    elif kind == "json":
-        path.write_text(json.dumps(ROWS))
-    elif kind == "parquet":
-        pq.write_table(table, path)
-    else:
-        with pa.ipc.new_stream(path, table.schema) as writer:
-            writer.write_table(table)
-    assert [d[1:] for d in corpus(path=path.name).read()] == [d[1:] for d in corpus().read()]
+    write_table(pairs / f"b.{kind}", ROWS)
+    assert [d[1:] for d in corpus(path=f"b.{kind}").read()] == [d[1:] for d in corpus().read()]
 
 
 def test_prompts_end_as_asked_for(pairs):
@@ -117,10 +124,25 @@ def test_prompts_same_question_is_in_one_split(pairs):
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 100
 
 
-def test_prompts_rows_without_both_are_skipped(pairs):
+SKIPPED = "rows have no prompt (column question) or no answer (column answer): skipped"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow"])
+def test_prompts_rows_without_both_are_skipped_and_counted(pairs, kind):
     rows = [{"question": q, "answer": a} for q, a in (("q", ""), (None, "a"), ("", "a"), ("q", None), ("q", "a"))]
-    (pairs / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [(d.name, d.text) for d in corpus().read()] == [("a.jsonl:5", "q\na")]
+    if kind in ("jsonl", "json"):
+        rows[1:1] = [{"answer": "a"}, {"question": "q"}, {"n": 3}]
+    write_table(pairs / f"b.{kind}", rows)
+    found, one = Contents(), corpus(path=f"b.{kind}")
+    one.fingerprint()
+    assert [(d.name, d.text) for d in found.reading(one)] == [(f"b.{kind}:{len(rows)}", "q\na")]
+    assert found.summary(1) == f"1 file, 1 document; {len(rows) - 1} of {len(rows)} {SKIPPED}"
+    write_table(pairs / f"b.{kind}", rows[:-1])
+    with pytest.raises(
+        UserError, match=re.escape(f"data=files has no documents: {len(rows) - 1:,} of {len(rows) - 1:,} {SKIPPED}")
+    ):
+        prepare(one, configured(ByteConfig), pairs / "cache")
+    assert not list(pairs.glob("cache/[!.]*"))
 
 
 def test_prompts_in_any_number_of_parts_give_the_same_marks(pairs, monkeypatch):

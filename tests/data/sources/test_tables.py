@@ -96,10 +96,10 @@ BAD_TABLES = {
     "not JSON": ("a.jsonl", '{"text": "x"}\n{oops\n', "a.jsonl:2 is not JSON"),
     "not an object": ("a.jsonl", '{"text": "x"}\n[3]\n', "a.jsonl:2 is not a JSON object"),
     "nested": ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is not JSON"),
-    "lacking": ("a.jsonl", '{"text": "x"}\n{"body": "y"}\n', "{folder}/a.jsonl:2 has no column text, it has body"),
+    "lacking": ("a.jsonl", '{"n": 3}\n{"body": "y"}\n', "{folder}/a.jsonl has no column text, it has n, body"),
     "number": ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', "a.jsonl:2 holds int in column text, not text"),
     "surrogate": ("a.jsonl", '{"text": "\\ud800"}\n', "a.jsonl:1 is not valid Unicode"),
-    "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv, row 2 after the head, has 1 cells, the head has 2"),
+    "short row": ("a.csv", "n,text\n1,x\n2\n", "a.csv, line 3, row 2 after the head, has 1 cells, the head has 2"),
     "open quote": ("a.csv", 'n,text\n1,"x\n', "a.csv, line 2, is not CSV"),
     "no Arrow": ("a.arrow", "text", "a.arrow is not an Arrow file"),
     "no Parquet": ("a.parquet", "text", "a.parquet is not a Parquet file"),
@@ -108,7 +108,7 @@ BAD_TABLES = {
     "binary": ("a.csv", "text\n\0\n", "a.csv holds NUL bytes"),
     "array cut short": ("a.json", '[{"text": "x"},\n{"text": ', "a.json is not JSON after row 1 (Expecting value)"),
     "array of none": ("a.json", "[]", "a.json has no column text, it has none"),
-    "lacking in an array": ("a.json", '[{"text": "x"}, {"body": "y"}]', "a.json:2 has no column text, it has body"),
+    "lacking in an array": ("a.json", '[{"n": 1}, {"body": "y"}]', "a.json has no column text, it has n, body"),
     "nested array": ("a.json", '[{"text": "x"}, ' + "[" * 100_000, "a.json is not JSON after row 1"),
 }
 

@@ -5,6 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from common.errors import UserError
+from data.shards import copy_tokens
 from data.shards.prepare import Prepared, prepare
 from data.sources import tokens
 from data.sources.tokens import TokensCorpus
@@ -90,6 +91,16 @@ def test_tokens_of_another_kind_raise_error_with_name(tmp_path, case):
     (tmp_path / "a.bin").write_bytes(content)
     assert complaint in refusal(tmp_path)
     assert not (tmp_path / "c").exists() or not list((tmp_path / "c").glob("[!.]*"))
+
+
+def test_tokens_on_a_full_disk_keep_nothing_and_do_not_say_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.bin").write_bytes(FILE.tobytes())
+    monkeypatch.setattr(copy_tokens.ShardWriter, "write", full)
+    assert refusal(tmp_path).endswith("No space left on device: make room and run again")
+    assert not list((tmp_path / "c").glob("[!.]*"))
 
 
 def test_tokens_without_training_file_raise_error(tmp_path):

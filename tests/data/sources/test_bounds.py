@@ -1,0 +1,115 @@
+"""No file makes a reader take memory without bound: what is read as a whole and is too long is refused by its place."""
+
+import gzip
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from common.errors import UserError
+from data.shards import build
+from data.sources import bounds, files, tables
+from data.sources.arrow_sizes import largest_message
+from data.sources.corpus import Document
+from data.sources.files import FilesCorpus
+from tests.support import configured
+
+LIMIT = 1000
+LONG = "a" * (3 * LIMIT)
+TOO_LONG = {
+    "line": ("a.txt", "one\n" + LONG, {"document": "line"}, "a.txt:2"),
+    "separated": ("a.txt", "one|" + LONG, {"document": "|"}, "a.txt:2"),
+    "line of JSON": ("a.jsonl", '{"text": "x"}\n' + LONG, {}, "a.jsonl:2"),
+    "value": ("a.json", '[{"text": "x"},\n{"text": "' + LONG, {}, "a.json, in its row 2,"),
+    "head": ("a.csv", LONG, {}, "a.csv, the row that begins in line 1,"),
+    "cells": ("a.tsv", "text\nx\n" + LONG.replace("aa", "a\t"), {}, "a.tsv, the row that begins in line 3,"),
+    "open quote": ("a.csv", 'text\nx\n"' + "ab\n" * LIMIT, {}, "a.csv, the row that begins in line 3,"),
+}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_LENGTH", LIMIT)
+    monkeypatch.setattr(files, "PART_BYTES", 300)
+    monkeypatch.setattr("data.sources.json_values.READ_CHARS", 100)
+
+
+def read(path, **settings) -> list[str]:
+    corpus = configured(FilesCorpus, path=str(path), **settings)
+    corpus.fingerprint()
+    return [document.text for document in corpus.read()]
+
+
+def refusal(path, **settings) -> str:
+    with pytest.raises(UserError) as caught:
+        read(path, **settings)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_text_read_as_one_that_is_too_long_raises_error_with_place(workplace, name):
+    path, content, settings, place = TOO_LONG[name]
+    line = f"{place} is longer than 1,000 characters, the most that is read as one: divide it, or exclude the file"
+    (workplace / path).write_text(content)
+    assert line in refusal(path, **settings)
+    (workplace / f"{path}.gz").write_bytes(gzip.compress(content.encode()))
+    assert line.replace(path, f"{path}.gz") in refusal(f"{path}.gz", **settings)
+
+
+def test_text_up_to_the_bound_is_read(workplace):
+    text = "b" * (LIMIT - 20)
+    for path, content, settings in (
+        ("a.txt", f"{text}\n\n{text}\n", {"document": "line"}),
+        ("b.txt", f"{text}|{text}", {"document": "|"}),
+        ("a.jsonl", f'{{"text": "{text}"}}\n' * 2, {}),
+        ("a.json", f'[{{"text": "{text}"}}, {{"text": "{text}"}}]', {}),
+        ("a.csv", f"text\n{text}\n{text}\n", {}),
+    ):
+        (workplace / path).write_text(content)
+        assert read(path, **settings) == [text, text]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_cell_that_is_too_long_raises_error_with_row(workplace, kind):
+    table = pa.table({"text": ["x", LONG]})
+    if kind == "parquet":
+        pq.write_table(table, "a.parquet")
+    else:
+        with pa.ipc.new_stream("a.arrow", table.schema) as writer:
+            writer.write_table(table)
+    assert f"a.{kind}:2, in column text, is longer than 1,000 characters" in refusal(f"a.{kind}")
+
+
+def test_parquet_rows_that_share_a_long_text_are_decoded_a_few_at_a_time(workplace, monkeypatch):
+    monkeypatch.setattr(bounds, "MAX_LENGTH", 2**20)
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
+    texts = ["a" * 2**20] * 50
+    pq.write_table(pa.table({"text": texts}), "a.parquet", compression="zstd", row_group_size=25)
+    held = pa.total_allocated_bytes()
+    most = 0
+    for i, (_, text) in enumerate(tables.cells("a.parquet", "text")):
+        most = max(most, pa.total_allocated_bytes() - held)
+        assert text == texts[i]
+    assert i == 49 and most < 6 * 2**20  # of 50 MiB
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+@pytest.mark.parametrize("open_writer", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_batch_too_large_is_refused_before_it_is_read(workplace, monkeypatch, open_writer, compression):
+    texts = pa.array(["ab" * 500, "cd" * 500] * 400)
+    table = pa.table({"text": texts, "word": texts.dictionary_encode(), "n": list(range(800))})
+    with open_writer("a.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
+        writer.write_table(table, max_chunksize=200)
+    size = max(batch.select(["text", "n"]).nbytes for batch in table.to_batches(max_chunksize=200))
+    with open("a.arrow", "rb") as file:
+        assert size <= largest_message(file) < size * 1.02
+    monkeypatch.setattr(tables, "MAX_BATCH_BYTES", size // 2)
+    monkeypatch.setattr(tables, "_cells_of_batches", None)
+    assert "a.arrow has a record batch of 2" in (line := refusal("a.arrow"))
+    assert f"bytes, {size // 2:,} are the most that is read as one: write it in batches of fewer rows" in line
+
+
+def test_word_without_end_raises_error_with_name():
+    parts = [Document("a.txt", "a" * 300, held_out=False, is_continuation=i > 0) for i in range(9)]
+    with pytest.raises(UserError, match=r"a\.txt, in a passage where no word ends, is longer than 1,000 characters"):
+        list(build._cut_between_words(parts))
