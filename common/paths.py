@@ -109,6 +109,8 @@ def _entries(folder: str) -> list[os.DirEntry]:
     try:
         with os.scandir(folder or os.curdir) as entries:
             return list(entries)
+    except ValueError:  # not a valid path: it contains a NUL character
+        return []
     except OSError as error:
         if error.errno in NOT_THERE:
             return []

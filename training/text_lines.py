@@ -35,7 +35,7 @@ def _quality(found: Report) -> Iterator[str]:
         f"an earlier one; the longest has {size(found.longest)}: {found.longest_name}"
     )
     for line in found.skipped:
-        yield f"rows         {where}{line}"
+        yield f"rows         {where}{line}: skipped"
     yield (
         f"characters   {where}{found.no_text:,} of {found.characters:,} are no text: control characters, and U+FFFD, "
         "which stands for bytes that were none"

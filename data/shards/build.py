@@ -366,8 +366,8 @@ def _log_contents(corpus: Corpus, contents: Contents) -> None:
 
 def _check_no_split_empty(corpus: Corpus, contents: Contents) -> None:
     if not contents.bytes and contents.rows.lines():
-        skipped = "; ".join(contents.rows.lines())
-        raise UserError(f"data={corpus.name} has no documents: {skipped}: name other columns, or give other files")
+        lacking = "; ".join(contents.rows.lines())
+        raise UserError(f"data={corpus.name} has no documents, as {lacking}: name other columns, or give other files")
     for split in SPLITS:
         if split not in contents.bytes:
             found = f", of {contents.summary(len(corpus.sources()))}" * bool(contents.bytes)

@@ -59,7 +59,7 @@ class Contents:
         parts = [f"{files:,} file{'s' * (files != 1)}"] * bool(files)
         parts.append(f"{first}{documents:,} document{'s' * (documents != 1)}")
         parts += [f"{identical:,} of them identical to an earlier one"] * bool(identical)
-        return "; ".join([", ".join(parts), *self.rows.lines()])
+        return "; ".join([", ".join(parts), *(f"{line}: skipped" for line in self.rows.lines())])
 
     def warn_of_markers(self) -> None:
         for marker, (count, name) in self.markers.items():

@@ -227,7 +227,7 @@ class FilesCorpus(Corpus):
         if os.path.exists(f"{path}/{SPLITS_FILE}"):
             reason = f"is a dataset of several splits: write {self.path}/train, or another of its folders"
         elif is_folder(path):
-            reason = f"is a folder: write {self.path}/*"
+            reason = f"is a folder: write {self.path.rstrip('/')}/*"
         elif os.path.exists(path):
             reason = "is a pipe or a device, which cannot be read twice: write what it gives to a file"
         else:

@@ -14,8 +14,7 @@ class RowCounts:
 
     def lines(self) -> list[str]:
         """What was skipped, in words: one for each lack."""
+        skipped = [(lack, count, self.rows[lack]) for lack, count in self.skipped.items() if count]
         return [
-            f"{skipped:,} of {self.rows[lack]:,} rows have {lack}: skipped"
-            for lack, skipped in self.skipped.items()
-            if skipped
+            f"{'all' if count == rows else f'{count:,} of'} {rows:,} rows have {lack}" for lack, count, rows in skipped
         ]

@@ -96,7 +96,7 @@ def not_text_message(place: str, column: str, cell: Any, setting: str = COLUMN) 
 def _columns(path: str, wanted: str) -> list[str]:
     """The columns of a table. Of JSON: the keys of the rows up to the first that has the wanted one."""
     if format_of(path) == "parquet":
-        return _open_parquet(path).schema_arrow.names
+        return _open_parquet(path)[1]
     if format_of(path) == "arrow":
         return _open_arrow(path)[0]
     with _user_errors(path):
@@ -153,7 +153,8 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (number, row) of every row: its line number, or, in a .json file, its index from 1."""
     for number, row in _json_lines(path) if format_of(path) == "json lines" else enumerate(_json_values(path), 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove it")
+            way_out = ", or name a file that is one array .json" if isinstance(row, list) else ""
+            raise UserError(f"{path}:{number} is not a JSON object with a column of text: mend or remove it{way_out}")
         yield number, row
 
 
@@ -248,9 +249,8 @@ def _warns_of_tabs(place: str, columns: Columns, found: list[str]) -> bool:
 
 
 def _parquet_cells(path: str, columns: Columns) -> Cells:
-    file = _open_parquet(path)
+    file, names = _open_parquet(path)
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    names = file.schema_arrow.names
     _check_known(path, columns, names)
     for setting, column in columns.items():
         if leaves.count(column) > names.count(column):
@@ -304,13 +304,15 @@ def _warn_once(line: str) -> None:
     log.warning(line)
 
 
-def _open_parquet(path: str):
+def _open_parquet(path: str) -> tuple[Any, list[str]]:
+    """The file, and the names of its columns."""
     from pyarrow import ArrowException  # imported here: it takes a tenth of a second, and few have such files
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
-    except (ArrowException, OSError) as error:
+        file = ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
+        return file, file.schema_arrow.names
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a Parquet file: {_first_line(error)}: replace or exclude it") from None
 
 
@@ -325,10 +327,11 @@ def _open_arrow(path: str, fields: list[int] | None = None) -> tuple[list[str], 
         begins_file = file.read(len(ARROW_FILE)) == ARROW_FILE
         file.seek(0)
         reader = ipc.open_file(file, options=options) if begins_file else ipc.open_stream(file, options=options)
-    except (ArrowException, OSError) as error:
+        names = reader.schema.names
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not an Arrow file: {_first_line(error)}: replace or exclude it") from None
     batches = map(reader.get_batch, range(reader.num_record_batches)) if begins_file else iter(reader)
-    return reader.schema.names, map(_checked, batches)
+    return names, map(_checked, batches)
 
 
 def _check_batch_sizes(path: str) -> None:

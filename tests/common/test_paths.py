@@ -64,6 +64,7 @@ def test_matching_files_existing_name_is_literal(tree, monkeypatch):
     assert matching_files("book [v1].txt") == ["book [v1].txt"]
     assert matching_files("vol [2]/*.txt") == ["vol [2]/a.txt"]
     assert matching_files("book [12].txt") == ["book 1.txt"]
+    assert matching_files("d\0/*.txt") == []  # no path
     monkeypatch.setenv("HOME", str(tree / "d"))
     assert matching_files("~/[a]*.txt") == [f"{tree}/d/a.txt"]
 

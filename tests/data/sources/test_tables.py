@@ -95,6 +95,11 @@ def test_table_rows_without_text_are_skipped(tmp_path):
 BAD_TABLES = {
     "not JSON": ("a.jsonl", '{"text": "x"}\n{oops\n', "a.jsonl:2 is not JSON"),
     "not an object": ("a.jsonl", '{"text": "x"}\n[3]\n', "a.jsonl:2 is not a JSON object"),
+    "an array": (
+        "a.jsonl",
+        '[{"text": "x"}]\n',
+        "a.jsonl:1 is not a JSON object with a column of text: mend or remove",
+    ),
     "nested": ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is not JSON"),
     "lacking": ("a.jsonl", '{"n": 3}\n{"body": "y"}\n', "{folder}/a.jsonl has no column text, it has n, body"),
     "number": ("a.jsonl", '{"text": "x"}\n{"text": 3}\n', "a.jsonl:2 holds int in column text, not text"),
@@ -140,6 +145,14 @@ def test_arrow_damaged_raises_error_with_name(tmp_path, open_writer):
     first = content.index(b"0 0 0 ")
     path.write_bytes(content[: first - 100] + b"\x7f" * 90 + content[first - 10 :])  # offsets of texts
     assert "a.arrow is damaged after row 0" in refusal(path=str(path))
+
+
+@pytest.mark.parametrize("open_writer", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
+def test_arrow_column_with_a_name_that_is_no_text_raises_error_with_name(tmp_path, open_writer):
+    path = tmp_path / "a.arrow"
+    write_batches(open_writer, path, pa.table({"text": TEXTS}))
+    path.write_bytes(path.read_bytes().replace(b"text", b"\xffext"))
+    assert "a.arrow is not an Arrow file: " in refusal(path=str(path))
 
 
 def test_arrow_folder_of_datasets_is_read_whole(tmp_path):
