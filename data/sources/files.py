@@ -213,11 +213,16 @@ class FilesCorpus(Corpus):
 
     def _check_separator_found(self, files: list[str]) -> None:
         """Raises UserError where the separator splits none of the files."""
-        if not any(len(list(itertools.islice(_split(path, self._separator), 2))) > 1 for path in files):
-            raise UserError(
-                f"data.document={self.document!r} is no separator in data.path={self.path!r}: it stands in none of the "
-                "files; give one that does, or file, line or row"
-            )
+        if any(_has_separator(path, self._separator) for path in files):
+            return
+        way_out = "give one that does, or file, line or row"
+        of_windows = self._separator.replace("\n", "\r\n")
+        if of_windows != self._separator and any(_has_separator(path, of_windows) for path in files):
+            way_out = "their lines end in \\r\\n: write that for each \\n"
+        raise UserError(
+            f"data.document={self.document!r} is no separator in data.path={self.path!r}: it stands in none of the "
+            f"files; {way_out}"
+        )
 
     def _files(self) -> list[str]:
         found = matching_files(self.path) or _arrow_files(self.path)
@@ -369,6 +374,10 @@ def _separated(path: str, separator: str) -> Iterator[tuple[str, str]]:
     for number, text in enumerate(_split(path, separator), 1):
         if text.strip():
             yield f"{path}:{number}", text.strip("\r\n")
+
+
+def _has_separator(path: str, separator: str) -> bool:
+    return len(list(itertools.islice(_split(path, separator), 2))) > 1
 
 
 def _split(path: str, separator: str) -> Iterator[str]:

@@ -31,7 +31,7 @@ BINARY = ("parquet", "arrow")  # formats that are not text, and compress by them
 MAX_BATCH_BYTES = 2**31  # of an Arrow record batch in memory: as many as a column of text can have
 BATCH_ROWS = 16  # of Parquet, decoded at one time, and fewer where they may be large
 BATCH_BYTES = 2**29
-MAX_KEYS = 1000  # of JSON rows, looked at for a message
+KEPT_KEYS = 2**20  # characters of the keys of JSON rows, kept for a message
 READ_BYTES = 2**20  # of Parquet, in memory at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book; rows have a bound of their own
 log = logging.getLogger("headroom")
@@ -94,7 +94,7 @@ def not_text_message(place: str, column: str, cell: Any, setting: str = COLUMN) 
 
 
 def _columns(path: str, wanted: str) -> list[str]:
-    """The columns of a table. Of JSON: the keys of the rows up to the first that has the wanted one."""
+    """The columns of a table. Of JSON: the keys of the first row that has the wanted one, else those of all rows."""
     if format_of(path) == "parquet":
         return _open_parquet(path)[1]
     if format_of(path) == "arrow":
@@ -108,11 +108,13 @@ def _columns(path: str, wanted: str) -> list[str]:
 
 def _json_keys(path: str, wanted: str) -> list[str]:
     found: dict[str, None] = {}
+    length = 0
     for _, row in _json_rows(path):
-        if wanted in row or len(found) < MAX_KEYS:
-            found |= dict.fromkeys(row)
         if wanted in row:
-            break
+            return list(row)
+        if length < KEPT_KEYS:
+            length += sum(len(key) for key in row if key not in found)
+            found |= dict.fromkeys(row)
     return list(found)
 
 

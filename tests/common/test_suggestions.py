@@ -49,6 +49,7 @@ BESIDE_A_CHOICE = {
     ("model.norn", "model=classic_gpt"): "of model=classic_gpt; did you mean norm?",
     ("mlp.aproximate", "model=classic_gpt"): "of mlp=gelu; did you mean approximate?",
     ("data.sise", "experiment=smoke"): "of data=synthetic; did you mean size?",
+    ("data.prompt", "data=hub"): "of data=hub; it belongs to data=files",
 }
 
 

@@ -222,6 +222,7 @@ def test_files_lines_end_at_any_line_end(tmp_path):
         assert [d.text for d in read(path=f"{tmp_path}/a.txt", document="line")] == lines
 
 
+CRLF = "the lines end otherwise"
 SEPARATED = {
     "a line of its own": (
         "<|endoftext|>",
@@ -231,6 +232,8 @@ SEPARATED = {
     "within a line": ("<|endoftext|>", "<|endoftext|>one<|endoftext|> two <|endoftext|>\n\n", ["one", " two "]),
     "empty lines, as they can be typed": ("\\n\\n", "one\ntwo\n\n\nthree\n", ["one\ntwo", "three"]),
     "carriage returns": ("---", "one\r\n---\r\ntwo", ["one", "two"]),
+    "carriage returns in it": ("\\r\\n\\r\\n", "one\r\ntwo\r\n\r\nthree", ["one\r\ntwo", "three"]),
+    "carriage returns left out": ("\\n\\n", "one\r\ntwo\r\n\r\nthree", CRLF),
     "overlapping": ("aa", "xaaay", ["x", "ay"]),
     "at the end": ("aa", "xa", None),
 }
@@ -241,7 +244,9 @@ def test_files_separator_splits_documents(tmp_path, monkeypatch, part):
     monkeypatch.setattr(files, "PART_BYTES", part)
     for case, (separator, text, expected) in SEPARATED.items():
         (tmp_path / "a.txt").write_bytes(text.encode())
-        if expected is None:
+        if expected is CRLF:
+            assert refusal(path=f"{tmp_path}/*", document=separator).endswith("in \\r\\n: write that for each \\n")
+        elif expected is None:
             assert f"data.document={separator!r} is no separator in" in refusal(
                 path=f"{tmp_path}/*", document=separator
             )
