@@ -30,7 +30,7 @@ FORMATS = {
 BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
 MAX_BATCH_BYTES = 2**31  # of an Arrow record batch in memory: as many as a column of text can have
 BATCH_ROWS = 16  # of Parquet, decoded at one time, and fewer where they may be large
-BATCH_BYTES = 2**29
+BATCH_BYTES = 2**29  # that rows decoded at one time may have together
 KEPT_KEYS = 2**20  # characters of the keys of JSON rows, kept for a message
 READ_BYTES = 2**20  # of Parquet, in memory at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book; rows have a bound of their own
