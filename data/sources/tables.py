@@ -13,7 +13,6 @@ from typing import Any, TextIO
 from common.errors import UserError
 from common.paths import raise_unreadable
 from data.sources import bounds
-from data.sources.arrow_sizes import ARROW_FILE, largest_message
 from data.sources.compression import content_name, open_bytes, open_text
 from data.sources.json_values import values
 
@@ -28,7 +27,7 @@ FORMATS = {
     ".feather": "arrow",
 }
 BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
-MAX_BATCH_BYTES = 2**31  # of an Arrow record batch in memory: as many as a column of text can have
+ARROW_FILE = b"ARROW1"  # begins an Arrow file, as Feather is; a stream begins otherwise
 BATCH_ROWS = 16  # of Parquet, decoded at one time, and fewer where they may be large
 BATCH_BYTES = 2**29  # that rows decoded at one time may have together
 KEPT_KEYS = 2**20  # characters of the keys of JSON rows, kept for a message
@@ -275,7 +274,6 @@ def _parquet_batches(file, columns: list[str]) -> Iterator:
 def _arrow_cells(path: str, columns: Columns) -> Cells:
     names, _ = _open_arrow(path)
     _check_known(path, columns, names)
-    _check_batch_sizes(path)
     _, batches = _open_arrow(path, [names.index(column) for column in columns.values()])
     yield from _cells_of_batches(path, columns, batches)
 
@@ -334,16 +332,6 @@ def _open_arrow(path: str, fields: list[int] | None = None) -> tuple[list[str], 
         raise UserError(f"{path} is not an Arrow file: {_first_line(error)}: replace or exclude it") from None
     batches = map(reader.get_batch, range(reader.num_record_batches)) if begins_file else iter(reader)
     return names, map(_checked, batches)
-
-
-def _check_batch_sizes(path: str) -> None:
-    with open(path, "rb") as file:
-        size = largest_message(file)
-    if size > MAX_BATCH_BYTES:
-        raise UserError(
-            f"{path} has a record batch of {size:,} bytes, {MAX_BATCH_BYTES:,} are the most that is read as one: write "
-            "it in batches of fewer rows, as with max_chunksize=1000, or exclude it"
-        )
 
 
 def _checked(batch):

@@ -1,4 +1,4 @@
-"""No file makes a reader take memory without bound: what is read as a whole and is too long is refused by its place."""
+"""What is read as a whole and is too long is refused by its place, before it takes memory without bound."""
 
 import gzip
 
@@ -9,7 +9,6 @@ import pytest
 from common.errors import UserError
 from data.shards import build
 from data.sources import bounds, files, tables
-from data.sources.arrow_sizes import largest_message
 from data.sources.corpus import Document
 from data.sources.files import FilesCorpus
 from tests.support import configured
@@ -91,22 +90,6 @@ def test_parquet_rows_that_share_a_long_text_are_decoded_a_few_at_a_time(workpla
         most = max(most, pa.total_allocated_bytes() - held)
         assert text == texts[i]
     assert i == 49 and most < 6 * 2**20  # of 50 MiB
-
-
-@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
-@pytest.mark.parametrize("open_writer", [pa.ipc.new_stream, pa.ipc.new_file], ids=["stream", "file"])
-def test_arrow_batch_too_large_is_refused_before_it_is_read(workplace, monkeypatch, open_writer, compression):
-    texts = pa.array(["ab" * 500, "cd" * 500] * 400)
-    table = pa.table({"text": texts, "word": texts.dictionary_encode(), "n": list(range(800))})
-    with open_writer("a.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
-        writer.write_table(table, max_chunksize=200)
-    size = max(batch.select(["text", "n"]).nbytes for batch in table.to_batches(max_chunksize=200))
-    with open("a.arrow", "rb") as file:
-        assert size <= largest_message(file) < size * 1.02
-    monkeypatch.setattr(tables, "MAX_BATCH_BYTES", size // 2)
-    monkeypatch.setattr(tables, "_cells_of_batches", None)
-    assert "a.arrow has a record batch of 2" in (line := refusal("a.arrow"))
-    assert f"bytes, {size // 2:,} are the most that is read as one: write it in batches of fewer rows" in line
 
 
 def test_word_without_end_raises_error_with_name():
