@@ -222,7 +222,7 @@ def test_activation_checkpointing_of_the_module_changes_no_bit():
 
 
 def test_mean_loss_with_the_module_compiles_as_one_graph():
-    model, batch = small_model("attention=gqa", ON), windows()
+    model, batch = small_model("attention=gqa", "model.n_layers=1", ON), windows()
     compiled = torch.compile(mean_loss, backend="aot_eager", dynamic=False, fullgraph=True)
     found, expected = (loss(model, batch, torch.tensor(0.5)) for loss in (compiled, mean_loss))
     assert relative_error(found[0], expected[0]) <= 1e-6
