@@ -135,6 +135,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> 
         "bos_token": end,
         "eos_token": end,
         "pad_token": end,
+        "add_bos_token": False,  # which is for llama.cpp: some kinds of tokenizers put one there
+        "add_eos_token": False,
         "model_max_length": context_length,
         "clean_up_tokenization_spaces": False,
     }

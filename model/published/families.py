@@ -7,7 +7,7 @@ from typing import Any
 
 from common.errors import UserError
 from model.published.family import Content, Family, Key, Obstacle, Settings
-from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW
+from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW, Layout
 from model.transformer import ModelConfig
 
 ROPE = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
@@ -389,12 +389,18 @@ def _deepseek_keys(settings: Settings) -> dict[str, Any]:
         **({key.name: settings[key.setting] for key in EXPERT_KEYS} if moe else dense),
         "num_key_value_heads": settings["model.n_heads"],
         "q_lora_rank": settings["attention.q_lora_rank"] or None,
-        "rope_interleave": settings["attention.rope_layout"] == "interleaved",
+        "rope_interleave": True,  # as published; vLLM and llama.cpp know no other way
+        "scoring_func": "sigmoid",  # which they ask for, and transformers does not
+        "topk_method": "noaux_tc",
         "attention_bias": _has_biases(settings),
         "hidden_act": "relu" if settings["mlp"] == "relu2" else "silu",
         "num_nextn_predict_layers": 0,
         **rope_keys(settings),
     }
+
+
+def _deepseek_pairs(content: Content) -> Layout:
+    return "interleaved" if content.get("rope_interleave", True) else "half"
 
 
 def _deepseek_settings(content: Content) -> Settings:
@@ -414,7 +420,7 @@ def _deepseek_settings(content: Content) -> Settings:
         **(plain if dense else experts | _expert_settings(content)),
         "model.bias": biased,
         "attention.q_lora_rank": content.get("q_lora_rank", 1536) or 0,
-        "attention.rope_layout": "interleaved" if content.get("rope_interleave", True) else "half",
+        "attention.rope_layout": _deepseek_pairs(content),
         **rope_settings(content),
     }
 
@@ -455,13 +461,18 @@ DEEPSEEK_V3 = Family(
     }
     | {"topk_method", "scoring_func", "moe_layer_freq", "pretraining_tp"},
     lambda content: LATENT if content.get("attention_bias") else (),
+    pairs=_deepseek_pairs,
     gates=True,
     fits=lambda settings: _experts_fit(settings) if settings["mlp"] == "moe" else None,
 )
 
 
 def _gpt2_keys(settings: Settings) -> dict[str, Any]:
-    return {"n_inner": settings["mlp.d_ff"], "activation_function": _activation_key(settings)}
+    return {
+        "n_inner": settings["mlp.d_ff"],
+        "activation_function": _activation_key(settings),
+        "n_ctx": settings["model.context_length"],  # as llama.cpp reads it
+    }
 
 
 GPT2_USUAL = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False}

@@ -17,6 +17,7 @@ from model.mlp import GELUConfig, ReLU2Config, ReLUConfig, SwiGLUConfig
 from model.moe import MoEConfig
 from model.norm import LAYER_EPS, RMS_EPS
 from model.published.tensors import Entry, Joined, Left, PerExpert, Same, Twice, Zeros
+from model.rope import Layout
 from model.transformer import ModelConfig, TransformerLM
 
 Settings = dict[str, Any]  # values by their dotted names, as `attention.head_dim`; of `attention` and `mlp`, the choice
@@ -70,6 +71,7 @@ class Family:
     biased: Callable[[Content], tuple[str, ...]]  # how the published names end of layers that have a bias
     names: Literal["llama", "gpt2"] = "llama"
     renamed: Mapping[str, str] = field(default_factory=dict)  # parts of names that differ from Llama's
+    pairs: Callable[[Content], Layout] = lambda content: "half"  # which rows of its queries and keys rotate together
     gates: bool = False  # whether its MLP has a gate even where ours is relu2: relu(W x) · W x
     fits: Callable[[Settings], Obstacle | None] = lambda settings: None  # what else it cannot express
 
@@ -148,7 +150,7 @@ class Family:
             if ".c_attn." in published:
                 joined.setdefault(published, []).append(name)
             else:
-                found.append(self._entry(name, published, layout, sizes[name], settings))
+                found.append(self._entry(name, published, layout, settings, self.pairs(content)))
         found += [_joined(published, joined, sizes) for published in joined]
         return found + self._chosen_by(model, content) + self._zeros(widths, content, found)
 
@@ -161,16 +163,16 @@ class Family:
     def _has(self, bias: str, content: Content) -> bool:
         return bias.removesuffix(".bias").endswith(self.biased(content))
 
-    def _entry(self, name: str, published: str, layout: ParamLayout, shape: Sequence[int], settings: Settings) -> Entry:
+    def _entry(self, name: str, published: str, layout: ParamLayout, settings: Settings, pairs: Layout) -> Entry:
+        """pairs: which rows of the published matrices rotate together."""
         if layout.experts is not None:
             return PerExpert(name, published, layout.experts.count)
         if self.gates and settings["mlp"] == "relu2" and ".up_proj" in published:
             return Twice(name, published.replace("up_proj", "gate_proj"), published)
-        interleaved = settings["attention"] == "gqa" and settings["attention.rope_layout"] == "interleaved"
-        if interleaved and published.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm"):
-            rows = by_halves(shape[0], settings["attention.head_dim"], settings["attention.rope_dim"])
-            return Same(name, published, rows=rows)
-        return Same(name, published, transposed=self.names == "gpt2" and layout.kind is Kind.MATRIX)
+        rotated = rotated_rows(published, layout, settings)
+        ours = settings["attention.rope_layout"]
+        rows = None if rotated is None or ours == pairs else paired_otherwise(layout.rows, *rotated, ours)
+        return Same(name, published, transposed=self.names == "gpt2" and layout.kind is Kind.MATRIX, rows=rows)
 
     def _chosen_by(self, model: TransformerLM, content: Content) -> list[Entry]:
         """The biases by which experts are chosen."""
@@ -201,11 +203,21 @@ def _joined(published: str, joined: Mapping[str, Sequence[str]], sizes: Mapping[
     return Joined([name if name in sizes else None for name in names], published, rows, transposed=kind == "weight")
 
 
-def by_halves(rows: int, head_dim: int, rope_dim: int) -> torch.Tensor:
-    """(rows,) int64: the rows of heads of which the neighbours among the first `rope_dim` are pairs, in the order in
-    which coordinates i and i + rope_dim / 2 are one."""
+def rotated_rows(published: str, layout: ParamLayout, settings: Settings) -> tuple[int, slice] | None:
+    """Of a head of a matrix, bias or norm: its rows, and those of them that rotate; None where none do."""
+    if settings["attention"] == "gqa":
+        rotates = published.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm")
+        return (settings["attention.head_dim"], slice(settings["attention.rope_dim"])) if rotates else None
+    head = sum(part.rows for part in layout.parts)
+    last = layout.parts[-1]
+    return (head, slice(head - last.rows, head)) if last.name in ("q_rope", "k_rope") else None
+
+
+def paired_otherwise(rows: int, head_dim: int, rotated: slice, pairs: Layout) -> torch.Tensor:
+    """(rows,) int64: the rows of heads, of which those `rotated` are pairs as `pairs` says, in the order of the other
+    layout: neighbours, or coordinates i and i + n / 2 of n."""
     of_head = torch.arange(head_dim)
-    of_head[:rope_dim] = torch.arange(rope_dim).unflatten(0, (-1, 2)).mT.flatten()
+    of_head[rotated] = of_head[rotated].unflatten(0, (-1, 2) if pairs == "interleaved" else (2, -1)).mT.flatten()
     return (torch.arange(0, rows, head_dim)[:, None] + of_head).flatten()
 
 

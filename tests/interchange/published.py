@@ -113,6 +113,35 @@ def save(model: transformers.PreTrainedModel, folder: Path, **options: object) -
     return folder
 
 
+def fallback_tokenizer(**changed: object) -> dict[str, object]:
+    """The content of a tokenizer.json as of Llama 2: characters are tokens, and bytes where they are none."""
+    replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    back = [{**replaced, "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
+    special = ["<unk>", "<s>", "</s>"]
+    merges = [("▁", "d"), ("▁d", "e"), ("▁de", "f"), ("▁", "▁"), ("▁▁", "▁▁"), ("é", "é"), ("e", "f"), ("(", "x")]
+    words = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁defx()é語", *map("".join, merges)]
+    return {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": i, "content": word, "special": True}
+            | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            for i, word in enumerate(special)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replaced]},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [*back, {"type": "Strip", "content": " ", "start": 1, "stop": 0}],
+        },
+        "model": {
+            **{"type": "BPE", "byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"},
+            **{"vocab": {word: i for i, word in enumerate(words)}, "merges": [list(pair) for pair in merges]},
+        },
+        **changed,
+    }
+
+
 def ours(overrides: Sequence[str], vocab: int = VOCAB) -> TransformerLM:
     shape = () if "model=classic_gpt" in overrides else ("model=mini",)
     model = spread_out(initialised(composed_run(*shape, *overrides).model, vocab))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 
 import numpy as np
@@ -13,9 +14,20 @@ from tokenizers import Tokenizer as Theirs
 
 from common.errors import UserError
 from data.tokenizers.load import load_tokenizer
+from data.tokenizers.published import PublishedTokenizer, parse_stored
+from generation.text_stream import TextStream
 from model.published.families import _share
 from runtime.memory import allocated_peak
-from tests.interchange.published import LINEAR, THEIRS, VOCAB, YARN, save, theirs, transformers
+from tests.interchange.published import (
+    LINEAR,
+    THEIRS,
+    VOCAB,
+    YARN,
+    fallback_tokenizer,
+    save,
+    theirs,
+    transformers,
+)
 from tests.support import assert_one_line, call, logits_of, relative_error, some_tokens
 from training.run.load import load_run
 from training.run.published import dequantised, load_published, look_at
@@ -108,6 +120,44 @@ def test_tokenizer_of_a_published_model_encodes_as_tokenizers_does(tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     again = load_tokenizer(tmp_path / "tokenizer.json")
     assert again.hash == tokenizer.hash and np.array_equal(again.encode(text), tokenizer.encode(text))
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize("changed", [{}, {"normalizer": None, "pre_tokenizer": METASPACE}], ids=["llama", "metaspace"])
+def test_tokenizer_with_bytes_as_fallback_has_transformers_tokens_and_gives_the_text_back(changed, tmp_path):
+    content = fallback_tokenizer(**changed)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer, draw = PublishedTokenizer(content, 2), random.Random(0)
+    for length in [*range(40)] * 5:
+        letters = [*" \ndef (xé語", chr(draw.randrange(0x2600, 0xD800))]  # no ▁, a token's spelling of a space
+        text = "".join(draw.choice(letters) for _ in range(length))
+        tokens = tokenizer.encode(text)
+        if not (changed and text.startswith(" ")):  # of two such spaces Metaspace makes one
+            assert tokens.tolist() == expected(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        assert tokenizer.decode(tokens) == text
+        written = TextStream(tokenizer)  # as after other text, the space belongs to it
+        assert "".join([written.feed(token) for token in tokens.tolist()]) == (f" {text}" if text else "")
+    assert tokenizer.decode(tokenizer.encode("<s>▁<0x41>")) == "<s> <0x41>"
+    assert parse_stored(tokenizer.content()).hash == tokenizer.hash
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"pre_tokenizer": {**METASPACE, "split": True}}, "pre_tokenizer Metaspace"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        ({"decoder": {"type": "Fuse"}}, "decoder of Fuse"),
+        ({"added_tokens": [{"id": 0, "content": "<unk>", "special": False}]}, "added tokens that are not special"),
+        ({"model": {**fallback_tokenizer()["model"], "ignore_merges": True}}, "ignore_merges"),
+    ],
+)
+def test_tokenizer_with_bytes_as_fallback_that_changes_a_text_is_refused(changed, fault):
+    with pytest.raises(ValueError, match=f"{fault}.*would change a text"):
+        PublishedTokenizer(fallback_tokenizer(**changed), 2)
 
 
 def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys):
@@ -307,7 +357,7 @@ FAULTS = {
     ),
     "another tokenizer": (
         lambda folder: _change(folder / "tokenizer.json", model={"type": "WordPiece", "vocab": {}}),
-        "byte-level BPE alone is known",
+        "byte-level BPE is known",
     ),
 }
 
