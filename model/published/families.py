@@ -226,35 +226,51 @@ MISTRAL = Family(
 )
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
 def _window_keys(settings: Settings) -> dict[str, Any]:
-    """Qwen's: of layers from max_window_layers on."""
-    window, layers = settings["attention.window"], settings["model.n_layers"]
+    """Qwen's: of layers from max_window_layers on, or of those that layer_types says."""
+    windows = settings["attention.windows"]
+    window = next((one for one in windows if one is not None), None)
     return {
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "max_window_layers": layers if window is None else 0,
-        "layer_types": ["full_attention" if window is None else "sliding_attention"] * layers,
+        "max_window_layers": len(windows) if window is None else windows.index(window),
+        "layer_types": [FULL if one is None else SLIDING for one in windows],
     }
 
 
-WINDOWS = frozenset({"full_attention", "sliding_attention"})
 WINDOW = frozenset({"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"})
+STACKED = {"attention": ("gqa", "stack")}  # of layers that differ in their window alone
+
+
+def _windows_fit(settings: Settings) -> Obstacle | None:
+    windows = settings["attention.windows"]
+    if settings["attention"] == "stack" and (windows is None or len({*windows} - {None}) > 1):
+        return Obstacle("attention", "stack", "gqa")
+    return _same_rope_everywhere(settings)
 
 
 def _window_settings(content: Content) -> Settings:
-    """Raises UserError where some layers have a window, and others not."""
+    """Of a stack, `attention.window` is that of each layer. Raises UserError where not every layer has one that is
+    known."""
     layers, window = content["num_hidden_layers"], content.get("sliding_window", 4096)
+    kinds, first = content.get("layer_types"), content.get("max_window_layers", 28)
+    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers):
+        raise UserError(f"layer_types={str(kinds)[:80]}: {layers} of them are needed, one for each layer")
     if not content.get("use_sliding_window") or window is None:
-        return {"attention.window": None}
-    kinds = content.get("layer_types")
-    if kinds is None:  # from that layer on
-        first = content.get("max_window_layers", 28)
-        kinds = {"sliding_attention"} if first <= 0 else {"full_attention"} if first >= layers else WINDOWS
-    if set(kinds) not in ({"full_attention"}, {"sliding_attention"}):
-        raise UserError(
-            f"layers of {', '.join(map(str, sorted(set(kinds))))}: one kind of them is known, full or sliding"
-        )
-    return {"attention.window": window if "sliding_attention" in kinds else None}
+        return {"attention": "gqa", "attention.window": None}
+    if kinds is None and not isinstance(first, int):
+        raise UserError(f"max_window_layers={str(first)[:80]} is no number of layers")
+    kinds = [FULL if i < first else SLIDING for i in range(layers)] if kinds is None else kinds
+    unknown = next((kind for kind in kinds if kind not in (FULL, SLIDING)), None)
+    if unknown is not None:
+        raise UserError(f"layer_types with {str(unknown)[:80]}: {FULL} and {SLIDING} are known")
+    windows = tuple(window if kind == SLIDING else None for kind in kinds)
+    if len({*kinds}) == 1:
+        return {"attention": "gqa", "attention.window": windows[0]}
+    return {"attention": "stack", "attention.window": windows}
 
 
 def _qwen2_settings(content: Content) -> Settings:
@@ -266,13 +282,13 @@ def _qwen2_settings(content: Content) -> Settings:
 QWEN2 = Family(
     "qwen2",
     "Qwen2ForCausalLM",
-    GROUPED | {"attention.qk_norm": (False,), "mlp": ("swiglu",)},
+    GROUPED | STACKED | {"attention.qk_norm": (False,), "mlp": ("swiglu",)},
     DENSE_KEYS,
     lambda s: {"hidden_act": "silu", **_window_keys(s), **rope_keys(s)},
     _qwen2_settings,
     ROPE | WINDOW | {"hidden_act"},
     lambda content: QKV,
-    fits=_same_rope_everywhere,
+    fits=_windows_fit,
 )
 
 
@@ -287,13 +303,13 @@ def _qwen3_settings(content: Content) -> Settings:
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    GROUPED | {"attention.qk_norm": (True,), "mlp": ("swiglu",)},
+    GROUPED | STACKED | {"attention.qk_norm": (True,), "mlp": ("swiglu",)},
     DENSE_KEYS,
     lambda s: {"attention_bias": _has_biases(s), "hidden_act": "silu", **_window_keys(s), **rope_keys(s)},
     _qwen3_settings,
     ROPE | WINDOW | {"attention_bias", "hidden_act"},
     lambda content: QKVO if content.get("attention_bias") else (),
-    fits=_same_rope_everywhere,
+    fits=_windows_fit,
 )
 
 

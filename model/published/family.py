@@ -205,7 +205,7 @@ def _joined(published: str, joined: Mapping[str, Sequence[str]], sizes: Mapping[
 
 def rotated_rows(published: str, layout: ParamLayout, settings: Settings) -> tuple[int, slice] | None:
     """Of a head of a matrix, bias or norm: its rows, and those of them that rotate; None where none do."""
-    if settings["attention"] == "gqa":
+    if settings["attention"] != "mla":
         rotates = published.split(".")[-2] in ("q_proj", "k_proj", "q_norm", "k_norm")
         return (settings["attention.head_dim"], slice(settings["attention.rope_dim"])) if rotates else None
     head = sum(part.rows for part in layout.parts)
@@ -222,9 +222,11 @@ def paired_otherwise(rows: int, head_dim: int, rotated: slice, pairs: Layout) ->
 
 
 def settings_of(config: ModelConfig) -> Settings:
-    """The derived settings of a model that decide what it computes."""
+    """The derived settings of a model that decide what it computes; of a stack, those of its first layer's attention,
+    and `attention.windows` of each layer where they differ in nothing else."""
     layers = [config.attention.of_layer(i) for i in range(config.n_layers)]
     alike = all(layer == layers[0] for layer in layers)
+    but_windows = all(layer.model_copy(update={"window": layers[0].window}) == layers[0] for layer in layers)
     attention, mlp = layers[0].model_dump(), config.mlp.model_dump()
     return {
         **{f"model.{name}": getattr(config, name) for name in (*OF_MODEL, "logit_softcap")},
@@ -232,6 +234,7 @@ def settings_of(config: ModelConfig) -> Settings:
         "attention": CHOICES.get(type(layers[0]), type(layers[0]).__name__) if alike else "stack",
         "attention.indexer.top_k": attention.pop("indexer", {}).get("top_k"),
         **{f"attention.{name}": value for name, value in attention.items()},
+        "attention.windows": tuple(layer.window for layer in layers) if but_windows else None,
         "mlp": CHOICES.get(type(config.mlp), type(config.mlp).__name__),
         **{f"mlp.{name}": value for name, value in mlp.items()},
     }

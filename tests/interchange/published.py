@@ -43,6 +43,17 @@ THEIRS = {
     "llama 3.1": ("Llama", {**KV, "rope_parameters": LLAMA3}),
     "qwen2": ("Qwen2", KV),
     "qwen2 window": ("Qwen2", {**KV, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    "qwen2 of both kinds of layers": (
+        "Qwen2",
+        {**KV, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3 of both kinds of layers": (
+        "Qwen3",
+        {
+            **{**KV, "use_sliding_window": True, "sliding_window": 8, "num_hidden_layers": 4},
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
     "qwen3": ("Qwen3", {**KV, "attention_bias": True, "head_dim": 24}),
     "apertus": ("Apertus", {**KV, "attention_bias": True, "hidden_act": "relu2", "rope_parameters": LLAMA3}),
     "glm4_moe": ("Glm4Moe", {**KV, **EXPERTS, "use_qk_norm": True, "num_mtp_layers": 0}),
@@ -73,6 +84,10 @@ OURS_AS = {
     "qwen3": (
         *("attention=gqa", "mlp=swiglu", "attention.rope_layout=interleaved", "attention.window=12"),
         "attention.head_dim=24",
+    ),
+    "qwen3, a stack": (
+        *("attention=stack", "mlp=swiglu", "attention.parts.local.window=12", "model.n_layers=4"),
+        *("attention.parts.local.rope_layout=interleaved", "attention.parts.global.rope_layout=interleaved"),
     ),
     "apertus": ("attention=gqa",),
     "llama 3.1": (

@@ -69,7 +69,14 @@ REFUSED = {
         "attention.qk_bias=true (attention.qk_bias=false)",
     ),
     "dsa": (["attention=dsa", "attention.qk_norm=latent", "attention.qk_bias=false"], "attention.indexer.top_k"),
-    "stack": (["attention=stack"], "attention=stack (attention=gqa)"),
+    "stack of two attentions": (
+        ["attention=stack", "mlp=swiglu", "attention.parts.global.attention=mla"],
+        "attention=stack (attention=gqa)",
+    ),
+    "stack of two windows": (
+        ["attention=stack", "mlp=swiglu", "attention.parts.global.window=9"],
+        "attention=stack (attention=gqa)",
+    ),
     "softmax of experts": (["mlp=moe", "mlp.router=softmax"], "mlp.router=softmax (mlp.router=sigmoid)"),
     "no shared expert": (["mlp=moe", "mlp.n_shared_experts=0"], "mlp.n_shared_experts=0 (mlp.n_shared_experts=1)"),
     "partial rotation": (["mlp=swiglu", "attention.rope_dim=8"], "attention.rope_dim=8 (attention.rope_dim=null)"),

@@ -89,7 +89,22 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
     fixed = {"model.dropout": 0.0, "model.zero_init": True, "model.own_logit_init": None, "attention.dropout": 0.0}
     window = settings["model.context_length"]
     every = {**settings, **fixed, "batch_tokens": window, "eval_tokens": window, "micro_batch_size": 1}
+    every = _in_parts(every) if every["attention"] == "stack" else every
     return [f"{name}={typed(value)}" for name, value in sorted(every.items(), key=lambda item: "." in item[0])]
+
+
+def _in_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a stack whose `attention.window` is that of each layer: the settings of its two parts, and their pattern."""
+    windows = settings["attention.window"]
+    names = ["global" if window is None else "local" for window in windows]
+    length = next(n for n in range(1, len(names) + 1) if names == names[:n] * (len(names) // n))
+    found = {name: value for name, value in settings.items() if not name.startswith("attention.")}
+    for name in settings.keys() - found.keys() - {"attention.indexer.top_k"}:  # which no part has
+        for part in ("local", "global"):
+            found[name.replace("attention.", f"attention.parts.{part}.", 1)] = settings[name]
+    found["attention.parts.local.window"] = next(window for window in windows if window is not None)
+    found["attention.parts.global.window"] = None
+    return {**found, "attention.pattern": f"[{','.join(names[:length])}]"}
 
 
 def load_published(found: Published, config: ModelConfig) -> TransformerLM:
