@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from common.errors import UserError
+
 PREFIX = "hf:"
 
 
@@ -10,5 +12,7 @@ def is_published(name: Path | str) -> bool:
 
 
 def folder_of(name: Path | str) -> Path:
-    """The folder of a run, or of a published model."""
+    """The folder of a run, or of a published model. Raises UserError where nothing follows hf:."""
+    if str(name) == PREFIX:
+        raise UserError(f"{PREFIX} names no folder: give that of a published model behind it, {PREFIX}DIR")
     return Path(str(name).removeprefix(PREFIX))

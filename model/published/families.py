@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UserError
-from model.published.family import Content, Family, Key, Obstacle, Settings
+from model.published.family import Content, Family, Key, Obstacle, Settings, check_kind
 from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW, Layout
 from model.transformer import ModelConfig
 
@@ -91,6 +91,8 @@ def stated_rope(content: Content) -> Content:
     if len(spelled) == 2 and without_theta[0] != without_theta[1]:
         raise UserError("rope_parameters and rope_scaling say different things: remove the one that is not meant")
     stated.setdefault("rope_type", stated.pop("type", "default"))
+    for name, value in stated.items():
+        check_kind(name, value)
     return stated
 
 

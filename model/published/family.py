@@ -34,7 +34,12 @@ summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_
 vocab_size
 """
 MAX_NUMBER = 2**31  # in a config.json
-SWITCHES = {"attention_bias", "mlp_bias", "use_qk_norm", "rope_interleave", "use_sliding_window"}
+# What a key can be, other than a number; of some of these, its family says more.
+SWITCHES = {"attention_bias", "mlp_bias", "use_qk_norm", "rope_interleave", "use_sliding_window", "norm_topk_prob"}
+SWITCHES |= {"tie_word_embeddings", "truncate"}
+SWITCHES |= {"scale_attn_weights", "scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"}
+WORDS = {"hidden_act", "activation_function", "scoring_func", "topk_method", "rope_type"}
+OTHERS = {"rope_parameters", "rope_scaling", "layer_types"}
 
 
 class Obstacle(NamedTuple):
@@ -107,17 +112,14 @@ class Family:
                 stated = f"{name}={str(content[name])[:80]}"
                 raise UserError(f"{stated} is not known of {self.model_type}: remove it if it changes nothing")
         self._check_origin(content)
-        for name in SWITCHES & content.keys():
-            if content[name] is not None and type(content[name]) is not bool:
-                raise UserError(f"{name}={str(content[name])[:80]}: true or false is what it can be")
+        for name in content.keys() & (self.reads | {key.name for key in self.keys}) - OTHERS:
+            check_kind(name, content[name])
         only = {setting: allowed[0] for setting, allowed in self.needs.items() if len(allowed) == 1}
         found: Settings = {setting: value for setting, value in only.items() if not setting.startswith("mlp.")}
         for key in self.keys:
             value = content.get(key.name, key.default)
             if value is ... or (value is None and key.default is not None):
                 raise UserError(f"there is no {key.name}, without which no {self.model_type} can be built")
-            if not (value is None or type(value) in (bool, int, float)) or not -MAX_NUMBER < (value or 0) < MAX_NUMBER:
-                raise UserError(f"{key.name}={str(value)[:80]} is no number, or too large a one")
             found[key.setting] = value
         return found | self.read(content)
 
@@ -238,6 +240,21 @@ def settings_of(config: ModelConfig) -> Settings:
         "mlp": CHOICES.get(type(config.mlp), type(config.mlp).__name__),
         **{f"mlp.{name}": value for name, value in mlp.items()},
     }
+
+
+def check_kind(name: str, value: Any) -> None:
+    """Raise UserError where the value of a key is neither null nor of its kind: a number, true or false, or a word."""
+    stated = f"{name}={str(value)[:80]}"
+    if value is None:
+        return
+    if name in SWITCHES:
+        if type(value) is not bool:
+            raise UserError(f"{stated}: true or false is what it can be")
+    elif name in WORDS:
+        if type(value) is not str:
+            raise UserError(f"{stated} is no word")
+    elif type(value) not in (int, float) or not -MAX_NUMBER < value < MAX_NUMBER:
+        raise UserError(f"{stated} is no number, or too large a one")
 
 
 def typed(value: Any) -> str:

@@ -138,7 +138,8 @@ sys.stdout.write(found[0]["generated_text"])
 def test_trained_run_is_exported_and_writes_the_same_text_elsewhere(settings, workplace, monkeypatch, capsys):
     train = ["experiment=smoke", "steps=30", "run_dir=run", "data.size=40", "eval_tokens=256", *settings]
     assert call("train", train, monkeypatch) == 0
-    assert call("convert", ["export", "run", "--to", "hf", "out"], monkeypatch) == 0
+    (workplace / "runs").symlink_to(workplace)
+    assert call("convert", ["export", "latest", "--to", "hf", "out"], monkeypatch) == 0
     capsys.readouterr()
     options = ["--run", "run", "--temperature", "0", "--max-new-tokens", "16"]
     assert call("sample", ["The ", *options], monkeypatch) == 0
@@ -155,6 +156,10 @@ def test_trained_run_is_exported_and_writes_the_same_text_elsewhere(settings, wo
 
 BAD = {
     "a format": (["export", "run", "--to", "onnx", "out"], "there is no such format"),
+    "a run that hf: does not name": (["export", "hf:", "--to", "hf", "out"], "hf: names no folder"),
+    "a file": (["export", "hf:run/file", "--to", "hf", "out"], "is a file"),
+    "the newest run of none": (["export", "latest", "--to", "hf", "out"], "runs"),
+    "no output": (["export", "run", "--to", "hf", ""], "names no folder"),
     "a run": (["export", "nowhere", "--to", "hf", "out"], "nowhere is not a run"),
     "a family": (["export", "run", "--to", "hf", "out", "--family", "opt"], "there is no such family"),
     "a family of code": (["export", "run", "--to", "hf-code", "out", "--family", "llama"], "is of --to hf"),
@@ -167,6 +172,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_convert_with_bad_arguments_says_so_in_one_line(case, workplace, monkeypatch, capsys):
     (workplace / "run").mkdir()
+    (workplace / "run/file").touch()
     arguments, message = BAD[case]
     assert call("convert", arguments, monkeypatch) == 2
     assert message in (err := capsys.readouterr().err) and len(err.splitlines()) == 1

@@ -261,6 +261,11 @@ def _without_a_byte(folder):
     _change(folder / "tokenizer.json", model=model)
 
 
+def _pointer(name):
+    content = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    return lambda folder: (folder / name).write_text(content)
+
+
 Q_BIAS = "model.layers.0.self_attn.q_proj.bias"
 FAULTS = {
     "weights pickled": (_pickled, "has its weights pickled"),
@@ -268,6 +273,8 @@ FAULTS = {
     "an index that leads out": (_index("../a.safetensors"), "is no safetensors file of its folder"),
     "an absolute index": (_index("/etc/a.safetensors"), "is no safetensors file of its folder"),
     "an empty index": (_index(), "has no weight_map"),
+    "weights that Git LFS did not fetch": (_pointer("model.safetensors"), "run git lfs pull"),
+    "a tokenizer that Git LFS did not fetch": (_pointer("tokenizer.json"), "run git lfs pull"),
     "truncated weights": (_truncated, "model.safetensors is damaged"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "there is no"),
@@ -313,7 +320,12 @@ FAULTS = {
     "a number beyond all": (lambda folder: _change(folder / "config.json", num_hidden_layers=10**20), "too large"),
     "an endless theta": (
         lambda folder: _change(folder / "config.json", rope_parameters={"rope_theta": 10**400}),
-        "values",
+        "too large a one",
+    ),
+    "an activation that is a list": (lambda folder: _change(folder / "config.json", hidden_act=["silu"]), "is no word"),
+    "a theta that is a word": (
+        lambda folder: _change(folder / "config.json", rope_parameters={"rope_theta": "x"}),
+        "rope_theta=x is no number",
     ),
     "a link to nothing": (_dangling, "cannot be read"),
     "a pipe": (_pipe, "cannot be read"),

@@ -2,6 +2,7 @@
 are config.json, tokenizer.json and safetensors files; nothing of the folder is executed or unpickled."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from training.run.config import Run, compose
 
 MAX_JSON_BYTES = 2**26
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SCALES = "_scale_inv"  # beside the name of a matrix of 8-bit numbers: what each of its tiles is multiplied by
 # Tensors that files hold and no model needs: constants of older versions, and those of multi-token prediction (below).
 CONSTANTS = re.compile(r"\.(inv_freq|masked_bias)$|\.attn\.bias$")
@@ -52,6 +54,8 @@ class Published(NamedTuple):
 def look_at(name: Path | str) -> Published:
     """What is in the folder behind `hf:`. Raises UserError where it is no model that this program can be."""
     folder = folder_of(name)
+    if os.path.isfile(folder):
+        raise UserError(f"{name} is a file: give the folder that it is in")
     content = _config(folder)
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
@@ -61,12 +65,12 @@ def look_at(name: Path | str) -> Published:
         run = compose(*_overrides(FAMILIES[model_type].settings(content)))
     except UserError as error:
         raise UserError(f"{folder}/config.json: {error}") from None
-    except UNFIT as error:
-        fault = f"{type(error).__name__}: {str(error)[:200]}"
-        raise UserError(f"{folder}/config.json: its values are not what such a model has ({fault})") from None
+    except UNFIT:
+        raise UserError(f"{folder}/config.json: its values are not what such a model has") from None
     stated = content.get("quantization_config")
     if stated is not None and not (isinstance(stated, dict) and stated.get("quant_method") == "fp8"):
         raise UserError(f"{folder}/config.json: quantization_config={str(stated)[:80]}: only quant_method=fp8 is known")
+    _check_fetched(folder / "tokenizer.json")
     tokenizer = load_tokenizer(folder / "tokenizer.json")
     rows = content.get("vocab_size")
     if type(rows) is not int or rows < tokenizer.vocab_size:
@@ -262,11 +266,22 @@ def _indexed(folder: Path, there: Sequence[str]) -> list[str]:
     return names
 
 
+def _check_fetched(path: Path) -> None:
+    """Raise UserError where what was cloned is what Git LFS leaves in place of a large file, or cannot be read."""
+    try:
+        with open_regular(path) as file:  # what is no file would be waited for
+            fetched = file.read(len(LFS_POINTER)) != LFS_POINTER
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    if not fetched:
+        raise UserError(f"{path} is a pointer of Git LFS and not the file itself: run git lfs pull in its folder")
+
+
 def _opened(path: Path, held: ExitStack) -> Any:
     from safetensors import SafetensorError, safe_open
 
+    _check_fetched(path)
     try:
-        open_regular(path).close()  # what is no file would be waited for
         return held.enter_context(safe_open(path, framework="pt"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
