@@ -112,7 +112,8 @@ class Family:
                 stated = f"{name}={str(content[name])[:80]}"
                 raise UserError(f"{stated} is not known of {self.model_type}: remove it if it changes nothing")
         self._check_origin(content)
-        for name in content.keys() & (self.reads | {key.name for key in self.keys}) - OTHERS:
+        named = {key.name for key in self.keys} | {"num_nextn_predict_layers"}
+        for name in content.keys() & (self.reads | named) - OTHERS:
             check_kind(name, content[name])
         only = {setting: allowed[0] for setting, allowed in self.needs.items() if len(allowed) == 1}
         found: Settings = {setting: value for setting, value in only.items() if not setting.startswith("mlp.")}

@@ -1,11 +1,14 @@
 """Runs are exported: transformers opens them by itself, and they have the same logits and write the same text there."""
 
+import functools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from common.errors import UserError
 from data.tokenizers.bpe import BPEConfig
@@ -57,6 +60,78 @@ def test_module_of_multi_token_prediction_is_left_out_and_said(tmp_path, monkeyp
     tokens = some_tokens(1, 20, VOCAB)
     with torch.no_grad():
         assert relative_error(theirs(tokens, use_cache=False).logits, logits_of(model, tokens)) <= 1e-4
+
+
+# What vLLM 0.33 (vllm/model_executor/models) and llama.cpp's converter (as in llama-cpp-python 0.3.36) read of each
+# family, by name, or ask for a value of; and the names of the weights that they load.
+OF_DECODERS = """
+architectures vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size
+rms_norm_eps max_position_embeddings rope_parameters tie_word_embeddings hidden_act=silu
+"""
+OF_WINDOWS = "use_sliding_window sliding_window max_window_layers layer_types"
+OF_EXPERTS = """
+n_routed_experts num_experts_per_tok n_shared_experts moe_intermediate_size first_k_dense_replace n_group topk_group
+norm_topk_prob routed_scaling_factor num_nextn_predict_layers=0
+"""
+NORMS = r"(input|post_attention)_layernorm\.weight"
+MLP = r"mlp\.((shared_experts|experts\.\d+)\.)?(gate|up|down)_proj\.weight|mlp\.gate\.(weight|e_score_correction_bias)"
+DENSE = ("attention=gqa", "mlp=swiglu", "model.qk_bias=false")
+LATENT = ("attention=mla", "model.qk_norm=false", "model.qk_bias=false", "attention.q_lora_rank=24", "mlp=moe")
+READ_ELSEWHERE = {  # by family: a model, the keys, and the names in a layer
+    "llama": (
+        (*DENSE[:2], "model.qk_norm=false", "model.bias=true"),
+        f"{OF_DECODERS} head_dim attention_bias mlp_bias",
+        rf"self_attn\.[qkvo]_proj\.(weight|bias)|mlp\.(gate|up|down)_proj\.(weight|bias)|{NORMS}",
+    ),
+    "mistral": (
+        (*DENSE, "model.qk_norm=false", "attention.window=8"),
+        f"{OF_DECODERS} head_dim sliding_window",
+        rf"self_attn\.[qkvo]_proj\.weight|{MLP}|{NORMS}",
+    ),
+    "qwen2": (
+        (*DENSE[:2], "model.qk_norm=false", "attention.window=8"),
+        f"{OF_DECODERS} {OF_WINDOWS}",
+        rf"self_attn\.[qkv]_proj\.(weight|bias)|self_attn\.o_proj\.weight|{MLP}|{NORMS}",
+    ),
+    "qwen3": (
+        DENSE,
+        f"{OF_DECODERS} {OF_WINDOWS} head_dim attention_bias",
+        rf"self_attn\.([qkvo]_proj|[qk]_norm)\.weight|{MLP}|{NORMS}",
+    ),
+    "glm4_moe": (
+        ("attention=gqa", "mlp=moe"),
+        f"{OF_DECODERS} {OF_EXPERTS} head_dim attention_bias use_qk_norm partial_rotary_factor",
+        rf"self_attn\.([qkvo]_proj|[qk]_norm)\.weight|self_attn\.[qkv]_proj\.bias|{MLP}|{NORMS}",
+    ),
+    "deepseek_v3": (
+        LATENT,
+        f"{OF_DECODERS} {OF_EXPERTS} q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+        "scoring_func=sigmoid topk_method=noaux_tc rope_interleave=True",
+        rf"self_attn\.((q_a|q_b|kv_b|o)_proj|kv_a_proj_with_mqa|(q|kv)_a_layernorm)\.weight|{MLP}|{NORMS}",
+    ),
+    "gpt2": (
+        OURS_AS["gpt2"],
+        "architectures vocab_size n_ctx n_positions n_embd n_layer n_head n_inner layer_norm_epsilon "
+        "activation_function tie_word_embeddings",
+        r"(ln_[12]|attn\.c_(attn|proj)|mlp\.c_(fc|proj))\.(weight|bias)",
+    ),
+}
+OUTSIDE = r"lm_head\.weight|model\.(embed_tokens|norm)\.weight|transformer\.(wte|wpe|ln_f)\.(weight|bias)"
+
+
+@pytest.mark.parametrize("family", READ_ELSEWHERE)
+def test_exported_folder_has_the_keys_and_names_that_other_tools_read(family, tmp_path, monkeypatch):
+    overrides, keys, names = READ_ELSEWHERE[family]
+    exported(ours(overrides), tmp_path, monkeypatch, functools.partial(in_family, name=family))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    for key, _, value in (word.partition("=") for word in keys.split()):
+        assert key in config
+        assert value in ("", str(config[key])), key
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as stored:
+        for name in stored.keys():  # noqa: SIM118
+            assert re.fullmatch(rf"(model\.layers|transformer\.h)\.\d+\.({names})|{OUTSIDE}", name), name
+    tokenizer = json.loads((tmp_path / "out/tokenizer_config.json").read_text())
+    assert tokenizer["eos_token"] == "<|endoftext|>" and tokenizer["add_bos_token"] is False
 
 
 REFUSED = {
