@@ -35,7 +35,8 @@ def draw_attention(model: TransformerLM, tokenizer: Tokenizer, text: str, path: 
     if not maps.isfinite().all():
         layer, head, token, _ = (~maps.isfinite()).nonzero()[0].tolist()
         raise NotFinite(f"the attention of layer {layer}, head {head} is not finite from token {token + 1} on")
-    labels = [_label(tokenizer.decode([token])) for token in tokens] if len(tokens) <= MAX_LABELS else None
+    texts = [tokenizer.decode_bytes([token]).decode(errors="replace") for token in tokens]
+    labels = list(map(_label, texts)) if len(texts) <= MAX_LABELS else None
     _draw(maps, labels, name, path)
 
 

@@ -75,9 +75,10 @@ class Conversation:
     def append(self, line: str) -> None:
         """Append the user's line to the text. Raises UserError, and changes nothing, where the line leaves no room in
         the context."""
-        tokens = self.tokenizer.encode(line).tolist()
+        goes_on = self.state is not None
+        tokens = (self.tokenizer.encode_continuation if goes_on else self.tokenizer.encode)(line).tolist()
         try:
-            if self.state is not None:
+            if goes_on:
                 self.state.append(0, tokens)
             else:
                 self.state = self.new_state(tokens or [self.tokenizer.end_of_text])

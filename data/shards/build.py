@@ -323,8 +323,9 @@ def _encode_batch(tokenizer: Tokenizer, batch: list[Document]) -> list[Encoded]:
 
 def _encode_document(tokenizer: Tokenizer, document: Document) -> Encoded:
     """Encode the prompt by itself, as it is given to a model to be continued."""
-    parts = document.text[: document.prompt], document.text[document.prompt :]
-    return Encoded(*map(tokenizer.encode, parts))
+    prompt, text = document.text[: document.prompt], document.text[document.prompt :]
+    goes_on = document.prompt or document.is_continuation
+    return Encoded(tokenizer.encode(prompt), (tokenizer.encode_continuation if goes_on else tokenizer.encode)(text))
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

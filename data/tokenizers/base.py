@@ -45,6 +45,10 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> np.ndarray:
         """Encode a text -> (n,) of `dtype`, without special tokens. Raises UserError for lone surrogates."""
 
+    def encode_continuation(self, text: str) -> np.ndarray:
+        """As `encode`, of what goes on from another text: without what a tokenizer puts before a whole one."""
+        return self.encode(text)
+
     def decode_bytes(self, tokens: Iterable[int]) -> bytes:
         """Decode tokens to bytes; the end of text decodes to nothing."""
         return b"".join(self.tokens[token] for token in tokens if token != self.end_of_text)

@@ -1,7 +1,7 @@
 """The tokenizer of a published model: its tokenizer.json, encoded with Hugging Face's `tokenizers`."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 from common.errors import UserError
 from common.json_files import read_object
 from data.tokenizers.base import Tokenizer, encode_utf8
-from data.tokenizers.published_kinds import bytes_of_tokens, has_prefix, without_metaspace
+from data.tokenizers.published_kinds import bytes_of_tokens, has_prefix, without_metaspace, without_prefix
 from data.tokenizers.vocabulary import OURS
 
 KIND = "huggingface"
 MAX_CONFIG_BYTES = 2**24
+PIECE = 2**16  # characters that are encoded at one time, and those up to the end of a line, where that is the same
 
 
 class PublishedTokenizer(Tokenizer):
@@ -35,8 +36,12 @@ class PublishedTokenizer(Tokenizer):
             raise ValueError(f"its end of text, {end_of_text}, is none of its {len(tokens):,} tokens")
         tokens[end_of_text] = b""
         self.tokens = tuple(tokens)
+        # Without a division into words a text takes a hundred times its memory, and no merge goes over a line end.
+        has_lines = any(b"\n" in token and len(token) > 1 for token in tokens)
+        self.by_lines = read.get("pre_tokenizer") is None and not has_lines
         try:
             self.encoding = Published.from_str(json.dumps(read))
+            self.continuing = Published.from_str(json.dumps(without_prefix(read)))
         except Exception as error:  # of the library, which has no class for it
             raise ValueError(f"tokenizers cannot read it: {error}") from None
         for token in published.get("added_tokens") or ():
@@ -59,8 +64,18 @@ class PublishedTokenizer(Tokenizer):
         return np.array([*map(len, self.tokens)])
 
     def encode(self, text: str) -> np.ndarray:
+        return self._encode(text, self.encoding)
+
+    def encode_continuation(self, text: str) -> np.ndarray:
+        return self._encode(text, self.continuing)
+
+    def _encode(self, text: str, encoding) -> np.ndarray:
         encode_utf8(text)
-        return np.array(self.encoding.encode(text, add_special_tokens=False).ids, dtype=self.dtype)
+        found = []
+        for piece in _pieces(text) if self.by_lines else [text]:
+            found.append(np.array(encoding.encode(piece, add_special_tokens=False).ids, dtype=self.dtype))
+            encoding = self.continuing
+        return np.concatenate(found)
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Decode the tokens of a whole text, without the space that was put before it."""
@@ -73,6 +88,14 @@ class PublishedTokenizer(Tokenizer):
     def content(self) -> dict[str, Any]:
         rules = {"kind": KIND, "end_of_text": self._end_of_text, "hash": self.hash}
         return {**self.published, "model": {**self.published["model"], OURS: rules}}
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while end := text.find("\n", start + PIECE) + 1:
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def parse_stored(content: dict[str, Any]) -> PublishedTokenizer:

@@ -8,15 +8,17 @@ Two kinds of byte-pair encoding spell every text:
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data.tokenizers.vocabulary import spelled_bytes
 
 SPACE = "▁"
-TO_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+SPELL_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 PREFIX = {"type": "Prepend", "prepend": SPACE}
-OF_FALLBACK = ["Replace", "ByteFallback", "Fuse"]  # its decoder; then Strip, where there is a prefix
+READ_SPACES = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+DECODER = [READ_SPACES, {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP_PREFIX = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
 def bytes_of_tokens(published: Mapping[str, Any]) -> list[bytes]:
@@ -45,7 +47,7 @@ def without_metaspace(published: Mapping[str, Any]) -> Mapping[str, Any]:
     usual = {"type": "Metaspace", "replacement": SPACE, "split": False, "prepend_scheme": scheme}
     if found != usual or published.get("normalizer") is not None:
         return published
-    parts = [TO_SPACES] if scheme == "never" else [PREFIX, TO_SPACES]
+    parts = [SPELL_SPACES] if scheme == "never" else [PREFIX, SPELL_SPACES]
     return {**published, "pre_tokenizer": None, "normalizer": {"type": "Sequence", "normalizers": parts}}
 
 
@@ -54,11 +56,19 @@ def has_prefix(published: Mapping[str, Any]) -> bool:
     return PREFIX in _each(published.get("normalizer"), "normalizers")
 
 
+def without_prefix(published: Mapping[str, Any]) -> Mapping[str, Any]:
+    """As it encodes what goes on from another text."""
+    if not has_prefix(published):
+        return published
+    others = [one for one in _each(published["normalizer"], "normalizers") if one != PREFIX]
+    return {**published, "normalizer": {"type": "Sequence", "normalizers": others}}
+
+
 def _spelling(published: Mapping[str, Any]) -> Callable[[str], bytes]:
     """How its tokens spell bytes. Raises ValueError where it does not give every text its tokens, and one text the same
     ones."""
     fallback = published["model"]["type"] == "BPE" and bool(published["model"].get("byte_fallback"))
-    changes = _of_fallback(published) if fallback else _of_byte_level(published)
+    changes = _changes_of_fallback(published) if fallback else _changes_of_byte_level(published)
     model = published["model"]
     changes += [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if changes:
@@ -66,7 +76,7 @@ def _spelling(published: Mapping[str, Any]) -> Callable[[str], bytes]:
     return _with_fallback if fallback else spelled_bytes
 
 
-def _of_byte_level(published: Mapping[str, Any]) -> list[str]:
+def _changes_of_byte_level(published: Mapping[str, Any]) -> list[str]:
     """What would change a text, other than to its NFC form. Raises ValueError where it is of no kind that is known."""
     words = [one for one in _each(published.get("pre_tokenizer"), "pretokenizers") if one["type"] == "ByteLevel"]
     decodes = [one for one in _each(published.get("decoder"), "decoders") if one["type"] == "ByteLevel"]
@@ -82,14 +92,16 @@ def _of_byte_level(published: Mapping[str, Any]) -> list[str]:
     return changes + (["added tokens that strip spaces"] if any(not token["special"] for token in stripping) else [])
 
 
-def _of_fallback(published: Mapping[str, Any]) -> list[str]:
+def _changes_of_fallback(published: Mapping[str, Any]) -> list[str]:
     """What would change a text, other than ▁ to a space."""
     parts = _each(published.get("normalizer"), "normalizers")
-    changes = [f"normalizer {one['type']}" for one in parts if one not in (PREFIX, TO_SPACES)]
-    changes += [f"pre_tokenizer {one['type']}" for one in _each(published.get("pre_tokenizer"), "pretokenizers")]
-    decodes = [one["type"] for one in _each(published.get("decoder"), "decoders")]
-    expected = [*OF_FALLBACK, "Strip"] if has_prefix(published) else OF_FALLBACK
-    changes += [] if decodes == expected else [f"decoder of {', '.join(decodes) or 'nothing'}"]
+    fit = parts in ([SPELL_SPACES], [PREFIX, SPELL_SPACES])
+    changes = [] if fit else [f"normalizer {_types(parts)}"]
+    words = _each(published.get("pre_tokenizer"), "pretokenizers")
+    changes += [f"pre_tokenizer {_types(words)}"] if words else []
+    decodes = _each(published.get("decoder"), "decoders")
+    fit = decodes == ([*DECODER, STRIP_PREFIX] if has_prefix(published) else DECODER)
+    changes += [] if fit else [f"decoder of {_types(decodes)}"]
     plain = [token for token in published.get("added_tokens") or () if not token["special"]]
     changes += ["added tokens that are not special"] if plain else []  # each text between two would have a prefix
     spelled_out = published["model"].get("ignore_merges")  # <0x41> in a text would be an A
@@ -104,3 +116,7 @@ def _with_fallback(token: str) -> bytes:
 def _each(part: Mapping[str, Any] | None, of_sequence: str) -> list[Mapping[str, Any]]:
     """The parts of a sequence, or the one that there is."""
     return [] if part is None else list(part[of_sequence]) if part["type"] == "Sequence" else [part]
+
+
+def _types(parts: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(str(part["type"]) for part in parts) or "nothing"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from common.errors import UserError
+from model.dimensions import MAX_SIZE
 from model.published.family import Content, Family, Key, Obstacle, Settings, check_kind
 from model.rope import BETA_FAST, BETA_SLOW, FROM_CONTEXT, TURNS_FAST, TURNS_SLOW, Layout
 from model.transformer import ModelConfig
@@ -92,7 +93,8 @@ def stated_rope(content: Content) -> Content:
         raise UserError("rope_parameters and rope_scaling say different things: remove the one that is not meant")
     stated.setdefault("rope_type", stated.pop("type", "default"))
     for name, value in stated.items():
-        check_kind(name, value)
+        if name in PARAMETERS:
+            check_kind(name, value)
     return stated
 
 
@@ -104,6 +106,9 @@ OF_SCALING = {
     "llama3": {"low_freq_factor": TURNS_SLOW, "high_freq_factor": TURNS_FAST},
 }
 OF_LATENT_YARN = {"mscale": 1.0, "mscale_all_dim": 1.0}  # with these it is the scale that ours is
+PARAMETERS = {"rope_type", "factor", "original_max_position_embeddings", *FREE, *OF_LATENT_YARN}.union(
+    *OF_SCALING.values()
+)
 
 
 def rope_settings(content: Content, theta: float = 10000.0) -> Settings:
@@ -249,30 +254,40 @@ STACKED = {"attention": ("gqa", "stack")}  # of layers that differ in their wind
 
 def _windows_fit(settings: Settings) -> Obstacle | None:
     windows = settings["attention.windows"]
-    if settings["attention"] == "stack" and (windows is None or len({*windows} - {None}) > 1):
+    if windows is None:
         return Obstacle("attention", "stack", "gqa")
+    sizes = sorted({*windows} - {None})
+    if len(sizes) > 1:
+        return Obstacle("attention.window", " and ".join(map(str, sizes)), sizes[0])
     return _same_rope_everywhere(settings)
 
 
 def _window_settings(content: Content) -> Settings:
-    """Of a stack, `attention.window` is that of each layer. Raises UserError where not every layer has one that is
-    known."""
+    """Of a stack, `attention.windows` of each layer. Raises UserError where not every layer has one that is known."""
     layers, window = content["num_hidden_layers"], content.get("sliding_window", 4096)
     kinds, first = content.get("layer_types"), content.get("max_window_layers", 28)
-    if kinds is not None and not (isinstance(kinds, list) and len(kinds) == layers):
-        raise UserError(f"layer_types={str(kinds)[:80]}: {layers} of them are needed, one for each layer")
+    if type(layers) is not int or not 1 <= layers <= MAX_SIZE:
+        raise UserError(f"num_hidden_layers={layers}: 1 to {MAX_SIZE:,} is what it can be")
+    if kinds is not None:
+        _check_layer_types(kinds, layers)
     if not content.get("use_sliding_window") or window is None:
         return {"attention": "gqa", "attention.window": None}
-    if kinds is None and not isinstance(first, int):
-        raise UserError(f"max_window_layers={str(first)[:80]} is no number of layers")
-    kinds = [FULL if i < first else SLIDING for i in range(layers)] if kinds is None else kinds
-    unknown = next((kind for kind in kinds if kind not in (FULL, SLIDING)), None)
-    if unknown is not None:
-        raise UserError(f"layer_types with {str(unknown)[:80]}: {FULL} and {SLIDING} are known")
+    if kinds is None:
+        if type(first) is not int:
+            raise UserError(f"max_window_layers={str(first)[:80]} is no number of layers")
+        kinds = [FULL if i < first else SLIDING for i in range(layers)]
     windows = tuple(window if kind == SLIDING else None for kind in kinds)
     if len({*kinds}) == 1:
         return {"attention": "gqa", "attention.window": windows[0]}
-    return {"attention": "stack", "attention.window": windows}
+    return {"attention": "stack", "attention.windows": windows}
+
+
+def _check_layer_types(kinds: Any, layers: int) -> None:
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise UserError(f"layer_types={str(kinds)[:80]}: {layers} of them are needed, one for each layer")
+    unknown = next((kind for kind in kinds if kind not in (FULL, SLIDING)), None)
+    if unknown is not None:
+        raise UserError(f"layer_types with {str(unknown)[:80]}: {FULL} and {SLIDING} are known")
 
 
 def _qwen2_settings(content: Content) -> Settings:

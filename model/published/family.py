@@ -5,6 +5,7 @@ was exported can be imported again.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ quantization_config resid_pdrop router_aux_loss_coef seq_aux summary_activation 
 summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype transformers_version use_cache
 vocab_size
 """
-MAX_NUMBER = 2**31  # in a config.json
+MAX_WHOLE = 2**53  # in a config.json; what a model can have is less
 # What a key can be, other than a number; of some of these, its family says more.
 SWITCHES = {"attention_bias", "mlp_bias", "use_qk_norm", "rope_interleave", "use_sliding_window", "norm_topk_prob"}
 SWITCHES |= {"tie_word_embeddings", "truncate"}
@@ -226,10 +227,11 @@ def paired_otherwise(rows: int, head_dim: int, rotated: slice, pairs: Layout) ->
 
 def settings_of(config: ModelConfig) -> Settings:
     """The derived settings of a model that decide what it computes; of a stack, those of its first layer's attention,
-    and `attention.windows` of each layer where they differ in nothing else."""
+    and `attention.windows` of each layer where all are GQA and differ in nothing else."""
     layers = [config.attention.of_layer(i) for i in range(config.n_layers)]
     alike = all(layer == layers[0] for layer in layers)
     but_windows = all(layer.model_copy(update={"window": layers[0].window}) == layers[0] for layer in layers)
+    grouped = type(layers[0]) is GQAConfig
     attention, mlp = layers[0].model_dump(), config.mlp.model_dump()
     return {
         **{f"model.{name}": getattr(config, name) for name in (*OF_MODEL, "logit_softcap")},
@@ -237,7 +239,7 @@ def settings_of(config: ModelConfig) -> Settings:
         "attention": CHOICES.get(type(layers[0]), type(layers[0]).__name__) if alike else "stack",
         "attention.indexer.top_k": attention.pop("indexer", {}).get("top_k"),
         **{f"attention.{name}": value for name, value in attention.items()},
-        "attention.windows": tuple(layer.window for layer in layers) if but_windows else None,
+        "attention.windows": tuple(layer.window for layer in layers) if grouped and but_windows else None,
         "mlp": CHOICES.get(type(config.mlp), type(config.mlp).__name__),
         **{f"mlp.{name}": value for name, value in mlp.items()},
     }
@@ -254,7 +256,7 @@ def check_kind(name: str, value: Any) -> None:
     elif name in WORDS:
         if type(value) is not str:
             raise UserError(f"{stated} is no word")
-    elif type(value) not in (int, float) or not -MAX_NUMBER < value < MAX_NUMBER:
+    elif not (type(value) is int and abs(value) <= MAX_WHOLE) and not (type(value) is float and isfinite(value)):
         raise UserError(f"{stated} is no number, or too large a one")
 
 

@@ -148,9 +148,13 @@ REFUSED = {
         ["attention=stack", "mlp=swiglu", "attention.parts.global.attention=mla"],
         "attention=stack (attention=gqa)",
     ),
+    "stack of latents": (
+        ["attention=stack", "mlp=swiglu", *(f"attention.parts.{part}.attention=mla" for part in ("global", "local"))],
+        "attention=stack (attention=gqa)",
+    ),
     "stack of two windows": (
         ["attention=stack", "mlp=swiglu", "attention.parts.global.window=9"],
-        "attention=stack (attention=gqa)",
+        "attention.window=9 and 64 (attention.window=9)",
     ),
     "softmax of experts": (["mlp=moe", "mlp.router=softmax"], "mlp.router=softmax (mlp.router=sigmoid)"),
     "no shared expert": (["mlp=moe", "mlp.n_shared_experts=0"], "mlp.n_shared_experts=0 (mlp.n_shared_experts=1)"),
@@ -233,7 +237,7 @@ BAD = {
     "a format": (["export", "run", "--to", "onnx", "out"], "there is no such format"),
     "a run that hf: does not name": (["export", "hf:", "--to", "hf", "out"], "hf: names no folder"),
     "a file": (["export", "hf:run/file", "--to", "hf", "out"], "is a file"),
-    "the newest run of none": (["export", "latest", "--to", "hf", "out"], "runs"),
+    "the newest run of none": (["export", "latest", "--to", "hf", "out"], "checkpoint"),
     "no output": (["export", "run", "--to", "hf", ""], "names no folder"),
     "a run": (["export", "nowhere", "--to", "hf", "out"], "nowhere is not a run"),
     "a family": (["export", "run", "--to", "hf", "out", "--family", "opt"], "there is no such family"),

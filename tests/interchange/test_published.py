@@ -15,8 +15,9 @@ from tokenizers import Tokenizer as Theirs
 from common.errors import UserError
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.published import PublishedTokenizer, parse_stored
+from data.tokenizers.published_kinds import DECODER, PREFIX, SPELL_SPACES, STRIP_PREFIX
 from generation.text_stream import TextStream
-from model.published.families import _share
+from model.published.families import FAMILIES, _share
 from runtime.memory import allocated_peak
 from tests.interchange.published import (
     LINEAR,
@@ -126,7 +127,10 @@ METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first
 
 
 @pytest.mark.parametrize("changed", [{}, {"normalizer": None, "pre_tokenizer": METASPACE}], ids=["llama", "metaspace"])
-def test_tokenizer_with_bytes_as_fallback_has_transformers_tokens_and_gives_the_text_back(changed, tmp_path):
+def test_tokenizer_with_bytes_as_fallback_has_transformers_tokens_and_gives_the_text_back(
+    changed, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("data.tokenizers.published.PIECE", 5)
     content = fallback_tokenizer(**changed)
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
@@ -139,6 +143,8 @@ def test_tokenizer_with_bytes_as_fallback_has_transformers_tokens_and_gives_the_
         if not (changed and text.startswith(" ")):  # of two such spaces Metaspace makes one
             assert tokens.tolist() == expected(text, add_special_tokens=False, split_special_tokens=True).input_ids
         assert tokenizer.decode(tokens) == text
+        goes_on = tokenizer.encode_continuation(text)
+        assert tokenizer.decode_bytes(goes_on).decode() == text
         written = TextStream(tokenizer)  # as after other text, the space belongs to it
         assert "".join([written.feed(token) for token in tokens.tolist()]) == (f" {text}" if text else "")
     assert tokenizer.decode(tokenizer.encode("<s>▁<0x41>")) == "<s> <0x41>"
@@ -150,7 +156,12 @@ def test_tokenizer_with_bytes_as_fallback_has_transformers_tokens_and_gives_the_
     [
         ({"pre_tokenizer": {**METASPACE, "split": True}}, "pre_tokenizer Metaspace"),
         ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [PREFIX, PREFIX, SPELL_SPACES]}},
+            "normalizer Prepend, Pre",
+        ),
         ({"decoder": {"type": "Fuse"}}, "decoder of Fuse"),
+        ({"decoder": {"type": "Sequence", "decoders": [*DECODER, {**STRIP_PREFIX, "start": 2}]}}, "decoder of Replace"),
         ({"added_tokens": [{"id": 0, "content": "<unk>", "special": False}]}, "added tokens that are not special"),
         ({"model": {**fallback_tokenizer()["model"], "ignore_merges": True}}, "ignore_merges"),
     ],
@@ -301,6 +312,7 @@ FAULTS = {
     "yarn with a factor of its own": (_rope(YARN, attention_factor=1.0), "attention_factor=1.0"),
     "yarn with DeepSeek's scales": (_rope(YARN, mscale=1.0), "mscale=1.0"),
     "a parameter of no scaling": (_rope(LINEAR, sharpness=2), "sharpness=2"),
+    "a switch of no scaling": (_rope(YARN, finetuned=True), "finetuned=True: only it left out"),
     "another class": (lambda folder: _change(folder / "config.json", architectures=["LlamaBiModel"]), "LlamaBiModel"),
     "code of its own": (lambda folder: _change(folder / "config.json", auto_map={"AutoModel": "a.B"}), "auto_map"),
     "a type that is a list": (lambda folder: _change(folder / "config.json", model_type=[]), "is not known"),
@@ -394,3 +406,22 @@ def test_published_model_with_a_fault_is_refused_in_one_line(fault, published, t
         load_run(f"hf:{folder}")
     assert_one_line(refusal.value)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_hidden_layers": 0, "layer_types": None}, "num_hidden_layers=0: 1 to 1,048,576"),
+        ({"num_hidden_layers": 2**40, "layer_types": None}, "num_hidden_layers=1099511627776: 1 to 1,048,576"),
+        ({"layer_types": ["linear_attention"] * 2, "use_sliding_window": False}, "layer_types with linear_attention"),
+    ],
+)
+def test_published_layers_that_cannot_be_are_refused_in_one_line(changed, message):
+    content = {**theirs("qwen2", num_hidden_layers=2).config.to_diff_dict(), "use_sliding_window": True, **changed}
+    with pytest.raises(UserError, match=message):
+        FAMILIES["qwen2"].settings(content)
+
+
+def test_published_theta_of_a_long_context_is_read():
+    content = {**theirs("llama").config.to_diff_dict(), "rope_parameters": {"rope_type": "default", "rope_theta": 1e10}}
+    assert FAMILIES["llama"].settings(content)["attention.rope_theta"] == 1e10

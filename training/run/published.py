@@ -18,6 +18,7 @@ from common.hf_names import folder_of
 from common.json_files import read_object
 from data.tokenizers.base import Tokenizer
 from data.tokenizers.load import load_tokenizer
+from model.attention.base import divisors
 from model.published.families import FAMILIES
 from model.published.family import Family, typed
 from model.published.tensors import Entry, Misfit
@@ -98,12 +99,13 @@ def _overrides(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _in_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a stack whose `attention.window` is that of each layer: the settings of its two parts, and their pattern."""
-    windows = settings["attention.window"]
+    """Of a stack, by `attention.windows` of each layer: the settings of its two parts, and their pattern."""
+    windows = settings["attention.windows"]
     names = ["global" if window is None else "local" for window in windows]
-    length = next(n for n in range(1, len(names) + 1) if names == names[:n] * (len(names) // n))
+    length = next(n for n in divisors(len(names)) if names == names[:n] * (len(names) // n))
     found = {name: value for name, value in settings.items() if not name.startswith("attention.")}
-    for name in settings.keys() - found.keys() - {"attention.indexer.top_k"}:  # which no part has
+    # An indexer is unset in a part, and its settings are not there to be set again.
+    for name in settings.keys() - found.keys() - {"attention.windows", "attention.indexer.top_k"}:
         for part in ("local", "global"):
             found[name.replace("attention.", f"attention.parts.{part}.", 1)] = settings[name]
     found["attention.parts.local.window"] = next(window for window in windows if window is not None)

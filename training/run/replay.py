@@ -93,7 +93,7 @@ def replay(path: Path) -> None:
 
     def watched(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         loss, aux = mean_loss(model, batch)
-        text = tokenizer.decode(batch.inputs[0].tolist())[:MAX_TEXT_SHOWN]
+        text = tokenizer.decode_bytes(batch.inputs[0].tolist()).decode(errors="replace")[:MAX_TEXT_SHOWN]
         print_line(f"micro-step   loss {loss.item():.4f} nats per token, its text begins {text!r}")
         return loss, aux
 

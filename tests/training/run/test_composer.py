@@ -75,7 +75,7 @@ NOT_PLAIN = (
 )
 
 
-def test_composition_for_tests_sets_plain_values_as_hydra_does(monkeypatch):
+def test_composition_for_tests_sets_plain_values_as_hydra_does():
     """What most tests compose by, which takes Hydra once per set of choices."""
     chosen = ["attention=mla", "experiment=smoke", "data=sympy"]
     composition.compose_fast(False)
