@@ -13,6 +13,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer as Theirs
 
 from common.errors import UserError
+from data.shards.build import _encode_document
+from data.sources.corpus import Document
 from data.tokenizers.load import load_tokenizer
 from data.tokenizers.published import PublishedTokenizer, parse_stored
 from data.tokenizers.published_kinds import DECODER, PREFIX, SPELL_SPACES, STRIP_PREFIX
@@ -149,6 +151,16 @@ def test_tokenizer_with_bytes_as_fallback_has_transformers_tokens_and_gives_the_
         assert "".join([written.feed(token) for token in tokens.tolist()]) == (f" {text}" if text else "")
     assert tokenizer.decode(tokenizer.encode("<s>▁<0x41>")) == "<s> <0x41>"
     assert parse_stored(tokenizer.content()).hash == tokenizer.hash
+
+
+def test_tokenizer_that_puts_a_space_before_a_text_puts_none_before_an_answer_or_a_further_piece():
+    tokenizer = PublishedTokenizer(fallback_tokenizer(), 2)
+
+    def prepared(**options) -> str:
+        encoded = _encode_document(tokenizer, Document("a.txt", "def ex", held_out=False, **options))
+        return "|".join(tokenizer.decode_bytes(tokens).decode() for tokens in encoded)
+
+    assert (prepared(), prepared(is_continuation=True), prepared(prompt=4)) == ("| def ex", "|def ex", " def |ex")
 
 
 @pytest.mark.parametrize(
