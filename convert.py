@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from common.cli import Parser, number, one_line_errors
-from common.hf_names import folder_of, is_published
+from common.hf_names import is_published
 from common.streams import print_stderr
 
 FORMATS = ("hf", "hf-code")
@@ -64,7 +64,7 @@ def convert(args: argparse.Namespace) -> None:
     check_family(args.family)
     if args.run == Path("latest"):  # as sample.py's --run latest
         args.run = newest(with_checkpoint=True)
-    check_is_folder(folder_of(args.run))
+    check_is_folder(args.run)
     form_of = with_code if args.to[0] == "hf-code" else partial(in_family, name=args.family)
     options = {"dtype": args.dtype, "which": args.checkpoint}
     options |= {} if args.file_bytes is None else {"file_bytes": args.file_bytes}

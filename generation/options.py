@@ -14,7 +14,7 @@ from common.cli import Parser, number
 from common.conf_files import choices, is_group, keys
 from common.errors import UserError, reason
 from common.figures import check_writable
-from common.hf_names import folder_of
+from common.hf_names import folder_of, is_published
 from common.invocation import quoted, version_line
 from common.paths import entering
 from common.streams import print_line, print_stderr
@@ -92,7 +92,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     if args.run == Path("latest"):  # as train.py's resume=latest
         args.run = None
     if args.run is not None:
-        check_is_folder(folder_of(args.run))
+        check_is_folder(args.run)
     args.prompt = _read_prompt(args)
     if args.attention_map is not None:
         check_writable(args.attention_map, "--attention-map")
@@ -187,8 +187,9 @@ def _check_page(page: Path, text: Path, size: int) -> None:
         )
 
 
-def check_is_folder(path: Path) -> None:
-    """Raise UserError where a run's folder is not there, is no folder, or a folder around it may not be entered."""
+def check_is_folder(run: Path) -> None:
+    """Raise UserError where the folder of a run, or of hf:DIR, is not there, is no folder, or may not be reached."""
+    path = folder_of(run)
     with entering(path):
         there = exists(path)
         if there and path.is_dir():
@@ -196,6 +197,8 @@ def check_is_folder(path: Path) -> None:
     if there:
         run = next((above for above in path.parents[:3] if exists(above / "config.yaml")), None)  # of a checkpoint, say
         raise UserError(f"{path} is a file: give the folder of a run{f', {run}' if run else ''}")
+    if is_published(run):
+        raise UserError(f"{run}: there is no such folder: nothing is downloaded, give one of this machine")
     meant = hint(_nearest_run(path))
     raise UserError(f"{path} is not a run: there is no such folder{meant and f'; {meant}'}")
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from common.atomic_io import atomic_folder, names_in
-from common.errors import UserError
+from common.errors import UserError, reason
 from data.tokenizers.base import Tokenizer
 from interchange.card import card
 from interchange.form import Form
@@ -51,7 +52,7 @@ def export(
     if model.mtp is not None:
         log.warning(f"the module for multi-token prediction is left out: {form.architecture} reads none")
     config = form.config | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
-    with atomic_folder(output.resolve()) as folder:
+    with _writing(output), atomic_folder(output.resolve()) as folder:
         names, numbers = _write_weights(folder, in_dtype(form.tensors, DTYPES[dtype]), file_bytes)
         _write(folder / "config.json", config)
         write_tokenizer(folder, tokenizer, model.config.context_length)
@@ -59,6 +60,15 @@ def export(
             (folder / form.code.name).write_bytes(form.code.read_bytes())
         (folder / "README.md").write_text(card(run, which, form, dtype))
     return Exported(form, names, numbers)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """A context in which an OSError is one line that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {reason(error)}") from None
 
 
 def in_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -125,7 +135,7 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, context_length: int) -> None:
     """tokenizer.json, and what transformers wants to know beside it."""
-    content = tokenizer.content() | {"post_processor": None}  # nothing is put before a text, as nothing is here
+    content = tokenizer.plain().content()  # nothing is put before a text, as nothing is here
     _write(folder / "tokenizer.json", content)
     spelled = {number: word for word, number in content["model"]["vocab"].items()}
     spelled |= {token["id"]: token["content"] for token in content.get("added_tokens") or ()}

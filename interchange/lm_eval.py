@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import utils
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from common.cli import one_line_errors
 from common.errors import UserError
-from common.hf_names import folder_of
 from generation.batch_writer import Sample, write
 from generation.options import check_is_folder
 from generation.sampler import Sampler
@@ -28,6 +23,15 @@ from generation.state import GenerationState
 from runtime.device import choose_device
 from training.run.folder import newest
 from training.run.load import load_run
+
+try:
+    from lm_eval import utils
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+except ModuleNotFoundError as missing:
+    with one_line_errors():
+        raise UserError("lm-eval is not installed: pip install -e '.[eval]' brings it") from missing
 
 MAX_NEW_TOKENS = 256  # the harness's own, where a task states none
 GIVEN = {"batch_size", "max_batch_size"}
@@ -46,7 +50,7 @@ class HeadroomLM(TemplateLM):
             wrong = ", ".join(sorted(unknown)) or f"checkpoint={checkpoint}"
             raise UserError(f"--model_args {wrong}: run, checkpoint (latest, best) and device are what there is")
         folder = newest(with_checkpoint=True) if run == "latest" else Path(run)
-        check_is_folder(folder_of(folder))
+        check_is_folder(folder)
         self._device = choose_device(device)
         self.model, self.text_tokenizer = load_run(folder, self._device, checkpoint)
         self.max_length = self.model.config.context_length

@@ -61,6 +61,11 @@ class Tokenizer(ABC):
     def describe(self) -> dict[str, Any]:
         """The rules and tokens that decide how text is encoded, as JSON values. `hash` is their hash."""
 
+    def plain(self) -> "Tokenizer":
+        """With the same tokens, and without a rule of its `content` that other programs follow to put more around a
+        text."""
+        return self
+
     @abstractmethod
     def content(self) -> dict[str, Any]:
         """The content of tokenizer.json, which `load_tokenizer` and Hugging Face's libraries read."""

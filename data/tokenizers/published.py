@@ -82,6 +82,9 @@ class PublishedTokenizer(Tokenizer):
         text = super().decode(tokens)
         return text.removeprefix(" ") if self.has_prefix else text
 
+    def plain(self) -> Tokenizer:
+        return PublishedTokenizer({**self.published, "post_processor": None}, self._end_of_text)
+
     def describe(self) -> dict[str, Any]:
         return {"kind": KIND, "end_of_text": self._end_of_text, "tokenizer": self.published}
 

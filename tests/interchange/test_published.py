@@ -185,13 +185,15 @@ def test_tokenizer_with_bytes_as_fallback_that_changes_a_text_is_refused(changed
 
 def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys):
     """The vocabulary has rows without a token, as published ones do."""
-    model = theirs("qwen3", vocab_size=VOCAB + 7)
+    model = theirs("qwen3", vocab_size=VOCAB + 7, attention_bias=False)
     save(model, workplace / "model")
     prompt = torch.tensor([list(b"def f(")])
     with torch.no_grad():
         model.lm_head.weight[VOCAB:] = 0
         written = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=256, pad_token_id=0)[0, 6:]
     save(model, workplace / "model")
+    around = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    _change(workplace / "model/tokenizer.json", post_processor=around)
     assert (
         call("sample", ["def f(", "--run", "hf:model", "--temperature", "0", "--max-new-tokens", "12"], monkeypatch)
         == 0
@@ -205,6 +207,24 @@ def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys)
     assert call("sample", ["a", "--run", "tuned", "--max-new-tokens", "4"], monkeypatch) == 0
     shutil.rmtree(workplace / "model")  # the run stands by itself
     assert call("train", ["resume=tuned", "steps=5"], monkeypatch) == 0
+    assert call("convert", ["export", "tuned", "--to", "hf", "out"], monkeypatch) == 0
+    nats = []
+    for source in ("tuned", "hf:out"):
+        capsys.readouterr()
+        assert call("sample", ["--score", "text.txt", "--json", "--run", source], monkeypatch) == 0
+        nats.append(json.loads(capsys.readouterr().out)["nats_per_token"])
+    assert nats[1] == pytest.approx(nats[0], abs=1e-5)
+
+
+def test_train_from_a_folder_that_is_not_whole_is_refused_before_text_is_prepared(workplace, monkeypatch, capsys):
+    folder = save(theirs("qwen3"), workplace / "model", max_shard_size="100KB")
+    assert call("train", ["experiment=smoke", "init_from=hf:model", "data.size=40", "dry_run=true"], monkeypatch) == 0
+    assert "5 more begin at zero, and no qwen3 has them" in capsys.readouterr().err
+    shutil.rmtree("cache")
+    sorted(folder.glob("model-*.safetensors"))[0].unlink()
+    assert call("train", ["experiment=smoke", "init_from=hf:model", "data.size=40"], monkeypatch) == 2
+    assert "model is not whole: its index names" in capsys.readouterr().err
+    assert not (workplace / "cache").exists()
 
 
 def test_published_model_is_in_memory_once_while_it_is_read(tmp_path):

@@ -213,7 +213,7 @@ def check_is_run(folder: Path) -> None:
     within = _run_within(folder)
     if within is not None:  # a sweep's, say
         raise UserError(f"{folder} is not a run, but has some within: give one of them, as {within}")
-    meant = _meant(folder)
+    meant = f"hf:{folder}, which is a published model" if exists(folder / "config.json") else _meant(folder)
     fault = "it has no config.yaml" if exists(folder) else "there is no such folder"
     way_out = f"did you mean {meant}?" if meant else f"runs are made in {RUNS}/, or where run_dir= says"
     raise UserError(f"{folder} is not a run: {fault}; {way_out}")

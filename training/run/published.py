@@ -21,7 +21,7 @@ from data.tokenizers.load import load_tokenizer
 from model.attention.base import divisors
 from model.published.families import FAMILIES
 from model.published.family import Family, typed
-from model.published.tensors import Entry, Misfit
+from model.published.tensors import Entry, Left, Misfit
 from model.transformer import ModelConfig, TransformerLM
 from runtime.fast_startup import allocate_empty
 from training.run.config import Run, compose
@@ -113,15 +113,36 @@ def _in_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "attention.pattern": f"[{','.join(names[:length])}]"}
 
 
-def load_published(found: Published, config: ModelConfig) -> TransformerLM:
-    """The model with its weights in float32, read one tensor after another. config: as found, but for what may change
-    without other weights. Raises UserError where files, names or shapes are not those of such a model."""
+def check_before_training(found: Published) -> None:
+    """Raise UserError where its files have not the tensors of such a model, of which none is read; warn of what a run
+    would learn and no such model has."""
+    with ExitStack() as held:
+        _, entries, _ = _model_and_files(found, found.run.model, held)
+    further = [name for entry in entries if isinstance(entry, Left) for name in entry.ours]
+    if further:
+        log.warning(
+            f"{further[0]} and {len(further) - 1} more begin at zero, and no {found.family.model_type} has them: once "
+            "trained it is exported with --to hf-code only"
+        )
+
+
+def _model_and_files(
+    found: Published, config: ModelConfig, held: ExitStack
+) -> tuple[TransformerLM, list[Entry], "_Files"]:
+    """The model without weights, where each of its tensors lies, and the files, which have them all."""
     with torch.device("meta"):
         model = TransformerLM(config, found.tokenizer.vocab_size)
     entries = found.family.entries(model, found.content)
+    files = _Files(found, held)
+    files.check_names(entries, tied=config.tie_embeddings)
+    return model, entries, files
+
+
+def load_published(found: Published, config: ModelConfig) -> TransformerLM:
+    """The model with its weights in float32, read one tensor after another. config: as found, but for what may change
+    without other weights. Raises UserError where files, names or shapes are not those of such a model."""
     with ExitStack() as held, torch.no_grad():
-        files = _Files(found, held)
-        files.check_names(entries, tied=config.tie_embeddings)
+        model, entries, files = _model_and_files(found, config, held)
         model = allocate_empty(model)
         targets = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         for entry in entries:

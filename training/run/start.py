@@ -37,7 +37,7 @@ from training.run.folder import (
     resume_command,
     warn_if_it_diverged,
 )
-from training.run.published import load_published, look_at
+from training.run.published import check_before_training, load_published, look_at
 from training.run.resume import open_run
 from training.state import TrainState
 
@@ -138,6 +138,7 @@ def _base_run(base: Path) -> tuple[Run, Tokenizer]:
     weights."""
     if is_published(base):
         published = look_at(base)
+        check_before_training(published)
         return published.run, published.tokenizer
     found = checkpoint.newest(base, (checkpoint.MODEL,))
     if found is None:
