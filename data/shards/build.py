@@ -69,7 +69,7 @@ def measure(corpus: Corpus, window: int = 1) -> Size:
     if corpus.remote:
         return Size(None, None)
     found = Contents()
-    for _ in found.reading(corpus):
+    for _ in found.documents_of(corpus):
         pass
     _check_no_split_empty(corpus, found)
     for split in SPLITS:  # a token is a byte or more, but the one that begins a document
@@ -127,7 +127,7 @@ def contents_path(folder: Path) -> Path:
 def has_parts(folder: Path) -> bool:
     """Whether finished parts of a build are kept, after which the next one continues."""
     try:
-        return any(_build_name(parts) == folder.name for parts in _parts_folders(folder.parent))
+        return bool(_finished_parts(_parts_folder(folder)))
     except OSError:
         return False
 
@@ -204,7 +204,7 @@ def _encode(
     """Encode the corpus into the parts that do not exist yet -> the contents of the whole corpus."""
     totals = dict.fromkeys(SPLITS, 0)  # tokens of each split so far
     contents = Contents()
-    read = contents.reading(corpus)
+    read = contents.documents_of(corpus)
     documents = _EndOfIteration(_cut_between_words(read) if tokenizer.cut == "exact" else read)
     for number, numbered in itertools.groupby(_numbered(documents, PART_BYTES), key=lambda pair: pair[0]):
         folder = parts / f"part_{number:05d}"
@@ -371,8 +371,11 @@ def _check_no_split_empty(corpus: Corpus, contents: Contents) -> None:
         raise UserError(f"data={corpus.name} has no documents, as {lacking}: name other columns, or give other files")
     for split in SPLITS:
         if split not in contents.bytes:
-            found = f", of {contents.summary(len(corpus.sources()))}" * bool(contents.bytes)
-            raise UserError(f"the {split} split of data={corpus.name} is empty{found}: more or longer text is needed")
+            found = f", of {contents.documents_summary(len(corpus.sources()))}" * bool(contents.bytes)
+            lacking = "".join(f". {line}" for line in contents.rows.lines())
+            raise UserError(
+                f"the {split} split of data={corpus.name} is empty{found}: more or longer text is needed{lacking}"
+            )
 
 
 def too_short(split: Split, held: str, window: int) -> UserError:

@@ -46,7 +46,7 @@ class Contents:
             self.names.append(_number(_hash(document.name.encode(errors="surrogatepass"))))
             self.texts.append(_number(self.running) if text else 0)
 
-    def reading(self, corpus: Corpus) -> Iterator[Document]:
+    def documents_of(self, corpus: Corpus) -> Iterator[Document]:
         """The documents of a corpus; each is added as it is taken."""
         for document in corpus.read_counting(self.rows):
             self.add(document)
@@ -54,12 +54,16 @@ class Contents:
 
     def summary(self, files: int) -> str:
         """A line with the counts. files: 0 where the documents do not come from files."""
+        return "; ".join([self.documents_summary(files), *(f"{line}: skipped" for line in self.rows.lines())])
+
+    def documents_summary(self, files: int) -> str:
+        """As `summary`, without the rows of tables that are no documents."""
         documents, identical = self.documents()
         first = "" if self.compared_all else "the first "
         parts = [f"{files:,} file{'s' * (files != 1)}"] * bool(files)
         parts.append(f"{first}{documents:,} document{'s' * (documents != 1)}")
         parts += [f"{identical:,} of them identical to an earlier one"] * bool(identical)
-        return "; ".join([", ".join(parts), *(f"{line}: skipped" for line in self.rows.lines())])
+        return ", ".join(parts)
 
     def warn_of_markers(self) -> None:
         for marker, (count, name) in self.markers.items():

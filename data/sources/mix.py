@@ -113,7 +113,7 @@ class MixCorpus(Corpus):
 
     def read_counting(self, counts: RowCounts) -> Iterator[Document]:
         names = sorted(self.parts)  # sorted, so that equal settings give equal documents
-        readers = {name: _Reader(self.parts[name].corpus, counts) for name in names}
+        readers = {name: _Reader(self.parts[name].corpus, counts.of(name)) for name in names}
         while True:
             name = min(names, key=lambda name: readers[name].taken / self.parts[name].quota)
             for document in readers[name].next_training():

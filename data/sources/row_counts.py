@@ -2,19 +2,34 @@
 
 
 class RowCounts:
-    """By what a row may lack, such as "no text (column text)": rows that were read, and rows that lack it."""
+    """By what a row may lack, such as "no text (column text)": rows that lack it, and rows that were read."""
 
     def __init__(self):
-        self.rows: dict[str, int] = {}
-        self.skipped: dict[str, int] = {}
+        self.counts: dict[str, tuple[int, int]] = {}
+        self.place = ""
+
+    def of(self, name: str) -> "RowCounts":
+        """These counts, to which the part of a mix adds its own under its name."""
+        part = RowCounts()
+        part.counts = self.counts
+        part.place = f"{self.place} in {name}"
+        return part
 
     def add(self, lack: str, is_skipped: bool) -> None:
-        self.rows[lack] = self.rows.get(lack, 0) + 1
-        self.skipped[lack] = self.skipped.get(lack, 0) + is_skipped
+        lack += self.place
+        skipped, rows = self.counts.get(lack, (0, 0))
+        self.counts[lack] = skipped + is_skipped, rows + 1
 
     def lines(self) -> list[str]:
         """What was skipped, in words: one for each lack."""
-        skipped = [(lack, count, self.rows[lack]) for lack, count in self.skipped.items() if count]
         return [
-            f"{'all' if count == rows else f'{count:,} of'} {rows:,} rows have {lack}" for lack, count, rows in skipped
+            f"{_share(skipped, rows)} {'has' if skipped == 1 else 'have'} {lack}"
+            for lack, (skipped, rows) in self.counts.items()
+            if skipped
         ]
+
+
+def _share(count: int, rows: int) -> str:
+    if count < rows:
+        return f"{count:,} of {rows:,} rows"
+    return "1 row" if rows == 1 else f"all {rows:,} rows"

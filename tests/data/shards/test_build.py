@@ -185,10 +185,21 @@ def test_build_on_full_disk_keeps_finished_parts(workplace, monkeypatch, expecte
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left on device") as caught:
         patch.setattr(build.ShardWriter, "write", full)
         prepare(CORPUS, CONFIG, workplace / "cache")
-    assert "finished parts are kept" in str(caught.value)
+    assert str(caught.value).endswith("make room and run again; finished parts are kept")
     assert list(workplace.glob("cache/.parts-*/part_*")) and not list(workplace.glob("cache/.parts-*/.writing*"))
     assert not list(workplace.glob("cache/[!.]*"))
     assert contents(prepare(CORPUS, CONFIG, workplace / "cache")) == expected
+
+
+def test_build_on_full_disk_before_a_part_is_finished_does_not_promise_one(workplace, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "atomic_folder", full)
+    monkeypatch.setattr(build, "discard_parts", lambda folder: None)  # as where they cannot be removed
+    with pytest.raises(UserError, match=r"No space left on device: make room and run again$"):
+        prepare(CORPUS, CONFIG, workplace / "cache")
+    assert list(workplace.glob("cache/.parts-*"))
 
 
 def test_build_damaged_part_raises_error_with_its_path(workplace, monkeypatch):

@@ -79,6 +79,18 @@ def test_measure_empty_split_raises_error_with_summary(stories):
         build.measure(configured(FilesCorpus, path="one.csv"))
 
 
+def test_measure_empty_split_of_rows_without_text_raises_error_with_their_number(stories):
+    for skipped, lacking in ((1, r"1 of 2 rows has"), (3, r"3 of 4 rows have")):
+        (stories / "one.jsonl").write_text('{"text": "the same"}\n' + '{"text": null}\n' * skipped)
+        line = rf"is empty, of 1 file, 1 document: more or longer text is needed\. {lacking} no text \(column text\)$"
+        with pytest.raises(build.UserError, match=line):
+            build.measure(configured(FilesCorpus, path="one.jsonl"))
+    for rows, all_of_them in ((1, "as 1 row has no text"), (5, "as all 5 rows have no text")):
+        (stories / "none.jsonl").write_text('{"text": null}\n' * rows)
+        with pytest.raises(build.UserError, match=all_of_them):
+            build.measure(configured(FilesCorpus, path="none.jsonl"))
+
+
 @pytest.mark.parametrize("marker", contents.MARKERS)
 def test_measure_text_with_end_of_text_marker_warns(workplace, caplog, marker):
     (workplace / "a.txt").write_text("".join(f"{STORY}{i}\n{marker}\n" for i in range(300)))

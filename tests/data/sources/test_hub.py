@@ -95,7 +95,7 @@ def test_hub_rows_without_text_are_skipped_and_counted_as_by_files(folder):
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for corpus in (configured(HubCorpus, path=str(folder)), configured(FilesCorpus, path=f"{folder}/train.jsonl")):
         found = Contents()
-        assert [d.text for d in found.reading(corpus)] == ["x", "y"]
+        assert [d.text for d in found.documents_of(corpus)] == ["x", "y"]
         assert found.rows.lines() == ["2 of 4 rows have no text (column text)"]
     assert [d.text for d in configured(HubCorpus, path=str(folder), limit=2).read()] == ["x"]
 

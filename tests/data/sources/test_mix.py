@@ -7,6 +7,7 @@ import pytest
 from data.shards.prepare import prepare
 from data.sources.files import FilesCorpus
 from data.sources.mix import MixCorpus, Part
+from data.sources.row_counts import RowCounts
 from data.sources.synthetic import SyntheticCorpus
 from data.tokenizers.byte import ByteConfig
 from tests.support import configured
@@ -65,6 +66,14 @@ def test_mix_document_in_parts_stays_together(books, tmp_path, monkeypatch):
     )
     tokens = made.train.read(0, len(made.train)).tolist()
     assert tokens.count(256) == sum(not d.is_continuation and not d.held_out for d in found)
+
+
+def test_mix_names_the_part_of_rows_without_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "some words"}\n{"text": null}\n{"text": null}\n')
+    part = configured(FilesCorpus, path=f"{tmp_path}/a.jsonl")
+    counts = RowCounts()
+    list(mix(a=(1, configured(SyntheticCorpus, size=30)), b=(1, part)).read_counting(counts))
+    assert counts.lines() == ["2 of 3 rows have no text (column text) in b"]
 
 
 def test_mix_invalid_quota_raises_error():

@@ -135,7 +135,7 @@ def test_prompts_rows_without_both_are_skipped_and_counted(pairs, kind):
     write_table(pairs / f"b.{kind}", rows)
     found, one = Contents(), corpus(path=f"b.{kind}")
     one.fingerprint()
-    assert [(d.name, d.text) for d in found.reading(one)] == [(f"b.{kind}:{len(rows)}", "q\na")]
+    assert [(d.name, d.text) for d in found.documents_of(one)] == [(f"b.{kind}:{len(rows)}", "q\na")]
     assert found.summary(1) == f"1 file, 1 document; {len(rows) - 1} of {len(rows)} {LACK}: skipped"
     write_table(pairs / f"b.{kind}", rows[:-1])
     with pytest.raises(UserError, match=re.escape(f"has no documents, as all {len(rows) - 1} {LACK}: name other col")):
