@@ -268,7 +268,7 @@ def _cut_between_words(documents: Iterable[Document]) -> Iterator[Document]:
         if before and document.is_continuation:
             cut = last_cut(before.text)
             if not cut and len(before.text) > bounds.MAX_LENGTH:
-                raise bounds.too_long(f"{before.name}, in a passage where no word ends,")
+                raise bounds.length_error(f"{before.name}, in a passage where no word ends,")
             rest = before.text[cut:] + document.text
             document = document._replace(text=rest) if cut else before._replace(text=rest)
             before = before._replace(text=before.text[:cut]) if cut else None

@@ -13,11 +13,10 @@ class TooLong(ValueError):
     """A line, a row or a value is longer than MAX_LENGTH."""
 
 
-def too_long(place: str) -> UserError:
+def length_error(place: str, unit: str = "characters") -> UserError:
     """The error of what is longer. place: where it stands."""
     return UserError(
-        f"{place} is longer than {MAX_LENGTH:,} characters, the most that is read as one: divide it, or exclude the "
-        "file"
+        f"{place} is longer than {MAX_LENGTH:,} {unit}, the most that is read as one: divide it, or exclude the file"
     )
 
 
@@ -26,6 +25,6 @@ def numbered_lines(path: str, file: IO[AnyStr]) -> Iterator[tuple[int, AnyStr]]:
     number = 1
     while line := file.readline(MAX_LENGTH + 1):
         if len(line) > MAX_LENGTH:
-            raise too_long(f"{path}:{number}")
+            raise length_error(f"{path}:{number}", "bytes" if isinstance(line, bytes) else "characters")
         yield number, line
         number += 1

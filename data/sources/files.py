@@ -25,6 +25,7 @@ PART_BYTES = 2**24  # how much of a long file is in memory at one time
 DEFAULT_COLUMN = "text"
 UNITS = ("file", "line", "row")
 SPLITS_FILE = "dataset_dict.json"  # of a folder that `datasets` saved several splits in
+LINE_ENDS = "the lines end in \\r\\n: write that for each \\n"
 ESCAPES = {"\\n": "\n", "\\r": "\r", "\\t": "\t"}  # how users type them
 
 
@@ -218,7 +219,7 @@ class FilesCorpus(Corpus):
         way_out = "give one that does, or file, line or row"
         of_windows = self._separator.replace("\n", "\r\n")
         if of_windows != self._separator and any(_has_separator(path, of_windows) for path in files):
-            way_out = "their lines end in \\r\\n: write that for each \\n"
+            way_out = LINE_ENDS
         raise UserError(
             f"data.document={self.document!r} is no separator in data.path={self.path!r}: it stands in none of the "
             f"files; {way_out}"
@@ -370,8 +371,10 @@ def _lines(path: str, encoding: str = "utf-8-sig", ends: str | None = None) -> I
 
 def _separated(path: str, separator: str) -> Iterator[tuple[str, str]]:
     """Yield (path:number, text) of every text between separators, without the line ends around it; those of white space
-    alone are skipped."""
+    alone are skipped. Raises UserError for one that is too long."""
     for number, text in enumerate(_split(path, separator), 1):
+        if len(text) > bounds.MAX_LENGTH:
+            raise bounds.length_error(f"{path}:{number}")
         if text.strip():
             yield f"{path}:{number}", text.strip("\r\n")
 
@@ -381,7 +384,8 @@ def _has_separator(path: str, separator: str) -> bool:
 
 
 def _split(path: str, separator: str) -> Iterator[str]:
-    """str.split of a file's text, with only a part of the file and the text that it ends in memory."""
+    """str.split of a file's text, with only a part of the file and the text that it ends in memory. Raises UserError
+    for a text that is too long, as far as it is read."""
     with _open(path) as file:
         size = _size(file, path)
         number = 1
@@ -390,6 +394,17 @@ def _split(path: str, separator: str) -> Iterator[str]:
             *texts, rest = (rest + part).split(separator)
             yield from texts
             number += len(texts)
-            if len(rest) > bounds.MAX_LENGTH:
-                raise bounds.too_long(f"{path}:{number}")
+            if len(rest) >= bounds.MAX_LENGTH + len(separator):  # whose beginning may end it
+                place = f"{path}:{number}"
+                raise bounds.length_error(place) if number > 1 else _no_separator_error(path, separator, rest)
         yield rest
+
+
+def _no_separator_error(path: str, separator: str, text: str) -> UserError:
+    """The error of a file that begins with a text, already too long, in which no separator stands."""
+    ends_otherwise = separator.replace("\n", "\r\n") in text
+    return UserError(
+        f"data.document={separator!r} is no separator in {path}: it does not stand in its first {bounds.MAX_LENGTH:,} "
+        "characters, the most that is read as one; "
+        f"{LINE_ENDS if ends_otherwise else 'give one that does, or file or line, or exclude the file'}"
+    )

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import os
 import re
 import urllib.error
@@ -18,12 +19,14 @@ from common.settings import MAX_COUNT
 from data.sources.corpus import Corpus, Document, HeldOutBy, SplitRule, is_held_out
 from data.sources.row_counts import RowCounts
 from data.sources.tables import (
+    COLUMN,
     cells,
     check_column,
     format_of,
     list_names,
     no_column_message,
     not_text_message,
+    rows,
 )
 
 TIMEOUT = 5  # seconds for the hub to answer; the library alone would retry for half a minute
@@ -83,11 +86,11 @@ class HubCorpus(Corpus):
         return self.read_counting(RowCounts())
 
     def read_counting(self, counts: RowCounts) -> Iterator[Document]:
-        rows = self._open()
+        stream = self._open()
         index = 0
         columns_checked = self.remote  # only the files of a folder can be checked
         while True:
-            row = self._ask(lambda: next(rows, None), f" (after {index} documents)")
+            row = self._ask(lambda: next(stream, None), f" (after {index} documents)")
             if row is None:
                 return
             text = row[self.column]
@@ -143,15 +146,21 @@ class HubCorpus(Corpus):
 
     def _check_files_have_column(self) -> None:
         """Raises UserError for a local JSON file of which no row has the column, as data=files does: the library gives
-        null for all. Files on the hub cannot be checked."""
+        null for all. Files after data.limit are not read, and those on the hub cannot be checked."""
         import datasets
 
         if (Path(self._place) / "README.md").is_file():  # its header may configure how files are read
             return
         builder = self._ask(lambda: datasets.load_dataset_builder(self._place, self.config))
+        left = self.limit
         for path in builder.config.data_files[self.split]:
-            if format_of(path) in ("json", "json lines"):
-                check_column(path, self.column)
+            if format_of(path) not in ("json", "json lines"):
+                continue
+            check_column(path, self.column)
+            if left is not None:
+                left -= sum(1 for _ in itertools.islice(rows(path, {COLUMN: self.column}), left))
+                if left == 0:
+                    return
 
     def _ask(self, question: Callable[[], T], when: str = "") -> T:
         try:

@@ -68,9 +68,9 @@ class _Text:
 
     def _read(self) -> bool:
         held = len(self.text) - self.at
-        if held > bounds.MAX_LENGTH:
+        if held >= bounds.MAX_LENGTH:
             raise bounds.TooLong
-        more = self.file.read(max(READ_CHARS, held))
+        more = self.file.read(min(max(READ_CHARS, held), bounds.MAX_LENGTH - held))
         self.text = self.text[self.at :] + more
         self.at = 0
         return bool(more)

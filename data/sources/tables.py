@@ -2,7 +2,6 @@
 
 import csv
 import functools
-import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,10 +27,10 @@ FORMATS = {
 }
 BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
 ARROW_FILE = b"ARROW1"  # begins an Arrow file, as Feather is; a stream begins otherwise
-BATCH_ROWS = 16  # of Parquet, decoded at one time, and fewer where they may be large
+BATCH_ROWS = 256  # of Parquet, decoded at one time, and fewer where they may be large
 BATCH_BYTES = 2**29  # that rows decoded at one time may have together
 KEPT_KEYS = 2**20  # characters of the keys of JSON rows, kept for a message
-READ_BYTES = 2**20  # of Parquet, in memory at one time
+UNBUFFERED = {"pre_buffer": False, "buffer_size": 2**20}  # of Parquet, whose row groups are read as they are decoded
 csv.field_size_limit(2**31 - 1)  # a cell may be a book; rows have a bound of their own
 log = logging.getLogger("headroom")
 
@@ -68,8 +67,10 @@ def rows(path: str, columns: Columns) -> Iterator[tuple[str, tuple[str, ...] | N
     with _user_errors(path):
         for number, found in kinds[format_of(path)](path, columns):
             place = f"{path}:{number}"
-            lacks = None in found or "" in found
-            yield place, None if lacks else tuple(map(_text, itertools.repeat(place), columns.items(), found))
+            if None in found or "" in found:
+                yield place, None
+            else:
+                yield place, tuple(_text(place, *each) for each in zip(columns.items(), found, strict=True))
 
 
 def _text(place: str, named: tuple[str, str], cell: Any) -> str:
@@ -77,7 +78,7 @@ def _text(place: str, named: tuple[str, str], cell: Any) -> str:
     if not isinstance(cell, str):
         raise UserError(not_text_message(place, column, cell, setting))
     if len(cell) > bounds.MAX_LENGTH:
-        raise bounds.too_long(f"{place}, in column {column},")
+        raise bounds.length_error(f"{place}, in column {column},")
     try:
         cell.encode()
     except UnicodeEncodeError as error:
@@ -181,7 +182,7 @@ def _json_values(path: str) -> Iterator[Any]:
         except UnicodeDecodeError:
             raise
         except bounds.TooLong:
-            raise bounds.too_long(f"{path}, in its row {number + 1},") from None
+            raise bounds.length_error(f"{path}, in its row {number + 1},") from None
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(":")[0]
             place = f" after row {number}" if number else ""
@@ -203,7 +204,7 @@ def _csv_rows(path: str, file: TextIO) -> Iterator[tuple[int, list[str]]]:
         while line := file.readline(bounds.MAX_LENGTH + 1 - length):
             length += len(line)
             if length > bounds.MAX_LENGTH:
-                raise bounds.too_long(f"{path}, the row that begins in line {first},")
+                raise bounds.length_error(f"{path}, the row that begins in line {first},")
             yield line
 
     reader = csv.reader(lines(), strict=True, delimiter="\t" if content_name(path).lower().endswith(".tsv") else ",")
@@ -260,15 +261,35 @@ def _parquet_cells(path: str, columns: Columns) -> Cells:
                 f"{path}: {setting}={column} reads the column of that name; the field {field} of the struct {struct} "
                 f"is another text, which can be read from a file where it has a column of its own"
             )
-    yield from _cells_of_batches(path, columns, _parquet_batches(file, list(columns.values())))
+    yield from _cells_of_batches(path, columns, _parquet_batches(path, file, list(columns.values())))
 
 
-def _parquet_batches(file, columns: list[str]) -> Iterator:
-    """Each row may be as large as its whole group is before it is decoded: rows may share a text there."""
+def _parquet_batches(path: str, file, columns: list[str]) -> Iterator:
+    from pyarrow.parquet import ParquetFile
+
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    chosen = [i for i, leaf in enumerate(leaves) if f"{leaf}.".startswith(tuple(f"{column}." for column in columns))]
+    shared = [column for column in columns if column in leaves]
+    dictionaries = ParquetFile(path, metadata=file.metadata, read_dictionary=shared, **UNBUFFERED)
     for group in range(file.num_row_groups):
-        largest = max(1, file.metadata.row_group(group).total_byte_size)
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES // largest))
+        row_bytes = _row_bytes(dictionaries, group, chosen, columns)
+        rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, row_bytes)))
         yield from file.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
+
+
+def _row_bytes(dictionaries, group: int, chosen: list[int], columns: list[str]) -> int:
+    """How large each of many rows may be once it is decoded: as the mean, or as a text that they share, which a
+    dictionary holds once. dictionaries: the file, with columns read as such. chosen: places of the columns."""
+    rows = dictionaries.metadata.row_group(group)
+    chunks = [rows.column(i) for i in chosen]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if size * BATCH_ROWS <= BATCH_BYTES or any("DELTA_BYTE_ARRAY" in chunk.encodings for chunk in chunks):
+        return size  # of the latter, each text may share all of the one before it
+    first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group], columns=columns), None)
+    if first is None:
+        return size
+    shared = sum(column.dictionary.nbytes for column in first.columns if hasattr(column, "dictionary"))
+    return max(shared, size // rows.num_rows)
 
 
 def _arrow_cells(path: str, columns: Columns) -> Cells:
@@ -310,7 +331,7 @@ def _open_parquet(path: str) -> tuple[Any, list[str]]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
+        file = ParquetFile(path, **UNBUFFERED)
         return file, file.schema_arrow.names
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a Parquet file: {_first_line(error)}: replace or exclude it") from None

@@ -24,6 +24,13 @@ TOO_LONG = {
     "cells": ("a.tsv", "text\nx\n" + LONG.replace("aa", "a\t"), {}, "a.tsv, the row that begins in line 3,"),
     "open quote": ("a.csv", 'text\nx\n"' + "ab\n" * LIMIT, {}, "a.csv, the row that begins in line 3,"),
 }
+ROWS = {  # what stands before and after a row, or a text of a file
+    "line": ("a.txt", "one\n", "\ntwo", {"document": "line"}, "a.txt:2"),
+    "separated": ("a.txt", "one|", "|two", {"document": "|"}, "a.txt:2"),
+    "line of JSON": ("a.jsonl", '{"text": "one"}\n', '\n{"text": "two"}', {}, "a.jsonl:2"),
+    "value": ("a.json", '[{"text": "one"},', ', {"text": "two"}]', {}, "a.json, in its row 2,"),
+    "cells": ("a.csv", "text\none\n", "\ntwo\n", {}, "a.csv, the row that begins in line 3,"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -45,27 +52,39 @@ def refusal(path, **settings) -> str:
     return str(caught.value)
 
 
+def refusal_line(place: str) -> str:
+    unit = "bytes" if place.startswith("a.jsonl") else "characters"
+    return f"{place} is longer than 1,000 {unit}, the most that is read as one: divide it, or exclude the file"
+
+
 @pytest.mark.parametrize("name", TOO_LONG)
 def test_text_read_as_one_that_is_too_long_raises_error_with_place(workplace, name):
     path, content, settings, place = TOO_LONG[name]
-    line = f"{place} is longer than 1,000 characters, the most that is read as one: divide it, or exclude the file"
+    line = refusal_line(place)
     (workplace / path).write_text(content)
     assert line in refusal(path, **settings)
     (workplace / f"{path}.gz").write_bytes(gzip.compress(content.encode()))
     assert line.replace(path, f"{path}.gz") in refusal(f"{path}.gz", **settings)
 
 
-def test_text_up_to_the_bound_is_read(workplace):
-    text = "b" * (LIMIT - 20)
-    for path, content, settings in (
-        ("a.txt", f"{text}\n\n{text}\n", {"document": "line"}),
-        ("b.txt", f"{text}|{text}", {"document": "|"}),
-        ("a.jsonl", f'{{"text": "{text}"}}\n' * 2, {}),
-        ("a.json", f'[{{"text": "{text}"}}, {{"text": "{text}"}}]', {}),
-        ("a.csv", f"text\n{text}\n{text}\n", {}),
-    ):
-        (workplace / path).write_text(content)
-        assert read(path, **settings) == [text, text]
+@pytest.mark.parametrize("name", ROWS)
+def test_text_up_to_the_bound_is_read_and_no_longer(workplace, name):
+    """A line, of a table too, counts with its end."""
+    path, before, after, settings, place = ROWS[name]
+    frame = '{"text": ""}' if "json" in path else ""
+    text = "b" * (LIMIT - len(frame) - (after[0] == "\n"))
+    (workplace / path).write_text(before + frame.replace('""', f'"{text}"') + text * (not frame) + after)
+    assert read(path, **settings) == ["one", text, "two"]
+    text += "b"
+    (workplace / path).write_text(before + frame.replace('""', f'"{text}"') + text * (not frame) + after)
+    assert refusal_line(place) in refusal(path, **settings)
+
+
+def test_separator_not_found_in_a_long_file_raises_error_with_the_way_out(workplace):
+    (workplace / "a.txt").write_bytes(b"one\r\n\r\n" * LIMIT)
+    line = f"no separator in a.txt: it does not stand in its first {LIMIT:,} characters, the most that is read as one; "
+    assert line + "the lines end in \\r\\n: write that for each \\n" in refusal("a.txt", document="\\n\\n")
+    assert line + "give one that does, or file or line, or exclude the file" in refusal("a.txt", document="---")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -79,17 +98,29 @@ def test_cell_that_is_too_long_raises_error_with_row(workplace, kind):
     assert f"a.{kind}:2, in column text, is longer than 1,000 characters" in refusal(f"a.{kind}")
 
 
-def test_parquet_rows_that_share_a_long_text_are_decoded_a_few_at_a_time(workplace, monkeypatch):
+@pytest.mark.parametrize("encoding", [None, "DELTA_BYTE_ARRAY"])
+def test_parquet_rows_that_share_a_long_text_are_decoded_a_few_at_a_time(workplace, monkeypatch, encoding):
     monkeypatch.setattr(bounds, "MAX_LENGTH", 2**20)
     monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
     texts = ["a" * 2**20] * 50
-    pq.write_table(pa.table({"text": texts}), "a.parquet", compression="zstd", row_group_size=25)
+    how = {"compression": "zstd", "row_group_size": 25, "use_dictionary": encoding is None, "column_encoding": encoding}
+    pq.write_table(pa.table({"text": texts}), "a.parquet", **how)
     held = pa.total_allocated_bytes()
     most = 0
     for i, (_, text) in enumerate(tables.cells("a.parquet", "text")):
         most = max(most, pa.total_allocated_bytes() - held)
         assert text == texts[i]
     assert i == 49 and most < 6 * 2**20  # of 50 MiB
+
+
+def test_parquet_short_rows_beside_large_columns_are_decoded_many_at_a_time(workplace, monkeypatch):
+    monkeypatch.setattr(tables, "BATCH_BYTES", 2**15)
+    texts = [f"row {i}" for i in range(5000)]  # larger together than a batch
+    table = pa.table({"text": texts, "image": [bytes(range(256)) * 40] * 5000})
+    pq.write_table(table, "a.parquet", use_dictionary=False)
+    file = pq.ParquetFile("a.parquet")
+    sizes = [len(batch) for batch in tables._parquet_batches("a.parquet", file, ["text"])]
+    assert sum(sizes) == 5000 and max(sizes) == tables.BATCH_ROWS
 
 
 def test_word_without_end_raises_error_with_name():

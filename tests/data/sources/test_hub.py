@@ -98,6 +98,10 @@ def test_hub_rows_without_text_are_skipped_and_counted_as_by_files(folder):
         assert [d.text for d in found.documents_of(corpus)] == ["x", "y"]
         assert found.rows.lines() == ["2 of 4 rows have no text (column text)"]
     assert [d.text for d in configured(HubCorpus, path=str(folder), limit=2).read()] == ["x"]
+    (folder / "train_2.jsonl").write_text('{"n": 3}\n')  # which a limit of 4 does not reach
+    assert [d.text for d in configured(HubCorpus, path=str(folder), limit=4).read()] == ["x", "y"]
+    with pytest.raises(UserError, match=r"train_2\.jsonl has no column text, it has n"):
+        list(configured(HubCorpus, path=str(folder), limit=5).read())
 
 
 def test_hub_folder_in_home_with_links_to_itself_is_read(folder, monkeypatch):

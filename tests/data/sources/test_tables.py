@@ -98,7 +98,8 @@ BAD_TABLES = {
     "an array": (
         "a.jsonl",
         '[{"text": "x"}]\n',
-        "a.jsonl:1 is not a JSON object with a column of text: mend or remove",
+        "a.jsonl:1 is not a JSON object with a column of text: mend or remove it, or name a file that is one array "
+        ".json",
     ),
     "nested": ("a.jsonl", '{"text": "x"}\n' + "[" * 100_000, "a.jsonl:2 is not JSON"),
     "lacking": ("a.jsonl", '{"n": 3}\n{"body": "y"}\n', "{folder}/a.jsonl has no column text, it has n, body"),
