@@ -27,10 +27,9 @@ FORMATS = {
 }
 BINARY = ("parquet", "arrow")  # formats that are not text, and compress by themselves
 ARROW_FILE = b"ARROW1"  # begins an Arrow file, as Feather is; a stream begins otherwise
-BATCH_ROWS = 256  # of Parquet, decoded at one time, and fewer where they may be large
-BATCH_BYTES = 2**29  # that rows decoded at one time may have together
+BATCH_ROWS = 256  # of Parquet, decoded at one time
 KEPT_KEYS = 2**20  # characters of the keys of JSON rows, kept for a message
-UNBUFFERED = {"pre_buffer": False, "buffer_size": 2**20}  # of Parquet, whose row groups are read as they are decoded
+READ_BYTES = 2**20  # of Parquet, in memory at one time
 csv.field_size_limit(2**31 - 1)  # a cell may be a book; rows have a bound of their own
 log = logging.getLogger("headroom")
 
@@ -261,35 +260,9 @@ def _parquet_cells(path: str, columns: Columns) -> Cells:
                 f"{path}: {setting}={column} reads the column of that name; the field {field} of the struct {struct} "
                 f"is another text, which can be read from a file where it has a column of its own"
             )
-    yield from _cells_of_batches(path, columns, _parquet_batches(path, file, list(columns.values())))
-
-
-def _parquet_batches(path: str, file, columns: list[str]) -> Iterator:
-    from pyarrow.parquet import ParquetFile
-
-    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    chosen = [i for i, leaf in enumerate(leaves) if f"{leaf}.".startswith(tuple(f"{column}." for column in columns))]
-    shared = [column for column in columns if column in leaves]
-    dictionaries = ParquetFile(path, metadata=file.metadata, read_dictionary=shared, **UNBUFFERED)
-    for group in range(file.num_row_groups):
-        row_bytes = _row_bytes(dictionaries, group, chosen, columns)
-        rows = min(BATCH_ROWS, max(1, BATCH_BYTES // max(1, row_bytes)))
-        yield from file.iter_batches(batch_size=rows, row_groups=[group], columns=columns)
-
-
-def _row_bytes(dictionaries, group: int, chosen: list[int], columns: list[str]) -> int:
-    """How large each of many rows may be once it is decoded: as the mean, or as a text that they share, which a
-    dictionary holds once. dictionaries: the file, with columns read as such. chosen: places of the columns."""
-    rows = dictionaries.metadata.row_group(group)
-    chunks = [rows.column(i) for i in chosen]
-    size = sum(chunk.total_uncompressed_size for chunk in chunks)
-    if size * BATCH_ROWS <= BATCH_BYTES or any("DELTA_BYTE_ARRAY" in chunk.encodings for chunk in chunks):
-        return size  # of the latter, each text may share all of the one before it
-    first = next(dictionaries.iter_batches(batch_size=1, row_groups=[group], columns=columns), None)
-    if first is None:
-        return size
-    shared = sum(column.dictionary.nbytes for column in first.columns if hasattr(column, "dictionary"))
-    return max(shared, size // rows.num_rows)
+    yield from _cells_of_batches(
+        path, columns, file.iter_batches(batch_size=BATCH_ROWS, columns=list(columns.values()))
+    )
 
 
 def _arrow_cells(path: str, columns: Columns) -> Cells:
@@ -331,7 +304,7 @@ def _open_parquet(path: str) -> tuple[Any, list[str]]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path, **UNBUFFERED)
+        file = ParquetFile(path, pre_buffer=False, buffer_size=READ_BYTES)
         return file, file.schema_arrow.names
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a Parquet file: {_first_line(error)}: replace or exclude it") from None

@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from data.shards import build
-from data.sources import bounds, files, tables
+from data.sources import bounds, files
 from data.sources.corpus import Document
 from data.sources.files import FilesCorpus
 from tests.support import configured
@@ -96,31 +96,6 @@ def test_cell_that_is_too_long_raises_error_with_row(workplace, kind):
         with pa.ipc.new_stream("a.arrow", table.schema) as writer:
             writer.write_table(table)
     assert f"a.{kind}:2, in column text, is longer than 1,000 characters" in refusal(f"a.{kind}")
-
-
-@pytest.mark.parametrize("encoding", [None, "DELTA_BYTE_ARRAY"])
-def test_parquet_rows_that_share_a_long_text_are_decoded_a_few_at_a_time(workplace, monkeypatch, encoding):
-    monkeypatch.setattr(bounds, "MAX_LENGTH", 2**20)
-    monkeypatch.setattr(tables, "BATCH_BYTES", 2**20)
-    texts = ["a" * 2**20] * 50
-    how = {"compression": "zstd", "row_group_size": 25, "use_dictionary": encoding is None, "column_encoding": encoding}
-    pq.write_table(pa.table({"text": texts}), "a.parquet", **how)
-    held = pa.total_allocated_bytes()
-    most = 0
-    for i, (_, text) in enumerate(tables.cells("a.parquet", "text")):
-        most = max(most, pa.total_allocated_bytes() - held)
-        assert text == texts[i]
-    assert i == 49 and most < 6 * 2**20  # of 50 MiB
-
-
-def test_parquet_short_rows_beside_large_columns_are_decoded_many_at_a_time(workplace, monkeypatch):
-    monkeypatch.setattr(tables, "BATCH_BYTES", 2**15)
-    texts = [f"row {i}" for i in range(5000)]  # larger together than a batch
-    table = pa.table({"text": texts, "image": [bytes(range(256)) * 40] * 5000})
-    pq.write_table(table, "a.parquet", use_dictionary=False)
-    file = pq.ParquetFile("a.parquet")
-    sizes = [len(batch) for batch in tables._parquet_batches("a.parquet", file, ["text"])]
-    assert sum(sizes) == 5000 and max(sizes) == tables.BATCH_ROWS
 
 
 def test_word_without_end_raises_error_with_name():
