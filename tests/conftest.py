@@ -44,7 +44,7 @@ TIERS = {  # of files and folders; all else is unit, but for what runs programs,
         *(f"ablation/test_{part}.py" for part in ("false_alarms", "probes", "report")),
         *(f"test_{part}.py" for part in ("commands", "docs", "docs_commands", "notebook", "planted_faults")),
         *(f"training/test_{part}.py" for part in ("determinism", "faults", "step_memory", "training")),
-        *("training/monitor/test_log.py", "training/run"),
+        *("training/monitor/test_log.py", "training/parallel", "training/run"),
     ],
 }
 
