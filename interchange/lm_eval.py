@@ -8,7 +8,6 @@ before an empty context is the end of text, with which documents begin in traini
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from generation.options import check_is_folder
 from generation.sampler import Sampler
 from generation.state import GenerationState
 from runtime.device import choose_device
-from training.run.folder import newest
+from training.run.folder import find_run
 from training.run.load import load_run
 
 try:
@@ -49,7 +48,7 @@ class HeadroomLM(TemplateLM):
         if unknown or checkpoint not in ("latest", "best"):
             wrong = ", ".join(sorted(unknown)) or f"checkpoint={checkpoint}"
             raise UserError(f"--model_args {wrong}: run, checkpoint (latest, best) and device are what there is")
-        folder = newest(with_checkpoint=True) if run == "latest" else Path(run)
+        folder = find_run("run", run, with_checkpoint=True)
         check_is_folder(folder)
         self._device = choose_device(device)
         self.model, self.text_tokenizer = load_run(folder, self._device, checkpoint)

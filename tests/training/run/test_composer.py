@@ -157,23 +157,10 @@ def test_compose_resume_is_refused():
         compose("resume=latest")
 
 
-def kind(group: str, name: str) -> Any:
-    """What the choices of a group have in common of which one stands for all: their class, their folder, or the groups
-    in which they choose."""
-    found, folder = content(group, name), name.rpartition("/")[0]
-    chosen = tuple(key for default in found.get("defaults", ()) if isinstance(default, dict) for key in default)
-    return found.get("_target_") or folder or (chosen if group == "experiment" else name)
-
-
-def one_of_each_kind(group: str) -> list[str]:
-    return list({kind(group, name): name for name in reversed(choices(group))}.values())
-
-
-@pytest.mark.parametrize("offered", [one_of_each_kind, pytest.param(choices, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("group", MODEL_PARTS | RUN_PARTS)
-def test_choice_alone_is_what_hydra_composes_of_it(group, offered):
+def test_choice_alone_is_what_hydra_composes_of_it(group):
     """Those too whose file is read without Hydra; of the others nothing but Hydra is asked."""
-    for name in offered(group):
+    for name in choices(group):
         found = choice(group, name)
         if "defaults" not in content(group, name):
             GlobalHydra.instance().clear()
@@ -250,6 +237,18 @@ def test_config_of_every_choice_loads_and_survives_storage(group):
         run = composed_run(f"{group}={name}", *NEEDS.get((group, name), ()), "document_mask=true")
         again = Run.from_tree(yaml.safe_load(yaml.safe_dump(dump(run))))  # what config.yaml will hold
         assert again == run and again.document_mask, name
+
+
+def kind(group: str, name: str) -> Any:
+    """What the choices of a group have in common of which one stands for all: their class, their folder, or the groups
+    in which they choose."""
+    found, folder = content(group, name), name.rpartition("/")[0]
+    chosen = tuple(key for default in found.get("defaults", ()) if isinstance(default, dict) for key in default)
+    return found.get("_target_") or folder or (chosen if group == "experiment" else name)
+
+
+def one_of_each_kind(group: str) -> list[str]:
+    return list({kind(group, name): name for name in reversed(choices(group))}.values())
 
 
 def covering(offered: Callable[[str], list[str]]) -> Iterator[dict[str, str]]:
