@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ablation.outcome import METRICS, Outcome, final_row, outcome_of_rows
+from common import plain_yaml
 from common.atomic_io import exists, read_regular
 from common.errors import UserError, reason
 from common.paths import entering
@@ -132,7 +133,7 @@ def _lines(path: Path) -> int:
 def _environment(path: Path) -> dict[str, Any]:
     """Versions and machine; {} where that file is lost: nothing is computed from it."""
     try:
-        found = yaml.safe_load(read_regular(path, MAX_CONFIG_BYTES))
+        found = plain_yaml.parse(read_regular(path, MAX_CONFIG_BYTES).decode())
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -73,8 +73,9 @@ def _memory(run: Run, vocab_size: int, device: torch.device, world: World) -> St
     loss = functools.partial(mean_loss, min_tile=math.prod(shape) * vocab_size // MAX_TILES)
     with FakeTensorMode(), device, _StepPeak() as peak:
         state = TrainState.of(eager_run(run), TransformerLM(traceable(run.model), vocab_size), world)
-        gc.collect()  # what sharding leaves of whole matrices is in cycles, on fake tensors alone
-        peak.restart()  # without these matrices, which no process has when it begins a run
+        if run.parallel.shards:
+            gc.collect()  # what sharding leaves of whole matrices is in cycles, on fake tensors alone
+            peak.restart()  # without these matrices, which no process has when it begins a run
         state.losses = Losses(loss)
         state.optimizer.state.clear()  # Adagrad has it before the first step, and it is added here for all
         precision = state.precision

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 
+from common import plain_yaml
 from common.atomic_io import (
     NOT_THERE,
     UNFINISHED,
@@ -46,7 +47,6 @@ from training.run.signature import signature
 RUNS = Path("runs")
 log = logging.getLogger("headroom")
 MAX_CONFIG_BYTES = 2**18  # a usual one has 2,000
-MAX_NUMBER_LENGTH = 100  # characters
 FILES_BEFORE_CONFIG = {".lock", "environment.yaml", "tokenizer.json"}  # made before config.yaml
 ADJECTIVES = "amber brave calm clever copper eager gentle golden keen mellow quiet swift"
 ANIMALS = "badger crane falcon finch fox hare heron ibex lynx marten otter owl"
@@ -137,26 +137,12 @@ def write_config(folder: Path, run: Run) -> None:
         raise UserError(f"{folder}/config.yaml cannot be written: {reason(error)}") from None
 
 
-class ConfigLoader(yaml.SafeLoader):
-    """A YAML loader for what config.yaml is written as: without aliases, by which a short file can stand for an endless
-    tree, and without numbers that take minutes to read."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias")
-        node = super().compose_node(parent, index)
-        text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
-        if not text and len(node.value) > MAX_NUMBER_LENGTH:
-            raise yaml.YAMLError(f"it holds {node.value[:20]}..., which is no number")
-        return node
-
-
 def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
     """Read a run's config.yaml -> the tree in it, migrated, for `load`, and its signature, if any. Raises UserError
     where there is none."""
     check_is_run(folder)
     try:
-        tree = yaml.load(read_regular(folder / "config.yaml", MAX_CONFIG_BYTES).decode(), ConfigLoader)
+        tree = plain_yaml.parse(read_regular(folder / "config.yaml", MAX_CONFIG_BYTES).decode())
         if not isinstance(tree, dict):
             raise ValueError("it holds no settings")
         signed, format = tree.pop("signature", None), stated_format(tree)

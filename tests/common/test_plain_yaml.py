@@ -1,0 +1,47 @@
+"""common/plain_yaml.py: what it reads and refuses, with libyaml and without."""
+
+import pytest
+import yaml
+
+from common import plain_yaml
+
+GOOD = {
+    "settings": ("model: {d_model: 64, bias: false}\nlr: 0.001\nparts:\n- a\n- null\n", None),
+    "a name that is not UTF-8": (yaml.safe_dump({"path": "a\udcff.txt"}), None),
+    "numbers of each kind": ("[1, -2, 0x1f, 1e3, 1.5e-3, .inf, 12:30, 2020-01-01, yes, '1']", None),
+    "letters of any kind": (yaml.safe_dump({"é": "\u202eü\x1b\U0001f600"}), None),
+}
+BAD = {
+    "an alias": ("a: &a [1]\nb: [*a, *a]", "it holds an alias"),
+    "a long number": ("a: 0x" + "f" * 9000, "which is no number"),
+    "a list cut short": ("a: [1,", "while parsing"),
+    "text cut short": ("a: 'b", "while scanning"),
+    "a tab": ("\ta: 1", "while scanning"),
+    "a class": ("!!python/object:os.system 1", "could not determine a constructor"),
+    "several documents": ("- 1\n---\n- 2", "expected a single document"),
+    "a control character": ("a: \x07", "unacceptable character"),
+    "a list as a key": ("? [a]\n: 1", "while constructing a mapping"),
+}
+
+
+@pytest.mark.parametrize("libyaml", [True, False])
+@pytest.mark.parametrize(("text", "complaint"), (GOOD | BAD).values(), ids=GOOD | BAD)
+def test_parse_is_the_same_with_libyaml_and_without(text, complaint, libyaml, monkeypatch):
+    monkeypatch.setattr(yaml, "__with_libyaml__", libyaml and yaml.__with_libyaml__)
+    if complaint is None:
+        assert plain_yaml.parse(text) == yaml.safe_load(text)
+    else:
+        with pytest.raises(yaml.YAMLError, match=complaint):
+            plain_yaml.parse(text)
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+def test_parse_uses_libyaml_where_it_is(monkeypatch):
+    monkeypatch.delattr(plain_yaml, "_Loader")
+    assert plain_yaml.parse("a: 1") == {"a": 1}
+
+
+def test_parse_endlessly_nested_raises_recursion_error():
+    for text in ("[" * 50_000, "{a: " * 50_000):
+        with pytest.raises(RecursionError):
+            plain_yaml.parse(text)
