@@ -41,6 +41,8 @@ def parse(text: str) -> Any:
     if yaml.__with_libyaml__:
         try:
             return yaml.load(text, _FastLoader)
-        except yaml.YAMLError:  # it refuses some that PyYAML writes, as names of files are that are not UTF-8
-            pass
+        except yaml.YAMLError as error:
+            if "maximum nesting depth" in str(error):
+                raise RecursionError from None
+            # By PyYAML, then, and in its words: libyaml refuses what it writes of names that are not UTF-8.
     return yaml.load(text, _Loader)
