@@ -39,7 +39,7 @@ COMMAND = re.compile(
     r"(?:\n(?P<refusal>error: [^\n]*)$)?",
     re.M,
 )
-# What a page leaves to its reader, and what stands for it here. All other names are made in `place`.
+# What a page leaves to its reader, and what stands for it here. All other names are made in `made_place`.
 PLACEHOLDERS = {"/new/place": "moved.txt"}
 # What needs something that is not here: what that is, and words of the one line by which it is refused. A command with
 # one of these overrides must be refused so, and each override must be in a command.
@@ -129,18 +129,25 @@ def made_place(tmp_path_factory):
             shutil.copytree("runs/MLA", f"sweeps/base/seed={seed}")
         warm = ["init_from=runs/MLA", "attention=dsa", "attention.indexer.stage=warmup", "run_dir=runs/WARM"]
         assert call("train", [*(one for one in run if not one.startswith("model.")), *warm], patch) == 0
-    return folder
+    files = sorted(folder.rglob("*"))
+    yield folder
+    assert sorted(folder.rglob("*")) == files  # commands that are only composed or parsed write nothing
 
 
 @pytest.fixture
-def place(made_place, tmp_path, monkeypatch):
-    """A copy of it to work in."""
-    shutil.copytree(made_place, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
+def place(made_place, monkeypatch):
+    """The folder to read in."""
+    monkeypatch.chdir(made_place)
     for corpus in SOURCES:
         root = staticmethod(functools.partial(Path, corpus))
         monkeypatch.setattr(f"data.sources.python_source.{corpus}._root", root)
-    return tmp_path
+
+
+@pytest.fixture
+def own_place(place, made_place, tmp_path, monkeypatch):
+    """A copy of it to work in."""
+    shutil.copytree(made_place, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -187,13 +194,13 @@ def test_train_command_of_a_page_composes_and_passes_the_border(place, command):
 
 
 @pytest.mark.parametrize("command", REFUSED, ids=str)
-def test_train_command_that_a_page_shows_refused_ends_in_the_line_shown(place, monkeypatch, capsys, command):
+def test_train_command_that_a_page_shows_refused_ends_in_the_line_shown(own_place, monkeypatch, capsys, command):
     assert call("train", command.arguments, monkeypatch) == 2
     assert capsys.readouterr().err.splitlines()[-1] == command.refusal
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=str)
-def test_train_command_of_a_page_that_only_shows_something_shows_it(place, monkeypatch, capfd, command):
+def test_train_command_of_a_page_that_only_shows_something_shows_it(own_place, monkeypatch, capfd, command):
     assert call("train", command.arguments, monkeypatch) == 0
     assert len(capfd.readouterr().out) > 100
 
@@ -245,13 +252,13 @@ def shortened(words: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in RUNS if not command.lacks()], ids=str)
-def test_train_command_of_a_page_runs_for_two_steps(place, monkeypatch, command):
+def test_train_command_of_a_page_runs_for_two_steps(own_place, monkeypatch, command):
     assert call("train", shortened(command.arguments), monkeypatch) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [command for command in RUNS if command.lacks()], ids=str)
-def test_train_command_of_a_page_that_lacks_something_is_refused_for_it(place, monkeypatch, capsys, command):
+def test_train_command_of_a_page_that_lacks_something_is_refused_for_it(own_place, monkeypatch, capsys, command):
     needs = [LACKING[override] for override in command.lacks()]
     if torch.cuda.is_available() and any("GPU" in what for what, _ in needs):
         pytest.skip("a GPU is here")
