@@ -22,8 +22,8 @@ DOORS = ("train", "sample", "compare", "convert")
 # Within a folder: a file uses only what stands before it in the folder's list. Names that are not in it are free, as
 # long as no circle comes of it. A name with a dot is a file of a subfolder that stands apart from the rest of it.
 ORDER = {
-    "common": "errors hf_names settings ranks signals experimental atomic_io checksummed_json json_files plain_yaml invocation "
-    "streams console lock paths figures conf_files suggestions overrides hydra_errors process cli",
+    "common": "errors hf_names settings ranks signals experimental atomic_io checksummed_json json_files plain_yaml "
+    "invocation streams console lock paths figures conf_files suggestions overrides hydra_errors process cli",
     "model": "dimensions layout linear mask norm mtp rope cache placement context positions kernels grouped flat_step "
     "mlp attention moe transformer published flat_model initialise loss cost",
     "data": "tokenizers sources report shards order batches prefetch",

@@ -1,5 +1,7 @@
 """Self-speculation: drafts of the model's own module leave the text as it is, whatever they are."""
 
+import functools
+
 import pytest
 import torch
 
@@ -34,6 +36,7 @@ ATTENTIONS = [
 ]
 
 
+@functools.lru_cache(maxsize=8)
 def drafting_model(*choice: str, **options) -> TransformerLM:
     """Whose drafts are now right, now wrong: its module was made to agree with it by a little training."""
     model = small_model(*choice, ON, "model.context_length=32", vocab_size=12, **options)

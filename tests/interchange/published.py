@@ -110,7 +110,7 @@ OURS_AS = {
 }
 
 
-def theirs(name: str, **changed: object) -> transformers.PreTrainedModel:
+def theirs(name: str, **changed: object) -> "transformers.PreTrainedModel":
     kind, more = THEIRS[name]
     shape = {name: SHAPE[name] for name in ENDS} if kind == "GPT2" else SHAPE
     config = getattr(transformers, f"{kind}Config")(**{**shape, **more, **changed})
@@ -118,7 +118,7 @@ def theirs(name: str, **changed: object) -> transformers.PreTrainedModel:
     return spread_out(architecture(config).eval())
 
 
-def save(model: transformers.PreTrainedModel, folder: Path, **options: object) -> Path:
+def save(model: "transformers.PreTrainedModel", folder: Path, **options: object) -> Path:
     """As published: with a tokenizer.json that is not of our making."""
     model.save_pretrained(folder, **options)
     content = ByteTokenizer().content()

@@ -2,8 +2,6 @@
 the logits and the text of our own model."""
 
 import ast
-import json
-import subprocess
 import sys
 
 import pytest
@@ -12,12 +10,11 @@ import torch.nn.functional as F
 
 from common.errors import UserError
 from common.settings import FrozenSettings
-from interchange import hf_code
 from interchange.hf_code import CODE, config_json, obstacles, with_code
 from interchange.hf_family import chosen_family
 from tests.interchange.published import VOCAB, ours, transformers
 from tests.interchange.test_export import exported
-from tests.support import assert_one_line, call, composed_run, logits_of, relative_error, some_tokens
+from tests.support import assert_one_line, composed_run, logits_of, relative_error, some_tokens
 from training.run.load import load_run
 
 PATTERN = ("attention.window=8", "attention.dilation=2", "attention.global_tokens=2")
@@ -214,35 +211,3 @@ def test_refusal_of_families_names_this_format_where_it_is_a_way_out():
     with pytest.raises(UserError) as refusal:
         chosen_family(composed_run("model=mini", "attention=dsa").model, None)
     assert "hf-code" not in str(refusal.value)
-
-
-# What a user does who has torch and transformers, and nothing of this project.
-ELSEWHERE = """
-import sys, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True)
-tokenizer = transformers.AutoTokenizer.from_pretrained("out", trust_remote_code=True)
-write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-found = write(sys.argv[1], max_new_tokens=16, do_sample=False, return_full_text=False)
-assert not [name for name in sys.modules if name.partition(".")[0] in ("model", "interchange", "hydra", "pydantic")]
-sys.stdout.write(found[0]["generated_text"])
-"""
-
-
-def test_trained_run_that_no_family_expresses_writes_the_same_text_elsewhere(workplace, monkeypatch, capsys):
-    settings = ["attention=stack", "attention.parts.global.attention=mla", "model.logit_softcap=30"]
-    train = ["experiment=smoke", "steps=30", "run_dir=run", "data.size=40", "eval_tokens=256", *settings]
-    assert call("train", train, monkeypatch) == 0
-    assert call("convert", ["export", "run", "--to", "hf", "out"], monkeypatch) == 2
-    assert "--to hf-code" in capsys.readouterr().err
-    assert call("convert", ["export", "run", "--to", "hf-code", "out"], monkeypatch) == 0
-    options = ["--run", "run", "--temperature", "0", "--max-new-tokens", "16"]
-    capsys.readouterr()
-    assert call("sample", ["The ", *options], monkeypatch) == 0
-    here = capsys.readouterr().out.removeprefix("The ").removesuffix("\n")
-    environment = {"PATH": "", "HF_HUB_OFFLINE": "1", "HF_HOME": str(workplace / "cache")}
-    command = [sys.executable, "-c", ELSEWHERE, "The "]
-    there = subprocess.run(command, cwd=workplace, capture_output=True, text=True, env=environment)
-    assert there.stdout == here, there.stderr
-    assert (workplace / "out" / CODE.name).read_bytes() == CODE.read_bytes()
-    assert "trust_remote_code=True" in (workplace / "out/README.md").read_text()
-    assert json.loads((workplace / "out/config.json").read_text())["auto_map"] == hf_code.AUTO_MAP

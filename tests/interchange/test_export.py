@@ -3,8 +3,6 @@
 import functools
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -192,45 +190,6 @@ def _settings(overrides):
 
     shape = () if "model=classic_gpt" in overrides else ("model=mini",)
     return settings_of(composed_run(*shape, *overrides).model)
-
-
-# What a user does who has transformers and nothing of this project.
-ELSEWHERE = """
-import sys, transformers
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-write = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-found = write(sys.argv[2], max_new_tokens=16, do_sample=False, return_full_text=False)
-sys.stdout.write(found[0]["generated_text"])
-"""
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ["attention=gqa"],
-        pytest.param(["attention=mla", "attention.qk_norm=latent", "attention.qk_bias=false"], marks=pytest.mark.slow),
-        pytest.param(["mlp=moe"], marks=pytest.mark.slow),
-    ],
-    ids=["gqa", "mla", "moe"],
-)
-def test_trained_run_is_exported_and_writes_the_same_text_elsewhere(settings, workplace, monkeypatch, capsys):
-    train = ["experiment=smoke", "steps=30", "run_dir=run", "data.size=40", "eval_tokens=256", *settings]
-    assert call("train", train, monkeypatch) == 0
-    (workplace / "runs").symlink_to(workplace)
-    assert call("convert", ["export", "latest", "--to", "hf", "out"], monkeypatch) == 0
-    capsys.readouterr()
-    options = ["--run", "run", "--temperature", "0", "--max-new-tokens", "16"]
-    assert call("sample", ["The ", *options], monkeypatch) == 0
-    here = capsys.readouterr().out.removeprefix("The ").removesuffix("\n")
-    command = [sys.executable, "-c", ELSEWHERE, "out", "The "]
-    there = subprocess.run(
-        command, cwd=workplace, capture_output=True, text=True, env={"PATH": "", "HF_HUB_OFFLINE": "1"}
-    )
-    assert there.stdout == here, there.stderr
-    card = (workplace / "out/README.md").read_text()
-    assert "| steps | 30 |" in card and "seed: 0" in card
-    assert json.loads((workplace / "out/config.json").read_text())["eos_token_id"] == 256
 
 
 BAD = {

@@ -4,7 +4,6 @@ import csv
 import json
 import re
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -157,6 +156,8 @@ def test_arrow_column_with_a_name_that_is_no_text_raises_error_with_name(tmp_pat
 
 
 def test_arrow_folder_of_datasets_is_read_whole(tmp_path):
+    import datasets  # a second of imports, for this test alone
+
     rows = datasets.Dataset.from_list([{"n": i, "text": text} for i, text in enumerate(TEXTS)])
     rows.save_to_disk(tmp_path / "saved", num_shards=3)
     datasets.DatasetDict(train=rows, test=rows.select([5])).save_to_disk(tmp_path / "splits")
