@@ -2,6 +2,7 @@
 choices, once, without what it prepares for defaults that refer to others, and a plain value is set in what it composed.
 Held equal to Hydra's own in tests/training/run/test_composer.py."""
 
+import copy
 import functools
 import itertools
 import pickle
@@ -55,17 +56,31 @@ def merged_upon_hydras_own(loader: ConfigLoaderImpl, defaults: list, repo: Cachi
     choices = tuple(default.config_path for default in own)
     if choices not in HYDRAS_OWN:
         HYDRAS_OWN[choices] = pickle.dumps(merged_in_order(loader, own, repo))
-    merged = pickle.loads(HYDRAS_OWN[choices])
-    with flag_override(merged, "no_deepcopy_set_nodes", True):
-        merged.merge_with(merged_in_order(loader, defaults[len(own) :], repo))
-    return merged
+    of_hydra, ours = pickle.loads(HYDRAS_OWN[choices]).hydra, merged_in_order(loader, defaults[len(own) :], repo)
+    of_hydra.merge_with(ours.get("hydra", {}))
+    with flag_override(ours, "no_deepcopy_set_nodes", True):
+        ours.hydra = of_hydra
+    return ours
+
+
+def hold_sources(repository: CachingConfigRepository, delegate: Any) -> None:
+    """Copied as they are: where they change, others take their place."""
+    repository.delegate, repository.cache = copy.copy(delegate), {}
+
+
+FAST = {
+    (CachingConfigRepository, "__init__"): hold_sources,
+    (CachingConfigRepository, "load_config"): read_once,
+    (defaults_list, "_create_interpolation_map"): choices_if_referred_to,
+    (ConfigLoaderImpl, "_compose_config_from_defaults_list"): merged_upon_hydras_own,
+}
+HYDRAS = {(place, name): getattr(place, name) for place, name in FAST}
 
 
 def compose_fast(fast: bool = True) -> None:
     """Let Hydra compose so, or as it does by itself."""
-    CachingConfigRepository.load_config = read_once if fast else of_one_composition
-    defaults_list._create_interpolation_map = choices_if_referred_to if fast else choices_so_far
-    ConfigLoaderImpl._compose_config_from_defaults_list = merged_upon_hydras_own if fast else merged_in_order
+    for (place, name), function in (FAST if fast else HYDRAS).items():
+        setattr(place, name, function)
 
 
 compose_fast()

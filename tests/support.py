@@ -22,6 +22,7 @@ from model.placement import Placement
 from model.transformer import ModelConfig, TransformerLM
 from runtime.precision import MixedPrecision
 from tests.composition import request_of, tree_of
+from training.run import folder
 from training.run.composer import choice, merged
 from training.run.config import Run, pop_command_settings
 from training.run.parts import MODEL_PARTS, RUN_PARTS
@@ -228,6 +229,9 @@ def assert_one_line(error: UserError | Unsupported) -> None:
     assert len(str(error).splitlines()) == 1, repr(str(error))
 
 
+ASKED_OF_GIT = functools.cache(folder._git)  # whose answers hold for as long as tests run
+
+
 def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = False) -> int:
     """Runs train.py or sample.py in this process -> its exit code. drawn: with loss.png, which takes as long as ten
     steps. The text that training ends with is short."""
@@ -236,6 +240,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     with monkeypatch.context() as patch:
         patch.setattr("train.compose_request", request_of)
         patch.setattr("generation.preview.MAX_NEW_TOKENS", 4)
+        patch.setattr("training.run.folder._git", ASKED_OF_GIT)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)
         try:

@@ -13,7 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 import train
-from common.conf_files import choices, content, groups
+from common.conf_files import choices, content, groups, hydra_initialized
 from common.errors import UserError
 from tests import composition
 from tests.support import NEEDS, ROOT, call, composed_run, composed_tree
@@ -75,15 +75,23 @@ NOT_PLAIN = (
 )
 
 
+def with_hydras_own(*words: str) -> dict[str, Any]:
+    with hydra_initialized():
+        return OmegaConf.to_container(hydra_compose("train", list(words), return_hydra_config=True))
+
+
 def test_composition_for_tests_sets_plain_values_as_hydra_does():
     """What most tests compose by, which takes Hydra once per set of choices."""
     chosen = ["attention=mla", "experiment=smoke", "data=sympy"]
+    of_hydra = ["hydra/job_logging=default", "hydra/launcher=basic", "hydra.verbose=true", "hydra.run.dir=x"]
     composition.compose_fast(False)
     try:
         read_again = compose_tree(*chosen, *PLAIN)
+        whole = with_hydras_own(*chosen, *of_hydra), with_hydras_own()
     finally:
         composition.compose_fast()
     assert repr(compose_tree(*chosen, *PLAIN)) == repr(read_again)
+    assert (with_hydras_own(*chosen, *of_hydra), with_hydras_own()) == whole
     assert [word for word in PLAIN if composition.composed_by_hydra([word])] == []
     assert composition.composed_by_hydra([*chosen, *PLAIN]) == chosen
     assert repr(composition.tree_of(*chosen, *PLAIN)) == repr(compose_tree(*chosen, *PLAIN))
