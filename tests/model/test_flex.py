@@ -50,10 +50,10 @@ def test_flex_blocks_are_skipped_exactly_if_the_mask_hides_them(mask):
 @pytest.fixture
 def known_instructions():
     """The processor's are taken for granted: PyTorch would compile and load a program for each kind, to see whether the
-    compiler has them, which takes as long as all else."""
+    compiler has them, which takes as long as all else. So would a compilation of the headers alone, for one program."""
     from torch._inductor import config
 
-    with config.patch({"cpp.vec_isa_ok": True}):
+    with config.patch({"cpp.vec_isa_ok": True, "cpp_cache_precompile_headers": False}):
         yield
 
 
