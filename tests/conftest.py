@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 
 os.fsync = lambda file: None  # no test loses power, and to wait for the disk thousands of times takes its time
+gc.set_threshold(10_000)  # of what is made, nearly all goes by itself
 
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
