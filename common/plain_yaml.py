@@ -9,8 +9,7 @@ MAX_NUMBER_LENGTH = 100  # characters
 
 
 class _Plain:
-    """Of YAML's nodes, those without aliases, by which a short file can stand for an endless tree, and without numbers
-    that take minutes to read."""
+    """Refuse aliases, by which a short file can stand for an endless tree, and numbers that take minutes to read."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
@@ -29,7 +28,7 @@ class _Loader(_Plain, yaml.SafeLoader):
 if yaml.__with_libyaml__:
 
     class _FastLoader(_Plain, Composer, yaml.CSafeLoader):
-        """Parses ten times as fast, in C; what it parses is composed as PyYAML does it."""
+        """Parses ten times as fast, in C, and composes what it parsed as PyYAML does."""
 
         def __init__(self, text: str) -> None:
             yaml.CSafeLoader.__init__(self, text)
@@ -37,12 +36,16 @@ if yaml.__with_libyaml__:
 
 
 def parse(text: str) -> Any:
-    """The tree that is written there. Raises yaml.YAMLError, ValueError or RecursionError."""
-    if yaml.__with_libyaml__:
-        try:
-            return yaml.load(text, _FastLoader)
-        except yaml.YAMLError as error:
-            if "maximum nesting depth" in str(error):
-                raise RecursionError from None
-            # By PyYAML, then, and in its words: libyaml refuses what it writes of names that are not UTF-8.
-    return yaml.load(text, _Loader)
+    """Parse a YAML document -> plain values. Raises yaml.YAMLError, ValueError or RecursionError."""
+    try:
+        if yaml.__with_libyaml__:
+            try:
+                return yaml.load(text, _FastLoader)
+            except yaml.MarkedYAMLError as error:
+                if error.problem == "exceeded maximum nesting depth":
+                    raise RecursionError from None
+            # PyYAML reads it again, and refuses it in its own words, or accepts it: the escapes that it writes for
+            # names of files that are not UTF-8 are refused by libyaml.
+        return yaml.load(text, _Loader)
+    except (LookupError, AttributeError):
+        raise yaml.YAMLError("it holds a value that does not fit its tag") from None

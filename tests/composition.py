@@ -27,59 +27,61 @@ WORDS = {"null": None, "true": True, "false": False}
 EARLY = ("cache_dir", "data.path", "data.parts", "optim.name")
 
 READ: dict[tuple, bytes] = {}  # what Hydra read, by the places it looked in and the name
-HYDRAS_OWN: dict[tuple, bytes] = {}  # what it composed of its own settings, by the choices
-of_one_composition = CachingConfigRepository.load_config
-choices_so_far = defaults_list._create_interpolation_map
-merged_in_order = ConfigLoaderImpl._compose_config_from_defaults_list
+HYDRA_SETTINGS: dict[tuple, bytes] = {}  # Hydra's own, composed, by the places and the choices
+
+
+def places_of(repository: CachingConfigRepository) -> tuple[str, ...]:
+    return tuple(source.path for source in repository.get_sources())
 
 
 def read_once(repository: CachingConfigRepository, config_path: str) -> Any:
     """What Hydra's own cache gives within one composition, given to the others too: to read takes a third of one."""
-    at = (*(source.path for source in repository.get_sources()), config_path)
+    at = (*places_of(repository), config_path)
     if at not in READ:
-        READ[at] = pickle.dumps(of_one_composition(repository, config_path))
+        READ[at] = pickle.dumps(ORIGINALS[CachingConfigRepository, "load_config"](repository, config_path))
     name = f"config_path={config_path}"
     if name not in repository.cache:
         repository.cache[name] = pickle.loads(READ[at])
-    return of_one_composition(repository, config_path)
+    return repository.cache[name]
 
 
 def choices_if_referred_to(overrides: Any, defaults: list, self_added: bool) -> Any:
     """What defaults may refer to, only where one does: to list it for each file takes a quarter of a composition."""
     referring = any(default.is_interpolation() for default in defaults)
-    return choices_so_far(overrides, defaults, self_added) if referring else None
+    return ORIGINALS[defaults_list, "_create_interpolation_map"](overrides, defaults, self_added) if referring else None
 
 
-def merged_upon_hydras_own(loader: ConfigLoaderImpl, defaults: list, repo: CachingConfigRepository) -> Any:
+def merge_onto_hydra_settings(loader: ConfigLoaderImpl, defaults: list, repo: CachingConfigRepository) -> Any:
     """Hydra's own settings, which it merges first, are merged once: they take as long as all of ours."""
+    merge = ORIGINALS[ConfigLoaderImpl, "_compose_config_from_defaults_list"]
     own = list(itertools.takewhile(lambda default: default.config_path.startswith("hydra/"), defaults))
-    choices = tuple(default.config_path for default in own)
-    if choices not in HYDRAS_OWN:
-        HYDRAS_OWN[choices] = pickle.dumps(merged_in_order(loader, own, repo))
-    of_hydra, ours = pickle.loads(HYDRAS_OWN[choices]).hydra, merged_in_order(loader, defaults[len(own) :], repo)
-    of_hydra.merge_with(ours.get("hydra", {}))
-    with flag_override(ours, "no_deepcopy_set_nodes", True):
-        ours.hydra = of_hydra
-    return ours
+    at = (*places_of(repo), *((default.config_path, default.package) for default in own))
+    if at not in HYDRA_SETTINGS:
+        HYDRA_SETTINGS[at] = pickle.dumps(merge(loader, own, repo))
+    hydra_settings, merged = pickle.loads(HYDRA_SETTINGS[at]).hydra, merge(loader, defaults[len(own) :], repo)
+    hydra_settings.merge_with(merged.get("hydra", {}))
+    with flag_override(merged, "no_deepcopy_set_nodes", True):
+        merged.hydra = hydra_settings
+    return merged
 
 
-def hold_sources(repository: CachingConfigRepository, delegate: Any) -> None:
-    """Copied as they are: where they change, others take their place."""
+def copy_shallowly(repository: CachingConfigRepository, delegate: Any) -> None:
+    """Other sources take the place of those of the copy and leave the original's."""
     repository.delegate, repository.cache = copy.copy(delegate), {}
 
 
 FAST = {
-    (CachingConfigRepository, "__init__"): hold_sources,
+    (CachingConfigRepository, "__init__"): copy_shallowly,
     (CachingConfigRepository, "load_config"): read_once,
     (defaults_list, "_create_interpolation_map"): choices_if_referred_to,
-    (ConfigLoaderImpl, "_compose_config_from_defaults_list"): merged_upon_hydras_own,
+    (ConfigLoaderImpl, "_compose_config_from_defaults_list"): merge_onto_hydra_settings,
 }
-HYDRAS = {(place, name): getattr(place, name) for place, name in FAST}
+ORIGINALS = {(place, name): getattr(place, name) for place, name in FAST}
 
 
 def compose_fast(fast: bool = True) -> None:
     """Let Hydra compose so, or as it does by itself."""
-    for (place, name), function in (FAST if fast else HYDRAS).items():
+    for (place, name), function in (FAST if fast else ORIGINALS).items():
         setattr(place, name, function)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 os.fsync = lambda file: None  # no test loses power, and to wait for the disk thousands of times takes its time
-gc.set_threshold(10_000)  # of what is made, nearly all goes by itself
+gc.set_threshold(10_000)  # reference counting frees nearly all; cycles are looked for less often
 
 pytest.register_assert_rewrite("tests.model.attention.laws")  # so that a law says what it found
 
@@ -85,8 +85,8 @@ def heard():
 
 @pytest.fixture(autouse=True)
 def imported_for_good():
-    """What is imported stays, and is kept from collections of garbage, of which each prediction of memory asks for one:
-    they would take longer than the rest of it."""
+    """What is imported stays, and is kept from collections of garbage, which would take long: some predictions of
+    memory ask for one."""
     yield
     global looked_through
     if len(sys.modules) > looked_through + 100:

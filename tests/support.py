@@ -229,7 +229,7 @@ def assert_one_line(error: UserError | Unsupported) -> None:
     assert len(str(error).splitlines()) == 1, repr(str(error))
 
 
-ASKED_OF_GIT = functools.cache(folder._git)  # whose answers hold for as long as tests run
+git_once = functools.cache(folder._git)  # each question, as long as tests run
 
 
 def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = False) -> int:
@@ -240,7 +240,7 @@ def call(program: str, arguments: Sequence[str], monkeypatch, *, drawn: bool = F
     with monkeypatch.context() as patch:
         patch.setattr("train.compose_request", request_of)
         patch.setattr("generation.preview.MAX_NEW_TOKENS", 4)
-        patch.setattr("training.run.folder._git", ASKED_OF_GIT)
+        patch.setattr("training.run.folder._git", git_once)
         if not drawn:
             patch.setattr("training.monitor.monitor.plot_loss", lambda folder: None)
         try:

@@ -129,18 +129,23 @@ def made_place(tmp_path_factory):
             shutil.copytree("runs/MLA", f"sweeps/base/seed={seed}")
         warm = ["init_from=runs/MLA", "attention=dsa", "attention.indexer.stage=warmup", "run_dir=runs/WARM"]
         assert call("train", [*(one for one in run if not one.startswith("model.")), *warm], patch) == 0
-    files = sorted(folder.rglob("*"))
-    yield folder
-    assert sorted(folder.rglob("*")) == files  # commands that are only composed or parsed write nothing
+    return folder
 
 
 @pytest.fixture
 def place(made_place, monkeypatch):
-    """The folder to read in."""
+    """The folder to read in: a command that is only composed or parsed writes nothing."""
+
+    def files() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in made_place.rglob("*") if path.is_file()}
+
+    before = files()
     monkeypatch.chdir(made_place)
     for corpus in SOURCES:
         root = staticmethod(functools.partial(Path, corpus))
         monkeypatch.setattr(f"data.sources.python_source.{corpus}._root", root)
+    yield
+    assert files() == before
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ BAD = {
     "a class": ("!!python/object:os.system 1", "could not determine a constructor"),
     "several documents": ("- 1\n---\n- 2", "expected a single document"),
     "a control character": ("a: \x07", "unacceptable character"),
+    "no truth": ("!!bool maybe", "does not fit its tag"),
+    "no number": ("!!float ''", "does not fit its tag"),
+    "no date": ("!!timestamp x", "does not fit its tag"),
     "a list as a key": ("? [a]\n: 1", "while constructing a mapping"),
 }
 
@@ -29,7 +32,7 @@ BAD = {
 def test_parse_is_the_same_with_libyaml_and_without(text, complaint, libyaml, monkeypatch):
     monkeypatch.setattr(yaml, "__with_libyaml__", libyaml and yaml.__with_libyaml__)
     if complaint is None:
-        assert plain_yaml.parse(text) == yaml.safe_load(text)
+        assert repr(plain_yaml.parse(text)) == repr(yaml.safe_load(text))
     else:
         with pytest.raises(yaml.YAMLError, match=complaint):
             plain_yaml.parse(text)
@@ -41,7 +44,9 @@ def test_parse_uses_libyaml_where_it_is(monkeypatch):
     assert plain_yaml.parse("a: 1") == {"a": 1}
 
 
-def test_parse_endlessly_nested_raises_recursion_error():
-    for text in ("[" * 50_000, "{a: " * 50_000):
+@pytest.mark.parametrize("libyaml", [True, False])
+def test_parse_endlessly_nested_raises_recursion_error(libyaml, monkeypatch):
+    monkeypatch.setattr(yaml, "__with_libyaml__", libyaml and yaml.__with_libyaml__)
+    for text in ("[" * 5_000, "{a: " * 5_000):
         with pytest.raises(RecursionError):
             plain_yaml.parse(text)

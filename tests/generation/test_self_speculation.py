@@ -1,5 +1,6 @@
 """Self-speculation: drafts of the model's own module leave the text as it is, whatever they are."""
 
+import copy
 import functools
 
 import pytest
@@ -36,10 +37,11 @@ ATTENTIONS = [
 ]
 
 
-@functools.lru_cache(maxsize=8)
-def drafting_model(*choice: str, **options) -> TransformerLM:
-    """Whose drafts are now right, now wrong: its module was made to agree with it by a little training."""
-    model = small_model(*choice, ON, "model.context_length=32", vocab_size=12, **options)
+@functools.cache
+def drafting_model(*choice: str) -> TransformerLM:
+    """Whose drafts are now right, now wrong: its module was made to agree with it by a little training. Trained once
+    for all tests, which must not change it."""
+    model = small_model(*choice, ON, "model.context_length=32", vocab_size=12)
     state = training_state(model, torch.optim.Adam(model.parameters(), lr=0.003))
     for _ in range(10):
         train_step(state, [windows(8, 30, masked=False)], 1.0)
@@ -184,7 +186,7 @@ def test_perfect_module_gives_two_tokens_a_pass(monkeypatch):
 
 
 def test_module_whose_output_is_not_finite_drafts_nothing():
-    model = drafting_model("attention=gqa")
+    model = copy.deepcopy(drafting_model("attention=gqa"))
     with torch.no_grad():
         model.mtp.norm.weight.fill_(float("nan"))
     plain, drafting = states(model)

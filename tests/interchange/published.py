@@ -13,6 +13,7 @@ from model.layout import Kind
 from model.transformer import TransformerLM
 from tests.support import composed_run, spread_out
 
+# Its models take seconds to import, once one is asked for: annotations of them are quoted.
 transformers = pytest.importorskip("transformers")
 
 VOCAB = 257  # of bytes

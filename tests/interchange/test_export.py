@@ -1,4 +1,4 @@
-"""Runs are exported: transformers opens them by itself, and they have the same logits and write the same text there."""
+"""Runs are exported: transformers opens them by itself, and they have the same logits there."""
 
 import functools
 import json

@@ -126,7 +126,7 @@ def restarted(tree: dict, typed: list[str]) -> tuple[dict, list[str]]:
 
 def check_agreement(world: World, settings: Mapping[str, Any], text: object) -> None:
     """Raise UserError in all processes where they differ in the settings, the text, or the code and versions."""
-    if world.size == 1:
+    if world.size == 1:  # it agrees with itself, and need not read all code
         return
     for name, value in {"settings": settings, "text": text, "code": code_hash()}.items():
         found = world.gathered(_hash(value))

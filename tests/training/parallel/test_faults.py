@@ -61,13 +61,13 @@ def test_run_whose_process_is_killed_goes_on_bit_for_bit(whole, tmp_path, plan):
 
 
 def test_process_that_hangs_is_named_with_its_step(tmp_path):
-    training = Training(tmp_path, changed(TINY, "steps=1000", "run_dir=run", "parallel=ddp", "parallel.timeout=3"))
+    training = Training(tmp_path, changed(TINY, "steps=1000", "run_dir=run", "parallel=ddp", "parallel.timeout=5"))
     training.wait_for(tmp_path / "run/checkpoints/step_00000002")
     training.send(signal.SIGSTOP, 1)
     training.processes[0].join(60)
     training.send(signal.SIGKILL, 1)
     line = line_of(training.ended())
-    assert "rank 1, at step " in line and "parallel.timeout=3 seconds" in line
+    assert "rank 1, at step " in line and "parallel.timeout=5 seconds" in line
 
 
 def with_other_settings(rank: int) -> None:

@@ -10,6 +10,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import train
@@ -75,23 +76,29 @@ NOT_PLAIN = (
 )
 
 
-def with_hydras_own(*words: str) -> dict[str, Any]:
-    with hydra_initialized():
-        return OmegaConf.to_container(hydra_compose("train", list(words), return_hydra_config=True))
+def whole_composition(*words: str) -> Any:
+    """All that Hydra composes, its own settings too, or how it refuses."""
+    try:
+        with hydra_initialized():
+            composed = OmegaConf.to_container(hydra_compose("train", list(words), return_hydra_config=True))
+        return repr(sorted(composed.items()))
+    except ConfigCompositionException as error:
+        return str(error), str(error.__cause__)
 
 
 def test_composition_for_tests_sets_plain_values_as_hydra_does():
     """What most tests compose by, which takes Hydra once per set of choices."""
     chosen = ["attention=mla", "experiment=smoke", "data=sympy"]
-    of_hydra = ["hydra/job_logging=default", "hydra/launcher=basic", "hydra.verbose=true", "hydra.run.dir=x"]
+    # An experiment with settings of Hydra's, and choices and values of them.
+    hydras = ["experiment=study/attention", "hydra/job_logging=default", "hydra.verbose=true", "hydra.run.dir=x"]
     composition.compose_fast(False)
     try:
         read_again = compose_tree(*chosen, *PLAIN)
-        whole = with_hydras_own(*chosen, *of_hydra), with_hydras_own()
+        whole = [whole_composition(*words) for words in ((), hydras, ["hydra.run.dirr=x"])]
     finally:
         composition.compose_fast()
     assert repr(compose_tree(*chosen, *PLAIN)) == repr(read_again)
-    assert (with_hydras_own(*chosen, *of_hydra), with_hydras_own()) == whole
+    assert [whole_composition(*words) for words in ((), hydras, ["hydra.run.dirr=x"])] == whole
     assert [word for word in PLAIN if composition.composed_by_hydra([word])] == []
     assert composition.composed_by_hydra([*chosen, *PLAIN]) == chosen
     assert repr(composition.tree_of(*chosen, *PLAIN)) == repr(compose_tree(*chosen, *PLAIN))
