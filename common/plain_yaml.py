@@ -9,16 +9,30 @@ MAX_NUMBER_LENGTH = 100  # characters
 
 
 class _Plain:
-    """Refuse aliases, by which a short file can stand for an endless tree, and numbers that take minutes to read."""
+    """Refuse aliases, by which a short file can stand for an endless tree, numbers that take minutes to read, and what
+    is set twice."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias")
+            raise _fault("an alias", self.peek_event().start_mark)
         node = super().compose_node(parent, index)
         text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
         if not text and len(node.value) > MAX_NUMBER_LENGTH:
-            raise yaml.YAMLError(f"it holds {node.value[:20]}..., which is no number")
+            raise _fault(f"{node.value[:20]}..., which is too long for a number", node.start_mark)
         return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise _fault(f"{key.value[:50]} for the second time", key.start_mark)
+                seen.add(key.value)
+        return node
+
+
+def _fault(what: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=f"it holds {what}", problem_mark=mark)
 
 
 class _Loader(_Plain, yaml.SafeLoader):
@@ -36,7 +50,7 @@ if yaml.__with_libyaml__:
 
 
 def parse(text: str) -> Any:
-    """Parse a YAML document -> plain values. Raises yaml.YAMLError, ValueError or RecursionError."""
+    """Parse a YAML document -> plain values. Raises yaml.YAMLError, in one line, ValueError or RecursionError."""
     try:
         if yaml.__with_libyaml__:
             try:
@@ -47,5 +61,11 @@ def parse(text: str) -> Any:
             # PyYAML reads it again, and refuses it in its own words, or accepts it: the escapes that it writes for
             # names of files that are not UTF-8 are refused by libyaml.
         return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        said = ": ".join(part for part in (error.context, error.problem) if part)
+        mark = error.problem_mark or error.context_mark
+        raise yaml.YAMLError(f"{said}, in line {mark.line + 1}" if mark else said) from None
+    except yaml.YAMLError as error:
+        raise yaml.YAMLError(str(error).splitlines()[0]) from None
     except (LookupError, AttributeError):
         raise yaml.YAMLError("it holds a value that does not fit its tag") from None

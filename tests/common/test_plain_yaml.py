@@ -12,8 +12,9 @@ GOOD = {
     "letters of any kind": (yaml.safe_dump({"é": "\u202eü\x1b\U0001f600"}), None),
 }
 BAD = {
-    "an alias": ("a: &a [1]\nb: [*a, *a]", "it holds an alias"),
-    "a long number": ("a: 0x" + "f" * 9000, "which is no number"),
+    "an alias": ("a: &a [1]\nb: [*a, *a]", "it holds an alias, in line 2"),
+    "a long number": ("a: 0x" + "f" * 9000, "which is too long for a number, in line 1"),
+    "a key twice": ("a: {b: 1,\n b: 2}", "it holds b for the second time, in line 2"),
     "a list cut short": ("a: [1,", "while parsing"),
     "text cut short": ("a: 'b", "while scanning"),
     "a tab": ("\ta: 1", "while scanning"),
@@ -34,8 +35,9 @@ def test_parse_is_the_same_with_libyaml_and_without(text, complaint, libyaml, mo
     if complaint is None:
         assert repr(plain_yaml.parse(text)) == repr(yaml.safe_load(text))
     else:
-        with pytest.raises(yaml.YAMLError, match=complaint):
+        with pytest.raises(yaml.YAMLError, match=complaint) as refusal:
             plain_yaml.parse(text)
+        assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")

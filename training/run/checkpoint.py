@@ -559,7 +559,7 @@ def _read_manifest(path: Path) -> Manifest:
         content = parse_verified(content.decode())
         format = stated_format(content)
         check_format(path, format)
-        if not isinstance(content["config"], dict):
+        if not isinstance(content.get("config"), dict):
             raise ValueError("its config holds no settings")
         migrated = migrate(content["config"], format)
         manifest = Manifest.model_validate(content | {"format": format, "config": migrated})
