@@ -154,7 +154,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
         fault = reason(error)
     except (ValueError, yaml.YAMLError) as error:
         fault = str(error).splitlines()[0]
-    raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own back, as a file to be read")
+    raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own file back")
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
