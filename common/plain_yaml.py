@@ -62,9 +62,9 @@ def parse(text: str) -> Any:
             # names of files that are not UTF-8 are refused by libyaml.
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        said = ": ".join(part for part in (error.context, error.problem) if part)
+        message = ": ".join(part for part in (error.context, error.problem) if part)
         mark = error.problem_mark or error.context_mark
-        raise yaml.YAMLError(f"{said}, in line {mark.line + 1}" if mark else said) from None
+        raise yaml.YAMLError(f"{message}, in line {mark.line + 1}" if mark else message) from None
     except yaml.YAMLError as error:
         raise yaml.YAMLError(str(error).splitlines()[0]) from None
     except (LookupError, AttributeError):

@@ -572,6 +572,10 @@ FAULTS = {
     "weights altered": (lambda run: spoil(run, flip), "model.safetensors is damaged"),
     "no weights": (lambda run: spoil(run, Path.unlink), "model.safetensors cannot be read"),
     "no manifest": (lambda run: spoil(run, Path.unlink, "manifest.json"), "manifest.json cannot be read"),
+    "manifest of nothing": (
+        lambda run: spoil(run, lambda path: path.write_text(json.dumps({"hash": digest({})})), "manifest.json"),
+        "its config holds no settings",
+    ),
     "manifest cut short": (lambda run: spoil(run, cut, "manifest.json"), "manifest.json is damaged"),
     "newer format": (
         lambda run: reseal(last(run), format=FORMAT + 1),
