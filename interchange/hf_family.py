@@ -54,14 +54,19 @@ def packed(model: TransformerLM, family: Family, content: dict[str, Any]) -> Ite
         try:
             tensors = entry.pack([ours[name] for name in entry.ours])
         except Misfit as error:
-            name = str(error)
-            of_name = next((way for end, way in WITHOUT_BIAS.items() if name.endswith(end)), None)
-            way_out = "model.bias=false" if model.config.bias or of_name is None else of_name
             raise UserError(
-                f"{name} is not zero, and transformers' {family.model_type} has no place for it: {way_out} trains "
-                f"without{_with_code(model.config)}"
+                f"{error} is not zero, and transformers' {family.model_type} has no place for it: "
+                f"{_without_bias(str(error), model.config)} trains without{_with_code(model.config)}"
             ) from None
         yield from zip(entry.published, tensors, strict=True)
+
+
+def _without_bias(name: str, config: ModelConfig) -> str:
+    """The setting by which a model has no bias of that name."""
+    if ".mlp." in name:
+        return "mlp.bias=false"
+    of_name = next((way for end, way in WITHOUT_BIAS.items() if name.endswith(end)), None)
+    return "model.bias=false" if config.bias or of_name is None else of_name
 
 
 def _with_code(config: ModelConfig) -> str:

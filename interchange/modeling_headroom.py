@@ -42,7 +42,7 @@ class HeadroomConfig(PretrainedConfig):
     position_embedding: str = "none"  # none | learned | sinusoidal
     norm: str = "rms"  # rms | layer: of the residual stream
     norm_eps: float = 1e-6
-    bias: bool = False  # of every linear layer and LayerNorm
+    bias: bool = False  # of every linear layer of attention, and of LayerNorm
     logit_softcap: float | None = None
     tie_word_embeddings: bool = True
     attention: Any = ()  # a list of Settings
@@ -267,11 +267,11 @@ class SwiGLU(nn.Module):
 class PlainMLP(nn.Module):
     """ReLU, squared ReLU or GELU between two matrices."""
 
-    def __init__(self, d_model: int, s: Settings, bias: bool):
+    def __init__(self, d_model: int, s: Settings):
         super().__init__()
         self.s = s
-        self.up_proj = nn.Linear(d_model, s["d_ff"], bias)
-        self.down_proj = nn.Linear(s["d_ff"], d_model, bias)
+        self.up_proj = nn.Linear(d_model, s["d_ff"], s["bias"])
+        self.down_proj = nn.Linear(s["d_ff"], d_model, s["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.up_proj(x)
@@ -329,12 +329,12 @@ class Experts(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A few of many experts for each token, and a shared one for all."""
 
-    def __init__(self, d_model: int, s: Settings, bias: bool):
+    def __init__(self, d_model: int, s: Settings):
         super().__init__()
         self.router = Router(d_model, s)
         self.experts = Experts(d_model, s)
         shared = s["n_shared_experts"] * s["d_ff"]
-        self.shared = SwiGLU(d_model, shared, bias) if shared else None
+        self.shared = SwiGLU(d_model, shared, s["bias"]) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)  # (N, d)
@@ -345,12 +345,12 @@ class MixtureOfExperts(nn.Module):
 def mlp_of(config: HeadroomConfig, layer: int) -> nn.Module:
     s = config.mlp
     if s["kind"] == "swiglu":
-        return SwiGLU(config.d_model, s["d_ff"], config.bias)
+        return SwiGLU(config.d_model, s["d_ff"], s["bias"])
     if s["kind"] != "moe":
-        return PlainMLP(config.d_model, s, config.bias)
+        return PlainMLP(config.d_model, s)
     if layer < s["n_dense_layers"]:
-        return SwiGLU(config.d_model, s["dense_d_ff"], config.bias)
-    return MixtureOfExperts(config.d_model, s, config.bias)
+        return SwiGLU(config.d_model, s["dense_d_ff"], s["bias"])
+    return MixtureOfExperts(config.d_model, s)
 
 
 class Block(nn.Module):

@@ -22,10 +22,16 @@ from model.linear import FanOut, Linear
 
 class MLPConfig(FrozenSettings, ABC):
     d_ff: int | None = Field(ge=1, le=4 * MAX_SIZE)  # hidden width; unset: derived from d_model
+    bias: bool | None  # on its Linears; unset: model.bias
+
+    def derive(self, dimensions: Dimensions) -> Self:
+        """Return this config with what is unset filled in."""
+        bias = dimensions.bias if self.bias is None else self.bias
+        return self.model_copy(update={"d_ff": self.d_ff or self.usual_width(dimensions), "bias": bias})
 
     @abstractmethod
-    def derive(self, dimensions: Dimensions) -> Self:
-        """Return this config with d_ff filled in."""
+    def usual_width(self, dimensions: Dimensions) -> int:
+        """Of an unset d_ff."""
 
     def of_layer(self, index: int) -> "MLPConfig":
         """The MLP of one layer. Call it on a derived config."""
@@ -57,28 +63,28 @@ class MLP(nn.Module, ABC):
 class SwiGLUConfig(MLPConfig):
     """Unset d_ff: 8/3 d_model rounded up to a multiple of 32: as many parameters as a PlainMLP of 4 d_model."""
 
-    def derive(self, dimensions: Dimensions) -> Self:
-        return self.model_copy(update={"d_ff": self.d_ff or -(-8 * dimensions.d_model // 96) * 32})
+    def usual_width(self, dimensions: Dimensions) -> int:
+        return swiglu_width(dimensions.d_model)
 
     def build(self, dimensions: Dimensions) -> MLP:
-        return SwiGLU(dimensions.d_model, self.d_ff, dimensions.bias)
+        return SwiGLU(dimensions.d_model, self.d_ff, self.bias)
 
 
 class PlainMLPConfig(MLPConfig):
     """Unset d_ff: 4 d_model."""
 
-    def derive(self, dimensions: Dimensions) -> Self:
-        return self.model_copy(update={"d_ff": self.d_ff or 4 * dimensions.d_model})
+    def usual_width(self, dimensions: Dimensions) -> int:
+        return 4 * dimensions.d_model
 
 
 class ReLUConfig(PlainMLPConfig):
     def build(self, dimensions: Dimensions) -> MLP:
-        return PlainMLP(dimensions.d_model, self.d_ff, F.relu, dimensions.bias)
+        return PlainMLP(dimensions.d_model, self.d_ff, F.relu, self.bias)
 
 
 class ReLU2Config(PlainMLPConfig):
     def build(self, dimensions: Dimensions) -> MLP:
-        return PlainMLP(dimensions.d_model, self.d_ff, relu2, dimensions.bias)
+        return PlainMLP(dimensions.d_model, self.d_ff, relu2, self.bias)
 
 
 class GELUConfig(PlainMLPConfig):
@@ -86,7 +92,7 @@ class GELUConfig(PlainMLPConfig):
 
     def build(self, dimensions: Dimensions) -> MLP:
         activation = partial(F.gelu, approximate=self.approximate)
-        return PlainMLP(dimensions.d_model, self.d_ff, activation, dimensions.bias)
+        return PlainMLP(dimensions.d_model, self.d_ff, activation, self.bias)
 
 
 class SwiGLU(FanOut, MLP):
@@ -149,6 +155,11 @@ class PlainMLP(MLP):
             **linear("up_proj", self.up_proj, Role.UP, published=Names("up_proj", "c_fc")),
             **linear("down_proj", self.down_proj, Role.RESIDUAL_OUTPUT, published=Names("down_proj", "c_proj")),
         }
+
+
+def swiglu_width(d_model: int) -> int:
+    """8/3 d_model, rounded up to a multiple of 32."""
+    return -(-8 * d_model // 96) * 32
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from model.context import Context
 from model.dimensions import MAX_SIZE, Dimensions
 from model.grouped import grouped_product
 from model.layout import Kind, Names, ParamLayout, Role, experts, leaf, nested
-from model.mlp import MLP, MLPConfig, SwiGLU, SwiGLUConfig
+from model.mlp import MLP, MLPConfig, SwiGLU, SwiGLUConfig, swiglu_width
 from model.upcast import upcast
 
 UNIT = 8  # of a width that is derived: what grouped products of bfloat16 need
@@ -86,12 +86,22 @@ class MoEConfig(MLPConfig):
                 f"mlp.n_dense_layers={self.n_dense_layers} leaves none of model.n_layers={dimensions.n_layers} to "
                 f"experts: choose at most {dimensions.n_layers - 1}, or mlp=swiglu"
             )
-        dense = SwiGLUConfig(d_ff=None).derive(dimensions).d_ff
-        narrow = -(-dense // (UNIT * (self.top_k + self.n_shared_experts))) * UNIT
-        return self.model_copy(update={"d_ff": self.d_ff or narrow, "dense_d_ff": self.dense_d_ff or dense})
+        others = self.n_shared_experts > 0 or self.n_dense_layers > 0
+        if self.bias and not others:
+            raise ValueError(
+                "mlp.bias=true: routed experts have no biases, and there are no others: leave it out, or set "
+                "mlp.n_shared_experts=1"
+            )
+        derived = super().derive(dimensions)
+        dense = self.dense_d_ff or swiglu_width(dimensions.d_model)
+        return derived.model_copy(update={"bias": derived.bias and others, "dense_d_ff": dense})
+
+    def usual_width(self, dimensions: Dimensions) -> int:
+        parts = UNIT * (self.top_k + self.n_shared_experts)
+        return -(-swiglu_width(dimensions.d_model) // parts) * UNIT
 
     def of_layer(self, index: int) -> MLPConfig:
-        return SwiGLUConfig(d_ff=self.dense_d_ff) if index < self.n_dense_layers else self
+        return SwiGLUConfig(d_ff=self.dense_d_ff, bias=self.bias) if index < self.n_dense_layers else self
 
     def build(self, dimensions: Dimensions) -> "MoE":
         return MoE(self, dimensions)
@@ -116,7 +126,7 @@ class MoE(MLP):
         self.router = Router(config, dimensions.d_model)
         self.experts = Experts(config.n_experts, config.top_k, dimensions.d_model, config.d_ff)
         shared = config.n_shared_experts * config.d_ff
-        self.shared = SwiGLU(dimensions.d_model, shared, dimensions.bias) if shared else None
+        self.shared = SwiGLU(dimensions.d_model, shared, config.bias) if shared else None
         losses = {BALANCE_LOSS: config.balance_loss, Z_LOSS: config.router_z_loss}
         self.auxiliary_losses: Mapping[str, float] = {name: weight for name, weight in losses.items() if weight}
 

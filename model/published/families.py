@@ -190,10 +190,10 @@ def _same_rope_everywhere(settings: Settings) -> Obstacle | None:
 def _llama_settings(content: Content) -> Settings:
     _silu(content)
     biased = bool(content.get("attention_bias"))
-    bias = biased or bool(content.get("mlp_bias"))  # of all layers; those that the files lack are zero
     if content.get("pretraining_tp", 1) != 1:
         raise UserError(f"pretraining_tp={content['pretraining_tp']}: only 1 is known")
-    return {"model.bias": bias, **grouped_settings(content, biased=biased, qk_norm=False)}
+    grouped = grouped_settings(content, biased=biased, qk_norm=False)
+    return {"model.bias": biased, "mlp.bias": bool(content.get("mlp_bias")), **grouped}
 
 
 LLAMA = Family(
@@ -201,7 +201,7 @@ LLAMA = Family(
     "LlamaForCausalLM",
     GROUPED | NO_WINDOW | {"attention.qk_norm": (False,), "mlp": ("swiglu",)},
     DENSE_KEYS,
-    lambda s: {"attention_bias": _has_biases(s), "mlp_bias": s["model.bias"], "hidden_act": "silu", **rope_keys(s)},
+    lambda s: {"attention_bias": _has_biases(s), "mlp_bias": s["mlp.bias"], "hidden_act": "silu", **rope_keys(s)},
     _llama_settings,
     ROPE | {"attention_bias", "mlp_bias", "hidden_act", "pretraining_tp"},
     lambda content: (*(QKVO if content.get("attention_bias") else ()), *(OF_MLP if content.get("mlp_bias") else ())),
@@ -314,7 +314,7 @@ def _qwen3_settings(content: Content) -> Settings:
     biased = bool(content.get("attention_bias"))
     content = {"head_dim": 128, **content}
     grouped = grouped_settings(content, biased=biased, qk_norm=True)
-    return {"model.bias": biased, **grouped, **_window_settings(content)}
+    return {"model.bias": biased, "mlp.bias": False, **grouped, **_window_settings(content)}
 
 
 QWEN3 = Family(
@@ -334,7 +334,8 @@ def _apertus_settings(content: Content) -> Settings:
     biased = bool(content.get("attention_bias"))
     if not (content.get("rope_parameters") or content.get("rope_scaling")):
         raise UserError("there is no rope_parameters, without which versions of transformers differ")
-    return {"model.bias": biased, **_activation(content), **grouped_settings(content, biased=biased, qk_norm=True)}
+    grouped = grouped_settings(content, biased=biased, qk_norm=True)
+    return {"model.bias": biased, "mlp.bias": False, **_activation(content), **grouped}
 
 
 APERTUS = Family(
@@ -452,6 +453,7 @@ def _deepseek_settings(content: Content) -> Settings:
     return {
         **(plain if dense else experts | _expert_settings(content)),
         "model.bias": biased,
+        "mlp.bias": False,
         "attention.q_lora_rank": content.get("q_lora_rank", 1536) or 0,
         "attention.rope_layout": _deepseek_pairs(content),
         **rope_settings(content),

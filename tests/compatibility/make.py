@@ -82,6 +82,7 @@ CASES = {
         *(*WORDS, "attention=gqa", "mlp=swiglu", "model.qk_norm=false", "precision=fp32"),
         *("attention.v_bias=true", "model.norm_eps=1e-5"),
     ],
+    "mlp_bias": [*WORDS, "attention=gqa", "mlp=swiglu", "model.bias=true", "mlp.bias=false", "precision=fp32"],
     "init_from": [*RUN, "init_from=base", "data=synthetic", "data.size=30", "data.seed=7", "precision=fp32"],
 }
 

@@ -187,7 +187,7 @@ def cases(draw) -> Case:
         "mtp_depth": draw(st.sampled_from([0, 0, 0, 1])),
     }
     tree["attention"] |= draw(fitting(attention, tree["attention"].keys(), n_heads))
-    tree["mlp"]["d_ff"] = draw(unset_or(st.integers(1, 64)))
+    tree["mlp"] |= {"d_ff": draw(unset_or(st.integers(1, 64))), "bias": draw(unset_or(st.booleans()))}
     tree["mlp"] |= draw(experts()) if "n_experts" in tree["mlp"] else {}
     tree["optim"]["lr"] = draw(unset_or(st.floats(1e-4, 1e-1)))
     tree |= {

@@ -48,14 +48,16 @@ MODELS = {
     ),
     "latents alone normed, sigmoid of experts, a window": (
         *("attention=mla", "attention.qk_norm=latent", "attention.window=12", "mlp=moe", "mlp.n_dense_layers=1"),
-        *("mlp.n_shared_experts=2", "mlp.n_groups=2", "mlp.scaling=2.5"),
+        *("mlp.n_shared_experts=2", "mlp.n_groups=2", "mlp.scaling=2.5", "mlp.bias=true"),
     ),
     "a stack": (
         *("attention=stack", "attention.pattern=[a,a,b]", f"+attention.parts={PARTS}", "model.n_layers=6"),
         "model.tie_embeddings=false",
     ),
     "a position of each token that is learned": ("attention=mha", "position=learned", "model.bias=true"),
-    "a position of each token that is a wave": ("attention=mla", "position=sinusoidal", "model.bias=true"),
+    "a position of each token that is a wave": (
+        *("attention=mla", "position=sinusoidal", "model.bias=true", "mlp.bias=false"),
+    ),
     "no positions": ("attention=mqa", "position=none", "attention.head_dim=24"),
 }
 

@@ -13,9 +13,10 @@ from data.tokenizers.bpe import BPEConfig
 from interchange import hf_folder
 from interchange.hf_family import in_family
 from model.published.families import FAMILIES, family_of
-from tests.interchange.published import OURS_AS, VOCAB, ours, transformers
-from tests.support import assert_one_line, call, composed_run, logits_of, relative_error, some_tokens
+from tests.interchange.published import OURS_AS, THEIRS, VOCAB, ours, save, theirs, transformers
+from tests.support import assert_one_line, call, composed_run, logits_of, relative_error, some_tokens, spread_out
 from training.run.load import load_run
+from training.run.published import load_published, look_at
 
 
 def exported(model, folder, monkeypatch, form_of=in_family, **options):
@@ -38,6 +39,18 @@ def test_exported_model_has_its_logits_in_transformers_and_here(name, tmp_path, 
         expected = logits_of(model, tokens)
         assert relative_error(theirs(tokens, use_cache=False).logits, expected) <= 1e-4
         assert relative_error(logits_of(load_run(f"hf:{tmp_path / 'out'}")[0], tokens), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_published_model_that_was_trained_fits_its_family_again(name, tmp_path, monkeypatch):
+    """Whatever training moves has a place there: biases too, which begin at zero."""
+    found = look_at(f"hf:{save(theirs(name), tmp_path / 'model')}")
+    model = spread_out(load_published(found, found.run.model))
+    exported(model, tmp_path, monkeypatch, functools.partial(in_family, name=found.family.model_type))
+    tokens = some_tokens(2, 40, VOCAB)
+    with torch.no_grad():
+        again = logits_of(load_run(f"hf:{tmp_path / 'out'}")[0], tokens)
+        assert relative_error(again, logits_of(model, tokens)) <= 1e-5
 
 
 def test_exported_files_hold_at_most_so_many_bytes_and_lower_precision(tmp_path, monkeypatch):
@@ -171,7 +184,7 @@ def test_model_that_no_family_expresses_is_refused_with_the_switch(case):
 
 def test_bias_that_would_be_lost_is_refused_with_the_switch(tmp_path, monkeypatch):
     with pytest.raises(
-        UserError, match=r"mlp\.up_proj\.bias is not zero, .*apertus.*: model\.bias=false trains"
+        UserError, match=r"mlp\.up_proj\.bias is not zero, .*apertus.*: mlp\.bias=false trains"
     ) as refusal:
         exported(ours(["attention=gqa", "model.bias=true"]), tmp_path, monkeypatch)
     assert_one_line(refusal.value)

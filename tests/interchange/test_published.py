@@ -218,9 +218,6 @@ def test_train_and_sample_from_a_published_model(workplace, monkeypatch, capsys)
 
 def test_train_from_a_folder_that_is_not_whole_is_refused_before_text_is_prepared(workplace, monkeypatch, capsys):
     folder = save(theirs("qwen3"), workplace / "model", max_shard_size="100KB")
-    assert call("train", ["experiment=smoke", "init_from=hf:model", "data.size=40", "dry_run=true"], monkeypatch) == 0
-    assert "5 more begin at zero, and no qwen3 has them" in capsys.readouterr().err
-    shutil.rmtree("cache")
     sorted(folder.glob("model-*.safetensors"))[0].unlink()
     assert call("train", ["experiment=smoke", "init_from=hf:model", "data.size=40"], monkeypatch) == 2
     assert "model is not whole: its index names" in capsys.readouterr().err

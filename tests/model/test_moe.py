@@ -347,6 +347,7 @@ REFUSED = {
     "mlp.router=tanh": "mlp.router=tanh: choose softmax or sigmoid",
     "mlp.bias_rate=-1": "mlp.bias_rate=-1: give at least 0 and at most 1",
     "mlp.scaling=0": "mlp.scaling=0: give more than 0",
+    "mlp.bias=true mlp.n_shared_experts=0": "mlp.bias=true: routed experts have no biases, and there are no others: ",
     "+mlp.n_expert=4": "mlp.n_expert=4: no such key; did you mean",
 }
 

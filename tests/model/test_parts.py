@@ -130,6 +130,18 @@ def test_model_bias_is_on_the_documented_matrices_and_starts_at_zero():
     assert not any(name.endswith("bias") for name, _ in none.named_parameters())
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "relu", "relu2", "swiglu", "moe"])
+def test_mlp_bias_is_on_the_mlp_alone_and_model_bias_without_it_on_the_others(mlp):
+    def biased(*choice):
+        model = initialised(small_config("attention=mha", f"mlp={mlp}", "attention.qk_bias=false", *choice), 100)
+        return {name.split(".")[2] for name, _ in model.named_parameters() if name.endswith("bias")}
+
+    assert biased("mlp.bias=true") == {"mlp"}
+    assert biased("model.bias=true", "mlp.bias=false") == {"attention"}
+    assert biased("model.bias=true") == {"attention", "mlp"}
+    assert biased() == set()
+
+
 @pytest.mark.parametrize(
     ("choice", "biased"),
     [

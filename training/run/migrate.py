@@ -7,7 +7,7 @@ lacks had no setting then, and the value below is how the program behaved. What 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-FORMAT = 11  # of config.yaml and manifest.json
+FORMAT = 12  # of config.yaml and manifest.json
 MAX_DEPTH = 32  # how far settings are nested at most; mixes within mixes are the deepest
 UNSTATED = 2  # of files without the key: then manifests called it `version`, and config.yaml had none
 
@@ -76,6 +76,8 @@ INDEXED_9 = ("model.attention.gqa.GQAConfig", "model.attention.mla.MLAConfig")
 MODEL_10 = {"norm_eps": None}  # it was 1e-6 of rms, 1e-5 of layer
 V_BIAS_10 = {"v_bias": None}  # of GQA: as model.bias
 FILES_10 = {"prompt": None, "prompt_end": "\\n"}  # of data=files: no row had a prompt
+MLPS_11 = (*(f"model.mlp.{kind}Config" for kind in ("SwiGLU", "ReLU", "ReLU2", "GELU")), "model.moe.MoEConfig")
+BIAS_11 = {"bias": None}  # of an MLP: as model.bias
 MODEL_8 = {"mtp_depth": 0, "mtp_weight": 0.3}  # there was no multi-token prediction
 ONE_PROCESS_9 = {"parallel": {"_target_": "training.parallel.config.OneProcess"}}
 NO_TILES_9, TILES_10 = {"tiles": False}, {"tiles": True}  # of kernel=auto
@@ -133,7 +135,9 @@ def _since_7(tree: dict[str, Any], format: int) -> dict[str, Any]:
         tree = _to_9(tree)
     if format < 10:
         tree = ONE_PROCESS_9 | _each_part(tree, _without_tiles)
-    return _to_11(tree) if format < 11 else tree
+    if format < 11:
+        tree = _to_11(tree)
+    return _each_part(tree, _with_mlp_bias) if format < 12 else tree
 
 
 def stated_format(content: dict[str, Any]) -> Any:
@@ -203,6 +207,10 @@ def _to_11(tree: dict[str, Any]) -> dict[str, Any]:
 
 def _with_v_bias(part: dict[str, Any]) -> dict[str, Any]:
     return V_BIAS_10 | part if part.get("_target_") == "model.attention.gqa.GQAConfig" else part
+
+
+def _with_mlp_bias(part: dict[str, Any]) -> dict[str, Any]:
+    return BIAS_11 | part if part.get("_target_") in MLPS_11 else part
 
 
 def _without_prompts(part: dict[str, Any]) -> dict[str, Any]:

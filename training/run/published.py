@@ -21,7 +21,7 @@ from data.tokenizers.load import load_tokenizer
 from model.attention.base import divisors
 from model.published.families import FAMILIES
 from model.published.family import Family, typed
-from model.published.tensors import Entry, Left, Misfit
+from model.published.tensors import Entry, Misfit
 from model.transformer import ModelConfig, TransformerLM
 from runtime.fast_startup import allocate_empty
 from training.run.config import Run, compose
@@ -114,16 +114,9 @@ def _in_parts(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_before_training(found: Published) -> None:
-    """Raise UserError where its files have not the tensors of such a model, of which none is read; warn of what a run
-    would learn and no such model has."""
+    """Raise UserError where its files have not the tensors of such a model, of which none is read."""
     with ExitStack() as held:
-        _, entries, _ = _model_and_files(found, found.run.model, held)
-    further = [name for entry in entries if isinstance(entry, Left) for name in entry.ours]
-    if further:
-        log.warning(
-            f"{further[0]} and {len(further) - 1} more begin at zero, and no {found.family.model_type} has them: once "
-            "trained it is exported with --to hf-code only"
-        )
+        _model_and_files(found, found.run.model, held)
 
 
 def _model_and_files(

@@ -30,6 +30,7 @@ CHANGE_OF = {
     "attention": Change.NEVER,
     "attention.window": Change.FINE_TUNING,
     "mlp.d_ff": Change.NEVER,
+    "mlp.bias": Change.NEVER,
     "tokenizer.vocab_size": Change.NEVER,
     "position": Change.NEVER,
     "no.such": Change.NEVER,

@@ -89,6 +89,17 @@ def test_migrate_format_10_gives_norms_their_eps_and_values_the_bias_that_they_h
     assert migrate(dump(later), FORMAT) == dump(later)
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "relu", "relu2", "swiglu", "moe"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_migrate_format_11_gives_mlps_the_biases_of_their_model(mlp, bias):
+    run = composed_run(f"mlp={mlp}", f"model.bias={bias}")
+    older = dump(run)
+    assert older["mlp"].pop("bias") is bias
+    assert Run.from_tree(migrate(older, 11)) == run
+    later = composed_run(f"mlp={mlp}", f"model.bias={bias}", f"mlp.bias={not bias}")
+    assert migrate(dump(later), FORMAT) == dump(later)
+
+
 def test_migrate_format_10_gives_files_no_prompts():
     data = "data.parts={files: {quota: 1, path: a.csv}, sympy: 1}"
     for run in (composed_run("data=files", "data.path=a.csv"), composed_run("data=mix", data)):
