@@ -16,7 +16,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import Parser, number, one_line_errors
+from common.cli import Parser, one_line_errors, size
 from common.hf_names import is_published
 from common.streams import print_stderr
 
@@ -36,8 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest", help="best: of validation loss")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights in the files")
     parser.add_argument("--family", help="of hf: which, as qwen3; unset: the first that fits")
-    size = number(int, 1)
-    parser.add_argument("--file-bytes", type=size, help="of weights in one file, at most; unset: 5 GB")
+    parser.add_argument(
+        "--file-bytes",
+        type=size,
+        metavar="SIZE",
+        help="of weights in one file, at most, as 500MB; a larger tensor has a file of its own; unset: 5 GB",
+    )
     args = parser.parse_args()
     if args.to[0] not in FORMATS:
         parser.error(f"--to {args.to[0]}: there is no such format: {', '.join(FORMATS)}")

@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib.util
 import math
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from common.invocation import ROOT, command, how_to_install
 from common.streams import StdoutLost, all_written, print_stderr
 from common.suggestions import hint, nearest
 
+BYTES = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+BYTES |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # Errors of files and disks, which are no fault of the program.
 FILE_FAULTS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 FILE_FAULTS += (errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENFILE)
@@ -104,6 +107,18 @@ def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[s
         return value
 
     return parse
+
+
+def size(text: str) -> int:
+    """An argparse type: a number of bytes, as 5000000, 5MB or 4.5 GiB."""
+    number, unit = re.match(r"([\d.]*) ?(.*)", text.strip(), re.DOTALL).groups()
+    try:
+        count = int(float(number) * BYTES[unit.lower()])
+    except (ValueError, KeyError, OverflowError):
+        count = 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 500MB, or 5000000")
+    return count
 
 
 def _file_fault(error: Exception) -> str | None:

@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from common.atomic_io import atomic_folder, names_in
+from common.atomic_io import UNFINISHED, atomic_folder, make_folder, names_in
 from common.errors import UserError, reason
 from data.tokenizers.base import Tokenizer
 from interchange.card import card
@@ -52,13 +53,16 @@ def export(
     if model.mtp is not None:
         log.warning(f"the module for multi-token prediction is left out: {form.architecture} reads none")
     config = form.config | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
-    with _writing(output), atomic_folder(output.resolve()) as folder:
-        names, numbers = _write_weights(folder, in_dtype(form.tensors, DTYPES[dtype]), file_bytes)
-        _write(folder / "config.json", config)
-        write_tokenizer(folder, tokenizer, model.config.context_length)
-        if form.code is not None:
-            (folder / form.code.name).write_bytes(form.code.read_bytes())
-        (folder / "README.md").write_text(card(run, which, form, dtype))
+    final = output.resolve()
+    with _writing(output):
+        make_folder(final.parent)
+        with atomic_folder(final) as folder:
+            names, numbers = _write_weights(folder, in_dtype(form.tensors, DTYPES[dtype]), file_bytes)
+            _write(folder / "config.json", config)
+            write_tokenizer(folder, tokenizer, model.config.context_length)
+            if form.code is not None:
+                (folder / form.code.name).write_bytes(form.code.read_bytes())
+            (folder / "README.md").write_text(card(run, which, form, dtype))
     return Exported(form, names, numbers)
 
 
@@ -68,7 +72,7 @@ def _writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{output} cannot be written: {reason(error)}") from None
+        raise UserError(f"{output} cannot be written: {reason(error)}: choose another folder") from None
 
 
 def in_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -77,12 +81,13 @@ def in_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Itera
 
 
 def check_output(output: Path) -> None:
-    """Raise UserError where a folder cannot be written without losing what is there."""
+    """Raise UserError where a folder cannot be written, or not without losing what is there."""
     whole = output.resolve()
     if os.path.lexists(whole) and (not whole.is_dir() or names_in(whole) or whole == Path.cwd()):
         raise UserError(f"{output} is there already: choose another folder, or move it away")
-    if not whole.parent.is_dir():
-        raise UserError(f"{output} cannot be made: there is no folder {output.parent}")
+    above = next(path for path in whole.parents if os.path.lexists(path))
+    with _writing(output), TemporaryDirectory(prefix=UNFINISHED, dir=above):
+        pass  # only trying shows whether something can be written there
 
 
 def _write_weights(folder: Path, tensors: Iterator[tuple[str, Tensor]], file_bytes: int) -> tuple[list[str], int]:

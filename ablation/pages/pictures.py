@@ -35,6 +35,8 @@ def figures(report: Report, x: str = "tokens", y: str = "bpb", log: bool = False
         found["frontier.png"] = frontier_figure(report)
     if has_accuracy(report):
         found["accuracy.png"] = accuracy_figure(report)
+    for name, figure in found.items():  # a picture may leave the folder of its report
+        figure.supxlabel(CAPTIONS[name], size="x-small", color="0.35")
     return found
 
 

@@ -1,8 +1,10 @@
-"""What a parser says of words that are no arguments."""
+"""What a parser says of words that are no arguments, and how it reads sizes."""
+
+from argparse import ArgumentTypeError
 
 import pytest
 
-from common.cli import Parser
+from common.cli import Parser, size
 
 SLIPS = [
     (["--tempratur", "1"], "--temperature"),
@@ -26,3 +28,14 @@ def test_parse_args_names_the_flag_that_a_slip_was_meant_for(capsys):
         line = capsys.readouterr().err
         assert line.startswith("error: unrecognized arguments: ") and line.count("\n") == 1
         assert (f": did you mean {meant}? (" in line) if meant else "did you mean" not in line, typed
+
+
+def test_size_reads_bytes_with_and_without_units():
+    typed = {"1": 1, "5000000": 5_000_000, "5MB": 5_000_000, "4.5 GiB": 4.5 * 2**30, "2kb": 2_000, "7b": 7}
+    assert {text: size(text) for text in typed} == typed
+
+
+@pytest.mark.parametrize("text", ["", "0", "0.4", "-1", "many", "5 apples", "MB", "1e3", "9" * 999, "5 i", "1..2"])
+def test_size_refuses_what_is_no_number_of_bytes(text):
+    with pytest.raises(ArgumentTypeError, match="is no number of bytes: write it as 500MB, or 5000000"):
+        size(text)

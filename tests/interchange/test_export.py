@@ -55,10 +55,11 @@ def test_published_model_that_was_trained_fits_its_family_again(name, tmp_path, 
 
 def test_exported_files_hold_at_most_so_many_bytes_and_lower_precision(tmp_path, monkeypatch):
     model = ours(["attention=gqa"])
-    found = exported(model, tmp_path, monkeypatch, dtype="bf16", file_bytes=60_000)
-    shards = [tmp_path / "out" / name for name in found.weights]
+    found = exported(model, tmp_path / "folders/made", monkeypatch, dtype="bf16", file_bytes=60_000)
+    out = tmp_path / "folders/made/out"
+    shards = [out / name for name in found.weights]
     assert len(shards) > 2 and all(shard.stat().st_size <= 70_000 for shard in shards)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, model.layers[1].mlp.up_proj.weight.bfloat16())
 
@@ -214,9 +215,10 @@ BAD = {
     "a run": (["export", "nowhere", "--to", "hf", "out"], "nowhere is not a run"),
     "a family": (["export", "run", "--to", "hf", "out", "--family", "opt"], "there is no such family"),
     "a family of code": (["export", "run", "--to", "hf-code", "out", "--family", "llama"], "is of --to hf"),
-    "a folder": (["export", "run", "--to", "hf", "no/out"], "there is no folder no"),
+    "a folder in a file": (["export", "run", "--to", "hf", "run/file/out"], "run/file/out cannot be written: "),
+    "a folder where none can be made": (["export", "run", "--to", "hf", "/proc/out"], "/proc/out cannot be written: "),
     "an output": (["export", "run", "--to", "hf", "."], "is there already"),
-    "a size": (["export", "run", "--to", "hf", "out", "--file-bytes", "0"], "is not a whole number of at least 1"),
+    "a size": (["export", "run", "--to", "hf", "out", "--file-bytes", "0"], "'0' is no number of bytes: write it as"),
 }
 
 

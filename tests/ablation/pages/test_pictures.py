@@ -7,7 +7,7 @@ import pytest
 
 from ablation.pages.axes import X_UNITS, bytes_axis, loss_axis, x_axis
 from ablation.pages.palette import look
-from ablation.pages.pictures import curves, figures, final
+from ablation.pages.pictures import CAPTIONS, curves, figures, final
 from ablation.pages.series import series
 from common.figures import save
 from tests.ablation import support
@@ -76,6 +76,16 @@ def test_final_has_means_seeds_and_intervals():
         found.mean for found in support.four().comparison.differences.values()
     ]
     assert len(final(support.two_runs()).axes) == 1
+
+
+@pytest.mark.parametrize("report", [support.four, support.two_runs])
+def test_pictures_explain_themselves_within_their_edges(report, tmp_path):
+    for name, figure in figures(report()).items():
+        save(figure, tmp_path / name)  # which lays it out
+        text = figure._supxlabel
+        assert text.get_text() == CAPTIONS[name]
+        place = text.get_window_extent()
+        assert place.x0 >= 0 and place.x1 <= figure.bbox.width and place.y0 >= 0
 
 
 def test_frontier_is_left_out_where_all_caches_are_alike():
