@@ -116,7 +116,6 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
     from training.monitor.monitor import Monitor
     from training.parallel.gather import whole_model
     from training.parallel.join import check_agreement, join, restarted
-    from training.run import checkpoint
     from training.run.config import dump
     from training.run.folder import create
     from training.run.start import begin_or_resume
@@ -129,8 +128,7 @@ def train(tree: dict, typed: list[str], choices: dict[str, str]) -> None:
         run, folder, device = requested_run(tree, typed, choices, held)
         length = run.model.context_length
         if run.dry_run:
-            done = checkpoint.steps_done(folder) if folder else 0
-            return dry_run(run, device, done, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
+            return dry_run(run, device, folder, check=lambda corpus: preview_prompt(corpus, run.sample_prompt, length))
 
         world = held.enter_context(join(run, device))
         corpus = prepare(run.data, run.tokenizer, Path(run.cache_dir), window=length + 1)

@@ -17,6 +17,7 @@ from model import cost
 from runtime.memory import free_memory
 from training.epochs import epochs, repetition_warnings, tokens_of_epoch
 from training.monitor.mfu import flops_of, peak_flops
+from training.run import checkpoint
 from training.run.config import Run
 from training.step_memory import StepMemory, memory
 from training.step_time import time_step
@@ -27,17 +28,18 @@ GPT2_VOCABULARY = 50_257  # tokens; the published sizes of models are counted wi
 USUAL_MFU = 0.4  # what is assumed where no step can be timed
 
 
-def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared], Any]) -> None:
+def dry_run(run: Run, device: torch.device, folder: Path | None, check: Callable[[Prepared], Any]) -> None:
     """Prints the costs, and what could not be known without the documents or the tokenizer. Prepares what needs no
     download.
 
-    run: with its precision chosen. done: steps that a run to be resumed has behind it. check: called with the corpus
-    where it is there, to refuse what training would. Raises UserError where nothing is left to do, or where
-    training would refuse the documents or the tokenizer, other than for what can be fetched.
+    run: with its precision chosen. folder: of a run that is to be resumed. check: called with the corpus where it is
+    there, to refuse what training would. Raises UserError where nothing is left to do, or where training would refuse
+    the documents, the tokenizer or the checkpoints, other than for what can be fetched.
     """
-    if done >= run.steps:
-        raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
+    done = _steps_done(run, folder)
     corpus, lacking = _prepared(run, check)
+    if corpus and folder:
+        done = checkpoint.check_resumable(folder, run, corpus)
     if corpus is None:
         vocab_size = run.tokenizer.max_vocab_size
         flops = cost.flops(run.model, vocab_size)
@@ -60,6 +62,14 @@ def dry_run(run: Run, device: torch.device, done: int, check: Callable[[Prepared
             print_line(f"missing      {line}")
     kept = f", and nothing kept but the prepared documents, in {corpus.folder}" if corpus else " or kept"
     print_line(f"dry run      nothing was trained{kept}: leave dry_run=true out to train")
+
+
+def _steps_done(run: Run, folder: Path | None) -> int:
+    """By the names of the checkpoints. Raises UserError where they are all that there are to do."""
+    done = checkpoint.steps_done(folder) if folder else 0
+    if done >= run.steps:
+        raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
+    return done
 
 
 def _prepared(run: Run, check: Callable[[Prepared], Any]) -> tuple[Prepared | None, list[str]]:

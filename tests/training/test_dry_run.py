@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import os
 import re
 
 import pytest
@@ -102,6 +103,24 @@ def test_dry_run_of_a_resumed_run_does_not_change_it(workplace, monkeypatch, cap
     assert call("train", ["resume=run", "dry_run=true"], monkeypatch) == 2
     assert "error: 4 steps of this run are done, steps=4: give a larger steps=" in capsys.readouterr().err
     assert call("train", ["resume=run", "steps=5"], monkeypatch) == 0
+
+
+def test_dry_run_of_a_resumed_run_reads_its_checkpoints_as_training_does(workplace, monkeypatch, capsys):
+    assert call("train", [*QUICK, "steps=4", "save_every=2", "keep_last=2", "run_dir=run"], monkeypatch) == 0
+    newest, older = ((workplace / f"run/checkpoints/step_{step:08d}") for step in (4, 2))
+    dry = ["resume=run", "steps=34", "dry_run=true"]
+    for path, code, message in (
+        (newest, 0, f"{newest.name}/optimizer.safetensors is damaged: it is not what the manifest says was written; "),
+        (older, 2, "and no other checkpoint is whole: bring one back, or start a new run"),
+    ):
+        with (path / "optimizer.safetensors").open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\x7f")
+        capsys.readouterr()
+        assert call("train", dry, monkeypatch) == code
+        out, err = capsys.readouterr()
+        assert message in err
+        assert code or "34 steps (2 are done) of" in out
 
 
 def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch, capsys):

@@ -61,6 +61,7 @@ from training.run.tensor_files import (
     FileMark,
     Piece,
     Share,
+    kept_bytes,
     read_tensors,
     stated_tensors,
     together,
@@ -263,9 +264,9 @@ def _files_of(path: Path, name: str, manifest: Manifest) -> list[tuple[Path, Fil
 
 
 def _tensors_of(path: Path, files: Sequence[tuple[Path, FileMark]], share: Share) -> dict[str, Tensor]:
-    size, free = sum(mark.size for _, mark in files), free_memory(torch.device("cpu"))
+    size, free = _taken(functools.partial(kept_bytes, share=share), files), free_memory(torch.device("cpu"))
     if share.divided:  # and the other processes of this machine take theirs
-        size = size * int(os.environ.get("LOCAL_WORLD_SIZE", share.world.size)) // share.world.size
+        size *= int(os.environ.get("LOCAL_WORLD_SIZE", share.world.size))
     if free is not None and size > free:
         raise UserError(f"{path} takes {size:,} bytes of memory, {free:,} are free: take a machine with more")
     return _taken(functools.partial(read_tensors, share=share), files)
@@ -418,16 +419,12 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, worl
     """The state of the run's newest whole checkpoint; None, saying so, where there is none yet. Raises UserError, and
     then leaves the run as it was, where data or settings are not what the run began with, every checkpoint is damaged,
     or nothing is left to do."""
-    found = newest(folder, (MODEL, OPTIMIZER), share_of(run, corpus.tokenizer.vocab_size, world))
-    if found is not None:  # before the tokenizer, which other documents may have changed
-        check_same_documents(folder, run, found.manifest.corpus, corpus.fingerprint)
-    check_tokenizer(folder, read_tokenizer(folder), corpus.tokenizer.hash)
+    found = _newest_of(folder, run, corpus, share_of(run, corpus.tokenizer.vocab_size, world))
     state = None
     if found is None:
-        check_no_checkpoint_lost(folder)
         log.info(f"{folder} has no checkpoint yet: starting at step 0")
     else:
-        _check_same_run(folder, run, corpus, device, found, world)
+        _warn_of_other_machine(folder, found.manifest, _machine(device, run, world))
         state = _state_of(found, run, corpus.tokenizer.vocab_size, device, world)
         if state.step < run.steps:
             log.info(f"resuming {folder} after step {state.step}")
@@ -436,6 +433,27 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, worl
     if world.is_first:
         write_config(folder, run)
     return state
+
+
+def check_resumable(folder: Path, run: Run, corpus: Prepared) -> int:
+    """The steps that a run has done by its newest whole checkpoint, all of which is read and nothing kept; 0 where it
+    has none yet. Raises UserError where `restore` would, for all but the numbers in it."""
+    weights = on_meta(run.model, corpus.tokenizer.vocab_size).state_dict()
+    found = _newest_of(folder, run, corpus, Share(divided=dict.fromkeys(weights, slice(0, 0))))
+    return found.manifest.step if found else 0
+
+
+def _newest_of(folder: Path, run: Run, corpus: Prepared, share: Share) -> Checkpoint | None:
+    """The newest whole checkpoint of a run that is to be resumed; None where there is none yet."""
+    found = newest(folder, (MODEL, OPTIMIZER), share)
+    if found is not None:  # before the tokenizer, which other documents may have changed
+        check_same_documents(folder, run, found.manifest.corpus, corpus.fingerprint)
+    check_tokenizer(folder, read_tokenizer(folder), corpus.tokenizer.hash)
+    if found is None:
+        check_no_checkpoint_lost(folder)
+    else:
+        _check_same_run(folder, run, corpus, found)
+    return found
 
 
 def share_of(run: Run, vocab_size: int, world: World) -> Share:
@@ -575,9 +593,7 @@ def _read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_same_run(
-    folder: Path, run: Run, corpus: Prepared, device: torch.device, found: Checkpoint, world: World
-) -> None:
+def _check_same_run(folder: Path, run: Run, corpus: Prepared, found: Checkpoint) -> None:
     manifest = found.manifest
     check_tokenizer(folder, corpus.tokenizer, manifest.tokenizer)
     trained = settings_of(found.path, manifest)
@@ -585,7 +601,9 @@ def _check_same_run(
     check_steps(folder, run, trained.steps, manifest.step, is_finished(folder))
     if (manifest.loss_scale is None) != (run.precision != "fp16"):
         raise UserError(f"{found.path}/{MANIFEST} does not fit the run's settings: its loss_scale is that of others")
-    machine = _machine(device, run, world)
+
+
+def _warn_of_other_machine(folder: Path, manifest: Manifest, machine: Mapping[str, str | int]) -> None:
     for name in {**machine, **manifest.machine}:
         before, now = manifest.machine.get(name), machine.get(name)
         if before != now:

@@ -170,10 +170,20 @@ def read_tensors(files: Sequence[tuple[Path, FileMark]], share: Share = WHOLE) -
     return tensors
 
 
+def kept_bytes(files: Sequence[tuple[Path, FileMark]], share: Share) -> int:
+    """Of memory, what `read_tensors` takes for its result. Raises what that raises."""
+    tensors = stated_tensors(files).items()
+    return sum(math.prod(_kept_shape(one, share.rows(name))) * one.dtype.itemsize for name, one in tensors)
+
+
 def _room(stated: Tensor, rows: slice) -> Tensor:
     """Memory for some rows of a meta tensor. (torch.empty_like of it imports SymPy.)"""
+    return torch.empty(_kept_shape(stated, rows), dtype=stated.dtype)
+
+
+def _kept_shape(stated: Tensor, rows: slice) -> tuple[int, ...]:
     first = [] if stated.ndim == 0 else [len(range(*rows.indices(len(stated))))]
-    return torch.empty((*first, *stated.shape[1:]), dtype=stated.dtype)
+    return (*first, *stated.shape[1:])
 
 
 def stated_tensors(files: Sequence[tuple[Path, FileMark]]) -> dict[str, Tensor]:
