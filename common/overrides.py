@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any, NoReturn
 
 from common import conf_files
-from common.errors import UserError
+from common.errors import SURROGATES, UserError
 from common.invocation import command, quoted
 from common.suggestions import known_settings, mask_settings, no_such_setting
 
@@ -26,6 +26,7 @@ TEXTS = (
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
 FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
+NUMBERS = r"[-+\d.eE,\s]*"  # several of them
 BRACKETS = r"""["'()\[\]{}]"""  # and quotes, within which a comma does not part values
 # What stands between two commas: quoted, in brackets, or without either.
 PART = r"""(?:"[^"]*"|'[^']*'|\[[^\[\]]*\]|\{[^{}]*\}|\([^()]*\)|[^,"'\[\]{}()])+"""
@@ -188,7 +189,7 @@ def _override(word: str, typed: Sequence[str], sweep: bool) -> str:
 
 
 def _check_encoding(word: str) -> None:
-    if re.search("[\ud800-\udfff]", word):
+    if SURROGATES.search(word):
         encoding = sys.getfilesystemencoding()
         way_out = "rename the file, or give a pattern that it fits" if encoding == "utf-8" else "try LC_ALL=C.UTF-8"
         raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: {way_out}")
@@ -208,7 +209,8 @@ def _value(key: str, value: str, sweep: bool) -> str:
     if found is None:
         return _quoted_value(key, value, sweep, is_text)
     if found.is_sweep_override() and not sweep:
-        text = "" if conf_files.is_group(key) else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
+        is_no_text = conf_files.is_group(key) or re.fullmatch(NUMBERS, value)
+        text = "" if is_no_text else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
         raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
     if not is_text:
         return value if re.search(BRACKETS, value) else ",".join(map(_in_digits, value.split(",")))

@@ -21,6 +21,12 @@ class _Plain:
             raise _fault(f"{node.value[:20]}..., which is too long for a number", node.start_mark)
         return node
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (LookupError, AttributeError, ValueError):
+            raise _fault("a value that does not fit its tag", node.start_mark) from None
+
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
@@ -50,7 +56,7 @@ if yaml.__with_libyaml__:
 
 
 def parse(text: str) -> Any:
-    """Parse a YAML document -> plain values. Raises yaml.YAMLError, in one line, ValueError or RecursionError."""
+    """Parse a YAML document -> plain values. Raises yaml.YAMLError, in one line, or RecursionError."""
     try:
         if yaml.__with_libyaml__:
             try:
@@ -67,5 +73,3 @@ def parse(text: str) -> Any:
         raise yaml.YAMLError(f"{message}, in line {mark.line + 1}" if mark else message) from None
     except yaml.YAMLError as error:
         raise yaml.YAMLError(str(error).splitlines()[0]) from None
-    except (LookupError, AttributeError):
-        raise yaml.YAMLError("it holds a value that does not fit its tag") from None

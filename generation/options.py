@@ -12,7 +12,7 @@ from typing import Any
 from common.atomic_io import exists, names_in
 from common.cli import Parser, number
 from common.conf_files import choices, is_group, keys
-from common.errors import UserError, reason
+from common.errors import SURROGATES, UserError, reason
 from common.figures import check_writable
 from common.hf_names import folder_of, is_published
 from common.invocation import quoted, version_line
@@ -84,6 +84,7 @@ def parse_arguments(description: str) -> argparse.Namespace:
     Raises UserError for flags that contradict each other, a run that is not there, a file that is not text, and a
     picture or a page that cannot be written."""
     given = _parse(_parser(description))
+    _check_encoding(given)
     _check_contradictions(given)
     _check_compiled(given)
     _check_greedy(given)
@@ -119,6 +120,14 @@ def _parse(parser: argparse.ArgumentParser) -> dict[str, Any]:
             raise UserError("--prompt with a prompt: there is one prompt; leave one of them out")
         given["prompt"] = given.pop("prompt_flag")
     return given
+
+
+def _check_encoding(given: dict[str, Any]) -> None:
+    """Raise UserError for a prompt or a stop string that holds bytes which are no text where this shell runs."""
+    for flag, text in (("prompt", given.get("prompt", "")), *(("stop", stop) for stop in given.get("stop", ()))):
+        if SURROGATES.search(text):
+            way_out = "write it to a file, for --prompt-file" if flag == "prompt" else "leave it out"
+            raise UserError(f"{_flag(flag)} {text} is no text in {sys.getfilesystemencoding()}: {way_out}")
 
 
 def _hyphenated(word: str) -> str:

@@ -111,6 +111,11 @@ def refusal(*words: str) -> str:
     return str(refused.value)
 
 
+def test_hydra_arguments_several_numbers_are_not_offered_as_a_text():
+    assert refusal("logger.mode=a,b").endswith("""or write 'logger.mode="a,b"' for one text""")
+    assert refusal("seed=1,2").endswith("add -m, for a run of each")
+
+
 def test_hydra_arguments_unreadable_word_is_refused_in_one_line():
     for word, line in REFUSED.items():
         assert refusal(word).startswith(line)

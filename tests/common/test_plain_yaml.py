@@ -21,9 +21,10 @@ BAD = {
     "a class": ("!!python/object:os.system 1", "could not determine a constructor"),
     "several documents": ("- 1\n---\n- 2", "expected a single document"),
     "a control character": ("a: \x07", "unacceptable character"),
-    "no truth": ("!!bool maybe", "does not fit its tag"),
+    "no truth": ("a: 1\nb: !!bool maybe", "a value that does not fit its tag, in line 2"),
     "no number": ("!!float ''", "does not fit its tag"),
     "no date": ("!!timestamp x", "does not fit its tag"),
+    "no day of a month": ("a: [1,\n 2020-02-31]", "a value that does not fit its tag, in line 2"),
     "a list as a key": ("? [a]\n: 1", "while constructing a mapping"),
 }
 

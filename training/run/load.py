@@ -31,7 +31,8 @@ def load_run(
     found = choose(folder, (checkpoint.MODEL,))
     if found is None:
         check_is_run(folder)
-        raise UserError(f"{folder} has no {which} checkpoint yet: train it on with {resume_command(folder)}")
+        lacking = "checkpoint" if which == "latest" else "checkpoint with a validation loss"
+        raise UserError(f"{folder} has no {lacking} yet: train it on with {resume_command(folder)}")
     warn_if_it_diverged(folder)
     tokenizer = read_tokenizer(folder)
     checkpoint.check_tokenizer(folder, tokenizer, found.manifest.tokenizer)

@@ -587,7 +587,7 @@ FAULTS = {
     ),
     "other tokenizer": (lambda run: reseal(last(run), tokenizer="f"), "is not the tokenizer of its tokens"),
     "other shape": (lambda run: reshape(last(run)), "does not fit"),
-    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "has no latest checkpoint yet"),
+    "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "has no checkpoint yet: train it on with"),
     "not a run": (lambda run: [shutil.rmtree(run / "checkpoints"), (run / "config.yaml").unlink()], "is not a run"),
 }
 RESUME_FAULTS = {
