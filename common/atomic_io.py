@@ -111,9 +111,11 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def make_folder(path: Path, exist_ok: bool = True) -> None:
-    """Make a folder with its parents, synced to disk."""
+    """Make a folder with its parents, all synced to disk."""
+    new = [one for one in (path, *path.parents) if not os.path.lexists(one)]
     path.mkdir(parents=True, exist_ok=exist_ok)
-    _sync(path.parent)
+    for one in new:
+        _sync(one.parent)
 
 
 @contextmanager

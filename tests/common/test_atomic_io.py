@@ -108,6 +108,26 @@ def test_atomic_folder_syncs_before_rename(tmp_path, monkeypatch):
     assert calls[2:] == [".writing", "rename", tmp_path.name.split("-")[0]]
 
 
+def test_write_atomic_syncs_before_rename_and_the_folder_after(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr("os.fsync", lambda file: calls.append("sync"))
+    monkeypatch.setattr("os.replace", lambda *paths: (calls.append("rename"), replace(*paths)))
+    monkeypatch.setattr("common.atomic_io._sync", lambda path: calls.append(path))
+    write_atomic(tmp_path / "a", b"one")
+    assert calls == ["sync", "rename", tmp_path]
+
+
+def test_make_folder_syncs_all_that_a_new_folder_stands_in(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("common.atomic_io._sync", synced.append)
+    make_folder(tmp_path / "a/b/c")
+    assert synced == [tmp_path / "a/b", tmp_path / "a", tmp_path]
+    make_folder(tmp_path / "a/b/d")
+    assert synced[3:] == [tmp_path / "a/b"]
+    make_folder(tmp_path / "a/b/d")
+    assert synced[4:] == [] and (tmp_path / "a/b/d").is_dir()
+
+
 def test_atomic_io_respects_umask(tmp_path):
     before = os.umask(0o077)
     try:
