@@ -7,8 +7,10 @@ command ends in.
 """
 
 import functools
+import gzip
 import importlib.util
 import io
+import json
 import re
 import shlex
 import shutil
@@ -105,6 +107,7 @@ def made_place(tmp_path_factory):
     """A folder with all that the commands name: texts, a table, small runs and a sweep's folder."""
     import pyarrow
     import pyarrow.parquet
+    from datasets import Dataset
 
     folder = tmp_path_factory.mktemp("place")
     lines = [f"def name_{i}(x):\n    return x + {i * 7919 % 1000}\n" for i in range(1500)]
@@ -114,6 +117,11 @@ def made_place(tmp_path_factory):
     for name in ("a.txt", "b.txt", "moved.txt", "input.txt", "a.py", "books/one.txt", "books/old/two.txt"):
         (folder / name).write_text(text)
     pyarrow.parquet.write_table(pyarrow.table({"body": lines}), folder / "rows.parquet")
+    (folder / "texts").mkdir()
+    (folder / "texts/a.txt.gz").write_bytes(gzip.compress(text.encode()))
+    Dataset.from_dict({"text": lines}).save_to_disk(folder / "saved")
+    pairs = ({"question": f"What is name_{i}?", "answer": line} for i, line in enumerate(lines))
+    (folder / "pairs.jsonl").write_text("".join(map("{}\n".format, map(json.dumps, pairs))))
     for corpus in SOURCES:
         (folder / corpus).mkdir()
         for i in range(80):
@@ -195,7 +203,8 @@ def test_train_command_of_a_page_composes_and_passes_the_border(place, command):
     check_not_of_sweep(given)
     with ExitStack() as held:
         run, _ = resolve_run(request["tree"], request["typed"], held, given["resume"])
-    assert run.model.n_layers
+    if LACKING.keys().isdisjoint(command.words):
+        assert len(run.data.fingerprint()) > 10  # of what is there to be read
 
 
 @pytest.mark.parametrize("command", REFUSED, ids=str)
@@ -251,7 +260,9 @@ def shortened(words: list[str]) -> list[str]:
     if any(word.startswith("init_from=") for word in words):
         return changed(words, *short)
     if "-m" in words:
-        return changed(words, *short, "data=synthetic", "data.size=200", "tokenizer=byte", "seed=1", "model=tiny")
+        varied = any("," in word for word in words if not word.startswith("seed="))
+        small = ("data=synthetic", "data.size=200", "tokenizer=byte", "model=tiny")
+        return changed(words, *short, *small, "seed=1" if varied else "seed=1,2")
     return changed(words, *short, *SMALL)
 
 
