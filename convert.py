@@ -16,7 +16,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from common.cli import Parser, one_line_errors, size
+from common.cli import Parser, byte_count, one_line_errors
 from common.hf_names import is_published
 from common.streams import print_stderr
 
@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--family", help="of hf: which, as qwen3; unset: the first that fits")
     parser.add_argument(
         "--file-bytes",
-        type=size,
+        type=byte_count,
         metavar="SIZE",
         help="of weights in one file, at most, as 500MB; a larger tensor has a file of its own; unset: 5 GB",
     )

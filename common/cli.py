@@ -109,16 +109,16 @@ def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[s
     return parse
 
 
-def size(text: str) -> int:
+def byte_count(text: str) -> int:
     """An argparse type: a number of bytes, as 5000000, 5MB or 4.5 GiB."""
-    number, unit = re.match(r"([\d.]*) ?(.*)", text.strip(), re.DOTALL).groups()
+    digits, unit = re.match(r"([\d.]*) ?(.*)", text.strip(), re.DOTALL).groups()
     try:
-        count = int(float(number) * BYTES[unit.lower()])
-    except (ValueError, KeyError, OverflowError):
-        count = 0
-    if count < 1:
+        count = float(digits) * BYTES[unit.lower()]
+    except (ValueError, KeyError):
+        count = 0.0
+    if not (count >= 1 and count.is_integer()):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 500MB, or 5000000")
-    return count
+    return int(count)
 
 
 def _file_fault(error: Exception) -> str | None:

@@ -73,3 +73,5 @@ def parse(text: str) -> Any:
         raise yaml.YAMLError(f"{message}, in line {mark.line + 1}" if mark else message) from None
     except yaml.YAMLError as error:
         raise yaml.YAMLError(str(error).splitlines()[0]) from None
+    except (ValueError, OverflowError):  # of an escape, or of the version of YAML
+        raise yaml.YAMLError("it holds a number that is too large") from None

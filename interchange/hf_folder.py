@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -54,15 +54,13 @@ def export(
         log.warning(f"the module for multi-token prediction is left out: {form.architecture} reads none")
     config = form.config | {"dtype": str(DTYPES[dtype]).removeprefix("torch."), **special_tokens(tokenizer)}
     final = output.resolve()
-    with _writing(output):
-        make_folder(final.parent)
-        with atomic_folder(final) as folder:
-            names, numbers = _write_weights(folder, in_dtype(form.tensors, DTYPES[dtype]), file_bytes)
-            _write(folder / "config.json", config)
-            write_tokenizer(folder, tokenizer, model.config.context_length)
-            if form.code is not None:
-                (folder / form.code.name).write_bytes(form.code.read_bytes())
-            (folder / "README.md").write_text(card(run, which, form, dtype))
+    with _writing(output), _folders_above(final), atomic_folder(final) as folder:
+        names, numbers = _write_weights(folder, in_dtype(form.tensors, DTYPES[dtype]), file_bytes)
+        _write(folder / "config.json", config)
+        write_tokenizer(folder, tokenizer, model.config.context_length)
+        if form.code is not None:
+            (folder / form.code.name).write_bytes(form.code.read_bytes())
+        (folder / "README.md").write_text(card(run, which, form, dtype))
     return Exported(form, names, numbers)
 
 
@@ -73,6 +71,20 @@ def _writing(output: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{output} cannot be written: {reason(error)}: choose another folder") from None
+
+
+@contextmanager
+def _folders_above(path: Path) -> Iterator[None]:
+    """A context in which the folder that a path is in is there; what was made for it goes where the block fails."""
+    new = [above for above in path.parents if not os.path.lexists(above)]
+    make_folder(path.parent)
+    try:
+        yield
+    except BaseException:
+        for above in new:
+            with suppress(OSError):
+                above.rmdir()
+        raise
 
 
 def in_dtype(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -26,7 +26,7 @@ class Dimensions(FrozenSettings):
     norm: Literal["rms", "layer"]  # norm of the residual stream
     # Added to a mean square or variance, in norms of query and key heads too; unset: 1e-6 of rms, 1e-5 of layer
     norm_eps: float | None = Field(ge=1e-12, le=1e-2)
-    bias: bool  # on every Linear in attention, in the MLP unless it says, and on LayerNorm; never on the LM head
+    bias: bool  # on Linears in attention and, where mlp.bias is unset, in the MLP; on LayerNorm; never on the LM head
     logit_softcap: float | None = Field(ge=1e-3, le=1e6)  # cap · tanh(logits / cap), within float32
     zero_init: bool  # o_proj and down_proj start at zero; false: std / sqrt(2 n_layers)
     # Logit of a token for itself at the start, with tied embeddings, by the last norm's weight; None: that is one, and

@@ -14,6 +14,7 @@ from model.transformer import ModelConfig
 from tests.support import ROOT, composed_run, small_model
 from training.run.checkpoint import MANIFEST, MODEL, OPTIMIZER, Manifest
 from training.run.folder import FILES_BEFORE_CONFIG
+from training.run.migrate import FORMAT
 
 MAP_OF_TESTS = ROOT / "tests" / "README.md"
 PAGES = [ROOT / "README.md", MAP_OF_TESTS, *sorted((ROOT / "docs").glob("*.md"))]
@@ -150,6 +151,10 @@ def _sizes(config: ModelConfig) -> dict[str, float]:
     sizes = {"V": 300, "T": config.context_length, "d": config.d_model, "f": config.mlp.d_ff, "H": config.n_heads}
     sizes |= {"E": getattr(config.mlp, "n_experts", math.nan), "S": getattr(config.mlp, "n_shared_experts", math.nan)}
     return sizes | {letter: attention.get(name, math.nan) for letter, name in letters.items()}
+
+
+def test_run_format_page_states_the_format():
+    assert f"the version of this format, {FORMAT} today" in (ROOT / "docs/run_format.md").read_text()
 
 
 def test_run_format_page_names_the_files_and_the_manifests_keys():

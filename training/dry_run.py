@@ -36,10 +36,8 @@ def dry_run(run: Run, device: torch.device, folder: Path | None, check: Callable
     there, to refuse what training would. Raises UserError where nothing is left to do, or where training would refuse
     the documents, the tokenizer or the checkpoints, other than for what can be fetched.
     """
-    done = _steps_done(run, folder)
     corpus, lacking = _prepared(run, check)
-    if corpus and folder:
-        done = checkpoint.check_resumable(folder, run, corpus)
+    done = _steps_done(run, folder, corpus) if folder else 0
     if corpus is None:
         vocab_size = run.tokenizer.max_vocab_size
         flops = cost.flops(run.model, vocab_size)
@@ -64,9 +62,10 @@ def dry_run(run: Run, device: torch.device, folder: Path | None, check: Callable
     print_line(f"dry run      nothing was trained{kept}: leave dry_run=true out to train")
 
 
-def _steps_done(run: Run, folder: Path | None) -> int:
-    """By the names of the checkpoints. Raises UserError where they are all that there are to do."""
-    done = checkpoint.steps_done(folder) if folder else 0
+def _steps_done(run: Run, folder: Path, corpus: Prepared | None) -> int:
+    """By the newest whole checkpoint where the corpus is there, else by their names. Raises UserError where nothing is
+    left to do."""
+    done = checkpoint.check_resumable(folder, run, corpus) if corpus else checkpoint.steps_done(folder)
     if done >= run.steps:
         raise UserError(f"{done} steps of this run are done, steps={run.steps}: give a larger steps=")
     return done

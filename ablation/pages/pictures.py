@@ -15,9 +15,9 @@ CAPTIONS = {
     "curves.png": "Training loss (line: mean over seeds; band: lowest to highest) and validation loss (points)",
     "final.png": "Final validation loss: mean, 95 % interval, and every seed",
     "frontier.png": "Final validation loss against bytes of KV cache per token "
-    "(dashed: the lowest with a cache of that size or a smaller one)",
+    "(dashed: the lowest with that cache or a smaller one)",
     "accuracy.png": "Share of right answers against bytes of KV cache per token "
-    "(dashed: the highest with a cache of that size or a smaller one)",
+    "(dashed: the highest with that cache or a smaller one)",
 }
 MAX_LABEL = 40  # characters of a name in a picture
 

@@ -4,7 +4,7 @@ from argparse import ArgumentTypeError
 
 import pytest
 
-from common.cli import Parser, size
+from common.cli import Parser, byte_count
 
 SLIPS = [
     (["--tempratur", "1"], "--temperature"),
@@ -30,12 +30,12 @@ def test_parse_args_names_the_flag_that_a_slip_was_meant_for(capsys):
         assert (f": did you mean {meant}? (" in line) if meant else "did you mean" not in line, typed
 
 
-def test_size_reads_bytes_with_and_without_units():
+def test_byte_count_reads_bytes_with_and_without_units():
     typed = {"1": 1, "5000000": 5_000_000, "5MB": 5_000_000, "4.5 GiB": 4.5 * 2**30, "2kb": 2_000, "7b": 7}
-    assert {text: size(text) for text in typed} == typed
+    assert {text: byte_count(text) for text in typed} == typed
 
 
-@pytest.mark.parametrize("text", ["", "0", "0.4", "-1", "many", "5 apples", "MB", "1e3", "9" * 999, "5 i", "1..2"])
-def test_size_refuses_what_is_no_number_of_bytes(text):
+@pytest.mark.parametrize("text", ["", "0", "0.4", "-1", "5 apples", "MB", "1e3", "9" * 999, "4.9", "5 i", "1..2"])
+def test_byte_count_refuses_what_is_no_number_of_bytes(text):
     with pytest.raises(ArgumentTypeError, match="is no number of bytes: write it as 500MB, or 5000000"):
-        size(text)
+        byte_count(text)

@@ -187,7 +187,7 @@ def test_bias_that_would_be_lost_is_refused_with_the_switch(tmp_path, monkeypatc
     with pytest.raises(
         UserError, match=r"mlp\.up_proj\.bias is not zero, .*apertus.*: mlp\.bias=false trains"
     ) as refusal:
-        exported(ours(["attention=gqa", "model.bias=true"]), tmp_path, monkeypatch)
+        exported(ours(["attention=gqa", "model.bias=true"]), tmp_path / "folders/above", monkeypatch)
     assert_one_line(refusal.value)
     assert not (tmp_path / "out").exists() and not list(tmp_path.iterdir())
 

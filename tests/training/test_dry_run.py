@@ -121,6 +121,7 @@ def test_dry_run_of_a_resumed_run_reads_its_checkpoints_as_training_does(workpla
         out, err = capsys.readouterr()
         assert message in err
         assert code or "34 steps (2 are done) of" in out
+        assert call("train", ["resume=run", "dry_run=true"], monkeypatch) == code  # two of its four steps are left
 
 
 def test_dry_run_of_a_model_beyond_this_machine_counts_it(workplace, monkeypatch, capsys):

@@ -437,10 +437,15 @@ def restore(folder: Path, run: Run, corpus: Prepared, device: torch.device, worl
 
 def check_resumable(folder: Path, run: Run, corpus: Prepared) -> int:
     """The steps that a run has done by its newest whole checkpoint, all of which is read and nothing kept; 0 where it
-    has none yet. Raises UserError where `restore` would, for all but the numbers in it."""
-    weights = on_meta(run.model, corpus.tokenizer.vocab_size).state_dict()
+    has none yet. Raises UserError where `restore` would, for all but the optimizer's tensors and numbers that are not
+    finite."""
+    vocab_size = corpus.tokenizer.vocab_size
+    weights = on_meta(run.model, vocab_size).state_dict()
     found = _newest_of(folder, run, corpus, Share(divided=dict.fromkeys(weights, slice(0, 0))))
-    return found.manifest.step if found else 0
+    if found is None:
+        return 0
+    shaped(found.path / MODEL, found.written(MODEL), run.model, vocab_size)
+    return found.manifest.step
 
 
 def _newest_of(folder: Path, run: Run, corpus: Prepared, share: Share) -> Checkpoint | None:

@@ -78,7 +78,7 @@ def test_final_has_means_seeds_and_intervals():
     assert len(final(support.two_runs()).axes) == 1
 
 
-@pytest.mark.parametrize("report", [support.four, support.two_runs])
+@pytest.mark.parametrize("report", [support.four, support.two_runs, support.with_accuracy])
 def test_pictures_explain_themselves_within_their_edges(report, tmp_path):
     for name, figure in figures(report()).items():
         save(figure, tmp_path / name)  # which lays it out

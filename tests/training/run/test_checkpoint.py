@@ -31,6 +31,7 @@ from training.run.config import Run
 from training.run.load import load_run
 from training.run.migrate import FORMAT
 from training.run.resume import open_run
+from training.run.tensor_files import Share
 
 TRAINED = [*QUICK, "attention=mla", "steps=6", "eval_every=3", "save_every=3"]
 
@@ -434,6 +435,22 @@ def test_read_tensors_survive_overwritten_files(run):
             file.truncate(10)
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert all(torch.isfinite(tensor).all() for file in found.tensors.values() for tensor in file.values())
+
+
+def test_tensors_that_memory_does_not_hold_are_refused_with_their_bytes(run, monkeypatch):
+    """Of those that a process keeps, as often as there are processes on its machine."""
+    whole = sum(tensor.nbytes for tensor in newest(run, (OPTIMIZER,)).tensors[OPTIMIZER].values())
+    some = Share(divided={"embedding.weight": slice(0, 10)})
+    kept = newest(run, (OPTIMIZER,), some).tensors[OPTIMIZER]
+    part = sum(tensor.nbytes for tensor in kept.values())
+    assert part < whole and any(tensor.ndim == 0 for tensor in kept.values())
+    for share, local, size in ((Share(), 2, whole), (some, 1, part), (some, 2, 2 * part)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+        monkeypatch.setattr("training.run.checkpoint.free_memory", lambda device, size=size: size)
+        newest(run, (OPTIMIZER,), share)
+        monkeypatch.setattr("training.run.checkpoint.free_memory", lambda device, size=size: size - 1)
+        with pytest.raises(UserError, match=f"takes {size:,} bytes of memory, {size - 1:,} are free: take a machine"):
+            newest(run, (OPTIMIZER,), share)
 
 
 class Marker:

@@ -97,7 +97,7 @@ def test_migrate_format_11_gives_mlps_the_biases_of_their_model(mlp, bias):
     assert older["mlp"].pop("bias") is bias
     assert Run.from_tree(migrate(older, 11)) == run
     later = composed_run(f"mlp={mlp}", f"model.bias={bias}", f"mlp.bias={not bias}")
-    assert migrate(dump(later), FORMAT) == dump(later)
+    assert migrate(dump(later), 11) == dump(later)
 
 
 def test_migrate_format_10_gives_files_no_prompts():
