@@ -770,6 +770,23 @@ def test_train_experiment_with_old_setting_name_names_the_new_one(workplace, mon
     assert re.fullmatch(r"error: \S+ is called (\S+) now: write \1=\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(
+    ("typed", "end"),
+    [
+        (
+            "experiment=study/diagonal tokenizer=byte",
+            " (experiment=study/diagonal sets tokenizer.vocab_size)",
+        ),
+        ("experiment=study/diagonal model=gpt2", " (experiment=study/diagonal sets model.d_model)"),
+        ("experiment=study/diagonal model=gpt2 model.d_model=65", "choose n_heads from 1, 5, 13, 65"),
+    ],
+)
+def test_train_setting_of_an_experiment_that_does_not_fit_is_blamed_on_it(workplace, monkeypatch, capsys, typed, end):
+    for words in (["-m", *typed.split()], [*typed.split(), "hypothesis=null"]):
+        assert call("train", words, monkeypatch) == 2
+        assert capsys.readouterr().err.endswith(f"{end}\n")
+
+
 def test_train_experiment_of_another_folder_is_not_blamed_for_a_misspelt_setting(workplace, monkeypatch, capsys):
     (workplace / "experiment").mkdir()
     (workplace / "experiment/ours.yaml").write_text("# @package _global_\nsteps: 3\n")

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.settings import FrozenSettings
 from training.run.composer import compose_tree
 from training.run.config import Run, pop_command_settings
+from training.run.experiments import experiment_named
 from training.run.start import run_of
 from training.run.validation_errors import validated
 
@@ -47,7 +48,8 @@ def requested(typed: Sequence[str]) -> Request:
     """Compose every cell. Raises UserError for whatever one of them could not begin with."""
     grid = grid_of(typed, _varying_before(typed))
     check_known(grid.cells, grid.varying)
-    settings, runs = composed(grid)
+    with experiment_named(typed):
+        settings, runs = composed(grid)
     if settings.minutes is not None and any(key_of(word) == "steps" for cell in grid.cells for word in cell.overrides):
         raise UserError("minutes= is in the place of steps=: leave one of them out")
     return Request(list(typed), grid, settings, runs)

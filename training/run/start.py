@@ -27,6 +27,7 @@ from training.run import checkpoint
 from training.run.changes import change_of
 from training.run.composer import compose_tree
 from training.run.config import Run, dump, flatten_config, pop_command_settings
+from training.run.experiments import experiment_named
 from training.run.folder import (
     acquire_run_lock,
     check_is_run,
@@ -58,7 +59,8 @@ def resolve_run(
             held.enter_context(acquire_run_lock(folder))
         checkpoint.check_fits(folder, run)
         return run, folder
-    run = run_of(tree, typed)
+    with experiment_named(typed):
+        run = run_of(tree, typed)
     if not run.dry_run and locks:
         check_makeable(run.run_dir)
     return run, None

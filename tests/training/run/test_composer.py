@@ -20,6 +20,7 @@ from tests import composition
 from tests.support import NEEDS, ROOT, call, composed_run, composed_tree
 from training.run.composer import choice, compose_request, compose_tree, merged, request_of
 from training.run.config import Run, compose, dump, pop_command_settings
+from training.run.experiments import experiment_named
 from training.run.migrate import migrate
 from training.run.parts import MODEL_PARTS, RUN_PARTS
 
@@ -299,16 +300,11 @@ WAYS_OUT = {
 }
 
 
-def set_by(experiment: str) -> set[str]:
-    """The keys of groups that it sets, as refusals name them: those of a model alone."""
-    parts = {group: part for group, part in content("experiment", experiment).items() if isinstance(part, dict)}
-    return {key if group == "model" else f"{group}.{key}" for group, part in parts.items() for key in part}
-
-
-def refusal(tree: dict[str, Any]) -> str | None:
+def refusal(tree: dict[str, Any], typed: list[str]) -> str | None:
     pop_command_settings(tree)
     try:
-        Run.from_tree(tree)
+        with experiment_named(typed):
+            Run.from_tree(tree)
     except UserError as error:
         return str(error)
 
@@ -317,7 +313,8 @@ def refusal(tree: dict[str, Any]) -> str | None:
 def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
     """As kernel=flex by experiment=gpt2_124m, which compiles. What the command line chooses goes before what an
     experiment does, and whole: nothing that the experiment would have chosen instead is left in it. What an experiment
-    sets itself holds of whichever is chosen, and is refused where that has no such key, or does not go with it."""
+    sets itself holds of whichever is chosen; where that has no such key, or does not go with it, the experiment is
+    named."""
     refused = set()
     for row in covering(offered):
         typed = [f"{group}={name}" for group, name in row.items()]
@@ -328,8 +325,8 @@ def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
             alone = composed_tree(f"{group}={row[group]}", *NEEDS.get((group, row[group]), ()))[group]
             by_position = {"position_embedding": tree[group]["position_embedding"]} if group == "model" else {}
             assert tree[group] == alone | content("experiment", row["experiment"]).get(group, {}) | by_position, typed
-        while problem := refusal(tree):
-            if problem.partition("=")[0] in set_by(row["experiment"]):
+        while problem := refusal(tree, typed):
+            if f" (experiment={row['experiment']} sets " in problem:
                 break
             assert problem.split()[0] in typed and WAYS_OUT[problem] not in ways_out
             ways_out.append(WAYS_OUT[problem])

@@ -1,0 +1,34 @@
+"""What an experiment of conf/ sets, which nobody typed, in the words of an error."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from common.conf_files import choices, content
+from common.errors import UserError
+
+
+@contextmanager
+def experiment_named(typed: Sequence[str]) -> Iterator[None]:
+    """A context in which an error of a setting that comes from the experiment on the command line names that one, too.
+    typed: the overrides there."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}{_origin(str(error).partition('=')[0], typed)}") from None
+
+
+def _origin(key: str, typed: Sequence[str]) -> str:
+    given = {word.lstrip("+").partition("=")[0]: word for word in typed}
+    experiment = given.get("experiment", "")
+    names = (key, f"model.{key}")  # errors name a model's settings without their group
+    set_there = _set_by(experiment.partition("=")[2])
+    name = next((name for name in names if name in set_there), None)
+    return "" if name is None or not given.keys().isdisjoint(names) else f" ({experiment} sets {name})"
+
+
+def _set_by(experiment: str) -> set[str]:
+    """The dotted names of the groups' settings that it sets."""
+    if experiment not in choices("experiment"):
+        return set()
+    parts = {group: part for group, part in content("experiment", experiment).items() if isinstance(part, dict)}
+    return {f"{group}.{key}" for group, part in parts.items() for key in part}
