@@ -437,6 +437,15 @@ def test_read_tensors_survive_overwritten_files(run):
     assert all(torch.isfinite(tensor).all() for file in found.tensors.values() for tensor in file.values())
 
 
+def test_processes_take_the_newest_checkpoint_that_the_first_of_them_sees(run):
+    """One that is just being written may be there for some."""
+    *older, _ = run_folder.checkpoint_paths(run)
+
+    second = SimpleNamespace(size=2, rank=1, from_first=lambda paths: older, gathered=lambda fault: [None, fault])
+    assert newest(run, (MODEL,)).path == last(run)
+    assert newest(run, (MODEL,), Share(second)).path == older[-1]
+
+
 def test_tensors_that_memory_does_not_hold_are_refused_with_their_bytes(run, monkeypatch):
     """Of those that a process keeps, as often as there are processes on its machine."""
     whole = sum(tensor.nbytes for tensor in newest(run, (OPTIMIZER,)).tensors[OPTIMIZER].values())
