@@ -62,7 +62,13 @@ class IndexedConfig(AttentionConfig):
                 f"indexer.top_k={self.indexer.top_k} chooses among all earlier tokens, and window={self.window} keeps "
                 "no others: leave one of the two unset"
             )
-        return self.indexer.model_copy(update={"head_dim": self.indexer.head_dim or head_dim_of(dimensions)})
+        head_dim = self.indexer.head_dim or head_dim_of(dimensions)
+        if self.rope_scaling == "ntk" and head_dim in (2, 3):
+            raise ValueError(
+                f"indexer.head_dim={head_dim} rotates one pair, which rope_scaling=ntk leaves as it is: choose 4 or "
+                "more, or linear or yarn"
+            )
+        return self.indexer.model_copy(update={"head_dim": head_dim})
 
     def build_indexer(self, d_model: int, query_dim: int, rope_dim: int) -> "Indexer | None":
         """Build the indexer, if there is one. query_dim: the width of what its queries are projected from; rope_dim:

@@ -322,6 +322,10 @@ def test_cache_holds_the_key_of_the_indexer():
             ("attention=mla", "attention.indexer.top_k=8"),
             "q_lora_rank=0 has none: set attention.q_lora_rank to null, which is 64 here, or to another rank",
         ),
+        (
+            ("attention=dsa", "attention.indexer.head_dim=3", "attention.rope_scaling=ntk", "attention.rope_factor=2"),
+            "indexer.head_dim=3 rotates one pair, which rope_scaling=ntk leaves as it is: choose 4 or more, or linear",
+        ),
         (("attention=dsa", "kernel=flex"), "kernel=flex cannot attend to what an indexer chooses: choose kernel=auto"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
