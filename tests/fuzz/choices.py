@@ -15,7 +15,7 @@ from model.moe import Router, Routes
 from model.transformer import TransformerLM
 
 ROUNDING = 1e-5  # relative changes, well above float32's
-DRAWS = 8  # of two equal scores, that none of so many exchanges them is no matter of chance
+DRAWS = 24  # of two equal scores, that none of so many exchanges them is no matter of chance
 
 
 def decided(model: TransformerLM, tokens: Tensor) -> Tensor:

@@ -199,10 +199,49 @@ def cases(draw) -> Case:
         "sample_prompt": draw(unset_or(st.text(max_size=20))),
         "seed": draw(st.integers(0, 2**63 - 1)),
     }
+    if draw(st.integers(0, 7)):
+        make_fit(tree)
     spoils = draw(st.sampled_from([0, 0, 0, 0, 0, 1, 1, 2]))
     for _ in range(spoils):
         spoil(draw, tree)
     return Case(tree, bool(spoils), draw(st.integers(0, 2**31)))
+
+
+def make_fit(tree: dict[str, Any]) -> None:
+    """Take away what most often does not go together, else nine of ten cases would be refused."""
+    attention, mlp, model = tree["attention"], tree["mlp"], tree["model"]
+    heads = model["n_heads"]
+    model["d_model"] = heads * max(1, model["d_model"] // heads)
+    if "pattern" in attention:
+        model["n_layers"] = len(attention["pattern"])
+    rotates = attention.get("position", "rope") == "rope"
+    replace(attention, "rope_scaling", "none", not rotates)
+    replace(attention, "rope_factor", None, attention.get("rope_scaling") == "none")
+    replace(attention, "k_rope_from", "hidden", not rotates)
+    for name in ("rope_dim", "qk_rope_head_dim"):
+        replace(attention, name, None, not rotates)
+    for name in ("head_dim", "qk_nope_head_dim"):
+        replace(attention, name, None, "kv_lora_rank" in attention)
+    replace(attention, "n_kv_heads", heads, heads % (attention.get("n_kv_heads") or 1) > 0)
+    apart = attention.get("qk_norm") == "latent" or heads % attention.get("qk_norm_groups", 1) > 0
+    replace(attention, "qk_norm_groups", 1, apart)
+    indexer = attention.get("indexer", {"stage": "sparse", "top_k": None})
+    replace(indexer, "weight", 1.0, indexer["stage"] == "warmup")
+    if indexer["top_k"] is not None and "Flex" in tree["kernel"]["_target_"]:
+        tree["kernel"] = copy.deepcopy(section("kernel", "auto"))
+    replace(mlp, "renormalise", False, mlp.get("top_k") == 1)
+    replace(mlp, "n_dense_layers", 0, mlp.get("n_dense_layers", 0) >= model["n_layers"])
+    for name in ("bias_rate", "balance_loss"):
+        replace(mlp, name, 0.0, mlp.get("top_k") == mlp.get("n_experts"))
+    for group, plain in (("data", "synthetic"), ("tokenizer", "byte")):  # others go together in few ways
+        tree[group] = copy.deepcopy(section(group, plain))
+    tree["micro_batch_size"] = None
+
+
+def replace(settings: dict[str, Any], name: str, value: Any, where: bool) -> None:
+    """Replace a setting, if it is there."""
+    if where and name in settings:
+        settings[name] = value
 
 
 def spoil(draw, tree: dict[Any, Any]) -> None:
