@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
         "--file-bytes",
         type=byte_count,
         metavar="SIZE",
-        help="of weights in one file, at most, as 500MB; a larger tensor has a file of its own; unset: 5 GB",
+        help="of weights in one file, at most, as 500MB or 2GiB; a larger tensor has a file of its own; unset: 5 GB",
     )
     args = parser.parse_args()
     if args.to[0] not in FORMATS:

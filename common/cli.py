@@ -117,7 +117,7 @@ def byte_count(text: str) -> int:
     except (ValueError, KeyError):
         count = 0.0
     if not (count >= 1 and count.is_integer()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 500MB, or 5000000")
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 500MB, 2GiB or 5000000")
     return int(count)
 
 

@@ -26,7 +26,8 @@ TEXTS = (
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
 FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
-NUMBERS = r"[-+\d.eE,\s]*"  # several of them
+NUMBER = r"[-+\d.][-+\d.eE_]*"
+FUNCTION = r"\w+\(.*\)"  # of Hydra's, as range(1,3)
 BRACKETS = r"""["'()\[\]{}]"""  # and quotes, within which a comma does not part values
 # What stands between two commas: quoted, in brackets, or without either.
 PART = r"""(?:"[^"]*"|'[^']*'|\[[^\[\]]*\]|\{[^{}]*\}|\([^()]*\)|[^,"'\[\]{}()])+"""
@@ -191,7 +192,9 @@ def _override(word: str, typed: Sequence[str], sweep: bool) -> str:
 def _check_encoding(word: str) -> None:
     if SURROGATES.search(word):
         encoding = sys.getfilesystemencoding()
-        way_out = "rename the file, or give a pattern that it fits" if encoding == "utf-8" else "try LC_ALL=C.UTF-8"
+        of_file = word.partition("=")[0] in (*PATHS, "data.path", "tokenizer.path")
+        way_out = "rename the file, or give a pattern that it fits" if of_file else f"write it in {encoding}"
+        way_out = way_out if encoding == "utf-8" else "try LC_ALL=C.UTF-8"
         raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: {way_out}")
 
 
@@ -209,14 +212,26 @@ def _value(key: str, value: str, sweep: bool) -> str:
     if found is None:
         return _quoted_value(key, value, sweep, is_text)
     if found.is_sweep_override() and not sweep:
-        is_no_text = conf_files.is_group(key) or re.fullmatch(NUMBERS, value)
-        text = "" if is_no_text else f", or write {quoted(f'{key}={as_text(value)}')} for one text"
-        raise UserError(f"{key}={value} is several values: add -m, for a run of each{text}")
+        raise UserError(f"{key}={value} is several values: add -m, for a run of each{_as_one(key, value)}")
     if not is_text:
         return value if re.search(BRACKETS, value) else ",".join(map(_in_digits, value.split(",")))
     if isinstance(found.value(), bool | int | float | list | dict):
         return as_text(value.strip())
     return value if value == value.strip() else as_text(value)  # the grammar would leave the spaces out
+
+
+def _as_one(key: str, value: str) -> str:
+    """How several values are written as one, if they can be one."""
+    if key == "match":
+        return f", or write match=[{value}] for one comparison"
+    is_no_text = re.fullmatch(FUNCTION, value) or all(map(_is_no_text, value.split(",")))
+    if conf_files.is_group(key) or (is_no_text and key not in TEXTS):
+        return ""
+    return f", or write {quoted(f'{key}={as_text(value)}')} for one text"
+
+
+def _is_no_text(value: str) -> bool:
+    return value.strip().lower() in NO_TEXTS or re.fullmatch(NUMBER, value.strip()) is not None
 
 
 def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:

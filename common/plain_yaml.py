@@ -19,6 +19,8 @@ class _Plain:
         text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
         if not text and len(node.value) > MAX_NUMBER_LENGTH:
             raise _fault(f"{node.value[:20]}..., which is too long for a number", node.start_mark)
+        if not text and ":" in node.value and not node.tag.endswith(":timestamp"):
+            raise _fault(f"{node.value}, which YAML reads as a number in base 60", node.start_mark)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -31,6 +33,8 @@ class _Plain:
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
+                if key.tag.endswith(":merge"):
+                    raise _fault("<<, which would set what is set elsewhere", key.start_mark)
                 if key.value in seen:
                     raise _fault(f"{key.value[:50]} for the second time", key.start_mark)
                 seen.add(key.value)

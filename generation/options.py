@@ -126,8 +126,8 @@ def _check_encoding(given: dict[str, Any]) -> None:
     """Raise UserError for a prompt or a stop string that holds bytes which are no text where this shell runs."""
     for flag, text in (("prompt", given.get("prompt", "")), *(("stop", stop) for stop in given.get("stop", ()))):
         if SURROGATES.search(text):
-            way_out = "write it to a file, for --prompt-file" if flag == "prompt" else "leave it out"
-            raise UserError(f"{_flag(flag)} {text} is no text in {sys.getfilesystemencoding()}: {way_out}")
+            encoding = sys.getfilesystemencoding()
+            raise UserError(f"{_flag(flag)} {text} is no text in {encoding}: write it in that encoding")
 
 
 def _hyphenated(word: str) -> str:

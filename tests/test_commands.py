@@ -518,8 +518,8 @@ BAD_SAMPLES = {  # by the rule that they break
             ["x" * 64],
             "the prompt has 64 tokens, and 63 leave room in the context: shorten it, or read its end with --context",
         ),
-        (["a\udcff"], "a prompt a\\udcff is no text in utf-8: write it to a file, for --prompt-file"),
-        (["a", "--stop", "\udcff"], "--stop \\udcff is no text in utf-8: leave it out"),
+        (["a\udcff"], "a prompt a\\udcff is no text in utf-8: write it in that encoding"),
+        (["a", "--stop", "\udcff"], "--stop \\udcff is no text in utf-8: write it in that encoding"),
     ],
     "words without quotes": [
         (["to", "be"], "unrecognized arguments: be: a prompt of several words goes in quotes"),

@@ -12,12 +12,13 @@ from ablation.statistics import Difference, Estimate
 from common.figures import legend, name_ticks, new_figure
 
 CAPTIONS = {
-    "curves.png": "Training loss (line: mean over seeds; band: lowest to highest) and validation loss (points)",
-    "final.png": "Final validation loss: mean, 95 % interval, and every seed",
+    "curves.png": "Training loss (line: mean over seeds; thin: each seed; band: lowest to highest) "
+    "and validation loss (points)",
+    "final.png": "Final validation loss: mean (large), every seed (small) and 95 % interval (bar)",
     "frontier.png": "Final validation loss against bytes of KV cache per token "
-    "(dashed: the lowest with that cache or a smaller one)",
+    "(bar: 95 % interval; dashed: the lowest with that cache or less)",
     "accuracy.png": "Share of right answers against bytes of KV cache per token "
-    "(dashed: the highest with that cache or a smaller one)",
+    "(bar: 95 % interval; dashed: the highest with that cache or less)",
 }
 MAX_LABEL = 40  # characters of a name in a picture
 
@@ -112,7 +113,7 @@ def _differences(axes: Any, report: Report, differences: Mapping[str, Difference
         axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=7, markeredgewidth=0)
         spans += [found.mean, *(found.interval or ())]
     axes.axvline(0, color="0.4", linewidth=0.9)
-    set_axis(axes, "x", loss_axis("", spans, label="difference to the baseline, 95 %"))
+    set_axis(axes, "x", loss_axis("", spans, label="difference to the first row, 95 %"))
 
 
 def frontier_figure(report: Report) -> Any:

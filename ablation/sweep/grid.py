@@ -18,6 +18,7 @@ from common.conf_files import choices, hydra_initialized, is_group
 from common.errors import UserError
 from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments
 from common.suggestions import Known, known_settings, no_such_choice, no_such_setting
+from training.run.composer import compose_tree
 from training.run.config import OF_COMMANDS
 
 SEED = "seed"
@@ -55,6 +56,7 @@ def grid_of(typed: Sequence[str], before: Collection[str] = ()) -> Grid:
     fixed, varying = _parsed(words)
     varying += _varying_of_experiment(fixed, {key_of(word) for word in words})
     if not varying and not before:
+        compose_tree(*(one.word for one in fixed))  # an experiment of another name may be meant
         raise UserError("-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2")
     named = {SEED, *before}
     varying += [Varying(one.key, [one]) for one in fixed if one.key in named]

@@ -76,7 +76,10 @@ def composed(grid: Grid) -> tuple[SweepSettings, dict[str, Run]]:
     name, own = next(iter(settings.items()))
     other = next((variant for variant in settings if settings[variant] != own), None)
     if other is not None:
-        raise UserError(f"{name} and {other} are of experiments that state other sweeps (match=, hypothesis=, ...)")
+        raise UserError(
+            f"{name} and {other} are of experiments that state other sweeps (match=, hypothesis=, ...): "
+            "give one at a time"
+        )
     return own, runs
 
 

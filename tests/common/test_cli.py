@@ -37,5 +37,5 @@ def test_byte_count_reads_bytes_with_and_without_units():
 
 @pytest.mark.parametrize("text", ["", "0", "0.4", "-1", "5 apples", "MB", "1e3", "9" * 999, "4.9", "5 i", "1..2"])
 def test_byte_count_refuses_what_is_no_number_of_bytes(text):
-    with pytest.raises(ArgumentTypeError, match="is no number of bytes: write it as 500MB, or 5000000"):
+    with pytest.raises(ArgumentTypeError, match="is no number of bytes: write it as 500MB, 2GiB or 5000000"):
         byte_count(text)

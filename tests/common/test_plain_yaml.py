@@ -8,13 +8,15 @@ from common import plain_yaml
 GOOD = {
     "settings": ("model: {d_model: 64, bias: false}\nlr: 0.001\nparts:\n- a\n- null\n", None),
     "a name that is not UTF-8": (yaml.safe_dump({"path": "a\udcff.txt"}), None),
-    "numbers of each kind": ("[1, -2, 0x1f, 1e3, 1.5e-3, .inf, 12:30, 2020-01-01, yes, '1']", None),
+    "numbers of each kind": ("[1, -2, 0x1f, 1e3, 1.5e-3, .inf, 2020-01-01, yes, '1', '12:30']", None),
     "letters of any kind": (yaml.safe_dump({"é": "\u202eü\x1b\U0001f600"}), None),
 }
 BAD = {
     "an alias": ("a: &a [1]\nb: [*a, *a]", "it holds an alias, in line 2"),
     "a long number": ("a: 0x" + "f" * 9000, "which is too long for a number, in line 1"),
     "a key twice": ("a: {b: 1,\n b: 2}", "it holds b for the second time, in line 2"),
+    "a number in base 60": ("a: 190:20:30", "it holds 190:20:30, which YAML reads as a number in base 60, in line 1"),
+    "a merge": ("a: 1\n<<: {a: 2}", "it holds <<, which would set what is set elsewhere, in line 2"),
     "a list cut short": ("a: [1,", "while parsing"),
     "text cut short": ("a: 'b", "while scanning"),
     "a tab": ("\ta: 1", "while scanning"),

@@ -223,7 +223,8 @@ def check_not_of_sweep(given: Mapping[str, Any]) -> None:
     for name, unset in OF_SWEEPS.items():
         if given[name] != unset:
             raise UserError(
-                f"{name}={given[name]} is of a sweep: add -m, and several values to compare, as in attention=mha,mla"
+                f"{name}={given[name]} is of a sweep: add -m, and, unless an experiment states them, several values "
+                "to compare, as in attention=mha,mla"
             )
 
 

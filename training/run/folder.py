@@ -154,7 +154,17 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Any]:
         fault = reason(error)
     except (ValueError, yaml.YAMLError) as error:
         fault = str(error).splitlines()[0]
-    raise UserError(f"{folder}/config.yaml cannot be read: {fault}: bring the run's own file back")
+    raise UserError(
+        f"{folder}/config.yaml cannot be read: {fault}: bring the run's own file back{_without_config(folder)}"
+    )
+
+
+def _without_config(folder: Path) -> str:
+    """What can be done where config.yaml is lost, as the end of an error."""
+    if not checkpoint_paths(folder):
+        return ""
+    begin = format_override("init_from", str(folder))
+    return f", whose settings the manifest.json of a checkpoint has, too; or begin a new run with its weights: {begin}"
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -200,6 +210,8 @@ def check_is_run(folder: Path) -> None:
     if within is not None:  # a sweep's, say
         raise UserError(f"{folder} is not a run, but has some within: give one of them, as {within}")
     meant = f"hf:{folder}, which is a published model" if exists(folder / "config.json") else _meant(folder)
+    if checkpoint_paths(folder):
+        raise UserError(f"{folder} has no config.yaml: bring it back{_without_config(folder)}")
     fault = "it has no config.yaml" if exists(folder) else "there is no such folder"
     way_out = f"did you mean {meant}?" if meant else f"runs are made in {RUNS}/, or where run_dir= says"
     raise UserError(f"{folder} is not a run: {fault}; {way_out}")

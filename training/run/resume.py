@@ -98,7 +98,9 @@ def _load(tree: Mapping[str, Any], where: str) -> Run:
     try:
         return Run.from_tree(tree)
     except UserError as error:
-        raise UserError(f"{error} ({where})") from None
+        fault, lacks, _ = str(error).partition(" is not set: ")
+        fault = f"{fault}{lacks}bring the run's own file back" if lacks else fault
+        raise UserError(f"{fault} ({where})") from None
 
 
 def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:

@@ -69,6 +69,7 @@ REFUSED = {
         "if:attention.kv_lora_rank: no such setting of attention=mha; it belongs to attention=dsa or mla",
     ),
     "nothing varies": (["attention=mla"], "nothing varies: give several values"),
+    "no such experiment": (["experiment=study/nope"], "study/nope"),
     "nothing at all": ([], "nothing varies"),
     "one value twice": (["seed=1,2,1"], "gives seed=1 twice: a sweep has one run of each value"),
     "too many": (["seed=range(0,200)", "steps=range(1,200)"], "would be 39,800 runs, 10,000 are the most"),
