@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,14 +112,13 @@ def number(kind: type, minimum: float, maximum: float = math.inf) -> Callable[[s
 
 def byte_count(text: str) -> int:
     """An argparse type: a number of bytes, as 5000000, 5MB or 4.5 GiB."""
-    digits, unit = re.match(r"([\d.]*) ?(.*)", text.strip(), re.DOTALL).groups()
-    try:
-        count = float(digits) * BYTES[unit.lower()]
-    except (ValueError, KeyError):
-        count = 0.0
-    if not (count >= 1 and count.is_integer()):
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([a-z]*)", text.strip().lower())
+    digits, unit = ("0", "") if found is None else found.groups()
+    whole = BYTES.get(unit, 0) > 1 or "." not in digits  # bytes have no parts
+    count = int(Decimal(digits) * BYTES.get(unit, 0)) if whole else 0
+    if count < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: write it as 500MB, 2GiB or 5000000")
-    return int(count)
+    return count
 
 
 def _file_fault(error: Exception) -> str | None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from common.errors import CONTROLS, UserError
+from common.errors import CONTROLS, SURROGATES, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -24,6 +24,19 @@ def version_line() -> str:
         torch = "not installed"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return f"Headroom {project['version']}, PyTorch {torch}"
+
+
+def check_encoding(what: str, text: str, of_file: bool = False) -> None:
+    """Raise UserError for a text of the command line that holds bytes which are none where this shell runs. what: its
+    name in the error; of_file: whether it names a file."""
+    if not SURROGATES.search(text):
+        return
+    encoding = sys.getfilesystemencoding()
+    if encoding != "utf-8":
+        way_out = "try LC_ALL=C.UTF-8"
+    else:
+        way_out = "rename the file, or give a pattern that it fits" if of_file else f"write it in {encoding}"
+    raise UserError(f"{what} is no text in the encoding of this shell, {encoding}: {way_out}")
 
 
 def command(program: str, *words: str) -> str:

@@ -3,14 +3,13 @@
 import functools
 import os
 import re
-import sys
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
 from common import conf_files
-from common.errors import SURROGATES, UserError
-from common.invocation import command, quoted
+from common.errors import UserError
+from common.invocation import check_encoding, command, quoted
 from common.suggestions import known_settings, mask_settings, no_such_setting
 
 PATHS = ("run_dir", "resume", "init_from", "cache_dir")  # in which ~ is the home folder
@@ -23,11 +22,10 @@ TEXTS = (
     "sample_prompt",
     "hypothesis",
 )  # never numbers, lists or dicts
+OF_SWEEPS = ("sweep", "minutes", "max_minutes")  # which have one of each, as of match
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
 FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
-NUMBER = r"[-+\d.][-+\d.eE_]*"
-FUNCTION = r"\w+\(.*\)"  # of Hydra's, as range(1,3)
 BRACKETS = r"""["'()\[\]{}]"""  # and quotes, within which a comma does not part values
 # What stands between two commas: quoted, in brackets, or without either.
 PART = r"""(?:"[^"]*"|'[^']*'|\[[^\[\]]*\]|\{[^{}]*\}|\([^()]*\)|[^,"'\[\]{}()])+"""
@@ -173,7 +171,7 @@ def _override(word: str, typed: Sequence[str], sweep: bool) -> str:
             f"{word!r} is no setting: write key=value, as in steps=300, a value with spaces in quotes; "
             f"{command('train.py', '--help')} lists them"
         )
-    _check_encoding(word)
+    check_encoding(word, word, of_file=name in (*PATHS, "data.path", "tokenizer.path"))
     if name.startswith(WHERE_IT_EXISTS):
         raise UserError(f"{word}: {WHERE_IT_EXISTS} is for a sweep over several choices: add -m, or leave it out")
     if key.startswith("~"):
@@ -189,13 +187,9 @@ def _override(word: str, typed: Sequence[str], sweep: bool) -> str:
     return f"++{name}={value}" if is_added else f"{key}={value}"
 
 
-def _check_encoding(word: str) -> None:
-    if SURROGATES.search(word):
-        encoding = sys.getfilesystemencoding()
-        of_file = word.partition("=")[0] in (*PATHS, "data.path", "tokenizer.path")
-        way_out = "rename the file, or give a pattern that it fits" if of_file else f"write it in {encoding}"
-        way_out = way_out if encoding == "utf-8" else "try LC_ALL=C.UTF-8"
-        raise UserError(f"{word} is no text in the encoding of this shell, {encoding}: {way_out}")
+def key_of(word: str) -> str:
+    """The setting that an override is of."""
+    return word.removeprefix(WHERE_IT_EXISTS).lstrip("+~").partition("=")[0].strip()
 
 
 def _deletion(word: str, name: str, typed: Sequence[str]) -> str:
@@ -212,7 +206,7 @@ def _value(key: str, value: str, sweep: bool) -> str:
     if found is None:
         return _quoted_value(key, value, sweep, is_text)
     if found.is_sweep_override() and not sweep:
-        raise UserError(f"{key}={value} is several values: add -m, for a run of each{_as_one(key, value)}")
+        raise UserError(f"{key}={value} is several values: {_way_out_of_several(key, value)}")
     if not is_text:
         return value if re.search(BRACKETS, value) else ",".join(map(_in_digits, value.split(",")))
     if isinstance(found.value(), bool | int | float | list | dict):
@@ -220,18 +214,13 @@ def _value(key: str, value: str, sweep: bool) -> str:
     return value if value == value.strip() else as_text(value)  # the grammar would leave the spaces out
 
 
-def _as_one(key: str, value: str) -> str:
-    """How several values are written as one, if they can be one."""
+def _way_out_of_several(key: str, value: str) -> str:
     if key == "match":
-        return f", or write match=[{value}] for one comparison"
-    is_no_text = re.fullmatch(FUNCTION, value) or all(map(_is_no_text, value.split(",")))
-    if conf_files.is_group(key) or (is_no_text and key not in TEXTS):
-        return ""
-    return f", or write {quoted(f'{key}={as_text(value)}')} for one text"
-
-
-def _is_no_text(value: str) -> bool:
-    return value.strip().lower() in NO_TEXTS or re.fullmatch(NUMBER, value.strip()) is not None
+        return f"it is one setting of a sweep: write match=[{value}], and add -m"
+    if key in OF_SWEEPS:
+        return "a sweep has one: give that"
+    text = f", or write {quoted(f'{key}={as_text(value)}')} for one text" if key in TEXTS else ""
+    return f"add -m, for a run of each{text}"
 
 
 def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:

@@ -19,7 +19,7 @@ class _Plain:
         text = not isinstance(node, yaml.ScalarNode) or node.tag == self.DEFAULT_SCALAR_TAG
         if not text and len(node.value) > MAX_NUMBER_LENGTH:
             raise _fault(f"{node.value[:20]}..., which is too long for a number", node.start_mark)
-        if not text and ":" in node.value and not node.tag.endswith(":timestamp"):
+        if not text and ":" in node.value and node.tag.endswith((":int", ":float")):
             raise _fault(f"{node.value}, which YAML reads as a number in base 60", node.start_mark)
         return node
 
@@ -78,4 +78,4 @@ def parse(text: str) -> Any:
     except yaml.YAMLError as error:
         raise yaml.YAMLError(str(error).splitlines()[0]) from None
     except (ValueError, OverflowError):  # of an escape, or of the version of YAML
-        raise yaml.YAMLError("it holds a number that is too large") from None
+        raise yaml.YAMLError("it holds an escape or a version that is too large") from None

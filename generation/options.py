@@ -12,10 +12,10 @@ from typing import Any
 from common.atomic_io import exists, names_in
 from common.cli import Parser, number
 from common.conf_files import choices, is_group, keys
-from common.errors import SURROGATES, UserError, reason
+from common.errors import UserError, reason
 from common.figures import check_writable
 from common.hf_names import folder_of, is_published
-from common.invocation import quoted, version_line
+from common.invocation import check_encoding, quoted, version_line
 from common.paths import entering
 from common.streams import print_line, print_stderr
 from common.suggestions import hint, nearest
@@ -125,9 +125,7 @@ def _parse(parser: argparse.ArgumentParser) -> dict[str, Any]:
 def _check_encoding(given: dict[str, Any]) -> None:
     """Raise UserError for a prompt or a stop string that holds bytes which are no text where this shell runs."""
     for flag, text in (("prompt", given.get("prompt", "")), *(("stop", stop) for stop in given.get("stop", ()))):
-        if SURROGATES.search(text):
-            encoding = sys.getfilesystemencoding()
-            raise UserError(f"{_flag(flag)} {text} is no text in {encoding}: write it in that encoding")
+        check_encoding(f"{_flag(flag)} {text}", text)
 
 
 def _hyphenated(word: str) -> str:

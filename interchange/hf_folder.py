@@ -77,8 +77,8 @@ def _writing(output: Path) -> Iterator[None]:
 def _folders_above(path: Path) -> Iterator[None]:
     """A context in which the folder that a path is in is there; what was made for it goes where the block fails."""
     new = [above for above in path.parents if not os.path.lexists(above)]
-    make_folder(path.parent)
     try:
+        make_folder(path.parent)
         yield
     except BaseException:
         for above in new:

@@ -518,8 +518,11 @@ BAD_SAMPLES = {  # by the rule that they break
             ["x" * 64],
             "the prompt has 64 tokens, and 63 leave room in the context: shorten it, or read its end with --context",
         ),
-        (["a\udcff"], "a prompt a\\udcff is no text in utf-8: write it in that encoding"),
-        (["a", "--stop", "\udcff"], "--stop \\udcff is no text in utf-8: write it in that encoding"),
+        (["a\udcff"], "a prompt a\\udcff is no text in the encoding of this shell, utf-8: write it in utf-8"),
+        (
+            ["a", "--stop", "\udcff"],
+            "--stop \\udcff is no text in the encoding of this shell, utf-8: write it in utf-8",
+        ),
     ],
     "words without quotes": [
         (["to", "be"], "unrecognized arguments: be: a prompt of several words goes in quotes"),
@@ -779,12 +782,21 @@ def test_train_experiment_with_old_setting_name_names_the_new_one(workplace, mon
         ),
         ("experiment=study/diagonal model=gpt2", " (experiment=study/diagonal sets model.d_model)"),
         ("experiment=study/diagonal model=gpt2 model.d_model=65", "choose n_heads from 1, 5, 13, 65"),
+        (
+            "experiment=study/sparse_recall attention=gqa",
+            " (experiment=study/sparse_recall sets attention.q_lora_rank)",
+        ),
     ],
 )
 def test_train_setting_of_an_experiment_that_does_not_fit_is_blamed_on_it(workplace, monkeypatch, capsys, typed, end):
     for words in (["-m", *typed.split()], [*typed.split(), "hypothesis=null"]):
         assert call("train", words, monkeypatch) == 2
         assert capsys.readouterr().err.endswith(f"{end}\n")
+
+
+def test_train_setting_typed_where_it_exists_is_not_blamed_on_the_experiment(workplace, monkeypatch, capsys):
+    assert call("train", ["-m", "experiment=study/diagonal", "if:model.d_model=65"], monkeypatch) == 2
+    assert capsys.readouterr().err.endswith("choose n_heads from 1, 5, 13, 65\n")
 
 
 def test_train_experiment_of_another_folder_is_not_blamed_for_a_misspelt_setting(workplace, monkeypatch, capsys):

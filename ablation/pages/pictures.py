@@ -113,7 +113,7 @@ def _differences(axes: Any, report: Report, differences: Mapping[str, Difference
         axes.plot(found.mean, row, MATPLOTLIB_MARKERS[style.marker], color=style.light, markersize=7, markeredgewidth=0)
         spans += [found.mean, *(found.interval or ())]
     axes.axvline(0, color="0.4", linewidth=0.9)
-    set_axis(axes, "x", loss_axis("", spans, label="difference to the first row, 95 %"))
+    set_axis(axes, "x", loss_axis("", spans, label="difference to the baseline (first row), 95 %"))
 
 
 def frontier_figure(report: Report) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ablation.sweep.stored import PlannedCell
 from common.conf_files import choices, hydra_initialized, is_group
 from common.errors import UserError
-from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments
+from common.overrides import OF_PARTS, WHERE_IT_EXISTS, hydra_arguments, key_of
 from common.suggestions import Known, known_settings, no_such_choice, no_such_setting
 from training.run.composer import compose_tree
 from training.run.config import OF_COMMANDS
@@ -56,7 +56,8 @@ def grid_of(typed: Sequence[str], before: Collection[str] = ()) -> Grid:
     fixed, varying = _parsed(words)
     varying += _varying_of_experiment(fixed, {key_of(word) for word in words})
     if not varying and not before:
-        compose_tree(*(one.word for one in fixed))  # an experiment of another name may be meant
+        # Raises for a misspelt experiment, which would have said what varies:
+        compose_tree(*(one.word for one in fixed))
         raise UserError("-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2")
     named = {SEED, *before}
     varying += [Varying(one.key, [one]) for one in fixed if one.key in named]
@@ -200,10 +201,6 @@ def _check_choices(varying: Varying) -> None:
 
 def _choices(cell: PlannedCell) -> tuple[str, ...]:
     return tuple(word for word in cell.overrides if is_group(key_of(word)))
-
-
-def key_of(word: str) -> str:
-    return word.removeprefix(WHERE_IT_EXISTS).lstrip("+~").partition("=")[0].strip()
 
 
 def _label(override: Override) -> str:

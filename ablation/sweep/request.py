@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, get_args
 from pydantic import Field
 
 from ablation.match import Budget
-from ablation.sweep.grid import Grid, check_known, grid_of, key_of, short_hash
+from ablation.sweep.grid import Grid, check_known, grid_of, short_hash
 from ablation.sweep.stored import SWEEPS, by_variant, read_sweep
 from common.errors import UserError
+from common.overrides import key_of
 from common.settings import FrozenSettings
 from training.run.composer import compose_tree
 from training.run.config import Run, pop_command_settings

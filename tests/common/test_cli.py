@@ -31,7 +31,16 @@ def test_parse_args_names_the_flag_that_a_slip_was_meant_for(capsys):
 
 
 def test_byte_count_reads_bytes_with_and_without_units():
-    typed = {"1": 1, "5000000": 5_000_000, "5MB": 5_000_000, "4.5 GiB": 4.5 * 2**30, "2kb": 2_000, "7b": 7}
+    typed = {
+        "1": 1,
+        "5000000": 5_000_000,
+        "5MB": 5_000_000,
+        "4.5 GiB": 4.5 * 2**30,
+        "4.1GB": 4_100_000_000,
+        "1.1 kib": 1126,
+        "2kb": 2_000,
+        "7b": 7,
+    }
     assert {text: byte_count(text) for text in typed} == typed
 
 

@@ -90,6 +90,7 @@ REFUSED = {
     "~stéps": "stéps: no such setting; did you mean steps?",
     "~attention": "~attention: a run needs its attention: choose another as attention=",
     "attention=mha,mla": "attention=mha,mla is several values: add -m, for a run of each",
+    "+data.path=\udcff": "+data.path=\\udcff is no text in the encoding of this shell, utf-8: rename the file, or",
     "sample_prompt=\udcff": "sample_prompt=\\udcff is no text in the encoding of this shell, utf-8: write it in utf-8",
     "data.path=\udcff": "data.path=\\udcff is no text in the encoding of this shell, utf-8: rename the file, or",
 }
@@ -112,12 +113,13 @@ def refusal(*words: str) -> str:
     return str(refused.value)
 
 
-def test_hydra_arguments_several_numbers_are_not_offered_as_a_text():
-    assert refusal("logger.mode=a,b").endswith("""or write 'logger.mode="a,b"' for one text""")
+def test_hydra_arguments_several_values_are_offered_as_a_text_where_they_can_be_one():
+    assert refusal("hypothesis=a,b").endswith("""add -m, for a run of each, or write 'hypothesis="a,b"' for one text""")
     assert refusal("match=cache,params").endswith(
-        "add -m, for a run of each, or write match=[cache,params] for one comparison"
+        "it is one setting of a sweep: write match=[cache,params], and add -m"
     )
-    for typed in ("seed=1,2", "mlp.bias=true,False", "attention.window=null,16", "optim.lr=1e-3,.1", "seed=range(1,3)"):
+    assert refusal("minutes=1,2").endswith("a sweep has one: give that")
+    for typed in ("seed=1,2", "mlp.bias=true,False", "model.norm=rms,layer", "optim.lr=1e-3,.1", "seed=range(1,3)"):
         assert refusal(typed).endswith("add -m, for a run of each")
 
 

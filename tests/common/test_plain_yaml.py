@@ -27,8 +27,8 @@ BAD = {
     "no number": ("!!float ''", "does not fit its tag"),
     "no date": ("!!timestamp x", "does not fit its tag"),
     "no day of a month": ("a: [1,\n 2020-02-31]", "a value that does not fit its tag, in line 2"),
-    "a character beyond all": ('a: "\\UFFFFFFFF"', "it holds a number that is too large"),
-    "a version beyond all": (f"%YAML {'9' * 5000}.1\n--- a", "it holds a number that is too large"),
+    "a character beyond all": ('a: "\\UFFFFFFFF"', "it holds an escape or a version that is too large"),
+    "a version beyond all": (f"%YAML {'9' * 5000}.1\n--- a", "it holds an escape or a version that is too large"),
     "a list as a key": ("? [a]\n: 1", "while constructing a mapping"),
 }
 

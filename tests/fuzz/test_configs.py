@@ -220,8 +220,7 @@ def make_fit(tree: dict[str, Any]) -> None:
     replace(attention, "k_rope_from", "hidden", not rotates)
     for name in ("rope_dim", "qk_rope_head_dim"):
         replace(attention, name, None, not rotates)
-    for name in ("head_dim", "qk_nope_head_dim"):
-        replace(attention, name, None, "kv_lora_rank" in attention)
+    replace(attention, "head_dim", None, attention.get("qk_nope_head_dim") is not None)
     replace(attention, "n_kv_heads", heads, heads % (attention.get("n_kv_heads") or 1) > 0)
     apart = attention.get("qk_norm") == "latent" or heads % attention.get("qk_norm_groups", 1) > 0
     replace(attention, "qk_norm_groups", 1, apart)
@@ -235,7 +234,8 @@ def make_fit(tree: dict[str, Any]) -> None:
         replace(mlp, name, 0.0, mlp.get("top_k") == mlp.get("n_experts"))
     for group, plain in (("data", "synthetic"), ("tokenizer", "byte")):  # others go together in few ways
         tree[group] = copy.deepcopy(section(group, plain))
-    tree["micro_batch_size"] = None
+    sequences = tree["batch_tokens"] // model["context_length"]
+    replace(tree, "micro_batch_size", None, sequences % (tree["micro_batch_size"] or 1) > 0)
 
 
 def replace(settings: dict[str, Any], name: str, value: Any, where: bool) -> None:

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from common.conf_files import choices, content
+from common.conf_files import NO_SETTINGS, choices, content, is_group
 from common.errors import UserError
+from common.overrides import key_of
 
 
 @contextmanager
@@ -18,17 +19,18 @@ def experiment_named(typed: Sequence[str]) -> Iterator[None]:
 
 
 def _origin(key: str, typed: Sequence[str]) -> str:
-    given = {word.lstrip("+").partition("=")[0]: word for word in typed}
+    given = {key_of(word): word for word in typed}
     experiment = given.get("experiment", "")
-    names = (key, f"model.{key}")  # errors name a model's settings without their group
+    names = (key, f"model.{key}", f"attention.{key}")  # errors name these settings without their group
     set_there = _set_by(experiment.partition("=")[2])
     name = next((name for name in names if name in set_there), None)
     return "" if name is None or not given.keys().isdisjoint(names) else f" ({experiment} sets {name})"
 
 
 def _set_by(experiment: str) -> set[str]:
-    """The dotted names of the groups' settings that it sets."""
+    """The dotted names of the settings that it sets."""
     if experiment not in choices("experiment"):
         return set()
-    parts = {group: part for group, part in content("experiment", experiment).items() if isinstance(part, dict)}
-    return {f"{group}.{key}" for group, part in parts.items() for key in part}
+    own = content("experiment", experiment)
+    parts = {group: part for group, part in own.items() if is_group(group)}
+    return {*own.keys() - parts.keys() - {*NO_SETTINGS}, *(f"{group}.{key}" for group in parts for key in parts[group])}

@@ -164,7 +164,7 @@ def _without_config(folder: Path) -> str:
     if not checkpoint_paths(folder):
         return ""
     begin = format_override("init_from", str(folder))
-    return f", whose settings the manifest.json of a checkpoint has, too; or begin a new run with its weights: {begin}"
+    return f" (a checkpoint's manifest.json holds the same settings), or begin a new run with its weights: {begin}"
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -209,9 +209,9 @@ def check_is_run(folder: Path) -> None:
     within = _run_within(folder)
     if within is not None:  # a sweep's, say
         raise UserError(f"{folder} is not a run, but has some within: give one of them, as {within}")
-    meant = f"hf:{folder}, which is a published model" if exists(folder / "config.json") else _meant(folder)
-    if checkpoint_paths(folder):
+    if is_folder(str(folder)) and checkpoint_paths(folder):
         raise UserError(f"{folder} has no config.yaml: bring it back{_without_config(folder)}")
+    meant = f"hf:{folder}, which is a published model" if exists(folder / "config.json") else _meant(folder)
     fault = "it has no config.yaml" if exists(folder) else "there is no such folder"
     way_out = f"did you mean {meant}?" if meant else f"runs are made in {RUNS}/, or where run_dir= says"
     raise UserError(f"{folder} is not a run: {fault}; {way_out}")

@@ -81,7 +81,7 @@ def open_run(resume: str, tree: Mapping[str, Any], typed: list[str]) -> tuple[Ru
         )
     folder = find_run("resume", resume)
     stored, signed = read_config(folder)
-    own = _load(stored, f"in {folder}/config.yaml")
+    own = _load(stored, f"in {folder}/config.yaml: bring the run's own file back")
     repeated = [key for key in keys if key != "resume" and change_of(own, key) < Change.ON_RESUME]
     settings = dump(_with_repeated(own, tree, repeated))
     if "path" in settings["tokenizer"]:
@@ -98,9 +98,7 @@ def _load(tree: Mapping[str, Any], where: str) -> Run:
     try:
         return Run.from_tree(tree)
     except UserError as error:
-        fault, lacks, _ = str(error).partition(" is not set: ")
-        fault = f"{fault}{lacks}bring the run's own file back" if lacks else fault
-        raise UserError(f"{fault} ({where})") from None
+        raise UserError(f"{error} ({where})") from None
 
 
 def _with_repeated(own: Run, tree: Mapping[str, Any], keys: list[str]) -> Run:

@@ -326,7 +326,11 @@ def test_compose_any_two_choices_go_together_or_are_refused_by_name(offered):
             by_position = {"position_embedding": tree[group]["position_embedding"]} if group == "model" else {}
             assert tree[group] == alone | content("experiment", row["experiment"]).get(group, {}) | by_position, typed
         while problem := refusal(tree, typed):
-            if f" (experiment={row['experiment']} sets " in problem:
+            _, blames, name = problem.rstrip(")").partition(f" (experiment={row['experiment']} sets ")
+            if blames:
+                group, _, key = name.rpartition(".")
+                assert problem.startswith((f"{name}=", f"{key}=")) and not any(f"{name}=" in word for word in typed)
+                assert key in content("experiment", row["experiment"])[group]
                 break
             assert problem.split()[0] in typed and WAYS_OUT[problem] not in ways_out
             ways_out.append(WAYS_OUT[problem])
