@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from common.cli import out_of_memory
-from common.console import clock, size
+from common.console import clock, counted, size
 from common.errors import NotFetched, UserError
 from common.streams import print_line
 from data.batches import check_split_lengths, micro_batch_of
@@ -140,7 +140,8 @@ def _plan(run: Run, corpus: Prepared | None, done: int) -> Iterator[str]:
     tokens = run.steps * run.batch_tokens
     behind = f" ({done:,} are done)" if done else ""
     read = f", {epochs(run, corpus)} epochs of {tokens_of_epoch(run, corpus):,}" if corpus else ""
-    yield f"training     {run.steps:,} steps{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
+    steps = counted(run.steps, "step")
+    yield f"training     {steps}{behind} of {run.batch_tokens:,} tokens each: {tokens:,} tokens{read}"
     if corpus:
         yield from repetition_warnings(run, corpus, done)
 
@@ -156,7 +157,7 @@ def _duration(run: Run, vocab_size: int, flops: cost.Flops, needed: int, device:
             left_out = "reading, evaluating and saving" + (", and what processes send each other," if several else "")
             devices = f"{run.parallel.count} such devices" if several else f"this {device.type}"
             return (
-                f"time         about {clock(steps * seconds)} for {steps:,} steps, {left_out} not counted: "
+                f"time         about {clock(steps * seconds)} for {counted(steps, 'step')}, {left_out} not counted: "
                 f"{run.batch_tokens / seconds:,.0f} tokens per second on {devices}, from {measured}"
             )
         except Exception as error:
@@ -182,6 +183,6 @@ def _usual_duration(run: Run, steps: int, flops: cost.Flops, device: torch.devic
     per_token = flops.training() + (flops.forward() if run.activation_checkpointing else 0)
     seconds = steps * run.batch_tokens * per_token / (USUAL_MFU * peak * run.parallel.count)
     return (
-        f"time         about {clock(seconds)} for {steps:,} steps, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per second "
-        f"are reached: no step can be timed here ({reason})"
+        f"time         about {clock(seconds)} for {counted(steps, 'step')}, if {USUAL_MFU:.0%} of {peak:.3g} FLOPs per "
+        f"second are reached: no step can be timed here ({reason})"
     )
