@@ -7,8 +7,6 @@ import re
 # cannot be encoded (lone surrogates, which stand for the bytes of a file name that is not UTF-8).
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-SURROGATES = re.compile("[\ud800-\udfff]")  # lone ones: bytes of a command line, or of a name, that are no text
-
 MAX_LENGTH = 4000  # characters of a message: it may quote a file's content, of any length
 
 

@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
-from common.errors import CONTROLS, SURROGATES, UserError
+from common.errors import CONTROLS, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
@@ -29,7 +30,7 @@ def version_line() -> str:
 def check_encoding(what: str, text: str, of_file: bool = False) -> None:
     """Raise UserError for a text of the command line that holds bytes which are none where this shell runs. what: its
     name in the error; of_file: whether it names a file."""
-    if not SURROGATES.search(text):
+    if not re.search("[\ud800-\udfff]", text):  # what Python reads such bytes as
         return
     encoding = sys.getfilesystemencoding()
     if encoding != "utf-8":

@@ -22,7 +22,7 @@ TEXTS = (
     "sample_prompt",
     "hypothesis",
 )  # never numbers, lists or dicts
-OF_SWEEPS = ("sweep", "minutes", "max_minutes")  # which have one of each, as of match
+ONE_PER_SWEEP = ("sweep", "minutes", "max_minutes", "hypothesis")  # and no values to vary
 PLAIN_TEXT = r"[^,'\"\\$()\s](?:[^,'\"\\$()]*[^,'\"\\$()\s])?"  # needs no quotes as a value of TEXTS
 WORD = r"[A-Za-z/][A-Za-z0-9_/+.%*@?-]*"  # needs none anywhere, unless it is one of NO_TEXTS
 FLOAT = r"[+-]?\d{1,18}(?:\.\d*(?:[eE]\+?\d{1,2})?|[eE]\+?\d{1,2})"  # one that may be whole, in at most 117 digits
@@ -216,11 +216,9 @@ def _value(key: str, value: str, sweep: bool) -> str:
 
 def _way_out_of_several(key: str, value: str) -> str:
     if key == "match":
-        return f"it is one setting of a sweep: write match=[{value}], and add -m"
-    if key in OF_SWEEPS:
-        return "a sweep has one: give that"
+        return f"several budgets are a list, of a sweep: write match=[{value}], and add -m"
     text = f", or write {quoted(f'{key}={as_text(value)}')} for one text" if key in TEXTS else ""
-    return f"add -m, for a run of each{text}"
+    return f"{'a sweep has one' if key in ONE_PER_SWEEP else 'add -m, for a run of each'}{text}"
 
 
 def _quoted_value(key: str, value: str, sweep: bool, is_text: bool) -> str:

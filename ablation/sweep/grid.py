@@ -56,7 +56,7 @@ def grid_of(typed: Sequence[str], before: Collection[str] = ()) -> Grid:
     fixed, varying = _parsed(words)
     varying += _varying_of_experiment(fixed, {key_of(word) for word in words})
     if not varying and not before:
-        # Raises for a misspelt experiment, which would have said what varies:
+        # Raises for a misspelt experiment, which would have stated what varies:
         compose_tree(*(one.word for one in fixed))
         raise UserError("-m is for a sweep, and nothing varies: give several values, as in attention=mha,mla seed=1,2")
     named = {SEED, *before}

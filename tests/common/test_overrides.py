@@ -114,11 +114,10 @@ def refusal(*words: str) -> str:
 
 
 def test_hydra_arguments_several_values_are_offered_as_a_text_where_they_can_be_one():
-    assert refusal("hypothesis=a,b").endswith("""add -m, for a run of each, or write 'hypothesis="a,b"' for one text""")
-    assert refusal("match=cache,params").endswith(
-        "it is one setting of a sweep: write match=[cache,params], and add -m"
-    )
-    assert refusal("minutes=1,2").endswith("a sweep has one: give that")
+    assert refusal("hypothesis=a,b").endswith("""a sweep has one, or write 'hypothesis="a,b"' for one text""")
+    assert refusal("sample_prompt=a,b").endswith("""run of each, or write 'sample_prompt="a,b"' for one text""")
+    assert refusal("match=cache,params").endswith("of a sweep: write match=[cache,params], and add -m")
+    assert refusal("minutes=1,2").endswith("minutes=1,2 is several values: a sweep has one")
     for typed in ("seed=1,2", "mlp.bias=true,False", "model.norm=rms,layer", "optim.lr=1e-3,.1", "seed=range(1,3)"):
         assert refusal(typed).endswith("add -m, for a run of each")
 
